@@ -1,0 +1,3386 @@
+/**
+ * lb.ts: a load balancer for HTTP in one file, the same on Deno, Bun, Node and at the edge.
+ */
+
+import { readFileSync, watchFile } from "node:fs";
+import type { IncomingMessage } from "node:http";
+import { type AddressInfo, connect as netConnect, isIP, type Socket } from "node:net";
+import process from "node:process";
+import { connect as tlsConnect } from "node:tls";
+import { parseArgs } from "node:util";
+import { type Context, Hono, type MiddlewareHandler } from "hono";
+import { compress } from "hono/compress";
+import { cors } from "hono/cors";
+import { parse as parseCookie } from "hono/utils/cookie";
+import * as v from "valibot";
+import { toJsonSchema } from "@valibot/to-json-schema";
+import { isAlias, isMap, isScalar, isSeq, LineCounter, parseDocument, stringify } from "yaml";
+import { closest, distance } from "fastest-levenshtein";
+import ipaddr from "ipaddr.js";
+import { RE2JS } from "re2js";
+
+// ─── 1. Config ── what routes.yml may say: one schema gives types, defaults, bounds, messages and the JSON Schema ─────
+
+// A message that begins with "$ " begins with the value: `"5 sec" is not a duration` (see `sentence`).
+type Entries = v.ObjectEntries;
+type Wrong = (message: string) => undefined;
+
+/** valibot takes a list for a map with the keys "0", "1", ...; we do not. */
+const notAList = <S extends v.GenericSchema>(schema: S, message: string): S => ({
+  ...schema,
+  "~run": (dataset: v.UnknownDataset, config: v.Config<v.BaseIssue<unknown>>) =>
+    Array.isArray(dataset.value) ? v.string(message)["~run"](dataset, config) : schema["~run"](dataset, config),
+});
+/** A map with known keys. Unlike `v.strictObject`, which stops at the first one, it reports every unknown key. */
+const map = <const E extends Entries>(entries: E) => {
+  const message = `$ is not a map with keys such as ${Object.keys(entries).slice(0, 3).join(", ")}`;
+  const schema = v.objectWithRest(entries, v.never(Object.keys(entries).join(" ")), message);
+  return notAList(schema as unknown as v.ObjectSchema<E, string>, message);
+};
+const key = <S extends v.GenericSchema, const D extends v.InferInput<S>>(schema: S, fallback: D, description: string) =>
+  v.pipe(
+    v.optional(schema, fallback as v.Default<S, undefined>),
+    v.description(description),
+  ) as unknown as v.OptionalSchema<S, D>;
+const maybe = <S extends v.GenericSchema>(schema: S, description: string) =>
+  v.pipe(v.optional(schema), v.description(description)) as unknown as v.OptionalSchema<S, undefined>;
+/** The union of one keeps the description in front of the transformations, where the JSON Schema ends. */
+const need = <S extends v.GenericSchema>(schema: S, description: string) =>
+  v.pipe(v.union([schema]), v.description(description));
+/** Something written as a single word or number. `read` gives undefined for what it cannot take, or says why. */
+const word = <T>(message: string, read: (text: string, wrong: Wrong) => T | undefined, also?: "boolean") =>
+  v.pipe(
+    v.union(also ? [v.string(), v.number(), v.boolean()] : [v.string(), v.number()], message),
+    v.rawTransform<string | number | boolean, T>(({ dataset, addIssue, NEVER }) => {
+      let why = message;
+      const value = read(String(dataset.value), (reason) => void (why = reason));
+      if (value === undefined) addIssue({ message: why });
+      return value ?? NEVER;
+    }),
+  );
+const wordLike = (pattern: RegExp, message: string) => word(message, (text) => pattern.test(text) ? text : undefined);
+/** One, or a list of them; always a list afterwards. */
+const many = <S extends v.GenericSchema>(item: S, message: string) =>
+  v.union([v.pipe(item, v.transform((one: v.InferOutput<S>) => [one])), v.array(item, message)], message);
+const some = <S extends v.GenericSchema>(item: S, message: string) => v.pipe(many(item, message), v.nonEmpty(message));
+/** A map with free keys becomes a `Map`, in which no name is special. */
+const dict = <S extends v.GenericSchema>(value: S, what: string, read: (key: string) => string | undefined) =>
+  v.pipe(
+    notAList(v.record(v.string(), value, "$ is not a map"), "$ is not a map") as unknown as v.GenericSchema<
+      Record<string, v.InferInput<S>>,
+      Record<string, v.InferOutput<S>>
+    >,
+    v.rawTransform<Record<string, v.InferOutput<S>>, Map<string, v.InferOutput<S>>>(({ dataset, addIssue }) => {
+      const out = new Map<string, v.InferOutput<S>>();
+      for (const [raw, value] of Object.entries(dataset.value)) {
+        const name = read(plain(raw));
+        if (name !== undefined && !out.has(name)) {
+          out.set(name, value);
+          continue;
+        }
+        const message = `${quote(raw)} ${name === undefined ? `is not a ${what}` : "stands twice"}`;
+        addIssue({ message, path: [{ type: "object", origin: "key", input: dataset.value, key: raw, value }] });
+      }
+      return out;
+    }),
+  );
+
+// Words.
+const UNITS: Record<string, number> = { ms: 1, s: 1e3, m: 60e3, h: 3600e3, d: 86400e3 };
+const duration = (least: number) =>
+  word("$ is not a duration such as 500ms, 2s or 1m", (text, wrong) => {
+    const [, count, unit = "ms"] = /^(\d+(?:\.\d+)?)(ms|s|m|h|d)$/.exec(text) ?? (text === "0" ? [, "0"] : []);
+    if (count === undefined) return undefined;
+    const ms = Math.round(Number(count) * UNITS[unit]!);
+    if (ms >= least && ms <= UNITS.d!) return ms;
+    return wrong(least ? "$ is not a duration of more than 0 and at most 1d" : "$ is a duration of more than 1d");
+  });
+export const Duration = duration(1);
+const Percent = word("$ is not a percentage from 0% to 100%", (text) => {
+  const [, count] = /^(\d+(?:\.\d+)?)%$/.exec(text) ?? [];
+  return count === undefined || Number(count) > 100 ? undefined : Number(count) / 100;
+});
+const Size = word("$ is not a size such as 512kB, 10MB, 1MiB, a number of bytes, or none", (text) => {
+  if (text === "none") return Infinity;
+  const [, count, prefix = "", i] = /^(\d+(?:\.\d+)?) ?(?:([kmgt]?)(i?)b)?$/i.exec(text) ?? [];
+  const bytes = Math.floor(Number(count) * (i ? 1024 : 1000) ** " kmgt".indexOf(prefix.toLowerCase() || " "));
+  return Number.isSafeInteger(bytes) ? bytes : undefined;
+});
+const whole = (least: number, most: number) => {
+  const message = `$ is not a whole number from ${least} to ${most}`;
+  return v.pipe(v.number(message), v.integer(message), v.minValue(least, message), v.maxValue(most, message));
+};
+const Limit = v.pipe(
+  v.union([v.literal("none"), whole(1, 1e6)], "$ is not none or a whole number from 1 to 1000000"),
+  v.transform((limit) => limit === "none" ? Infinity : limit),
+);
+const Bool = v.boolean("$ is not true or false");
+const PRINTABLE = /^[\t\x20-\x7e\x80-\xff]*$/; // what may stand in a header; a line break would begin another one
+const Text = word("$ is not text", (text) => text, "boolean");
+const printable = (text: string) => PRINTABLE.test(text) ? text.trim() : undefined;
+const Printable = word("$ cannot stand in a header", printable, "boolean");
+const TOKEN = /^[!#$%&'*+.^_`|~0-9a-z-]+$/i; // RFC 9110 section 5.6.2
+const FRAMING = /^(connection|content-length|host|keep-alive|proxy-connection|te|trailer|transfer-encoding|upgrade)$/i;
+const headerName = (name: string) => TOKEN.test(name) ? name.toLowerCase() : undefined;
+const rulesName = (name: string) => FRAMING.test(name) ? undefined : headerName(name); // ours, for one message ends where the next begins
+const RuleName = word("$ is not a header name that a rule may change", rulesName);
+const Method = word("$ is not a method that can be forwarded, such as GET", (text) => {
+  return TOKEN.test(text) && !/^(trace|connect)$/i.test(text) ? text.toUpperCase() : undefined;
+});
+const Methods = many(Method, "$ is not a method, or a list of them");
+const isAddress = (text: string) =>
+  ipaddr.IPv4.isValidFourPartDecimal(text) || (text.includes(":") && !text.includes("%") && ipaddr.IPv6.isValid(text));
+const isName = (text: string) =>
+  text.length < 254 && /^(?!-)[a-z0-9_-]+(\.[a-z0-9_-]+)*$/i.test(text) && !/(^|\.)\d+$/.test(text);
+const isHost = (text: string) => text.startsWith("[") ? isAddress(text.slice(1, -1)) : isName(text) || isAddress(text);
+const AUTHORITY = /^(\[[^\]]*\]|[^:[\]]*)(?::(\d{1,5}))?$/;
+const Range = word("$ is not an address or a network such as 10.0.0.0/8", (text) => {
+  const [, address = "", bits] = /^([^/]+)(?:\/(\d{1,3}))?$/.exec(text) ?? [];
+  return isAddress(address) && Number(bits ?? 0) <= (address.includes(":") ? 128 : 32) ? text : undefined;
+});
+const Ranges = many(Range, "$ is not an address or a network, or a list of them");
+const HostPattern = word('$ is not a host such as www.example.com or "*.example.com"', (text) => {
+  const [, host = ""] = AUTHORITY.exec(text.toLowerCase()) ?? [];
+  const name = host.replace(/\.$/, "");
+  return (isHost(name.replace(/^\*\./, "")) && !/^\*\.[[\d.]+$/.test(name)) ? name : undefined;
+});
+const Authority = word("$ is not a host such as www.example.com", (text) => {
+  return text === "" || isHost(AUTHORITY.exec(text)?.[1] ?? "") ? text : undefined;
+});
+const PATH = /^\/[!-"$->@-~]*$/; // ASCII without space, ? and #
+const Path = wordLike(PATH, "$ is not a path such as /v1 (it begins with / and has no query)");
+const Prefix = word("$ is not a path such as /v1 (it begins with / and has no query)", (text) => {
+  return PATH.test(text) ? text.replace(/\/+$/, "") : undefined;
+});
+/** RE2 syntax: linear time by construction, so that no pattern can be made slow by a request. */
+const Regex = word("$ is not a regular expression (RE2)", (text, wrong) => {
+  try {
+    return RE2JS.compile(text), text;
+  } catch (error) {
+    const why = (error as Error).message.replace(/^error parsing regexp: /, "");
+    return wrong(`$ is not a regular expression (RE2): ${why}`);
+  }
+});
+const Listen = word("$ is not a port, or an address such as 127.0.0.1:8080 or [::]:8080", (text) => {
+  const [, host = "", port] = /^\d+$/.test(text) ? [, "", text] : AUTHORITY.exec(text) ?? [];
+  const good = port !== undefined && Number(port) < 65536 && (!host || isHost(host));
+  return good ? { host, port: Number(port) } : undefined;
+});
+
+// A service.
+const Url = word("$ is not a server such as localhost:8081 or http://localhost:8081", (text, wrong) => {
+  const [, scheme = "", rest = ""] = /^(?:([^:/]*):\/\/)?(.*)$/s.exec(text) ?? [];
+  if (!/^(https?)?$/i.test(scheme)) return wrong("$ is not a server: its scheme is neither http nor https");
+  if (rest.includes("@")) return wrong("$ is not a server: a user or password cannot stand here");
+  if (/[/?#]/.test(rest.replace(/\/$/, ""))) return wrong("$ is not a server: a path or query cannot stand here");
+  const [, host = "", port] = AUTHORITY.exec(rest.replace(/\/$/, "")) ?? [];
+  if (!isHost(host)) return wrong("$ is not a server: host:port expected, such as localhost:8081");
+  if (port === undefined && !scheme) return wrong("$ is not a server: host:port expected, such as localhost:8081");
+  const number = Number(port ?? (/https/i.test(scheme) ? 443 : 80));
+  if (number < 1 || number > 65535) return wrong("$ is not a server: a port is a number from 1 to 65535");
+  const name = `${host.toLowerCase()}:${number}`;
+  return { name, url: new URL(`${scheme || "http"}://${name}`).origin };
+});
+const Server = v.pipe(
+  v.union([
+    v.pipe(Url, v.transform((url) => ({ url, weight: 1, host: "", backup: false, max: Infinity }))),
+    map({
+      url: need(Url, "host:port or URL"),
+      weight: key(whole(0, 256), 1, "share of the requests; 0: none"),
+      host: key(Authority, "", "a literal Host header"),
+      backup: key(Bool, false, "used only when no other server may be asked"),
+      max: key(Limit, "none", "requests in flight at most"),
+    }),
+  ], "$ is not a server such as localhost:8081 or {url: ..., weight: 2}"),
+  v.transform(({ url, ...rest }) => ({ ...url, ...rest })),
+);
+const Servers = v.pipe(
+  many(Server, "$ is not a list of servers"),
+  v.rawTransform<ServerConfig[], ServerConfig[]>(({ dataset, addIssue, NEVER }) => {
+    const byUrl = new Map<string, ServerConfig>();
+    for (const server of dataset.value) { // repeated entries are weights
+      const same = byUrl.get(server.url), { weight } = server;
+      byUrl.set(server.url, { ...server, weight: weight + (same?.weight ?? 0) });
+      if (same && JSON.stringify({ ...same, weight }) !== JSON.stringify(server)) {
+        addIssue({ message: `${quote(server.url)} stands twice with different host, backup or max` });
+      }
+    }
+    const servers = [...byUrl.values()];
+    if (servers.some((server) => server.weight > 0)) return servers;
+    addIssue({ message: servers.length ? "no server has a weight above 0" : "the list of servers is empty" });
+    return NEVER;
+  }),
+);
+// deno-fmt-ignore
+const STRATEGIES = ["round-robin", "first", "random", "two-choices", "least-connections", "least-response-time", "ip-hash"] as const;
+const HASHED = ["header", "cookie", "query", "path"] as const;
+const Strategy = v.pipe(
+  v.union([
+    v.picklist(STRATEGIES),
+    map({
+      hash: v.pipe(
+        map({
+          header: maybe(word("$ is not a header name", headerName), "a header's name"),
+          cookie: maybe(Text, "a cookie's name"),
+          query: maybe(Text, "a query parameter's name"),
+          path: maybe(v.literal(true, "$ is not true"), "true: the path"),
+        }),
+        v.check((hash) => Object.keys(hash).length === 1, "needs exactly one of header, cookie, query and path"),
+        v.description("rendezvous: the same key goes to the same server"),
+      ),
+    }),
+  ], `$ is not a strategy: ${STRATEGIES.join(", ")}, or {hash: {header: name}}`),
+  v.transform(
+    (strategy): { name: typeof STRATEGIES[number] | "hash"; by: typeof HASHED[number] | "none"; key: string } => {
+      if (typeof strategy === "string") return { name: strategy, by: "none", key: "" };
+      const by = HASHED.find((by) => strategy.hash[by] !== undefined)!;
+      return { name: "hash", by, key: by === "path" ? "" : strategy.hash[by]! };
+    },
+  ),
+);
+const Statuses = word(
+  "$ is not a status such as 200, or a range such as 200-399",
+  (text): [number, number] | undefined => {
+    const [, from, to = from] = /^([1-5]\d\d)(?:-([1-5]\d\d))?$/.exec(text) ?? [];
+    return from === undefined || from > to! ? undefined : [Number(from), Number(to)];
+  },
+);
+const Headers = dict(Printable, "header name", headerName);
+const Probe = map({
+  path: key(v.union([v.literal(""), Path], "$ is not a path"), "", "a request to it; without it a TCP connect"),
+  interval: key(Duration, "10s", "time between two probes"),
+  timeout: key(Duration, "2s", "a probe that takes longer has failed"),
+  expect: key(some(Statuses, "$ is not a status, or a list of them"), [200], "200, 200-399, or a list"),
+  body: key(Text, "", "what the body has to contain"),
+  rise: key(whole(1, 100), 2, "successes in a row until it may be asked again"),
+  fall: key(whole(1, 100), 3, "failures in a row until it may not be asked"),
+  method: key(
+    v.picklist(["GET", "HEAD", "OPTIONS", "POST"], "$ is not GET, HEAD, OPTIONS or POST"),
+    "GET",
+    "to ask with",
+  ),
+  headers: key(Headers, {}, "of the request"),
+});
+const Health = v.pipe(
+  v.union([v.literal("off"), Probe], "$ is not off or a map with keys such as path, interval, timeout"),
+  v.transform((probe) =>
+    probe === "off"
+      ? { kind: "off" as const, ...v.parse(Probe, {}) }
+      : { kind: probe.path ? "http" as const : "tcp" as const, ...probe }
+  ),
+);
+const Eject = v.pipe(
+  v.union([
+    v.literal("off"),
+    map({
+      failures: key(whole(1, 1e6), 5, "failures in a row"),
+      for: key(Duration, "30s", "first time; longer when it happens again"),
+      at_most: key(Percent, "50%", "of the servers"),
+    }),
+  ], "$ is not off or a map with keys such as failures, for, at_most"),
+  v.transform((eject) => eject === "off" ? { failures: Infinity, for: 0, at_most: 0 } : eject),
+);
+const Timeouts = map({
+  connect: key(Duration, "3s", "until connected"),
+  response: key(Duration, "60s", "until the headers of the answer"),
+  idle: key(Duration, "5m", "between two pieces of a body"),
+});
+const CORS_METHODS = ["GET", "HEAD", "PUT", "POST", "DELETE", "PATCH"];
+const Texts = many(Printable, "$ is not a text, or a list of them");
+const CorsMap = map({
+  origin: key(Texts, ["*"], "origins that may read the answers"),
+  allow_methods: key(Methods, CORS_METHODS, "methods they may use"),
+  allow_headers: key(Texts, [], "headers they may send; none: those they ask for"),
+  expose_headers: key(Texts, [], "headers they may read"),
+  max_age: key(duration(0), 0, "how long a browser may remember this"),
+  credentials: key(Bool, false, "with cookies"),
+});
+const Cors = v.pipe(
+  v.union([
+    v.literal("off"),
+    v.pipe(
+      CorsMap,
+      v.check((cors) => !cors.credentials || !cors.origin.includes("*"), "credentials need origins by name, not *"),
+    ),
+  ], "$ is not off or a map with keys such as origin, allow_methods, allow_headers"),
+  v.transform((cors) => cors === "off" ? { ...v.parse(CorsMap, {}), origin: [] } : cors), // no origin: off
+);
+const Tls = v.pipe(
+  map({
+    ca: key(Text, "", "file (PEM) with the authorities believed"),
+    cert: key(Text, "", "file (PEM) with our certificate"),
+    key: key(Text, "", "file (PEM) with its key"),
+    servername: key(Text, "", "the name asked for and verified"),
+    insecure: key(Bool, false, "true: any certificate will do"),
+  }),
+  v.check((tls) => !tls.cert === !tls.key, "needs cert and key together"),
+);
+const RETRY_ON: (number | "connect" | "reset")[] = ["connect", "reset", 502, 503, 504];
+const RetryOn = v.union([v.picklist(["connect", "reset"]), whole(400, 599)], "$ is not connect, reset, or 400 to 599");
+const HostHeader = v.union([v.picklist(["keep", "server"]), Authority], "$ is not keep, server or a host");
+
+/** What a route may also say, and then wins over its service. */
+const policy = {
+  retries: key(whole(0, 10), 1, "further attempts, always at another server while one is left"),
+  retry_on: key(v.array(RetryOn, "$ is not a list of connect, reset and statuses"), RETRY_ON, "what is tried again"),
+  timeouts: key(Timeouts, {}, "connect, response and idle"),
+  host_header: key(HostHeader, "keep", "keep (the client's), server (the server's own), or a literal"),
+  compress: key(Bool, false, "gzip for text when the client accepts it and the server did not"),
+  cors: key(Cors, "off", "off, or who may read the answers in a browser"),
+};
+const settings = {
+  strategy: key(Strategy, "round-robin", "which server takes a request"),
+  health: key(Health, {}, "off, or how servers are probed"),
+  eject: key(Eject, {}, "off, or when a server that fails requests is left out"),
+  panic: key(Percent, "50%", "fewer servers than this may be asked: ask them all rather than none"),
+  retry_budget: key(Percent, "20%", "retries at most, of the requests in flight"),
+  max_in_flight: key(Limit, "none", "per server"),
+  tls: key(Tls, {}, "for https servers"),
+  ...policy,
+};
+
+// A route.
+const condition = (read: (key: string) => string | undefined, what: string) =>
+  v.pipe(
+    dict(
+      v.pipe(
+        v.union([
+          Text,
+          v.pipe(
+            map({ regex: maybe(Regex, "RE2 syntax"), present: maybe(Bool, "whether it is there at all") }),
+            v.check((one) => Object.keys(one).length === 1, "needs exactly one of regex and present"),
+          ),
+        ], "$ is not a value, {regex: ...} or {present: true}"),
+        v.transform((one): Test => {
+          if (typeof one === "string") return { kind: "is", value: one };
+          return one.regex === undefined
+            ? { kind: "present", present: one.present! }
+            : { kind: "regex", source: one.regex };
+        }),
+      ),
+      what,
+      read,
+    ),
+    v.transform((all): Condition[] => [...all].map(([name, test]) => ({ name, ...test }))),
+  );
+const PathMatch = v.pipe(
+  v.union([
+    v.pipe(Prefix, v.transform((path): PathRule => ({ kind: "prefix", path }))),
+    v.pipe(
+      map({ exact: maybe(Path, "the whole path"), regex: maybe(Regex, "RE2 syntax, found anywhere unless anchored") }),
+      v.check((one) => Object.keys(one).length === 1, "needs exactly one of exact and regex"),
+      v.transform(({ exact, regex }): PathRule =>
+        exact === undefined ? { kind: "regex", source: regex! } : { kind: "exact", path: exact }
+      ),
+    ),
+  ], "$ is not a path, {exact: ...} or {regex: ...}"),
+);
+const Rewrite = v.pipe(
+  map({
+    path: maybe(Prefix, "instead of what matched"),
+    whole: maybe(Path, "instead of the whole path"),
+    host: key(Authority, "", "a literal Host header"),
+  }),
+  v.check(({ path, whole }) => path === undefined || whole === undefined, "path and whole exclude each other"),
+  v.transform(({ path, whole, host }) => ({
+    kind: whole !== undefined ? "whole" as const : path !== undefined ? "replace" as const : "none" as const,
+    path: whole ?? path ?? "",
+    host,
+  })),
+);
+const Rules = {
+  set: key(dict(Printable, "header name that a rule may change", rulesName), {}, "these instead of what is there"),
+  add: key(dict(Printable, "header name that a rule may change", rulesName), {}, "these beside what is there"),
+  remove: key(many(RuleName, "$ is not a list of header names"), [], "these"),
+};
+const QueryRules = {
+  set: key(dict(Text, "parameter", (name) => name), {}, "these instead of what is there"),
+  remove: key(many(Text, "$ is not a list of parameters"), [], "these"),
+};
+const REDIRECTS = [301, 302, 303, 307, 308] as const;
+const Redirect = v.pipe(
+  map({
+    to: key(wordLike(/^((https?:\/\/|\/)[!-~]+|\/|)$/i, "$ is not a URL or path to go to"), "", "taken literally"),
+    scheme: key(v.picklist(["", "http", "https"], "$ is not http or https"), "", "what is not named stays"),
+    host: key(Authority, "", "what is not named stays"),
+    port: key(whole(0, 65535), 0, "what is not named stays"),
+    path: key(wordLike(/^(\/[!-~]*|)$/, "$ is not a path such as /v1"), "", "what is not named stays"),
+    status: key(v.picklist(REDIRECTS, `$ is not one of ${REDIRECTS.join(", ")}`), 302, "of the answer"),
+  }),
+  v.check(
+    ({ to, scheme, host, port, path }) => !to !== !(scheme || host || port || path),
+    "needs either to, or some of scheme, host, port and path",
+  ),
+);
+const Respond = v.pipe(
+  map({
+    status: key(whole(200, 599), 200, "of the answer"),
+    body: key(Text, "", "of the answer"),
+    headers: key(dict(Printable, "header name that a rule may change", rulesName), {}, "of the answer"),
+  }),
+  v.check(({ status, body }) => !body || ![204, 205, 304].includes(status), "an answer with this status has no body"),
+);
+const NAME = /^\P{Cc}{1,200}$/u;
+const ServiceName = wordLike(NAME, "$ is not a name of a service");
+const split = dict(whole(0, 1e6), "name of a service", (name) => name);
+const answer = {
+  name: key(wordLike(/^\P{Cc}{0,200}$/u, "$ is not a name"), "", "for logs and metrics; else its host and path"),
+  service: maybe(ServiceName, "one of services"),
+  servers: maybe(Servers, "a service of its own; any key of a service may stand beside it"),
+  split: maybe(split, "services and their weights"),
+  redirect: maybe(Redirect, "an answer of its own: go elsewhere"),
+  respond: maybe(Respond, "an answer of its own"),
+  rewrite: key(Rewrite, {}, "what the server sees"),
+  request: key(
+    map({ headers: key(map(Rules), {}, "of the request"), query: key(map(QueryRules), {}, "of the request") }),
+    {},
+    "changes to the request",
+  ),
+  response: key(map({ headers: key(map(Rules), {}, "of the answer") }), {}, "changes to the answer"),
+  allow: key(Ranges, [], "only these clients"),
+  deny: key(Ranges, [], "not these clients; wins over allow"),
+  body_limit: key(Size, "none", "of a request's body"),
+  ...settings,
+};
+const Hosts = many(HostPattern, "$ is not a host, or a list of them");
+const Paths = many(PathMatch, "$ is not a path, or a list of them");
+const match = {
+  host: key(Hosts, [], '"*.example.com" takes any number of labels in front, not example.com itself'),
+  path: key(Paths, [], "prefix by whole segments, {exact: /v1}, {regex: ...}, or a list"),
+  methods: key(Methods, [], "any when empty"),
+  headers: key(condition(headerName, "header name"), {}, "all must hold: the value, {regex: ...} or {present: true}"),
+  query: key(condition((name) => name, "parameter"), {}, "all must hold: the value, {regex: ...} or {present: true}"),
+};
+const Route = map({ ...match, ...answer });
+const HostEntry = map({
+  ...match,
+  host: need(some(HostPattern, "$ is not a host, or a list of them"), "a host or a list"),
+  ...answer,
+});
+const PathEntry = map({
+  ...match,
+  path: need(some(PathMatch, "$ is not a path, or a list of them"), "this path and all below it"),
+  strip: key(Bool, false, "true: the server sees the rest of the path"),
+  ...answer,
+});
+const Service = map({ servers: need(Servers, "host:port, URL, or an object"), ...settings });
+const File = map({
+  listen: key(some(Listen, "$ is not a port or an address, or a list of them"), 8080, "where clients connect"),
+  trust: key(Ranges, [], "peers whose X-Forwarded-* and Forwarded are believed"),
+  log: key(v.picklist(["combined", "json", "off"], "$ is not combined, json or off"), "combined", "the access log"),
+  name_routes: key(Bool, false, "true: every service answers under /<its name>/..., prefix stripped"),
+  defaults: key(map(settings), {}, "any key of a service, for all services"),
+  services: key(
+    dict(Service, "name", (name) => NAME.test(name) ? name : undefined),
+    {},
+    "servers that answer the same",
+  ),
+  hosts: key(v.array(HostEntry, "$ is not a list of hosts"), [], "one host to some servers"),
+  paths: key(v.array(PathEntry, "$ is not a list of paths"), [], "one path to some servers"),
+  routes: key(v.array(Route, "$ is not a list of routes"), [], "the general form"),
+  default: maybe(map(answer), "when nothing matches; without it 404"),
+});
+
+/** Times are milliseconds, percentages fractions, sizes bytes; `Infinity` is none, "" and [] are what was left out. */
+export type ServerConfig = v.InferOutput<typeof Server>;
+export type ServiceConfig = v.InferOutput<typeof Service>;
+export type Policy = v.InferOutput<v.ObjectSchema<typeof policy, undefined>>;
+type Test =
+  | { kind: "is"; value: string }
+  | { kind: "regex"; source: string }
+  | { kind: "present"; present: boolean };
+export type Condition = { name: string } & Test;
+export type PathRule = { kind: "prefix" | "exact"; path: string } | { kind: "regex"; source: string };
+export type Target = { service: string; weight: number; policy: Policy };
+export type Action =
+  | { kind: "forward"; targets: Target[] }
+  | { kind: "redirect" } & v.InferOutput<typeof Redirect>
+  | { kind: "respond" } & v.InferOutput<typeof Respond>;
+type RouteFields = v.InferOutput<typeof Route>;
+export type RouteConfig =
+  & Pick<RouteFields, "name" | "methods" | "headers" | "query" | "rewrite" | "request" | "response">
+  & Pick<RouteFields, "allow" | "deny" | "body_limit">
+  & { hosts: string[]; paths: PathRule[]; action: Action; policy: Policy; fallback: boolean };
+export type Config =
+  & Pick<v.InferOutput<typeof File>, "listen" | "trust" | "log" | "name_routes">
+  & { services: Map<string, ServiceConfig>; routes: RouteConfig[] };
+
+// Reading the text: YAML nodes become plain values, and every path gets its place in the file.
+export interface Mistake {
+  line: number;
+  column: number;
+  path: string;
+  message: string;
+}
+/** Everything that is wrong with a file, one mistake a line: `routes.yml:12:7: listen: 99999 is not a port`. */
+export class ConfigError extends Error {
+  override name = "ConfigError";
+  mistakes: Mistake[];
+  constructor(file: string, mistakes: Mistake[]) {
+    super(mistakes.map((m) => `${file}:${m.line}:${m.column}: ${m.path && `${m.path}: `}${m.message}`).join("\n"));
+    this.mistakes = mistakes;
+  }
+}
+type Keys = (string | number)[];
+type Say = (path: Keys, message: string, at?: "key" | number) => unknown;
+const MOST = { bytes: 2 ** 20, values: 100_000, depth: 32, mistakes: 50 };
+const SECRET = /token|secret|password|authorization|cookie|api[-_]?key/i;
+
+const isRecord = (value: unknown): value is Record<string, unknown> =>
+  typeof value === "object" && value !== null && !Array.isArray(value) && !(value instanceof Map);
+// valibot drops the keys __proto__, constructor and prototype: they are written with a NUL in front until it is done.
+const veiled = (key: string) => /^(__proto__|constructor|prototype)$/.test(key) ? `\0${key}` : key;
+const plain = (key: string) => key.replace(/^\0/, "");
+const dotted = (path: Keys) =>
+  path.map(String).map(plain).reduce((text, key, i) => {
+    if (typeof path[i] === "number") return `${text}[${key}]`;
+    return /^[\w-]+$/.test(key) ? text + (text && ".") + key : `${text}[${JSON.stringify(key)}]`;
+  }, "");
+const quote = (value: unknown) => {
+  if (value === null || value === undefined) return "an empty value";
+  if (typeof value === "object") return Array.isArray(value) ? "a list" : "a map";
+  const text = typeof value === "string"
+    ? JSON.stringify(plain(value).replace(/^(\w+:\/\/)?.*@/s, "$1***@"))
+    : String(value);
+  return text.length > 60 ? `${text.slice(0, 57)}..."` : text;
+};
+const guess = (wrong: string, known: string[]) => {
+  const near = known.length ? closest(wrong, known) : "";
+  return near && distance(wrong, near) <= Math.ceil(wrong.length / 3) ? `; did you mean "${near}"?` : "";
+};
+
+/** `${NAME}` is the variable, `$${` is `${`. What is not in quotes may become a number or a boolean. */
+function expanded(text: string, env: Env, complain: (message: string) => void): string {
+  return text.replace(/\$\$\{|\$\{([^}]*)\}?/g, (whole, name?: string) => {
+    if (name === undefined) return "${";
+    const value = Object.hasOwn(env, name) ? env[name] : undefined;
+    if (!/^[a-z_]\w*$/i.test(name)) {
+      complain(`${quote(whole)} is not a variable such as \${NAME}; \${ itself is written $\${`);
+    } else if (value === undefined) complain(`the environment variable ${name} is not set`);
+    return value ?? "";
+  });
+}
+type Env = Record<string, string | undefined>;
+
+function readYaml(
+  text: string,
+  env: Env,
+  places: Map<string, { key: number; value: number }>,
+  lines: LineCounter,
+  say: Say,
+) {
+  const anchors = new Map<string, unknown>();
+  let count = 0;
+  const scalar = (value: unknown, source: string, quoted: boolean, path: Keys) => {
+    // 1.10 stays text, as a header or a version would be another one as the number 1.1
+    if (typeof value === "number") return String(value) === source ? value : source;
+    if (typeof value !== "string" || !value.includes("${")) return value;
+    const out = expanded(value, env, (message) => say(path, message));
+    return !quoted && /^(true|false|0|[1-9]\d{0,14})$/.test(out) ? JSON.parse(out) : out;
+  };
+  const read = (node: unknown, path: Keys, at: { key: number; value: number }): unknown => {
+    const anchor = (node as { anchor?: string } | null)?.anchor;
+    if (anchor) anchors.set(anchor, node);
+    const start = (node as { range?: number[] } | null)?.range?.[0] ?? at.value;
+    places.set(JSON.stringify(path), { key: at.key, value: start });
+    if (++count > MOST.values) throw new RangeError(`more than ${MOST.values} values`); // an alias bomb, say
+    if (path.length > MOST.depth) return void say(path, `nested deeper than ${MOST.depth} levels`);
+    if (isAlias(node)) {
+      if (anchors.has(node.source)) return read(anchors.get(node.source), path, { key: at.key, value: start });
+      return void say(path, `*${node.source} names nothing above; text that begins with * stands in quotes`);
+    }
+    if (isSeq(node)) return node.items.map((item, i) => read(item, [...path, i], { key: start, value: start }));
+    if (isScalar(node)) return scalar(node.value, node.source ?? "", node.type !== "PLAIN", path);
+    if (!isMap(node)) return null;
+    const out: Record<string, unknown> = {};
+    for (const { key, value } of node.items) {
+      const offset = (key as { range?: number[] }).range?.[0] ?? start;
+      if (!isScalar(key)) say(path, "a key is a single word", offset);
+      const name = veiled(isScalar(key) ? key.source ?? String(key.value) : "");
+      if (Object.hasOwn(out, name)) say([...path, name], "stands twice", offset);
+      out[name] = read(value, [...path, name], { key: offset, value: offset });
+    }
+    return out;
+  };
+  if (text.length > MOST.bytes) return void say([], "the file is larger than 1 MiB");
+  try {
+    const doc = parseDocument(text, { lineCounter: lines, prettyErrors: false, uniqueKeys: false });
+    for (const { message, pos, code } of [...doc.errors, ...doc.warnings]) {
+      if (message.includes("call stack")) throw new RangeError(message); // the parser's own
+      say([], code === "MULTIPLE_DOCS" ? "the file holds more than one document" : message, pos[0]);
+    }
+    if (doc.errors.length) return undefined;
+    const raw = read(doc.contents, [], { key: 0, value: 0 });
+    if (raw === null) return void say([], "the file is empty");
+    return raw;
+  } catch (error) {
+    if (!(error instanceof RangeError)) throw error;
+    say([], /call stack/.test(error.message) ? `nested deeper than ${MOST.depth} levels` : error.message);
+  }
+}
+
+// Checking: what the schema says, and what holds between two places of the file.
+type Issue = v.BaseIssue<unknown>;
+/** A union lists what every option had against the value. The deepest were written by someone who meant that option. */
+function flatten(issue: Issue, above: Keys = []): { issue: Issue; path: Keys }[] {
+  const path = [...above, ...(issue.path ?? []).map((item) => item.key as string | number)];
+  const below = issue.issues ?? [];
+  const deeper = below.filter((sub) => sub.path?.length);
+  const meant = deeper.length ? deeper : below.filter((sub) => sub.kind !== "schema" || flatten(sub)[0]!.issue !== sub);
+  return meant.length ? meant.flatMap((sub) => flatten(sub, path)) : [{ issue, path }];
+}
+function report(issue: Issue, path: Keys, say: Say) {
+  const name = String(path.at(-1)), last = issue.path?.at(-1);
+  if (issue.type === "never") {
+    const known = issue.message.split(" ");
+    return say(path, `unknown key${guess(plain(name), known) || `; allowed: ${known.join(", ")}`}`, "key");
+  }
+  if (last?.origin === "key" && issue.kind === "schema") return say(path.slice(0, -1), `${plain(name)} is missing`);
+  if (last?.origin === "key") return say(path, issue.message, "key");
+  const value = path.some((key) => SECRET.test(String(key))) ? "***" : quote(issue.input);
+  say(path, issue.message.replace(/^\$ /, () => `${value} `));
+}
+
+const ACTIONS = ["service", "servers", "split", "redirect", "respond"];
+type Raw = Record<string, unknown>;
+const listOf = (value: unknown): unknown[] => Array.isArray(value) ? value : [];
+/** Every entry of hosts, paths, routes and default with its path. */
+const entriesOf = (file: Raw): [Keys, Raw][] =>
+  [
+    ...["hosts", "paths", "routes"].flatMap((key) =>
+      listOf(file[key]).map((entry, i): [Keys, unknown] => [[key, i], entry])
+    ),
+    [["default"], file.default] as [Keys, unknown],
+  ].filter((pair): pair is [Keys, Raw] => isRecord(pair[1]));
+
+function checkRoutes(file: Raw, say: Say) {
+  const services = Object.keys(isRecord(file.services) ? file.services : {});
+  const names = new Set<unknown>();
+  const known = (path: Keys, name: unknown, at?: "key") => {
+    if (typeof name !== "string" || services.includes(veiled(name))) return;
+    say(
+      path,
+      `${quote(name)} is not a service${
+        guess(name, services.map(plain)) ||
+        (services.length ? `; there are ${services.map(plain).join(", ").slice(0, 200)}` : "; services has none")
+      }`,
+      at,
+    );
+  };
+  for (const [path, entry] of entriesOf(file)) {
+    const has = ACTIONS.filter((key) => Object.hasOwn(entry, key));
+    if (has.length !== 1) {
+      say(path, `needs exactly one of ${ACTIONS.join(", ")}${has.length ? `, not ${has.join(" and ")}` : ""}`);
+    }
+    known([...path, "service"], entry.service);
+    if (isRecord(entry.split)) {
+      for (const name of Object.keys(entry.split)) known([...path, "split", name], plain(name), "key");
+      if (Object.values(entry.split).every((weight) => weight === 0)) {
+        say([...path, "split"], "no service has a weight above 0");
+      }
+    }
+    for (const key of Object.keys(settings)) {
+      if (Object.hasOwn(entry, key) && !Object.hasOwn(policy, key) && !has.includes("servers")) {
+        say([...path, key], "belongs to a service: it stands there, or beside servers", "key");
+      }
+    }
+    if (entry.strip === true && isRecord(entry.rewrite)) {
+      say([...path, "strip"], "strip and rewrite exclude each other", "key");
+    }
+    if (entry.name !== undefined && entry.name !== "" && names.has(entry.name)) {
+      say([...path, "name"], `${quote(entry.name)} names another route already`);
+    }
+    names.add(entry.name);
+  }
+  if (!entriesOf(file).length && !(file.name_routes === true && services.length)) {
+    say([], "no way leads to a server: hosts, paths, routes or default is needed");
+  }
+}
+
+// Expanding: defaults under services, every entry in the general form.
+/** `over` on top of `under`; two maps are merged, anything else is replaced. */
+const layered = (under: Raw, over: Raw): Raw => {
+  const both = (key: string) =>
+    isRecord(under[key]) && isRecord(over[key]) ? { ...under[key], ...over[key] } : over[key];
+  return { ...under, ...Object.fromEntries(Object.keys(over).map((key) => [key, both(key)])) };
+};
+const unique = (name: string, taken: { has(name: string): boolean }) => {
+  let free = name;
+  for (let i = 2; taken.has(free); i++) free = `${name}#${i}`;
+  return free;
+};
+const pathText = (rule: PathRule) => rule.kind === "regex" ? rule.source : rule.path || "/";
+
+function expand(file: Raw): Config {
+  const { listen, trust, log, name_routes } = v.parse(File, file);
+  const defaults = (file.defaults ?? {}) as Raw;
+  const raw = new Map(
+    Object.entries((file.services ?? {}) as Record<string, Raw>).map(([name, own]) => [plain(name), own]),
+  );
+  const routes: RouteConfig[] = [];
+  const names = new Set(entriesOf(file).map(([, entry]) => entry.name));
+  for (const [[kind], entry] of entriesOf(file)) {
+    const route = v.parse(v.object({ ...match, ...answer }), entry);
+    const { service, servers, split, redirect, respond, host, path, methods, headers, query } = route;
+    const { request, response, allow, deny, body_limit } = route;
+    const described = host.join(",") + path.map(pathText).join(",") || (kind === "default" ? "default" : "any");
+    const name = route.name || unique(described, names);
+    names.add(name);
+    const own = servers ? unique(name, raw) : service;
+    if (servers) raw.set(own!, entry);
+    const under = (service: string) =>
+      v.parse(v.object(policy), layered(layered(defaults, raw.get(service) ?? {}), entry));
+    const shares = own === undefined ? split ?? new Map<string, number>() : new Map([[own, 1]]);
+    const targets = [...shares].map(([service, weight]) => ({ service, weight, policy: under(service) }));
+    const action: Action = redirect
+      ? { kind: "redirect", ...redirect }
+      : respond
+      ? { kind: "respond", ...respond }
+      : { kind: "forward", targets };
+    const rewrite = entry.strip === true ? { kind: "replace" as const, path: "", host: "" } : route.rewrite;
+    routes.push({
+      ...{ name, hosts: host, paths: path, methods, headers, query, action, rewrite, request, response, allow, deny },
+      ...{ body_limit, policy: targets[0]?.policy ?? under(""), fallback: kind === "default" },
+    });
+  }
+  const services = new Map(
+    [...raw].map(([name, own]) => [name, v.parse(v.object(Service.entries), layered(defaults, own))]),
+  );
+  return { listen, trust, log, name_routes, services, routes };
+}
+
+/**
+ * Reads routes.yml (YAML, and so JSON); `${NAME}` is taken from `env`.
+ * @throws {ConfigError} with all mistakes, in the order of the file
+ */
+export function parseConfig(text: string, env: Env = {}, file = "routes.yml"): Config {
+  const lines = new LineCounter(), places = new Map<string, { key: number; value: number }>();
+  const found = new Map<string, Mistake & { at: number }>();
+  const say: Say = (path, message, at) => {
+    const place = places.get(JSON.stringify(path));
+    const offset = typeof at === "number" ? at : place?.[at ?? "value"] ?? 0;
+    const { line, col } = lines.linePos(offset);
+    const mistake = { line: line || 1, column: col || 1, path: dotted(path), message, at: offset };
+    found.set(JSON.stringify([offset, path, message]), mistake);
+  };
+  const raw = readYaml(text, env, places, lines, say);
+  const unreadable = new Set([...found.values()].map((mistake) => mistake.path));
+  if (raw !== undefined && !unreadable.has("")) {
+    const issues = v.safeParse(File, raw).issues ?? [];
+    const sayMore: Say = (path, message, at) => unreadable.has(dotted(path)) || say(path, message, at);
+    for (const { issue, path } of issues.flatMap((issue) => flatten(issue))) report(issue, path, sayMore);
+    if (isRecord(raw)) checkRoutes(raw, sayMore);
+  }
+  const mistakes = [...found.values()].sort((a, b) => a.at - b.at).slice(0, MOST.mistakes);
+  if (mistakes.length) throw new ConfigError(file, mistakes.map(({ at: _, ...mistake }) => mistake));
+  return expand(raw as Raw);
+}
+
+/** JSON Schema (draft-07) of routes.yml as it is written, for editors. */
+export const jsonSchema = () =>
+  toJsonSchema(File, {
+    typeMode: "input",
+    errorMode: "ignore",
+    overrideSchema: ({ valibotSchema, jsonSchema }) =>
+      valibotSchema.type === "object_with_rest" ? { ...jsonSchema, additionalProperties: false } : undefined,
+  });
+
+// Printing: the way back, so that what is printed can be read again.
+const inTime = (ms: number) => {
+  const [unit, size] = Object.entries(UNITS).findLast(([, size]) => ms % size === 0 && ms >= size) ?? ["ms", 1];
+  return `${ms / size}${unit}`;
+};
+const inPercent = (share: number) => `${Number((share * 100).toFixed(9))}%`;
+const inLimit = (limit: number) => limit === Infinity ? "none" : limit;
+const written = (from: object, how: Record<string, (value: never) => unknown>): Raw =>
+  Object.fromEntries(Object.entries(from).map(([key, value]) => [key, how[key] ? how[key](value as never) : value]));
+const printPolicy = (from: Policy) =>
+  written(Object.fromEntries(Object.keys(policy).map((key) => [key, from[key as keyof Policy]])), {
+    timeouts: (times: Policy["timeouts"]) => written(times, { connect: inTime, response: inTime, idle: inTime }),
+    cors: (cors: Policy["cors"]) => cors.origin.length ? written(cors, { max_age: inTime }) : "off",
+  });
+const printService = (service: ServiceConfig) => ({
+  ...written(service, {
+    servers: (servers: ServerConfig[]) => servers.map(({ name: _, ...server }) => written(server, { max: inLimit })),
+    strategy: ({ name, by, key }: ServiceConfig["strategy"]) =>
+      name === "hash" ? { hash: { [by]: by === "path" ? true : key } } : name,
+    health: ({ kind, ...probe }: ServiceConfig["health"]) =>
+      kind === "off" ? "off" : written(probe, {
+        interval: inTime,
+        timeout: inTime,
+        expect: (ranges: [number, number][]) => ranges.map(([from, to]) => `${from}-${to}`),
+      }),
+    eject: (eject: ServiceConfig["eject"]) =>
+      eject.failures === Infinity ? "off" : written(eject, { for: inTime, at_most: inPercent }),
+    ...{ panic: inPercent, retry_budget: inPercent, max_in_flight: inLimit },
+  }),
+  ...printPolicy(service),
+});
+/** What all of `mine` say and some of `theirs` do not: the part of a policy that was written in the route. */
+function overrides(mine: Raw[], theirs: Raw[]): Raw {
+  const out: Raw = {};
+  for (const [key, value] of Object.entries(mine[0] ?? {})) {
+    const [ours, others] = [mine, theirs].map((all) => all.map((one) => one[key])) as [unknown[], unknown[]];
+    const text = JSON.stringify(value);
+    if ([...ours, ...others].every(isRecord)) {
+      const part = overrides(ours as Raw[], others as Raw[]);
+      if (Object.keys(part).length) out[key] = part;
+    } else if (
+      ours.every((one) => JSON.stringify(one) === text) && others.some((one) => JSON.stringify(one) !== text)
+    ) {
+      out[key] = value;
+    }
+  }
+  return out;
+}
+const printConditions = (all: Condition[]) =>
+  new Map(all.map((one): [string, unknown] => {
+    if (one.kind === "is") return [one.name, one.value];
+    return [one.name, one.kind === "regex" ? { regex: one.source } : { present: one.present }];
+  }));
+function printAction(action: Action, policy: Policy, services: Map<string, ServiceConfig>): Raw {
+  const { kind, ...rest } = action;
+  if (!("targets" in rest)) return { [kind]: rest, ...printPolicy(policy) };
+  const { targets } = rest;
+  const theirs = targets.map(({ service }) => printPolicy(services.get(service)!));
+  const shares = new Map(targets.map(({ service, weight }) => [service, weight]));
+  return {
+    ...(targets.length === 1 ? { service: targets[0]!.service } : { split: shares }),
+    ...overrides(targets.map(({ policy }) => printPolicy(policy)), theirs),
+  };
+}
+
+const masked = (value: unknown, name = "", under = ""): unknown => {
+  const secret = SECRET.test(name) && under !== "hash";
+  const inside = (key: string, value: unknown) => masked(value, key === "regex" ? name : key, name);
+  if (typeof value === "string") return secret ? "***" : value.replaceAll("${", () => "$${");
+  if (Array.isArray(value)) return value.map((item) => masked(item, name, under));
+  if (value instanceof Map) return new Map([...value].map(([key, value]) => [key, inside(key, value)]));
+  if (!isRecord(value)) return value;
+  return Object.fromEntries(
+    Object.entries(value).map(([key, value]) => [key, inside(key, value)]).filter(([key, value]) =>
+      !isBlank(key, value)
+    ),
+  );
+};
+/** What says nothing is not printed; an empty list does say something where the default is not empty. */
+const isBlank = (key: unknown, value: unknown) => {
+  if (typeof value !== "object" || value === null) return value === "";
+  return !/^(retry_on|allow_methods)$/.test(String(key)) &&
+    (value instanceof Map ? value.size : Object.keys(value).length) === 0;
+};
+const printRoute = (route: RouteConfig, services: Map<string, ServiceConfig>) => {
+  const { hosts, paths, headers, query, action, policy, rewrite, body_limit, fallback, ...rest } = route;
+  const { kind, path, host } = rewrite;
+  const printed = paths.map((rule) =>
+    rule.kind === "regex" ? { regex: rule.source } : rule.kind === "exact" ? { exact: rule.path } : rule.path || "/"
+  );
+  const { methods, ...answer } = rest;
+  return {
+    ...fallback
+      ? {}
+      : { host: hosts, path: printed, methods, headers: printConditions(headers), query: printConditions(query) },
+    ...answer,
+    ...{ body_limit: inLimit(body_limit) },
+    rewrite: { ...kind === "none" ? {} : { [kind === "whole" ? "whole" : "path"]: path || "/" }, host },
+    ...printAction(action, policy, services),
+  };
+};
+/** What is in force, as a routes.yml in the general form with the defaults spelt out (empty ones are left out) and secrets as `***`. */
+export function printConfig(config: Config): string {
+  const { services, routes, listen, ...rest } = config;
+  const fallback = routes.find((route) => route.fallback);
+  return stringify(
+    masked({
+      listen: listen.map(({ host, port }) => host ? `${host}:${port}` : port),
+      ...rest,
+      services: new Map([...services].map(([name, service]) => [name, printService(service)])),
+      routes: routes.filter((route) => !route.fallback).map((route) => printRoute(route, services)),
+      ...fallback && { default: printRoute(fallback, services) },
+    }),
+    { lineWidth: 0, aliasDuplicateObjects: false },
+  );
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 2. State: what the balancer remembers. Plain records; what changes while serving stands together at the end of each.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** One server of one service. Times are milliseconds of `Effects.now`. */
+export type Server = ServerConfig & {
+  service: string;
+  tls: ServiceConfig["tls"];
+  // changes while serving
+  up: boolean; // what active probes say
+  until: number; // ejected until then; 0: not ejected
+  failures: number; // consecutive failures of requests
+  ejections: number; // consecutive ejections: each makes the next longer
+  passes: number; // consecutive probes passed while down
+  fails: number; // consecutive probes failed while up
+  probeAt: number; // when the next probe is due
+  current: number; // smooth weighted round robin's running weight
+  inFlight: number;
+  picks: number;
+  answers: number;
+  latency: number; // mean milliseconds to the head of an answer; over the last 64 or so once there are that many
+};
+
+/** Never empty: who cannot be asked has been left out, and where nobody is left no strategy is asked. */
+export type Candidates = readonly [Server, ...Server[]];
+
+/** What a strategy may look at beside the candidates. */
+export interface Draw {
+  random(): number; // from 0 up to but not including 1; seeded in tests
+  key: string; // what `hash` hashes
+  client: string; // the client's address, behind trusted proxies
+  request: Request;
+}
+
+/** Chooses the server that takes a request. Reads, and may write only what its servers remember for it. */
+export type Strategy = (candidates: Candidates, draw: Draw) => Server;
+
+/** One service: its servers and how one of them is chosen. */
+export interface Service {
+  name: string;
+  config: ServiceConfig;
+  servers: Server[];
+  strategy: Strategy;
+  key: (exchange: Exchange) => string; // what `hash` hashes
+  // changes while serving
+  candidates: readonly Server[]; // who may be asked, as of the last change
+  candidatesUntil: number; // when that has to be worked out again; 0: at once
+  bounded: boolean; // some server has a `max`, or the service a `max_in_flight`
+  panicking: boolean;
+  inFlight: number;
+  retrying: number; // retries in flight: what the budget bounds
+}
+
+/** One service that a route may lead to, with the policy that holds on that way. */
+export interface Destination {
+  service: Service;
+  weight: number;
+  policy: Policy;
+  retryOn: ReadonlySet<string | number>;
+  layers: MiddlewareHandler[]; // compress, cors
+}
+
+type RouteKeys = "name" | "hosts" | "paths" | "methods" | "rewrite" | "request" | "response" | "body_limit" | "action";
+
+/** One route, compiled: every decision about its shape was taken when the table was built. */
+export interface Route extends Pick<RouteConfig, RouteKeys> {
+  destinations: Destination[]; // where the action is to forward
+  weight: number; // the sum over destinations
+  rank: number; // a method, then header conditions, then query conditions
+  conditions: ((exchange: Exchange) => boolean)[];
+  admits: ((client: string) => boolean) | undefined; // allow and deny
+  hasRules: boolean; // for headers or query, of the request or the answer
+}
+
+/** One configuration in force. A request keeps the table that it started with. */
+export interface Table {
+  config: Config;
+  services: Map<string, Service>;
+  hosts: HostTable;
+  fallback: Route | undefined; // `default`
+  trusts: (peer: string) => boolean;
+}
+
+/** Who asks, as the runtime knows it. `headers`: name, value, name, value, ... in the order of the wire. */
+export interface Client {
+  address: string;
+  scheme: string;
+  headers: readonly string[];
+}
+
+/** One request's life, from the gate to the end of the answer's body. */
+export interface Exchange extends Draw {
+  table: Table;
+  started: number;
+  id: string;
+  method: string;
+  host: string; // as sent; matched without case and port
+  path: string; // normalised: what is matched is what is forwarded
+  query: string; // with its question mark, or empty
+  peer: string; // who is connected; `client` is who asks through it
+  trusted: boolean; // the peer's forwarding headers are believed
+  scheme: string;
+  headers: readonly string[]; // of the request: name, value, ...
+  length: number; // of the request's body in bytes; -1: unknown
+  body: Body;
+  matched: string | RE2JS; // the part of the path that the route's prefix took, or the pattern that found it
+  allow: string[] | undefined; // methods of routes that fit but for the method
+  route: Route | undefined;
+  destination: Destination | undefined;
+  tried: Server[];
+  status: number; // of the final answer; 0: there is none yet
+  ended: boolean; // its body has ended, or been cut off
+  bytes: number; // of its body
+  problem: string; // of FAILURES, or empty
+}
+
+/** The body of a request: none, bytes kept for another attempt, or a stream that can be read once. */
+export type Body = null | Uint8Array<ArrayBuffer> | ReadableStream<Uint8Array<ArrayBuffer>>;
+
+/** One request to one server: what `Effects.fetch` takes beside the URL. */
+export interface Attempt {
+  method: string;
+  headers: string[]; // name, value, name, value, ...
+  body: Body;
+  length: number; // of the body in bytes; -1: unknown
+  request: { readonly signal: AbortSignal }; // tells that the client has left; read late, because reading it costs
+  server: Server;
+  timeouts: Policy["timeouts"];
+  /** Changes the answer's headers before a Response is made of them. */
+  inbound(headers: string[]): string[];
+  /** Called once, when the answer's body has ended, been cut off or been given up: what passed, and what went wrong. */
+  ended(bytes: number, problem: Failure | undefined): void;
+}
+
+/** `fetch`, with the attempt where the init would be. Rejects with a `WireError` before the head of an answer. */
+export type Fetch = (url: string, attempt: Attempt) => Promise<Response>;
+
+/** One running balancer: the table in force, which a reload replaces, and what outlives a table. */
+export interface Balancer {
+  table: Table;
+  effects: Effects;
+  name: string; // of this process, in request ids
+  via: string; // how we are called in Via: by it a request that comes back is known
+  // changes while serving
+  requests: number;
+  inFlight: number;
+}
+
+export type Strategies = Record<string, Strategy>;
+
+/** The one door for everything impure. Tests put a fake clock, a seeded random and scripted servers here. */
+export interface Effects {
+  fetch: Fetch;
+  /** Resolves when a TCP connection to the server stands, rejects otherwise. */
+  connect(server: Server, timeout: number): Promise<void>;
+  /** Milliseconds that never go back. */
+  now(): number;
+  /** The time of day, for what people read. */
+  date(): Date;
+  /** From 0 up to but not including 1. */
+  random(): number;
+  /** Resolves after a time; after the signal it may never resolve, and keeps nothing waiting. */
+  sleep(milliseconds: number, signal?: AbortSignal): Promise<void>;
+  /** Who asks; `env` is what the runtime hands over beside the request. */
+  client(request: Request, env: unknown): Client;
+  /** One line of the access log. */
+  write(line: string): void;
+  /** One line for the operator. */
+  report(level: "info" | "warn" | "error", text: string): void;
+}
+
+const newServer = (config: ServerConfig, service: string, tls: Server["tls"]): Server => ({
+  ...config,
+  service,
+  tls,
+  up: true,
+  until: 0,
+  failures: 0,
+  ejections: 0,
+  passes: 0,
+  fails: 0,
+  probeAt: 0,
+  current: 0,
+  inFlight: 0,
+  picks: 0,
+  answers: 0,
+  latency: 0,
+});
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 3. Gate: what may come in. One normalised path is both matched and forwarded, so that no rule can be talked around.
+// ---------------------------------------------------------------------------------------------------------------------
+
+const METHOD = /^[A-Z][A-Z0-9-]{0,31}$/;
+const REFUSED_METHODS = new Set(["TRACE", "TRACK", "CONNECT"]);
+const HOST = /^(?:[a-z0-9_](?:[a-z0-9_.-]{0,253})|\[[0-9a-f:.]{2,45}\])(?::(\d{1,5}))?$/i;
+const PLAIN_PATH = /^\/(?:[\w~!$&'()*+,;=:@-]|\/(?!\.)|(?<!\/)\.)*$/; // nothing encoded, no segment beginning with a dot
+const FORBIDDEN_IN_TARGET = /[\x00-\x20\x7f\\#]/;
+const UNRESERVED = /[\w.~-]/;
+const MAX_TARGET = 16_384; // bytes of path and query
+
+/** Why a request is refused at the gate. */
+export type Refusal = "bad-request" | "bad-host" | "bad-method" | "uri-too-long";
+
+/** `a.example:80` and `A.example` are one host; ports are not part of what routes match. */
+const hostName = (host: string): string => {
+  const end = host.lastIndexOf(":");
+  return (end > host.lastIndexOf("]") ? host.slice(0, end) : host).toLowerCase();
+};
+
+function hostIsValid(host: string): boolean {
+  const parts = HOST.exec(host);
+  return parts !== null && Number(parts[1] ?? 0) <= 65_535;
+}
+
+/** Removes dot segments, also encoded ones (RFC 3986 section 5.2.4). `%2F` is not a slash. */
+function removeDots(path: string): string {
+  const out: string[] = [];
+  const segments = path.split("/").slice(1);
+  segments.forEach((segment, i) => {
+    const last = i === segments.length - 1;
+    if (segment === "..") out.pop();
+    if (segment === "." || segment === "..") {
+      if (last) out.push("");
+    } else out.push(segment);
+  });
+  return "/" + out.join("/");
+}
+
+/** The path as it is matched and forwarded, or undefined where it cannot be trusted to mean one thing. */
+function normalizePath(path: string): string | undefined {
+  if (PLAIN_PATH.test(path)) return path;
+  if (path[0] !== "/" || FORBIDDEN_IN_TARGET.test(path)) return undefined;
+  if (/%(?![0-9a-f]{2})|%00/i.test(path)) return undefined;
+  const decoded = path.replace(/%[0-9a-f]{2}/gi, (hex) => {
+    const character = String.fromCharCode(parseInt(hex.slice(1), 16));
+    return UNRESERVED.test(character) ? character : hex.toUpperCase();
+  });
+  return removeDots(encodeURI(decoded).replaceAll("%25", "%"));
+}
+
+/** Checks method, Host, target and framing once, and writes what everything below works with into the exchange. */
+function admit(exchange: Exchange): Refusal | undefined {
+  const { method, url, headers } = exchange.request;
+  if (!METHOD.test(method) || REFUSED_METHODS.has(method)) return "bad-method";
+  const host = exchange.host = headers.get("host") ?? "";
+  if (!hostIsValid(host)) return "bad-host";
+  const authority = url.indexOf("://") + 3;
+  const start = url.indexOf("/", authority);
+  if (authority < 3 || start < 0) return "bad-request";
+  if (url.length - start > MAX_TARGET) return "uri-too-long";
+  if (!sameAuthority(url.slice(authority, start), host)) return "bad-host";
+  const mark = url.indexOf("?", start);
+  const path = normalizePath(mark < 0 ? url.slice(start) : url.slice(start, mark));
+  const query = mark < 0 ? "" : url.slice(mark);
+  if (path === undefined || FORBIDDEN_IN_TARGET.test(query)) return "bad-request";
+  exchange.path = path;
+  exchange.query = query;
+  if (method === "GET" || method === "HEAD") return undefined; // their bodies have been drained by the runtime
+  const [length, encoding] = [headers.get("content-length"), headers.get("transfer-encoding")];
+  if (length !== null && !/^\d{1,15}$/.test(length) || encoding !== null && !/^chunked$/i.test(encoding)) {
+    return "bad-request";
+  }
+  exchange.length = encoding === null ? Number(length) : -1;
+}
+
+/** The target's authority and Host must name the same host (RFC 9112 section 3.2.2 would ignore Host: nobody may win). */
+function sameAuthority(authority: string, host: string): boolean {
+  if (authority === host) return true;
+  const plain = (name: string) => name.toLowerCase().replace(/:(?:80|443)?$/, "");
+  return plain(authority) === plain(host);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 4. Routing: which route a request belongs to. Compiled once per table: a thousand routes cost what one costs.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** The routes of one host name, by kind of path. Within one path those with more conditions stand first. */
+interface PathTable {
+  exact: Map<string, Route[]>;
+  prefix: Map<string, Route[]>;
+  depth: number; // slashes in the longest prefix: deeper is not looked for
+  regex: { pattern: RE2JS; routes: Route[] }[];
+}
+
+/** Exact hosts, wildcards by what follows the star, and routes for any host. */
+export interface HostTable {
+  exact: Map<string, PathTable>;
+  wildcard: Map<string, PathTable>;
+  any: PathTable;
+}
+
+const ANY_PATH = { kind: "prefix", path: "" } as const;
+const newPathTable = (): PathTable => ({ exact: new Map(), prefix: new Map(), depth: 0, regex: [] });
+
+/** The value under `key`, made first where there is none. */
+function entry<K extends WeakKey | string, V>(
+  map: { get(key: K): V | undefined; set(key: K, value: V): unknown },
+  key: K,
+  make: () => V,
+): V {
+  let value = map.get(key);
+  if (value === undefined) map.set(key, value = make());
+  return value;
+}
+
+function addPath(table: PathTable, path: RouteConfig["paths"][number], route: Route): void {
+  if (path.kind === "regex") table.regex.push({ pattern: RE2JS.compile(path.source), routes: [route] });
+  else entry(table[path.kind], path.path, () => []).push(route);
+  if (path.kind === "prefix") table.depth = Math.max(table.depth, path.path.split("/").length - 1);
+}
+
+/** Builds the tables. Routes are put in by rank, so that the first that fits wins; among equals the one written first. */
+function compileHosts(routes: Route[]): HostTable {
+  const hosts: HostTable = { exact: new Map(), wildcard: new Map(), any: newPathTable() };
+  for (const route of [...routes].sort((a, b) => b.rank - a.rank)) {
+    const tables = route.hosts.map((host) =>
+      host.startsWith("*.")
+        ? entry(hosts.wildcard, host.slice(1), newPathTable)
+        : entry(hosts.exact, host, newPathTable)
+    );
+    for (const table of tables.length ? tables : [hosts.any]) {
+      for (const path of route.paths.length ? route.paths : [ANY_PATH]) addPath(table, path, route);
+    }
+  }
+  return hosts;
+}
+
+/** The route that a request belongs to, in Gateway API's order (README, "Which route wins"). */
+function matchRoute(table: Table, exchange: Exchange): Route | undefined {
+  const { hosts } = table;
+  const host = hostName(exchange.host);
+  const exact = hosts.exact.get(host);
+  return (exact && matchPath(exact, exchange)) ??
+    (hosts.wildcard.size > 0 ? matchWildcard(hosts.wildcard, host, exchange) : undefined) ??
+    matchPath(hosts.any, exchange) ??
+    (exchange.allow === undefined ? table.fallback : undefined);
+}
+
+/** The longer wildcard wins: labels are taken off from the left. */
+function matchWildcard(tables: Map<string, PathTable>, host: string, exchange: Exchange): Route | undefined {
+  for (let dot = host.indexOf("."); dot > 0; dot = host.indexOf(".", dot + 1)) {
+    const table = tables.get(host.slice(dot));
+    const route = table && matchPath(table, exchange);
+    if (route) return route;
+  }
+  return undefined;
+}
+
+function matchPath(table: PathTable, exchange: Exchange): Route | undefined {
+  const { path } = exchange;
+  const exact = firstThatFits(table.exact.get(path), exchange, path);
+  if (exact) return exact;
+  for (let prefix = cut(path, table.depth);; prefix = prefix.slice(0, prefix.lastIndexOf("/"))) {
+    const route = firstThatFits(table.prefix.get(prefix), exchange, prefix);
+    if (route) return route;
+    if (prefix === "") break;
+  }
+  for (const { pattern, routes } of table.regex) {
+    const route = pattern.matcher(path).find() && firstThatFits(routes, exchange, pattern);
+    if (route) return route;
+  }
+  return undefined;
+}
+
+/** The first `depth` segments of a path. */
+function cut(path: string, depth: number): string {
+  let end = 0;
+  for (let i = 0; i < depth; i++) {
+    end = path.indexOf("/", end + 1);
+    if (end < 0) return path;
+  }
+  return path.slice(0, end);
+}
+
+/** Conditions first; where only the method does not fit, what would have fitted is noted for the 405. */
+function firstThatFits(routes: Route[] | undefined, exchange: Exchange, matched: string | RE2JS): Route | undefined {
+  if (routes === undefined) return undefined;
+  for (const route of routes) {
+    if (!route.conditions.every((holds) => holds(exchange))) continue;
+    if (methodFits(route.methods, exchange.method)) {
+      exchange.matched = matched;
+      return route;
+    }
+    exchange.allow = [...exchange.allow ?? [], ...route.methods];
+  }
+  return undefined;
+}
+
+/** A route for GET answers HEAD too, as RFC 9110 section 9.3.2 expects. */
+const methodFits = (methods: string[], method: string): boolean =>
+  methods.length === 0 || methods.includes(method) || method === "HEAD" && methods.includes("GET");
+
+type Read = (exchange: Exchange, name: string) => string | null | undefined;
+const headerOf: Read = ({ request }, name) => request.headers.get(name);
+const queryOf: Read = ({ query }, name) => new URLSearchParams(query).get(name);
+
+function compileCondition(condition: Condition, read: Read): (exchange: Exchange) => boolean {
+  const { name } = condition;
+  if (condition.kind === "present") return (exchange) => read(exchange, name) != null === condition.present;
+  if (condition.kind === "is") return (exchange) => read(exchange, name) === condition.value;
+  const pattern = RE2JS.compile(condition.source);
+  return (exchange) => {
+    const value = read(exchange, name);
+    return value != null && pattern.matcher(value).find();
+  };
+}
+
+/** Whether a text is in one of the networks; `::ffff:10.0.0.1` is `10.0.0.1`, and what is no address is in none. */
+export function addressMatcher(networks: string[]): (address: string) => boolean {
+  const parsed = networks.map((network) =>
+    network.includes("/")
+      ? ipaddr.parseCIDR(network)
+      : [ipaddr.parse(network), network.includes(":") ? 128 : 32] as const
+  );
+  return (address) => {
+    if (!parsed.length || !ipaddr.isValid(address)) return false;
+    const ip = ipaddr.process(address);
+    return parsed.some(([network, bits]) => ip.kind() === network.kind() && ip.match(network, bits));
+  };
+}
+
+/** Remembers up to 10,000 verdicts: the same few peers ask again and again. */
+function memo(verdict: (text: string) => boolean): (text: string) => boolean {
+  const known = new Map<string, boolean>();
+  return (text) => {
+    if (known.size > 10_000) known.clear();
+    return entry(known, text, () => verdict(text));
+  };
+}
+
+function compileAdmission(allow: string[], deny: string[]): Route["admits"] {
+  if (!allow.length && !deny.length) return undefined;
+  const [allowed, denied] = [addressMatcher(allow), addressMatcher(deny)];
+  return memo((client) => !denied(client) && (!allow.length || allowed(client)));
+}
+
+/** The path that the server sees: what matched is replaced, and what follows it stays. */
+function rewritePath({ rewrite }: Route, path: string, matched: string | RE2JS): string {
+  if (rewrite.kind === "none") return path;
+  if (rewrite.kind === "whole") return rewrite.path;
+  if (typeof matched !== "string") return matched.matcher(path).replaceFirst(rewrite.path);
+  return rewrite.path + path.slice(matched.length) || "/";
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 5. Strategies: which server takes a request. One function each, in one table that users may add to.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** Smooth weighted round robin, nginx's: 5:1:1 gives a a b a c a a. Exact shares, and equal weights simply rotate. */
+const roundRobin: Strategy = (candidates) => {
+  let best = candidates[0];
+  let total = 0;
+  for (const server of candidates) {
+    server.current += server.weight;
+    total += server.weight;
+    if (server.current > best.current) best = server;
+  }
+  best.current -= total;
+  return best;
+};
+
+/** The server with the least score; among equals the first, counted from `start`. */
+function least(candidates: Candidates, score: (server: Server) => number, start = 0): Server {
+  let best = candidates[start]!;
+  let lowest = score(best);
+  for (let i = 1; i < candidates.length; i++) {
+    const server = candidates[(start + i) % candidates.length]!;
+    const value = score(server);
+    if (value < lowest) [best, lowest] = [server, value];
+  }
+  return best;
+}
+
+const busyness = (server: Server): number => server.inFlight / server.weight;
+
+/** Draws by weight without a sum: a server is accepted as often as its weight stands to the heaviest. */
+function draw(candidates: Candidates, random: () => number): Server {
+  const heaviest = candidates.reduce((most, server) => Math.max(most, server.weight), 0);
+  for (;;) {
+    const server = candidates[Math.floor(random() * candidates.length)]!;
+    if (server.weight === heaviest || random() * heaviest < server.weight) return server;
+  }
+}
+
+/** 32 bits of a text (FNV-1a), mixed so that texts that differ in one letter are far apart. */
+function hash(text: string, seed = 0x811c9dc5): number {
+  let h = seed;
+  for (let i = 0; i < text.length; i++) h = Math.imul(h ^ text.charCodeAt(i), 0x01000193);
+  h = Math.imul(h ^ h >>> 16, 0x85ebca6b);
+  h = Math.imul(h ^ h >>> 13, 0xc2b2ae35);
+  return (h ^ h >>> 16) >>> 0;
+}
+
+/**
+ * Rendezvous hashing by weight: each server scores the key and the least score takes it, so that a server that leaves
+ * moves only its own keys.
+ */
+function rendezvous(candidates: Candidates, key: string, isFull: (server: Server) => boolean): Server {
+  const seed = hash(key);
+  const score = (server: Server) => -Math.log((hash(server.name, seed) + 0.5) / 2 ** 32) / server.weight;
+  return least(candidates, (server) => isFull(server) ? Number.MAX_VALUE : score(server));
+}
+
+/** Whether a server has over 125 % of its share of the requests in flight, and more than a handful (bounded load). */
+function overloaded(candidates: Candidates): (server: Server) => boolean {
+  const weight = candidates.reduce((sum, server) => sum + server.weight, 0);
+  const inFlight = candidates.reduce((sum, server) => sum + server.inFlight, 1);
+  return (server) => server.inFlight >= Math.max(8, Math.ceil(1.25 * inFlight * server.weight / weight));
+}
+
+/** The strategies of `strategy:` in routes.yml. */
+export const strategies = {
+  "round-robin": roundRobin,
+  "first": (candidates) => candidates[0],
+  "random": (candidates, { random }) => draw(candidates, random),
+  "two-choices": (candidates, { random }) => {
+    if (candidates.length <= 8) return least(candidates, busyness, Math.floor(random() * candidates.length));
+    return least([draw(candidates, random), draw(candidates, random)], busyness);
+  },
+  "least-connections": (candidates) => least(candidates, busyness),
+  "least-response-time": (candidates) => {
+    const fastest = least(candidates, (server) => server.latency).latency;
+    return least(candidates, (server) => server.latency > fastest ? Infinity : server.picks / server.weight);
+  },
+  "ip-hash": (candidates, { client }) => rendezvous(candidates, client, () => false),
+  "hash": (candidates, { key }) => rendezvous(candidates, key, overloaded(candidates)),
+} satisfies Record<string, Strategy>;
+
+const cookieOf: Read = ({ request }, name) => parseCookie(request.headers.get("cookie") ?? "", name)[name];
+const KEYS = {
+  header: headerOf,
+  query: queryOf,
+  cookie: cookieOf,
+  path: ({ path }: Exchange) => path,
+  none: () => null,
+};
+
+/** What `hash` hashes. A request without that header, cookie or parameter is hashed by its client's address. */
+function keyOf({ by, key }: ServiceConfig["strategy"]): Service["key"] {
+  const read: Read = KEYS[by];
+  return (exchange) => read(exchange, key) ?? exchange.client;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 6. Health: which servers may be asked. Enabled is not healthy: requests eject for a time, probes take out and bring back.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** Whether a server may be asked, leaving aside how many requests it has. */
+const isHealthy = (server: Server, now: number): boolean => server.up && now >= server.until;
+
+/**
+ * Who of a service may be asked: healthy servers; backups where none of the others is; all where too few are left, so
+ * that the rest is not crushed (panic). Kept until a server flips or an ejection ends: the request path only reads it.
+ */
+function candidatesOf(service: Service, now: number): readonly Server[] {
+  if (now < service.candidatesUntil) return service.candidates;
+  const weighted = service.servers.filter((server) => server.weight > 0);
+  const healthy = weighted.filter((server) => isHealthy(server, now));
+  const regulars = weighted.filter((server) => !server.backup);
+  const ready = healthy.filter((server) => !server.backup);
+  const backups = healthy.filter((server) => server.backup);
+  const few = ready.length < regulars.length * service.config.panic;
+  service.panicking = few && backups.length === 0;
+  service.candidates = service.panicking ? regulars.length ? regulars : weighted : ready.length ? ready : backups;
+  service.candidatesUntil = Math.min(...service.servers.map((server) => server.until > now ? server.until : Infinity));
+  return service.candidates;
+}
+
+/** The servers of a service that may take one more request: `max` and `max_in_flight` are read at every pick. */
+function withRoom(service: Service, servers: readonly Server[]): readonly Server[] {
+  const limit = service.config.max_in_flight;
+  if (!service.bounded) return servers;
+  return servers.filter((server) => server.inFlight < Math.min(server.max, limit));
+}
+
+/** Consecutive failures eject a server for a time that grows with each ejection, at most a share of its pool. */
+function onFailed(service: Service, server: Server, effects: Effects): void {
+  const { eject } = service.config;
+  server.failures++;
+  if (server.failures < eject.failures) return;
+  const now = effects.now();
+  if (now < server.until) return;
+  const ejected = service.servers.filter((other) => other.until > now).length;
+  if (ejected + 1 > service.servers.length * eject.at_most) return;
+  server.ejections = Math.min(server.ejections + 1, 10);
+  server.until = now + eject.for * server.ejections;
+  server.failures = eject.failures - 1; // the first failure after its return ejects it again
+  service.candidatesUntil = 0;
+  effects.report(
+    "warn",
+    `${service.name}: ${server.name} is ejected for ${
+      eject.for * server.ejections / 1000
+    } s after ${eject.failures} failures in a row`,
+  );
+}
+
+/** An answer ends a run of failures; one well after the last ejection also forgets how often there was one. */
+function onAnswered(service: Service, server: Server, milliseconds: number, effects: Effects): void {
+  server.failures = 0;
+  server.answers++;
+  server.latency += (milliseconds - server.latency) / Math.min(server.answers, 64);
+  if (server.ejections > 0 && effects.now() > server.until + service.config.eject.for) server.ejections = 0;
+}
+
+/** Counts a probe's verdict; `rise` or `fall` of them in a row flip the server, and each flip is reported once. */
+function onProbed(service: Service, server: Server, problem: string | undefined, effects: Effects): void {
+  const { rise, fall } = service.config.health;
+  const before = isHealthy(server, effects.now());
+  if (problem === undefined) {
+    server.fails = 0;
+    server.until = 0;
+    if (!server.up && ++server.passes >= rise) server.up = true;
+  } else {
+    server.passes = 0;
+    if (server.up && ++server.fails >= fall) server.up = false;
+  }
+  const after = isHealthy(server, effects.now());
+  if (before === after) return;
+  server.passes = server.fails = server.failures = 0;
+  service.candidatesUntil = 0;
+  effects.report(after ? "info" : "warn", `${service.name}: ${server.name} is ${after ? "up" : `down: ${problem}`}`);
+}
+
+/** One probe over HTTP: what is wrong with the answer, or undefined. Its body is read to the end or cancelled. */
+async function askHealth(service: Service, server: Server, effects: Effects, giveUp: AbortController) {
+  const { health } = service.config;
+  const { timeout } = health;
+  const attempt: Attempt = {
+    method: health.method,
+    headers: ["host", server.host || hostOf(server.url), "user-agent", "lb.ts probe", ...[...health.headers].flat()],
+    body: null,
+    length: 0,
+    request: giveUp,
+    server,
+    timeouts: { connect: timeout, response: timeout, idle: timeout },
+    inbound: (headers) => headers,
+    ended: () => {},
+  };
+  const response = await effects.fetch(server.url + health.path, attempt);
+  const { status } = response;
+  if (!health.expect.some(([from, to]) => status >= from && status <= to)) {
+    await response.body?.cancel();
+    return `status ${status}`;
+  }
+  if (health.body === "") return await response.body?.cancel();
+  return (await response.text()).includes(health.body) ? undefined : `the body lacks ${JSON.stringify(health.body)}`;
+}
+
+/** One probe: what is wrong with the server, or undefined. */
+async function probe(service: Service, server: Server, effects: Effects): Promise<string | undefined> {
+  const { kind, timeout } = service.config.health;
+  const giveUp = new AbortController();
+  const asked = kind === "tcp" ? effects.connect(server, timeout) : askHealth(service, server, effects, giveUp);
+  const late = effects.sleep(timeout, giveUp.signal).then(() => `no answer within ${timeout} ms`);
+  try {
+    return await Promise.race([asked, late]) ?? undefined;
+  } catch (error) {
+    return error instanceof Error ? error.message : String(error);
+  } finally {
+    giveUp.abort();
+  }
+}
+
+/** Probes every server that is due and resolves when all verdicts are in. Each is due again after its interval +-10 %. */
+export async function probeDue(table: Table, effects: Effects): Promise<void> {
+  const now = effects.now();
+  const due = [...table.services.values()].filter(({ config }) => config.health.kind !== "off").flatMap((service) =>
+    service.servers.filter((server) => server.probeAt <= now).map((server) => [service, server] as const)
+  );
+  await Promise.all(due.map(async ([service, server]) => {
+    server.probeAt = now + service.config.health.interval * (0.9 + 0.2 * effects.random());
+    onProbed(service, server, await probe(service, server, effects), effects);
+  }));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 7. Wire: HTTP/1.1 to a server over a socket, because the runtimes' fetch is slow for a proxy and changes what passes.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** Why there is no answer, or no whole answer. FAILURES says what the client is told. */
+export type Failure =
+  | "connect" // refused, unreachable, no such name, or TLS failed
+  | "connect-timeout"
+  | "reset" // closed or reset before the answer was whole
+  | "invalid-answer" // not HTTP/1.1, or ambiguous
+  | "timeout" // no head of an answer in time
+  | "idle" // silence in the middle of an answer
+  | "client-left"
+  | "client-timeout" // silence in the middle of the request's body
+  | "bad-body" // the request's body is longer or shorter than it said
+  | "body-too-large";
+
+/** What `Effects.fetch` rejects with. `sent`: the server may have seen some of the request. */
+export class WireError extends Error {
+  readonly kind: Failure;
+  readonly sent: boolean;
+  constructor(kind: Failure, sent: boolean, detail: string) {
+    super(detail);
+    this.name = "WireError";
+    this.kind = kind;
+    this.sent = sent;
+  }
+}
+
+const MAX_HEAD = 65_536; // bytes of an answer's head, of all its 1xx answers, and of its trailers
+const MAX_CHUNK_LINE = 1_024;
+const MAX_AGE = 60_000; // milliseconds: an older connection is not used again, so that names are resolved again
+const IDLE = 4_000; // milliseconds: below the 5 s after which Node's servers close
+const TICK = 100; // milliseconds between two looks at all connections: how exact timeouts are
+const WINDOW = 262_144; // bytes of a body that wait for a slow reader before the socket is paused
+
+/** The grammar of a head (RFC 9112 sections 4 and 5): no bare CR or LF, no folding, no space before a colon. */
+const HEAD =
+  /^HTTP\/1\.[01] [1-5]\d\d(?: [\t\x20-\x7e\x80-\xff]*)?(?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*)*$/;
+const CHUNK_LINE = /^([0-9a-f]{1,12})[\t ]*(?:;[\t\x20-\x7e\x80-\xff]*)?$/i;
+const TRAILER = /^[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*$/;
+
+/** How the end of a body is found (RFC 9112 section 6.3), and for chunked bodies what comes next. */
+type Framing = "none" | "length" | "close" | "chunk-size" | "chunk" | "chunk-end" | "trailer";
+
+type Bytes = Buffer<ArrayBuffer>;
+
+interface Head {
+  status: number;
+  headers: string[]; // name, value, ...: without those that end at this hop
+  framing: Framing;
+  length: number; // where framing is "length"
+  keepAlive: number; // milliseconds for which the connection may be kept idle; 0: not at all
+}
+
+/** One connection to a server, and the attempt that has it. */
+interface Connection {
+  socket: Socket;
+  pool: Connection[];
+  bornAt: number;
+  idleUntil: number;
+  reused: boolean;
+  connected: boolean;
+  // of the attempt; a new one begins with `begin`
+  attempt: Attempt | undefined; // undefined: idle
+  target: string;
+  resolve: (response: Response) => void;
+  reject: (error: WireError) => void;
+  since: number; // when something last passed
+  sent: boolean; // the whole request is out
+  upload: ReadableStreamDefaultReader<Uint8Array> | undefined;
+  drained: (() => void) | undefined; // the upload waits for room in the socket
+  rest: Bytes | undefined; // bytes that do not yet make a head or a line
+  overhead: number; // bytes of 1xx answers, then of chunk lines and trailers since the last data
+  head: Head | undefined;
+  framing: Framing;
+  left: number; // bytes of the body, or of the chunk, that are still to come
+  bytes: number; // of body that came
+  sink: ReadableStreamDefaultController<Uint8Array<ArrayBuffer>> | undefined;
+  paused: boolean;
+}
+
+/** All connections of one balancer. */
+interface Wire {
+  now: () => number;
+  headersInit: (headers: readonly string[]) => HeadersInit;
+  connections: Set<Connection>;
+  pools: WeakMap<Server, Connection[]>; // idle ones, the newest last
+  timer: ReturnType<typeof setInterval> | undefined;
+}
+
+type Role = "pass" | "hop" | "content-length" | "transfer-encoding" | "connection" | "keep-alive";
+const ROLES: Record<string, Role> = {
+  "connection": "connection",
+  "content-length": "content-length",
+  "keep-alive": "keep-alive",
+  "proxy-connection": "hop",
+  "te": "hop",
+  "trailer": "hop",
+  "transfer-encoding": "transfer-encoding",
+  "upgrade": "hop",
+};
+const fields = new Map<string, { name: string; role: Role }>();
+
+/** A field's name in lower case and what it is to us. Servers spell few names, so the answers are kept. */
+function fieldOf(spelled: string): { name: string; role: Role } {
+  if (fields.size > 1_000) fields.clear();
+  return entry(fields, spelled, () => {
+    const name = spelled.toLowerCase();
+    return { name, role: Object.hasOwn(ROLES, name) ? ROLES[name]! : "pass" };
+  });
+}
+
+/** Reads a head, without the empty line behind it; a sentence where it is invalid or ambiguous. */
+function readHead(text: string, method: string): Head | string {
+  if (!HEAD.test(text)) return "its head is not that of HTTP/1.1";
+  const status = Number(text.slice(9, 12));
+  const modern = text[7] === "1";
+  const headers: string[] = [];
+  let [length, encoding, connection, idle] = ["", "", "", Infinity];
+  for (let line = text.indexOf("\r\n"), next; line >= 0; line = next) {
+    next = text.indexOf("\r\n", line + 2);
+    const colon = text.indexOf(":", line);
+    const { name, role } = fieldOf(text.slice(line + 2, colon));
+    const value = trimmed(text, colon + 1, next < 0 ? text.length : next);
+    if (role === "content-length") {
+      if (length || !/^\d{1,15}$/.test(value)) return `its Content-Length is ${length ? "there twice" : "no number"}`;
+      length = value;
+    } else if (role === "transfer-encoding") encoding += encoding ? "," + value : value || "empty";
+    else if (role === "connection") connection += "," + value.toLowerCase();
+    else if (role === "keep-alive") idle = 1e3 * Number(/timeout=(\d+)/i.exec(value)?.[1] ?? Infinity);
+    if (role === "pass" || role === "content-length" && status !== 204) headers.push(name, value);
+  }
+  if (encoding && (length || !modern || encoding.toLowerCase() !== "chunked")) return "its length is ambiguous";
+  const empty = method === "HEAD" || status < 200 || status === 204 || status === 205 || status === 304;
+  const framing = empty ? "none" : encoding ? "chunk-size" : length ? "length" : "close";
+  const close = framing === "close" || (modern ? connection.includes("close") : !connection.includes("keep-alive"));
+  const own = connectionNames(connection);
+  return {
+    status,
+    headers: own.length ? without(headers, new Set(own)) : headers,
+    framing,
+    length: Number(length),
+    keepAlive: close ? 0 : Math.min(IDLE, idle - 1_000),
+  };
+}
+
+/** The headers that `Connection` says are for this hop only. */
+const connectionNames = (connection: string): string[] =>
+  connection === ""
+    ? []
+    : connection.toLowerCase().split(",").map((token) => token.trim()).filter((token) =>
+      token && !CONNECTION_WORDS.has(token)
+    );
+const CONNECTION_WORDS = new Set(["close", "keep-alive", "te", "upgrade"]);
+
+/** A slice without the blanks and tabs around it; `trim` would also take bytes that belong to the value. */
+function trimmed(text: string, start: number, end: number): string {
+  const blank = (at: number) => text.charCodeAt(at) === 32 || text.charCodeAt(at) === 9;
+  while (start < end && blank(start)) start++;
+  while (end > start && blank(end - 1)) end--;
+  return text.slice(start, end);
+}
+
+/** A list of headers without some names. */
+const without = (headers: readonly string[], names: ReadonlySet<string>): string[] =>
+  headers.filter((_, i) => !names.has(headers[i & ~1]!.toLowerCase()));
+
+/** What `new Response` takes: a record, which costs least; pairs where a name stands twice, as Set-Cookie may. */
+export function headersInit(headers: readonly string[]): HeadersInit {
+  const record: Record<string, string> = {};
+  for (let i = 0; i < headers.length; i += 2) {
+    const name = headers[i]!;
+    if (name in record) return pairs(headers);
+    record[name] = headers[i + 1]!;
+  }
+  return record;
+}
+
+/** The same headers as pairs. */
+function pairs(headers: readonly string[]): [string, string][] {
+  return Array.from({ length: headers.length / 2 }, (_, i) => [headers[2 * i]!, headers[2 * i + 1]!]);
+}
+
+/** Takes up bytes of a chunked body, adds its data to `out`, and says whether it has ended, or what is wrong with it. */
+function dechunk(connection: Connection, bytes: Bytes, out: Bytes[]): boolean | string {
+  let at = 0;
+  while (connection.framing !== "none") {
+    if (connection.framing === "chunk") {
+      if (at === bytes.length) return false;
+      const data = bytes.subarray(at, at + connection.left);
+      out.push(data);
+      at += data.length;
+      connection.left -= data.length;
+      connection.overhead = 0;
+      if (connection.left === 0) connection.framing = "chunk-end";
+      continue;
+    }
+    const end = bytes.indexOf("\r\n", at);
+    connection.overhead += (end < 0 ? bytes.length : end) - at;
+    if (connection.overhead > (connection.framing === "trailer" ? MAX_HEAD : MAX_CHUNK_LINE)) {
+      return "a line is too long";
+    }
+    if (end < 0) {
+      connection.overhead -= bytes.length - at;
+      connection.rest = bytes.subarray(at);
+      return false;
+    }
+    const problem = chunkLine(connection, bytes.toString("latin1", at, end));
+    if (problem) return problem;
+    at = end + 2;
+  }
+  if (at < bytes.length) connection.head!.keepAlive = 0; // more than was announced: never taken for the next answer
+  return true;
+}
+
+/** One line of chunked framing: a size, the end of a chunk, a trailer or the end of all (`framing` "none"). */
+function chunkLine(connection: Connection, line: string): string | undefined {
+  switch (connection.framing) {
+    case "chunk-size": {
+      const size = CHUNK_LINE.exec(line)?.[1];
+      if (size === undefined) return "a chunk has no size";
+      connection.left = parseInt(size, 16);
+      connection.framing = connection.left ? "chunk" : "trailer";
+      return;
+    }
+    case "chunk-end":
+      if (line !== "") return "a chunk is longer than its size";
+      connection.framing = "chunk-size";
+      return;
+    default:
+      if (line === "") connection.framing = "none";
+      else if (!TRAILER.test(line)) return "a trailer is not valid";
+  }
+}
+
+/** Bytes from the server, in whatever portions the network makes. */
+function onData(wire: Wire, connection: Connection, data: Bytes): void {
+  if (connection.attempt === undefined) return void connection.socket.destroy(); // nobody asked for that
+  connection.since = wire.now();
+  const bytes = connection.rest === undefined ? data : Buffer.concat([connection.rest, data]);
+  connection.rest = undefined;
+  if (connection.head === undefined) onHead(wire, connection, bytes);
+  else onBody(wire, connection, bytes);
+}
+
+/** The head of an answer, after any number of 1xx. A body that came with it whole is handed over without a stream. */
+function onHead(wire: Wire, connection: Connection, bytes: Bytes): void {
+  const attempt = connection.attempt!;
+  for (;;) {
+    const end = bytes.indexOf("\r\n\r\n");
+    if (connection.overhead + (end < 0 ? bytes.length : end) > MAX_HEAD) {
+      return fail(wire, connection, "invalid-answer", "its head is longer than 64 KiB");
+    }
+    if (end < 0) {
+      if (!"HTTP/1.".startsWith(bytes.toString("latin1", 0, 7))) {
+        return fail(wire, connection, "invalid-answer", "it is not HTTP/1.1");
+      }
+      connection.rest = bytes;
+      return;
+    }
+    const head = readHead(bytes.toString("latin1", 0, end), attempt.method);
+    if (typeof head === "string") return fail(wire, connection, "invalid-answer", head);
+    if (head.status === 101) {
+      return fail(wire, connection, "invalid-answer", "it upgrades what nobody asked to upgrade");
+    }
+    bytes = bytes.subarray(end + 4);
+    if (head.status >= 200) {
+      connection.head = head;
+      connection.framing = head.framing;
+      connection.left = head.length;
+      connection.overhead = 0;
+      return onBody(wire, connection, bytes);
+    }
+    connection.overhead += end + 4;
+  }
+}
+
+/** Bytes of the body. The first call, right behind the head, decides between bytes and a stream. */
+function onBody(wire: Wire, connection: Connection, bytes: Bytes): void {
+  const out: Bytes[] = [];
+  const ended = takeBody(connection, bytes, out);
+  for (const piece of out) connection.bytes += piece.length;
+  if (connection.sink === undefined && ended === true) {
+    return finish(wire, connection, out.length > 1 ? Buffer.concat(out) : out[0] ?? null);
+  }
+  if (connection.sink === undefined) {
+    connection.resolve(respond(wire, connection.attempt!, connection.head!, bodyStream(wire, connection)));
+  }
+  for (const piece of out) connection.sink!.enqueue(piece);
+  if (ended === true) finish(wire, connection);
+  else if (typeof ended === "string") fail(wire, connection, "invalid-answer", ended);
+  else if (connection.sink!.desiredSize! <= 0) {
+    connection.paused = true;
+    connection.socket.pause();
+  }
+}
+
+/** Takes the body's bytes out of what came; true at its end. */
+function takeBody(connection: Connection, bytes: Bytes, out: Bytes[]): boolean | string {
+  switch (connection.framing) {
+    case "none":
+      if (bytes.length) connection.head!.keepAlive = 0;
+      return true;
+    case "close":
+      if (bytes.length) out.push(bytes);
+      return false;
+    case "length":
+      if (bytes.length > connection.left) connection.head!.keepAlive = 0;
+      if (bytes.length && connection.left) out.push(bytes.subarray(0, connection.left));
+      connection.left = Math.max(0, connection.left - bytes.length);
+      return connection.left === 0;
+    default:
+      return dechunk(connection, bytes, out);
+  }
+}
+
+/** The answer as a Response. A body without a type goes as a stream: as bytes, Bun would give it one. */
+function respond(wire: Wire, attempt: Attempt, head: Head, bytes: Body): Response {
+  const headers = attempt.inbound(head.headers);
+  const typed = !(bytes instanceof Uint8Array) || bytes.length === 0 || headers.includes("content-type");
+  const body = typed ? bytes : new Blob([bytes]).stream();
+  return new Response(body, { status: head.status, headers: wire.headersInit(headers) });
+}
+
+/** A body that is still coming. A slow reader pauses the socket; a reader who leaves closes it. */
+function bodyStream(wire: Wire, connection: Connection): ReadableStream<Uint8Array<ArrayBuffer>> {
+  const attempt = connection.attempt;
+  return new ReadableStream<Uint8Array<ArrayBuffer>>({
+    start(controller) {
+      connection.sink = controller;
+    },
+    pull() {
+      if (!connection.paused || connection.attempt !== attempt) return;
+      connection.paused = false;
+      connection.since = wire.now();
+      connection.socket.resume();
+    },
+    cancel() {
+      if (connection.attempt === attempt) fail(wire, connection, "client-left", "the client has left");
+    },
+  }, { highWaterMark: WINDOW, size: (piece) => piece.byteLength });
+}
+
+/** Takes the attempt off its connection, and ends what is still waiting for it. */
+function detach(connection: Connection): Attempt {
+  const attempt = connection.attempt!;
+  connection.attempt = undefined;
+  connection.drained?.();
+  if (!connection.sent) connection.upload?.cancel().catch(() => {});
+  return attempt;
+}
+
+/** The answer is whole: the connection goes back to its pool, if it can be trusted with another request. */
+function finish(wire: Wire, connection: Connection, whole?: Bytes | null): void {
+  const { sink, head, sent } = connection;
+  const attempt = detach(connection);
+  const now = wire.now();
+  if (sent && head!.keepAlive > 0 && now - connection.bornAt < MAX_AGE && !connection.paused) {
+    connection.idleUntil = now + head!.keepAlive;
+    connection.pool.push(connection);
+  } else connection.socket.destroy();
+  attempt.ended(connection.bytes, undefined);
+  if (whole !== undefined) connection.resolve(respond(wire, attempt, head!, whole));
+  else sink!.close();
+}
+
+/** The attempt has failed: its connection is closed at once, and whoever waits for the answer is told why. */
+function fail(wire: Wire, connection: Connection, kind: Failure, detail: string): void {
+  connection.socket.destroy();
+  if (connection.attempt === undefined) return;
+  const { sink, head, rest, overhead } = connection;
+  const attempt = detach(connection);
+  const error = new WireError(kind, connection.connected, detail);
+  const silent = head === undefined && rest === undefined && overhead === 0;
+  if (kind === "reset" && connection.reused && silent && mayRepeat(attempt)) {
+    return open(wire, attempt, connection.target, connection.resolve, connection.reject);
+  }
+  if (sink === undefined) return connection.reject(error);
+  attempt.ended(connection.bytes, kind);
+  if (kind !== "client-left") sink.error(error);
+}
+
+/** Methods that may be sent again when it is not known whether the server has seen them (RFC 9110 section 9.2.2). */
+const IDEMPOTENT = new Set(["GET", "HEAD", "OPTIONS", "PUT", "DELETE", "PROPFIND", "REPORT", "SEARCH", "QUERY"]);
+
+/** Whether an attempt can be made again as it was: nothing of its body is used up, and doing it twice does no harm. */
+const mayRepeat = ({ method, body }: Pick<Attempt, "method" | "body">): boolean =>
+  IDEMPOTENT.has(method) && !(body instanceof ReadableStream);
+
+/** The server has closed its side: the end of a body without a length, and a failure anywhere else. */
+function onClosed(wire: Wire, connection: Connection, detail: string, clean: boolean): void {
+  if (clean && connection.attempt && connection.framing === "close" && connection.head) {
+    if (connection.sink) return finish(wire, connection);
+  }
+  fail(wire, connection, connection.connected ? "reset" : "connect", detail);
+}
+
+/** Opens a connection for an attempt. */
+function open(
+  wire: Wire,
+  attempt: Attempt,
+  target: string,
+  resolve: Connection["resolve"],
+  reject: Connection["reject"],
+) {
+  const { server } = attempt;
+  const socket = dial(server);
+  const now = wire.now();
+  const connection: Connection = {
+    socket,
+    pool: entry(wire.pools, server, () => []),
+    bornAt: now,
+    idleUntil: Infinity,
+    reused: false,
+    connected: false,
+    attempt,
+    target,
+    resolve,
+    reject,
+    since: now,
+    sent: false,
+    upload: undefined,
+    drained: undefined,
+    rest: undefined,
+    overhead: 0,
+    head: undefined,
+    framing: "none",
+    left: 0,
+    bytes: 0,
+    sink: undefined,
+    paused: false,
+  };
+  let reason = "it closed the connection";
+  socket.on(server.url.startsWith("https:") ? "secureConnect" : "connect", () => {
+    connection.connected = true;
+    if (connection.attempt) send(wire, connection, connection.attempt);
+  });
+  socket.on("data", (data: Bytes) => onData(wire, connection, data));
+  socket.on("end", () => onClosed(wire, connection, reason, true));
+  socket.on("error", (error: Error) => void (reason = error.message || String(error)));
+  socket.on("close", () => {
+    onClosed(wire, connection, reason, false);
+    forget(wire, connection);
+  });
+  socket.on("drain", () => connection.drained?.());
+  wire.connections.add(connection);
+  wire.timer ??= setInterval(() => sweep(wire), TICK);
+}
+
+/** A socket to a server; the addresses of a name are tried one after another (RFC 8305). */
+function dial(server: Server): Socket {
+  const { hostname, port, protocol } = new URL(server.url);
+  const host = hostname.replace(/^\[|\]$/g, "");
+  const address = {
+    host,
+    port: Number(port || (protocol === "https:" ? 443 : 80)),
+    autoSelectFamily: true,
+    noDelay: true,
+  };
+  if (protocol === "http:") return netConnect(address);
+  const { servername, insecure, ca, cert, key } = server.tls;
+  const name = servername || host;
+  return tlsConnect({
+    ...address,
+    ...(isIP(name) ? {} : { servername: name }),
+    ...(ca && { ca: readFileSync(ca) }),
+    ...(cert && { cert: readFileSync(cert), key: readFileSync(key || cert) }),
+    rejectUnauthorized: !insecure,
+    ALPNProtocols: ["http/1.1"],
+  });
+}
+
+function forget(wire: Wire, connection: Connection): void {
+  wire.connections.delete(connection);
+  const at = connection.pool.indexOf(connection);
+  if (at >= 0) connection.pool.splice(at, 1);
+  if (wire.connections.size > 0) return;
+  clearInterval(wire.timer);
+  wire.timer = undefined;
+}
+
+/** Gives an idle connection a new attempt. */
+function begin(
+  wire: Wire,
+  connection: Connection,
+  attempt: Attempt,
+  target: string,
+  resolve: Connection["resolve"],
+  reject: Connection["reject"],
+) {
+  connection.reused = true;
+  connection.attempt = attempt;
+  connection.target = target;
+  connection.resolve = resolve;
+  connection.reject = reject;
+  connection.since = wire.now();
+  connection.sent = false;
+  connection.upload =
+    connection.drained =
+    connection.head =
+    connection.sink =
+      undefined;
+  connection.overhead = connection.bytes = 0;
+  send(wire, connection, attempt);
+}
+
+/** Writes the request: its head as one string, and a body in hand right behind it. */
+function send(wire: Wire, connection: Connection, attempt: Attempt): void {
+  const { method, headers, body, length } = attempt;
+  const { socket } = connection;
+  let head = `${method} ${connection.target} HTTP/1.1\r\n`;
+  for (let i = 0; i < headers.length; i += 2) head += `${headers[i]}: ${headers[i + 1]}\r\n`;
+  if (body !== null && length < 0) head += "transfer-encoding: chunked\r\n";
+  else if (body !== null || BODY_EXPECTED.has(method)) head += `content-length: ${length}\r\n`;
+  connection.since = wire.now();
+  if (body === null) socket.write(head + "\r\n", "latin1");
+  else {
+    socket.cork();
+    socket.write(head + "\r\n", "latin1");
+    if (body instanceof Uint8Array) socket.write(body);
+    socket.uncork();
+  }
+  connection.sent = !(body instanceof ReadableStream);
+  if (body instanceof ReadableStream) upload(wire, connection, attempt, body);
+}
+
+const BODY_EXPECTED = new Set(["POST", "PUT", "PATCH"]);
+
+/** Passes a request's body on as it comes, no faster than the server takes it, and holds it to its announced length. */
+async function upload(
+  wire: Wire,
+  connection: Connection,
+  attempt: Attempt,
+  body: ReadableStream<Uint8Array>,
+): Promise<void> {
+  const { socket } = connection;
+  const { length } = attempt;
+  const reader = connection.upload = body.getReader();
+  let passed = 0;
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (connection.attempt !== attempt) return;
+      connection.since = wire.now();
+      if (done) break;
+      if (value.byteLength === 0) continue;
+      passed += value.byteLength;
+      if (length >= 0 && passed > length) return fail(wire, connection, "bad-body", "the body is longer than it said");
+      const room = length >= 0 ? socket.write(value) : writeChunk(socket, value);
+      if (!room) await new Promise<void>((resolve) => connection.drained = resolve);
+      connection.drained = undefined;
+      if (connection.attempt !== attempt) return;
+    }
+    if (length >= 0 && passed < length) return fail(wire, connection, "bad-body", "the body is shorter than it said");
+    if (length < 0) socket.write("0\r\n\r\n", "latin1");
+    connection.sent = true;
+  } catch (error) {
+    if (connection.attempt !== attempt) return;
+    fail(wire, connection, error instanceof WireError ? error.kind : "client-left", "the client has left");
+  }
+}
+
+function writeChunk(socket: Socket, data: Uint8Array): boolean {
+  socket.cork();
+  socket.write(data.byteLength.toString(16) + "\r\n", "latin1");
+  socket.write(data);
+  const room = socket.write("\r\n", "latin1");
+  socket.uncork();
+  return room;
+}
+
+/** Looks at every connection: nothing else keeps time, so that a request costs no timer and no listener for an abort. */
+function sweep(wire: Wire): void {
+  const now = wire.now();
+  for (const connection of wire.connections) {
+    if (connection.attempt === undefined) {
+      if (now >= connection.idleUntil) connection.socket.destroy();
+    } else {
+      const late = whatIsLate(connection, connection.attempt, now - connection.since);
+      if (late) fail(wire, connection, late, `nothing came for ${Math.round(now - connection.since)} ms`);
+    }
+  }
+}
+
+function whatIsLate(connection: Connection, attempt: Attempt, silence: number): Failure | undefined {
+  const { connect, response, idle } = attempt.timeouts;
+  if (attempt.request.signal.aborted) return "client-left";
+  if (!connection.connected) return silence >= connect ? "connect-timeout" : undefined;
+  if (connection.head) return silence < idle ? undefined : connection.paused ? "client-timeout" : "idle";
+  if (connection.sent) return silence >= response ? "timeout" : undefined;
+  return silence < idle ? undefined : connection.drained ? "timeout" : "client-timeout";
+}
+
+/** The transport of Deno, Bun and Node: `fetch` over pooled sockets, and a plain connect for probes. */
+export function createWire(now: () => number, toInit = headersInit): Pick<Effects, "fetch" | "connect"> {
+  const wire: Wire = { now, headersInit: toInit, connections: new Set(), pools: new WeakMap(), timer: undefined };
+  return {
+    fetch: (url, attempt) =>
+      new Promise((resolve, reject) => {
+        const target = url.slice(attempt.server.url.length);
+        if (/[\0\r\n]/.test(target + attempt.headers.join(""))) {
+          throw new WireError("bad-body", false, "a line break in a header");
+        }
+        const pool = wire.pools.get(attempt.server);
+        for (let connection; (connection = pool?.pop());) {
+          if (wire.now() < connection.idleUntil && connection.socket.readable) {
+            return begin(wire, connection, attempt, target, resolve, reject);
+          }
+          connection.socket.destroy();
+        }
+        open(wire, attempt, target, resolve, reject);
+      }),
+    connect: (server, timeout) =>
+      new Promise((resolve, reject) => {
+        const socket = dial(server);
+        const timer = setTimeout(() => socket.destroy(new Error(`no connection within ${timeout} ms`)), timeout);
+        socket.on("connect", () => (resolve(), socket.destroy()));
+        socket.on("error", reject);
+        socket.on("close", () => clearTimeout(timer));
+      }),
+  };
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 8. Forward: one attempt at one server. What belongs to the client's hop stays there; what is ours is set anew.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** What became of one attempt. `sent`: the server may have seen some of the request. */
+export type Outcome =
+  | { kind: "answer"; response: Response; milliseconds: number }
+  | { kind: Failure; sent: boolean; detail: string };
+
+/** What happens to a request's header: `ours` is set by us, `told` is believed only from trusted peers. */
+type Passage = "pass" | "drop" | "connection" | "told" | "via";
+const PASSAGES: Record<string, Passage> = {
+  "connection": "connection",
+  "content-length": "drop",
+  "expect": "drop",
+  "forwarded": "told",
+  "host": "drop",
+  "http2-settings": "drop",
+  "keep-alive": "drop",
+  "proxy": "drop",
+  "proxy-authorization": "drop",
+  "proxy-connection": "drop",
+  "te": "drop",
+  "trailer": "drop",
+  "transfer-encoding": "drop",
+  "upgrade": "drop",
+  "via": "via",
+  "x-real-ip": "told",
+  "x-request-id": "told",
+};
+const passages = new Map<string, Passage>();
+
+/** Look-alikes of names that mean something here (`X_Forwarded_For`, `Content.Length`) are dropped: some servers fold them. */
+function passageOf(spelled: string): Passage {
+  if (passages.size > 1_000) passages.clear();
+  return entry(passages, spelled, () => {
+    const name = spelled.toLowerCase();
+    const folded = name.replaceAll(/[_.]/g, "-");
+    const known = Object.hasOwn(PASSAGES, folded)
+      ? PASSAGES[folded]!
+      : folded.startsWith("x-forwarded")
+      ? "told"
+      : "pass";
+    return known !== "pass" && name !== folded ? "drop" : known;
+  });
+}
+
+/** An address as RFC 7239 writes it. */
+const forwardedFor = (address: string): string => address.includes(":") ? `"[${address}]"` : address;
+
+const join = (before: string | undefined, value: string): string => before ? `${before}, ${value}` : value;
+
+/** What a trusted peer tells about the client, by name in lower case. */
+function toldBy(headers: readonly string[]): Map<string, string> {
+  const told = new Map<string, string>();
+  for (let i = 0; i < headers.length; i += 2) {
+    const name = headers[i]!.toLowerCase();
+    if (passageOf(name) === "told") told.set(name, join(told.get(name), headers[i + 1]!));
+  }
+  return told;
+}
+
+/** The client behind trusted proxies: X-Forwarded-For from right to left, up to the first who is not trusted. */
+function clientBehind(peer: string, told: Map<string, string>, trusts: Table["trusts"]): string {
+  let client = peer;
+  for (const hop of (told.get("x-forwarded-for") ?? "").split(",").reverse()) {
+    const address = hop.trim();
+    if (!trusts(client) || !ipaddr.isValid(address)) break;
+    client = ipaddr.process(address).toString();
+  }
+  return client;
+}
+
+/** The headers of the request as its servers get them; Host stands first and is filled in for each of them. */
+function outbound(exchange: Exchange, via: string): string[] {
+  const { headers, host, peer, scheme } = exchange;
+  let out = ["host", host];
+  let [connection, chain] = ["", ""];
+  for (let i = 0; i < headers.length; i += 2) {
+    const passage = passageOf(headers[i]!);
+    if (passage === "pass") out.push(headers[i]!, headers[i + 1]!);
+    else if (passage === "via") chain = join(chain, headers[i + 1]!);
+    else if (passage === "connection") connection = join(connection, headers[i + 1]!);
+  }
+  const named = connectionNames(connection);
+  if (named.length) out = ["host", host, ...without(out.slice(2), new Set(named))];
+  const told = exchange.trusted ? toldBy(headers) : undefined;
+  out.push(
+    "x-forwarded-for",
+    join(told?.get("x-forwarded-for"), peer),
+    "x-forwarded-host",
+    told?.get("x-forwarded-host") ?? host,
+    "x-forwarded-proto",
+    told?.get("x-forwarded-proto") ?? scheme,
+    "forwarded",
+    join(told?.get("forwarded"), `for=${forwardedFor(peer)};host="${host}";proto=${scheme}`),
+    "via",
+    join(chain, via),
+    "x-request-id",
+    exchange.id,
+  );
+  for (const [name, value] of told ?? []) if (!OURS.has(name)) out.push(name, value);
+  return out;
+}
+
+const OURS = new Set(["x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "forwarded", "x-request-id"]);
+
+type Rules = RouteConfig["response"]["headers"];
+
+function applyRules(headers: string[], { set, add, remove }: Rules): string[] {
+  return [...without(headers, new Set([...remove, ...set.keys()])), ...[...set, ...add].flat()];
+}
+
+/** The target that the server sees: path and query after the route's rules. */
+function targetOf(exchange: Exchange, route: Route): string {
+  const path = rewritePath(route, exchange.path, exchange.matched);
+  const { set, remove } = route.request.query;
+  if (!set.size && !remove.length) return path + exchange.query;
+  const query = new URLSearchParams(exchange.query);
+  for (const name of remove) query.delete(name);
+  for (const [name, value] of set) query.set(name, value);
+  return path + (query.size ? `?${query}` : "");
+}
+
+const hostOf = (url: string): string => url.slice(url.indexOf("//") + 2);
+
+/** The Host that a server sees: its own literal, the route's, or as `host_header` says. */
+function hostFor(exchange: Exchange, server: Server): string {
+  const { host_header } = exchange.destination!.policy;
+  const literal = exchange.route!.rewrite.host || server.host;
+  if (literal) return literal;
+  return host_header === "keep" ? exchange.host : host_header === "server" ? hostOf(server.url) : host_header;
+}
+
+/** Asks one server. Never throws: what can go wrong is an outcome. */
+async function forward(
+  balancer: Balancer,
+  exchange: Exchange,
+  server: Server,
+  ended: Attempt["ended"],
+): Promise<Outcome> {
+  const { effects } = balancer;
+  const { method, body, length } = exchange;
+  const [route, { service, policy }] = [exchange.route!, exchange.destination!];
+  const headers = outbound(exchange, balancer.via);
+  headers[1] = hostFor(exchange, server);
+  const started = effects.now();
+  server.inFlight++;
+  service.inFlight++;
+  try {
+    const response = await effects.fetch(server.url + targetOf(exchange, route), {
+      method,
+      headers: route.hasRules ? applyRules(headers, route.request.headers) : headers,
+      body,
+      length,
+      request: exchange.request,
+      server,
+      timeouts: policy.timeouts,
+      inbound: (headers) => route.hasRules ? applyRules(headers, route.response.headers) : headers,
+      ended,
+    });
+    return { kind: "answer", response, milliseconds: effects.now() - started };
+  } catch (error) {
+    server.inFlight--;
+    service.inFlight--;
+    if (error instanceof WireError) return { kind: error.kind, sent: error.sent, detail: error.message };
+    return { kind: "reset", sent: true, detail: String(error) };
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 9. Balance: the request path. gate -> matchRoute -> pickServer -> forward -> settle -> (retry, minus those tried) -> response
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** Every answer of our own. The text goes to clients: short, and never a server's address or error. */
+export const FAILURES = {
+  "bad-request": { status: 400, text: "the request is not valid" },
+  "bad-host": { status: 400, text: "the Host header is missing or not valid" },
+  "bad-body": { status: 400, text: "the request's body does not have its announced length" },
+  "denied": { status: 403, text: "this address may not ask" },
+  "no-route": { status: 404, text: "no route fits this request" },
+  "bad-method": { status: 405, text: "this method is not allowed here" },
+  "client-timeout": { status: 408, text: "the request's body did not arrive in time" },
+  "body-too-large": { status: 413, text: "the request's body is too large" },
+  "uri-too-long": { status: 414, text: "the request's target is too long" },
+  "headers-too-large": { status: 431, text: "the request's headers are too large" },
+  "client-left": { status: 499, text: "the client has left" },
+  "internal": { status: 500, text: "the load balancer has failed" },
+  "connect": { status: 502, text: "the server cannot be reached" },
+  "reset": { status: 502, text: "the server closed the connection" },
+  "invalid-answer": { status: 502, text: "the server's answer is not valid" },
+  "no-server": { status: 503, text: "no server may be asked" },
+  "connect-timeout": { status: 504, text: "the server cannot be reached in time" },
+  "timeout": { status: 504, text: "the server did not answer in time" },
+  "idle": { status: 504, text: "the server stopped in the middle of its answer" },
+  "loop": { status: 508, text: "the request has been here before" },
+} satisfies Record<Failure | Refusal | (string & {}), { status: number; text: string }>;
+
+/** A word of `x-lb-failure`. */
+export type FailureName = keyof typeof FAILURES;
+
+const KEPT = 65_536; // bytes: a body up to this size is read first, and kept for another attempt
+const BACK_OFF = 25; // milliseconds before the second retry at most; doubled for each further one, up to a second
+const MAX_HOPS = 20; // entries of Via
+const LEAST_RETRIES = 3; // that the budget always allows at once
+const GATEWAY_ERRORS = new Set([502, 503, 504]); // an answer that counts against its server
+const BLAMELESS = new Set<string>(["client-left", "client-timeout", "bad-body", "body-too-large"]);
+const RETRIED_AS: Partial<Record<Failure, string | number>> = {
+  "connect": "connect",
+  "connect-timeout": "connect",
+  "reset": "reset",
+  "invalid-answer": 502,
+  "timeout": 504,
+};
+
+/** The record of a request that has just come in. */
+function newExchange(balancer: Balancer, request: Request, from: Client): Exchange {
+  const { table, effects } = balancer;
+  const trusted = table.config.trust.length > 0 && table.trusts(from.address);
+  const told = trusted ? toldBy(from.headers) : undefined;
+  return {
+    random: effects.random,
+    key: "",
+    client: told ? clientBehind(from.address, told, table.trusts) : from.address,
+    request,
+    table,
+    started: effects.now(),
+    id: told?.get("x-request-id") ?? `${balancer.name}-${(++balancer.requests).toString(36)}`,
+    method: request.method,
+    host: "",
+    path: "",
+    query: "",
+    peer: from.address,
+    trusted,
+    scheme: from.scheme,
+    headers: from.headers,
+    length: 0,
+    body: null,
+    matched: "",
+    allow: undefined,
+    route: undefined,
+    destination: undefined,
+    tried: [],
+    status: 0,
+    ended: false,
+    bytes: 0,
+    problem: "",
+  };
+}
+
+/** Answers one request. */
+async function balance(balancer: Balancer, context: Context): Promise<Response> {
+  const request = context.req.raw;
+  const exchange = newExchange(balancer, request, balancer.effects.client(request, context.env));
+  balancer.inFlight++;
+  const refusal = admit(exchange) ?? loop(balancer, request);
+  if (refusal) return refuse(balancer, exchange, refusal);
+  const route = exchange.route = matchRoute(exchange.table, exchange);
+  if (!route) return refuse(balancer, exchange, exchange.allow ? "bad-method" : "no-route");
+  if (route.admits && !route.admits(exchange.client)) return refuse(balancer, exchange, "denied");
+  if (exchange.length > route.body_limit) return refuse(balancer, exchange, "body-too-large");
+  if (route.action.kind === "redirect") return conclude(balancer, exchange, redirect(exchange, route.action));
+  if (route.action.kind === "respond") return conclude(balancer, exchange, respondLiterally(route, route.action));
+  const destination = exchange.destination = drawDestination(route, exchange);
+  const answer = () => attempts(balancer, exchange, destination);
+  return destination.layers.length ? throughLayers(context, destination.layers, answer) : answer();
+}
+
+/** A request that has been here before, or that has passed too many proxies. */
+function loop({ via }: Balancer, request: Request): FailureName | undefined {
+  const chain = request.headers.get("via");
+  return chain !== null && (chain.includes(via) || chain.split(",").length > MAX_HOPS) ? "loop" : undefined;
+}
+
+/** One of a split's services, by weight. */
+function drawDestination({ destinations, weight }: Route, { random }: Exchange): Destination {
+  let mark = destinations.length > 1 ? random() * weight : 0;
+  return destinations.find((one) => (mark -= one.weight) < 0) ?? destinations[0]!;
+}
+
+/** Runs Hono middleware around an answer. */
+async function throughLayers(
+  context: Context,
+  layers: MiddlewareHandler[],
+  answer: () => Promise<Response>,
+): Promise<Response> {
+  const run = layers.reduceRight<() => Promise<void>>(
+    (next, layer) => async () => {
+      const response = await layer(context, next);
+      if (response) context.res = response;
+    },
+    async () => void (context.res = await answer()),
+  );
+  await run();
+  return context.res;
+}
+
+/** Asks one server after another until one answers or no further attempt may be made. */
+async function attempts(balancer: Balancer, exchange: Exchange, destination: Destination): Promise<Response> {
+  const { effects } = balancer;
+  const { service } = destination;
+  const refusal = exchange.length === 0 ? undefined : await takeRequestBody(exchange, destination, effects);
+  if (refusal) return refuse(balancer, exchange, refusal);
+  for (let retry = 0;; retry++) {
+    const server = pickServer(service, exchange, effects);
+    if (server === undefined) return refuse(balancer, exchange, "no-server");
+    exchange.tried.push(server);
+    if (retry > 0) service.retrying++;
+    const outcome = await forward(
+      balancer,
+      exchange,
+      server,
+      (bytes, problem) => settle(balancer, exchange, server, bytes, problem),
+    );
+    if (retry > 0) service.retrying--;
+    judge(service, server, outcome, effects);
+    if (!mayRetry(exchange, destination, outcome, retry)) {
+      if (outcome.kind === "answer") return conclude(balancer, exchange, outcome.response);
+      effects.report("warn", `${exchange.id} ${service.name}: ${server.name}: ${outcome.detail}`);
+      return refuse(balancer, exchange, outcome.kind);
+    }
+    if (outcome.kind === "answer") await discard(exchange, outcome.response);
+    if (retry > 0) await effects.sleep(effects.random() * Math.min(1_000, BACK_OFF * 2 ** (retry - 1)));
+  }
+}
+
+/** Reads a small body, so that it can be sent twice; a larger one stays a stream, held to the route's limit. */
+async function takeRequestBody(
+  exchange: Exchange,
+  destination: Destination,
+  effects: Effects,
+): Promise<FailureName | undefined> {
+  const { request, length } = exchange;
+  const limit = exchange.route!.body_limit;
+  if (length < 0 || length > KEPT) {
+    const body = request.body as ReadableStream<Uint8Array<ArrayBuffer>>;
+    exchange.body = limit === Infinity ? body : body.pipeThrough(limited(limit));
+    return undefined;
+  }
+  const stop = new AbortController();
+  const late = effects.sleep(destination.policy.timeouts.idle, stop.signal).then(() => undefined);
+  try {
+    const bytes = await Promise.race([request.arrayBuffer(), late]);
+    if (bytes === undefined) return "client-timeout";
+    exchange.body = new Uint8Array(bytes);
+    return bytes.byteLength === length ? undefined : "bad-body";
+  } catch {
+    return "client-left";
+  } finally {
+    stop.abort();
+  }
+}
+
+/** Passes bytes on up to a limit. */
+function limited(limit: number): TransformStream<Uint8Array<ArrayBuffer>, Uint8Array<ArrayBuffer>> {
+  let passed = 0;
+  return new TransformStream({
+    transform(piece, controller) {
+      passed += piece.byteLength;
+      if (passed > limit) controller.error(new WireError("body-too-large", true, "the body is over body_limit"));
+      else controller.enqueue(piece);
+    },
+  });
+}
+
+/** The server that takes the next attempt: one not tried yet while there is one, and a healthy one before any other. */
+function pickServer(service: Service, exchange: Exchange, effects: Effects): Server | undefined {
+  const now = effects.now();
+  let candidates = withRoom(service, candidatesOf(service, now));
+  if (exchange.tried.length) {
+    const untried = candidates.filter((server) => !exchange.tried.includes(server));
+    const healthy = untried.filter((server) => isHealthy(server, now));
+    candidates = healthy.length ? healthy : untried.length ? untried : candidates;
+  }
+  if (candidates.length === 0) return undefined;
+  exchange.key = service.key(exchange);
+  const server = service.strategy(candidates as Candidates, exchange);
+  server.picks++;
+  return server;
+}
+
+/** What an attempt says about its server's health. What the client did says nothing. */
+function judge(service: Service, server: Server, outcome: Outcome, effects: Effects): void {
+  if (outcome.kind === "answer") {
+    if (GATEWAY_ERRORS.has(outcome.response.status)) onFailed(service, server, effects);
+    else onAnswered(service, server, outcome.milliseconds, effects);
+  } else if (!BLAMELESS.has(outcome.kind)) onFailed(service, server, effects);
+}
+
+/**
+ * Whether another attempt may be made: the policy names what happened; repeating it does no harm, because no server has
+ * seen the request or it is idempotent and its body is at hand; and the budget has room. A connection that never stood
+ * put no load on any server, and so costs no budget.
+ */
+function mayRetry(
+  exchange: Exchange,
+  { policy, retryOn, service }: Destination,
+  outcome: Outcome,
+  retry: number,
+): boolean {
+  if (retry >= policy.retries) return false;
+  const what = outcome.kind === "answer" ? outcome.response.status : RETRIED_AS[outcome.kind];
+  if (what === undefined || !retryOn.has(what)) return false;
+  if (exchange.request.signal.aborted) return false;
+  const sent = outcome.kind === "answer" || outcome.sent;
+  if (!sent) return true;
+  if (!mayRepeat(exchange)) return false;
+  return service.retrying < Math.max(LEAST_RETRIES, service.config.retry_budget * service.inFlight);
+}
+
+/** Gives up an answer that another attempt will replace. */
+async function discard(exchange: Exchange, response: Response): Promise<void> {
+  await response.body?.cancel();
+  exchange.ended = false;
+}
+
+/** The end of an attempt's answer, whole or not: every pick comes here exactly once, or to the failure in `forward`. */
+function settle(
+  balancer: Balancer,
+  exchange: Exchange,
+  server: Server,
+  bytes: number,
+  problem: Failure | undefined,
+): void {
+  const { service } = exchange.destination!;
+  server.inFlight--;
+  service.inFlight--;
+  if (problem && !BLAMELESS.has(problem)) onFailed(service, server, balancer.effects);
+  exchange.ended = true;
+  exchange.bytes = bytes;
+  exchange.problem = problem ?? "";
+  if (exchange.status) finished(balancer, exchange);
+}
+
+/** The answer that the client gets. The exchange is finished with its body's last byte, which may have come already. */
+function conclude(balancer: Balancer, exchange: Exchange, response: Response): Response {
+  exchange.status = response.status;
+  if (exchange.ended || exchange.tried.length === 0) finished(balancer, exchange);
+  return response;
+}
+
+/** The end of every exchange, once. */
+function finished(balancer: Balancer, exchange: Exchange): void {
+  balancer.inFlight--;
+  const { log } = exchange.table.config;
+  if (log !== "off") balancer.effects.write(ACCESS_LINES[log](exchange, balancer.effects));
+}
+
+/** An answer of our own, as text, or as a problem (RFC 9457) for those who ask for JSON. */
+function refuse(balancer: Balancer, exchange: Exchange, kind: FailureName): Response {
+  const response = refusal(kind, exchange.request.headers.get("accept") ?? "", exchange.id);
+  if (response.status === 405) response.headers.set("allow", [...new Set(exchange.allow ?? ANY_METHOD)].join(", "));
+  exchange.problem = kind;
+  exchange.ended = true;
+  return conclude(balancer, exchange, response);
+}
+
+function refusal(kind: FailureName, accept = "", id = ""): Response {
+  const { status, text } = FAILURES[kind];
+  const json = /[/+]json/.test(accept);
+  const problem = { type: "about:blank", title: text, status, failure: kind, request: id };
+  const body = json ? JSON.stringify(problem) + "\n" : `${status}: ${text}\n`;
+  return new Response(body, {
+    status,
+    headers: {
+      "content-type": json ? "application/problem+json" : "text/plain; charset=utf-8",
+      "content-length": `${body.length}`,
+      "cache-control": "no-store",
+      "x-lb-failure": kind,
+      ...(status === 503 && { "retry-after": "1" }),
+      ...(CLOSING.has(status) && { connection: "close" }),
+    },
+  });
+}
+
+const CLOSING = new Set([400, 408, 413]); // where what follows on the connection cannot be trusted, or is not wanted
+const ANY_METHOD = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
+
+/** Where a redirect leads: taken literally, or the request's own address with some parts replaced. */
+function redirect(exchange: Exchange, action: Extract<RouteConfig["action"], { kind: "redirect" }>): Response {
+  const { to, scheme, host, port, path, status } = action;
+  const proto = scheme || exchange.scheme;
+  const own = exchange.host.slice(hostName(exchange.host).length); // with its colon; it goes with its host and scheme
+  const shown = port ? `:${port}` : scheme || host ? "" : own;
+  const usual = proto === "https" ? ":443" : ":80";
+  const authority = (host || hostName(exchange.host)) + (shown === usual ? "" : shown);
+  const location = to || `${proto}://${authority}${path || exchange.path}${exchange.query}`;
+  return new Response(null, { status, headers: { location, "content-length": "0" } });
+}
+
+/** The answer that a route gives by itself. */
+function respondLiterally(
+  route: Route,
+  { status, body, headers }: Extract<RouteConfig["action"], { kind: "respond" }>,
+) {
+  const bytes = new TextEncoder().encode(body);
+  const own = headers.has("content-type") || !body ? [] : ["content-type", "text/plain; charset=utf-8"];
+  const list = [
+    ...own,
+    ...[...headers].flat(),
+    ...(status === 204 || status === 304 ? [] : ["content-length", `${bytes.length}`]),
+  ];
+  return new Response(body ? bytes : null, { status, headers: pairs(applyRules(list, route.response.headers)) });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 10. Log: what is written down of each request, one line when its last byte has passed.
+// ---------------------------------------------------------------------------------------------------------------------
+
+const MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split(" ");
+
+/** `21/Nov/2026:03:14:42 +0000`, the time of Apache's logs, in UTC. */
+function clfTime(date: Date): string {
+  const iso = date.toISOString();
+  return `${iso.slice(8, 10)}/${MONTHS[date.getUTCMonth()]}/${iso.slice(0, 4)}:${iso.slice(11, 19)} +0000`;
+}
+
+/** A text between quotes in which no byte can begin another line or end the quotes. */
+const logged = (text: string | null): string =>
+  text ? text.replace(/[^\x20-\x7e]|["\\]/g, (c) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`) : "-";
+
+function accessRecord(exchange: Exchange, effects: Effects) {
+  const { request, client, method, host, path, query, status, bytes, route, destination, tried, id, problem } =
+    exchange;
+  return {
+    time: effects.date(),
+    client,
+    method,
+    host,
+    target: (path || request.url) + query,
+    status,
+    bytes,
+    referer: request.headers.get("referer"),
+    agent: request.headers.get("user-agent"),
+    id,
+    route: route?.name ?? "-",
+    service: destination?.service.name ?? "-",
+    server: tried.at(-1)?.name ?? "-",
+    attempts: tried.length,
+    milliseconds: Math.round((effects.now() - exchange.started) * 1_000) / 1_000,
+    failure: problem || "-",
+  };
+}
+
+/** The formats of `log:`. Combined is Apache's, and behind it service, server, attempts and milliseconds. */
+const ACCESS_LINES = {
+  combined(exchange: Exchange, effects: Effects): string {
+    const r = accessRecord(exchange, effects);
+    const line = `"${r.method} ${logged(r.target)} HTTP/1.1" ${r.status} ${r.bytes} "${logged(r.referer)}" "${
+      logged(r.agent)
+    }"`;
+    return `${r.client} - - [${clfTime(r.time)}] ${line} ${
+      logged(r.service)
+    } ${r.server} ${r.attempts} ${r.milliseconds}`;
+  },
+  json: (exchange: Exchange, effects: Effects): string => JSON.stringify(accessRecord(exchange, effects)),
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 12. Runtimes: where it runs. They differ in this table and nowhere else.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** What Deno and Bun offer beyond the standard, as far as it is used here. */
+interface Globals {
+  Deno?: {
+    serve(
+      options: { hostname?: string; port: number; onListen(): void },
+      handler: Serve,
+    ): { addr: { port: number }; shutdown(): Promise<void> };
+  };
+  Bun?: { serve(options: Record<string, unknown>): BunServer };
+  navigator?: { userAgent?: string };
+}
+interface BunServer {
+  port: number;
+  requestIP(request: Request): { address: string } | null;
+  stop(): Promise<void>;
+}
+const globals = globalThis as Globals;
+
+/** What answers requests; `env` is what the runtime hands over beside them. */
+export type Serve = (request: Request, env?: unknown) => Response | Promise<Response>;
+
+/** A listener that is open. */
+export interface Listener {
+  address: string; // host:port
+  /** Takes no more connections, and resolves when those that are open have ended. */
+  close(): Promise<void>;
+}
+
+export interface Runtime {
+  serve(fetch: Serve, host: string, port: number): Promise<Listener>;
+  client(request: Request, env: unknown): Client;
+  transport(): Pick<Effects, "fetch" | "connect">;
+}
+
+/** Milliseconds that never go back. */
+const now = (): number => performance.now();
+
+/** `::ffff:10.0.0.1`, as listeners for both families say it, is `10.0.0.1`. */
+const plainAddress = (address: string): string => address.startsWith("::ffff:") ? address.slice(7) : address;
+
+const schemeOf = (request: Request): string => request.url.startsWith("https:") ? "https" : "http";
+
+/** Headers where only the Headers object shows them: lower case, sorted, joined. */
+function flatHeaders(headers: Headers): string[] {
+  const flat: string[] = [];
+  headers.forEach((value, name) => flat.push(name, value));
+  return flat;
+}
+
+/** A host as the runtimes' listeners take it. */
+const bare = (host: string): string => host.replace(/^\[|\]$/g, "");
+
+const shown = (host: string, port: number): string => `${host || "0.0.0.0"}:${port}`;
+
+/** Node's server takes several values as a list, and only of a record adds no Content-Type of its own. */
+function listsInit(headers: readonly string[]): HeadersInit {
+  const record: Record<string, string | string[]> = {};
+  for (let i = 0; i < headers.length; i += 2) {
+    const [name, value] = [headers[i]!, headers[i + 1]!];
+    record[name] = Object.hasOwn(record, name) ? [record[name]!, value].flat() : value;
+  }
+  return record as Record<string, string>;
+}
+
+/** What Node's parser refuses before a handler sees it. */
+const PARSER_ERRORS: Record<string, FailureName> = {
+  HPE_HEADER_OVERFLOW: "headers-too-large",
+  ERR_HTTP_REQUEST_TIMEOUT: "client-timeout",
+};
+
+function rawRefusal(kind: FailureName): string {
+  const { status, text } = FAILURES[kind];
+  const body = `${status}: ${text}\n`;
+  const head = `HTTP/1.1 ${status} ${kind}\r\ncontent-type: text/plain; charset=utf-8\r\nx-lb-failure: ${kind}`;
+  return `${head}\r\ncontent-length: ${body.length}\r\nconnection: close\r\n\r\n${body}`;
+}
+
+/** The edge's own fetch. The platform holds the connections; an attempt ends for us with the head of its answer. */
+async function nativeFetch(url: string, attempt: Attempt): Promise<Response> {
+  const { method, headers, body, request, timeouts } = attempt;
+  const late = new AbortController();
+  const timer = setTimeout(() => late.abort(), timeouts.response);
+  try {
+    const response = await fetch(url, {
+      method,
+      headers: pairs(without(headers, new Set(["host"]))),
+      body,
+      redirect: "manual",
+      signal: AbortSignal.any([request.signal, late.signal]),
+    });
+    attempt.ended(0, undefined);
+    const own = attempt.inbound(flatHeaders(response.headers));
+    // "manual": a body that is encoded already is passed on as it is
+    return new Response(
+      response.body,
+      { status: response.status, headers: pairs(own), encodeBody: "manual" } as ResponseInit,
+    );
+  } catch (error) {
+    const kind = late.signal.aborted ? "timeout" : request.signal.aborted ? "client-left" : "reset";
+    throw new WireError(kind, true, String(error));
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
+  deno: {
+    serve(fetch, host, port) {
+      const server = globals.Deno!.serve({ ...(host && { hostname: bare(host) }), port, onListen() {} }, fetch);
+      return Promise.resolve({ address: shown(host, server.addr.port), close: () => server.shutdown() });
+    },
+    client(request, env) {
+      request.signal; // a signal that is first read after the client has left never says so
+      const { hostname } = (env as { remoteAddr: { hostname: string } }).remoteAddr;
+      return { address: plainAddress(hostname), scheme: schemeOf(request), headers: flatHeaders(request.headers) };
+    },
+    transport: () => createWire(now),
+  },
+  bun: {
+    serve(fetch, host, port) {
+      const options = { ...(host && { hostname: bare(host) }), port, idleTimeout: 0, maxRequestBodySize: Infinity };
+      const server = globals.Bun!.serve({ ...options, development: false, fetch });
+      return Promise.resolve({ address: shown(host, server.port), close: () => server.stop() });
+    },
+    client(request, env) {
+      const address = (env as BunServer).requestIP(request)?.address ?? "";
+      return { address: plainAddress(address), scheme: schemeOf(request), headers: flatHeaders(request.headers) };
+    },
+    transport: () => createWire(now),
+  },
+  node: {
+    async serve(fetch, host, port) {
+      const { getRequestListener } = await import("@hono/node-server");
+      const { createServer } = await import("node:http");
+      const listener = getRequestListener(fetch, { errorHandler: () => refusal("bad-request") });
+      const server = createServer({ requestTimeout: 0, maxHeaderSize: 65_536 }, listener);
+      server.maxHeadersCount = 0;
+      server.on("clientError", (error: Error & { code?: string }, socket: Socket) => {
+        if (socket.writable) socket.end(rawRefusal(PARSER_ERRORS[error.code ?? ""] ?? "bad-request"));
+      });
+      server.on("connect", (_request, socket: Socket) => socket.end(rawRefusal("bad-method")));
+      await new Promise<void>((resolve, reject) => {
+        server.on("error", reject);
+        server.listen({ port, ...(host && { host: bare(host) }) }, resolve);
+      });
+      const close = () =>
+        new Promise<void>((resolve) => {
+          server.close(() => resolve());
+          server.closeIdleConnections();
+        });
+      return { address: shown(host, (server.address() as AddressInfo).port), close };
+    },
+    client(_request, env) {
+      const { incoming } = env as { incoming: IncomingMessage };
+      const { remoteAddress = "", encrypted = false } = incoming.socket as Socket & { encrypted?: boolean };
+      return {
+        address: plainAddress(remoteAddress),
+        scheme: encrypted ? "https" : "http",
+        headers: incoming.rawHeaders,
+      };
+    },
+    transport: () => createWire(now, listsInit),
+  },
+  edge: {
+    serve: () => Promise.reject(new Error("at the edge the platform listens")),
+    client(request) {
+      const address = request.headers.get("cf-connecting-ip") ?? "";
+      return { address, scheme: schemeOf(request), headers: flatHeaders(request.headers) };
+    },
+    transport: () => ({ fetch: nativeFetch, connect: () => Promise.resolve() }),
+  },
+};
+
+/** Where this runs. Workers are asked for first: they know Node's names too. */
+const here: keyof typeof runtimes = globals.navigator?.userAgent === "Cloudflare-Workers"
+  ? "edge"
+  : globals.Deno
+  ? "deno"
+  : globals.Bun
+  ? "bun"
+  : "node";
+
+/** The effects of the runtime that this runs on. */
+function defaultEffects(): Effects {
+  const runtime = runtimes[here];
+  return {
+    ...runtime.transport(),
+    now,
+    date: () => new Date(),
+    random: Math.random,
+    sleep: (milliseconds, signal) =>
+      new Promise((resolve) => {
+        const timer = setTimeout(resolve, milliseconds);
+        signal?.addEventListener("abort", () => clearTimeout(timer), { once: true });
+      }),
+    client: runtime.client,
+    write: (line) => console.log(line),
+    report: (level, text) => console.error(`${level}: ${text}`),
+  };
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 11. Assemble: one balancer from one config.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** A Hono app that balances, to be served, mounted or wrapped. */
+export interface LoadBalancer extends Hono {
+  /** Puts another config in force. Requests in flight finish on the old one; what is known of servers that stay is kept. */
+  reload(config: Config): void;
+  /** Probes the servers that are due. Call it in an interval; `serve` does. */
+  probe(): Promise<void>;
+  /** What is in force and in flight, to be read. */
+  balancer: Balancer;
+}
+
+/** A server that stays, by service and URL, stays the same record: what is known of it is kept over a reload. */
+function buildService(config: ServiceConfig, name: string, strategies: Strategies, previous?: Service): Service {
+  const known = new Map(previous?.servers.map((server) => [server.url, server]));
+  const servers = config.servers.map((wanted) =>
+    Object.assign(known.get(wanted.url) ?? newServer(wanted, name, config.tls), wanted, { tls: config.tls })
+  );
+  return {
+    name,
+    config,
+    servers,
+    strategy: strategies[config.strategy.name]!,
+    key: keyOf(config.strategy),
+    bounded: servers.some((server) => Math.min(server.max, config.max_in_flight) < Infinity),
+    candidates: [],
+    candidatesUntil: 0,
+    panicking: false,
+    inFlight: 0,
+    retrying: 0,
+  };
+}
+
+/** compress and cors are Hono's own middleware, around the answers of the routes that ask for them. */
+function layersOf({ compress: compressed, cors: shared }: Policy): MiddlewareHandler[] {
+  const layers: MiddlewareHandler[] = [];
+  if (shared.origin.length) {
+    layers.push(cors({
+      origin: shared.origin.includes("*") ? "*" : shared.origin,
+      allowMethods: shared.allow_methods,
+      allowHeaders: shared.allow_headers,
+      exposeHeaders: shared.expose_headers,
+      credentials: shared.credentials,
+      ...(shared.max_age > 0 && { maxAge: shared.max_age / 1_000 }),
+    }));
+  }
+  if (compressed) layers.push(compress({ encoding: "gzip" }));
+  return layers;
+}
+
+function buildRoute(config: RouteConfig, services: Map<string, Service>): Route {
+  const { name, hosts, paths, methods, rewrite, request, response, body_limit, action, headers, query } = config;
+  const destinations = action.kind !== "forward" ? [] : action.targets.map(({ service, weight, policy }) => ({
+    service: services.get(service)!,
+    weight,
+    policy,
+    retryOn: new Set<string | number>(policy.retry_on),
+    layers: layersOf(policy),
+  }));
+  return {
+    ...{ name, hosts, paths, methods, rewrite, request, response, body_limit, action, destinations },
+    weight: destinations.reduce((sum, one) => sum + one.weight, 0),
+    rank: (methods.length ? 1e6 : 0) + headers.length * 1e3 + query.length,
+    conditions: [
+      ...headers.map((condition) => compileCondition(condition, headerOf)),
+      ...query.map((condition) => compileCondition(condition, queryOf)),
+    ],
+    admits: compileAdmission(config.allow, config.deny),
+    hasRules: [request.headers, response.headers].some(({ set, add, remove }) =>
+      set.size + add.size + remove.length > 0
+    ),
+  };
+}
+
+/** Compiles a config into what requests read. Nothing here can fail: `parseConfig` has refused what could. */
+export function buildTable(config: Config, strategies: Strategies, previous?: Table): Table {
+  const services = new Map<string, Service>();
+  for (const [name, service] of config.services) {
+    services.set(name, buildService(service, name, strategies, previous?.services.get(name)));
+  }
+  const routes = config.routes.map((route) => ({ route: buildRoute(route, services), fallback: route.fallback }));
+  return {
+    config,
+    services,
+    hosts: compileHosts(routes.filter(({ fallback }) => !fallback).map(({ route }) => route)),
+    fallback: routes.find(({ fallback }) => fallback)?.route,
+    trusts: memo(addressMatcher(config.trust)),
+  };
+}
+
+/**
+ * Makes a load balancer of a parsed config.
+ * @param effects what shall differ from the runtime's own: a clock, a random, a transport
+ * @param more strategies of your own, by the names that `strategy:` may then say
+ */
+export function createLoadBalancer(
+  config: Config,
+  effects: Partial<Effects> = {},
+  more: Strategies = {},
+): LoadBalancer {
+  const all: Effects = { ...defaultEffects(), ...effects };
+  const known: Strategies = { ...strategies, ...more };
+  const name = hash(`${all.random()} ${all.date().getTime()}`).toString(36);
+  const balancer: Balancer = {
+    table: buildTable(config, known),
+    effects: all,
+    name,
+    via: `1.1 lb-${name}`,
+    requests: 0,
+    inFlight: 0,
+  };
+  const app = new Hono();
+  app.all("*", (context) => balance(balancer, context));
+  app.onError((error) => {
+    all.report("error", `internal: ${error.stack ?? error.message}`);
+    return new Response(FAILURES.internal.text, { status: 500, headers: { "x-lb-failure": "internal" } });
+  });
+  return Object.assign(app, {
+    balancer,
+    reload: (next: Config) => void (balancer.table = buildTable(next, known, balancer.table)),
+    probe: () => probeDue(balancer.table, all),
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 13. Main: as a program.
+// ---------------------------------------------------------------------------------------------------------------------
+
+const VERSION = "0.1.0";
+
+const USAGE = `lb.ts ${VERSION}: a load balancer for HTTP in one file
+
+Usage: lb.ts [options] [routes.yml]
+
+  -c, --config FILE      the configuration              (LB_CONFIG, default routes.yml)
+  -l, --listen ADDRESS   instead of listen in the file  (LB_LISTEN)
+  -p, --port N           the same, a port only          (LB_PORT)
+      --log FORMAT       combined, json or off          (LB_LOG)
+      --drain TIME       how long requests in flight may take at the end  (default 30s)
+  -t, --check            check the file: 0 and one line, or 1 and every mistake with its line
+      --print-config     print what is in force, secrets masked
+      --explain REQUEST  'GET http://host/path': which route, which service, which servers and why not the others
+      --schema           print the JSON Schema of routes.yml
+      --demo             start three small servers and balance over them
+  -h, --help             print this
+      --version          print the version
+
+SIGHUP, or a change of the file, puts the file in force again; SIGTERM and SIGINT drain, and end at once when repeated.
+`;
+
+const OPTIONS = {
+  "config": { type: "string", short: "c" },
+  "listen": { type: "string", short: "l" },
+  "port": { type: "string", short: "p" },
+  "log": { type: "string" },
+  "drain": { type: "string" },
+  "check": { type: "boolean", short: "t" },
+  "print-config": { type: "boolean" },
+  "explain": { type: "string" },
+  "schema": { type: "boolean" },
+  "demo": { type: "boolean" },
+  "help": { type: "boolean", short: "h" },
+  "version": { type: "boolean" },
+} as const;
+
+/** A call of the program that cannot be meant: exit status 2. */
+class UsageError extends Error {}
+
+/** What the program was asked to do: options, then the environment, then what the file says. */
+interface Call {
+  options: ReturnType<typeof readOptions>["values"];
+  file: string;
+  listen: string | undefined;
+  log: string | undefined;
+  drain: number;
+  env: Record<string, string | undefined>;
+}
+
+const readOptions = (args: string[]) => parseArgs({ args, options: OPTIONS, allowPositionals: true });
+
+function readCall(args: string[], env: Call["env"]): Call {
+  let parsed;
+  try {
+    parsed = readOptions(args);
+  } catch (error) {
+    throw new UsageError((error as Error).message);
+  }
+  const { values, positionals } = parsed;
+  if (positionals.length > 1) throw new UsageError(`one file expected, not ${positionals.join(" and ")}`);
+  const drain = v.safeParse(Duration, values.drain ?? "30s");
+  if (!drain.success) throw new UsageError(`--drain: "${values.drain}" is not a duration such as 30s`);
+  return {
+    options: values,
+    file: values.config ?? positionals[0] ?? env.LB_CONFIG ?? "routes.yml",
+    listen: values.listen ?? values.port ?? env.LB_LISTEN ?? env.LB_PORT,
+    log: values.log ?? env.LB_LOG,
+    drain: drain.output,
+    env,
+  };
+}
+
+/** Reads the file, and lays the command line and the environment over it. */
+function load(call: Call, text = readText(call.file)): Config {
+  const config = parseConfig(text, call.env, call.file);
+  if (call.listen !== undefined) {
+    const address = v.safeParse(Listen, call.listen);
+    if (!address.success) throw new UsageError(`"${call.listen}" is not a port, or an address such as 127.0.0.1:8080`);
+    config.listen = [address.output];
+  }
+  if (call.log !== undefined) {
+    const format = v.safeParse(File.entries.log, call.log);
+    if (!format.success) throw new UsageError(`log: "${call.log}" is not combined, json or off`);
+    config.log = format.output;
+  }
+  return config;
+}
+
+function readText(file: string): string {
+  try {
+    return readFileSync(file, "utf8");
+  } catch (error) {
+    throw new ConfigError(file, [{
+      line: 1,
+      column: 1,
+      path: "",
+      message: `cannot be read: ${(error as Error).message}`,
+    }]);
+  }
+}
+
+/** Which servers of which service a request would go to, and why the others would not be asked. */
+async function explain(config: Config, text: string): Promise<string> {
+  const [, method = "GET", url = ""] = /^(?:([A-Z]+) )?(https?:\/\/\S+)$/.exec(text.trim()) ?? [];
+  if (!URL.canParse(url)) throw new UsageError(`--explain: "${text}" is not a request such as 'GET http://host/path'`);
+  const balancer = createLoadBalancer(config).balancer;
+  const request = new Request(url, { method, headers: { host: new URL(url).host } });
+  const exchange = newExchange(balancer, request, { address: "127.0.0.1", scheme: "http", headers: [] });
+  const refusal = admit(exchange);
+  const route = refusal ? undefined : matchRoute(balancer.table, exchange);
+  if (!route) {
+    const kind = refusal ?? (exchange.allow ? "bad-method" : "no-route");
+    return `no route: ${FAILURES[kind].status} ${FAILURES[kind].text} (x-lb-failure: ${kind})`;
+  }
+  const lines = [`route    ${route.name}`];
+  if (route.action.kind !== "forward") lines.push(`answer   ${route.action.kind} ${route.action.status}`);
+  else lines.push(`target   ${method} ${targetOf(exchange, route)}`);
+  for (const { service, weight } of route.destinations) {
+    lines.push(
+      `service  ${service.name}: ${service.config.strategy.name}${
+        route.destinations.length > 1 ? `, weight ${weight}` : ""
+      }`,
+    );
+    const candidates = candidatesOf(service, balancer.effects.now());
+    for (const server of service.servers) {
+      lines.push(`server   ${server.name}: ${candidates.includes(server) ? "may be asked" : whyNot(server)}`);
+    }
+  }
+  await Promise.resolve();
+  return lines.join("\n");
+}
+
+/** Why a server may not be asked. */
+const whyNot = (server: Server): string =>
+  server.weight === 0
+    ? "not asked: its weight is 0"
+    : server.backup
+    ? "not asked: a backup"
+    : !server.up
+    ? "not asked: down"
+    : "not asked: ejected";
+
+/** Three small servers inside this process, and a config that balances over them. */
+async function demo(): Promise<string> {
+  const open = (name: string) =>
+    runtimes[here].serve(
+      (request) => new Response(`hello from ${name}: ${request.method} ${new URL(request.url).pathname}\n`),
+      "127.0.0.1",
+      0,
+    );
+  const servers = await Promise.all(["one", "two", "three"].map(open));
+  return `services: {demo: {servers: [${
+    servers.map(({ address }) => `"${address}"`).join(", ")
+  }]}}\ndefault: {service: demo}\n`;
+}
+
+/** Lines for standard output, written together: a write for each would cost more than the request. */
+function lineWriter(): (line: string) => void {
+  let waiting: string[] = [];
+  const flush = () => {
+    process.stdout.write(waiting.join(""));
+    waiting = [];
+  };
+  process.stdout.on("error", () => {}); // nobody reads any more: no reason to stop balancing
+  process.on("exit", () => waiting.length && flush());
+  return (line) => {
+    if (waiting.length === 0) setTimeout(flush, 20);
+    waiting.push(line + "\n");
+  };
+}
+
+/** Runs until a signal ends it. */
+async function run(call: Call): Promise<void> {
+  const text = call.options.demo ? await demo() : undefined;
+  const config = load(call, text);
+  const lb = createLoadBalancer(config, { write: lineWriter() });
+  const { effects } = lb.balancer;
+  const listeners: Listener[] = [];
+  for (const { host, port } of config.listen) {
+    try {
+      listeners.push(await runtimes[here].serve((request, env) => lb.fetch(request, env as object), host, port));
+    } catch (error) {
+      throw new ConfigError(call.file, [{
+        line: 1,
+        column: 1,
+        path: "listen",
+        message: `cannot listen on ${shown(host, port)}: ${(error as Error).message}`,
+      }]);
+    }
+  }
+  for (const { address } of listeners) effects.report("info", `lb.ts ${VERSION} listening on http://${address}`);
+  announce(lb);
+  setInterval(() => void lb.probe(), PROBE_TICK);
+  const reload = () => again(call, lb);
+  if (text === undefined) {
+    watchFile(call.file, { interval: 500 }, reload);
+    process.on("SIGHUP", reload);
+  }
+  for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => void drain(lb, listeners, call.drain));
+}
+
+const PROBE_TICK = 100; // milliseconds between two looks at which probes are due
+
+/** Says what is balanced. */
+function announce({ balancer: { table, effects } }: LoadBalancer): void {
+  for (const { name, servers, config } of table.services.values()) {
+    effects.report("info", `${name}: ${config.strategy.name} over ${servers.map((server) => server.name).join(", ")}`);
+  }
+}
+
+/** Reads the file again. A file that cannot be used changes nothing. */
+function again(call: Call, lb: LoadBalancer): void {
+  const { effects, table } = lb.balancer;
+  try {
+    const config = load(call);
+    lb.reload(config);
+    effects.report("info", `${call.file} is in force again, changed`);
+    if (JSON.stringify(config.listen) !== JSON.stringify(table.config.listen)) {
+      effects.report("warn", "listen has changed: that takes effect with the next start");
+    }
+    announce(lb);
+  } catch (error) {
+    effects.report("error", `the old config stays in force:\n${(error as Error).message}`);
+  }
+}
+
+const draining = new WeakSet<LoadBalancer>();
+
+/** No new connections, requests in flight finish, then the end; a second signal ends at once. */
+async function drain(lb: LoadBalancer, listeners: Listener[], grace: number): Promise<void> {
+  const { effects } = lb.balancer;
+  if (draining.has(lb)) process.exit(1);
+  draining.add(lb);
+  effects.report("info", `draining: ${lb.balancer.inFlight} requests in flight`);
+  const closed = Promise.all(listeners.map((listener) => listener.close()));
+  const end = effects.now() + grace;
+  while (lb.balancer.inFlight > 0 && effects.now() < end) await effects.sleep(20);
+  await Promise.race([closed, effects.sleep(Math.min(500, Math.max(0, end - effects.now())))]);
+  effects.report("info", lb.balancer.inFlight ? `${lb.balancer.inFlight} requests were cut off` : "drained");
+  process.exit(0);
+}
+
+/** The program. Gives an exit status, or undefined while it runs on. */
+async function main(args: string[], env: Call["env"]): Promise<number | undefined> {
+  try {
+    const call = readCall(args, env);
+    const { options } = call;
+    if (options.help) return print(USAGE);
+    if (options.version) return print(VERSION);
+    if (options.schema) return print(JSON.stringify(jsonSchema(), null, 2));
+    if (options.check) {
+      return print(`${call.file} is fine: ${load(call).services.size} services, ${load(call).routes.length} routes`);
+    }
+    if (options["print-config"]) return print(printConfig(load(call)));
+    if (options.explain !== undefined) return print(await explain(load(call), options.explain));
+    await run(call);
+  } catch (error) {
+    if (!(error instanceof UsageError || error instanceof ConfigError)) throw error;
+    console.error(error.message);
+    if (error instanceof UsageError) console.error("lb.ts --help lists the options");
+    return error instanceof UsageError ? 2 : 1;
+  }
+}
+
+function print(text: string): number {
+  console.log(text.trimEnd());
+  return 0;
+}
+
+/** At the edge the file lies beside the bundle; everything is made with the first request, since nothing may run before. */
+function edge() {
+  let made: LoadBalancer | undefined;
+  const lb = () => made ??= createLoadBalancer(parseConfig(readFileSync("/bundle/routes.yml", "utf8"), process.env));
+  return {
+    fetch(request: Request, env: unknown, context: { waitUntil(promise: Promise<unknown>): void }) {
+      context.waitUntil(lb().probe());
+      return lb().fetch(request, env as object);
+    },
+    scheduled: () => lb().probe(),
+  };
+}
+
+if (import.meta.main) {
+  const status = await main(process.argv.slice(2), process.env);
+  if (status !== undefined) process.exitCode = status;
+}
+
+export default here === "edge" ? edge() : undefined;

@@ -1,0 +1,342 @@
+// What the tests of the running program share: the program itself on the runtime that runs the test, a client that
+// sends bytes as they are, and servers that answer with bytes as they are. Everything speaks over node:net, for an
+// HTTP library would correct the very mistakes that these tests make on purpose.
+
+import assert from "node:assert/strict";
+import { Buffer } from "node:buffer";
+import { spawn } from "node:child_process";
+import { createHash } from "node:crypto";
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { type AddressInfo, connect, createServer, type Socket } from "node:net";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import process from "node:process";
+import { fileURLToPath } from "node:url";
+
+export type Runtime = "deno" | "bun" | "node";
+export const runtime = (): Runtime => "Deno" in globalThis ? "deno" : "Bun" in globalThis ? "bun" : "node";
+
+export const sleep = (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, ms));
+
+/** Looks every 10 ms until it sees something; fails when that does not happen. */
+export async function until<T>(what: string, look: () => T | undefined | false, within = 5000): Promise<T> {
+  for (const end = Date.now() + within;;) {
+    const seen = look();
+    if (seen) return seen;
+    assert.ok(Date.now() < end, `did not happen within ${within} ms: ${what}`);
+    await sleep(10);
+  }
+}
+
+// ─── HTTP messages, as they were on the wire ───
+
+export interface Message {
+  /** The request line or status line. */
+  start: string;
+  /** Names and values as they were sent, in order. */
+  headers: [name: string, value: string][];
+  body: Buffer;
+  /** Whether the body came to the end that its head had announced. */
+  complete: boolean;
+}
+
+/** Every value of a header, in order. */
+export const values = (message: Message, name: string) =>
+  message.headers.filter(([given]) => given.toLowerCase() === name.toLowerCase()).map(([, value]) => value);
+export const value = (message: Message, name: string) => values(message, name).join(", ");
+export const status = (answer: Message) => Number(answer.start.split(" ")[1]);
+export const target = (request: Message) => request.start.split(" ")[1] ?? "";
+
+const EMPTY = Buffer.alloc(0);
+
+function chunked(bytes: Buffer): { body: Buffer; rest: Buffer; complete: boolean } {
+  const parts: Buffer[] = [];
+  for (let at = 0;;) {
+    const eol = bytes.indexOf("\r\n", at);
+    const size = eol < 0 ? NaN : parseInt(/^[0-9a-f]+(?=$|;)/i.exec(bytes.toString("latin1", at, eol))?.[0] ?? "", 16);
+    if (size === 0) {
+      const end = bytes.subarray(eol, eol + 4).equals(Buffer.from("\r\n\r\n")) ? eol : bytes.indexOf("\r\n\r\n", eol);
+      if (end >= 0) return { body: Buffer.concat(parts), rest: bytes.subarray(end + 4), complete: true };
+    }
+    const end = eol + 2 + size;
+    if (!(size > 0) || bytes.length < end + 2 || bytes.toString("latin1", end, end + 2) !== "\r\n") {
+      if (size > 0) parts.push(bytes.subarray(eol + 2, Math.min(end, bytes.length)));
+      return { body: Buffer.concat(parts), rest: EMPTY, complete: false };
+    }
+    parts.push(bytes.subarray(eol + 2, end));
+    at = end + 2;
+  }
+}
+
+/** Takes one message off the front; undefined while its head is not complete. */
+function take(
+  bytes: Buffer,
+  body: "framed" | "none" | "until the end",
+): { message: Message; rest: Buffer } | undefined {
+  const end = bytes.indexOf("\r\n\r\n");
+  if (end < 0) return undefined;
+  const [start = "", ...lines] = bytes.toString("latin1", 0, end).split("\r\n");
+  const headers = lines.map((line): [string, string] => {
+    const colon = line.indexOf(":");
+    return [line.slice(0, colon), line.slice(colon + 1).trim()];
+  });
+  const message: Message = { start, headers, body: EMPTY, complete: true };
+  const after = bytes.subarray(end + 4);
+  const length = values(message, "content-length")[0];
+  if (body === "none") return { message, rest: after };
+  if (/chunked/i.test(value(message, "transfer-encoding"))) {
+    const { rest, ...found } = chunked(after);
+    return { message: { ...message, ...found }, rest };
+  }
+  if (length === undefined) {
+    return body === "framed" ? { message, rest: after } : { message: { ...message, body: after }, rest: EMPTY };
+  }
+  const complete = after.length >= Number(length);
+  return {
+    message: { ...message, body: after.subarray(0, Number(length)), complete },
+    rest: after.subarray(Number(length)),
+  };
+}
+
+// ─── The client ───
+
+/** Bytes (a string is latin1), a pause in milliseconds, or something to do or wait for before going on. */
+export type Part = string | Buffer | number | ((socket: Socket) => unknown);
+
+export interface Exchange {
+  /** The final answers, in order. */
+  answers: Message[];
+  /** The 1xx answers before them. */
+  interim: Message[];
+  /** Whether the balancer ended the connection (false: we did, when nothing more came). */
+  closed: boolean;
+  bytes: Buffer;
+}
+
+/** Sends what it is given on one connection and collects what comes back until the connection ends, or is quiet. */
+export async function rawRequest(
+  port: number,
+  parts: Part | Part[],
+  { methods = [], quiet = 400, patience = 8000 }: { methods?: string[]; quiet?: number; patience?: number } = {},
+): Promise<Exchange> {
+  const socket = connect(port, "127.0.0.1");
+  const got: Buffer[] = [];
+  let last = Date.now();
+  let closed = false;
+  socket.on("data", (bytes: Buffer) => (got.push(bytes), last = Date.now()));
+  socket.on("error", () => closed = true);
+  socket.on("end", () => closed = true);
+  socket.on("close", () => closed = true);
+  await new Promise((resolve) => (socket.once("connect", resolve), socket.once("error", resolve)));
+  const read = () => {
+    const answers: Message[] = [], interim: Message[] = [];
+    for (let rest: Buffer = Buffer.concat(got), found; rest.length; rest = found.rest) {
+      const code = Number(/^HTTP\/1\.[01] (\d{3})/.exec(rest.toString("latin1", 0, 12))?.[1]);
+      const none = methods[answers.length] === "HEAD" || code < 200 || code === 204 || code === 304;
+      found = code ? take(rest, none ? "none" : "until the end") : undefined;
+      if (!found) {
+        answers.push({ start: rest.toString("latin1"), headers: [], body: EMPTY, complete: false });
+        break;
+      }
+      (code < 200 && code !== 101 ? interim : answers).push(found.message);
+    }
+    return { answers, interim };
+  };
+  for (const part of Array.isArray(parts) ? parts : [parts]) {
+    if (typeof part === "number") await sleep(part);
+    else if (typeof part === "function") await part(socket);
+    else if (!closed) socket.write(typeof part === "string" ? Buffer.from(part, "latin1") : part);
+  }
+  last = Date.now();
+  for (const end = last + patience; !closed && Date.now() < end; await sleep(5)) {
+    if (socket.destroyed) break;
+    if (Date.now() - last > quiet && read().answers.at(-1)?.complete) break;
+  }
+  socket.destroy();
+  return { ...read(), closed, bytes: Buffer.concat(got) };
+}
+
+/** A request that asks to close the connection, so that nobody has to wait for more. */
+export const get = (path: string, headers = "", host = "a.test") =>
+  `GET ${path} HTTP/1.1\r\nHost: ${host}\r\n${headers}Connection: close\r\n\r\n`;
+
+// ─── Servers ───
+
+/** One connection to a scripted server. */
+export interface Visit {
+  /** Counts connections from 0. */
+  index: number;
+  socket: Socket;
+  /** All bytes received on it, as latin1. */
+  received: string;
+  /** Sends bytes and pauses, in order. */
+  send(...parts: (string | Buffer | number)[]): Promise<void>;
+  /** Whether the connection is over, whoever ended it. */
+  over: boolean;
+}
+
+/** What a server does with the request that has just arrived (the count is over all connections, from 0). */
+export type Script = (visit: Visit, request: Message, count: number) => unknown;
+
+export interface ScriptedServer {
+  /** Can be replaced between two requests. */
+  script: Script;
+  /** When the script is called: as soon as a request's head is there, or (the default) when its body is. */
+  at: "head" | "end";
+  port: number;
+  address: string;
+  visits: Visit[];
+  /** The requests that arrived whole, in order. */
+  requests: Message[];
+  /** Forgets what it has seen; `script` and `at` are set anew. Connections stay. */
+  reset(script: Script, at?: "head" | "end"): void;
+  close(): Promise<void>;
+}
+
+export async function scriptedServer(script: Script): Promise<ScriptedServer> {
+  const open = new Set<Socket>();
+  let count = 0, visits = 0;
+  const tcp = createServer((socket) => {
+    const visit: Visit = {
+      index: visits++,
+      socket,
+      received: "",
+      over: false,
+      async send(...parts) {
+        for (const part of parts) {
+          if (typeof part === "number") await sleep(part);
+          else if (!visit.over && !socket.write(typeof part === "string" ? Buffer.from(part, "latin1") : part)) {
+            await Promise.race([
+              new Promise((go) => socket.once("drain", go)),
+              new Promise((go) => socket.once("close", go)),
+            ]);
+          }
+        }
+      },
+    };
+    let rest: Buffer = EMPTY;
+    let called = false; // for the request at the front of `rest`
+    let turn: Promise<unknown> = Promise.resolve();
+    server.visits.push(visit);
+    open.add(socket);
+    const over = () => (visit.over = true, open.delete(socket));
+    socket.on("close", over);
+    socket.on("end", over);
+    socket.on("error", over);
+    socket.on("data", (bytes: Buffer) => {
+      visit.received += bytes.toString("latin1");
+      rest = Buffer.concat([rest, bytes]);
+      for (let found; (found = take(rest, "framed"));) {
+        const { message } = found;
+        if (!called && (message.complete || server.at === "head")) {
+          const number = count++;
+          turn = turn.then(() => server.script(visit, message, number)).catch(() => socket.destroy());
+          called = true;
+        }
+        if (!message.complete) break;
+        server.requests.push(message);
+        rest = found.rest;
+        called = false;
+      }
+    });
+  });
+  const server: ScriptedServer = {
+    script,
+    at: "end",
+    port: 0,
+    address: "",
+    visits: [],
+    requests: [],
+    reset(script, at = "end") {
+      Object.assign(server, { script, at, visits: [], requests: [] });
+      count = 0;
+    },
+    close() {
+      for (const socket of open) socket.destroy();
+      return new Promise((resolve) => tcp.close(() => resolve()));
+    },
+  };
+  await new Promise<void>((resolve) => tcp.listen(0, "127.0.0.1", resolve));
+  server.port = (tcp.address() as AddressInfo).port;
+  server.address = `127.0.0.1:${server.port}`;
+  return server;
+}
+
+/** An answer that is as it should be. */
+export const answer = (body: string | Buffer, headers = "", line = "200 OK") =>
+  Buffer.concat([
+    Buffer.from(`HTTP/1.1 ${line}\r\n${headers}Content-Length: ${Buffer.byteLength(body)}\r\n\r\n`, "latin1"),
+    Buffer.from(body),
+  ]);
+
+/** Ends a connection with RST instead of FIN. */
+export const resetConnection = ({ socket }: { socket: Socket }) => void socket.resetAndDestroy();
+
+export interface Echo {
+  method: string;
+  url: string;
+  rawHeaders: [name: string, value: string][];
+  bodyLength: number;
+  sha256: string;
+}
+
+/** Answers every request with what it has seen of it. */
+export const echo: Script = (visit, request) => {
+  const [method = "", url = ""] = request.start.split(" ");
+  const sha256 = createHash("sha256").update(request.body).digest("hex");
+  const seen: Echo = { method, url, rawHeaders: request.headers, bodyLength: request.body.length, sha256 };
+  const bytes = answer(JSON.stringify(seen), "Content-Type: application/json\r\n");
+  return visit.send(method === "HEAD" ? bytes.subarray(0, bytes.indexOf("\r\n\r\n") + 4) : bytes);
+};
+export const echoServer = () => scriptedServer(echo);
+
+// ─── The program ───
+
+export interface Program {
+  port: number;
+  pid: number;
+  /** Everything it has printed so far, both streams. */
+  output(): string;
+  /** SIGTERM; gives the exit status, or null when it had to be killed. */
+  stop(): Promise<number | null>;
+}
+
+const ROOT = fileURLToPath(new URL("..", import.meta.url));
+const COMMAND: Record<Runtime, string[]> = { deno: ["run", "-A", "lb.ts"], bun: ["lb.ts"], node: ["lb.ts"] };
+
+/** Starts lb.ts on the runtime that runs this, with a free port and this config (JSON is YAML), and waits until it listens. */
+export async function startProgram(config: unknown, args: string[] = []): Promise<Program> {
+  const folder = mkdtempSync(join(tmpdir(), "lb-"));
+  const file = join(folder, "routes.yml");
+  writeFileSync(file, JSON.stringify(config, null, 1));
+  const child = spawn(process.execPath, [...COMMAND[runtime()], "-c", file, "--listen", "127.0.0.1:0", ...args], {
+    cwd: ROOT,
+    stdio: ["ignore", "pipe", "pipe"],
+  });
+  let output = "", exited = false;
+  child.stdout.on("data", (bytes: Buffer) => output += bytes.toString());
+  child.stderr.on("data", (bytes: Buffer) => output += bytes.toString());
+  const exit = new Promise<number | null>((resolve) =>
+    child.once("exit", (code) => {
+      exited = true;
+      rmSync(folder, { recursive: true, force: true });
+      resolve(code);
+    })
+  );
+  const stop = async () => {
+    for (const signal of ["SIGTERM", "SIGTERM", "SIGKILL"] as const) {
+      if (!exited) child.kill(signal);
+      for (const end = Date.now() + 3000; !exited && Date.now() < end;) await sleep(20);
+    }
+    return exit;
+  };
+  try {
+    const address = () => /listening on http:\/\/127\.0\.0\.1:(\d+)/.exec(output)?.[1];
+    await until("lb.ts listens or ends", () => exited || address(), 30_000);
+    assert.ok(address(), `lb.ts ended instead of listening:\n${output}`);
+    return { port: Number(address()), pid: child.pid ?? 0, output: () => output, stop };
+  } catch (error) {
+    await stop();
+    throw error;
+  }
+}
