@@ -6,6 +6,7 @@ import { availableParallelism, tmpdir } from "node:os";
 import { delimiter, join } from "node:path";
 import process from "node:process";
 import { setTimeout as sleep } from "node:timers/promises";
+import { stripVTControlCharacters } from "node:util";
 
 export const PROJECT = join(import.meta.dirname ?? ".", "..", "..");
 export const BALANCER_CORE = 0;
@@ -88,7 +89,11 @@ export function start(core: number, command: string[]): Child {
     });
     child.on("exit", () => resolve());
   }).then(() => void children.delete(child));
-  const complaint = () => errors.trim().split("\n").at(-1)?.slice(0, 160) ?? "";
+  const complaint = () => {
+    const lines = stripVTControlCharacters(errors).trim().split("\n");
+    const line = lines.find((line) => /error/i.test(line)) ?? lines.at(-1) ?? "";
+    return line.replaceAll("|", "/").slice(0, 160); // it stands in a table
+  };
   return { process: child, pid: child.pid ?? 0, ended, complaint };
 }
 
