@@ -1,5 +1,34 @@
 /**
  * lb.ts: a load balancer for HTTP in one file, the same on Deno, Bun, Node and at the edge.
+ *
+ *     deno run -A lb.ts [routes.yml]      bun lb.ts      node lb.ts      wrangler deploy
+ *
+ * As a library: `createLoadBalancer(parseConfig(text))` is a Hono app; serve it, mount it, wrap it.
+ *
+ * The life of a request is one function, `balance`:
+ *
+ *     gate -> matchRoute -> pickServer -> forward -> settle -> (retry, minus those tried) -> response
+ *
+ * Each section uses only the sections above it:
+ *
+ *     1. Schema      what routes.yml may say
+ *     2. Config      from a text to a Config, or to every mistake in it
+ *     3. State       what the balancer remembers
+ *     4. Gate        what may come in
+ *     5. Routing     which route a request belongs to
+ *     6. Strategies  which server takes it
+ *     7. Health      which servers may be asked
+ *     8. Messages    HTTP/1.1 as bytes
+ *     9. Wire        fetch over pooled sockets
+ *    10. Forward     one attempt at one server
+ *    11. Answers     what the balancer says by itself
+ *    12. Log         what is written down
+ *    13. Balance     the request path
+ *    14. Runtimes    where it runs: deno, bun, node, edge
+ *    15. Assemble    one balancer from one config
+ *    16. Main        as a program
+ *
+ * @module
  */
 
 import { readFileSync, watchFile } from "node:fs";
@@ -903,7 +932,7 @@ export function printConfig(config: Config): string {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 2. State: what the balancer remembers. Plain records; what changes while serving stands together at the end of each.
+// 3. State: what the balancer remembers. Plain records; what changes while serving stands together at the end of each.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** One server of one service. Times are milliseconds of `Effects.now`. */
@@ -1092,7 +1121,7 @@ const newServer = (config: ServerConfig, service: string, tls: Server["tls"]): S
 });
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 3. Gate: what may come in. One normalised path is both matched and forwarded, so that no rule can be talked around.
+// 4. Gate: what may come in. One normalised path is both matched and forwarded, so that no rule can be talked around.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const METHOD = /^[A-Z][A-Z0-9-]{0,31}$/;
@@ -1176,7 +1205,7 @@ function sameAuthority(authority: string, host: string): boolean {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 4. Routing: which route a request belongs to. Compiled once per table: a thousand routes cost what one costs.
+// 5. Routing: which route a request belongs to. Compiled once per table: a thousand routes cost what one costs.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** The routes of one host name, by kind of path. Within one path those with more conditions stand first. */
@@ -1352,7 +1381,7 @@ function rewritePath({ rewrite }: Route, path: string, matched: string | RE2JS):
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 5. Strategies: which server takes a request. One function each, in one table that users may add to.
+// 6. Strategies: which server takes a request. One function each, in one table that users may add to.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** Smooth weighted round robin, nginx's: 5:1:1 gives a a b a c a a. Exact shares, and equal weights simply rotate. */
@@ -1451,7 +1480,7 @@ function keyOf({ by, key }: ServiceConfig["strategy"]): Service["key"] {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 6. Health: which servers may be asked. Enabled is not healthy: requests eject for a time, probes take out and bring back.
+// 7. Health: which servers may be asked. Enabled is not healthy: requests eject for a time, probes take out and bring back.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** Whether a server may be asked, leaving aside how many requests it has. */
@@ -1583,7 +1612,7 @@ export async function probeDue(table: Table, effects: Effects): Promise<void> {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 7. Messages: HTTP/1.1 as bytes. Strict on what comes from servers: what could mean two things is refused.
+// 8. Messages: HTTP/1.1 as bytes. Strict on what comes from servers: what could mean two things is refused.
 // ---------------------------------------------------------------------------------------------------------------------
 
 type Bytes = Buffer<ArrayBuffer>;
@@ -1813,7 +1842,7 @@ function takeLine(reading: Reading, line: string): string | undefined {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 8. Wire: `fetch` over pooled sockets, because the runtimes' own is slow for a proxy and changes what passes.
+// 9. Wire: `fetch` over pooled sockets, because the runtimes' own is slow for a proxy and changes what passes.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** Why there is no answer, or no whole answer. FAILURES says what the client is told. */
@@ -2195,7 +2224,7 @@ export function createWire(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 8. Forward: one attempt at one server. What belongs to the client's hop stays there; what is ours is set anew.
+// 10. Forward: one attempt at one server. What belongs to the client's hop stays there; what is ours is set anew.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What became of one attempt. `sent`: the server may have seen some of the request. */
@@ -2361,8 +2390,11 @@ async function forward(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 9. Balance: the request path. gate -> matchRoute -> pickServer -> forward -> settle -> (retry, minus those tried) -> response
+// 11. Answers: what the balancer says by itself.
 // ---------------------------------------------------------------------------------------------------------------------
+
+/** Why the balancer refuses what has passed the gate. */
+type Denial = "denied" | "no-route" | "no-server" | "loop" | "headers-too-large" | "internal";
 
 /** Every answer of our own. The text goes to clients: short, and never a server's address or error. */
 export const FAILURES = {
@@ -2386,10 +2418,114 @@ export const FAILURES = {
   "timeout": { status: 504, text: "the server did not answer in time" },
   "idle": { status: 504, text: "the server stopped in the middle of its answer" },
   "loop": { status: 508, text: "the request has been here before" },
-} satisfies Record<Failure | Refusal | (string & {}), { status: number; text: string }>;
+} satisfies Record<Failure | Refusal | Denial, { status: number; text: string }>;
 
 /** A word of `x-lb-failure`. */
 export type FailureName = keyof typeof FAILURES;
+
+/** An answer of our own, as text, or as a problem (RFC 9457) for those who ask for JSON. */
+function refusal(kind: FailureName, accept = "", id = ""): Response {
+  const { status, text } = FAILURES[kind];
+  const json = /[/+]json/.test(accept);
+  const problem = { type: "about:blank", title: text, status, failure: kind, request: id };
+  const body = json ? JSON.stringify(problem) + "\n" : `${status}: ${text}\n`;
+  return new Response(body, {
+    status,
+    headers: {
+      "content-type": json ? "application/problem+json" : "text/plain; charset=utf-8",
+      "content-length": `${body.length}`,
+      "cache-control": "no-store",
+      "x-lb-failure": kind,
+      ...(status === 503 && { "retry-after": "1" }),
+      ...(CLOSING.has(status) && { connection: "close" }),
+    },
+  });
+}
+
+const CLOSING = new Set([400, 408, 413]); // where what follows on the connection cannot be trusted, or is not wanted
+/** Where a redirect leads: taken literally, or the request's own address with some parts replaced. */
+function redirect(exchange: Exchange, action: Extract<RouteConfig["action"], { kind: "redirect" }>): Response {
+  const { to, scheme, host, port, path, status } = action;
+  const proto = scheme || exchange.scheme;
+  const own = exchange.host.slice(hostName(exchange.host).length); // with its colon; it goes with its host and scheme
+  const shown = port ? `:${port}` : scheme || host ? "" : own;
+  const usual = proto === "https" ? ":443" : ":80";
+  const authority = (host || hostName(exchange.host)) + (shown === usual ? "" : shown);
+  const location = to || `${proto}://${authority}${path || exchange.path}${exchange.query}`;
+  return new Response(null, { status, headers: { location, "content-length": "0" } });
+}
+
+/** The answer that a route gives by itself. */
+function respondLiterally(
+  route: Route,
+  { status, body, headers }: Extract<RouteConfig["action"], { kind: "respond" }>,
+) {
+  const bytes = new TextEncoder().encode(body);
+  const own = headers.has("content-type") || !body ? [] : ["content-type", "text/plain; charset=utf-8"];
+  const list = [
+    ...own,
+    ...[...headers].flat(),
+    ...(status === 204 || status === 304 ? [] : ["content-length", `${bytes.length}`]),
+  ];
+  return new Response(body ? bytes : null, { status, headers: pairs(applyRules(list, route.response.headers)) });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 12. Log: what is written down of each request, one line when its last byte has passed.
+// ---------------------------------------------------------------------------------------------------------------------
+
+const MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split(" ");
+
+/** `21/Nov/2026:03:14:42 +0000`, the time of Apache's logs, in UTC. */
+function clfTime(date: Date): string {
+  const iso = date.toISOString();
+  return `${iso.slice(8, 10)}/${MONTHS[date.getUTCMonth()]}/${iso.slice(0, 4)}:${iso.slice(11, 19)} +0000`;
+}
+
+/** A text between quotes in which no byte can begin another line or end the quotes. */
+const logged = (text: string | null): string =>
+  text ? text.replace(/[^\x20-\x7e]|["\\]/g, (c) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`) : "-";
+
+function accessRecord(exchange: Exchange, effects: Effects) {
+  const { request, client, method, host, path, query, status, bytes, route, destination, tried, id, problem } =
+    exchange;
+  return {
+    time: effects.date(),
+    client,
+    method,
+    host,
+    target: (path || request.url) + query,
+    status,
+    bytes,
+    referer: request.headers.get("referer"),
+    agent: request.headers.get("user-agent"),
+    id,
+    route: route?.name ?? "-",
+    service: destination?.service.name ?? "-",
+    server: tried.at(-1)?.name ?? "-",
+    attempts: tried.length,
+    milliseconds: Math.round((effects.now() - exchange.started) * 1_000) / 1_000,
+    failure: problem || "-",
+  };
+}
+
+/** The formats of `log:`. Combined is Apache's, and behind it service, server, attempts and milliseconds. */
+const ACCESS_LINES = {
+  combined(exchange: Exchange, effects: Effects): string {
+    const r = accessRecord(exchange, effects);
+    const line = `"${r.method} ${logged(r.target)} HTTP/1.1" ${r.status} ${r.bytes} "${logged(r.referer)}" "${
+      logged(r.agent)
+    }"`;
+    return `${r.client} - - [${clfTime(r.time)}] ${line} ${
+      logged(r.service)
+    } ${r.server} ${r.attempts} ${r.milliseconds}`;
+  },
+  json: (exchange: Exchange, effects: Effects): string => JSON.stringify(accessRecord(exchange, effects)),
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 13. Balance: the request path. gate -> matchRoute -> pickServer -> forward -> settle -> (retry, minus those tried) -> response
+// ---------------------------------------------------------------------------------------------------------------------
 
 const KEPT = 65_536; // bytes: a body up to this size is read first, and kept for another attempt
 const BACK_OFF = 25; // milliseconds before the second retry at most; doubled for each further one, up to a second
@@ -2441,7 +2577,7 @@ function newExchange(balancer: Balancer, request: Request, from: Client): Exchan
 }
 
 /** Answers one request. */
-async function balance(balancer: Balancer, context: Context): Promise<Response> {
+function balance(balancer: Balancer, context: Context): Response | Promise<Response> {
   const request = context.req.raw;
   const exchange = newExchange(balancer, request, balancer.effects.client(request, context.env));
   balancer.inFlight++;
@@ -2638,7 +2774,7 @@ function finished(balancer: Balancer, exchange: Exchange): void {
   if (log !== "off") balancer.effects.write(ACCESS_LINES[log](exchange, balancer.effects));
 }
 
-/** An answer of our own, as text, or as a problem (RFC 9457) for those who ask for JSON. */
+/** Answers for the servers: why the request goes no further. */
 function refuse(balancer: Balancer, exchange: Exchange, kind: FailureName): Response {
   const response = refusal(kind, exchange.request.headers.get("accept") ?? "", exchange.id);
   if (response.status === 405) response.headers.set("allow", [...new Set(exchange.allow ?? ANY_METHOD)].join(", "));
@@ -2647,109 +2783,10 @@ function refuse(balancer: Balancer, exchange: Exchange, kind: FailureName): Resp
   return conclude(balancer, exchange, response);
 }
 
-function refusal(kind: FailureName, accept = "", id = ""): Response {
-  const { status, text } = FAILURES[kind];
-  const json = /[/+]json/.test(accept);
-  const problem = { type: "about:blank", title: text, status, failure: kind, request: id };
-  const body = json ? JSON.stringify(problem) + "\n" : `${status}: ${text}\n`;
-  return new Response(body, {
-    status,
-    headers: {
-      "content-type": json ? "application/problem+json" : "text/plain; charset=utf-8",
-      "content-length": `${body.length}`,
-      "cache-control": "no-store",
-      "x-lb-failure": kind,
-      ...(status === 503 && { "retry-after": "1" }),
-      ...(CLOSING.has(status) && { connection: "close" }),
-    },
-  });
-}
-
-const CLOSING = new Set([400, 408, 413]); // where what follows on the connection cannot be trusted, or is not wanted
 const ANY_METHOD = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
 
-/** Where a redirect leads: taken literally, or the request's own address with some parts replaced. */
-function redirect(exchange: Exchange, action: Extract<RouteConfig["action"], { kind: "redirect" }>): Response {
-  const { to, scheme, host, port, path, status } = action;
-  const proto = scheme || exchange.scheme;
-  const own = exchange.host.slice(hostName(exchange.host).length); // with its colon; it goes with its host and scheme
-  const shown = port ? `:${port}` : scheme || host ? "" : own;
-  const usual = proto === "https" ? ":443" : ":80";
-  const authority = (host || hostName(exchange.host)) + (shown === usual ? "" : shown);
-  const location = to || `${proto}://${authority}${path || exchange.path}${exchange.query}`;
-  return new Response(null, { status, headers: { location, "content-length": "0" } });
-}
-
-/** The answer that a route gives by itself. */
-function respondLiterally(
-  route: Route,
-  { status, body, headers }: Extract<RouteConfig["action"], { kind: "respond" }>,
-) {
-  const bytes = new TextEncoder().encode(body);
-  const own = headers.has("content-type") || !body ? [] : ["content-type", "text/plain; charset=utf-8"];
-  const list = [
-    ...own,
-    ...[...headers].flat(),
-    ...(status === 204 || status === 304 ? [] : ["content-length", `${bytes.length}`]),
-  ];
-  return new Response(body ? bytes : null, { status, headers: pairs(applyRules(list, route.response.headers)) });
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
-// 10. Log: what is written down of each request, one line when its last byte has passed.
-// ---------------------------------------------------------------------------------------------------------------------
-
-const MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split(" ");
-
-/** `21/Nov/2026:03:14:42 +0000`, the time of Apache's logs, in UTC. */
-function clfTime(date: Date): string {
-  const iso = date.toISOString();
-  return `${iso.slice(8, 10)}/${MONTHS[date.getUTCMonth()]}/${iso.slice(0, 4)}:${iso.slice(11, 19)} +0000`;
-}
-
-/** A text between quotes in which no byte can begin another line or end the quotes. */
-const logged = (text: string | null): string =>
-  text ? text.replace(/[^\x20-\x7e]|["\\]/g, (c) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`) : "-";
-
-function accessRecord(exchange: Exchange, effects: Effects) {
-  const { request, client, method, host, path, query, status, bytes, route, destination, tried, id, problem } =
-    exchange;
-  return {
-    time: effects.date(),
-    client,
-    method,
-    host,
-    target: (path || request.url) + query,
-    status,
-    bytes,
-    referer: request.headers.get("referer"),
-    agent: request.headers.get("user-agent"),
-    id,
-    route: route?.name ?? "-",
-    service: destination?.service.name ?? "-",
-    server: tried.at(-1)?.name ?? "-",
-    attempts: tried.length,
-    milliseconds: Math.round((effects.now() - exchange.started) * 1_000) / 1_000,
-    failure: problem || "-",
-  };
-}
-
-/** The formats of `log:`. Combined is Apache's, and behind it service, server, attempts and milliseconds. */
-const ACCESS_LINES = {
-  combined(exchange: Exchange, effects: Effects): string {
-    const r = accessRecord(exchange, effects);
-    const line = `"${r.method} ${logged(r.target)} HTTP/1.1" ${r.status} ${r.bytes} "${logged(r.referer)}" "${
-      logged(r.agent)
-    }"`;
-    return `${r.client} - - [${clfTime(r.time)}] ${line} ${
-      logged(r.service)
-    } ${r.server} ${r.attempts} ${r.milliseconds}`;
-  },
-  json: (exchange: Exchange, effects: Effects): string => JSON.stringify(accessRecord(exchange, effects)),
-};
-
-// ---------------------------------------------------------------------------------------------------------------------
-// 12. Runtimes: where it runs. They differ in this table and nowhere else.
+// 14. Runtimes: where it runs. They differ in this table and nowhere else.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What Deno and Bun offer beyond the standard, as far as it is used here. */
@@ -2971,7 +3008,7 @@ function defaultEffects(): Effects {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 11. Assemble: one balancer from one config.
+// 15. Assemble: one balancer from one config.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** A Hono app that balances, to be served, mounted or wrapped. */
@@ -3097,7 +3134,7 @@ export function createLoadBalancer(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 13. Main: as a program.
+// 16. Main: as a program.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const VERSION = "0.1.0";
@@ -3395,8 +3432,9 @@ function edge() {
   const lb = () => made ??= makeAtTheEdge();
   return {
     fetch(request: Request, env: unknown, context: { waitUntil(promise: Promise<unknown>): void }) {
-      context.waitUntil(lb().probe());
-      return lb().fetch(request, env as object);
+      const answer = Promise.resolve(lb().fetch(request, env as object));
+      context.waitUntil(Promise.all([answer, lb().probe()])); // else a client that leaves would stay in flight for ever
+      return answer;
     },
     scheduled: () => lb().probe(),
   };
