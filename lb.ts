@@ -1031,8 +1031,8 @@ export interface Exchange extends Draw {
   path: string; // normalised: what is matched is what is forwarded
   query: string; // with its question mark, or empty
   peer: string; // who is connected; `client` is who asks through it
-  trusted: boolean; // the peer's forwarding headers are believed
-  scheme: string;
+  told: Map<string, string> | undefined; // what the peer tells about the client, where the peer is trusted
+  scheme: string; // of the client's side
   headers: readonly string[]; // of the request: name, value, ...
   length: number; // of the request's body in bytes; -1: unknown
   body: Body;
@@ -1135,10 +1135,11 @@ const MAX_TARGET = 16_384; // bytes of path and query
 /** Why a request is refused at the gate. */
 export type Refusal = "bad-request" | "bad-host" | "bad-method" | "uri-too-long";
 
-/** `a.example:80` and `A.example` are one host; ports are not part of what routes match. */
+/** `a.example:80`, `A.example` and `a.example.` are one host: ports are not part of what routes match. */
 const hostName = (host: string): string => {
-  const end = host.lastIndexOf(":");
-  return (end > host.lastIndexOf("]") ? host.slice(0, end) : host).toLowerCase();
+  const colon = host.lastIndexOf(":");
+  const name = colon > host.lastIndexOf("]") ? host.slice(0, colon) : host;
+  return (name.endsWith(".") ? name.slice(0, -1) : name).toLowerCase();
 };
 
 function hostIsValid(host: string): boolean {
@@ -1347,7 +1348,7 @@ export function addressMatcher(networks: string[]): (address: string) => boolean
       : [ipaddr.parse(network), network.includes(":") ? 128 : 32] as const
   );
   return (address) => {
-    if (!parsed.length || !ipaddr.isValid(address)) return false;
+    if (!parsed.length || !isAddress(address)) return false;
     const ip = ipaddr.process(address);
     return parsed.some(([network, bits]) => ip.kind() === network.kind() && ip.match(network, bits));
   };
@@ -1412,11 +1413,12 @@ function least(candidates: Candidates, score: (server: Server) => number, start 
 const busyness = (server: Server): number => server.inFlight / server.weight;
 
 /** Draws by weight without a sum: a server is accepted as often as its weight stands to the heaviest. */
-function draw(candidates: Candidates, random: () => number): Server {
-  const heaviest = candidates.reduce((most, server) => Math.max(most, server.weight), 0);
+function draw(candidates: Candidates, random: () => number, except?: Server): Server {
+  let heaviest = 0;
+  for (const server of candidates) if (server !== except) heaviest = Math.max(heaviest, server.weight);
   for (;;) {
     const server = candidates[Math.floor(random() * candidates.length)]!;
-    if (server.weight === heaviest || random() * heaviest < server.weight) return server;
+    if (server !== except && (server.weight === heaviest || random() * heaviest < server.weight)) return server;
   }
 }
 
@@ -1453,7 +1455,8 @@ export const strategies = {
   "random": (candidates, { random }) => draw(candidates, random),
   "two-choices": (candidates, { random }) => {
     if (candidates.length <= 8) return least(candidates, busyness, Math.floor(random() * candidates.length));
-    return least([draw(candidates, random), draw(candidates, random)], busyness);
+    const one = draw(candidates, random);
+    return least([one, draw(candidates, random, one)], busyness);
   },
   "least-connections": (candidates) => least(candidates, busyness),
   "least-response-time": (candidates) => {
@@ -1718,13 +1721,14 @@ function readHead(text: string, method: string): Head | string {
     else if (role === "content-length") {
       if (length || !/^\d{1,15}$/.test(value)) return `its Content-Length is ${length ? "there twice" : "no number"}`;
       length = value;
-      if (status !== 204) headers.push(name, value);
+      if (status !== 204 && status !== 205) headers.push(name, value);
     } else if (role === "transfer-encoding") encoding += `,${value}`;
     else if (role === "connection") connection = connection ? `${connection},${value}` : value;
     else if (role === "keep-alive") idle = 1_000 * Number(/timeout=(\d+)/i.exec(value)?.[1] ?? Infinity);
   }
   if (encoding && (length || !modern || encoding.toLowerCase() !== ",chunked")) return "its length is ambiguous";
   const empty = method === "HEAD" || status < 200 || status === 204 || status === 205 || status === 304;
+  if (status === 205) headers.push("content-length", "0");
   const framing = empty ? "none" : encoding ? "chunk-size" : length ? "length" : "close";
   const persistent = modern ? !/close/i.test(connection) : /keep-alive/i.test(connection);
   const hop = connectionNames(connection);
@@ -1867,6 +1871,7 @@ export class WireError extends Error {
     super(detail);
     this.kind = kind;
     this.sent = sent;
+    this.stack = `${this.name}: ${detail}`; // where it was thrown says nothing, and runtimes print it
   }
 }
 
@@ -2016,10 +2021,9 @@ async function upload(wire: Wire, connection: Connection, transfer: Transfer, bo
     transfer.sent = true;
   } catch (error) {
     if (connection.transfer !== transfer) return;
-    const { kind, message } = error instanceof WireError
-      ? error
-      : { kind: "client-left" as const, message: String(error) };
-    fail(wire, connection, kind, message);
+    if (error instanceof WireError) return fail(wire, connection, error.kind, error.message);
+    const left = transfer.attempt.request.signal.aborted; // otherwise its framing was wrong
+    fail(wire, connection, left ? "client-left" : "bad-body", String(error));
   }
 }
 
@@ -2036,7 +2040,7 @@ function writeChunk(socket: Socket, data: Uint8Array): boolean {
 function onData(wire: Wire, connection: Connection, data: Bytes): void {
   const { transfer } = connection;
   if (transfer === undefined) return void connection.socket.destroy(); // nobody asked for that
-  transfer.since = wire.now();
+  if (transfer.head) transfer.since = wire.now(); // until then `response` is a deadline, whatever trickles in
   const bytes = transfer.rest === undefined ? data : Buffer.concat([transfer.rest, data]);
   transfer.rest = undefined;
   const body = transfer.head ? bytes : takeHead(transfer, bytes, transfer.attempt.method);
@@ -2073,7 +2077,7 @@ const NOTHING = new Uint8Array(0);
 function respond(wire: Wire, { attempt, head }: Transfer, bytes: Body): Response {
   const headers = attempt.inbound(head!.headers);
   const typed = !(bytes instanceof Uint8Array) || bytes.length === 0 || headers.includes("content-type");
-  const body = typed ? bytes : new Blob([bytes]).stream();
+  const body = typed ? bytes : new ReadableStream({ start: (sink) => (sink.enqueue(bytes), sink.close()) });
   return new Response(body, { status: head!.status, headers: wire.headersInit(headers) });
 }
 
@@ -2286,7 +2290,7 @@ function clientBehind(peer: string, told: Map<string, string>, trusts: Table["tr
   let client = peer;
   for (const hop of (told.get("x-forwarded-for") ?? "").split(",").reverse()) {
     const address = hop.trim();
-    if (!trusts(client) || !ipaddr.isValid(address)) break;
+    if (!trusts(client) || !isAddress(address)) break;
     client = ipaddr.process(address).toString();
   }
   return client;
@@ -2294,7 +2298,7 @@ function clientBehind(peer: string, told: Map<string, string>, trusts: Table["tr
 
 /** The headers of the request as its servers get them; Host stands first and is filled in for each of them. */
 function outbound(exchange: Exchange, via: string): string[] {
-  const { headers, host, peer, scheme } = exchange;
+  const { headers, host, peer, scheme, told } = exchange;
   let out = ["host", host];
   let [connection, chain] = ["", ""];
   for (let i = 0; i < headers.length; i += 2) {
@@ -2305,14 +2309,13 @@ function outbound(exchange: Exchange, via: string): string[] {
   }
   const named = connectionNames(connection);
   if (named.size) out = ["host", host, ...without(out.slice(2), named)];
-  const told = exchange.trusted ? toldBy(headers) : undefined;
   out.push(
     "x-forwarded-for",
     join(told?.get("x-forwarded-for"), peer),
     "x-forwarded-host",
     told?.get("x-forwarded-host") ?? host,
     "x-forwarded-proto",
-    told?.get("x-forwarded-proto") ?? scheme,
+    scheme,
     "forwarded",
     join(told?.get("forwarded"), `for=${forwardedFor(peer)};host="${host}";proto=${scheme}`),
     "via",
@@ -2363,13 +2366,14 @@ async function forward(
   const { effects } = balancer;
   const { method, body, length } = exchange;
   const [route, { service, policy }] = [exchange.route!, exchange.destination!];
+  const url = server.url + targetOf(exchange, route);
   const headers = outbound(exchange, balancer.via);
   headers[1] = hostFor(exchange, server);
   const started = effects.now();
   server.inFlight++;
   service.inFlight++;
   try {
-    const response = await effects.fetch(server.url + targetOf(exchange, route), {
+    const response = await effects.fetch(url, {
       method,
       headers: route.hasRules ? applyRules(headers, route.request.headers) : headers,
       body,
@@ -2443,14 +2447,16 @@ function refusal(kind: FailureName, accept = "", id = ""): Response {
 }
 
 const CLOSING = new Set([400, 408, 413]); // where what follows on the connection cannot be trusted, or is not wanted
+
 /** Where a redirect leads: taken literally, or the request's own address with some parts replaced. */
 function redirect(exchange: Exchange, action: Extract<RouteConfig["action"], { kind: "redirect" }>): Response {
   const { to, scheme, host, port, path, status } = action;
   const proto = scheme || exchange.scheme;
-  const own = exchange.host.slice(hostName(exchange.host).length); // with its colon; it goes with its host and scheme
+  const asked = exchange.told?.get("x-forwarded-host") ?? exchange.host;
+  const own = /:\d+$/.exec(asked)?.[0] ?? ""; // it goes with its host and scheme
   const shown = port ? `:${port}` : scheme || host ? "" : own;
   const usual = proto === "https" ? ":443" : ":80";
-  const authority = (host || hostName(exchange.host)) + (shown === usual ? "" : shown);
+  const authority = (host || hostName(asked)) + (shown === usual ? "" : shown);
   const location = to || `${proto}://${authority}${path || exchange.path}${exchange.query}`;
   return new Response(null, { status, headers: { location, "content-length": "0" } });
 }
@@ -2520,7 +2526,11 @@ const ACCESS_LINES = {
       logged(r.service)
     } ${r.server} ${r.attempts} ${r.milliseconds}`;
   },
-  json: (exchange: Exchange, effects: Effects): string => JSON.stringify(accessRecord(exchange, effects)),
+  json: (exchange: Exchange, effects: Effects): string =>
+    JSON.stringify(accessRecord(exchange, effects)).replace(
+      /[\x7f-\x9f]/g,
+      (c) => `\\u00${c.charCodeAt(0).toString(16)}`,
+    ),
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2544,8 +2554,8 @@ const RETRIED_AS: Partial<Record<Failure, string | number>> = {
 /** The record of a request that has just come in. */
 function newExchange(balancer: Balancer, request: Request, from: Client): Exchange {
   const { table, effects } = balancer;
-  const trusted = table.config.trust.length > 0 && table.trusts(from.address);
-  const told = trusted ? toldBy(from.headers) : undefined;
+  const told = table.config.trust.length > 0 && table.trusts(from.address) ? toldBy(from.headers) : undefined;
+  const proto = told?.get("x-forwarded-proto") ?? "";
   return {
     random: effects.random,
     key: "",
@@ -2559,8 +2569,8 @@ function newExchange(balancer: Balancer, request: Request, from: Client): Exchan
     path: "",
     query: "",
     peer: from.address,
-    trusted,
-    scheme: from.scheme,
+    told,
+    scheme: /^https?$/.test(proto) ? proto : from.scheme,
     headers: from.headers,
     length: 0,
     body: null,
@@ -2590,7 +2600,7 @@ function balance(balancer: Balancer, context: Context): Response | Promise<Respo
   if (route.action.kind === "redirect") return conclude(balancer, exchange, redirect(exchange, route.action));
   if (route.action.kind === "respond") return conclude(balancer, exchange, respondLiterally(route, route.action));
   const destination = exchange.destination = drawDestination(route, exchange);
-  const answer = () => attempts(balancer, exchange, destination);
+  const answer = () => attempts(balancer, exchange, destination).catch((error) => internal(balancer, exchange, error));
   return destination.layers.length ? throughLayers(context, destination.layers, answer) : answer();
 }
 
@@ -2629,9 +2639,10 @@ async function attempts(balancer: Balancer, exchange: Exchange, destination: Des
   const { service } = destination;
   const refusal = exchange.length === 0 ? undefined : await takeRequestBody(exchange, destination, effects);
   if (refusal) return refuse(balancer, exchange, refusal);
+  let failure: FailureName = "no-server"; // what the client is told when there is nobody to ask
   for (let retry = 0;; retry++) {
     const server = pickServer(service, exchange, effects);
-    if (server === undefined) return refuse(balancer, exchange, "no-server");
+    if (server === undefined) return refuse(balancer, exchange, failure);
     exchange.tried.push(server);
     if (retry > 0) service.retrying++;
     const outcome = await forward(
@@ -2644,10 +2655,11 @@ async function attempts(balancer: Balancer, exchange: Exchange, destination: Des
     judge(service, server, outcome, effects);
     if (!mayRetry(exchange, destination, outcome, retry)) {
       if (outcome.kind === "answer") return conclude(balancer, exchange, outcome.response);
-      effects.report("warn", `${exchange.id} ${service.name}: ${server.name}: ${outcome.detail}`);
+      if (!BLAMELESS.has(outcome.kind)) effects.report("warn", `${service.name}: ${server.name}: ${outcome.detail}`);
       return refuse(balancer, exchange, outcome.kind);
     }
     if (outcome.kind === "answer") await discard(exchange, outcome.response);
+    else failure = outcome.kind;
     if (retry > 0) await effects.sleep(effects.random() * Math.min(1_000, BACK_OFF * 2 ** (retry - 1)));
   }
 }
@@ -2662,7 +2674,7 @@ async function takeRequestBody(
   const limit = exchange.route!.body_limit;
   if (length < 0 || length > KEPT) {
     const body = request.body as ReadableStream<Uint8Array<ArrayBuffer>>;
-    exchange.body = limit === Infinity ? body : body.pipeThrough(limited(limit));
+    exchange.body = length >= 0 || limit === Infinity ? body : body.pipeThrough(limited(limit));
     return undefined;
   }
   const stop = new AbortController();
@@ -2673,7 +2685,7 @@ async function takeRequestBody(
     exchange.body = new Uint8Array(bytes);
     return bytes.byteLength === length ? undefined : "bad-body";
   } catch {
-    return "client-left";
+    return request.signal.aborted ? "client-left" : "bad-body";
   } finally {
     stop.abort();
   }
@@ -2753,7 +2765,10 @@ function settle(
   const { service } = exchange.destination!;
   server.inFlight--;
   service.inFlight--;
-  if (problem && !BLAMELESS.has(problem)) onFailed(service, server, balancer.effects);
+  if (problem && !BLAMELESS.has(problem)) {
+    onFailed(service, server, balancer.effects);
+    balancer.effects.report("warn", `${service.name}: ${server.name}: its answer was cut off (${problem})`);
+  }
   exchange.ended = true;
   exchange.bytes = bytes;
   exchange.problem = problem ?? "";
@@ -2781,6 +2796,12 @@ function refuse(balancer: Balancer, exchange: Exchange, kind: FailureName): Resp
   exchange.problem = kind;
   exchange.ended = true;
   return conclude(balancer, exchange, response);
+}
+
+/** An exception that came from someone else's code, a strategy say: it costs its request and nothing more. */
+function internal(balancer: Balancer, exchange: Exchange, error: unknown): Response {
+  balancer.effects.report("error", error instanceof Error ? error.stack ?? error.message : String(error));
+  return refuse(balancer, exchange, "internal");
 }
 
 const ANY_METHOD = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
@@ -2891,8 +2912,8 @@ async function nativeFetch(url: string, attempt: Attempt): Promise<Response> {
   const init = { encodeResponseBody: "manual", signal: AbortSignal.any([request.signal, late.signal]) };
   let response: Response;
   try {
-    const passed = pairs(without(headers, new Set(["host"])));
-    response = await fetch(url, { ...init, method, headers: passed, body, redirect: "manual" });
+    const named = pairs(without(headers, new Set(["host"]))); // which the platform sets from the URL
+    response = await fetch(url, { ...init, method, headers: named, body, redirect: "manual" });
   } catch (error) {
     const kind = late.signal.aborted ? "timeout" : request.signal.aborted ? "client-left" : "reset";
     throw new WireError(kind, true, String(error));
@@ -2905,10 +2926,11 @@ async function nativeFetch(url: string, attempt: Attempt): Promise<Response> {
     await response.body?.cancel();
     throw new WireError(failure, failure !== "connect", `the platform answers ${status}`);
   }
-  attempt.ended(Number(response.body && response.headers.get("content-length")), undefined);
   const hop = new Set([...HOP, ...connectionNames(response.headers.get("connection") ?? "")]);
   const own = attempt.inbound(without(flatHeaders(response.headers), hop));
-  return new Response(response.body, { status, headers: pairs(own), encodeBody: "manual" } as ResponseInit);
+  const passed = new Response(response.body, { status, headers: pairs(own), encodeBody: "manual" } as ResponseInit);
+  attempt.ended(Number(response.body && response.headers.get("content-length")), undefined);
+  return passed;
 }
 
 const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
@@ -2939,9 +2961,24 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
   node: {
     async serve(fetch, host, port) {
       const { getRequestListener } = await import("@hono/node-server");
-      const { createServer } = await import("node:http");
+      const { createServer, ServerResponse } = await import("node:http");
+      /** Flushes a head as latin1, as it came; Node's own does it as UTF-8. */
+      class Latin1Response extends ServerResponse {
+        override flushHeaders() {
+          const inside = this as unknown as {
+            _header: string | null;
+            _implicitHeader(): void;
+            _send(data: string, encoding: string): void;
+          };
+          if (!inside._header) inside._implicitHeader();
+          inside._send("", "latin1");
+        }
+      }
       const listener = getRequestListener(fetch, { errorHandler: () => refusal("bad-request") });
-      const server = createServer({ requestTimeout: 0, maxHeaderSize: 65_536 }, listener);
+      const server = createServer(
+        { requestTimeout: 0, maxHeaderSize: 65_536, ServerResponse: Latin1Response },
+        listener,
+      );
       server.maxHeadersCount = 0;
       server.on("clientError", (error: Error & { code?: string }, socket: Socket) => {
         if (socket.writable) socket.end(rawRefusal(PARSER_ERRORS[error.code ?? ""] ?? "bad-request"));
