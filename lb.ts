@@ -1061,8 +1061,8 @@ export interface Attempt {
   timeouts: Policy["timeouts"];
   /** Changes the answer's headers before a Response is made of them. */
   inbound(headers: string[]): string[];
-  /** Called once, when the answer's body has ended, been cut off or been given up: what passed, and what went wrong. */
-  ended(bytes: number, problem: Failure | undefined): void;
+  /** Called once for each answer, when its body has ended, been cut off or been given up: how much of it came, and why. */
+  ended(status: number, bytes: number, problem: Failure | undefined): void;
 }
 
 /** `fetch`, with the attempt where the init would be. Rejects with a `WireError` before the head of an answer. */
@@ -1101,6 +1101,15 @@ export interface Effects {
   /** One line for the operator. */
   report(level: "info" | "warn" | "error", text: string): void;
 }
+
+const newService = (name: string) => ({
+  name,
+  candidates: [],
+  candidatesUntil: 0,
+  panicking: false,
+  inFlight: 0,
+  retrying: 0,
+});
 
 const newServer = (config: ServerConfig, service: string, tls: Server["tls"]): Server => ({
   ...config,
@@ -1377,8 +1386,9 @@ function compileAdmission(allow: string[], deny: string[]): Route["admits"] {
 function rewritePath({ rewrite }: Route, path: string, matched: string | RE2JS): string {
   if (rewrite.kind === "none") return path;
   if (rewrite.kind === "whole") return rewrite.path;
-  if (typeof matched !== "string") return matched.matcher(path).replaceFirst(rewrite.path);
-  return rewrite.path + path.slice(matched.length) || "/";
+  if (typeof matched === "string") return rewrite.path + path.slice(matched.length) || "/";
+  const rewritten = matched.matcher(path).replaceFirst(rewrite.path || "/");
+  return rewritten.startsWith("/") ? rewritten : `/${rewritten}`;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1535,31 +1545,31 @@ function onFailed(service: Service, server: Server, effects: Effects): void {
   );
 }
 
-/** An answer ends a run of failures; one well after the last ejection also forgets how often there was one. */
-function onAnswered(service: Service, server: Server, milliseconds: number, effects: Effects): void {
+/** A whole answer ends a run of failures; one well after the last ejection also forgets how often there was one. */
+function onAnswered(service: Service, server: Server, effects: Effects): void {
   server.failures = 0;
-  server.answers++;
-  server.latency += (milliseconds - server.latency) / Math.min(server.answers, 64);
   if (server.ejections > 0 && effects.now() > server.until + service.config.eject.for) server.ejections = 0;
 }
 
-/** Counts a probe's verdict; `rise` or `fall` of them in a row flip the server, and each flip is reported once. */
+/** The time to the head of an answer. */
+function onHead(server: Server, milliseconds: number): void {
+  server.answers++;
+  server.latency += (milliseconds - server.latency) / Math.min(server.answers, 64);
+}
+
+/** Counts a probe's verdict: `rise` or `fall` of them in a row flip the server, and each flip is reported once. */
 function onProbed(service: Service, server: Server, problem: string | undefined, effects: Effects): void {
   const { rise, fall } = service.config.health;
-  const before = isHealthy(server, effects.now());
-  if (problem === undefined) {
-    server.fails = 0;
-    server.until = 0;
-    if (!server.up && ++server.passes >= rise) server.up = true;
-  } else {
-    server.passes = 0;
-    if (server.up && ++server.fails >= fall) server.up = false;
-  }
-  const after = isHealthy(server, effects.now());
-  if (before === after) return;
-  server.passes = server.fails = server.failures = 0;
+  const wasUp = server.up;
+  const wasEjected = effects.now() < server.until;
+  server.passes = problem === undefined ? server.passes + 1 : 0;
+  server.fails = problem === undefined ? 0 : server.fails + 1;
+  if (problem === undefined) server.until = 0;
+  if (wasUp ? server.fails >= fall : server.passes >= rise) server.up = !wasUp;
+  if (server.up === wasUp && (!wasEjected || problem !== undefined)) return;
   service.candidatesUntil = 0;
-  effects.report(after ? "info" : "warn", `${service.name}: ${server.name} is ${after ? "up" : `down: ${problem}`}`);
+  if (wasUp && !server.up) effects.report("warn", `${service.name}: ${server.name} is down: ${problem}`);
+  else if (server.up) effects.report("info", `${service.name}: ${server.name} is up`);
 }
 
 /** One probe over HTTP: what is wrong with the answer, or undefined. Its body is read to the end or cancelled. */
@@ -2124,7 +2134,7 @@ function finish(wire: Wire, connection: Connection, transfer: Transfer): void {
     connection.reused = true;
     connection.pool.push(connection);
   } else connection.socket.destroy();
-  transfer.attempt.ended(transfer.bytes, undefined);
+  transfer.attempt.ended(transfer.head!.status, transfer.bytes, undefined);
 }
 
 /** The transfer has failed: its connection is closed at once, and whoever waits for the answer is told why. */
@@ -2139,7 +2149,7 @@ function fail(wire: Wire, connection: Connection, kind: Failure, detail: string)
     open(wire, { ...transfer, sent: false }); // the server had closed the idle connection: once more on a fresh one
   } else if (sink === undefined) transfer.reject(new WireError(kind, connection.connected, detail));
   else {
-    attempt.ended(transfer.bytes, kind);
+    attempt.ended(head!.status, transfer.bytes, kind);
     sink.error(new WireError(kind, true, detail));
   }
 }
@@ -2601,7 +2611,7 @@ function balance(balancer: Balancer, context: Context): Response | Promise<Respo
   if (route.action.kind === "respond") return conclude(balancer, exchange, respondLiterally(route, route.action));
   const destination = exchange.destination = drawDestination(route, exchange);
   const answer = () => attempts(balancer, exchange, destination).catch((error) => internal(balancer, exchange, error));
-  return destination.layers.length ? throughLayers(context, destination.layers, answer) : answer();
+  return destination.layers.length ? throughLayers(balancer, exchange, context, answer) : answer();
 }
 
 /** A request that has been here before, or that has passed too many proxies. */
@@ -2616,13 +2626,14 @@ function drawDestination({ destinations, weight }: Route, { random }: Exchange):
   return destinations.find((one) => (mark -= one.weight) < 0) ?? destinations[0]!;
 }
 
-/** Runs Hono middleware around an answer. */
+/** Runs Hono middleware around an answer, or instead of it: CORS answers preflights by itself. */
 async function throughLayers(
+  balancer: Balancer,
+  exchange: Exchange,
   context: Context,
-  layers: MiddlewareHandler[],
   answer: () => Promise<Response>,
 ): Promise<Response> {
-  const run = layers.reduceRight<() => Promise<void>>(
+  const run = exchange.destination!.layers.reduceRight<() => Promise<void>>(
     (next, layer) => async () => {
       const response = await layer(context, next);
       if (response) context.res = response;
@@ -2630,7 +2641,7 @@ async function throughLayers(
     async () => void (context.res = await answer()),
   );
   await run();
-  return context.res;
+  return exchange.status ? context.res : conclude(balancer, exchange, context.res);
 }
 
 /** Asks one server after another until one answers or no further attempt may be made. */
@@ -2649,10 +2660,11 @@ async function attempts(balancer: Balancer, exchange: Exchange, destination: Des
       balancer,
       exchange,
       server,
-      (bytes, problem) => settle(balancer, exchange, server, bytes, problem),
+      (...end) => settle(balancer, exchange, server, ...end),
     );
     if (retry > 0) service.retrying--;
-    judge(service, server, outcome, effects);
+    if (outcome.kind === "answer") onHead(server, outcome.milliseconds);
+    else if (!BLAMELESS.has(outcome.kind)) onFailed(service, server, effects);
     if (!mayRetry(exchange, destination, outcome, retry)) {
       if (outcome.kind === "answer") return conclude(balancer, exchange, outcome.response);
       if (!BLAMELESS.has(outcome.kind)) effects.report("warn", `${service.name}: ${server.name}: ${outcome.detail}`);
@@ -2703,15 +2715,11 @@ function limited(limit: number): TransformStream<Uint8Array<ArrayBuffer>, Uint8A
   });
 }
 
-/** The server that takes the next attempt: one not tried yet while there is one, and a healthy one before any other. */
+/** The server that takes the next attempt, and is picked for it. */
 function pickServer(service: Service, exchange: Exchange, effects: Effects): Server | undefined {
   const now = effects.now();
   let candidates = withRoom(service, candidatesOf(service, now));
-  if (exchange.tried.length) {
-    const untried = candidates.filter((server) => !exchange.tried.includes(server));
-    const healthy = untried.filter((server) => isHealthy(server, now));
-    candidates = healthy.length ? healthy : untried.length ? untried : candidates;
-  }
+  if (exchange.tried.length) candidates = forRetry(service, candidates, exchange.tried, now);
   if (candidates.length === 0) return undefined;
   exchange.key = service.key(exchange);
   const server = service.strategy(candidates as Candidates, exchange);
@@ -2719,12 +2727,14 @@ function pickServer(service: Service, exchange: Exchange, effects: Effects): Ser
   return server;
 }
 
-/** What an attempt says about its server's health. What the client did says nothing. */
-function judge(service: Service, server: Server, outcome: Outcome, effects: Effects): void {
-  if (outcome.kind === "answer") {
-    if (GATEWAY_ERRORS.has(outcome.response.status)) onFailed(service, server, effects);
-    else onAnswered(service, server, outcome.milliseconds, effects);
-  } else if (!BLAMELESS.has(outcome.kind)) onFailed(service, server, effects);
+/** Who may be asked again: untried and healthy ones, untried backups, untried ones, and where all have been tried anybody. */
+function forRetry(service: Service, candidates: readonly Server[], tried: Server[], now: number): readonly Server[] {
+  const untried = candidates.filter((server) => !tried.includes(server));
+  const healthy = untried.filter((server) => isHealthy(server, now));
+  if (healthy.length) return healthy;
+  const backups = service.servers.filter((server) => server.backup && server.weight > 0 && !tried.includes(server));
+  const ready = withRoom(service, backups).filter((server) => isHealthy(server, now));
+  return ready.length ? ready : untried.length ? untried : candidates;
 }
 
 /**
@@ -2759,16 +2769,16 @@ function settle(
   balancer: Balancer,
   exchange: Exchange,
   server: Server,
-  bytes: number,
-  problem: Failure | undefined,
+  ...[status, bytes, problem]: Parameters<Attempt["ended"]>
 ): void {
   const { service } = exchange.destination!;
+  const { effects } = balancer;
   server.inFlight--;
   service.inFlight--;
-  if (problem && !BLAMELESS.has(problem)) {
-    onFailed(service, server, balancer.effects);
-    balancer.effects.report("warn", `${service.name}: ${server.name}: its answer was cut off (${problem})`);
-  }
+  const cutOff = problem !== undefined && !BLAMELESS.has(problem);
+  if (cutOff) effects.report("warn", `${service.name}: ${server.name}: its answer was cut off (${problem})`);
+  if (cutOff || GATEWAY_ERRORS.has(status)) onFailed(service, server, effects);
+  else if (problem === undefined) onAnswered(service, server, effects);
   exchange.ended = true;
   exchange.bytes = bytes;
   exchange.problem = problem ?? "";
@@ -2929,7 +2939,7 @@ async function nativeFetch(url: string, attempt: Attempt): Promise<Response> {
   const hop = new Set([...HOP, ...connectionNames(response.headers.get("connection") ?? "")]);
   const own = attempt.inbound(without(flatHeaders(response.headers), hop));
   const passed = new Response(response.body, { status, headers: pairs(own), encodeBody: "manual" } as ResponseInit);
-  attempt.ended(Number(response.body && response.headers.get("content-length")), undefined);
+  attempt.ended(response.status, Number(response.body && response.headers.get("content-length")), undefined);
   return passed;
 }
 
@@ -2975,14 +2985,19 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
         }
       }
       const listener = getRequestListener(fetch, { errorHandler: () => refusal("bad-request") });
+      const latest = new WeakMap<Socket, InstanceType<typeof ServerResponse>>();
       const server = createServer(
         { requestTimeout: 0, maxHeaderSize: 65_536, ServerResponse: Latin1Response },
         listener,
       );
       server.maxHeadersCount = 0;
       server.on("clientError", (error: Error & { code?: string }, socket: Socket) => {
-        if (socket.writable) socket.end(rawRefusal(PARSER_ERRORS[error.code ?? ""] ?? "bad-request"));
+        const answer = latest.get(socket);
+        const answered = answer?.headersSent && !answer.req.complete; // the error is in the body of what was answered
+        if (answered || !socket.writable) socket.destroy();
+        else socket.end(rawRefusal(PARSER_ERRORS[error.code ?? ""] ?? "bad-request"));
       });
+      server.on("request", (request, response) => latest.set(request.socket, response));
       server.on("connect", (_request, socket: Socket) => socket.end(rawRefusal("bad-method")));
       await new Promise<void>((resolve, reject) => {
         server.on("error", reject);
@@ -3058,25 +3073,30 @@ export interface LoadBalancer extends Hono {
   balancer: Balancer;
 }
 
-/** A server that stays, by service and URL, stays the same record: what is known of it is kept over a reload. */
+/**
+ * Services that stay, by name, and their servers that stay, by URL, stay the same records: what is known of them is kept
+ * over a reload, and what requests in flight find out is not lost.
+ */
 function buildService(config: ServiceConfig, name: string, strategies: Strategies, previous?: Service): Service {
   const known = new Map(previous?.servers.map((server) => [server.url, server]));
-  const servers = config.servers.map((wanted) =>
-    Object.assign(known.get(wanted.url) ?? newServer(wanted, name, config.tls), wanted, { tls: config.tls })
-  );
-  return {
-    name,
+  const servers = config.servers.map((wanted) => {
+    const server = Object.assign(known.get(wanted.url) ?? newServer(wanted, name, config.tls), wanted, {
+      tls: config.tls,
+    });
+    if (config.health.kind === "off") server.up = true; // nobody would find out that it is
+    if (config.eject.failures === Infinity) server.until = 0;
+    return server;
+  });
+  const strategy = strategies[config.strategy.name];
+  if (!strategy) throw new TypeError(`service ${name}: there is no strategy ${config.strategy.name}`);
+  return Object.assign(previous ?? newService(name), {
     config,
     servers,
-    strategy: strategies[config.strategy.name]!,
+    strategy,
     key: keyOf(config.strategy),
     bounded: servers.some((server) => Math.min(server.max, config.max_in_flight) < Infinity),
-    candidates: [],
     candidatesUntil: 0,
-    panicking: false,
-    inFlight: 0,
-    retrying: 0,
-  };
+  });
 }
 
 /** compress and cors are Hono's own middleware, around the answers of the routes that ask for them. */
@@ -3120,7 +3140,10 @@ function buildRoute(config: RouteConfig, services: Map<string, Service>): Route 
   };
 }
 
-/** Compiles a config into what requests read. Nothing here can fail: `parseConfig` has refused what could. */
+/**
+ * Compiles a config into what requests read.
+ * @throws {TypeError} where a service has a strategy that is not among `strategies`; `parseConfig` has refused all else
+ */
 export function buildTable(config: Config, strategies: Strategies, previous?: Table): Table {
   const services = new Map<string, Service>();
   for (const [name, service] of config.services) {
@@ -3365,8 +3388,6 @@ async function run(call: Call): Promise<void> {
       }]);
     }
   }
-  for (const { address } of listeners) effects.report("info", `lb.ts ${VERSION} listening on http://${address}`);
-  announce(lb);
   setInterval(() => void lb.probe(), PROBE_TICK);
   const reload = () => again(call, lb);
   if (text === undefined) {
@@ -3374,6 +3395,8 @@ async function run(call: Call): Promise<void> {
     process.on("SIGHUP", reload);
   }
   for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => void drain(lb, listeners, call.drain));
+  for (const { address } of listeners) effects.report("info", `lb.ts ${VERSION} listening on http://${address}`);
+  announce(lb);
 }
 
 const PROBE_TICK = 100; // milliseconds between two looks at which probes are due
@@ -3408,12 +3431,12 @@ async function drain(lb: LoadBalancer, listeners: Listener[], grace: number): Pr
   const { effects } = lb.balancer;
   if (draining.has(lb)) process.exit(1);
   draining.add(lb);
-  effects.report("info", `draining: ${lb.balancer.inFlight} requests in flight`);
+  effects.report("info", `draining; requests in flight: ${lb.balancer.inFlight}`);
   const closed = Promise.all(listeners.map((listener) => listener.close()));
   const end = effects.now() + grace;
   while (lb.balancer.inFlight > 0 && effects.now() < end) await effects.sleep(20);
   await Promise.race([closed, effects.sleep(Math.min(500, Math.max(0, end - effects.now())))]);
-  effects.report("info", lb.balancer.inFlight ? `${lb.balancer.inFlight} requests were cut off` : "drained");
+  effects.report("info", lb.balancer.inFlight ? `drained; requests cut off: ${lb.balancer.inFlight}` : "drained");
   process.exit(0);
 }
 
