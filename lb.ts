@@ -1032,7 +1032,7 @@ export interface Exchange extends Draw {
   query: string; // with its question mark, or empty
   peer: string; // who is connected; `client` is who asks through it
   told: Map<string, string> | undefined; // what the peer tells about the client, where the peer is trusted
-  scheme: string; // of the client's side
+  scheme: string; // that the peer speaks
   headers: readonly string[]; // of the request: name, value, ...
   length: number; // of the request's body in bytes; -1: unknown
   body: Body;
@@ -1184,7 +1184,8 @@ function normalizePath(path: string): string | undefined {
 
 /** Checks method, Host, target and framing once, and writes what everything below works with into the exchange. */
 function admit(exchange: Exchange): Refusal | undefined {
-  const { method, url, headers } = exchange.request;
+  const { request } = exchange;
+  const { method, url, headers } = request;
   if (!METHOD.test(method) || REFUSED_METHODS.has(method)) return "bad-method";
   const host = exchange.host = headers.get("host") ?? "";
   if (!hostIsValid(host)) return "bad-host";
@@ -1204,7 +1205,7 @@ function admit(exchange: Exchange): Refusal | undefined {
   if (length !== null && !/^\d{1,15}$/.test(length) || encoding !== null && !/^chunked$/i.test(encoding)) {
     return "bad-request";
   }
-  exchange.length = encoding === null ? Number(length) : -1;
+  exchange.length = encoding === null && (length !== null || request.body === null) ? Number(length) : -1;
 }
 
 /** The target's authority and Host must name the same host (RFC 9112 section 3.2.2 would ignore Host: nobody may win). */
@@ -1740,14 +1741,15 @@ function readHead(text: string, method: string): Head | string {
   const empty = method === "HEAD" || status < 200 || status === 204 || status === 205 || status === 304;
   if (status === 205) headers.push("content-length", "0");
   const framing = empty ? "none" : encoding ? "chunk-size" : length ? "length" : "close";
-  const persistent = modern ? !/close/i.test(connection) : /keep-alive/i.test(connection);
+  const persistent = !/close/i.test(connection) && (modern || /keep-alive/i.test(connection));
+  const excess = (status === 204 || status === 205) && (encoding !== "" || Number(length) > 0); // may follow, unread
   const hop = connectionNames(connection);
   return {
     status,
     headers: hop.size ? without(headers, hop) : headers,
     framing,
     length: Number(length),
-    keepAlive: persistent && framing !== "close" ? idle : 0,
+    keepAlive: persistent && framing !== "close" && !excess ? idle : 0,
   };
 }
 
@@ -1760,13 +1762,11 @@ interface Reading {
   overhead: number; // bytes of 1xx answers; then of framing since the last data
 }
 
-const newReading = (): Reading => ({ head: undefined, framing: "none", left: 0, rest: undefined, overhead: 0 });
-
 /** Reads up to the body; the bytes behind the head, undefined where more must come, or what is wrong. */
 function takeHead(reading: Reading, bytes: Bytes, method: string): Bytes | undefined | string {
   for (;;) {
     const text = headText(bytes);
-    if (reading.overhead + (text?.length ?? bytes.length) > MAX_HEAD) return "its head is longer than 64 KiB";
+    if (reading.overhead + (text?.length ?? bytes.length - 3) > MAX_HEAD) return "its head is longer than 64 KiB";
     if (text === undefined) {
       reading.rest = bytes;
       return "HTTP/1.".startsWith(bytes.toString("latin1", 0, 7)) ? undefined : "it is not HTTP/1.1";
@@ -1905,6 +1905,32 @@ interface Transfer extends Reading {
   paused: boolean; // the socket waits for a slow reader
 }
 
+function newTransfer(
+  attempt: Attempt,
+  target: string,
+  resolve: Transfer["resolve"],
+  reject: Transfer["reject"],
+): Transfer {
+  return {
+    attempt,
+    target,
+    resolve,
+    reject,
+    since: 0,
+    sent: false,
+    upload: undefined,
+    drained: undefined,
+    bytes: 0,
+    sink: undefined,
+    paused: false,
+    head: undefined,
+    framing: "none",
+    left: 0,
+    rest: undefined,
+    overhead: 0,
+  };
+}
+
 /** One connection to a server. */
 interface Connection {
   socket: Socket;
@@ -1991,8 +2017,9 @@ function send(wire: Wire, connection: Connection, transfer: Transfer): void {
   const { socket } = connection;
   let head = `${method} ${target} HTTP/1.1\r\n`;
   for (let i = 0; i < headers.length; i += 2) head += `${headers[i]}: ${headers[i + 1]}\r\n`;
-  if (body !== null && length < 0) head += "transfer-encoding: chunked\r\n";
-  else if (body !== null || BODY_EXPECTED.has(method)) head += `content-length: ${length}\r\n`;
+  const size = body instanceof ReadableStream ? length : body?.byteLength ?? 0;
+  if (size < 0) head += "transfer-encoding: chunked\r\n";
+  else if (body !== null || BODY_EXPECTED.has(method)) head += `content-length: ${size}\r\n`;
   transfer.since = wire.now();
   if (body === null) {
     socket.write(head + "\r\n", "latin1");
@@ -2010,9 +2037,9 @@ function send(wire: Wire, connection: Connection, transfer: Transfer): void {
 async function upload(wire: Wire, connection: Connection, transfer: Transfer, body: ReadableStream<Uint8Array>) {
   const { socket } = connection;
   const { length } = transfer.attempt;
-  const reader = transfer.upload = body.getReader();
   let passed = 0;
   try {
+    const reader = transfer.upload = body.getReader();
     for (;;) {
       const { done, value } = await reader.read();
       if (connection.transfer !== transfer) return;
@@ -2205,9 +2232,12 @@ function begin(wire: Wire, transfer: Transfer): void {
   open(wire, transfer);
 }
 
+const TARGET = /^[\x21-\x7e\x80-\xff]+$/;
+const VALUE = /^[\t\x20-\x7e\x80-\xff]*$/;
+
 /** A line break would begin another header, or another request. None can get here; if one does, nothing is sent. */
-const isSafe = (target: string, headers: string[]): boolean =>
-  !/[\0\r\n ]/.test(target) && headers.every((text) => !/[\0\r\n]/.test(text));
+const isSafe = (target: string, { method, headers }: Attempt): boolean =>
+  TOKEN.test(method) && TARGET.test(target) && headers.every((text, i) => i % 2 ? VALUE.test(text) : TOKEN.test(text));
 
 /** The transport of Deno, Bun and Node: `fetch` over pooled sockets, and a plain connect for probes. */
 export function createWire(
@@ -2219,12 +2249,8 @@ export function createWire(
     fetch: (url, attempt) =>
       new Promise((resolve, reject) => {
         const target = url.slice(attempt.server.url.length);
-        if (!isSafe(target, attempt.headers)) {
-          return reject(new WireError("bad-body", false, "a line break in a header"));
-        }
-        const out = { since: 0, sent: false, upload: undefined, drained: undefined };
-        const back = { bytes: 0, sink: undefined, paused: false };
-        begin(wire, { attempt, target, resolve, reject, ...out, ...back, ...newReading() });
+        if (isSafe(target, attempt)) begin(wire, newTransfer(attempt, target, resolve, reject));
+        else reject(new WireError("bad-body", false, "a byte that cannot stand in a head"));
       }),
     connect: (server, timeout) =>
       new Promise((resolve, reject) => {
@@ -2325,7 +2351,7 @@ function outbound(exchange: Exchange, via: string): string[] {
     "x-forwarded-host",
     told?.get("x-forwarded-host") ?? host,
     "x-forwarded-proto",
-    scheme,
+    told?.get("x-forwarded-proto") ?? scheme,
     "forwarded",
     join(told?.get("forwarded"), `for=${forwardedFor(peer)};host="${host}";proto=${scheme}`),
     "via",
@@ -2375,13 +2401,12 @@ async function forward(
 ): Promise<Outcome> {
   const { effects } = balancer;
   const { method, body, length } = exchange;
-  const [route, { service, policy }] = [exchange.route!, exchange.destination!];
+  const [route, { policy }] = [exchange.route!, exchange.destination!];
   const url = server.url + targetOf(exchange, route);
   const headers = outbound(exchange, balancer.via);
   headers[1] = hostFor(exchange, server);
   const started = effects.now();
   server.inFlight++;
-  service.inFlight++;
   try {
     const response = await effects.fetch(url, {
       method,
@@ -2397,7 +2422,6 @@ async function forward(
     return { kind: "answer", response, milliseconds: effects.now() - started };
   } catch (error) {
     server.inFlight--;
-    service.inFlight--;
     if (error instanceof WireError) return { kind: error.kind, sent: error.sent, detail: error.message };
     return { kind: "reset", sent: true, detail: String(error) };
   }
@@ -2461,7 +2485,8 @@ const CLOSING = new Set([400, 408, 413]); // where what follows on the connectio
 /** Where a redirect leads: taken literally, or the request's own address with some parts replaced. */
 function redirect(exchange: Exchange, action: Extract<RouteConfig["action"], { kind: "redirect" }>): Response {
   const { to, scheme, host, port, path, status } = action;
-  const proto = scheme || exchange.scheme;
+  const spoken = exchange.told?.get("x-forwarded-proto") ?? "";
+  const proto = scheme || (/^https?$/.test(spoken) ? spoken : exchange.scheme);
   const asked = exchange.told?.get("x-forwarded-host") ?? exchange.host;
   const own = /:\d+$/.exec(asked)?.[0] ?? ""; // it goes with its host and scheme
   const shown = port ? `:${port}` : scheme || host ? "" : own;
@@ -2565,7 +2590,6 @@ const RETRIED_AS: Partial<Record<Failure, string | number>> = {
 function newExchange(balancer: Balancer, request: Request, from: Client): Exchange {
   const { table, effects } = balancer;
   const told = table.config.trust.length > 0 && table.trusts(from.address) ? toldBy(from.headers) : undefined;
-  const proto = told?.get("x-forwarded-proto") ?? "";
   return {
     random: effects.random,
     key: "",
@@ -2580,7 +2604,7 @@ function newExchange(balancer: Balancer, request: Request, from: Client): Exchan
     query: "",
     peer: from.address,
     told,
-    scheme: /^https?$/.test(proto) ? proto : from.scheme,
+    scheme: from.scheme,
     headers: from.headers,
     length: 0,
     body: null,
@@ -2607,10 +2631,11 @@ function balance(balancer: Balancer, context: Context): Response | Promise<Respo
   if (!route) return refuse(balancer, exchange, exchange.allow ? "bad-method" : "no-route");
   if (route.admits && !route.admits(exchange.client)) return refuse(balancer, exchange, "denied");
   if (exchange.length > route.body_limit) return refuse(balancer, exchange, "body-too-large");
-  if (route.action.kind === "redirect") return conclude(balancer, exchange, redirect(exchange, route.action));
-  if (route.action.kind === "respond") return conclude(balancer, exchange, respondLiterally(route, route.action));
+  if (route.action.kind === "redirect") return conclude(balancer, exchange, redirect(exchange, route.action), true);
+  if (route.action.kind === "respond") return conclude(balancer, exchange, respondLiterally(route, route.action), true);
   const destination = exchange.destination = drawDestination(route, exchange);
-  const answer = () => attempts(balancer, exchange, destination).catch((error) => internal(balancer, exchange, error));
+  destination.service.inFlight++;
+  const answer = () => attempts(balancer, exchange, destination);
   return destination.layers.length ? throughLayers(balancer, exchange, context, answer) : answer();
 }
 
@@ -2641,39 +2666,46 @@ async function throughLayers(
     async () => void (context.res = await answer()),
   );
   await run();
-  return exchange.status ? context.res : conclude(balancer, exchange, context.res);
+  return exchange.status ? context.res : conclude(balancer, exchange, context.res, true);
 }
 
 /** Asks one server after another until one answers or no further attempt may be made. */
 async function attempts(balancer: Balancer, exchange: Exchange, destination: Destination): Promise<Response> {
   const { effects } = balancer;
   const { service } = destination;
-  const refusal = exchange.length === 0 ? undefined : await takeRequestBody(exchange, destination, effects);
-  if (refusal) return refuse(balancer, exchange, refusal);
-  let failure: FailureName = "no-server"; // what the client is told when there is nobody to ask
-  for (let retry = 0;; retry++) {
-    const server = pickServer(service, exchange, effects);
-    if (server === undefined) return refuse(balancer, exchange, failure);
-    exchange.tried.push(server);
-    if (retry > 0) service.retrying++;
-    const outcome = await forward(
-      balancer,
-      exchange,
-      server,
-      (...end) => settle(balancer, exchange, server, ...end),
-    );
-    if (retry > 0) service.retrying--;
-    if (outcome.kind === "answer") onHead(server, outcome.milliseconds);
-    else if (!BLAMELESS.has(outcome.kind)) onFailed(service, server, effects);
-    if (!mayRetry(exchange, destination, outcome, retry)) {
-      if (outcome.kind === "answer") return conclude(balancer, exchange, outcome.response);
-      if (!BLAMELESS.has(outcome.kind)) effects.report("warn", `${service.name}: ${server.name}: ${outcome.detail}`);
-      return refuse(balancer, exchange, outcome.kind);
+  try {
+    const refusal = exchange.length === 0 ? undefined : await takeRequestBody(exchange, destination, effects);
+    if (refusal) return refuse(balancer, exchange, refusal);
+    let failure: FailureName = "no-server"; // what the client is told when there is nobody to ask
+    for (let retry = 0;; retry++) {
+      const server = pickServer(service, exchange, effects);
+      if (server === undefined) return refuse(balancer, exchange, failure);
+      const outcome = await attempt(balancer, exchange, server, retry);
+      if (!mayRetry(exchange, destination, outcome, retry)) {
+        if (outcome.kind === "answer") return conclude(balancer, exchange, outcome.response);
+        if (!BLAMELESS.has(outcome.kind)) effects.report("warn", `${service.name}: ${server.name}: ${outcome.detail}`);
+        return refuse(balancer, exchange, outcome.kind);
+      }
+      if (outcome.kind === "answer") await discard(exchange, outcome.response);
+      else failure = outcome.kind;
+      if (retry > 0) await effects.sleep(effects.random() * Math.min(1_000, BACK_OFF * 2 ** (retry - 1)));
     }
-    if (outcome.kind === "answer") await discard(exchange, outcome.response);
-    else failure = outcome.kind;
-    if (retry > 0) await effects.sleep(effects.random() * Math.min(1_000, BACK_OFF * 2 ** (retry - 1)));
+  } catch (error) { // someone else's code, a strategy say: it costs its request and nothing more
+    effects.report("error", error instanceof Error ? error.stack ?? error.message : String(error));
+    return refuse(balancer, exchange, "internal");
   }
+}
+
+/** Asks one server, and draws the conclusions that can be drawn before the body. */
+async function attempt(balancer: Balancer, exchange: Exchange, server: Server, retry: number): Promise<Outcome> {
+  const { service } = exchange.destination!;
+  exchange.tried.push(server);
+  if (retry > 0) service.retrying++;
+  const outcome = await forward(balancer, exchange, server, (...end) => settle(balancer, exchange, server, ...end));
+  if (retry > 0) service.retrying--;
+  if (outcome.kind === "answer") onHead(server, outcome.milliseconds);
+  else if (!BLAMELESS.has(outcome.kind)) onFailed(service, server, balancer.effects);
+  return outcome;
 }
 
 /** Reads a small body, so that it can be sent twice; a larger one stays a stream, held to the route's limit. */
@@ -2685,8 +2717,9 @@ async function takeRequestBody(
   const { request, length } = exchange;
   const limit = exchange.route!.body_limit;
   if (length < 0 || length > KEPT) {
-    const body = request.body as ReadableStream<Uint8Array<ArrayBuffer>>;
-    exchange.body = length >= 0 || limit === Infinity ? body : body.pipeThrough(limited(limit));
+    const body = request.headers.has("transfer-encoding") || length > 0 ? request.body : await peeked(request.body!);
+    exchange.body = length < 0 && limit < Infinity ? body?.pipeThrough(limited(limit)) ?? null : body;
+    if (body === null) exchange.length = 0;
     return undefined;
   }
   const stop = new AbortController();
@@ -2701,6 +2734,22 @@ async function takeRequestBody(
   } finally {
     stop.abort();
   }
+}
+
+/** A body that is not announced by any header, as over HTTP/2: null where it turns out to be empty. */
+async function peeked(body: ReadableStream<Uint8Array<ArrayBuffer>>): Promise<Body & (ReadableStream | null)> {
+  const reader = body.getReader();
+  let next: ReadableStreamReadResult<Uint8Array<ArrayBuffer>> | undefined = await reader.read();
+  if (next.done) return null;
+  return new ReadableStream({
+    async pull(sink) {
+      const { done, value } = next ?? await reader.read();
+      next = undefined;
+      if (done) sink.close();
+      else sink.enqueue(value);
+    },
+    cancel: (reason) => reader.cancel(reason),
+  });
 }
 
 /** Passes bytes on up to a limit. */
@@ -2774,7 +2823,6 @@ function settle(
   const { service } = exchange.destination!;
   const { effects } = balancer;
   server.inFlight--;
-  service.inFlight--;
   const cutOff = problem !== undefined && !BLAMELESS.has(problem);
   if (cutOff) effects.report("warn", `${service.name}: ${server.name}: its answer was cut off (${problem})`);
   if (cutOff || GATEWAY_ERRORS.has(status)) onFailed(service, server, effects);
@@ -2785,16 +2833,18 @@ function settle(
   if (exchange.status) finished(balancer, exchange);
 }
 
-/** The answer that the client gets. The exchange is finished with its body's last byte, which may have come already. */
-function conclude(balancer: Balancer, exchange: Exchange, response: Response): Response {
+/** The answer that the client gets. With its body's last byte the exchange is finished; one of our own is so at once. */
+function conclude(balancer: Balancer, exchange: Exchange, response: Response, own = false): Response {
   exchange.status = response.status;
-  if (exchange.ended || exchange.tried.length === 0) finished(balancer, exchange);
+  if (own) exchange.bytes = exchange.method === "HEAD" ? 0 : Number(response.headers.get("content-length"));
+  if (own || exchange.ended) finished(balancer, exchange);
   return response;
 }
 
 /** The end of every exchange, once. */
 function finished(balancer: Balancer, exchange: Exchange): void {
   balancer.inFlight--;
+  if (exchange.destination) exchange.destination.service.inFlight--;
   const { log } = exchange.table.config;
   if (log !== "off") balancer.effects.write(ACCESS_LINES[log](exchange, balancer.effects));
 }
@@ -2804,14 +2854,7 @@ function refuse(balancer: Balancer, exchange: Exchange, kind: FailureName): Resp
   const response = refusal(kind, exchange.request.headers.get("accept") ?? "", exchange.id);
   if (response.status === 405) response.headers.set("allow", [...new Set(exchange.allow ?? ANY_METHOD)].join(", "));
   exchange.problem = kind;
-  exchange.ended = true;
-  return conclude(balancer, exchange, response);
-}
-
-/** An exception that came from someone else's code, a strategy say: it costs its request and nothing more. */
-function internal(balancer: Balancer, exchange: Exchange, error: unknown): Response {
-  balancer.effects.report("error", error instanceof Error ? error.stack ?? error.message : String(error));
-  return refuse(balancer, exchange, "internal");
+  return conclude(balancer, exchange, response, true);
 }
 
 const ANY_METHOD = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
