@@ -2900,16 +2900,15 @@ export interface Runtime {
 /** Milliseconds that never go back. */
 const now = (): number => performance.now();
 
-/** `::ffff:10.0.0.1`, as listeners for both families say it, is `10.0.0.1`. */
-const plainAddress = (address: string): string => address.startsWith("::ffff:") ? address.slice(7) : address;
-
-const schemeOf = (request: Request): string => request.url.startsWith("https:") ? "https" : "http";
-
-/** Headers where only the Headers object shows them: lower case, sorted, joined. */
-function flatHeaders(headers: Headers): string[] {
-  const flat: string[] = [];
-  headers.forEach((value, name) => flat.push(name, value));
-  return flat;
+/** Who asks. Headers objects show names in lower case, sorted and joined; Node has them as they came. */
+function clientOf(request: Request, address: string | null | undefined, raw?: readonly string[]): Client {
+  const headers: string[] = [];
+  if (!raw) request.headers.forEach((value, name) => headers.push(name, value));
+  return {
+    address: address?.replace(/^::ffff:/, "") || "unknown", // listeners for both families; RFC 7239 section 6.2
+    scheme: request.url.startsWith("https:") ? "https" : "http",
+    headers: raw ?? headers,
+  };
 }
 
 /** A host as the runtimes' listeners take it. */
@@ -2980,7 +2979,7 @@ async function nativeFetch(url: string, attempt: Attempt): Promise<Response> {
     throw new WireError(failure, failure !== "connect", `the platform answers ${status}`);
   }
   const hop = new Set([...HOP, ...connectionNames(response.headers.get("connection") ?? "")]);
-  const own = attempt.inbound(without(flatHeaders(response.headers), hop));
+  const own = attempt.inbound(without([...response.headers].flat(), hop));
   const passed = new Response(response.body, { status, headers: pairs(own), encodeBody: "manual" } as ResponseInit);
   attempt.ended(response.status, Number(response.body && response.headers.get("content-length")), undefined);
   return passed;
@@ -2994,8 +2993,7 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
     },
     client(request, env) {
       request.signal; // a signal that is first read after the client has left never says so
-      const { hostname } = (env as { remoteAddr: { hostname: string } }).remoteAddr;
-      return { address: plainAddress(hostname), scheme: schemeOf(request), headers: flatHeaders(request.headers) };
+      return clientOf(request, (env as { remoteAddr?: { hostname?: string } } | undefined)?.remoteAddr?.hostname);
     },
     transport: () => createWire(),
   },
@@ -3005,10 +3003,7 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
       const server = globals.Bun!.serve({ ...options, development: false, fetch });
       return Promise.resolve({ address: shown(host, server.port), close: () => server.stop() });
     },
-    client(request, env) {
-      const address = (env as BunServer).requestIP(request)?.address ?? "";
-      return { address: plainAddress(address), scheme: schemeOf(request), headers: flatHeaders(request.headers) };
-    },
+    client: (request, env) => clientOf(request, (env as BunServer | undefined)?.requestIP?.(request)?.address),
     transport: () => createWire(),
   },
   node: {
@@ -3053,23 +3048,15 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
         });
       return { address: shown(host, (server.address() as AddressInfo).port), close };
     },
-    client(_request, env) {
-      const { incoming } = env as { incoming: IncomingMessage };
-      const { remoteAddress = "", encrypted = false } = incoming.socket as Socket & { encrypted?: boolean };
-      return {
-        address: plainAddress(remoteAddress),
-        scheme: encrypted ? "https" : "http",
-        headers: incoming.rawHeaders,
-      };
+    client(request, env) {
+      const { incoming } = (env ?? {}) as { incoming?: IncomingMessage };
+      return clientOf(request, incoming?.socket.remoteAddress, incoming?.rawHeaders);
     },
     transport: () => createWire({ headersInit: listsInit }),
   },
   edge: {
     serve: () => Promise.reject(new Error("at the edge the platform listens")),
-    client(request) {
-      const address = request.headers.get("cf-connecting-ip") ?? "unknown"; // RFC 7239 section 6.2
-      return { address, scheme: schemeOf(request), headers: flatHeaders(request.headers) };
-    },
+    client: (request) => clientOf(request, request.headers.get("cf-connecting-ip")),
     transport: () => ({ fetch: nativeFetch, connect: () => Promise.reject(new Error("not at the edge")) }),
   },
 };
@@ -3161,6 +3148,7 @@ function layersOf({ compress: compressed, cors: shared }: Policy): MiddlewareHan
 
 function buildRoute(config: RouteConfig, services: Map<string, Service>): Route {
   const { name, hosts, paths, methods, rewrite, request, response, body_limit, action, headers, query } = config;
+  const preflight = methods.length > 0 && config.policy.cors.origin.length > 0 && !methods.includes("OPTIONS");
   const destinations = action.kind !== "forward" ? [] : action.targets.map(({ service, weight, policy }) => ({
     service: services.get(service)!,
     weight,
@@ -3169,7 +3157,8 @@ function buildRoute(config: RouteConfig, services: Map<string, Service>): Route 
     layers: layersOf(policy),
   }));
   return {
-    ...{ name, hosts, paths, methods, rewrite, request, response, body_limit, action, destinations },
+    methods: preflight ? [...methods, "OPTIONS"] : methods,
+    ...{ name, hosts, paths, rewrite, request, response, body_limit, action, destinations },
     weight: destinations.reduce((sum, one) => sum + one.weight, 0),
     rank: (methods.length ? 1e6 : 0) + headers.length * 1e3 + query.length,
     conditions: [
