@@ -1079,6 +1079,7 @@ export interface Balancer {
   inFlight: number;
 }
 
+/** Strategies by the names that `strategy:` may say. */
 export type Strategies = Record<string, Strategy>;
 
 /** The one door for everything impure. Tests put a fake clock, a seeded random and scripted servers here. */
@@ -1632,6 +1633,7 @@ export async function probeDue(table: Table, effects: Effects): Promise<void> {
 type Bytes = Buffer<ArrayBuffer>;
 
 const MAX_HEAD = 65_536; // bytes of an answer's head, of all its 1xx answers, and of its trailers
+const MAX_FIELDS = 1_000; // of a head: Deno's Headers take quadratic time
 const MAX_CHUNK_LINE = 1_024;
 
 /** The grammar of a head (RFC 9112 sections 4 and 5): no bare CR or LF, no folding, no space before a colon. */
@@ -1737,6 +1739,7 @@ function readHead(text: string, method: string): Head | string {
     else if (role === "connection") connection = connection ? `${connection},${value}` : value;
     else if (role === "keep-alive") idle = 1_000 * Number(/timeout=(\d+)/i.exec(value)?.[1] ?? Infinity);
   }
+  if (headers.length > 2 * MAX_FIELDS) return `it has more than ${MAX_FIELDS} headers`;
   if (encoding && (length || !modern || encoding.toLowerCase() !== ",chunked")) return "its length is ambiguous";
   const empty = method === "HEAD" || status < 200 || status === 204 || status === 205 || status === 304;
   if (status === 205) headers.push("content-length", "0");
@@ -2095,11 +2098,11 @@ function onBody(wire: Wire, connection: Connection, transfer: Transfer, bytes: B
     const whole = out.length > 1 ? Buffer.concat(out) : out[0];
     return transfer.resolve(respond(wire, transfer, whole ?? (transfer.head!.framing === "none" ? null : NOTHING)));
   }
+  if (typeof ended === "string") return fail(wire, connection, "invalid-answer", ended);
   if (transfer.sink === undefined) transfer.resolve(respond(wire, transfer, bodyStream(wire, connection, transfer)));
   const sink = transfer.sink!;
   for (const piece of out) sink.enqueue(piece);
-  if (typeof ended === "string") fail(wire, connection, "invalid-answer", ended);
-  else if (ended) {
+  if (ended) {
     finish(wire, connection, transfer);
     sink.close();
   } else if (sink.desiredSize! <= 0) {
@@ -2683,7 +2686,6 @@ async function attempts(balancer: Balancer, exchange: Exchange, destination: Des
       const outcome = await attempt(balancer, exchange, server, retry);
       if (!mayRetry(exchange, destination, outcome, retry)) {
         if (outcome.kind === "answer") return conclude(balancer, exchange, outcome.response);
-        if (!BLAMELESS.has(outcome.kind)) effects.report("warn", `${service.name}: ${server.name}: ${outcome.detail}`);
         return refuse(balancer, exchange, outcome.kind);
       }
       if (outcome.kind === "answer") await discard(exchange, outcome.response);
@@ -2704,7 +2706,10 @@ async function attempt(balancer: Balancer, exchange: Exchange, server: Server, r
   const outcome = await forward(balancer, exchange, server, (...end) => settle(balancer, exchange, server, ...end));
   if (retry > 0) service.retrying--;
   if (outcome.kind === "answer") onHead(server, outcome.milliseconds);
-  else if (!BLAMELESS.has(outcome.kind)) onFailed(service, server, balancer.effects);
+  else if (!BLAMELESS.has(outcome.kind)) {
+    balancer.effects.report("warn", `${service.name}: ${server.name}: ${outcome.detail}`);
+    onFailed(service, server, balancer.effects);
+  }
   return outcome;
 }
 
@@ -2891,7 +2896,8 @@ export interface Listener {
   close(): Promise<void>;
 }
 
-export interface Runtime {
+/** What differs between runtimes. */
+interface Runtime {
   serve(fetch: Serve, host: string, port: number): Promise<Listener>;
   client(request: Request, env: unknown): Client;
   transport(): Pick<Effects, "fetch" | "connect">;
