@@ -37,510 +37,367 @@ import { type AddressInfo, connect as netConnect, isIP, type Socket } from "node
 import process from "node:process";
 import { connect as tlsConnect } from "node:tls";
 import { parseArgs } from "node:util";
+import { toJsonSchema } from "@valibot/to-json-schema";
+import { closest, distance } from "fastest-levenshtein";
 import { type Context, Hono, type MiddlewareHandler } from "hono";
 import { compress } from "hono/compress";
 import { cors } from "hono/cors";
 import { parse as parseCookie } from "hono/utils/cookie";
-import * as v from "valibot";
-import { toJsonSchema } from "@valibot/to-json-schema";
-import { isAlias, isMap, isScalar, isSeq, LineCounter, parseDocument, stringify } from "yaml";
-import { closest, distance } from "fastest-levenshtein";
 import ipaddr from "ipaddr.js";
-import { RE2JS } from "re2js";
+import { RE2JS, type RE2JSSyntaxException } from "re2js";
+import * as v from "valibot";
+import { isAlias, isMap, isScalar, isSeq, LineCounter, type Node, parseDocument, type Scalar, stringify } from "yaml";
 
-// ─── 1. Config ── what routes.yml may say: one schema gives types, defaults, bounds, messages and the JSON Schema ─────
+// ---------------------------------------------------------------------------------------------------------------------
+// 1. Schema: what routes.yml may say. One schema gives types, defaults, bounds, messages and the JSON Schema.
+// ---------------------------------------------------------------------------------------------------------------------
 
-// A message that begins with "$ " begins with the value: `"5 sec" is not a duration` (see `sentence`).
-type Entries = v.ObjectEntries;
-type Wrong = (message: string) => undefined;
+// A message that begins with $ begins with the value: `"5 sec" is not a duration` (see `report`).
+type Schema = v.GenericSchema;
+type Out<S extends Schema> = v.InferOutput<S>;
+type Fields<E extends v.ObjectEntries> = Out<v.ObjectSchema<E, undefined>>;
 
 /** valibot takes a list for a map with the keys "0", "1", ...; we do not. */
-const notAList = <S extends v.GenericSchema>(schema: S, message: string): S => ({
+const notAList = <S extends Schema>(schema: S, message: string): S => ({
   ...schema,
   "~run": (dataset: v.UnknownDataset, config: v.Config<v.BaseIssue<unknown>>) =>
-    Array.isArray(dataset.value) ? v.string(message)["~run"](dataset, config) : schema["~run"](dataset, config),
+    (Array.isArray(dataset.value) ? v.string(message) : schema)["~run"](dataset, config),
 });
 /** A map with known keys. Unlike `v.strictObject`, which stops at the first one, it reports every unknown key. */
-const map = <const E extends Entries>(entries: E) => {
+const map = <const E extends v.ObjectEntries>(entries: E) => {
   const message = `$ is not a map with keys such as ${Object.keys(entries).slice(0, 3).join(", ")}`;
   const schema = v.objectWithRest(entries, v.never(Object.keys(entries).join(" ")), message);
   return notAList(schema as unknown as v.ObjectSchema<E, string>, message);
 };
-const key = <S extends v.GenericSchema, const D extends v.InferInput<S>>(schema: S, fallback: D, description: string) =>
-  v.pipe(
-    v.optional(schema, fallback as v.Default<S, undefined>),
-    v.description(description),
-  ) as unknown as v.OptionalSchema<S, D>;
-const maybe = <S extends v.GenericSchema>(schema: S, description: string) =>
-  v.pipe(v.optional(schema), v.description(description)) as unknown as v.OptionalSchema<S, undefined>;
-/** The union of one keeps the description in front of the transformations, where the JSON Schema ends. */
-const need = <S extends v.GenericSchema>(schema: S, description: string) =>
-  v.pipe(v.union([schema]), v.description(description));
-/** Something written as a single word or number. `read` gives undefined for what it cannot take, or says why. */
-const word = <T>(message: string, read: (text: string, wrong: Wrong) => T | undefined, also?: "boolean") =>
-  v.pipe(
-    v.union(also ? [v.string(), v.number(), v.boolean()] : [v.string(), v.number()], message),
-    v.rawTransform<string | number | boolean, T>(({ dataset, addIssue, NEVER }) => {
-      let why = message;
-      const value = read(String(dataset.value), (reason) => void (why = reason));
-      if (value === undefined) addIssue({ message: why });
-      return value ?? NEVER;
-    }),
-  );
-const wordLike = (pattern: RegExp, message: string) => word(message, (text) => pattern.test(text) ? text : undefined);
-/** One, or a list of them; always a list afterwards. */
-const many = <S extends v.GenericSchema>(item: S, message: string) =>
-  v.union([v.pipe(item, v.transform((one: v.InferOutput<S>) => [one])), v.array(item, message)], message);
-const some = <S extends v.GenericSchema>(item: S, message: string) => v.pipe(many(item, message), v.nonEmpty(message));
+/** A map with exactly one of these keys. */
+const choice = <const E extends v.ObjectEntries>(entries: E) => {
+  const message = `needs exactly one of ${Object.keys(entries).join(", ")}`;
+  return v.pipe(map(entries), v.check((chosen) => Object.keys(chosen).length === 1, message));
+};
+/** A key that may be left out; without a fallback it then stays absent. */
+const key = <S extends Schema, D extends v.InferInput<S> | undefined = undefined>(schema: S, about: string, or?: D) =>
+  v.pipe(v.optional(schema, or as never), v.description(about)) as unknown as v.OptionalSchema<S, D>;
+/** A key that must be there. The union keeps its description in front of the transformations, where JSON Schema ends. */
+const need = <S extends Schema>(schema: S, about: string) => v.pipe(v.union([schema]), v.description(about));
+const opt = v.optional; // for keys that their map's own description explains
+
+// valibot drops the keys __proto__, constructor and prototype: they are written with a NUL in front until it is done.
+const veiled = (name: string) => /^(__proto__|constructor|prototype)$/.test(name) ? `\0${name}` : name;
+const plain = (name: string) => name.replace(/^\0/, "");
 /** A map with free keys becomes a `Map`, in which no name is special. */
-const dict = <S extends v.GenericSchema>(value: S, what: string, read: (key: string) => string | undefined) =>
+const dict = <I, O>(name: v.GenericSchema<unknown, string>, value: v.GenericSchema<I, O>) =>
   v.pipe(
-    notAList(v.record(v.string(), value, "$ is not a map"), "$ is not a map") as unknown as v.GenericSchema<
-      Record<string, v.InferInput<S>>,
-      Record<string, v.InferOutput<S>>
-    >,
-    v.rawTransform<Record<string, v.InferOutput<S>>, Map<string, v.InferOutput<S>>>(({ dataset, addIssue }) => {
-      const out = new Map<string, v.InferOutput<S>>();
-      for (const [raw, value] of Object.entries(dataset.value)) {
-        const name = read(plain(raw));
-        if (name !== undefined && !out.has(name)) {
-          out.set(name, value);
-          continue;
-        }
-        const message = `${quote(raw)} ${name === undefined ? `is not a ${what}` : "stands twice"}`;
-        addIssue({ message, path: [{ type: "object", origin: "key", input: dataset.value, key: raw, value }] });
+    notAList(v.record(v.string(), value, "$ is not a map"), "$ is not a map"),
+    v.rawTransform<Record<string, O>, Map<string, O>>(({ dataset: { value: input }, addIssue }) => {
+      const out = new Map<string, O>();
+      for (const [key, value] of Object.entries(input)) {
+        const { issues, output } = v.safeParse(name, plain(key));
+        const message = issues ? issues[0].message : out.has(output) && "$ stands twice";
+        if (message) addIssue({ message, path: [{ type: "object", origin: "key", input, key, value }] });
+        else out.set(output as string, value);
       }
       return out;
     }),
   );
-
-// Words.
-const UNITS: Record<string, number> = { ms: 1, s: 1e3, m: 60e3, h: 3600e3, d: 86400e3 };
-const duration = (least: number) =>
-  word("$ is not a duration such as 500ms, 2s or 1m", (text, wrong) => {
-    const [, count, unit = "ms"] = /^(\d+(?:\.\d+)?)(ms|s|m|h|d)$/.exec(text) ?? (text === "0" ? [, "0"] : []);
-    if (count === undefined) return undefined;
-    const ms = Math.round(Number(count) * UNITS[unit]!);
-    if (ms >= least && ms <= UNITS.d!) return ms;
-    return wrong(least ? "$ is not a duration of more than 0 and at most 1d" : "$ is a duration of more than 1d");
-  });
-export const Duration = duration(1);
-const Percent = word("$ is not a percentage from 0% to 100%", (text) => {
-  const [, count] = /^(\d+(?:\.\d+)?)%$/.exec(text) ?? [];
-  return count === undefined || Number(count) > 100 ? undefined : Number(count) / 100;
-});
-const Size = word("$ is not a size such as 512kB, 10MB, 1MiB, a number of bytes, or none", (text) => {
-  if (text === "none") return Infinity;
-  const [, count, prefix = "", i] = /^(\d+(?:\.\d+)?) ?(?:([kmgt]?)(i?)b)?$/i.exec(text) ?? [];
-  const bytes = Math.floor(Number(count) * (i ? 1024 : 1000) ** " kmgt".indexOf(prefix.toLowerCase() || " "));
-  return Number.isSafeInteger(bytes) ? bytes : undefined;
-});
+const either = <const O extends Schema[]>(what: string, ...options: O) => v.union(options, `$ is not ${what}`);
+const oneOf = <const N extends (string | number)[]>(...names: N) =>
+  v.picklist(names, `$ is not one of ${names.filter((name) => name !== "").join(", ")}`);
+/** One, or a list of them; always a list afterwards. */
+const many = <S extends Schema>(item: S, what: string, least = 0) => {
+  const message = `$ is not ${what}, or a list of them`;
+  const one = v.pipe(item, v.transform((one: Out<S>) => [one]));
+  return v.pipe(v.union([one, v.array(item, message)], message), v.check((list) => list.length >= least, message));
+};
+/** The word off or none, which means `meant`, or something else. */
+const or = <T, S extends Schema>(off: "off" | "none", meant: T, schema: S, what = "a map") =>
+  v.pipe(
+    either(`${off} or ${what}`, v.literal(off), schema),
+    v.transform((value): T | Out<S> => value === off ? meant : value as Out<S>),
+  );
+type Reader<T> = (text: string, ...groups: string[]) => T | Error | false;
+/** A word or number. `read` makes a value of the pattern's groups; false refuses it, and so does an Error, which says why. */
+const word = <T = string>(what: string, pattern: RegExp, read: Reader<T> = (text) => text as T) =>
+  v.pipe(
+    either(what, v.string(), v.number()),
+    v.rawTransform<string | number, T>(({ dataset, addIssue, NEVER }) => {
+      const found = pattern.exec(String(dataset.value)) as [string] | null;
+      const value: T | Error | false = found !== null && read(...found);
+      if (value !== false && !(value instanceof Error)) return value;
+      addIssue({ message: `$ is not ${what}${value instanceof Error ? `: ${value.message}` : ""}` });
+      return NEVER;
+    }),
+  );
 const whole = (least: number, most: number) => {
   const message = `$ is not a whole number from ${least} to ${most}`;
   return v.pipe(v.number(message), v.integer(message), v.minValue(least, message), v.maxValue(most, message));
 };
-const Limit = v.pipe(
-  v.union([v.literal("none"), whole(1, 1e6)], "$ is not none or a whole number from 1 to 1000000"),
-  v.transform((limit) => limit === "none" ? Infinity : limit),
-);
-const Bool = v.boolean("$ is not true or false");
-const PRINTABLE = /^[\t\x20-\x7e\x80-\xff]*$/; // what may stand in a header; a line break would begin another one
-const Text = word("$ is not text", (text) => text, "boolean");
-const printable = (text: string) => PRINTABLE.test(text) ? text.trim() : undefined;
-const Printable = word("$ cannot stand in a header", printable, "boolean");
-const TOKEN = /^[!#$%&'*+.^_`|~0-9a-z-]+$/i; // RFC 9110 section 5.6.2
-const FRAMING = /^(connection|content-length|host|keep-alive|proxy-connection|te|trailer|transfer-encoding|upgrade)$/i;
-const headerName = (name: string) => TOKEN.test(name) ? name.toLowerCase() : undefined;
-const rulesName = (name: string) => FRAMING.test(name) ? undefined : headerName(name); // ours, for one message ends where the next begins
-const RuleName = word("$ is not a header name that a rule may change", rulesName);
-const Method = word("$ is not a method that can be forwarded, such as GET", (text) => {
-  return TOKEN.test(text) && !/^(trace|connect)$/i.test(text) ? text.toUpperCase() : undefined;
+
+// Words. Times become milliseconds, percentages fractions, sizes bytes, and none becomes Infinity.
+const UNITS: Record<string, number> = { ms: 1, s: 1e3, m: 60e3, h: 3600e3, d: 86400e3 };
+const duration = (least: number) =>
+  word("a duration such as 500ms, 2s or 1m", /^(?:0|(\d+(?:\.\d+)?)(ms|s|m|h|d))$/, (_, count = "0", unit = "s") => {
+    const ms = Math.round(Number(count) * UNITS[unit]!);
+    return ms >= least && ms <= UNITS.d! ? ms : new Error(`${least ? "more than 0 and " : ""}at most 1d`);
+  });
+export const Duration = duration(1);
+const Percent = word("a percentage from 0% to 100%", /^(?:100|\d?\d(?:\.\d+)?)%$/, (text) => parseFloat(text) / 100);
+const SIZE = /^(?:none|(\d+(?:\.\d+)?) ?(?:([kmgt]?)(i?)b)?)$/i;
+const Size = word("a size such as 512kB, 10MB, 1MiB, a number of bytes, or none", SIZE, (_, count, prefix = "", i) => {
+  const bytes = Math.floor(Number(count) * (i ? 1024 : 1000) ** " kmgt".indexOf(lower(prefix) || " "));
+  return count === undefined ? Infinity : Number.isSafeInteger(bytes) && bytes;
 });
-const Methods = many(Method, "$ is not a method, or a list of them");
-const isAddress = (text: string) =>
-  ipaddr.IPv4.isValidFourPartDecimal(text) || (text.includes(":") && !text.includes("%") && ipaddr.IPv6.isValid(text));
+const Limit = or("none", Infinity, whole(1, 1e6), "a whole number from 1 to 1000000");
+const Bool = v.boolean("$ is not true or false");
+const Text = v.pipe(either("text", v.string(), v.number(), v.boolean()), v.transform(String));
+// A line break would begin another header.
+const Printable = v.pipe(Text, v.regex(/^[\t\x20-\x7e\x80-\xff]*$/, "$ cannot stand in a header"), v.trim());
+const Texts = many(Printable, "a text");
+const lower = (text: string) => text.toLowerCase();
+const token = (not: string) => new RegExp(`^(?!(?:${not})$)[!#$%&'*+.^_\`|~0-9a-z-]+$`, "i"); // RFC 9110 section 5.6.2
+const upper = (text: string) => text.toUpperCase();
+const Method = word("a method that can be forwarded, such as GET", token("trace|connect"), upper);
+const Methods = many(Method, "a method");
+const TOKEN = token("");
+const HeaderName = word("a header name", TOKEN, lower);
+// Where a message ends and the next one begins is ours to say.
+const FRAMING = "connection|content-length|host|keep-alive|proxy-connection|te|trailer|transfer-encoding|upgrade";
+const RuleName = word("a header name that a rule may change", token(FRAMING), lower);
+const RuleNames = many(RuleName, "a header name"), RuleValues = dict(RuleName, Printable);
+const isIPv4 = ipaddr.IPv4.isValidFourPartDecimal;
+const isIPv6 = (text: string) => text.includes(":") && !text.includes("%") && ipaddr.IPv6.isValid(text);
+const isAddress = (text: string) => isIPv4(text) || isIPv6(text);
 const isName = (text: string) =>
   text.length < 254 && /^(?!-)[a-z0-9_-]+(\.[a-z0-9_-]+)*$/i.test(text) && !/(^|\.)\d+$/.test(text);
-const isHost = (text: string) => text.startsWith("[") ? isAddress(text.slice(1, -1)) : isName(text) || isAddress(text);
+const isHost = (text: string) => /^\[.*\]$/.test(text) ? isIPv6(text.slice(1, -1)) : isName(text) || isIPv4(text);
+const NETWORK = /^([^/]+)(?:\/(\d{1,3}))?$/;
+const Network = word("an address or a network such as 10.0.0.0/8", NETWORK, (text, address, bits = "0") => {
+  return isAddress(address) && Number(bits) <= (isIPv4(address) ? 32 : 128) && text;
+});
+const Networks = many(Network, "an address or a network");
 const AUTHORITY = /^(\[[^\]]*\]|[^:[\]]*)(?::(\d{1,5}))?$/;
-const Range = word("$ is not an address or a network such as 10.0.0.0/8", (text) => {
-  const [, address = "", bits] = /^([^/]+)(?:\/(\d{1,3}))?$/.exec(text) ?? [];
-  return isAddress(address) && Number(bits ?? 0) <= (address.includes(":") ? 128 : 32) ? text : undefined;
+const Host = word("a host such as www.example.com", AUTHORITY, (text, host) => (!text || isHost(host)) && text);
+const HostPattern = word('a host such as www.example.com or "*.example.com"', AUTHORITY, (_, host) => {
+  const name = lower(host).replace(/\.$/, "");
+  return isHost(name.replace(/^\*\./, "")) && !/^\*\.[[\d.]+$/.test(name) && name;
 });
-const Ranges = many(Range, "$ is not an address or a network, or a list of them");
-const HostPattern = word('$ is not a host such as www.example.com or "*.example.com"', (text) => {
-  const [, host = ""] = AUTHORITY.exec(text.toLowerCase()) ?? [];
-  const name = host.replace(/\.$/, "");
-  return (isHost(name.replace(/^\*\./, "")) && !/^\*\.[[\d.]+$/.test(name)) ? name : undefined;
-});
-const Authority = word("$ is not a host such as www.example.com", (text) => {
-  return text === "" || isHost(AUTHORITY.exec(text)?.[1] ?? "") ? text : undefined;
+const LISTEN = /^(?:(.*):)?(\d{1,5})$/;
+const Listen = word("a port, or an address such as 127.0.0.1:8080 or [::]:8080", LISTEN, (_, host = "", port) => {
+  return Number(port) < 65536 && (!host || isHost(host)) && { host, port: Number(port) };
 });
 const PATH = /^\/[!-"$->@-~]*$/; // ASCII without space, ? and #
-const Path = wordLike(PATH, "$ is not a path such as /v1 (it begins with / and has no query)");
-const Prefix = word("$ is not a path such as /v1 (it begins with / and has no query)", (text) => {
-  return PATH.test(text) ? text.replace(/\/+$/, "") : undefined;
-});
+const Path = word("a path such as /v1 (it begins with / and has no query)", PATH);
+const Prefix = v.pipe(Path, v.transform((path) => path.replace(/\/+$/, "")));
 /** RE2 syntax: linear time by construction, so that no pattern can be made slow by a request. */
-const Regex = word("$ is not a regular expression (RE2)", (text, wrong) => {
+const Regex = word("a regular expression (RE2)", /^[^]*$/, (text) => {
   try {
     return RE2JS.compile(text), text;
-  } catch (error) {
-    const why = (error as Error).message.replace(/^error parsing regexp: /, "");
-    return wrong(`$ is not a regular expression (RE2): ${why}`);
+  } catch (error) { // its message has the pattern, which may be a secret
+    return new Error((error as RE2JSSyntaxException).error);
   }
-});
-const Listen = word("$ is not a port, or an address such as 127.0.0.1:8080 or [::]:8080", (text) => {
-  const [, host = "", port] = /^\d+$/.test(text) ? [, "", text] : AUTHORITY.exec(text) ?? [];
-  const good = port !== undefined && Number(port) < 65536 && (!host || isHost(host));
-  return good ? { host, port: Number(port) } : undefined;
 });
 
 // A service.
-const Url = word("$ is not a server such as localhost:8081 or http://localhost:8081", (text, wrong) => {
-  const [, scheme = "", rest = ""] = /^(?:([^:/]*):\/\/)?(.*)$/s.exec(text) ?? [];
-  if (!/^(https?)?$/i.test(scheme)) return wrong("$ is not a server: its scheme is neither http nor https");
-  if (rest.includes("@")) return wrong("$ is not a server: a user or password cannot stand here");
-  if (/[/?#]/.test(rest.replace(/\/$/, ""))) return wrong("$ is not a server: a path or query cannot stand here");
-  const [, host = "", port] = AUTHORITY.exec(rest.replace(/\/$/, "")) ?? [];
-  if (!isHost(host)) return wrong("$ is not a server: host:port expected, such as localhost:8081");
-  if (port === undefined && !scheme) return wrong("$ is not a server: host:port expected, such as localhost:8081");
-  const number = Number(port ?? (/https/i.test(scheme) ? 443 : 80));
-  if (number < 1 || number > 65535) return wrong("$ is not a server: a port is a number from 1 to 65535");
-  const name = `${host.toLowerCase()}:${number}`;
-  return { name, url: new URL(`${scheme || "http"}://${name}`).origin };
+const ORIGIN = /^(?:(https?):\/\/)?(\[[^\]]*\]|[^:[\]/?#@]*)(?::(\d{1,5}))?\/?$/i;
+const SERVER = "a server such as localhost:8081 or http://localhost (no user, no path)";
+const Url = word(SERVER, ORIGIN, (_, scheme = "", host, port) => {
+  const number = Number(port ?? { http: 80, https: 443 }[lower(scheme)]), name = `${lower(host)}:${number}`;
+  const fits = isHost(host) && number > 0 && number < 65536;
+  return fits && { name, url: new URL(`${scheme || "http"}://${name}`).origin };
 });
-const Server = v.pipe(
-  v.union([
-    v.pipe(Url, v.transform((url) => ({ url, weight: 1, host: "", backup: false, max: Infinity }))),
-    map({
-      url: need(Url, "host:port or URL"),
-      weight: key(whole(0, 256), 1, "share of the requests; 0: none"),
-      host: key(Authority, "", "a literal Host header"),
-      backup: key(Bool, false, "used only when no other server may be asked"),
-      max: key(Limit, "none", "requests in flight at most"),
-    }),
-  ], "$ is not a server such as localhost:8081 or {url: ..., weight: 2}"),
-  v.transform(({ url, ...rest }) => ({ ...url, ...rest })),
-);
+const also = { weight: opt(whole(0, 256), 1), host: opt(Host, ""), backup: opt(Bool, false), max: opt(Limit, "none") };
+const ServerMap = v.pipe(map({ url: Url, ...also }), v.transform(({ url, ...rest }) => ({ ...url, ...rest })));
+const OnlyUrl = v.pipe(Url, v.transform((url) => ({ ...url, ...v.parse(v.object(also), {}) })));
+const Server = either("a server such as localhost:8081 or {url: ..., weight: 2}", OnlyUrl, ServerMap);
+/** A server that is listed again weighs more. Where http and https share a host and port, the URLs are the names. */
 const Servers = v.pipe(
-  many(Server, "$ is not a list of servers"),
-  v.rawTransform<ServerConfig[], ServerConfig[]>(({ dataset, addIssue, NEVER }) => {
-    const byUrl = new Map<string, ServerConfig>();
-    for (const server of dataset.value) { // repeated entries are weights
-      const same = byUrl.get(server.url), { weight } = server;
-      byUrl.set(server.url, { ...server, weight: weight + (same?.weight ?? 0) });
-      if (same && JSON.stringify({ ...same, weight }) !== JSON.stringify(server)) {
-        addIssue({ message: `${quote(server.url)} stands twice with different host, backup or max` });
-      }
-    }
-    const servers = [...byUrl.values()];
-    if (servers.some((server) => server.weight > 0)) return servers;
-    addIssue({ message: servers.length ? "no server has a weight above 0" : "the list of servers is empty" });
-    return NEVER;
+  many(Server, "a server"),
+  v.rawTransform<ServerConfig[], ServerConfig[]>(({ dataset: { value: listed }, addIssue }) => {
+    const named = Map.groupBy(listed, (server) => server.name);
+    return [...Map.groupBy(listed, (server) => server.url)].map(([url, same]) => {
+      const weight = same.reduce((sum, server) => sum + server.weight, 0), first = { ...same[0]!, weight };
+      const differ = same.some((server) => JSON.stringify({ ...server, weight }) !== JSON.stringify(first));
+      if (differ) addIssue({ message: `${url} stands twice with different host, backup or max` });
+      return named.get(first.name)!.length > same.length ? { ...first, name: url } : first;
+    });
   }),
+  v.check((servers) => servers.some((server) => server.weight > 0), "needs a server with a weight above 0"),
 );
 // deno-fmt-ignore
-const STRATEGIES = ["round-robin", "first", "random", "two-choices", "least-connections", "least-response-time", "ip-hash"] as const;
-const HASHED = ["header", "cookie", "query", "path"] as const;
+export const STRATEGIES = ["round-robin", "first", "random", "two-choices", "least-connections", "least-response-time", "ip-hash"];
+type Hashed = "header" | "cookie" | "query" | "path";
+const Hash = choice({ header: opt(HeaderName), cookie: opt(Text), query: opt(Text), path: opt(v.literal(true)) });
+const AnyName = v.union([v.picklist(STRATEGIES), v.string()]);
+/** Any name, for users may bring strategies of their own: `check` knows which there are. */
 const Strategy = v.pipe(
-  v.union([
-    v.picklist(STRATEGIES),
-    map({
-      hash: v.pipe(
-        map({
-          header: maybe(word("$ is not a header name", headerName), "a header's name"),
-          cookie: maybe(Text, "a cookie's name"),
-          query: maybe(Text, "a query parameter's name"),
-          path: maybe(v.literal(true, "$ is not true"), "true: the path"),
-        }),
-        v.check((hash) => Object.keys(hash).length === 1, "needs exactly one of header, cookie, query and path"),
-        v.description("rendezvous: the same key goes to the same server"),
-      ),
-    }),
-  ], `$ is not a strategy: ${STRATEGIES.join(", ")}, or {hash: {header: name}}`),
-  v.transform(
-    (strategy): { name: typeof STRATEGIES[number] | "hash"; by: typeof HASHED[number] | "none"; key: string } => {
-      if (typeof strategy === "string") return { name: strategy, by: "none", key: "" };
-      const by = HASHED.find((by) => strategy.hash[by] !== undefined)!;
-      return { name: "hash", by, key: by === "path" ? "" : strategy.hash[by]! };
-    },
-  ),
-);
-const Statuses = word(
-  "$ is not a status such as 200, or a range such as 200-399",
-  (text): [number, number] | undefined => {
-    const [, from, to = from] = /^([1-5]\d\d)(?:-([1-5]\d\d))?$/.exec(text) ?? [];
-    return from === undefined || from > to! ? undefined : [Number(from), Number(to)];
-  },
-);
-const Headers = dict(Printable, "header name", headerName);
-const Probe = map({
-  path: key(v.union([v.literal(""), Path], "$ is not a path"), "", "a request to it; without it a TCP connect"),
-  interval: key(Duration, "10s", "time between two probes"),
-  timeout: key(Duration, "2s", "a probe that takes longer has failed"),
-  expect: key(some(Statuses, "$ is not a status, or a list of them"), [200], "200, 200-399, or a list"),
-  body: key(Text, "", "what the body has to contain"),
-  rise: key(whole(1, 100), 2, "successes in a row until it may be asked again"),
-  fall: key(whole(1, 100), 3, "failures in a row until it may not be asked"),
-  method: key(
-    v.picklist(["GET", "HEAD", "OPTIONS", "POST"], "$ is not GET, HEAD, OPTIONS or POST"),
-    "GET",
-    "to ask with",
-  ),
-  headers: key(Headers, {}, "of the request"),
-});
-const Health = v.pipe(
-  v.union([v.literal("off"), Probe], "$ is not off or a map with keys such as path, interval, timeout"),
-  v.transform((probe) =>
-    probe === "off"
-      ? { kind: "off" as const, ...v.parse(Probe, {}) }
-      : { kind: probe.path ? "http" as const : "tcp" as const, ...probe }
-  ),
-);
-const Eject = v.pipe(
-  v.union([
-    v.literal("off"),
-    map({
-      failures: key(whole(1, 1e6), 5, "failures in a row"),
-      for: key(Duration, "30s", "first time; longer when it happens again"),
-      at_most: key(Percent, "50%", "of the servers"),
-    }),
-  ], "$ is not off or a map with keys such as failures, for, at_most"),
-  v.transform((eject) => eject === "off" ? { failures: Infinity, for: 0, at_most: 0 } : eject),
-);
-const Timeouts = map({
-  connect: key(Duration, "3s", "until connected"),
-  response: key(Duration, "60s", "until the headers of the answer"),
-  idle: key(Duration, "5m", "between two pieces of a body"),
-});
-const CORS_METHODS = ["GET", "HEAD", "PUT", "POST", "DELETE", "PATCH"];
-const Texts = many(Printable, "$ is not a text, or a list of them");
-const CorsMap = map({
-  origin: key(Texts, ["*"], "origins that may read the answers"),
-  allow_methods: key(Methods, CORS_METHODS, "methods they may use"),
-  allow_headers: key(Texts, [], "headers they may send; none: those they ask for"),
-  expose_headers: key(Texts, [], "headers they may read"),
-  max_age: key(duration(0), 0, "how long a browser may remember this"),
-  credentials: key(Bool, false, "with cookies"),
-});
-const Cors = v.pipe(
-  v.union([
-    v.literal("off"),
-    v.pipe(
-      CorsMap,
-      v.check((cors) => !cors.credentials || !cors.origin.includes("*"), "credentials need origins by name, not *"),
-    ),
-  ], "$ is not off or a map with keys such as origin, allow_methods, allow_headers"),
-  v.transform((cors) => cors === "off" ? { ...v.parse(CorsMap, {}), origin: [] } : cors), // no origin: off
-);
-const Tls = v.pipe(
-  map({
-    ca: key(Text, "", "file (PEM) with the authorities believed"),
-    cert: key(Text, "", "file (PEM) with our certificate"),
-    key: key(Text, "", "file (PEM) with its key"),
-    servername: key(Text, "", "the name asked for and verified"),
-    insecure: key(Bool, false, "true: any certificate will do"),
+  either("a strategy such as random or {hash: {header: name}}", AnyName, map({ hash: Hash })),
+  v.transform((strategy): { name: string; by: Hashed | "none"; key: string } => {
+    if (typeof strategy === "string") return { name: strategy, by: "none", key: "" };
+    const [[by, key]] = Object.entries(strategy.hash) as [[Hashed, string | true]];
+    return { name: "hash", by, key: key === true ? "" : key };
   }),
-  v.check((tls) => !tls.cert === !tls.key, "needs cert and key together"),
 );
-const RETRY_ON: (number | "connect" | "reset")[] = ["connect", "reset", 502, 503, 504];
-const RetryOn = v.union([v.picklist(["connect", "reset"]), whole(400, 599)], "$ is not connect, reset, or 400 to 599");
-const HostHeader = v.union([v.picklist(["keep", "server"]), Authority], "$ is not keep, server or a host");
-
+const Statuses = word("a status such as 200, or 200-399", /^([1-5]\d\d)(?:-([1-5]\d\d))?$/, (_, from, to = from) => {
+  return from <= to && [Number(from), Number(to)] as [number, number];
+});
+const Probe = map({
+  path: key(either("a path", v.literal(""), Path), "a request to it; without it a TCP connect", ""),
+  interval: key(Duration, "time between two probes", "10s"),
+  timeout: key(Duration, "a probe that takes longer has failed", "2s"),
+  expect: key(many(Statuses, "a status", 1), "200, 200-399, or a list", [200]),
+  body: key(Text, "what the body has to contain", ""),
+  rise: key(whole(1, 100), "successes in a row until it may be asked again", 2),
+  fall: key(whole(1, 100), "failures in a row until it may not be asked", 3),
+  method: key(oneOf("GET", "HEAD", "OPTIONS", "POST"), "to ask with", "GET"),
+  headers: key(dict(HeaderName, Printable), "of the request", {}),
+});
+const Probing = v.pipe(Probe, v.transform((one) => ({ kind: one.path ? "http" as const : "tcp" as const, ...one })));
+const Health = or("off", { kind: "off" as const, ...v.parse(Probe, {}) }, Probing);
+const EjectMap = map({ failures: opt(whole(1, 1e6), 5), for: opt(Duration, "30s"), at_most: opt(Percent, "50%") });
+const Eject = or("off", { failures: Infinity, for: 0, at_most: 0 }, EjectMap);
+const Timeouts = map({ connect: opt(Duration, "3s"), response: opt(Duration, "60s"), idle: opt(Duration, "5m") });
+const CorsMap = map({
+  origin: key(Texts, "origins that may read the answers", ["*"]),
+  allow_methods: key(Methods, "methods they may use", ["GET", "HEAD", "PUT", "POST", "DELETE", "PATCH"]),
+  allow_headers: key(Texts, "headers they may send; none: those they ask for", []),
+  expose_headers: key(Texts, "headers they may read", []),
+  max_age: key(duration(0), "how long a browser may remember this", 0),
+  credentials: key(Bool, "with cookies", false),
+});
+const credible = (cors: Out<typeof CorsMap>) => !cors.credentials || !cors.origin.includes("*");
+const SafeCors = v.pipe(CorsMap, v.check(credible, "credentials need origins by name, not *"));
+const Cors = or("off", { ...v.parse(CorsMap, {}), origin: [] as string[] }, SafeCors);
+const files = { ca: opt(Text, ""), cert: opt(Text, ""), key: opt(Text, "") };
+const TlsMap = map({ ...files, servername: opt(Text, ""), insecure: opt(Bool, false) });
+const Tls = v.pipe(TlsMap, v.check((tls) => !tls.cert === !tls.key, "needs cert and key together"));
+const RetryOn = either("connect, reset, or 400 to 599", v.picklist(["connect", "reset"]), whole(400, 599));
+const HostHeader = either("keep, server or a host", v.picklist(["keep", "server"]), Host);
 /** What a route may also say, and then wins over its service. */
 const policy = {
-  retries: key(whole(0, 10), 1, "further attempts, always at another server while one is left"),
-  retry_on: key(v.array(RetryOn, "$ is not a list of connect, reset and statuses"), RETRY_ON, "what is tried again"),
-  timeouts: key(Timeouts, {}, "connect, response and idle"),
-  host_header: key(HostHeader, "keep", "keep (the client's), server (the server's own), or a literal"),
-  compress: key(Bool, false, "gzip for text when the client accepts it and the server did not"),
-  cors: key(Cors, "off", "off, or who may read the answers in a browser"),
+  retries: key(whole(0, 10), "further attempts, always at another server while one is left", 1),
+  retry_on: key(v.array(RetryOn, "$ is not a list"), "what is tried again", ["connect", "reset", 502, 503, 504]),
+  timeouts: key(Timeouts, "until connected, until the headers, between pieces of a body", v.getDefaults(Timeouts)),
+  host_header: key(HostHeader, "keep (the client's), server (the server's own), or a literal", "keep"),
+  compress: key(Bool, "gzip for text when the client accepts it and the server did not", false),
+  cors: key(Cors, "off, or who may read the answers in a browser", "off"),
 };
 const settings = {
-  strategy: key(Strategy, "round-robin", "which server takes a request"),
-  health: key(Health, {}, "off, or how servers are probed"),
-  eject: key(Eject, {}, "off, or when a server that fails requests is left out"),
-  panic: key(Percent, "50%", "fewer servers than this may be asked: ask them all rather than none"),
-  retry_budget: key(Percent, "20%", "retries at most, of the requests in flight"),
-  max_in_flight: key(Limit, "none", "per server"),
-  tls: key(Tls, {}, "for https servers"),
+  strategy: key(Strategy, "which server takes a request; hash: the same key, the same server", "round-robin"),
+  health: key(Health, "off, or how servers are probed", v.getDefaults(Probe)),
+  eject: key(Eject, "off, or failures in a row, how long, and how many at most", v.getDefaults(EjectMap)),
+  panic: key(Percent, "fewer servers than this may be asked: ask them all rather than none", "50%"),
+  retry_budget: key(Percent, "retries at most, of the requests in flight", "20%"),
+  max_in_flight: key(Limit, "per server", "none"),
+  tls: key(Tls, "PEM files; the name to verify; insecure: any will do", v.getDefaults(TlsMap)),
   ...policy,
 };
 
 // A route.
-const condition = (read: (key: string) => string | undefined, what: string) =>
-  v.pipe(
-    dict(
-      v.pipe(
-        v.union([
-          Text,
-          v.pipe(
-            map({ regex: maybe(Regex, "RE2 syntax"), present: maybe(Bool, "whether it is there at all") }),
-            v.check((one) => Object.keys(one).length === 1, "needs exactly one of regex and present"),
-          ),
-        ], "$ is not a value, {regex: ...} or {present: true}"),
-        v.transform((one): Test => {
-          if (typeof one === "string") return { kind: "is", value: one };
-          return one.regex === undefined
-            ? { kind: "present", present: one.present! }
-            : { kind: "regex", source: one.regex };
-        }),
-      ),
-      what,
-      read,
-    ),
-    v.transform((all): Condition[] => [...all].map(([name, test]) => ({ name, ...test }))),
-  );
+const Test = v.pipe(
+  either("a value, {regex: ...} or {present: true}", Text, choice({ regex: opt(Regex), present: opt(Bool) })),
+  v.transform((test): Test => {
+    if (typeof test === "string") return { kind: "is", value: test };
+    const { regex, present } = test;
+    return present === undefined ? { kind: "regex", source: regex! } : { kind: "present", present };
+  }),
+);
+const tests = (name: v.GenericSchema<unknown, string>) =>
+  v.pipe(dict(name, Test), v.transform((all) => [...all].map(([name, test]): Condition => ({ name, ...test }))));
 const PathMatch = v.pipe(
-  v.union([
-    v.pipe(Prefix, v.transform((path): PathRule => ({ kind: "prefix", path }))),
-    v.pipe(
-      map({ exact: maybe(Path, "the whole path"), regex: maybe(Regex, "RE2 syntax, found anywhere unless anchored") }),
-      v.check((one) => Object.keys(one).length === 1, "needs exactly one of exact and regex"),
-      v.transform(({ exact, regex }): PathRule =>
-        exact === undefined ? { kind: "regex", source: regex! } : { kind: "exact", path: exact }
-      ),
-    ),
-  ], "$ is not a path, {exact: ...} or {regex: ...}"),
+  either("a path, {exact: ...} or {regex: ...}", Prefix, choice({ exact: opt(Path), regex: opt(Regex) })),
+  v.transform((path): PathRule => {
+    if (typeof path === "string") return { kind: "prefix", path };
+    return path.exact === undefined ? { kind: "regex", source: path.regex! } : { kind: "exact", path: path.exact };
+  }),
 );
 const Rewrite = v.pipe(
-  map({
-    path: maybe(Prefix, "instead of what matched"),
-    whole: maybe(Path, "instead of the whole path"),
-    host: key(Authority, "", "a literal Host header"),
-  }),
+  map({ path: opt(Path), whole: opt(Path), host: opt(Host, "") }),
   v.check(({ path, whole }) => path === undefined || whole === undefined, "path and whole exclude each other"),
-  v.transform(({ path, whole, host }) => ({
-    kind: whole !== undefined ? "whole" as const : path !== undefined ? "replace" as const : "none" as const,
-    path: whole ?? path ?? "",
-    host,
-  })),
-);
-const Rules = {
-  set: key(dict(Printable, "header name that a rule may change", rulesName), {}, "these instead of what is there"),
-  add: key(dict(Printable, "header name that a rule may change", rulesName), {}, "these beside what is there"),
-  remove: key(many(RuleName, "$ is not a list of header names"), [], "these"),
-};
-const QueryRules = {
-  set: key(dict(Text, "parameter", (name) => name), {}, "these instead of what is there"),
-  remove: key(many(Text, "$ is not a list of parameters"), [], "these"),
-};
-const REDIRECTS = [301, 302, 303, 307, 308] as const;
-const Redirect = v.pipe(
-  map({
-    to: key(wordLike(/^((https?:\/\/|\/)[!-~]+|\/|)$/i, "$ is not a URL or path to go to"), "", "taken literally"),
-    scheme: key(v.picklist(["", "http", "https"], "$ is not http or https"), "", "what is not named stays"),
-    host: key(Authority, "", "what is not named stays"),
-    port: key(whole(0, 65535), 0, "what is not named stays"),
-    path: key(wordLike(/^(\/[!-~]*|)$/, "$ is not a path such as /v1"), "", "what is not named stays"),
-    status: key(v.picklist(REDIRECTS, `$ is not one of ${REDIRECTS.join(", ")}`), 302, "of the answer"),
+  v.transform(({ path, whole, host }): { kind: "none" | "replace" | "whole"; path: string; host: string } => {
+    if (whole !== undefined) return { kind: "whole", path: whole, host };
+    return { kind: path === undefined ? "none" : "replace", path: path ?? "", host };
   }),
-  v.check(
-    ({ to, scheme, host, port, path }) => !to !== !(scheme || host || port || path),
-    "needs either to, or some of scheme, host, port and path",
-  ),
+);
+const HeaderRules = map({ set: opt(RuleValues, {}), add: opt(RuleValues, {}), remove: opt(RuleNames, []) });
+const QueryRules = map({ set: opt(dict(Text, Text), {}), remove: opt(many(Text, "a name"), []) });
+const RequestRules = map({ headers: opt(HeaderRules, {}), query: opt(QueryRules, {}) });
+const ResponseRules = map({ headers: opt(HeaderRules, {}) });
+const To = word("a URL or path to go to", /^(?:(?:https?:\/\/|\/)[!-~]+|\/|)$/i);
+const Place = word("a path such as /v1", /^(?:\/[!-~]*|)$/);
+const parts = { scheme: opt(oneOf("http", "https", ""), ""), host: opt(Host, ""), port: opt(whole(0, 65535), 0) };
+const Redirect = v.pipe(
+  map({ to: opt(To, ""), ...parts, path: opt(Place, ""), status: opt(oneOf(301, 302, 303, 307, 308), 302) }),
+  v.check((one) => !one.to !== !(one.scheme || one.host || one.port || one.path), "needs either to or its parts"),
+  v.transform((one) => ({ kind: "redirect" as const, ...one })),
 );
 const Respond = v.pipe(
-  map({
-    status: key(whole(200, 599), 200, "of the answer"),
-    body: key(Text, "", "of the answer"),
-    headers: key(dict(Printable, "header name that a rule may change", rulesName), {}, "of the answer"),
-  }),
-  v.check(({ status, body }) => !body || ![204, 205, 304].includes(status), "an answer with this status has no body"),
+  map({ status: opt(whole(200, 599), 200), body: opt(Text, ""), headers: opt(RuleValues, {}) }),
+  v.check((one) => !one.body || ![204, 205, 304].includes(one.status), "an answer with this status has no body"),
+  v.transform((one) => ({ kind: "respond" as const, ...one })),
 );
-const NAME = /^\P{Cc}{1,200}$/u;
-const ServiceName = wordLike(NAME, "$ is not a name of a service");
-const split = dict(whole(0, 1e6), "name of a service", (name) => name);
-const answer = {
-  name: key(wordLike(/^\P{Cc}{0,200}$/u, "$ is not a name"), "", "for logs and metrics; else its host and path"),
-  service: maybe(ServiceName, "one of services"),
-  servers: maybe(Servers, "a service of its own; any key of a service may stand beside it"),
-  split: maybe(split, "services and their weights"),
-  redirect: maybe(Redirect, "an answer of its own: go elsewhere"),
-  respond: maybe(Respond, "an answer of its own"),
-  rewrite: key(Rewrite, {}, "what the server sees"),
-  request: key(
-    map({ headers: key(map(Rules), {}, "of the request"), query: key(map(QueryRules), {}, "of the request") }),
-    {},
-    "changes to the request",
-  ),
-  response: key(map({ headers: key(map(Rules), {}, "of the answer") }), {}, "changes to the answer"),
-  allow: key(Ranges, [], "only these clients"),
-  deny: key(Ranges, [], "not these clients; wins over allow"),
-  body_limit: key(Size, "none", "of a request's body"),
-  ...settings,
+const ServiceName = word("a name", /^\P{Cc}{1,200}$/u);
+const place = {
+  host: key(many(HostPattern, "a host"), '"*.example.com" is any labels in front, not example.com itself', []),
+  path: key(many(PathMatch, "a path"), "prefix by whole segments, {exact: /v1}, {regex: ...}, or a list", []),
+  strip: key(Bool, "true: the server sees the rest of the path", false),
 };
-const Hosts = many(HostPattern, "$ is not a host, or a list of them");
-const Paths = many(PathMatch, "$ is not a path, or a list of them");
-const match = {
-  host: key(Hosts, [], '"*.example.com" takes any number of labels in front, not example.com itself'),
-  path: key(Paths, [], "prefix by whole segments, {exact: /v1}, {regex: ...}, or a list"),
-  methods: key(Methods, [], "any when empty"),
-  headers: key(condition(headerName, "header name"), {}, "all must hold: the value, {regex: ...} or {present: true}"),
-  query: key(condition((name) => name, "parameter"), {}, "all must hold: the value, {regex: ...} or {present: true}"),
+const conditions = {
+  methods: key(Methods, "any when empty", []),
+  headers: key(tests(HeaderName), "all must hold: the value, {regex: ...} or {present: true}", {}),
+  query: key(tests(Text), "all must hold: the value, {regex: ...} or {present: true}", {}),
 };
-const Route = map({ ...match, ...answer });
-const HostEntry = map({
-  ...match,
-  host: need(some(HostPattern, "$ is not a host, or a list of them"), "a host or a list"),
-  ...answer,
-});
-const PathEntry = map({
-  ...match,
-  path: need(some(PathMatch, "$ is not a path, or a list of them"), "this path and all below it"),
-  strip: key(Bool, false, "true: the server sees the rest of the path"),
-  ...answer,
-});
-const Service = map({ servers: need(Servers, "host:port, URL, or an object"), ...settings });
-const File = map({
-  listen: key(some(Listen, "$ is not a port or an address, or a list of them"), 8080, "where clients connect"),
-  trust: key(Ranges, [], "peers whose X-Forwarded-* and Forwarded are believed"),
-  log: key(v.picklist(["combined", "json", "off"], "$ is not combined, json or off"), "combined", "the access log"),
-  name_routes: key(Bool, false, "true: every service answers under /<its name>/..., prefix stripped"),
-  defaults: key(map(settings), {}, "any key of a service, for all services"),
-  services: key(
-    dict(Service, "name", (name) => NAME.test(name) ? name : undefined),
-    {},
-    "servers that answer the same",
-  ),
-  hosts: key(v.array(HostEntry, "$ is not a list of hosts"), [], "one host to some servers"),
-  paths: key(v.array(PathEntry, "$ is not a list of paths"), [], "one path to some servers"),
-  routes: key(v.array(Route, "$ is not a list of routes"), [], "the general form"),
-  default: maybe(map(answer), "when nothing matches; without it 404"),
+const actions = {
+  service: key(ServiceName, "one of services"),
+  servers: key(Servers, "a service of its own; any key of one may stand beside it"),
+  split: key(dict(ServiceName, whole(0, 1e6)), "services and their weights"),
+  redirect: key(Redirect, "to, literally, or scheme, host, port and path (what is not named stays); status"),
+  respond: key(Respond, "an answer of its own: status, body and headers"),
+};
+const changes = {
+  name: key(word("a name", /^\P{Cc}{0,200}$/u), "for logs and metrics; else its host and path", ""),
+  rewrite: key(Rewrite, "path for what matched, or whole for all of it; host", {}),
+  request: key(RequestRules, "headers and query: set replaces, add adds, remove removes", {}),
+  response: key(ResponseRules, "headers: set replaces, add adds, remove removes", {}),
+  allow: key(Networks, "only these clients", []),
+  deny: key(Networks, "not these clients; wins over allow", []),
+  body_limit: key(Size, "of a request's body", "none"),
+};
+const target = { ...actions, ...changes, ...settings }, route = { ...place, ...conditions, ...target };
+const HostRoute = map({ ...route, host: need(many(HostPattern, "a host", 1), "a host or a list") });
+const PathRoute = map({ ...route, path: need(many(PathMatch, "a path", 1), "this path and all below it") });
+const Service = map({ servers: need(Servers, "host:port, URL, or {url, weight, host, backup, max}"), ...settings });
+const RoutesFile = map({
+  listen: key(many(Listen, "a port or an address", 1), "where clients connect", 8080),
+  trust: key(Networks, "peers whose X-Forwarded-* and Forwarded are believed", []),
+  log: key(oneOf("combined", "json", "off"), "the access log", "combined"),
+  name_routes: key(Bool, "true: every service answers under /<its name>/..., prefix stripped", false),
+  defaults: key(map(settings), "any key of a service, for all services", {}),
+  services: key(dict(ServiceName, Service), "servers that answer the same", {}),
+  hosts: key(v.array(HostRoute, "$ is not a list of hosts"), "one host to some servers", []),
+  paths: key(v.array(PathRoute, "$ is not a list of paths"), "one path to some servers", []),
+  routes: key(v.array(map(route), "$ is not a list of routes"), "the general form", []),
+  default: key(map(target), "when nothing matches; without it 404"),
 });
 
-/** Times are milliseconds, percentages fractions, sizes bytes; `Infinity` is none, "" and [] are what was left out. */
-export type ServerConfig = v.InferOutput<typeof Server>;
-export type ServiceConfig = v.InferOutput<typeof Service>;
-export type Policy = v.InferOutput<v.ObjectSchema<typeof policy, undefined>>;
-type Test =
-  | { kind: "is"; value: string }
-  | { kind: "regex"; source: string }
-  | { kind: "present"; present: boolean };
+/** "", [] and Infinity are what was left out. */
+export type ServerConfig = Out<typeof Server>;
+export type ServiceConfig = Out<typeof Service>;
+export type Policy = Fields<typeof policy>;
+type Test = { kind: "is"; value: string } | { kind: "regex"; source: string } | { kind: "present"; present: boolean };
 export type Condition = { name: string } & Test;
 export type PathRule = { kind: "prefix" | "exact"; path: string } | { kind: "regex"; source: string };
 export type Target = { service: string; weight: number; policy: Policy };
-export type Action =
-  | { kind: "forward"; targets: Target[] }
-  | { kind: "redirect" } & v.InferOutput<typeof Redirect>
-  | { kind: "respond" } & v.InferOutput<typeof Respond>;
-type RouteFields = v.InferOutput<typeof Route>;
-export type RouteConfig =
-  & Pick<RouteFields, "name" | "methods" | "headers" | "query" | "rewrite" | "request" | "response">
-  & Pick<RouteFields, "allow" | "deny" | "body_limit">
-  & { hosts: string[]; paths: PathRule[]; action: Action; policy: Policy; fallback: boolean };
-export type Config =
-  & Pick<v.InferOutput<typeof File>, "listen" | "trust" | "log" | "name_routes">
-  & { services: Map<string, ServiceConfig>; routes: RouteConfig[] };
+export type Action = { kind: "forward"; targets: Target[] } | Out<typeof Redirect> | Out<typeof Respond>;
+type Carried = Fields<typeof conditions> & Fields<typeof changes>;
+type Made = { hosts: string[]; paths: PathRule[]; action: Action; policy: Policy; fallback: boolean };
+export type RouteConfig = Carried & Made;
+type Top = Pick<Out<typeof RoutesFile>, "listen" | "trust" | "log" | "name_routes">;
+export type Config = Top & { services: Map<string, ServiceConfig>; routes: RouteConfig[]; source: Raw };
 
-// Reading the text: YAML nodes become plain values, and every path gets its place in the file.
-export interface Mistake {
-  line: number;
-  column: number;
-  path: string;
-  message: string;
-}
+// ---------------------------------------------------------------------------------------------------------------------
+// 2. Config: from a text to a Config, or to every mistake in it with its place.
+// ---------------------------------------------------------------------------------------------------------------------
+
+export type Mistake = { line: number; column: number; path: string; message: string };
 /** Everything that is wrong with a file, one mistake a line: `routes.yml:12:7: listen: 99999 is not a port`. */
 export class ConfigError extends Error {
   override name = "ConfigError";
@@ -550,37 +407,42 @@ export class ConfigError extends Error {
     this.mistakes = mistakes;
   }
 }
+type Env = Record<string, string | undefined>;
+type Raw = Record<string, unknown>;
 type Keys = (string | number)[];
+type Spot = { key: number; value: number };
 type Say = (path: Keys, message: string, at?: "key" | number) => unknown;
 const MOST = { bytes: 2 ** 20, values: 100_000, depth: 32, mistakes: 50 };
 const SECRET = /token|secret|password|authorization|cookie|api[-_]?key/i;
 
-const isRecord = (value: unknown): value is Record<string, unknown> =>
-  typeof value === "object" && value !== null && !Array.isArray(value) && !(value instanceof Map);
-// valibot drops the keys __proto__, constructor and prototype: they are written with a NUL in front until it is done.
-const veiled = (key: string) => /^(__proto__|constructor|prototype)$/.test(key) ? `\0${key}` : key;
-const plain = (key: string) => key.replace(/^\0/, "");
+const isRecord = (value: unknown): value is Raw => typeof value === "object" && value !== null && !Array.isArray(value);
+const record = (value: unknown): Raw => isRecord(value) ? value : {};
 const dotted = (path: Keys) =>
-  path.map(String).map(plain).reduce((text, key, i) => {
-    if (typeof path[i] === "number") return `${text}[${key}]`;
-    return /^[\w-]+$/.test(key) ? text + (text && ".") + key : `${text}[${JSON.stringify(key)}]`;
+  path.reduce<string>((text, key) => {
+    if (typeof key === "number") return `${text}[${key}]`;
+    const name = plain(key);
+    return /^[\w-]+$/.test(name) ? text + (text && ".") + name : `${text}[${JSON.stringify(name)}]`;
   }, "");
+/** A value as a message shows it: short, on one line, and without the password of a URL. */
 const quote = (value: unknown) => {
   if (value === null || value === undefined) return "an empty value";
   if (typeof value === "object") return Array.isArray(value) ? "a list" : "a map";
-  const text = typeof value === "string"
-    ? JSON.stringify(plain(value).replace(/^(\w+:\/\/)?.*@/s, "$1***@"))
-    : String(value);
-  return text.length > 60 ? `${text.slice(0, 57)}..."` : text;
+  if (typeof value !== "string") return String(value);
+  const text = value.replace(/^(\w+:\/\/)?.*@/s, "$1***@");
+  return JSON.stringify(text.length > 58 ? `${text.slice(0, 56)}...` : text);
 };
 const guess = (wrong: string, known: string[]) => {
   const near = known.length ? closest(wrong, known) : "";
   return near && distance(wrong, near) <= Math.ceil(wrong.length / 3) ? `; did you mean "${near}"?` : "";
 };
 
-/** `${NAME}` is the variable, `$${` is `${`. What is not in quotes may become a number or a boolean. */
-function expanded(text: string, env: Env, complain: (message: string) => void): string {
-  return text.replace(/\$\$\{|\$\{([^}]*)\}?/g, (whole, name?: string) => {
+// Reading: YAML nodes become plain values, and every path gets its place in the file.
+/** In `{ port: ${PORT} }` the inner braces would be YAML's: they change places with two characters of no meaning. */
+const wrapped = (text: string) => text.replace(/\$\{(\w+)\}/g, "$\ue000$1\ue001");
+const unwrapped = (text: string) => text.replace(/\$\ue000(\w+)\ue001/g, "${$1}");
+/** `${NAME}` is the variable, `$${` is `${`. */
+const expanded = (text: string, env: Env, complain: (message: string) => void) =>
+  text.replace(/\$\$\{|\$\{([^}]*)\}?/g, (whole, name?: string) => {
     if (name === undefined) return "${";
     const value = Object.hasOwn(env, name) ? env[name] : undefined;
     if (!/^[a-z_]\w*$/i.test(name)) {
@@ -588,60 +450,57 @@ function expanded(text: string, env: Env, complain: (message: string) => void): 
     } else if (value === undefined) complain(`the environment variable ${name} is not set`);
     return value ?? "";
   });
-}
-type Env = Record<string, string | undefined>;
 
-function readYaml(
-  text: string,
-  env: Env,
-  places: Map<string, { key: number; value: number }>,
-  lines: LineCounter,
-  say: Say,
-) {
+/** Only now, after YAML has been read, are variables put in: none can bring in a key or a list. */
+function scalar({ value, source = "", type }: Scalar, env: Env, complain: (message: string) => void): unknown {
+  // 1.10 stays text, as a header or a version would be another one as the number 1.1
+  if (typeof value === "number") return String(value) === source ? value : source;
+  if (typeof value !== "string") return value;
+  const text = unwrapped(value), out = expanded(text, env, complain);
+  const meant = type === "PLAIN" && out !== text && /^(true|false|0|[1-9]\d{0,14})$/.test(out);
+  return meant ? JSON.parse(out) : out;
+}
+function nodeReader(env: Env, places: Map<string, Spot>, say: Say) {
   const anchors = new Map<string, unknown>();
   let count = 0;
-  const scalar = (value: unknown, source: string, quoted: boolean, path: Keys) => {
-    // 1.10 stays text, as a header or a version would be another one as the number 1.1
-    if (typeof value === "number") return String(value) === source ? value : source;
-    if (typeof value !== "string" || !value.includes("${")) return value;
-    const out = expanded(value, env, (message) => say(path, message));
-    return !quoted && /^(true|false|0|[1-9]\d{0,14})$/.test(out) ? JSON.parse(out) : out;
-  };
-  const read = (node: unknown, path: Keys, at: { key: number; value: number }): unknown => {
-    const anchor = (node as { anchor?: string } | null)?.anchor;
+  return function read(node: unknown, path: Keys, at: Spot): unknown {
+    const { anchor, range } = (node ?? {}) as { anchor?: string; range?: number[] };
     if (anchor) anchors.set(anchor, node);
-    const start = (node as { range?: number[] } | null)?.range?.[0] ?? at.value;
+    const start = range?.[0] ?? at.value, here = { key: start, value: start };
     places.set(JSON.stringify(path), { key: at.key, value: start });
     if (++count > MOST.values) throw new RangeError(`more than ${MOST.values} values`); // an alias bomb, say
     if (path.length > MOST.depth) return void say(path, `nested deeper than ${MOST.depth} levels`);
+    if (isSeq(node)) return node.items.map((item, i) => read(item, [...path, i], here));
+    if (isScalar(node)) return scalar(node, env, (message) => say(path, message));
     if (isAlias(node)) {
       if (anchors.has(node.source)) return read(anchors.get(node.source), path, { key: at.key, value: start });
       return void say(path, `*${node.source} names nothing above; text that begins with * stands in quotes`);
     }
-    if (isSeq(node)) return node.items.map((item, i) => read(item, [...path, i], { key: start, value: start }));
-    if (isScalar(node)) return scalar(node.value, node.source ?? "", node.type !== "PLAIN", path);
-    if (!isMap(node)) return null;
-    const out: Record<string, unknown> = {};
+    if (!isMap<Node>(node)) return null;
+    const out: Raw = {};
     for (const { key, value } of node.items) {
-      const offset = (key as { range?: number[] }).range?.[0] ?? start;
-      if (!isScalar(key)) say(path, "a key is a single word", offset);
-      const name = veiled(isScalar(key) ? key.source ?? String(key.value) : "");
+      const offset = key.range?.[0] ?? start;
+      if (!isScalar(key)) {
+        say(path, "a key is a single word", offset);
+        continue;
+      }
+      const name = veiled(unwrapped(key.source ?? String(key.value)));
       if (Object.hasOwn(out, name)) say([...path, name], "stands twice", offset);
       out[name] = read(value, [...path, name], { key: offset, value: offset });
     }
     return out;
   };
+}
+function readYaml(text: string, env: Env, lines: LineCounter, places: Map<string, Spot>, say: Say): unknown {
   if (text.length > MOST.bytes) return void say([], "the file is larger than 1 MiB");
   try {
-    const doc = parseDocument(text, { lineCounter: lines, prettyErrors: false, uniqueKeys: false });
+    const doc = parseDocument(wrapped(text), { lineCounter: lines, prettyErrors: false, uniqueKeys: false });
     for (const { message, pos, code } of [...doc.errors, ...doc.warnings]) {
       if (message.includes("call stack")) throw new RangeError(message); // the parser's own
-      say([], code === "MULTIPLE_DOCS" ? "the file holds more than one document" : message, pos[0]);
+      say([], code === "MULTIPLE_DOCS" ? "the file holds more than one document" : unwrapped(message), pos[0]);
     }
     if (doc.errors.length) return undefined;
-    const raw = read(doc.contents, [], { key: 0, value: 0 });
-    if (raw === null) return void say([], "the file is empty");
-    return raw;
+    return nodeReader(env, places, say)(doc.contents, [], { key: 0, value: 0 }) ?? void say([], "the file is empty");
   } catch (error) {
     if (!(error instanceof RangeError)) throw error;
     say([], /call stack/.test(error.message) ? `nested deeper than ${MOST.depth} levels` : error.message);
@@ -658,278 +517,163 @@ function flatten(issue: Issue, above: Keys = []): { issue: Issue; path: Keys }[]
   const meant = deeper.length ? deeper : below.filter((sub) => sub.kind !== "schema" || flatten(sub)[0]!.issue !== sub);
   return meant.length ? meant.flatMap((sub) => flatten(sub, path)) : [{ issue, path }];
 }
-function report(issue: Issue, path: Keys, say: Say) {
-  const name = String(path.at(-1)), last = issue.path?.at(-1);
+function report({ issue, path }: { issue: Issue; path: Keys }, say: Say) {
+  const name = plain(String(path.at(-1))), ofKey = issue.path?.at(-1)?.origin === "key";
   if (issue.type === "never") {
     const known = issue.message.split(" ");
-    return say(path, `unknown key${guess(plain(name), known) || `; allowed: ${known.join(", ")}`}`, "key");
+    return say(path, `unknown key${guess(name, known) || `; allowed: ${known.join(", ")}`}`, "key");
   }
-  if (last?.origin === "key" && issue.kind === "schema") return say(path.slice(0, -1), `${plain(name)} is missing`);
-  if (last?.origin === "key") return say(path, issue.message, "key");
-  const value = path.some((key) => SECRET.test(String(key))) ? "***" : quote(issue.input);
-  say(path, issue.message.replace(/^\$ /, () => `${value} `));
+  if (ofKey && issue.kind === "schema") return say(path.slice(0, -1), `${name} is missing`);
+  const secret = path.some((key) => SECRET.test(String(key)));
+  const shown = ofKey ? quote(name) : secret ? "***" : quote(issue.input);
+  say(path, issue.message.replace(/^\$/, () => shown), ofKey ? "key" : undefined);
 }
 
-const ACTIONS = ["service", "servers", "split", "redirect", "respond"];
-type Raw = Record<string, unknown>;
-const listOf = (value: unknown): unknown[] => Array.isArray(value) ? value : [];
-/** Every entry of hosts, paths, routes and default with its path. */
-const entriesOf = (file: Raw): [Keys, Raw][] =>
-  [
-    ...["hosts", "paths", "routes"].flatMap((key) =>
-      listOf(file[key]).map((entry, i): [Keys, unknown] => [[key, i], entry])
-    ),
-    [["default"], file.default] as [Keys, unknown],
-  ].filter((pair): pair is [Keys, Raw] => isRecord(pair[1]));
+/** The maps that stand in these lists and maps of the file, with their paths. */
+const mapsIn = (file: Raw, ...keys: string[]) =>
+  keys.flatMap((key) => {
+    const all = file[key], pairs = Array.isArray(all) ? [...all.entries()] : Object.entries(record(all));
+    return pairs.filter(([, one]) => isRecord(one)).map(([at, one]): [Keys, Raw] => [[key, at], one as Raw]);
+  });
+const topMap = (file: Raw, key: string): [Keys, Raw][] => isRecord(file[key]) ? [[[key], file[key]]] : [];
+const entriesOf = (file: Raw) => [...mapsIn(file, "hosts", "paths", "routes"), ...topMap(file, "default")];
+const SEGMENT = /^(?!\.\.?$)[\w.~-]+$/;
+/** What `name_routes` adds: a route for every service whose name can be a segment of a path. */
+const nameRoutes = ({ name_routes, services }: Raw): Raw[] =>
+  Object.keys(name_routes === true ? record(services) : {}).map(plain)
+    .filter((service) => SEGMENT.test(service)).map((service) => ({ path: `/${service}`, service, strip: true }));
 
-function checkRoutes(file: Raw, say: Say) {
-  const services = Object.keys(isRecord(file.services) ? file.services : {});
-  const names = new Set<unknown>();
-  const known = (path: Keys, name: unknown, at?: "key") => {
-    if (typeof name !== "string" || services.includes(veiled(name))) return;
-    say(
-      path,
-      `${quote(name)} is not a service${
-        guess(name, services.map(plain)) ||
-        (services.length ? `; there are ${services.map(plain).join(", ").slice(0, 200)}` : "; services has none")
-      }`,
-      at,
-    );
+function check(file: Raw, more: string[], say: Say) {
+  const services = Object.keys(record(file.services)).map(plain), strategies = [...STRATEGIES, ...more];
+  const known = (path: Keys, name: unknown, what: string, names: string[], at?: "key") => {
+    if (typeof name !== "string" || names.includes(name)) return;
+    const there = names.join(", ").slice(0, 200) || "there is none";
+    say(path, `${quote(name)} is not a ${what} (${there})${guess(name, names)}`, at);
   };
-  for (const [path, entry] of entriesOf(file)) {
-    const has = ACTIONS.filter((key) => Object.hasOwn(entry, key));
-    if (has.length !== 1) {
-      say(path, `needs exactly one of ${ACTIONS.join(", ")}${has.length ? `, not ${has.join(" and ")}` : ""}`);
-    }
-    known([...path, "service"], entry.service);
-    if (isRecord(entry.split)) {
-      for (const name of Object.keys(entry.split)) known([...path, "split", name], plain(name), "key");
-      if (Object.values(entry.split).every((weight) => weight === 0)) {
-        say([...path, "split"], "no service has a weight above 0");
-      }
-    }
-    for (const key of Object.keys(settings)) {
-      if (Object.hasOwn(entry, key) && !Object.hasOwn(policy, key) && !has.includes("servers")) {
-        say([...path, key], "belongs to a service: it stands there, or beside servers", "key");
-      }
-    }
-    if (entry.strip === true && isRecord(entry.rewrite)) {
-      say([...path, "strip"], "strip and rewrite exclude each other", "key");
-    }
-    if (entry.name !== undefined && entry.name !== "" && names.has(entry.name)) {
-      say([...path, "name"], `${quote(entry.name)} names another route already`);
-    }
-    names.add(entry.name);
+  const entries = entriesOf(file);
+  for (const [path, { strategy }] of [...topMap(file, "defaults"), ...mapsIn(file, "services"), ...entries]) {
+    known([...path, "strategy"], strategy, "strategy", strategies);
   }
-  if (!entriesOf(file).length && !(file.name_routes === true && services.length)) {
-    say([], "no way leads to a server: hosts, paths, routes or default is needed");
+  const names = Object.keys(actions), taken = new Set<unknown>();
+  for (const [path, entry] of entries) {
+    const has = names.filter((name) => Object.hasOwn(entry, name)), but = has.length && `, not ${has.join(" and ")}`;
+    if (has.length !== 1) say(path, `needs exactly one of ${names.join(", ")}${but || ""}`);
+    known([...path, "service"], entry.service, "service", services);
+    const split = Object.entries(record(entry.split));
+    for (const [name] of split) known([...path, "split", name], plain(name), "service", services, "key");
+    if (isRecord(entry.split) && split.every(([, weight]) => weight === 0)) {
+      say([...path, "split"], "no service has a weight above 0");
+    }
+    for (const key of has.includes("servers") ? [] : Object.keys(entry)) {
+      if (!Object.hasOwn(settings, key) || Object.hasOwn(policy, key)) continue;
+      say([...path, key], "belongs to a service: it stands there, or beside servers", "key");
+    }
+    if (entry.strip === true && entry.rewrite) say([...path, "strip"], "strip and rewrite exclude each other", "key");
+    if (entry.name && taken.has(entry.name)) say([...path, "name"], `${quote(entry.name)} names another route already`);
+    taken.add(entry.name);
   }
+  if (entries.length + nameRoutes(file).length) return;
+  say([], "no way leads to a server: hosts, paths, routes or default is needed");
 }
 
-// Expanding: defaults under services, every entry in the general form.
 /** `over` on top of `under`; two maps are merged, anything else is replaced. */
-const layered = (under: Raw, over: Raw): Raw => {
-  const both = (key: string) =>
-    isRecord(under[key]) && isRecord(over[key]) ? { ...under[key], ...over[key] } : over[key];
-  return { ...under, ...Object.fromEntries(Object.keys(over).map((key) => [key, both(key)])) };
+const laid = (under: Raw, over: Raw): Raw => {
+  const out = { ...under };
+  for (const [key, value] of Object.entries(over)) {
+    out[key] = isRecord(value) ? { ...record(under[key]), ...value } : value;
+  }
+  return out;
 };
+const builtIn = v.getDefaults(map(settings));
+/** Writes into every service what it leaves to `defaults`, and to us: the file as it could have been written. */
+function spellOut(file: Raw): Raw {
+  const full = (own: Raw) => laid(builtIn, laid(record(file.defaults), own));
+  const inline = entriesOf(file).filter(([, entry]) => Object.hasOwn(entry, "servers"));
+  for (const [, own] of [...mapsIn(file, "services"), ...inline]) Object.assign(own, full(own));
+  return { ...v.getDefaults(RoutesFile), ...file, defaults: full({}) };
+}
 const unique = (name: string, taken: { has(name: string): boolean }) => {
   let free = name;
   for (let i = 2; taken.has(free); i++) free = `${name}#${i}`;
   return free;
 };
-const pathText = (rule: PathRule) => rule.kind === "regex" ? rule.source : rule.path || "/";
-
-function expand(file: Raw): Config {
-  const { listen, trust, log, name_routes } = v.parse(File, file);
-  const defaults = (file.defaults ?? {}) as Raw;
-  const raw = new Map(
-    Object.entries((file.services ?? {}) as Record<string, Raw>).map(([name, own]) => [plain(name), own]),
-  );
-  const routes: RouteConfig[] = [];
-  const names = new Set(entriesOf(file).map(([, entry]) => entry.name));
-  for (const [[kind], entry] of entriesOf(file)) {
-    const route = v.parse(v.object({ ...match, ...answer }), entry);
-    const { service, servers, split, redirect, respond, host, path, methods, headers, query } = route;
-    const { request, response, allow, deny, body_limit } = route;
-    const described = host.join(",") + path.map(pathText).join(",") || (kind === "default" ? "default" : "any");
-    const name = route.name || unique(described, names);
+const Carried = v.object({ ...conditions, ...changes }), Leading = v.object({ ...place, ...actions });
+/** Every entry in the general form, and a service for each that lists servers. */
+function expand(source: Raw): Config {
+  const { listen, trust, log, name_routes } = v.parse(RoutesFile, source);
+  const services = new Map(mapsIn(source, "services").map(([[, name], own]) => [plain(String(name)), own]));
+  const written = entriesOf(source).map(([, entry]) => entry), last = topMap(source, "default").length;
+  const names = new Set(written.map((entry) => entry.name));
+  const entries = written.toSpliced(written.length - last, 0, ...nameRoutes(source));
+  const routes = entries.map((entry): RouteConfig => {
+    const { host: hosts, path: paths, strip, service, servers, split, redirect, respond } = v.parse(Leading, entry);
+    const carried = v.parse(Carried, entry), fallback = entry === source.default;
+    const where = [hosts, paths.map((rule) => rule.kind === "regex" ? rule.source : rule.path || "/")].join("");
+    const name = carried.name || unique(where || (fallback ? "default" : "any"), names);
     names.add(name);
-    const own = servers ? unique(name, raw) : service;
-    if (servers) raw.set(own!, entry);
-    const under = (service: string) =>
-      v.parse(v.object(policy), layered(layered(defaults, raw.get(service) ?? {}), entry));
+    const own = servers ? unique(name, services) : service;
+    if (servers) services.set(own!, entry);
+    const under = (service = "") =>
+      v.parse(v.object(policy), laid(services.get(service) ?? record(source.defaults), entry));
     const shares = own === undefined ? split ?? new Map<string, number>() : new Map([[own, 1]]);
     const targets = [...shares].map(([service, weight]) => ({ service, weight, policy: under(service) }));
-    const action: Action = redirect
-      ? { kind: "redirect", ...redirect }
-      : respond
-      ? { kind: "respond", ...respond }
-      : { kind: "forward", targets };
-    const rewrite = entry.strip === true ? { kind: "replace" as const, path: "", host: "" } : route.rewrite;
-    routes.push({
-      ...{ name, hosts: host, paths: path, methods, headers, query, action, rewrite, request, response, allow, deny },
-      ...{ body_limit, policy: targets[0]?.policy ?? under(""), fallback: kind === "default" },
-    });
-  }
-  const services = new Map(
-    [...raw].map(([name, own]) => [name, v.parse(v.object(Service.entries), layered(defaults, own))]),
-  );
-  return { listen, trust, log, name_routes, services, routes };
+    const action: Action = redirect ?? respond ?? { kind: "forward", targets };
+    const rewrite = strip ? { ...carried.rewrite, kind: "replace" as const } : carried.rewrite;
+    return { ...carried, name, hosts, paths, action, rewrite, policy: targets[0]?.policy ?? under(), fallback };
+  });
+  const Inline = v.object(Service.entries); // beside the keys of a service stand those of its route
+  const parsed = new Map([...services].map(([name, own]) => [name, v.parse(Inline, own)]));
+  return { listen, trust, log, name_routes, services: parsed, routes, source };
 }
 
 /**
- * Reads routes.yml (YAML, and so JSON); `${NAME}` is taken from `env`.
+ * Reads routes.yml (YAML, and so JSON); `${NAME}` is taken from `env`, and `more` are strategies beside the built-in ones.
  * @throws {ConfigError} with all mistakes, in the order of the file
  */
-export function parseConfig(text: string, env: Env = {}, file = "routes.yml"): Config {
-  const lines = new LineCounter(), places = new Map<string, { key: number; value: number }>();
-  const found = new Map<string, Mistake & { at: number }>();
+export function parseConfig(text: string, env: Env = {}, file = "routes.yml", more: string[] = []): Config {
+  const lines = new LineCounter(), places = new Map<string, Spot>();
+  const found = new Map<string, Mistake & { offset: number }>();
   const say: Say = (path, message, at) => {
-    const place = places.get(JSON.stringify(path));
-    const offset = typeof at === "number" ? at : place?.[at ?? "value"] ?? 0;
+    const offset = typeof at === "number" ? at : places.get(JSON.stringify(path))?.[at ?? "value"] ?? 0;
     const { line, col } = lines.linePos(offset);
-    const mistake = { line: line || 1, column: col || 1, path: dotted(path), message, at: offset };
+    const mistake = { line: line || 1, column: col || 1, path: dotted(path), message, offset };
     found.set(JSON.stringify([offset, path, message]), mistake);
   };
-  const raw = readYaml(text, env, places, lines, say);
+  const raw = readYaml(text, env, lines, places, say);
   const unreadable = new Set([...found.values()].map((mistake) => mistake.path));
   if (raw !== undefined && !unreadable.has("")) {
-    const issues = v.safeParse(File, raw).issues ?? [];
     const sayMore: Say = (path, message, at) => unreadable.has(dotted(path)) || say(path, message, at);
-    for (const { issue, path } of issues.flatMap((issue) => flatten(issue))) report(issue, path, sayMore);
-    if (isRecord(raw)) checkRoutes(raw, sayMore);
+    const issues = v.safeParse(RoutesFile, raw).issues ?? [];
+    for (const one of issues.flatMap((issue) => flatten(issue))) report(one, sayMore);
+    if (isRecord(raw)) check(raw, more, sayMore);
   }
-  const mistakes = [...found.values()].sort((a, b) => a.at - b.at).slice(0, MOST.mistakes);
-  if (mistakes.length) throw new ConfigError(file, mistakes.map(({ at: _, ...mistake }) => mistake));
-  return expand(raw as Raw);
+  const mistakes = [...found.values()].sort((a, b) => a.offset - b.offset).slice(0, MOST.mistakes);
+  if (mistakes.length) throw new ConfigError(file, mistakes.map(({ offset: _, ...mistake }) => mistake));
+  return expand(spellOut(raw as Raw));
 }
 
 /** JSON Schema (draft-07) of routes.yml as it is written, for editors. */
 export const jsonSchema = () =>
-  toJsonSchema(File, {
+  toJsonSchema(RoutesFile, {
     typeMode: "input",
     errorMode: "ignore",
     overrideSchema: ({ valibotSchema, jsonSchema }) =>
       valibotSchema.type === "object_with_rest" ? { ...jsonSchema, additionalProperties: false } : undefined,
   });
 
-// Printing: the way back, so that what is printed can be read again.
-const inTime = (ms: number) => {
-  const [unit, size] = Object.entries(UNITS).findLast(([, size]) => ms % size === 0 && ms >= size) ?? ["ms", 1];
-  return `${ms / size}${unit}`;
-};
-const inPercent = (share: number) => `${Number((share * 100).toFixed(9))}%`;
-const inLimit = (limit: number) => limit === Infinity ? "none" : limit;
-const written = (from: object, how: Record<string, (value: never) => unknown>): Raw =>
-  Object.fromEntries(Object.entries(from).map(([key, value]) => [key, how[key] ? how[key](value as never) : value]));
-const printPolicy = (from: Policy) =>
-  written(Object.fromEntries(Object.keys(policy).map((key) => [key, from[key as keyof Policy]])), {
-    timeouts: (times: Policy["timeouts"]) => written(times, { connect: inTime, response: inTime, idle: inTime }),
-    cors: (cors: Policy["cors"]) => cors.origin.length ? written(cors, { max_age: inTime }) : "off",
-  });
-const printService = (service: ServiceConfig) => ({
-  ...written(service, {
-    servers: (servers: ServerConfig[]) => servers.map(({ name: _, ...server }) => written(server, { max: inLimit })),
-    strategy: ({ name, by, key }: ServiceConfig["strategy"]) =>
-      name === "hash" ? { hash: { [by]: by === "path" ? true : key } } : name,
-    health: ({ kind, ...probe }: ServiceConfig["health"]) =>
-      kind === "off" ? "off" : written(probe, {
-        interval: inTime,
-        timeout: inTime,
-        expect: (ranges: [number, number][]) => ranges.map(([from, to]) => `${from}-${to}`),
-      }),
-    eject: (eject: ServiceConfig["eject"]) =>
-      eject.failures === Infinity ? "off" : written(eject, { for: inTime, at_most: inPercent }),
-    ...{ panic: inPercent, retry_budget: inPercent, max_in_flight: inLimit },
-  }),
-  ...printPolicy(service),
-});
-/** What all of `mine` say and some of `theirs` do not: the part of a policy that was written in the route. */
-function overrides(mine: Raw[], theirs: Raw[]): Raw {
-  const out: Raw = {};
-  for (const [key, value] of Object.entries(mine[0] ?? {})) {
-    const [ours, others] = [mine, theirs].map((all) => all.map((one) => one[key])) as [unknown[], unknown[]];
-    const text = JSON.stringify(value);
-    if ([...ours, ...others].every(isRecord)) {
-      const part = overrides(ours as Raw[], others as Raw[]);
-      if (Object.keys(part).length) out[key] = part;
-    } else if (
-      ours.every((one) => JSON.stringify(one) === text) && others.some((one) => JSON.stringify(one) !== text)
-    ) {
-      out[key] = value;
-    }
+/** `hash: {cookie: lb}` and the like name a thing and hold no secret. */
+function masked(value: unknown, key = "", above = ""): unknown {
+  if (Array.isArray(value)) return value.map((item) => masked(item, key, above));
+  if (isRecord(value)) {
+    const inside = (name: string, one: unknown) => [plain(name), masked(one, name === "regex" ? key : name, key)];
+    return Object.fromEntries(Object.entries(value).map(([name, one]) => inside(name, one)));
   }
-  return out;
+  if (SECRET.test(key) && !/^(hash|split|sticky)$/.test(above) && typeof value !== "boolean") return "***";
+  return typeof value === "string" ? value.replaceAll("${", () => "$${") : value;
 }
-const printConditions = (all: Condition[]) =>
-  new Map(all.map((one): [string, unknown] => {
-    if (one.kind === "is") return [one.name, one.value];
-    return [one.name, one.kind === "regex" ? { regex: one.source } : { present: one.present }];
-  }));
-function printAction(action: Action, policy: Policy, services: Map<string, ServiceConfig>): Raw {
-  const { kind, ...rest } = action;
-  if (!("targets" in rest)) return { [kind]: rest, ...printPolicy(policy) };
-  const { targets } = rest;
-  const theirs = targets.map(({ service }) => printPolicy(services.get(service)!));
-  const shares = new Map(targets.map(({ service, weight }) => [service, weight]));
-  return {
-    ...(targets.length === 1 ? { service: targets[0]!.service } : { split: shares }),
-    ...overrides(targets.map(({ policy }) => printPolicy(policy)), theirs),
-  };
-}
-
-const masked = (value: unknown, name = "", under = ""): unknown => {
-  const secret = SECRET.test(name) && under !== "hash";
-  const inside = (key: string, value: unknown) => masked(value, key === "regex" ? name : key, name);
-  if (typeof value === "string") return secret ? "***" : value.replaceAll("${", () => "$${");
-  if (Array.isArray(value)) return value.map((item) => masked(item, name, under));
-  if (value instanceof Map) return new Map([...value].map(([key, value]) => [key, inside(key, value)]));
-  if (!isRecord(value)) return value;
-  return Object.fromEntries(
-    Object.entries(value).map(([key, value]) => [key, inside(key, value)]).filter(([key, value]) =>
-      !isBlank(key, value)
-    ),
-  );
-};
-/** What says nothing is not printed; an empty list does say something where the default is not empty. */
-const isBlank = (key: unknown, value: unknown) => {
-  if (typeof value !== "object" || value === null) return value === "";
-  return !/^(retry_on|allow_methods)$/.test(String(key)) &&
-    (value instanceof Map ? value.size : Object.keys(value).length) === 0;
-};
-const printRoute = (route: RouteConfig, services: Map<string, ServiceConfig>) => {
-  const { hosts, paths, headers, query, action, policy, rewrite, body_limit, fallback, ...rest } = route;
-  const { kind, path, host } = rewrite;
-  const printed = paths.map((rule) =>
-    rule.kind === "regex" ? { regex: rule.source } : rule.kind === "exact" ? { exact: rule.path } : rule.path || "/"
-  );
-  const { methods, ...answer } = rest;
-  return {
-    ...fallback
-      ? {}
-      : { host: hosts, path: printed, methods, headers: printConditions(headers), query: printConditions(query) },
-    ...answer,
-    ...{ body_limit: inLimit(body_limit) },
-    rewrite: { ...kind === "none" ? {} : { [kind === "whole" ? "whole" : "path"]: path || "/" }, host },
-    ...printAction(action, policy, services),
-  };
-};
-/** What is in force, as a routes.yml in the general form with the defaults spelt out (empty ones are left out) and secrets as `***`. */
-export function printConfig(config: Config): string {
-  const { services, routes, listen, ...rest } = config;
-  const fallback = routes.find((route) => route.fallback);
-  return stringify(
-    masked({
-      listen: listen.map(({ host, port }) => host ? `${host}:${port}` : port),
-      ...rest,
-      services: new Map([...services].map(([name, service]) => [name, printService(service)])),
-      routes: routes.filter((route) => !route.fallback).map((route) => printRoute(route, services)),
-      ...fallback && { default: printRoute(fallback, services) },
-    }),
-    { lineWidth: 0, aliasDuplicateObjects: false },
-  );
-}
+/** What is in force, as a routes.yml with the defaults spelt out and secrets as `***`. */
+export const printConfig = ({ source }: Config): string =>
+  stringify(masked(source), { lineWidth: 0, aliasDuplicateObjects: false });
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 3. State: what the balancer remembers. Plain records; what changes while serving stands together at the end of each.
@@ -1388,8 +1132,8 @@ function compileAdmission(allow: string[], deny: string[]): Route["admits"] {
 function rewritePath({ rewrite }: Route, path: string, matched: string | RE2JS): string {
   if (rewrite.kind === "none") return path;
   if (rewrite.kind === "whole") return rewrite.path;
-  if (typeof matched === "string") return rewrite.path + path.slice(matched.length) || "/";
-  const rewritten = matched.matcher(path).replaceFirst(rewrite.path || "/");
+  if (typeof matched === "string") return rewrite.path.replace(/\/+$/, "") + path.slice(matched.length) || "/";
+  const rewritten = matched.matcher(path).replaceFirst(rewrite.path);
   return rewritten.startsWith("/") ? rewritten : `/${rewritten}`;
 }
 
@@ -3315,11 +3059,12 @@ function load(call: Call, text = readText(call.file)): Config {
     const address = v.safeParse(Listen, call.listen);
     if (!address.success) throw new UsageError(`"${call.listen}" is not a port, or an address such as 127.0.0.1:8080`);
     config.listen = [address.output];
+    config.source.listen = call.listen;
   }
   if (call.log !== undefined) {
-    const format = v.safeParse(File.entries.log, call.log);
+    const format = v.safeParse(RoutesFile.entries.log, call.log);
     if (!format.success) throw new UsageError(`log: "${call.log}" is not combined, json or off`);
-    config.log = format.output;
+    config.source.log = config.log = format.output;
   }
   return config;
 }

@@ -12,6 +12,7 @@ import {
   type Expected,
   expectedHere,
   get,
+  inWords,
   matching,
   type Message,
   type Part,
@@ -620,13 +621,8 @@ async function run(row: Row) {
   }
 }
 
-for (
-  const [section, rows] of Object.entries({ hosts, paths, methods, framing, headers, limits })
-) {
-  for (const row of rows) {
-    test(`${section}: ${row.name.length > 70 ? row.name.slice(0, 70) : row.name}: ${expectedHere(row.expect)}`, () =>
-      run(row));
-  }
+for (const row of [hosts, paths, methods, framing, headers, limits].flat()) {
+  test(`a request with ${row.name.slice(0, 80)} gets ${inWords(row.expect)}`, () => run(row));
 }
 
 // ─── Clients who are slow or leave ───
@@ -685,14 +681,14 @@ for (const length of [10, 1e6]) {
   });
 }
 
-test("a client who is slow but steady is waited for", async () => {
+test("a small body that takes longer than idle is not waited for, however steadily it comes", async () => {
   held.reset(echo);
   const bytes = Array.from({ length: 8 }, (): Part[] => ["x", 200]).flat();
   const { answers } = await rawRequest(strict.port, [
     held1("POST /held", "Connection: close\r\nContent-Length: 8\r\n"),
     ...bytes,
   ]);
-  assert.deepEqual([answers.map(status), held.requests.map(({ body }) => body.length)], [[200], [8]]);
+  assert.deepEqual([answers.map(status), held.requests.length], [[408], 0]);
 });
 
 test("a server that is busy with as many as it may take gives 503 with Retry-After", async () => {

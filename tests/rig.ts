@@ -189,6 +189,10 @@ export const get = (path: string, headers = "", host = "a.test") =>
  */
 export type Expected = string | Record<Runtime, string>;
 export const expectedHere = (expected: Expected) => typeof expected === "string" ? expected : expected[runtime()];
+/** The same for the name of a test. */
+export const inWords = (expected: Expected) =>
+  expectedHere(expected).replaceAll("!", "").replaceAll(" | ", " or ").replace("cut", "an answer that is visibly cut")
+    .replace("closes", "the end of the connection");
 
 /** Which of the alternatives came true; fails when none did. */
 export function matching(expected: string, { answers, closed }: Exchange): string {
@@ -369,9 +373,12 @@ export async function startProgram(config: unknown, args: string[] = []): Promis
   let output = "", exited = false;
   child.stdout.on("data", (bytes: Buffer) => output += bytes.toString());
   child.stderr.on("data", (bytes: Buffer) => output += bytes.toString());
+  const orphan = () => child.kill("SIGKILL");
+  process.once("exit", orphan);
   const exit = new Promise<number | null>((resolve) =>
     child.once("exit", (code) => {
       exited = true;
+      process.off("exit", orphan);
       rmSync(folder, { recursive: true, force: true });
       resolve(code);
     })

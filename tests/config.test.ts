@@ -1,0 +1,777 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import { ConfigError, jsonSchema, parseConfig, printConfig } from "../lb.ts";
+
+const ROUTE = "default: { servers: [a:1] }\n";
+const SHOP = "services: { shop: { servers: [a:1] } }\n";
+
+/** Every mistake of a file as `line:column: path: message`. */
+function mistakes(text: string, env: Record<string, string> = {}): string[] {
+  try {
+    parseConfig(text, env);
+  } catch (error) {
+    assert.ok(error instanceof ConfigError, String(error));
+    return error.message.split("\n").map((line) => line.replace(/^routes\.yml:/, ""));
+  }
+  return [];
+}
+/** The one service of a file whose default route has these keys beside `servers`. */
+const service = (keys: string, servers = "[a:1]") =>
+  parseConfig(`default:\n  servers: ${servers}\n${keys.replace(/^/gm, "  ")}`).services.get("default")!;
+const route = (yaml: string) => parseConfig(`${SHOP}routes: [ ${yaml} ]`).routes[0]!;
+
+test("Whirlwind's own file works as it is", () => {
+  const { services, routes } = parseConfig(`
+hosts:
+  - host: www.peter.com
+    servers:
+      - localhost:8081
+      - localhost:8082
+paths:
+  - path: /pete
+    servers:
+      - localhost:8081
+`);
+  assert.deepEqual([...services.keys()], ["www.peter.com", "/pete"]);
+  assert.deepEqual(services.get("www.peter.com")!.servers.map((server) => server.url), [
+    "http://localhost:8081",
+    "http://localhost:8082",
+  ]);
+  assert.deepEqual(routes.map(({ name, hosts, paths }) => ({ name, hosts, paths })), [
+    { name: "www.peter.com", hosts: ["www.peter.com"], paths: [] },
+    { name: "/pete", hosts: [], paths: [{ kind: "prefix", path: "/pete" }] },
+  ]);
+});
+
+test("what is left out has the documented default", () => {
+  const config = parseConfig(ROUTE);
+  const { listen, trust, log, name_routes } = config;
+  assert.deepEqual({ listen, trust, log, name_routes }, {
+    listen: [{ host: "", port: 8080 }],
+    trust: [],
+    log: "combined",
+    name_routes: false,
+  });
+  const { servers, health, cors, ...rest } = config.services.get("default")!;
+  assert.deepEqual(servers, [{ name: "a:1", url: "http://a:1", weight: 1, host: "", backup: false, max: Infinity }]);
+  const { headers, ...probe } = health;
+  assert.equal(headers.size, 0);
+  assert.deepEqual(probe, {
+    kind: "tcp",
+    path: "",
+    interval: 10_000,
+    timeout: 2_000,
+    expect: [[200, 200]],
+    body: "",
+    rise: 2,
+    fall: 3,
+    method: "GET",
+  });
+  assert.deepEqual(cors.origin, []);
+  assert.deepEqual(rest, {
+    strategy: { name: "round-robin", by: "none", key: "" },
+    eject: { failures: 5, for: 30_000, at_most: 0.5 },
+    panic: 0.5,
+    retries: 1,
+    retry_on: ["connect", "reset", 502, 503, 504],
+    retry_budget: 0.2,
+    timeouts: { connect: 3_000, response: 60_000, idle: 300_000 },
+    max_in_flight: Infinity,
+    host_header: "keep",
+    compress: false,
+    tls: { ca: "", cert: "", key: "", servername: "", insecure: false },
+  });
+});
+
+test("hosts, paths, routes and default become routes in this order, the last one marked", () => {
+  const { routes } = parseConfig(`
+default: { service: shop }
+routes: [{ name: general, service: shop }, { service: shop, host: [a.b, C.d], path: /v1/ }]
+paths: [{ path: /p, service: shop }, { path: /p, service: shop }]
+hosts: [{ host: "*.X.com:80", service: shop }]
+${SHOP}`);
+  assert.deepEqual(routes.map(({ name, fallback }) => [name, fallback]), [
+    ["*.x.com", false],
+    ["/p", false],
+    ["/p#2", false],
+    ["general", false],
+    ["a.b,c.d/v1", false],
+    ["default", true],
+  ]);
+});
+
+test("an inline service never takes the name of another one", () => {
+  const { services, routes } = parseConfig(`
+services: { /p: { servers: [a:1] } }
+paths: [{ path: /p, servers: [b:1] }, { path: /q, service: /p }]`);
+  assert.deepEqual([...services].map(([name, { servers }]) => [name, servers[0]!.name]), [["/p", "a:1"], [
+    "/p#2",
+    "b:1",
+  ]]);
+  assert.deepEqual(routes.map(({ action }) => action.kind === "forward" && action.targets[0]!.service), ["/p#2", "/p"]);
+});
+
+test("JSON is read as well, also with tabs", () => {
+  const { listen } = parseConfig('{\n\t"listen": [80, "[::1]:81"],\n\t"default": {"servers": ["a:1"]}\n}');
+  assert.deepEqual(listen, [{ host: "", port: 80 }, { host: "[::1]", port: 81 }]);
+});
+
+test("defaults lie under a service key by key, and the route's own keys over both", () => {
+  const { services, routes } = parseConfig(`
+defaults: { timeouts: { connect: 1s, idle: 9s }, retries: 3, health: { path: /up } , strategy: { hash: { cookie: a } } }
+services:
+  shop: { servers: [a:1], timeouts: { response: 2s }, retries: 2, health: { rise: 9 }, strategy: { hash: { header: b } } }
+  next: { servers: [a:1], health: off }
+routes:
+  - { path: /a, service: shop, timeouts: { idle: 1m }, compress: true }
+  - { path: /b, split: { shop: 9, next: 0 }, timeouts: { connect: 8s } }
+  - { path: /c, respond: {} }`);
+  const { timeouts, retries, health, strategy } = services.get("shop")!;
+  assert.deepEqual(timeouts, { connect: 1000, response: 2000, idle: 9000 });
+  assert.equal(retries, 2);
+  assert.deepEqual([health.kind, health.path, health.rise], ["http", "/up", 9]);
+  assert.deepEqual(strategy, { name: "hash", by: "header", key: "b" });
+  assert.equal(services.get("next")!.health.kind, "off");
+  assert.deepEqual(routes[0]!.policy.timeouts, { connect: 1000, response: 2000, idle: 60_000 });
+  assert.equal(routes[0]!.policy.compress, true);
+  assert.equal(services.get("shop")!.compress, false);
+  const split = routes[1]!.action;
+  assert.ok(split.kind === "forward");
+  assert.deepEqual(
+    split.targets.map(({ service, weight, policy }) => [service, weight, policy.timeouts, policy.retries]),
+    [
+      ["shop", 9, { connect: 8000, response: 2000, idle: 9000 }, 2],
+      ["next", 0, { connect: 8000, response: 60_000, idle: 9000 }, 3],
+    ],
+  );
+  assert.deepEqual(routes[2]!.policy.timeouts, { connect: 1000, response: 60_000, idle: 9000 });
+});
+
+for (
+  const [text, ms] of [
+    ["1ms", 1],
+    ["500ms", 500],
+    ["2s", 2000],
+    ["1m", 60_000],
+    ["1.5h", 5_400_000],
+    ["1d", 86_400_000],
+  ] as const
+) {
+  test(`the duration ${text} is ${ms} milliseconds`, () => {
+    assert.equal(service(`timeouts: { idle: ${text} }`).timeouts.idle, ms);
+  });
+}
+
+for (
+  const [text, bytes] of [["0", 0], ["1234", 1234], ["10MB", 1e7], ["1MiB", 2 ** 20], ["1.5kB", 1500], ["7B", 7], [
+    "none",
+    Infinity,
+  ]] as const
+) {
+  test(`the size ${text} is ${bytes} bytes`, () => {
+    assert.equal(route(`{ service: shop, body_limit: ${text} }`).body_limit, bytes);
+  });
+}
+
+test("percentages become fractions", () => {
+  assert.deepEqual(["0%", "50%", "100%", "12.5%"].map((text) => service(`panic: ${text}`).panic), [0, 0.5, 1, 0.125]);
+});
+
+for (
+  const [text, name, url] of [
+    ["localhost:8081", "localhost:8081", "http://localhost:8081"],
+    ["http://localhost", "localhost:80", "http://localhost"],
+    ["https://B.internal/", "b.internal:443", "https://b.internal"],
+    ["https://b.internal:8443", "b.internal:8443", "https://b.internal:8443"],
+    ["'[::1]:80'", "[::1]:80", "http://[::1]"],
+    ["http://10.0.0.9:81", "10.0.0.9:81", "http://10.0.0.9:81"],
+    ["my_app:3000", "my_app:3000", "http://my_app:3000"],
+  ] as const
+) {
+  test(`the server ${text} is ${name} at ${url}`, () => {
+    const [server] = service("", `[${text}]`).servers;
+    assert.deepEqual([server!.name, server!.url], [name, url]);
+    assert.deepEqual(service("", `[{ url: ${text}, max: 7, weight: 0, backup: true, host: h }, z:1]`).servers[0], {
+      ...{ name, url, max: 7, weight: 0, backup: true, host: "h" },
+    });
+  });
+}
+
+test("a server that is listed again weighs more", () => {
+  const { servers } = service("", "[a:1, b:1, a:1, { url: a:1, weight: 3 }]");
+  assert.deepEqual(servers.map(({ name, weight }) => [name, weight]), [["a:1", 5], ["b:1", 1]]);
+});
+
+test("each strategy, and each way to hash, is understood", () => {
+  const names = "round-robin first random two-choices least-connections least-response-time ip-hash".split(" ");
+  for (const name of names) {
+    assert.deepEqual(service(`strategy: ${name}`).strategy, { name, by: "none", key: "" });
+  }
+  for (const by of ["header", "cookie", "query"]) {
+    assert.deepEqual(service(`strategy: { hash: { ${by}: k } }`).strategy, { name: "hash", by, key: "k" });
+  }
+  assert.deepEqual(service("strategy: { hash: { path: true } }").strategy, { name: "hash", by: "path", key: "" });
+});
+
+test("health, eject and cors can be switched off and on", () => {
+  assert.equal(service("health: off").health.kind, "off");
+  assert.equal(service("eject: off").eject.failures, Infinity);
+  assert.deepEqual(service("cors: off").cors.origin, []);
+  assert.deepEqual(service("cors: {}").cors.origin, ["*"]);
+  assert.deepEqual(service("health: { expect: [200, 300-399] }").health.expect, [[200, 200], [300, 399]]);
+  assert.deepEqual(service("health: { expect: 204 }").health.expect, [[204, 204]]);
+});
+
+test("conditions of a route take their general form", () => {
+  const { hosts, paths, methods, headers, query } = route(`{
+    host: ["WWW.Example.com.:8080", "*.example.com", "[::1]:80", 10.0.0.1],
+    path: [/, /v1/, {exact: /a/}, {regex: "^/v[12]/"}], methods: [get, m-search],
+    headers: { X-Beta: 1, x-version: 1.10, cookie: {regex: lb}, x-a: {present: false} }, query: { debug: true }, service: shop }`);
+  assert.deepEqual(hosts, ["www.example.com", "*.example.com", "[::1]", "10.0.0.1"]);
+  assert.deepEqual(paths, [
+    { kind: "prefix", path: "" },
+    { kind: "prefix", path: "/v1" },
+    { kind: "exact", path: "/a/" },
+    { kind: "regex", source: "^/v[12]/" },
+  ]);
+  assert.deepEqual(methods, ["GET", "M-SEARCH"]);
+  assert.deepEqual(headers, [
+    { name: "x-beta", kind: "is", value: "1" },
+    { name: "x-version", kind: "is", value: "1.10" },
+    { name: "cookie", kind: "regex", source: "lb" },
+    { name: "x-a", kind: "present", present: false },
+  ]);
+  assert.deepEqual(query, [{ name: "debug", kind: "is", value: "true" }]);
+});
+
+test("a rewrite replaces what matched or the whole path, and strip is a rewrite to /", () => {
+  const rewrite = (yaml: string) => route(`{ service: shop, rewrite: ${yaml} }`).rewrite;
+  assert.deepEqual(rewrite("{}"), { kind: "none", path: "", host: "" });
+  assert.deepEqual(rewrite("{ path: /v2/ }"), { kind: "replace", path: "/v2/", host: "" });
+  assert.deepEqual(rewrite("{ path: / , host: x.y }"), { kind: "replace", path: "/", host: "x.y" });
+  assert.deepEqual(rewrite("{ whole: /v2/ }"), { kind: "whole", path: "/v2/", host: "" });
+  const { routes } = parseConfig("paths: [{ path: /p, servers: [a:1], strip: true }]");
+  assert.deepEqual(routes[0]!.rewrite, { kind: "replace", path: "", host: "" });
+});
+
+test("a route may answer by itself", () => {
+  const parts = { to: "", scheme: "", host: "", port: 0, path: "", status: 302 };
+  assert.deepEqual(route("{ redirect: { to: 'https://x/y' } }").action, {
+    kind: "redirect",
+    ...parts,
+    to: "https://x/y",
+  });
+  assert.deepEqual(route("{ redirect: { scheme: https, status: 308 } }").action, {
+    ...{ kind: "redirect", ...parts, scheme: "https", status: 308 },
+  });
+  assert.deepEqual(route("{ respond: { status: 410, body: gone, headers: { X-A: b } } }").action, {
+    ...{ kind: "respond", status: 410, body: "gone", headers: new Map([["x-a", "b"]]) },
+  });
+});
+
+test("rules for headers are in lower case and in order", () => {
+  const { request } = route(`{ service: shop, request: { headers: { set: { X-B: 1, X-A: "2" }, remove: [Cookie] } } }`);
+  assert.deepEqual([...request.headers.set], [["x-b", "1"], ["x-a", "2"]]);
+  assert.deepEqual(request.headers.remove, ["cookie"]);
+});
+
+test("environment variables are taken in values, several in one, and numbers count as numbers", () => {
+  const text = `
+listen: ["\${PORT}", "\${HOST}:\${PORT}"]
+name_routes: \${YES}
+default: { respond: { body: "$\${HOST} $5 $\${PORT}" } }`;
+  const { listen, name_routes, routes } = parseConfig(text, { PORT: "80", HOST: "h", YES: "true" });
+  assert.deepEqual(listen, [{ host: "", port: 80 }, { host: "h", port: 80 }]);
+  assert.equal(name_routes, true);
+  assert.deepEqual(routes[0]!.action.kind === "respond" && routes[0]!.action.body, "${HOST} $5 ${PORT}");
+});
+
+test("variables need no quotes in lists and maps, and bring in no YAML", () => {
+  const { listen, routes } = parseConfig(
+    "listen: [${A}, h:${A}]\ndefault: { respond: { body: ${B}, headers: { a: $${A} } } }",
+    {
+      ...{ A: "80", B: "x, status: 500 }\n# " },
+    },
+  );
+  assert.deepEqual(listen, [{ host: "", port: 80 }, { host: "h", port: 80 }]);
+  const headers = new Map([["a", "${A}"]]);
+  assert.deepEqual(routes[0]!.action, { kind: "respond", status: 200, body: "x, status: 500 }\n# ", headers });
+});
+
+test("name_routes puts the services under their names, after what was written and before default", () => {
+  const { routes } = parseConfig(`
+name_routes: true
+services: { shop: { servers: [a:1] }, "a b": { servers: [a:1] }, a/b: { servers: [a:1] }, "..": { servers: [a:1] }, v1.2: { servers: [a:1] } }
+paths: [{ path: /shop, service: v1.2 }]
+default: { servers: [z:1] }`);
+  const strip = { kind: "replace", path: "", host: "" }, keep = { ...strip, kind: "none" };
+  assert.deepEqual(
+    routes.map((
+      { name, paths, rewrite, action },
+    ) => [name, paths, rewrite, action.kind === "forward" && action.targets[0]!.service]),
+    [
+      ["/shop", [{ kind: "prefix", path: "/shop" }], keep, "v1.2"],
+      ["/shop#2", [{ kind: "prefix", path: "/shop" }], strip, "shop"],
+      ["/v1.2", [{ kind: "prefix", path: "/v1.2" }], strip, "v1.2"],
+      ["default", [], keep, "default"],
+    ],
+  );
+  assert.equal(parseConfig(SHOP + "name_routes: true").routes.length, 1);
+  assert.equal(mistakes('services: { "a b": { servers: [a:1] } }\nname_routes: true').length, 1);
+});
+
+test("strategies of one's own are known by name, in every place, and others are refused with a guess", () => {
+  const yaml = (name: string) =>
+    `defaults: { strategy: ${name} }\nservices: { s: { servers: [a:1], strategy: ${name} } }\ndefault: { servers: [a:1], strategy: ${name} }`;
+  const { services } = parseConfig(yaml("mine"), {}, "routes.yml", ["mine"]);
+  assert.deepEqual([...services.values()].map(({ strategy }) => strategy.name), ["mine", "mine"]);
+  const refused = mistakes(yaml("frist"));
+  assert.equal(refused.length, 3);
+  for (const line of refused) {
+    assert.match(line, /"frist" is not a strategy \(round-robin, .*\); did you mean "first"\?$/);
+  }
+});
+
+test("servers that share host and port are named by their URLs", () => {
+  const { servers } = service("", "[http://x:443, https://x:443, http://x:443, y:1]");
+  assert.deepEqual(servers.map(({ name, weight }) => [name, weight]), [["http://x:443", 2], ["https://x", 1], [
+    "y:1",
+    1,
+  ]]);
+});
+
+test("no name is special: __proto__, constructor and prototype are services and headers like any other", () => {
+  const names = ["__proto__", "constructor", "prototype", "services", "toString"];
+  const { services, routes } = parseConfig(`
+services: { ${names.map((name) => `${name}: { servers: [a:1] }`).join(", ")} }
+routes:
+  - split: { ${names.map((name, i) => `${name}: ${i}`).join(", ")} }
+    headers: { ${names.map((name) => `${name}: ${name}`).join(", ")} }
+  - service: __proto__`);
+  assert.deepEqual([...services.keys()], names);
+  const { action, headers } = routes[0]!;
+  assert.deepEqual(action.kind === "forward" && action.targets.map((target) => target.service), names);
+  assert.deepEqual(headers.map(({ name }) => name), names.map((name) => name.toLowerCase()));
+});
+
+const EXAMPLES = "localhost:8081 or http://localhost (no user, no path)";
+// Beside `default: { servers: [a:1], `: keys, mistakes as `column: path below default: message`.
+const WRONG_KEYS: [keys: string, ...expected: string[]][] = [
+  ["health: { interval: 5 sec }", '48: health.interval: "5 sec" is not a duration such as 500ms, 2s or 1m'],
+  ["health: { interval: 5 }", "48: health.interval: 5 is not a duration such as 500ms, 2s or 1m"],
+  [
+    "health: { interval: 0s }",
+    '48: health.interval: "0s" is not a duration such as 500ms, 2s or 1m: more than 0 and at most 1d',
+  ],
+  ["eject: { for: 25h }", '42: eject.for: "25h" is not a duration such as 500ms, 2s or 1m: more than 0 and at most 1d'],
+  ["timeouts: [1]", "38: timeouts: a list is not a map with keys such as connect, response, idle"],
+  ["timeouts: []", "38: timeouts: a list is not a map with keys such as connect, response, idle"],
+  [
+    "retry_on: [conect, 200, 502]",
+    '39: retry_on[0]: "conect" is not connect, reset, or 400 to 599',
+    "47: retry_on[1]: 200 is not a whole number from 400 to 599",
+  ],
+  ["max_in_flight: 0", "43: max_in_flight: 0 is not a whole number from 1 to 1000000"],
+  ["host_header: a b", '41: host_header: "a b" is not a host such as www.example.com'],
+  [
+    "strategy: robin",
+    '38: strategy: "robin" is not a strategy (round-robin, first, random, two-choices, least-connections, least-response-time, ip-hash)',
+  ],
+  [
+    "strategy: { hash: { header: a, cookie: b } }",
+    "46: strategy.hash: needs exactly one of header, cookie, query, path",
+  ],
+  ["cors: { credentials: true }", "34: cors: credentials need origins by name, not *"],
+  ["health: { path: up }", '44: health.path: "up" is not a path such as /v1 (it begins with / and has no query)'],
+  ["health: { expect: [399-200] }", '47: health.expect[0]: "399-200" is not a status such as 200, or 200-399'],
+  ["panic: 50", "35: panic: 50 is not a percentage from 0% to 100%"],
+  ["panic: 101%", '35: panic: "101%" is not a percentage from 0% to 100%'],
+  ["retries: 11", "37: retries: 11 is not a whole number from 0 to 10"],
+  ["retries: 1.5", "37: retries: 1.5 is not a whole number from 0 to 10"],
+  ["compress: yes", '38: compress: "yes" is not true or false'],
+  ["tls: { cert: c.pem }", "33: tls: needs cert and key together"],
+];
+// file, mistakes
+const WRONG: [text: string, ...expected: string[]][] = [
+  ...WRONG_KEYS.map(([keys, ...expected]): [string, ...string[]] => [
+    `default: { servers: [a:1], ${keys} }`,
+    ...expected.map((line) => line.replace(" ", " default.").replace(/^/, "1:")),
+  ]),
+  ["", "1:1: the file is empty"],
+  ["# nothing\n", "1:1: the file is empty"],
+  ["[1]", "1:1: a list is not a map with keys such as listen, trust, log"],
+  ["listen: 80", "1:1: no way leads to a server: hosts, paths, routes or default is needed"],
+  [SHOP, "1:1: no way leads to a server: hosts, paths, routes or default is needed"],
+  [
+    `${ROUTE}listn: 1\nadmin: {}\n`,
+    '2:1: listn: unknown key; did you mean "listen"?',
+    "3:1: admin: unknown key; allowed: listen, trust, log, name_routes, defaults, services, hosts, paths, routes, default",
+  ],
+  [
+    `${ROUTE}__proto__: 1\nconstructor: 1`,
+    "2:1: __proto__: unknown key; allowed: listen, trust, log, name_routes, defaults, services, hosts, paths, routes, default",
+    "3:1: constructor: unknown key; allowed: listen, trust, log, name_routes, defaults, services, hosts, paths, routes, default",
+  ],
+  [
+    "default: { servers: [{ url: a:1, wieght: 2 }] }",
+    '1:34: default.servers[0].wieght: unknown key; did you mean "weight"?',
+  ],
+  [
+    "default: { servers: [{ weight: x }] }",
+    "1:22: default.servers[0]: url is missing",
+    '1:32: default.servers[0].weight: "x" is not a whole number from 0 to 256',
+  ],
+  ['default: { servers: [a:1], retries: "1" }', '1:37: default.retries: "1" is not a whole number from 0 to 10'],
+  ["default: { servers: [] }", "1:21: default.servers: needs a server with a weight above 0"],
+  ["default: { servers: }", "1:21: default.servers: an empty value is not a server, or a list of them"],
+  ["default: { servers: [{ url: a:1, weight: 0 }] }", "1:21: default.servers: needs a server with a weight above 0"],
+  [
+    "default: { servers: [a:1, { url: a:1, backup: true }] }",
+    "1:21: default.servers: http://a:1 stands twice with different host, backup or max",
+  ],
+  ...[
+    ...["localhost", ":80", "http://", "10.0.0.999:80", "data:x,y", "a:0", "a:65536", "file:///etc/passwd"],
+    ...["http://a:1/path", "http://a:1?x", "[10.0.0.1]:80", "me:s/e@a:1", "http://me:secret@a:1"],
+  ].map((server): [string, string] => [
+    `default: { servers: ["${server}"] }`,
+    `1:22: default.servers[0]: "${server.replace(/me:.*@/, "***@")}" is not a server such as ${EXAMPLES}`,
+  ]),
+  [
+    `${ROUTE}listen: "[::1:81"`,
+    '2:9: listen: "[::1:81" is not a port, or an address such as 127.0.0.1:8080 or [::]:8080',
+  ],
+  [`${ROUTE}listen: 65536`, "2:9: listen: 65536 is not a port, or an address such as 127.0.0.1:8080 or [::]:8080"],
+  [`${ROUTE}listen: []`, "2:9: listen: a list is not a port or an address, or a list of them"],
+  [
+    `${ROUTE}trust: [10.0.0.0/33, 1.2.3, "fe80::1%eth0"]`,
+    '2:9: trust[0]: "10.0.0.0/33" is not an address or a network such as 10.0.0.0/8',
+    '2:22: trust[1]: "1.2.3" is not an address or a network such as 10.0.0.0/8',
+    '2:29: trust[2]: "fe80::1%eth0" is not an address or a network such as 10.0.0.0/8',
+  ],
+  [`${ROUTE}log: xml`, '2:6: log: "xml" is not one of combined, json, off'],
+  [
+    `${ROUTE}defaults: { servers: [a:1] }`,
+    "2:13: defaults.servers: unknown key; allowed: strategy, health, eject, panic, retry_budget, max_in_flight, tls, retries, retry_on, timeouts, host_header, compress, cors",
+  ],
+  [`${ROUTE}hosts: { host: a }`, "2:8: hosts: a map is not a list of hosts"],
+  [`${ROUTE}services: [a]`, "2:11: services: a list is not a map"],
+  [`${ROUTE}hosts: [{ servers: [a:1] }]`, "2:9: hosts[0]: host is missing"],
+  [`${ROUTE}paths: [{ servers: [a:1] }]`, "2:9: paths[0]: path is missing"],
+  [`${SHOP}hosts: [{ host: a.b }]`, "2:9: hosts[0]: needs exactly one of service, servers, split, redirect, respond"],
+  [
+    `${SHOP}hosts: [{ host: a.b, service: shop, servers: [a:1] }]`,
+    "2:9: hosts[0]: needs exactly one of service, servers, split, redirect, respond, not service and servers",
+  ],
+  [`${SHOP}default: { service: shpo }`, '2:21: default.service: "shpo" is not a service (shop); did you mean "shop"?'],
+  [`${SHOP}default: { service: other }`, '2:21: default.service: "other" is not a service (shop)'],
+  ["default: { service: other }", '1:21: default.service: "other" is not a service (there is none)'],
+  [
+    `${SHOP}default: { split: { shop: 1, next: 2 } }`,
+    '2:30: default.split.next: "next" is not a service (shop)',
+  ],
+  [`${SHOP}default: { split: { shop: 0 } }`, "2:19: default.split: no service has a weight above 0"],
+  [
+    `${SHOP}default: { service: shop, strategy: first }`,
+    "2:27: default.strategy: belongs to a service: it stands there, or beside servers",
+  ],
+  [
+    `${SHOP}routes: [{ name: a, service: shop }, { name: a, service: shop }]`,
+    '2:46: routes[1].name: "a" names another route already',
+  ],
+  [
+    `${SHOP}paths: [{ path: /a, service: shop, strip: true, rewrite: {} }]`,
+    "2:36: paths[0].strip: strip and rewrite exclude each other",
+  ],
+  [
+    `${SHOP}routes: [{ host: ["*", a.*.b, "*.1.2.3.4"], service: shop }]`,
+    ...['19: routes[0].host[0]: "*"', '24: routes[0].host[1]: "a.*.b"', '31: routes[0].host[2]: "*.1.2.3.4"'].map((
+      at,
+    ) => `2:${at} is not a host such as www.example.com or "*.example.com"`),
+  ],
+  [
+    `${SHOP}routes: [{ path: v1, service: shop }]`,
+    '2:18: routes[0].path: "v1" is not a path such as /v1 (it begins with / and has no query)',
+  ],
+  [
+    `${SHOP}routes: [{ path: [/v1?x, { exact: /a, regex: b }], service: shop }]`,
+    '2:19: routes[0].path[0]: "/v1?x" is not a path such as /v1 (it begins with / and has no query)',
+    "2:26: routes[0].path[1]: needs exactly one of exact, regex",
+  ],
+  [
+    `${SHOP}routes: [{ path: { exat: /a }, service: shop }]`,
+    '2:20: routes[0].path.exat: unknown key; did you mean "exact"?',
+  ],
+  [
+    `${SHOP}routes: [{ path: { regex: "(?=a)b" }, service: shop }]`,
+    '2:27: routes[0].path.regex: "(?=a)b" is not a regular expression (RE2): invalid or unsupported Perl syntax',
+  ],
+  [
+    `${SHOP}routes: [{ path: { regex: "a(" }, service: shop }]`,
+    '2:27: routes[0].path.regex: "a(" is not a regular expression (RE2): missing closing )',
+  ],
+  [
+    `${SHOP}routes: [{ methods: [GET, TRACE], service: shop }]`,
+    '2:27: routes[0].methods[1]: "TRACE" is not a method that can be forwarded, such as GET',
+  ],
+  [
+    `${SHOP}routes: [{ headers: { "a b": x, X: 1, x: 2 }, service: shop }]`,
+    '2:23: routes[0].headers["a b"]: "a b" is not a header name',
+    '2:39: routes[0].headers.x: "x" stands twice',
+  ],
+  [
+    `${SHOP}routes: [{ query: { a: { present: 1 } }, service: shop }]`,
+    "2:35: routes[0].query.a.present: 1 is not true or false",
+  ],
+  [
+    `${SHOP}default: { service: shop, request: { headers: { set: { x: "a\\r\\nb" }, remove: [Host] } } }`,
+    '2:59: default.request.headers.set.x: "a\\r\\nb" cannot stand in a header',
+    '2:80: default.request.headers.remove[0]: "Host" is not a header name that a rule may change',
+  ],
+  [
+    `${SHOP}default: { service: shop, response: { headers: { add: { Content-Length: 1 } } } }`,
+    '2:57: default.response.headers.add.Content-Length: "Content-Length" is not a header name that a rule may change',
+  ],
+  [
+    `${SHOP}default: { service: shop, request: { headers: { set: { x-api-key: "hunter2\\n2" } } } }`,
+    "2:67: default.request.headers.set.x-api-key: *** cannot stand in a header",
+  ],
+  [
+    `${SHOP}routes: [{ headers: { x-token: { regex: "hunter2(" } }, service: shop }]`,
+    "2:41: routes[0].headers.x-token.regex: *** is not a regular expression (RE2): missing closing )",
+  ],
+  [
+    `${SHOP}default: { service: shop, rewrite: { path: /a, whole: /b } }`,
+    "2:36: default.rewrite: path and whole exclude each other",
+  ],
+  [
+    `${SHOP}default: { service: shop, body_limit: big }`,
+    '2:39: default.body_limit: "big" is not a size such as 512kB, 10MB, 1MiB, a number of bytes, or none',
+  ],
+  ["default: { redirect: {} }", "1:22: default.redirect: needs either to or its parts"],
+  [
+    "default: { redirect: { to: /a, path: /b } }",
+    "1:22: default.redirect: needs either to or its parts",
+  ],
+  [
+    'default: { redirect: { to: "/a\\nb", status: 200 } }',
+    '1:28: default.redirect.to: "/a\\nb" is not a URL or path to go to',
+    "1:45: default.redirect.status: 200 is not one of 301, 302, 303, 307, 308",
+  ],
+  ["default: { respond: { status: 204, body: x } }", "1:21: default.respond: an answer with this status has no body"],
+  ["default: { respond: { status: 101 } }", "1:31: default.respond.status: 101 is not a whole number from 200 to 599"],
+  ["default: { respond: { body: [x] } }", "1:29: default.respond.body: a list is not text"],
+  [`${ROUTE}log: \${NOPE}`, "2:6: log: the environment variable NOPE is not set"],
+  [`${ROUTE}log: \${A:-b}`, '2:6: log: "${A:-b}" is not a variable such as ${NAME}; ${ itself is written $${'],
+  [`${ROUTE}log: \${toString}`, "2:6: log: the environment variable toString is not set"],
+  [`${ROUTE}log: json\nlog: off`, "3:1: log: stands twice"],
+  [
+    `${SHOP}default: { service: "\${NOPE}" }`,
+    "2:21: default.service: the environment variable NOPE is not set",
+  ],
+  [`${ROUTE}? [a]\n: 1`, "2:3: a key is a single word"],
+  [
+    "hosts: [{ host: *.a.com, servers: [a:1] }]",
+    "1:17: hosts[0].host: *.a.com names nothing above; text that begins with * stands in quotes",
+  ],
+  [
+    `default: { respond: { body: "${"x".repeat(99)}", status: "${"y".repeat(99)}" } }`,
+    `1:140: default.respond.status: "${"y".repeat(56)}..." is not a whole number from 200 to 599`,
+  ],
+];
+for (const [text, ...expected] of WRONG) {
+  const [first] = expected;
+  test(`refused with its place: ${first!.slice(0, 120)} (${text.length})`, () =>
+    assert.deepEqual(mistakes(text), expected));
+}
+
+test("all mistakes of a file are told at once, in the order of the file", () => {
+  const found = mistakes(`
+services:
+  shop: { servers: [a:0], helth: {}, retires: 2 }
+log: \${NOPE}
+hosts: [{ host: a b, service: ship }]
+`);
+  assert.deepEqual(found.map((line) => line.split(" ").slice(0, 2).join(" ")), [
+    "3:21: services.shop.servers[0]:",
+    "3:27: services.shop.helth:",
+    "3:38: services.shop.retires:",
+    "4:6: log:",
+    "5:17: hosts[0].host:",
+    "5:31: hosts[0].service:",
+  ]);
+});
+
+test("what is not YAML is an error with its line", () => {
+  for (
+    const text of ["a: [", "a: 1\n b: 2", "\tlisten: 80", "a: 'x", "{", '{"a": 1', "a: !foo 1\nb", "a: 1\n---\nb: 1"]
+  ) {
+    assert.match(mistakes(text)[0] ?? "", /^[12]:\d+: \S/, text);
+  }
+});
+
+test("files that would take memory or time are refused", () => {
+  const bomb = "abcdefgh".split("").map((name, i) =>
+    `${name}: &${name} [${i ? Array(10).fill(`*${"abcdefgh"[i - 1]}`) : 1}]`
+  );
+  for (
+    const [text, why] of [
+      [`# ${"x".repeat(2 ** 20)}`, "1:1: the file is larger than 1 MiB"],
+      [bomb.join("\n"), "1:1: more than 100000 values"],
+      ["[".repeat(20_000), "1:1: nested deeper than 32 levels"],
+      ["- ".repeat(20_000), "1:1: nested deeper than 32 levels"],
+    ] as const
+  ) assert.deepEqual(mistakes(text), [why]);
+  assert.match(mistakes(`default: ${"[".repeat(40)}${"]".repeat(40)}`).join(), /nested deeper than 32 levels/);
+  assert.match(mistakes("a: &a [*a]").join(), /nested deeper than 32 levels/);
+});
+
+test("aliases work within reason", () => {
+  const { services } = parseConfig("services: { a: &a { servers: [x:1] }, b: *a }\ndefault: { service: b }");
+  assert.deepEqual(services.get("a"), services.get("b"));
+});
+
+test("the error carries its mistakes and the name of the file", () => {
+  assert.throws(() => parseConfig("listn: 1\n" + ROUTE, {}, "x.yml"), (error: unknown) => {
+    assert.ok(error instanceof ConfigError);
+    assert.equal(error.message, 'x.yml:1:1: listn: unknown key; did you mean "listen"?');
+    assert.deepEqual(error.mistakes, [
+      { line: 1, column: 1, path: "listn", message: 'unknown key; did you mean "listen"?' },
+    ]);
+    return true;
+  });
+});
+
+const FULL = `
+listen: [8080, "[::1]:81"]
+trust: [10.0.0.0/8, "::1"]
+log: json
+name_routes: true
+defaults: { retries: 0, timeouts: { connect: 1500ms } }
+services:
+  shop:
+    servers: [localhost:8081, { url: "https://b.internal:8443", weight: 3, host: b.internal, max: 200, backup: true }]
+    strategy: { hash: { cookie: lb } }
+    health: { path: /healthz, interval: 90s, expect: [200, 300-399], body: ok, headers: { x-a: "1" }, method: HEAD }
+    eject: { failures: 9, for: 1h, at_most: 33.3% }
+    panic: 0%
+    retry_on: []
+    max_in_flight: 7
+    tls: { ca: ca.pem, cert: c.pem, key: k.pem, servername: x, insecure: true }
+    cors: { origin: "https://x", credentials: true, allow_methods: [], max_age: 10m }
+  constructor: { servers: [a:1], health: off, eject: off, strategy: { hash: { path: true } }, timeouts: { idle: 1d } }
+hosts: [{ host: "*.a.com", servers: [a:1], compress: true }]
+paths: [{ path: /, service: shop, strip: true }]
+routes:
+  - { split: { shop: 90, constructor: 10 }, timeouts: { response: 5s }, cors: off, retries: 4, retry_on: [502] }
+  - { path: [{ exact: /a }, { regex: ^/b$ }], methods: [GET], headers: { a: { regex: x }, b: "" }, query: { c: { present: true } }, service: shop }
+  - { redirect: { host: x.y, port: 81 }, compress: true, allow: [10.0.0.0/8], deny: ["::/0"], body_limit: 1MiB }
+  - { respond: { body: "$\${X} 1", status: 410, headers: { a: b } }, response: { headers: { set: { a: "1.10" }, remove: [b] } } }
+  - { service: shop, rewrite: { whole: /x, host: y.z }, request: { query: { set: { a: "" }, remove: [b] } }, host_header: server }
+default: { servers: [z:1], cors: {} }
+`;
+
+test("what is printed is read again as the same config", () => {
+  for (const text of [FULL, ROUTE, SHOP + "default: { split: { shop: 1 }, cors: {} }"]) {
+    const config = parseConfig(text);
+    assert.deepEqual(parseConfig(printConfig(config)), config);
+  }
+});
+
+test("what is printed has the defaults in it and is written as people write", () => {
+  const text = printConfig(
+    parseConfig(
+      "defaults: { retries: 3 }\nservices: { s: { servers: [a:1], health: { path: /up } } }\ndefault: { service: s }",
+    ),
+  );
+  for (
+    const line of [
+      "retries: 3",
+      "path: /up",
+      "interval: 10s",
+      "panic: 50%",
+      "max_in_flight: none",
+      "cors: off",
+      "listen: 8080",
+    ]
+  ) {
+    assert.match(text, new RegExp(`^ *${line}$`, "m"));
+  }
+});
+
+/** The same numbers below `n` on every run (a linear congruential generator). */
+function numbers(seed: number) {
+  return (n: number) => Math.floor((seed = (seed * 1664525 + 1013904223) % 2 ** 32) / 2 ** 32 * n);
+}
+
+test("any times, shares, sizes and texts survive printing and reading", () => {
+  const below = numbers(1);
+  const characters = [..."ab1 -:#'\"{}[]$\\\n\t*&!|>%@`,?é😀~", "${", "true", "null", "0x1"];
+  for (let run = 0; run < 200; run++) {
+    const [ms, share, size] = [1 + below(86_400_000), below(1001), below(2 ** 31)];
+    const body = Array.from({ length: below(12) }, () => characters[below(characters.length)]).join("");
+    const config = parseConfig(JSON.stringify({
+      services: { s: { servers: ["a:1"], panic: `${share / 10}%`, timeouts: { idle: `${ms}ms` } } },
+      routes: [{ service: "s", body_limit: size }],
+      default: { respond: { body: body.replaceAll("${", () => "$${") } },
+    }));
+    const { action } = config.routes[1]!;
+    assert.equal(action.kind === "respond" && action.body, body);
+    assert.equal(config.services.get("s")!.timeouts.idle, ms);
+    assert.deepEqual(parseConfig(printConfig(config)), config);
+  }
+});
+
+test("any text at all is either a config or a ConfigError", () => {
+  const below = numbers(2);
+  const words = [
+    ..."{}[],'\n\n-/",
+    "services",
+    "default",
+    "servers",
+    "a:1",
+    ": ",
+    "  ",
+    "*a",
+    "&a ",
+    "${X}",
+    "null",
+    "paths",
+  ];
+  for (let run = 0; run < 1000; run++) {
+    mistakes(Array.from({ length: below(30) }, () => words[below(words.length)]).join(""));
+  }
+});
+
+test("secrets are masked in print", () => {
+  const text = printConfig(parseConfig(`${SHOP}
+routes:
+  - service: shop
+    headers: { Cookie: hunter1, x-token: { regex: hunter2 }, x-other: seen }
+    request: { headers: { set: { Authorization: hunter3 }, add: { x-api-key: hunter4 } }, query: { set: { password: hunter5 } } }`));
+  assert.doesNotMatch(text, /hunter/);
+  assert.equal(text.match(/\*\*\*/g)?.length, 5);
+  assert.match(text, /x-other: seen/);
+});
+
+test("the JSON Schema closes every map, and describes all of its keys or the map as a whole", () => {
+  const schema = jsonSchema();
+  assert.equal(schema.$schema, "http://json-schema.org/draft-07/schema#");
+  type Node = { description?: string; properties?: Record<string, Node>; additionalProperties?: unknown };
+  let maps = 0;
+  /** `whole`: the key that this belongs to has a description. */
+  const visit = (node: unknown, at: string, whole: boolean): void => {
+    if (typeof node !== "object" || node === null) return;
+    const { properties = {}, additionalProperties, ...rest } = node as Node;
+    const keys = Object.entries(properties), described = keys.filter(([, { description }]) => description);
+    if (keys.length) {
+      maps++;
+      assert.equal(additionalProperties, false, at);
+      assert.ok(described.length === keys.length || whole && described.length === 0, at);
+    }
+    for (const [key, value] of keys) visit(value, `${at}.${key}`, whole && !described.length || !!value.description);
+    visit(additionalProperties, `${at}.*`, whole);
+    for (const [key, value] of Object.entries(rest)) if (key !== "default") visit(value, `${at}/${key}`, whole);
+  };
+  visit(schema, "$", false);
+  assert.ok(maps > 20, String(maps));
+});

@@ -1,0 +1,302 @@
+// Which server takes a request: exact sequences, exact or tested shares, and what every strategy has to keep.
+
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import {
+  type Candidates,
+  createLoadBalancer,
+  type Draw,
+  parseConfig,
+  type Server,
+  strategies,
+  type Strategy,
+} from "../lb.ts";
+
+/** mulberry32: the same numbers from 0 to 1 for the same seed. */
+function seeded(seed: number): () => number {
+  return () => {
+    let t = seed += 0x6d2b79f5;
+    t = Math.imul(t ^ t >>> 15, t | 1);
+    t ^= t + Math.imul(t ^ t >>> 7, t | 61);
+    return ((t ^ t >>> 14) >>> 0) / 2 ** 32;
+  };
+}
+
+type Answer = () => Promise<void>;
+interface Ask {
+  path?: string;
+  headers?: Record<string, string>;
+  client?: string;
+}
+
+/** A balancer over `servers`; `pick` sends a request and says who got it, `end` has that server's oldest one answered. */
+function setUp(keys: string, servers = "[S0:1, S1:1, S2:1, S3:1]", own: Record<string, Strategy> = {}, seed = 1) {
+  const pending = new Map<string, Answer[]>();
+  const clock = { now: 0 };
+  let picked = "";
+  const config = parseConfig(`log: off\ndefault: { servers: ${servers}, retries: 0${keys && ", "}${keys} }`);
+  const lb = createLoadBalancer(config, {
+    now: () => clock.now,
+    random: seeded(seed),
+    client: (_request, env) => ({ address: env as unknown as string, scheme: "http", headers: [] }),
+    fetch: (_url, attempt) => {
+      picked = attempt.server.name.split(":")[0]!;
+      const { promise, resolve } = Promise.withResolvers<Response>();
+      const answer = async () => {
+        attempt.ended(200, 0, undefined);
+        resolve(new Response(null));
+        for (let i = 0; i < 9; i++) await undefined; // until the balancer has seen it
+      };
+      pending.set(picked, [...pending.get(picked) ?? [], answer]);
+      return promise;
+    },
+  }, own);
+  const pick = ({ path = "/", headers = {}, client = "192.0.2.1" }: Ask = {}): string => {
+    void lb.fetch(new Request(`http://a${path}`, { headers: { host: "a", ...headers } }), client as never);
+    return picked.toLowerCase();
+  };
+  const end = (name: string) => pending.get(name)!.shift()!();
+  const service = lb.balancer.table.services.get("default")!;
+  /** Picks and has each one answered at once. */
+  const once = async (ask?: Ask) => {
+    const name = pick(ask);
+    await end(name);
+    return name;
+  };
+  return { lb, clock, pick, end, once, service };
+}
+
+const counts = (names: string[]) => {
+  const out: Record<string, number> = {};
+  for (const name of names) out[name] = (out[name] ?? 0) + 1;
+  return out;
+};
+
+/** Whether counts fit shares: chi-square below its 0.1 % point for one to nine degrees of freedom. */
+function fits(names: string[], shares: Record<string, number>) {
+  const [seen, sum] = [counts(names), Object.values(shares).reduce((a, b) => a + b)];
+  const point = [10.8, 13.8, 16.3, 18.5, 20.5, 22.5, 24.3, 26.1, 27.9][Object.keys(shares).length - 2]!;
+  const chi = Object.entries(shares).reduce((total, [name, share]) => {
+    const expected = names.length * share / sum;
+    return total + ((seen[name] ?? 0) - expected) ** 2 / expected;
+  }, 0);
+  assert.ok(chi < point, `chi-square ${chi.toFixed(1)} is over ${point}: ${JSON.stringify(seen)}`);
+}
+
+const SEQUENCES: [strategy: string, nothingEnds: string, withEnds?: string][] = [
+  ["first", "s0 s0 s0 s0 s0 s0 s0 s0", "s0 s0 s0 s0 s0 s0 s0 s0"],
+  ["round-robin", "s0 s1 s2 s3 s0 s1 s2 s3", "s0 s1 s2 s3 s0 s1 s2 s3"],
+  ["least-connections", "s0 s1 s2 s3 s0 s1 s2 s3", "s0 s1 s2 s3 s0 s0 s3 s2"],
+  ["least-response-time", "s0 s1 s2 s3 s0 s1 s2 s3", "s0 s1 s2 s3 s0 s1 s2 s1"],
+];
+
+for (const [strategy, nothingEnds, withEnds] of SEQUENCES) {
+  test(`${strategy} picks servers in its known order`, async () => {
+    for (const [expected, ends] of [[nothingEnds, []], [withEnds, ["s0", "s3", "s2", "s0"]]] as const) {
+      const { clock, pick, end } = setUp(`strategy: ${strategy}`, "[s0:1, s1:1, s2:1, s3:1]");
+      const picks = [];
+      for (let i = 0; i < 8; i++, clock.now += 100) {
+        picks.push(pick());
+        // `first` has no request at the others: there is nothing to end
+        if (i >= 4 && ends.length && strategy !== "first") await end(ends[i - 4]!);
+      }
+      assert.equal(picks.join(" "), expected);
+    }
+  });
+}
+
+test("round-robin is smooth: 5:1:1 gives a a b a c a a, and exact shares over any number of rounds", () => {
+  const weighted = "[{url: a:1, weight: 5}, {url: b:1}, {url: c:1}]";
+  const { pick } = setUp("", weighted);
+  assert.equal(Array.from({ length: 14 }, () => pick()).join(" "), "a a b a c a a a a b a c a a");
+  const many = setUp(
+    "",
+    "[{url: a:1, weight: 97}, {url: b:1, weight: 31}, {url: c:1, weight: 7}, {url: d:1, weight: 0}]",
+  );
+  assert.deepEqual(counts(Array.from({ length: 135 * 20 }, () => many.pick())), { a: 1940, b: 620, c: 140 });
+});
+
+test("least-connections measures by weight: the server that can bear more gets more", () => {
+  const { pick } = setUp("strategy: least-connections", "[{url: a:1, weight: 3}, b:1]");
+  assert.deepEqual(counts(Array.from({ length: 400 }, () => pick())), { a: 300, b: 100 });
+});
+
+test("least-response-time asks the faster server, and another once that one has become slower", async () => {
+  const { clock, pick, end } = setUp("strategy: least-response-time", "[a:1, b:1]");
+  const take = async (milliseconds: number) => {
+    const name = pick();
+    clock.now += milliseconds;
+    await end(name);
+    return name;
+  };
+  assert.equal([await take(50), await take(20), await take(20), await take(20)].join(" "), "a b b b");
+  assert.equal(await take(100) + await take(20), "bb", "its mean is still the lower one");
+  assert.equal([await take(500), await take(50), await take(50)].join(" "), "b a a");
+});
+
+test("random and two-choices draw by weight", async () => {
+  const weighted = "[{url: a:1, weight: 6}, {url: b:1, weight: 3}, {url: c:1, weight: 1}, {url: d:1, weight: 0}]";
+  for (
+    const [servers, shares] of [["[a:1, b:1, c:1]", { a: 1, b: 1, c: 1 }], [weighted, { a: 6, b: 3, c: 1 }]] as const
+  ) {
+    const { once } = setUp("strategy: random", servers);
+    const picks = [];
+    for (let i = 0; i < 6000; i++) picks.push(await once());
+    fits(picks, shares);
+  }
+  const names = "abcdefghi".split("");
+  const idle = setUp("strategy: two-choices", `[${names.map((name) => `"${name}:1"`)}]`);
+  const picks = [];
+  for (let i = 0; i < 6000; i++) picks.push(await idle.once());
+  fits(picks, Object.fromEntries(names.map((name) => [name, 1])));
+});
+
+test("two-choices takes the less busy: in flight no server is far from its share", () => {
+  for (const many of [2, 8, 20]) {
+    const { pick, service } = setUp(
+      "strategy: two-choices",
+      `[${Array.from({ length: many }, (_, i) => `"s${i}:1"`)}]`,
+    );
+    for (let i = 0; i < many * 50; i++) pick();
+    const busy = service.servers.map((server) => server.inFlight);
+    assert.equal(busy.reduce((a, b) => a + b), many * 50);
+    assert.ok(Math.max(...busy) <= 55 && Math.min(...busy) >= 40, `${busy}`); // blind draws reach 70 and 30
+  }
+});
+
+const KEYED: [keys: string, ask: (key: string) => Ask, other: (key: string) => Ask][] = [
+  ["strategy: ip-hash", (client) => ({ client }), (client) => ({ client, path: "/other", headers: { "x-a": "b" } })],
+  [
+    "strategy: {hash: {header: X-User}}",
+    (key) => ({ headers: { "x-user": key } }),
+    (key) => ({ headers: { "X-User": key }, path: "/x" }),
+  ],
+  [
+    "strategy: {hash: {cookie: id}}",
+    (key) => ({ headers: { cookie: `id=${key}` } }),
+    (key) => ({ headers: { cookie: `a=b; id=${key}` } }),
+  ],
+  ["strategy: {hash: {query: id}}", (key) => ({ path: `/?id=${key}` }), (key) => ({ path: `/x?a=b&id=${key}` })],
+  [
+    "strategy: {hash: {path: true}}",
+    (key) => ({ path: `/${key}` }),
+    (key) => ({ path: `/${key}?a=b`, client: "192.0.2.77" }),
+  ],
+];
+const names = Array.from({ length: 10 }, (_, i) => `s${i}`);
+const list = (names: string[]) => `[${names.map((name) => `"${name}:1"`)}]`;
+
+for (const [keys, ask, other] of KEYED) {
+  test(`${keys} keeps a key at its server, shares keys evenly, and moves only those of a server that leaves`, async () => {
+    const some = Array.from({ length: 3000 }, (_, i) => `10.${i % 7}.${i >> 8}.${i & 255}`);
+    const where = async (servers: string[], ask: (key: string) => Ask) => {
+      const { once } = setUp(keys, list(servers));
+      const out = [];
+      for (const key of some) out.push(await once(ask(key)));
+      return out;
+    };
+    const before = await where(names, ask);
+    fits(before, Object.fromEntries(names.map((name) => [name, 1])));
+    assert.deepEqual(await where(names, other), before, "other parts of the request do not matter");
+    assert.deepEqual(await where(names.toReversed(), ask), before, "the order of the servers does not matter");
+    const after = await where(names.filter((name) => name !== "s4"), ask);
+    after.forEach((name, i) => before[i] === "s4" ? assert.notEqual(name, "s4") : assert.equal(name, before[i]));
+  });
+}
+
+test("a request without the key is hashed by its client, so that not all of them meet at one server", async () => {
+  for (const by of ["header: x-user", "cookie: id", "query: id"]) {
+    const { once } = setUp(`strategy: {hash: {${by}}}`, list(names));
+    const picks = [];
+    for (let i = 0; i < 200; i++) picks.push(await once({ client: `10.0.0.${i}` }));
+    assert.equal(Object.keys(counts(picks)).length, 10, by);
+    assert.equal(await once({ client: "10.0.0.5" }), picks[5]);
+  }
+});
+
+test("hash honours weights", async () => {
+  const { once } = setUp("strategy: {hash: {path: true}}", "[{url: a:1, weight: 3}, b:1]");
+  const picks = [];
+  for (let i = 0; i < 4000; i++) picks.push(await once({ path: `/${i}` }));
+  fits(picks, { a: 3, b: 1 });
+});
+
+test("hash is bounded: one hot key fills its server to 125 % of its share, the rest goes elsewhere, and comes back", async () => {
+  const { pick, end, service } = setUp("strategy: {hash: {path: true}}", list(["a", "b", "c", "d"]));
+  const home = pick({ path: "/hot" });
+  for (let i = 1; i < 200; i++) pick({ path: "/hot" });
+  const busy = service.servers.map((server) => server.inFlight);
+  assert.ok(Math.max(...busy) <= Math.ceil(1.25 * 200 / 4), `${busy}`);
+  for (const server of service.servers) {
+    while (server.inFlight) await end(server.name.split(":")[0]!);
+  }
+  assert.equal(pick({ path: "/hot" }), home);
+});
+
+/** Server records as strategies see them. */
+function candidatesOf(count: number): Candidates {
+  const { service } = setUp("", list(Array.from({ length: count }, (_, i) => `s${i}`)));
+  return service.servers as unknown as Candidates;
+}
+
+test("every strategy of the documentation exists", () => {
+  const documented =
+    "round-robin first random two-choices least-connections least-response-time peak-ewma ip-hash hash";
+  assert.deepEqual(Object.keys(strategies).sort(), documented.split(" ").sort());
+});
+
+for (const [name, strategy] of Object.entries(strategies) as [string, Strategy][]) {
+  const drawOf = (seed: number): (i: number) => Draw => {
+    const random = seeded(seed);
+    return (i) => ({ random, key: `key ${i}`, client: `10.0.0.${i % 256}`, request: new Request("http://a/") });
+  };
+
+  test(`${name} picks one of the candidates, whoever has been left out and whatever they carry`, () => {
+    for (const count of [1, 2, 3, 9, 30]) {
+      const [all, draw, random] = [candidatesOf(count), drawOf(3), seeded(count)];
+      for (let i = 0; i < 200; i++) {
+        for (const server of all) {
+          Object.assign(server, {
+            inFlight: Math.floor(random() * 20),
+            latency: random() * 900,
+            weight: 1 + i % 3,
+            picks: i,
+          });
+        }
+        const some = all.filter(() => random() < 0.6) as Server[];
+        const candidates = (some.length ? some : all) as Candidates;
+        assert.ok(candidates.includes(strategy(candidates, draw(i))), `${count} servers, draw ${i}`);
+      }
+    }
+  });
+
+  test(`${name} is reproducible: the same seed gives the same picks`, () => {
+    const run = (seed: number) => {
+      const [all, draw] = [candidatesOf(12), drawOf(seed)];
+      return Array.from({ length: 100 }, (_, i) => strategy(all, draw(i)).name).join(" ");
+    };
+    assert.equal(run(5), run(5));
+    if (["random", "two-choices"].includes(name)) assert.notEqual(run(5), run(6));
+  });
+
+  test(`${name} can be written in routes.yml and works with one server`, () => {
+    const { pick } = setUp(`strategy: ${name === "hash" ? "{hash: {path: true}}" : name}`, "[a:1]");
+    assert.equal(pick() + pick() + pick(), "aaa");
+  });
+}
+
+test("a strategy of one's own is used by the name that it was given, and sees only who may be asked", () => {
+  const seen: string[] = [];
+  const last: Strategy = (candidates, { client }) => {
+    seen.push(`${client} ${candidates.map((server) => server.name)}`);
+    return candidates.at(-1)!;
+  };
+  const { pick } = setUp("strategy: last", "[a:1, {url: b:1, weight: 0}, c:1]", { last });
+  assert.equal(pick() + pick(), "cc");
+  assert.deepEqual(seen, ["192.0.2.1 a:1,c:1", "192.0.2.1 a:1,c:1"]);
+});
+
+test("a strategy of one's own may take the place of one that exists", () => {
+  const { pick } = setUp("strategy: first", "[a:1, b:1]", { first: (candidates) => candidates.at(-1)! });
+  assert.equal(pick(), "b");
+});
