@@ -139,6 +139,7 @@ const duration = (least: number) =>
     const ms = Math.round(Number(count) * UNITS[unit]!);
     return ms >= least && ms <= UNITS.d! ? ms : new Error(`${least ? "more than 0 and " : ""}at most 1d`);
   });
+/** Text such as 500ms, 2s or 1m to milliseconds. */
 export const Duration = duration(1);
 const Percent = word("a percentage from 0% to 100%", /^(?:100|\d?\d(?:\.\d+)?)%$/, (text) => parseFloat(text) / 100);
 const SIZE = /^(?:none|(\d+(?:\.\d+)?) ?(?:([kmgt]?)(i?)b)?)$/i;
@@ -223,6 +224,7 @@ const Servers = v.pipe(
   v.check((servers) => servers.some((server) => server.weight > 0), "needs a server with a weight above 0"),
 );
 // deno-fmt-ignore
+/** The built-in strategies that are named by a word. */
 export const STRATEGIES = ["round-robin", "first", "random", "two-choices", "least-connections", "least-response-time", "ip-hash"];
 type Hashed = "header" | "cookie" | "query" | "path";
 const Hash = choice({ header: opt(HeaderName), cookie: opt(Text), query: opt(Text), path: opt(v.literal(true)) });
@@ -380,23 +382,32 @@ const RoutesFile = map({
 
 /** "", [] and Infinity are what was left out. */
 export type ServerConfig = Out<typeof Server>;
+/** A service, as it is parsed. */
 export type ServiceConfig = Out<typeof Service>;
+/** What a route may say about its services: retries, time limits and the like. */
 export type Policy = Fields<typeof policy>;
 type Test = { kind: "is"; value: string } | { kind: "regex"; source: string } | { kind: "present"; present: boolean };
+/** What a header or a query parameter has to be. */
 export type Condition = { name: string } & Test;
+/** A path, as a route names it; prefixes without a slash at their end. */
 export type PathRule = { kind: "prefix" | "exact"; path: string } | { kind: "regex"; source: string };
+/** A service that a route leads to, its share, and the policy that holds on that way. */
 export type Target = { service: string; weight: number; policy: Policy };
+/** What a route does with a request. */
 export type Action = { kind: "forward"; targets: Target[] } | Out<typeof Redirect> | Out<typeof Respond>;
 type Carried = Fields<typeof conditions> & Fields<typeof changes>;
 type Made = { hosts: string[]; paths: PathRule[]; action: Action; policy: Policy; fallback: boolean };
+/** A route in the general form, as it is parsed. */
 export type RouteConfig = Carried & Made;
 type Top = Pick<Out<typeof RoutesFile>, "listen" | "trust" | "log" | "name_routes">;
+/** A whole file, as it is parsed: nothing is optional any more. `source` is the file with all defaults written in. */
 export type Config = Top & { services: Map<string, ServiceConfig>; routes: RouteConfig[]; source: Raw };
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 2. Config: from a text to a Config, or to every mistake in it with its place.
 // ---------------------------------------------------------------------------------------------------------------------
 
+/** One thing that is wrong with a file, and where. */
 export type Mistake = { line: number; column: number; path: string; message: string };
 /** Everything that is wrong with a file, one mistake a line: `routes.yml:12:7: listen: 99999 is not a port`. */
 export class ConfigError extends Error {
@@ -704,6 +715,7 @@ export type Candidates = readonly [Server, ...Server[]];
 /** What a strategy may look at beside the candidates. */
 export interface Draw {
   random(): number; // from 0 up to but not including 1; seeded in tests
+  turn: number; // how many picks its service has made before
   key: string; // what `hash` hashes
   client: string; // the client's address, behind trusted proxies
   request: Request;
@@ -724,6 +736,7 @@ export interface Service {
   candidatesUntil: number; // when that has to be worked out again; 0: at once
   bounded: boolean; // some server has a `max`, or the service a `max_in_flight`
   panicking: boolean;
+  picks: number;
   inFlight: number;
   retrying: number; // retries in flight: what the budget bounds
 }
@@ -852,6 +865,7 @@ const newService = (name: string) => ({
   candidates: [],
   candidatesUntil: 0,
   panicking: false,
+  picks: 0,
   inFlight: 0,
   retrying: 0,
 });
@@ -1141,8 +1155,23 @@ function rewritePath({ rewrite }: Route, path: string, matched: string | RE2JS):
 // 6. Strategies: which server takes a request. One function each, in one table that users may add to.
 // ---------------------------------------------------------------------------------------------------------------------
 
-/** Smooth weighted round robin, nginx's: 5:1:1 gives a a b a c a a. Exact shares, and equal weights simply rotate. */
-const roundRobin: Strategy = (candidates) => {
+const evens = new WeakMap<Candidates, boolean>();
+
+/** Whether all weights are the same. Candidates stay the same list until a server flips, so the answer is kept. */
+function isEven(candidates: Candidates): boolean {
+  let even = evens.get(candidates);
+  if (even === undefined) {
+    evens.set(
+      candidates,
+      even = candidates.every(({ weight }) => weight === candidates[0].weight),
+    );
+  }
+  return even;
+}
+
+/** Smooth weighted round robin, nginx's: 5:1:1 gives a a b a c a a, shares are exact. Equal weights simply rotate. */
+const roundRobin: Strategy = (candidates, { turn }) => {
+  if (isEven(candidates)) return candidates[turn % candidates.length]!;
   let best = candidates[0];
   let total = 0;
   for (const server of candidates) {
@@ -2339,6 +2368,7 @@ function newExchange(balancer: Balancer, request: Request, from: Client): Exchan
   const told = table.config.trust.length > 0 && table.trusts(from.address) ? toldBy(from.headers) : undefined;
   return {
     random: effects.random,
+    turn: 0,
     key: "",
     client: told ? clientBehind(from.address, told, table.trusts) : from.address,
     request,
@@ -2519,6 +2549,7 @@ function pickServer(service: Service, exchange: Exchange, effects: Effects): Ser
   let candidates = withRoom(service, candidatesOf(service, now));
   if (exchange.tried.length) candidates = forRetry(service, candidates, exchange.tried, now);
   if (candidates.length === 0) return undefined;
+  exchange.turn = service.picks++;
   exchange.key = service.key(exchange);
   const server = service.strategy(candidates as Candidates, exchange);
   server.picks++;
@@ -2867,12 +2898,10 @@ function buildService(config: ServiceConfig, name: string, strategies: Strategie
     if (config.eject.failures === Infinity) server.until = 0;
     return server;
   });
-  const strategy = strategies[config.strategy.name];
-  if (!strategy) throw new TypeError(`service ${name}: there is no strategy ${config.strategy.name}`);
   return Object.assign(previous ?? newService(name), {
     config,
     servers,
-    strategy,
+    strategy: strategies[config.strategy.name]!,
     key: keyOf(config.strategy),
     bounded: servers.some((server) => Math.min(server.max, config.max_in_flight) < Infinity),
     candidatesUntil: 0,
@@ -2927,6 +2956,10 @@ function buildRoute(config: RouteConfig, services: Map<string, Service>): Route 
  * @throws {TypeError} where a service has a strategy that is not among `strategies`; `parseConfig` has refused all else
  */
 export function buildTable(config: Config, strategies: Strategies, previous?: Table): Table {
+  for (const [name, { strategy }] of config.services) { // before anything is changed that serves
+    if (Object.hasOwn(strategies, strategy.name)) continue;
+    throw new TypeError(`service ${name}: there is no strategy ${strategy.name}`);
+  }
   const services = new Map<string, Service>();
   for (const [name, service] of config.services) {
     services.set(name, buildService(service, name, strategies, previous?.services.get(name)));

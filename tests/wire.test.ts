@@ -4,9 +4,14 @@
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
 import { spawn } from "node:child_process";
+import { lookup } from "node:dns/promises";
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { type AddressInfo, createServer, type Server as Listener, type Socket } from "node:net";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import process from "node:process";
 import { test as nodeTest } from "node:test";
+import { createServer as createTlsServer, type TlsOptions, type TLSSocket } from "node:tls";
 import { type Attempt, createWire, type Server, WireError } from "../lb.ts";
 import { runtime, sleep, until } from "./rig.ts";
 
@@ -218,12 +223,22 @@ test("bytes and a length that contradict each other never get out", async () => 
   for (const { received } of lines) assert.match(received, /^(POST .*\r\nhost.*\r\ncontent-length: 5\r\n\r\nhello)*$/);
 });
 
-test("a client that breaks off its upload has left, and the server sees it", async () => {
+test("an upload that breaks off is a bad body, or a client that has left, and the server sees it end", async () => {
+  const controller = new AbortController();
+  for (const kind of ["bad-body", "client-left"]) {
+    if (kind === "client-left") controller.abort();
+    const { server, allClosed } = await scripted(never);
+    const body = new ReadableStream<Uint8Array<ArrayBuffer>>({ pull: (it) => it.error(new Error("gone")) });
+    assert.equal(await get(createWire(), server, { method: "POST", body, length: -1, request: controller }), kind);
+    await allClosed();
+  }
+});
+
+test("a body that somebody else reads is a bad body", async () => {
   const { server, allClosed } = await scripted(never);
-  const body = new ReadableStream<Uint8Array<ArrayBuffer>>({
-    pull: (controller) => controller.error(new Error("gone")),
-  });
-  assert.equal(await get(createWire(), server, { method: "POST", body, length: -1 }), "client-left");
+  const body = stream("hello");
+  body.getReader();
+  assert.equal(await get(createWire(), server, { method: "POST", body, length: 5 }), "bad-body");
   await allClosed();
 });
 
@@ -637,7 +652,9 @@ for (const length of [TOTAL, -1]) {
       socket.on("data", (data: Buffer) => {
         received += data.length;
         tail = (tail + data.toString("latin1")).slice(-5);
-        if (length < 0 ? tail === "0\r\n\r\n" : received === TOTAL + head.length) socket.end(`${OK}Content-Length: 2\r\n\r\nok`);
+        if (length < 0 ? tail === "0\r\n\r\n" : received === TOTAL + head.length) {
+          socket.end(`${OK}Content-Length: 2\r\n\r\nok`);
+        }
       });
       sockets.push(socket);
     });
@@ -669,13 +686,17 @@ test("a server that has stopped reading an upload is `timeout`", async () => {
 // ─── Names, probes, and the end of the process ───
 
 for (const host of ["127.0.0.1", "::1"]) {
-  test(`localhost is reached where the server listens on ${host} alone`, async () => {
+  test(`a server on ${host} alone is reached, also as localhost where that is one of its addresses`, async () => {
     const listener = createServer();
     const lines = attend(listener, answer);
     const port = await listening(listener, lines, host);
-    assert.equal(await get(createWire(), serverAt(`http://localhost:${port}`)), "1");
-    assert.equal(await get(createWire(), serverAt(`http://${host.includes(":") ? `[${host}]` : host}:${port}`)), "2");
-    await createWire().connect(serverAt(`http://localhost:${port}`), 5_000);
+    const known = await lookup("localhost", { all: true });
+    const names = known.some(({ address }) => address === host) ? ["localhost"] : [];
+    for (const name of [host.includes(":") ? `[${host}]` : host, ...names]) {
+      const server = serverAt(`http://${name}:${port}`);
+      assert.equal(await get(createWire(), server), `${lines.length}`);
+      await createWire().connect(server, 5_000);
+    }
   });
 }
 
@@ -713,4 +734,150 @@ test("the wire keeps no process running when all its connections have closed", a
   const code = await new Promise((resolve) => child.on("close", resolve));
   assert.deepEqual([code, said.trim()], [0, "timeout,ok,ok"]);
   assert.ok(lines.every((line) => line.closed), "nothing is left at the server");
+});
+
+// ─── TLS ───
+
+// An authority, and three certificates of one key that it has signed: for the names server.test and localhost, for the
+// address 127.0.0.1, and for a client. Valid from 2020 to 2120. They guard nothing.
+const CA = certificate(
+  "MIIBYDCCAQagAwIBAgIUZpAPuaKYLeT+Vyb/zetAASI/ACkwCgYIKoZIzj0EAwIwDTELMAkGA1UEAwwCY2EwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMA0xCzAJBgNVBAMMAmNhMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEgRJ666tUrKKPyZU/bQASbetVDppoqKLypKgr+6X7ZlMyDEd+paGnL08mBNZ+bfVu+90t8hfREQanfZO3Fgy0M6NCMEAwDwYDVR0TAQH/BAUwAwEB/zAOBgNVHQ8BAf8EBAMCAgQwHQYDVR0OBBYEFC0rqkhZ9C126dpruKtp7zCGHopKMAoGCCqGSM49BAMCA0gAMEUCICdzshFXJ3fNO6fdcLezFDbXpmMxN1CVYf2SV8axyawyAiEA7tkyjyQrgWo0oQsimlZH2iwSWpngIR6gokshHGhpcrc=",
+);
+const BY_NAME = certificate(
+  "MIIBmjCCAUCgAwIBAgIUBmt4RItp5RTAKhmg6T07t8UZjr4wCgYIKoZIzj0EAwIwDTELMAkGA1UEAwwCY2EwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMA8xDTALBgNVBAMMBG5hbWUwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAASEa768Gi9bqNrRpfQdtEAp1A1gtuHUj09FHfMi3Pr0Ah+VJMYaPhK1txEH+YenwktbFhQTrADgfs96IGWbf8LLo3oweDATBgNVHSUEDDAKBggrBgEFBQcDATAhBgNVHREEGjAYggtzZXJ2ZXIudGVzdIIJbG9jYWxob3N0MB0GA1UdDgQWBBRsm3BFA/BhcO7XMAMNSirEULtnIjAfBgNVHSMEGDAWgBQtK6pIWfQtdunaa7irae8whh6KSjAKBggqhkjOPQQDAgNIADBFAiEAqRmHUa1wgY6xdpdbJrvNRrWVgIsAm0vAbn5CQUR6LLgCIHpEHWLDYKmKcrmOVu0oXKjNHps12M2gz/WlRzpIMXs9",
+);
+const BY_ADDRESS = certificate(
+  "MIIBhjCCASygAwIBAgIUHu8VWELwmS7vmJBS8Klkj/cg6+YwCgYIKoZIzj0EAwIwDTELMAkGA1UEAwwCY2EwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMA0xCzAJBgNVBAMMAmlwMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEhGu+vBovW6ja0aX0HbRAKdQNYLbh1I9PRR3zItz69AIflSTGGj4StbcRB/mHp8JLWxYUE6wA4H7PeiBlm3/Cy6NoMGYwEwYDVR0lBAwwCgYIKwYBBQUHAwEwDwYDVR0RBAgwBocEfwAAATAdBgNVHQ4EFgQUbJtwRQPwYXDu1zADDUoqxFC7ZyIwHwYDVR0jBBgwFoAULSuqSFn0LXbp2mu4q2nvMIYeikowCgYIKoZIzj0EAwIDSAAwRQIgT5ViHf2GIQGTDKu3ta7ko5sH5gOvXilsrpg0m9Tq2/ECIQCSnPTrRjOqr7Vmxwjy2Xb6AVzSDyoqjkSpGiTWIJRyaw==",
+);
+const OF_CLIENT = certificate(
+  "MIIBeDCCAR+gAwIBAgIUekuwK1/qu+cuse9vY69DQaXDSHswCgYIKoZIzj0EAwIwDTELMAkGA1UEAwwCY2EwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBExDzANBgNVBAMMBmNsaWVudDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABIRrvrwaL1uo2tGl9B20QCnUDWC24dSPT0Ud8yLc+vQCH5Ukxho+ErW3EQf5h6fCS1sWFBOsAOB+z3ogZZt/wsujVzBVMBMGA1UdJQQMMAoGCCsGAQUFBwMCMB0GA1UdDgQWBBRsm3BFA/BhcO7XMAMNSirEULtnIjAfBgNVHSMEGDAWgBQtK6pIWfQtdunaa7irae8whh6KSjAKBggqhkjOPQQDAgNHADBEAiBC7mqZW2hP9y4w7g+QhoOC9GvhRFZ5z17mChe+qrGVdQIgFzB9hD0rELP+1C45lecFVXTskwp9g8aNzTFn93EdQ/M=",
+);
+const KEY = pem(
+  "PRIVATE KEY",
+  "MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgxCUhJxR0woo5Scu9vFo7yDrbRDrB09NnnJ6azS4Z+CKhRANCAASEa768Gi9bqNrRpfQdtEAp1A1gtuHUj09FHfMi3Pr0Ah+VJMYaPhK1txEH+YenwktbFhQTrADgfs96IGWbf8LL",
+);
+
+function pem(kind: string, text: string): string {
+  return `-----BEGIN ${kind}-----\n${text.match(/.{1,64}/g)!.join("\n")}\n-----END ${kind}-----\n`;
+}
+function certificate(text: string): string {
+  return pem("CERTIFICATE", text);
+}
+
+/** Files for the config to name, until the test has ended. */
+function files<T extends Record<string, string>>(contents: T): T {
+  const folder = mkdtempSync(join(tmpdir(), "lb-tls-"));
+  after.push(() => rmSync(folder, { recursive: true }));
+  return Object.fromEntries(
+    Object.entries(contents).map(([name, content]) => {
+      writeFileSync(join(folder, name), content);
+      return [name, join(folder, name)];
+    }),
+  ) as T;
+}
+
+/** A TLS server that says which name it was asked for, and in which protocol. */
+async function secure(options: TlsOptions) {
+  const listener = createTlsServer({ key: KEY, ALPNProtocols: ["h2", "http/1.1"], ...options });
+  const lines: Line[] = [];
+  listener.on("tlsClientError", () => {});
+  listener.on("secureConnection", (socket: TLSSocket) => {
+    const line: Line = { number: lines.length + 1, socket, received: "", requests: 0, closed: false };
+    lines.push(line);
+    socket.on("error", () => {});
+    socket.on("close", () => line.closed = true);
+    socket.on("data", () => {
+      const body = `${socket.servername} ${socket.alpnProtocol}`;
+      socket.write(`${OK}Content-Length: ${body.length}\r\n\r\n${body}`);
+    });
+  });
+  return { lines, port: await listening(listener, lines) };
+}
+
+test("a certificate that no known authority has signed is refused", async () => {
+  const { lines, port } = await secure({ cert: BY_ADDRESS });
+  await assert.rejects(ask(createWire(), serverAt(`https://127.0.0.1:${port}`)).response, {
+    kind: "connect",
+    sent: false,
+  });
+  await until("it is closed", () => lines.every((line) => line.closed));
+});
+
+test("`ca` names the authority; requests go by HTTP/1.1 and the connection is used again", async () => {
+  const { lines, port } = await secure({ cert: BY_ADDRESS });
+  const wire = createWire();
+  const server = serverAt(`https://127.0.0.1:${port}`, files({ ca: CA }));
+  for (const _ of [1, 2]) assert.match(await get(wire, server), /^(false|undefined|null|) http\/1.1$/);
+  assert.equal(lines.length, 1);
+});
+
+test("a server is asked for by its name, and its certificate has to be for that name", async () => {
+  const { port } = await secure({ cert: BY_NAME });
+  const { ca } = files({ ca: CA });
+  assert.equal(await get(createWire(), serverAt(`https://localhost:${port}`, { ca })), "localhost http/1.1");
+  assert.equal(await get(createWire(), serverAt(`https://127.0.0.1:${port}`, { ca })), "connect");
+  assert.equal(
+    await get(createWire(), serverAt(`https://localhost:${port}`, { ca, servername: "other.test" })),
+    "connect",
+  );
+});
+
+test("`servername` is asked for and verified in place of the host", async () => {
+  const { port } = await secure({ cert: BY_NAME });
+  const tls = { ...files({ ca: CA }), servername: "server.test" };
+  for (const host of ["127.0.0.1", "localhost"]) {
+    assert.equal(await get(createWire(), serverAt(`https://${host}:${port}`, tls)), "server.test http/1.1");
+  }
+});
+
+test("`insecure` takes any certificate", async () => {
+  const { port } = await secure({ cert: BY_NAME });
+  assert.match(await get(createWire(), serverAt(`https://127.0.0.1:${port}`, { insecure: true })), / http\/1.1$/);
+});
+
+test("`cert` and `key` are shown to a server that asks for them", async () => {
+  const { port } = await secure({ cert: BY_ADDRESS, ca: CA, requestCert: true, rejectUnauthorized: true });
+  const own = files({ ca: CA, cert: OF_CLIENT, key: KEY });
+  const url = `https://127.0.0.1:${port}`;
+  assert.match(await get(createWire(), serverAt(url, own)), / http\/1.1$/);
+  assert.match(await get(createWire(), serverAt(url, { ca: own.ca })), /^(connect|reset)$/);
+});
+
+test("a TLS server that cannot be spoken to is `connect`: no such file, no certificate in it, no TLS there", async () => {
+  const { port } = await secure({ cert: BY_ADDRESS });
+  for (const ca of ["/nowhere/ca.pem", files({ ca: "nothing" }).ca]) {
+    assert.equal(await get(createWire(), serverAt(`https://127.0.0.1:${port}`, { ca })), "connect");
+  }
+  const { server } = await scripted(never, ({ socket }) => socket.end("HTTP/1.1 400 Bad Request\r\n\r\n"));
+  assert.equal(await get(createWire(), serverAt(server.url.replace("http:", "https:"), { insecure: true })), "connect");
+});
+
+test("connect() to a TLS server asks for no more than that somebody listens", async () => {
+  const { server, allClosed } = await scripted(never);
+  await createWire().connect(serverAt(server.url.replace("http:", "https:")), 5_000);
+  await allClosed();
+});
+
+test("a large body passes through TLS both ways byte by byte", async () => {
+  const listener = createTlsServer({ key: KEY, cert: BY_ADDRESS });
+  let head = true;
+  listener.on("secureConnection", (socket: TLSSocket) => {
+    socket.on("error", () => {});
+    socket.on("data", (data: Buffer) => {
+      if (head) socket.write(`${OK}Content-Length: ${PIECE.length * 64}\r\n\r\n`);
+      socket.write(head ? data.subarray(data.indexOf("\r\n\r\n") + 4) : data);
+      head = false;
+    });
+  });
+  const port = await listening(listener, []);
+  let left = 64;
+  const body = new ReadableStream<Uint8Array<ArrayBuffer>>({
+    pull: (it) => left-- > 0 ? it.enqueue(new Uint8Array(PIECE)) : it.close(),
+  });
+  const server = serverAt(`https://127.0.0.1:${port}`, files({ ca: CA }));
+  const { response, ended } = ask(createWire(), server, { method: "POST", body, length: PIECE.length * 64 });
+  const echoed = new Uint8Array(await (await response).arrayBuffer());
+  assert.equal(echoed.length, PIECE.length * 64);
+  assert.equal(wrongIn(echoed, 0), 0);
+  assert.equal(ended.length, 1);
 });
