@@ -715,7 +715,7 @@ export type Candidates = readonly [Server, ...Server[]];
 /** What a strategy may look at beside the candidates. */
 export interface Draw {
   random(): number; // from 0 up to but not including 1; seeded in tests
-  turn: number; // how many picks its service has made before
+  turn: number; // how many requests its service had before
   key: string; // what `hash` hashes
   client: string; // the client's address, behind trusted proxies
   request: Request;
@@ -736,7 +736,7 @@ export interface Service {
   candidatesUntil: number; // when that has to be worked out again; 0: at once
   bounded: boolean; // some server has a `max`, or the service a `max_in_flight`
   panicking: boolean;
-  picks: number;
+  turn: number; // requests so far
   inFlight: number;
   retrying: number; // retries in flight: what the budget bounds
 }
@@ -865,7 +865,7 @@ const newService = (name: string) => ({
   candidates: [],
   candidatesUntil: 0,
   panicking: false,
-  picks: 0,
+  turn: 0,
   inFlight: 0,
   retrying: 0,
 });
@@ -2548,8 +2548,8 @@ function pickServer(service: Service, exchange: Exchange, effects: Effects): Ser
   const now = effects.now();
   let candidates = withRoom(service, candidatesOf(service, now));
   if (exchange.tried.length) candidates = forRetry(service, candidates, exchange.tried, now);
+  else exchange.turn = service.turn++;
   if (candidates.length === 0) return undefined;
-  exchange.turn = service.picks++;
   exchange.key = service.key(exchange);
   const server = service.strategy(candidates as Candidates, exchange);
   server.picks++;
