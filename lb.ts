@@ -1195,7 +1195,8 @@ function least(candidates: Candidates, score: (server: Server) => number, start 
   return best;
 }
 
-const busyness = (server: Server): number => server.inFlight / server.weight;
+/** Requests in flight for a server's weight, the one that is to come counted in. */
+const busyness = (server: Server): number => (server.inFlight + 1) / server.weight;
 
 /** Draws by weight without a sum: a server is accepted as often as its weight stands to the heaviest. */
 function draw(candidates: Candidates, random: () => number, except?: Server): Server {
@@ -1339,7 +1340,7 @@ function onProbed(service: Service, server: Server, problem: string | undefined,
   const wasEjected = effects.now() < server.until;
   server.passes = problem === undefined ? server.passes + 1 : 0;
   server.fails = problem === undefined ? 0 : server.fails + 1;
-  if (problem === undefined) server.until = 0;
+  if (problem === undefined && wasEjected) server.until = server.failures = 0;
   if (wasUp ? server.fails >= fall : server.passes >= rise) server.up = !wasUp;
   if (server.up === wasUp && (!wasEjected || problem !== undefined)) return;
   service.candidatesUntil = 0;

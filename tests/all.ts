@@ -3,7 +3,6 @@
 // A runtime on which a file's tests did not run counts as failed: silence is not success.
 
 const ROOT = new URL("..", import.meta.url).pathname;
-const PACKAGES = ["tests/", ""]; // where a package.json is: what the tests run on, and what lb.ts needs
 const AT_ONCE = 2; // jobs; each of them mostly waits
 const PATIENCE = 240_000; // milliseconds for one job; one that takes longer hangs
 const EDGE = "edge.test.ts"; // starts workerd, and is itself run by Node
@@ -93,13 +92,10 @@ const NO_VERDICT = "(the runner)";
 
 // ─── Running ───
 
-async function run(
-  [program = "", ...args]: string[],
-  { patience = PATIENCE, folder = "" } = {},
-): Promise<{ code: number; output: string }> {
+async function run([program = "", ...args]: string[], patience = PATIENCE): Promise<{ code: number; output: string }> {
   const command = new Deno.Command(program, {
     args,
-    cwd: ROOT + folder,
+    cwd: ROOT,
     env: { NO_COLOR: "1", FORCE_COLOR: "0" },
     stdin: "null",
     stdout: "piped",
@@ -177,36 +173,30 @@ interface Package {
 const readPackage = async (path: string): Promise<Package> =>
   JSON.parse(await Deno.readTextFile(ROOT + path).catch(() => "{}"));
 
-/** Brings what a package.json names, in the versions that it names, where it is not there already. */
-async function install(folder: string): Promise<void> {
-  const { dependencies, devDependencies } = await readPackage(`${folder}package.json`);
+/** Brings what lb.ts needs and what its tests run on, in the versions that are named, where it is not there already. */
+async function install(): Promise<void> {
+  const needs = Object.entries((await readPackage("package.json")).dependencies ?? {});
+  const tools = Object.entries((await readPackage(".ci/package.json")).devDependencies ?? {});
   const there = async ([name, version]: [string, string]) =>
-    (await readPackage(`${folder}node_modules/${name}/package.json`)).version === version;
-  const wanted = Object.entries({ ...dependencies, ...devDependencies });
-  if ((await Promise.all(wanted.map(there))).every(Boolean)) return;
-  console.log(`npm install${folder && ` in ${folder}`}`);
-  const npm = ["npm", "install", "--no-package-lock", "--no-audit", "--no-fund"];
-  const { code, output } = await run(npm, { patience: 600_000, folder });
+    (await readPackage(`node_modules/${name}/package.json`)).version === version;
+  if ((await Promise.all([...needs, ...tools].map(there))).every(Boolean)) return;
+  console.log("npm install");
+  const flags = ["--no-save", "--no-package-lock", "--no-audit", "--no-fund"];
+  const { code, output } = await run(
+    ["npm", "install", ...flags, ...tools.map(([name, version]) => `${name}@${version}`)],
+    600_000,
+  );
   if (code !== 0) throw new Error(`npm install has failed:\n${output}`);
 }
 
-/** A runtime in the version that a package.json names. */
-function binary(name: string): string {
-  for (const folder of PACKAGES) {
-    try {
-      return Deno.realPathSync(`${ROOT}${folder}node_modules/.bin/${name}`);
-    } catch {
-      // not there
-    }
-  }
-  throw new Error(`npm install has brought no ${name}`);
-}
+/** A runtime in the version that .ci/package.json names. */
+const binary = (name: string) => `${ROOT}node_modules/.bin/${name}`;
 
 /** The versions of the runtimes; one that cannot start is an error, not a runtime without tests. */
 async function versions(): Promise<string> {
   const found = await Promise.all(
     Object.keys(RUNTIMES).map(async (name) => {
-      const { code, output } = await run([binary(name), "--version"], { patience: 30_000 });
+      const { code, output } = await run([binary(name), "--version"], 30_000);
       if (code !== 0) throw new Error(`${name} cannot start:\n${output}`);
       return `${name} ${/\d+\.\d+\.\d+/.exec(output)?.[0]}`;
     }),
@@ -277,7 +267,7 @@ async function main(args: string[]): Promise<number> {
   const reports = await Deno.makeTempDir({ prefix: "lb-reports-" });
   let results: Result[] = [];
   try {
-    for (const folder of PACKAGES) await install(folder);
+    await install();
     console.log(await versions());
     results = await runAll(await jobsFor(args.filter((word) => word !== "--only"), reports));
     const lost = missing(results);

@@ -187,10 +187,30 @@ test("a retry never asks the same server twice while another is left", async () 
   assert.equal(asked.length, 4, "when none is left, one is asked again");
 });
 
+test("what a failing server leaves undone is shared evenly by the others", async () => {
+  const { ask, asked } = setUp("", [(attempt) => {
+    if (attempt.server.name === "a:1") return Promise.reject(new WireError("connect", false, "refused"));
+    attempt.ended(200, 0, undefined);
+    return Promise.resolve(new Response(null));
+  }]);
+  for (let i = 0; i < 60; i++) assert.equal((await ask()).status, 200);
+  const shares = ["a", "b", "c"].map((name) => asked.filter((one) => one === name).length);
+  assert.deepEqual(shares, [20, 30, 30]);
+});
+
 test("a retry goes to a backup when no other is left", async () => {
   const { ask, asked } = setUp("", ["connect", 200], { servers: "[a:1, {url: b:1, backup: true}]" });
   assert.equal((await ask()).status, 200);
   assert.equal(asked.join(""), "ab");
+});
+
+test("when nobody is left to ask again, the client is told what the last attempt met", async () => {
+  const keys = "eject: { failures: 1, at_most: 100% }, panic: 0%";
+  const { ask, asked } = setUp(keys, ["reset", "timeout"], { servers: "[a:1, b:1]" });
+  assert.equal((await ask()).headers.get("x-lb-failure"), "timeout");
+  const alone = setUp(keys, ["reset"], { servers: "[a:1]" });
+  assert.equal((await alone.ask()).headers.get("x-lb-failure"), "reset");
+  assert.deepEqual([asked.length, alone.asked.length], [2, 1]);
 });
 
 test("retries is the number of further attempts, and the last answer is passed on as it is", async () => {

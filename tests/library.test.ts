@@ -147,7 +147,8 @@ hosts: [{ host: one.test, service: one }, { host: two.test, service: two }]`);
 
 test("two balancers in one process share nothing", async () => {
   const { state, effects } = servers();
-  const lbs = [1, 2].map(() => createLoadBalancer(config("[a:1, b:1]"), effects));
+  const one = { ...effects, date: () => new Date(0) }; // begun in the same millisecond
+  const lbs = [one, one].map((effects) => createLoadBalancer(config("[a:1, b:1]"), effects));
   for (const lb of lbs) await lb.request("http://h.test/", { headers: HOST });
   assert.deepEqual(state.attempts.map(({ server }) => server.name), ["a:1", "a:1"]);
   const vias = state.attempts.map(({ headers }) => headers[headers.indexOf("via") + 1]);

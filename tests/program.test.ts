@@ -301,7 +301,7 @@ test("an option wins over the environment, the environment over the file, the fi
     const inForce = async (args: string[], env: Record<string, string> = {}) => {
       const { code, out, err } = await call(["--print-config", ...args], { cwd: folder, env });
       assert.equal(code, 0, err);
-      return [/^listen:\n {2}- (\S+)\n\w/m.exec(out)?.[1], /^log: (\w+)$/m.exec(out)?.[1]];
+      return [/^listen:(?:\n {2}-)? "?([^"\s]+)"?\n\w/m.exec(out)?.[1], /^log: (\w+)$/m.exec(out)?.[1]];
     };
     const env = { LB_CONFIG: "own.yml" };
     assert.deepEqual(await inForce([]), ["8080", "combined"]);
@@ -764,9 +764,7 @@ function fits(bytes: Buffer, at: number): boolean {
   for (let done = 0; done < bytes.length;) {
     const from = (at + done) % PIECE.length;
     const length = Math.min(PIECE.length - from, bytes.length - done);
-    if (bytes.compare(PIECE, from, from + length, done, done + length) !== 0) {
-      return false;
-    }
+    if (!bytes.subarray(done, done + length).equals(PIECE.subarray(from, from + length))) return false;
     done += length;
   }
   return true;

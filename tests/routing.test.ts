@@ -309,6 +309,22 @@ default:
   assert.deepEqual(got, ["ours", null, "ours"]);
 });
 
+test("one rule is enough, whichever it is", async () => {
+  const rows: [rule: string, name: string, seen: string | null][] = [
+    ["request: { headers: { set: { x-a: 1 } } }", "x-a", "1"],
+    ["request: { headers: { add: { x-a: 1 } } }", "x-a", "0, 1"],
+    ["request: { headers: { remove: [x-a] } }", "x-a", null],
+    ["response: { headers: { set: { x-one: 1 } } }", "x-one", "1"],
+    ["response: { headers: { add: { x-one: 1 } } }", "x-one", "server, 1"],
+    ["response: { headers: { remove: [x-one] } }", "x-one", null],
+  ];
+  for (const [rule, name, seen] of rows) {
+    const { ask, last } = setUp(`default: { servers: [s:1], ${rule} }`);
+    const response = await ask("http://a/", { headers: { "x-a": "0" } });
+    assert.equal((rule.startsWith("request") ? last : response).headers.get(name), seen, rule);
+  }
+});
+
 test("Host is the client's, the server's, or a literal of the service, the server or the route", async () => {
   const rows: [keys: string, server: string, host: string][] = [
     ["", "s:81", "a.test:8080"],

@@ -34,7 +34,8 @@ function setUp(keys: string, servers = "[S0:1, S1:1, S2:1, S3:1]", own: Record<s
   const pending = new Map<string, Answer[]>();
   const clock = { now: 0 };
   let picked = "";
-  const config = parseConfig(`log: off\ndefault: { servers: ${servers}, retries: 0${keys && ", "}${keys} }`);
+  const yaml = `log: off\ndefault: { servers: ${servers}, retries: 0${keys && ", "}${keys} }`;
+  const config = parseConfig(yaml, {}, "routes.yml", Object.keys(own));
   const lb = createLoadBalancer(config, {
     now: () => clock.now,
     random: seeded(seed),
@@ -240,15 +241,20 @@ function candidatesOf(count: number): Candidates {
 }
 
 test("every strategy of the documentation exists", () => {
-  const documented =
-    "round-robin first random two-choices least-connections least-response-time peak-ewma ip-hash hash";
+  const documented = "round-robin first random two-choices least-connections least-response-time ip-hash hash";
   assert.deepEqual(Object.keys(strategies).sort(), documented.split(" ").sort());
 });
 
 for (const [name, strategy] of Object.entries(strategies) as [string, Strategy][]) {
   const drawOf = (seed: number): (i: number) => Draw => {
     const random = seeded(seed);
-    return (i) => ({ random, key: `key ${i}`, client: `10.0.0.${i % 256}`, request: new Request("http://a/") });
+    return (i) => ({
+      random,
+      turn: i,
+      key: `key ${i}`,
+      client: `10.0.0.${i % 256}`,
+      request: new Request("http://a/"),
+    });
   };
 
   test(`${name} picks one of the candidates, whoever has been left out and whatever they carry`, () => {
