@@ -1195,8 +1195,7 @@ function least(candidates: Candidates, score: (server: Server) => number, start 
   return best;
 }
 
-/** Requests in flight for a server's weight, the one that is to come counted in. */
-const busyness = (server: Server): number => (server.inFlight + 1) / server.weight;
+const busyness = (server: Server): number => server.inFlight / server.weight;
 
 /** Draws by weight without a sum: a server is accepted as often as its weight stands to the heaviest. */
 function draw(candidates: Candidates, random: () => number, except?: Server): Server {
@@ -1240,8 +1239,8 @@ export const strategies = {
   "first": (candidates) => candidates[0],
   "random": (candidates, { random }) => draw(candidates, random),
   "two-choices": (candidates, { random }) => {
-    if (candidates.length <= 8) return least(candidates, busyness, Math.floor(random() * candidates.length));
     const one = draw(candidates, random);
+    if (candidates.length <= 8) return least(candidates, busyness, candidates.indexOf(one));
     return least([one, draw(candidates, random, one)], busyness);
   },
   "least-connections": (candidates) => least(candidates, busyness),
