@@ -3115,46 +3115,38 @@ function readText(file: string): string {
   }
 }
 
-/** Which servers of which service a request would go to, and why the others would not be asked. */
-async function explain(config: Config, text: string): Promise<string> {
+/** Which route and service a request would take, which servers could be asked, and why not the others. */
+function explain(config: Config, text: string): string {
   const [, method = "GET", url = ""] = /^(?:([A-Z]+) )?(https?:\/\/\S+)$/.exec(text.trim()) ?? [];
   if (!URL.canParse(url)) throw new UsageError(`--explain: "${text}" is not a request such as 'GET http://host/path'`);
-  const balancer = createLoadBalancer(config).balancer;
+  const { balancer } = createLoadBalancer(config);
   const request = new Request(url, { method, headers: { host: new URL(url).host } });
   const exchange = newExchange(balancer, request, { address: "127.0.0.1", scheme: "http", headers: [] });
   const refusal = admit(exchange);
   const route = refusal ? undefined : matchRoute(balancer.table, exchange);
   if (!route) {
     const kind = refusal ?? (exchange.allow ? "bad-method" : "no-route");
-    return `no route: ${FAILURES[kind].status} ${FAILURES[kind].text} (x-lb-failure: ${kind})`;
+    return `no route: ${FAILURES[kind].status}, ${FAILURES[kind].text} (x-lb-failure: ${kind})`;
   }
-  const lines = [`route    ${route.name}`];
-  if (route.action.kind !== "forward") lines.push(`answer   ${route.action.kind} ${route.action.status}`);
-  else lines.push(`target   ${method} ${targetOf(exchange, route)}`);
-  for (const { service, weight } of route.destinations) {
-    lines.push(
-      `service  ${service.name}: ${service.config.strategy.name}${
-        route.destinations.length > 1 ? `, weight ${weight}` : ""
-      }`,
-    );
+  if (route.action.kind !== "forward") {
+    return `route    ${route.name}\nanswer   ${route.action.kind} ${route.action.status}`;
+  }
+  const services = route.destinations.flatMap(({ service, weight }) => {
     const candidates = candidatesOf(service, balancer.effects.now());
-    for (const server of service.servers) {
-      lines.push(`server   ${server.name}: ${candidates.includes(server) ? "may be asked" : whyNot(server)}`);
-    }
-  }
-  await Promise.resolve();
-  return lines.join("\n");
+    const share = route.destinations.length > 1 ? ` (${weight} of ${route.weight})` : "";
+    return [
+      `service  ${service.name}${share}: ${service.config.strategy.name}`,
+      ...service.servers.map((server) =>
+        `server   ${server.name}: ${candidates.includes(server) ? "may be asked" : whyNot(server)}`
+      ),
+    ];
+  });
+  return [`route    ${route.name}`, `target   ${method} ${targetOf(exchange, route)}`, ...services].join("\n");
 }
 
-/** Why a server may not be asked. */
-const whyNot = (server: Server): string =>
-  server.weight === 0
-    ? "not asked: its weight is 0"
-    : server.backup
-    ? "not asked: a backup"
-    : !server.up
-    ? "not asked: down"
-    : "not asked: ejected";
+/** Why a server that has just started would not be asked. */
+const whyNot = ({ weight }: Server): string =>
+  weight === 0 ? "is not asked: its weight is 0" : "is not asked: a backup";
 
 /** Three small servers inside this process, and a config that balances over them. */
 async function demo(): Promise<string> {
@@ -3264,11 +3256,9 @@ async function main(args: string[], env: Call["env"]): Promise<number | undefine
     if (options.help) return print(USAGE);
     if (options.version) return print(VERSION);
     if (options.schema) return print(JSON.stringify(jsonSchema(), null, 2));
-    if (options.check) {
-      return print(`${call.file} is fine: ${load(call).services.size} services, ${load(call).routes.length} routes`);
-    }
+    if (options.check) return print(`${call.file} is fine: ${summary(load(call))}`);
     if (options["print-config"]) return print(printConfig(load(call)));
-    if (options.explain !== undefined) return print(await explain(load(call), options.explain));
+    if (options.explain !== undefined) return print(explain(load(call), options.explain));
     await run(call);
   } catch (error) {
     if (!(error instanceof UsageError || error instanceof ConfigError)) throw error;
@@ -3277,6 +3267,8 @@ async function main(args: string[], env: Call["env"]): Promise<number | undefine
     return error instanceof UsageError ? 2 : 1;
   }
 }
+
+const summary = ({ services, routes }: Config): string => `services: ${services.size}, routes: ${routes.length}`;
 
 function print(text: string): number {
   console.log(text.trimEnd());
@@ -3318,7 +3310,7 @@ function edge() {
 
 if (import.meta.main) {
   const status = await main(process.argv.slice(2), process.env);
-  if (status !== undefined) process.exitCode = status;
+  if (status) process.exit(status); // listeners that are open already would keep it running
 }
 
 export default here === "edge" ? edge() : undefined;

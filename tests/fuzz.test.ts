@@ -103,14 +103,18 @@ async function readBody(response: Response): Promise<{ body: Buffer; error?: unk
 }
 
 /** One request, answered with these bytes in these pieces, and then the end; with all that holds for any answer. */
-async function play(pieces: Iterable<string | Buffer>, method = "GET"): Promise<Seen> {
+async function play(
+  pieces: Iterable<string | Buffer>,
+  method = "GET",
+  inbound: Attempt["inbound"] = (headers) => headers,
+): Promise<Seen> {
   dialed = [];
   const server = { url: "http://server.test:80", tls: {} } as Server;
   const ended: unknown[][] = [];
   const attempt: Attempt = {
     ...{ server, method, headers: [], body: null, length: 0, timeouts: MINUTE },
     request: { signal: new AbortController().signal },
-    inbound: (headers) => headers,
+    inbound,
     ended: (...args) => void ended.push(args),
   };
   const answer = wire.fetch(server.url + "/", attempt).catch((error: unknown) => error);
@@ -531,6 +535,12 @@ test("a thousand short headers are read", async () => {
   assert.equal([...response?.headers ?? []].length, 991, detail);
 });
 
+test("a connection whose answer came whole while nobody read is not kept, for it has been paused", async () => {
+  const half = "a".repeat(300_000);
+  const { problem, body, kept } = await play([`${OK}Content-Length: 600000\r\n\r\n${half}`, half]);
+  assert.deepEqual([problem, body.length, kept], [undefined, 600_000, false]);
+});
+
 /** Answers that are whole, and what stands behind them. */
 const BEHIND: Record<string, [method: string, bytes: string, behind: string, body: string]> = {
   "a body": ["GET", `${OK}Content-Length: 2\r\n\r\nab`, "c", "ab"],
@@ -602,4 +612,12 @@ test("headers of the hop, and those that Connection names, end here", async () =
     "set-cookie: c",
     "via: 1.1 a",
   ]);
+});
+
+test("`inbound` sees the headers that pass, and what it gives back is what the Response has", async () => {
+  const bytes = `${OK}Connection: X-Gone\r\nX-Gone: 1\r\nX-A: b\r\nContent-Length: 0\r\n\r\n`;
+  const seen: string[][] = [];
+  const { response } = await play([bytes], "GET", (headers) => (seen.push(headers), ["x-b", "c", "X-B", "d"]));
+  assert.deepEqual(seen, [["x-a", "b", "content-length", "0"]]);
+  assert.deepEqual([...response!.headers], [["x-b", "c, d"]]);
 });

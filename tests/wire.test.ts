@@ -6,7 +6,7 @@ import { Buffer } from "node:buffer";
 import { spawn } from "node:child_process";
 import { lookup } from "node:dns/promises";
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
-import { type AddressInfo, createServer, type Server as Listener, type Socket } from "node:net";
+import { type AddressInfo, createServer, type Server as Listener, Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
@@ -542,14 +542,18 @@ test("a reader that leaves closes the connection at once", async () => {
 
 test("an early answer reaches the client while its upload goes on, and ends the upload", async () => {
   let cancelled = 0;
-  const { server, allClosed } = await scripted(({ socket }) =>
+  const { server, lines, allClosed } = await scripted(({ socket }) =>
     socket.write("HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\n\r\nbig")
   );
   const body = stalled(() => cancelled++);
-  const { response, ended } = ask(createWire(), server, { method: "POST", body, length: 1e9 });
+  const wire = createWire();
+  const { response, ended } = ask(wire, server, { method: "POST", body, length: 1e9 });
   assert.equal((await response).status, 413);
   assert.equal(await (await response).text(), "big");
   assert.equal(ended.length, 1);
+  assert.equal(await get(wire, server), "big");
+  assert.equal(lines.length, 2, "the rest of an upload would be taken for a request");
+  lines[1]!.socket.end();
   await allClosed();
   await until("the upload is cancelled", () => cancelled === 1);
 });
@@ -625,6 +629,48 @@ test("a reader who does not read stops the server, and then gets all of it", asy
   }
   assert.equal(read, TOTAL);
   assert.deepEqual(ended.map((args) => args.slice(-2)), [[TOTAL, undefined]]);
+});
+
+const FRAMED: Record<string, [head: string, frame: (piece: Buffer) => (Buffer | string)[], end: string]> = {
+  "a length": [`Content-Length: ${PIECE.length * 64}\r\n\r\n`, (piece) => [piece], ""],
+  "chunks": ["Transfer-Encoding: chunked\r\n\r\n", (piece) => ["10000\r\n", piece, "\r\n"], "0\r\n\r\n"],
+  "neither": ["\r\n", (piece) => [piece], ""],
+};
+for (const [name, [head, frame, end]] of Object.entries(FRAMED)) {
+  test(`a slow reader gets all of a body with ${name}, though the server has closed the connection`, async () => {
+    const { server } = await scripted(({ socket }) => {
+      socket.write(OK + head);
+      for (let i = 0; i < 64; i++) for (const part of frame(PIECE)) socket.write(part);
+      socket.end(end);
+    });
+    const { response, ended } = ask(createWire(), server);
+    const reader = (await response).body!.getReader();
+    await sleep(300);
+    let read = 0;
+    for (let next; !(next = await reader.read()).done; read += next.value.length) {
+      assert.equal(wrongIn(next.value, read), 0, `a piece at ${read}`);
+      if (read % 7 === 0) await sleep(1);
+    }
+    assert.equal(read, PIECE.length * 64);
+    assert.deepEqual(ended.map((args) => args.slice(-2)), [[read, undefined]]);
+  });
+}
+
+test("a server that ends its side and reads no further ends the upload", async () => {
+  const sockets: Socket[] = [];
+  const listener = createServer({ allowHalfOpen: true }, (socket) => {
+    sockets.push(socket);
+    socket.on("error", () => {});
+    socket.pause();
+    socket.end();
+  });
+  const port = await listening(listener, []);
+  after.push(() => sockets[0]?.destroy());
+  const body = new ReadableStream<Uint8Array<ArrayBuffer>>({ pull: (it) => it.enqueue(new Uint8Array(PIECE)) });
+  assert.equal(
+    await get(createWire(), serverAt(`http://127.0.0.1:${port}`), { method: "POST", body, length: -1 }),
+    "reset",
+  );
 });
 
 test("a reader who has stopped reading is `client-timeout`", async () => {
@@ -705,7 +751,7 @@ for (const host of ["127.0.0.1", "::1"]) {
 
 test("connect() tells whether somebody listens, and closes the connection", async () => {
   const { server, lines, allClosed } = await scripted(never);
-  await createWire().connect(server, 5_000);
+  await createWire().connect(server, 20_000);
   await until("the server has seen it", () => lines.length === 1);
   await allClosed();
   assert.equal(lines[0]!.received, "");
@@ -713,7 +759,20 @@ test("connect() tells whether somebody listens, and closes the connection", asyn
   const port = await listening(listener, []);
   await new Promise((resolve) => listener.close(resolve));
   after.pop();
-  await assert.rejects(createWire().connect(serverAt(`http://127.0.0.1:${port}`), 5_000));
+  await assert.rejects(createWire().connect(serverAt(`http://127.0.0.1:${port}`), 20_000));
+});
+
+test("what cannot be reached is given up after its time, and when the client leaves", async () => {
+  const sockets: Socket[] = [];
+  const wire = createWire({ dial: () => (sockets.push(new Socket()), sockets.at(-1)!) });
+  const server = serverAt("http://192.0.2.1:80");
+  await assert.rejects(wire.connect(server, 50));
+  await assert.rejects(ask(wire, server, { timeouts: { connect: 50 } }).response, {
+    kind: "connect-timeout",
+    sent: false,
+  });
+  await assert.rejects(ask(wire, server, aborted()).response, { kind: "client-left", sent: false });
+  assert.deepEqual(sockets.map((socket) => socket.destroyed), [true, true, true]);
 });
 
 test("the wire keeps no process running when all its connections have closed", async () => {
