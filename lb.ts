@@ -16,7 +16,7 @@
  *     3. State       what the balancer remembers
  *     4. Gate        what may come in
  *     5. Routing     which route a request belongs to
- *     6. Strategies  which server takes it
+ *     6. Strategies  which server takes a request
  *     7. Health      which servers may be asked
  *     8. Messages    HTTP/1.1 as bytes
  *     9. Wire        fetch over pooled sockets
@@ -859,6 +859,9 @@ export interface Effects {
   /** One line for the operator. */
   report(level: "info" | "warn" | "error", text: string): void;
 }
+
+/** The host and port of a server's URL. */
+const hostOf = (url: string): string => url.slice(url.indexOf("//") + 2);
 
 const newService = (name: string) => ({
   name,
@@ -2158,8 +2161,6 @@ function targetOf(exchange: Exchange, route: Route): string {
   return path + (query.size ? `?${query}` : "");
 }
 
-const hostOf = (url: string): string => url.slice(url.indexOf("//") + 2);
-
 /** The Host that a server sees: its own literal, the route's, or as `host_header` says. */
 function hostFor(exchange: Exchange, server: Server): string {
   const { host_header } = exchange.destination!.policy;
@@ -3092,7 +3093,7 @@ function load(call: Call, text = readText(call.file)): Config {
     const address = v.safeParse(Listen, call.listen);
     if (!address.success) throw new UsageError(`"${call.listen}" is not a port, or an address such as 127.0.0.1:8080`);
     config.listen = [address.output];
-    config.source.listen = call.listen;
+    config.source.listen = /^\d+$/.test(call.listen) ? Number(call.listen) : call.listen;
   }
   if (call.log !== undefined) {
     const format = v.safeParse(RoutesFile.entries.log, call.log);
