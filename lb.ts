@@ -1749,6 +1749,8 @@ function dial({ url, tls }: Server): Socket {
   });
 }
 
+const CLOSED = "it closed the connection";
+
 /** Opens a connection and begins the transfer on it as soon as it stands. */
 function open(wire: Wire, transfer: Transfer): void {
   const { server } = transfer.attempt;
@@ -1761,7 +1763,7 @@ function open(wire: Wire, transfer: Transfer): void {
   const bornAt = transfer.since = wire.now();
   const pool = entry(wire.pools, server, () => []);
   const connection: Connection = { socket, pool, bornAt, idleUntil: 0, reused: false, connected: false, transfer };
-  let reason = "it closed the connection";
+  let reason = CLOSED;
   socket.on(server.url.startsWith("https:") ? "secureConnect" : "connect", () => {
     connection.connected = true;
     if (connection.transfer) send(wire, connection, connection.transfer);
@@ -1915,10 +1917,10 @@ function bodyStream(wire: Wire, connection: Connection, transfer: Transfer): Rea
   }, { highWaterMark: WINDOW, size: (piece) => piece.byteLength });
 }
 
-/** The server has closed its side: the end of a body without a length; `close` follows and tells of anything else. */
+/** The server has closed its side, so that nothing more can come: the end of a body without a length, else a failure. */
 function onEnd(wire: Wire, connection: Connection): void {
   const { transfer } = connection;
-  if (transfer?.framing !== "close") return;
+  if (transfer?.framing !== "close") return fail(wire, connection, "reset", CLOSED);
   finish(wire, connection, transfer);
   transfer.sink!.close();
 }

@@ -453,11 +453,11 @@ test("a bad file changes nothing and is reported with its line, and so is a file
   serving([saying("one"), saying("two")], (first, second) =>
     running(over([first]), async (lb) => {
       lb.write("services:\n  shop: {servers: [], strateggy: random}\n");
-      await until("the mistake is reported", () => complaints(lb) === 1, 20_000);
+      await until("the mistake is reported", () => complaints(lb) > 0, 20_000);
       await until("with its line", () => /routes\.yml:2:.*strateggy/.test(lb.err()));
       assert.equal(await body(lb.port), "one");
       rmSync(lb.file);
-      await until("the file is missed", () => complaints(lb) === 2, 20_000);
+      await until("the file is missed", () => /routes\.yml:.*cannot be read/.test(lb.err()), 20_000);
       assert.equal(await body(lb.port), "one");
       assert.equal(reloads(lb), 0);
       lb.write(over([second]));
@@ -698,6 +698,7 @@ test("SIGTERM and SIGINT let what is in flight finish, take no new connection, a
         });
         await sleep(10);
       }
+      await sleep(1_000); // time to end, for a program that does not wait
       assert.ok(!lb.over(), "it ended with a request in flight");
       await server.last!.send(answer("late, but here"));
       const { answers } = await waiting;

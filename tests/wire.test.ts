@@ -632,7 +632,7 @@ test("a reader who does not read stops the server, and then gets all of it", asy
 });
 
 const FRAMED: Record<string, [head: string, frame: (piece: Buffer) => (Buffer | string)[], end: string]> = {
-  "a length": [`Content-Length: ${PIECE.length * 64}\r\n\r\n`, (piece) => [piece], ""],
+  "a length": [`Content-Length: ${PIECE.length * 16}\r\n\r\n`, (piece) => [piece], ""],
   "chunks": ["Transfer-Encoding: chunked\r\n\r\n", (piece) => ["10000\r\n", piece, "\r\n"], "0\r\n\r\n"],
   "neither": ["\r\n", (piece) => [piece], ""],
 };
@@ -640,7 +640,7 @@ for (const [name, [head, frame, end]] of Object.entries(FRAMED)) {
   test(`a slow reader gets all of a body with ${name}, though the server has closed the connection`, async () => {
     const { server } = await scripted(({ socket }) => {
       socket.write(OK + head);
-      for (let i = 0; i < 64; i++) for (const part of frame(PIECE)) socket.write(part);
+      for (let i = 0; i < 16; i++) for (const part of frame(PIECE)) socket.write(part);
       socket.end(end);
     });
     const { response, ended } = ask(createWire(), server);
@@ -651,7 +651,7 @@ for (const [name, [head, frame, end]] of Object.entries(FRAMED)) {
       assert.equal(wrongIn(next.value, read), 0, `a piece at ${read}`);
       if (read % 7 === 0) await sleep(1);
     }
-    assert.equal(read, PIECE.length * 64);
+    assert.equal(read, PIECE.length * 16);
     assert.deepEqual(ended.map((args) => args.slice(-2)), [[read, undefined]]);
   });
 }
@@ -926,20 +926,20 @@ test("a large body passes through TLS both ways byte by byte", async () => {
   listener.on("secureConnection", (socket: TLSSocket) => {
     socket.on("error", () => {});
     socket.on("data", (data: Buffer) => {
-      if (head) socket.write(`${OK}Content-Length: ${PIECE.length * 64}\r\n\r\n`);
+      if (head) socket.write(`${OK}Content-Length: ${PIECE.length * 16}\r\n\r\n`);
       socket.write(head ? data.subarray(data.indexOf("\r\n\r\n") + 4) : data);
       head = false;
     });
   });
   const port = await listening(listener, []);
-  let left = 64;
+  let left = 16;
   const body = new ReadableStream<Uint8Array<ArrayBuffer>>({
     pull: (it) => left-- > 0 ? it.enqueue(new Uint8Array(PIECE)) : it.close(),
   });
   const server = serverAt(`https://127.0.0.1:${port}`, files({ ca: CA }));
-  const { response, ended } = ask(createWire(), server, { method: "POST", body, length: PIECE.length * 64 });
+  const { response, ended } = ask(createWire(), server, { method: "POST", body, length: PIECE.length * 16 });
   const echoed = new Uint8Array(await (await response).arrayBuffer());
-  assert.equal(echoed.length, PIECE.length * 64);
+  assert.equal(echoed.length, PIECE.length * 16);
   assert.equal(wrongIn(echoed, 0), 0);
   assert.equal(ended.length, 1);
 });
