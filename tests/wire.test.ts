@@ -777,7 +777,9 @@ test("what cannot be reached is given up after its time, and when the client lea
 
 test("the wire keeps no process running when all its connections have closed", async () => {
   const { server, lines } = await scripted(({ socket, received }) =>
-    received.startsWith("GET /never") ? undefined : socket.write(`${OK}Content-Length: 2\r\n\r\nok`)
+    received.startsWith("GET /never")
+      ? undefined
+      : socket.write(`${OK}Keep-Alive: timeout=2\r\nContent-Length: 2\r\n\r\nok`)
   );
   const script = `
     const { createWire } = await import(${JSON.stringify(new URL("../lb.ts", import.meta.url).href)});
@@ -925,6 +927,7 @@ test("a large body passes through TLS both ways byte by byte", async () => {
   let head = true;
   listener.on("secureConnection", (socket: TLSSocket) => {
     socket.on("error", () => {});
+    after.push(() => socket.destroy());
     socket.on("data", (data: Buffer) => {
       if (head) socket.write(`${OK}Content-Length: ${PIECE.length * 16}\r\n\r\n`);
       socket.write(head ? data.subarray(data.indexOf("\r\n\r\n") + 4) : data);
