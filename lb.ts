@@ -19,14 +19,16 @@
  *     6. Strategies  which server takes a request
  *     7. Health      which servers may be asked
  *     8. Messages    HTTP/1.1 as bytes
- *     9. Wire        fetch over pooled sockets
- *    10. Forward     one attempt at one server
- *    11. Answers     what the balancer says by itself
- *    12. Log         what is written down
- *    13. Balance     the request path
- *    14. Runtimes    where it runs: deno, bun, node, edge
- *    15. Assemble    one balancer from one config
- *    16. Main        as a program
+ *     9. Wire        one request and its answer over one connection
+ *    10. Pool        connections that wait for the next request
+ *    11. Forward     one attempt at one server
+ *    12. Answers     what the balancer says by itself
+ *    13. Log         what is written down
+ *    14. Balance     the request path
+ *    15. Runtimes    where it runs
+ *    16. Assemble    one balancer from one config
+ *    17. Call        what the command line and the environment ask for
+ *    18. Main        as a program
  *
  * @module
  */
@@ -1635,7 +1637,7 @@ function takeLine(reading: Reading, line: string): string | undefined {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 9. Wire: `fetch` over pooled sockets, because the runtimes' own is slow for a proxy and changes what passes.
+// 9. Wire: one request and its answer over one connection. The runtimes' own fetch is slow for a proxy and changes what passes.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** Why there is no answer, or no whole answer. FAILURES says what the client is told. */
@@ -1726,69 +1728,13 @@ interface Wire {
   now: () => number;
   headersInit: (headers: readonly string[]) => HeadersInit;
   dial: (server: Server) => Socket;
+  reopen: (transfer: Transfer) => void; // the same once more, on a fresh connection
   connections: Set<Connection>;
   pools: WeakMap<Server, Connection[]>; // idle ones, the newest last
   timer: ReturnType<typeof setInterval> | undefined;
 }
 
-/** A socket to a server; the addresses of a name are tried one after another (RFC 8305). */
-function dial({ url, tls }: Server): Socket {
-  const { hostname, port, protocol } = new URL(url);
-  const host = hostname.replace(/^\[|\]$/g, "");
-  const secure = protocol === "https:";
-  const address = { host, port: Number(port || (secure ? 443 : 80)), autoSelectFamily: true, noDelay: true };
-  if (!secure) return netConnect(address);
-  const name = tls.servername || host;
-  return tlsConnect({
-    ...address,
-    ...(isIP(name) ? {} : { servername: name }),
-    ...(tls.ca && { ca: readFileSync(tls.ca) }),
-    ...(tls.cert && { cert: readFileSync(tls.cert), key: readFileSync(tls.key) }),
-    rejectUnauthorized: !tls.insecure,
-    ALPNProtocols: ["http/1.1"],
-  });
-}
-
 const CLOSED = "it closed the connection";
-
-/** Opens a connection and begins the transfer on it as soon as it stands. */
-function open(wire: Wire, transfer: Transfer): void {
-  const { server } = transfer.attempt;
-  let socket: Socket;
-  try {
-    socket = wire.dial(server);
-  } catch (error) { // a certificate file that cannot be read
-    return transfer.reject(new WireError("connect", false, String(error)));
-  }
-  const bornAt = transfer.since = wire.now();
-  const pool = entry(wire.pools, server, () => []);
-  const connection: Connection = { socket, pool, bornAt, idleUntil: 0, reused: false, connected: false, transfer };
-  let reason = CLOSED;
-  socket.on(server.url.startsWith("https:") ? "secureConnect" : "connect", () => {
-    connection.connected = true;
-    if (connection.transfer) send(wire, connection, connection.transfer);
-  });
-  socket.on("data", (data: Bytes) => onData(wire, connection, data));
-  socket.on("drain", () => connection.transfer?.drained?.());
-  socket.on("end", () => onEnd(wire, connection));
-  socket.on("error", (error: Error) => void (reason = error.message || String(error)));
-  socket.on("close", () => {
-    fail(wire, connection, connection.connected ? "reset" : "connect", reason);
-    forget(wire, connection);
-  });
-  wire.connections.add(connection);
-  wire.timer ??= setInterval(() => sweep(wire), TICK);
-}
-
-/** A connection that has closed. The last one takes the timer with it. */
-function forget(wire: Wire, connection: Connection): void {
-  wire.connections.delete(connection);
-  const at = connection.pool.indexOf(connection);
-  if (at >= 0) connection.pool.splice(at, 1);
-  if (wire.connections.size > 0) return;
-  clearInterval(wire.timer);
-  wire.timer = undefined;
-}
 
 const BODY_EXPECTED = new Set(["POST", "PUT", "PATCH"]);
 
@@ -1945,6 +1891,13 @@ function finish(wire: Wire, connection: Connection, transfer: Transfer): void {
   transfer.attempt.ended(transfer.head!.status, transfer.bytes, undefined);
 }
 
+/** Methods that may be sent again when it is not known whether the server has seen them (RFC 9110 section 9.2.2). */
+const IDEMPOTENT = new Set(["GET", "HEAD", "OPTIONS", "PUT", "DELETE", "PROPFIND", "REPORT", "SEARCH", "QUERY"]);
+
+/** Whether a request can be sent again as it was: twice does no harm, and nothing of its body is used up. */
+const mayRepeat = ({ method, body }: Pick<Attempt, "method" | "body">): boolean =>
+  IDEMPOTENT.has(method) && !(body instanceof ReadableStream);
+
 /** The transfer has failed: its connection is closed at once, and whoever waits for the answer is told why. */
 function fail(wire: Wire, connection: Connection, kind: Failure, detail: string): void {
   const { transfer } = connection;
@@ -1954,7 +1907,7 @@ function fail(wire: Wire, connection: Connection, kind: Failure, detail: string)
   const { attempt, head, rest, overhead, sink } = transfer;
   const silent = head === undefined && rest === undefined && overhead === 0;
   if (kind === "reset" && connection.reused && silent && mayRepeat(attempt)) {
-    open(wire, { ...transfer, sent: false }); // the server had closed the idle connection: once more on a fresh one
+    wire.reopen({ ...transfer, sent: false }); // the server had closed the idle connection
   } else if (sink === undefined) transfer.reject(new WireError(kind, connection.connected, detail));
   else {
     attempt.ended(head!.status, transfer.bytes, kind);
@@ -1962,12 +1915,66 @@ function fail(wire: Wire, connection: Connection, kind: Failure, detail: string)
   }
 }
 
-/** Methods that may be sent again when it is not known whether the server has seen them (RFC 9110 section 9.2.2). */
-const IDEMPOTENT = new Set(["GET", "HEAD", "OPTIONS", "PUT", "DELETE", "PROPFIND", "REPORT", "SEARCH", "QUERY"]);
+// ---------------------------------------------------------------------------------------------------------------------
+// 10. Pool: connections that wait for the next request, and the one clock that looks at all of them.
+// ---------------------------------------------------------------------------------------------------------------------
 
-/** Whether a request can be sent again as it was: twice does no harm, and nothing of its body is used up. */
-const mayRepeat = ({ method, body }: Pick<Attempt, "method" | "body">): boolean =>
-  IDEMPOTENT.has(method) && !(body instanceof ReadableStream);
+/** A socket to a server; the addresses of a name are tried one after another (RFC 8305). */
+function dial({ url, tls }: Server): Socket {
+  const { hostname, port, protocol } = new URL(url);
+  const host = hostname.replace(/^\[|\]$/g, "");
+  const secure = protocol === "https:";
+  const address = { host, port: Number(port || (secure ? 443 : 80)), autoSelectFamily: true, noDelay: true };
+  if (!secure) return netConnect(address);
+  const name = tls.servername || host;
+  return tlsConnect({
+    ...address,
+    ...(isIP(name) ? {} : { servername: name }),
+    ...(tls.ca && { ca: readFileSync(tls.ca) }),
+    ...(tls.cert && { cert: readFileSync(tls.cert), key: readFileSync(tls.key) }),
+    rejectUnauthorized: !tls.insecure,
+    ALPNProtocols: ["http/1.1"],
+  });
+}
+
+/** Opens a connection and begins the transfer on it as soon as it stands. */
+function open(wire: Wire, transfer: Transfer): void {
+  const { server } = transfer.attempt;
+  let socket: Socket;
+  try {
+    socket = wire.dial(server);
+  } catch (error) { // a certificate file that cannot be read
+    return transfer.reject(new WireError("connect", false, String(error)));
+  }
+  const bornAt = transfer.since = wire.now();
+  const pool = entry(wire.pools, server, () => []);
+  const connection: Connection = { socket, pool, bornAt, idleUntil: 0, reused: false, connected: false, transfer };
+  let reason = CLOSED;
+  socket.on(server.url.startsWith("https:") ? "secureConnect" : "connect", () => {
+    connection.connected = true;
+    if (connection.transfer) send(wire, connection, connection.transfer);
+  });
+  socket.on("data", (data: Bytes) => onData(wire, connection, data));
+  socket.on("drain", () => connection.transfer?.drained?.());
+  socket.on("end", () => onEnd(wire, connection));
+  socket.on("error", (error: Error) => void (reason = error.message || String(error)));
+  socket.on("close", () => {
+    fail(wire, connection, connection.connected ? "reset" : "connect", reason);
+    forget(wire, connection);
+  });
+  wire.connections.add(connection);
+  wire.timer ??= setInterval(() => sweep(wire), TICK);
+}
+
+/** A connection that has closed. The last one takes the timer with it. */
+function forget(wire: Wire, connection: Connection): void {
+  wire.connections.delete(connection);
+  const at = connection.pool.indexOf(connection);
+  if (at >= 0) connection.pool.splice(at, 1);
+  if (wire.connections.size > 0) return;
+  clearInterval(wire.timer);
+  wire.timer = undefined;
+}
 
 /** Looks at every connection: nothing else keeps time, so that a request costs no timer and no listener for an abort. */
 function sweep(wire: Wire): void {
@@ -2025,7 +2032,8 @@ export function createWire(
   own: Partial<Pick<Wire, "now" | "headersInit" | "dial">> = {},
 ): Pick<Effects, "fetch" | "connect"> {
   const now = () => performance.now();
-  const wire: Wire = { now, headersInit, dial, ...own, connections: new Set(), pools: new WeakMap(), timer: undefined };
+  const state = { connections: new Set<Connection>(), pools: new WeakMap<Server, Connection[]>(), timer: undefined };
+  const wire: Wire = { now, headersInit, dial, ...own, ...state, reopen: (transfer) => open(wire, transfer) };
   return {
     fetch: (url, attempt) =>
       new Promise((resolve, reject) => {
@@ -2045,7 +2053,7 @@ export function createWire(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 10. Forward: one attempt at one server. What belongs to the client's hop stays there; what is ours is set anew.
+// 11. Forward: one attempt at one server. What belongs to the client's hop stays there; what is ours is set anew.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What became of one attempt. `sent`: the server may have seen some of the request. */
@@ -2171,6 +2179,64 @@ function hostFor(exchange: Exchange, server: Server): string {
   return host_header === "keep" ? exchange.host : host_header === "server" ? hostOf(server.url) : host_header;
 }
 
+const KEPT = 65_536; // bytes: a body up to this size is read first, and kept for another attempt
+
+/** Reads a small body, so that it can be sent twice; a larger one stays a stream, held to the route's limit. */
+async function takeRequestBody(
+  exchange: Exchange,
+  destination: Destination,
+  effects: Effects,
+): Promise<FailureName | undefined> {
+  const { request, length } = exchange;
+  const limit = exchange.route!.body_limit;
+  if (length < 0 || length > KEPT) {
+    const body = request.headers.has("transfer-encoding") || length > 0 ? request.body : await peeked(request.body!);
+    exchange.body = length < 0 && limit < Infinity ? body?.pipeThrough(limited(limit)) ?? null : body;
+    if (body === null) exchange.length = 0;
+    return undefined;
+  }
+  const stop = new AbortController();
+  const late = effects.sleep(destination.policy.timeouts.idle, stop.signal).then(() => undefined);
+  try {
+    const bytes = await Promise.race([request.arrayBuffer(), late]);
+    if (bytes === undefined) return "client-timeout";
+    exchange.body = new Uint8Array(bytes);
+    return bytes.byteLength === length ? undefined : "bad-body";
+  } catch {
+    return request.signal.aborted ? "client-left" : "bad-body";
+  } finally {
+    stop.abort();
+  }
+}
+
+/** A body that is not announced by any header, as over HTTP/2: null where it turns out to be empty. */
+async function peeked(body: ReadableStream<Uint8Array<ArrayBuffer>>): Promise<Body & (ReadableStream | null)> {
+  const reader = body.getReader();
+  let next: ReadableStreamReadResult<Uint8Array<ArrayBuffer>> | undefined = await reader.read();
+  if (next.done) return null;
+  return new ReadableStream({
+    async pull(sink) {
+      const { done, value } = next ?? await reader.read();
+      next = undefined;
+      if (done) sink.close();
+      else sink.enqueue(value);
+    },
+    cancel: (reason) => reader.cancel(reason),
+  });
+}
+
+/** Passes bytes on up to a limit. */
+function limited(limit: number): TransformStream<Uint8Array<ArrayBuffer>, Uint8Array<ArrayBuffer>> {
+  let passed = 0;
+  return new TransformStream({
+    transform(piece, controller) {
+      passed += piece.byteLength;
+      if (passed > limit) controller.error(new WireError("body-too-large", true, "the body is over body_limit"));
+      else controller.enqueue(piece);
+    },
+  });
+}
+
 /** Asks one server. Never throws: what can go wrong is an outcome. */
 async function forward(
   balancer: Balancer,
@@ -2207,7 +2273,7 @@ async function forward(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 11. Answers: what the balancer says by itself.
+// 12. Answers: what the balancer says by itself.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** Why the balancer refuses what has passed the gate. */
@@ -2291,7 +2357,7 @@ function respondLiterally(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 12. Log: what is written down of each request, one line when its last byte has passed.
+// 13. Log: what is written down of each request, one line when its last byte has passed.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split(" ");
@@ -2348,10 +2414,9 @@ const ACCESS_LINES = {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 13. Balance: the request path. gate -> matchRoute -> pickServer -> forward -> settle -> (retry, minus those tried) -> response
+// 14. Balance: the request path. gate -> matchRoute -> pickServer -> forward -> settle -> (retry, minus those tried) -> response
 // ---------------------------------------------------------------------------------------------------------------------
 
-const KEPT = 65_536; // bytes: a body up to this size is read first, and kept for another attempt
 const BACK_OFF = 25; // milliseconds before the second retry at most; doubled for each further one, up to a second
 const MAX_HOPS = 20; // entries of Via
 const LEAST_RETRIES = 3; // that the budget always allows at once
@@ -2490,62 +2555,6 @@ async function attempt(balancer: Balancer, exchange: Exchange, server: Server, r
   return outcome;
 }
 
-/** Reads a small body, so that it can be sent twice; a larger one stays a stream, held to the route's limit. */
-async function takeRequestBody(
-  exchange: Exchange,
-  destination: Destination,
-  effects: Effects,
-): Promise<FailureName | undefined> {
-  const { request, length } = exchange;
-  const limit = exchange.route!.body_limit;
-  if (length < 0 || length > KEPT) {
-    const body = request.headers.has("transfer-encoding") || length > 0 ? request.body : await peeked(request.body!);
-    exchange.body = length < 0 && limit < Infinity ? body?.pipeThrough(limited(limit)) ?? null : body;
-    if (body === null) exchange.length = 0;
-    return undefined;
-  }
-  const stop = new AbortController();
-  const late = effects.sleep(destination.policy.timeouts.idle, stop.signal).then(() => undefined);
-  try {
-    const bytes = await Promise.race([request.arrayBuffer(), late]);
-    if (bytes === undefined) return "client-timeout";
-    exchange.body = new Uint8Array(bytes);
-    return bytes.byteLength === length ? undefined : "bad-body";
-  } catch {
-    return request.signal.aborted ? "client-left" : "bad-body";
-  } finally {
-    stop.abort();
-  }
-}
-
-/** A body that is not announced by any header, as over HTTP/2: null where it turns out to be empty. */
-async function peeked(body: ReadableStream<Uint8Array<ArrayBuffer>>): Promise<Body & (ReadableStream | null)> {
-  const reader = body.getReader();
-  let next: ReadableStreamReadResult<Uint8Array<ArrayBuffer>> | undefined = await reader.read();
-  if (next.done) return null;
-  return new ReadableStream({
-    async pull(sink) {
-      const { done, value } = next ?? await reader.read();
-      next = undefined;
-      if (done) sink.close();
-      else sink.enqueue(value);
-    },
-    cancel: (reason) => reader.cancel(reason),
-  });
-}
-
-/** Passes bytes on up to a limit. */
-function limited(limit: number): TransformStream<Uint8Array<ArrayBuffer>, Uint8Array<ArrayBuffer>> {
-  let passed = 0;
-  return new TransformStream({
-    transform(piece, controller) {
-      passed += piece.byteLength;
-      if (passed > limit) controller.error(new WireError("body-too-large", true, "the body is over body_limit"));
-      else controller.enqueue(piece);
-    },
-  });
-}
-
 /** The server that takes the next attempt, and is picked for it. */
 function pickServer(service: Service, exchange: Exchange, effects: Effects): Server | undefined {
   const now = effects.now();
@@ -2643,7 +2652,7 @@ function refuse(balancer: Balancer, exchange: Exchange, kind: FailureName): Resp
 const ANY_METHOD = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 14. Runtimes: where it runs. They differ in this table and nowhere else.
+// 15. Runtimes: where it runs. They differ in this table and nowhere else.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What Deno and Bun offer beyond the standard, as far as it is used here. */
@@ -2874,7 +2883,7 @@ function defaultEffects(): Effects {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 15. Assemble: one balancer from one config.
+// 16. Assemble: one balancer from one config.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** A Hono app that balances, to be served, mounted or wrapped. */
@@ -3012,7 +3021,7 @@ export function createLoadBalancer(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 16. Main: as a program.
+// 17. Call: what the command line and the environment ask for.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const VERSION = "0.1.0";
@@ -3117,6 +3126,10 @@ function readText(file: string): string {
     }]);
   }
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 18. Main: as a program.
+// ---------------------------------------------------------------------------------------------------------------------
 
 /** Which route and service a request would take, which servers could be asked, and why not the others. */
 function explain(config: Config, text: string): string {

@@ -432,10 +432,11 @@ test("a changed file is put in force by itself, written in place or replaced as 
         assert.equal(await body(lb.port), "two");
         for (const [server, name] of [[third, "three"], [first, "one"]] as const) {
           const before = reloads(lb);
-          writeFileSync(`${lb.file}.new`, text(over([server])));
+          const paths = [{ path: `/${name}`, servers: [second.address] }];
+          writeFileSync(`${lb.file}.new`, text({ paths, ...over([server]) }));
           renameSync(`${lb.file}.new`, lb.file);
           await until("the replaced file is in force", () => reloads(lb) > before, 20_000);
-          assert.equal(await body(lb.port), name);
+          assert.deepEqual([await body(lb.port), await body(lb.port, `/${name}`)], [name, "two"]);
         }
       }),
   ));

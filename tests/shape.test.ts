@@ -9,7 +9,7 @@ import test from "node:test";
 
 const MOST_LINES = { function: 60, section: 600, file: 4000 };
 const RUNTIME_NAMES = new Set(["Deno", "Bun", "process", "navigator"]);
-const NODE_SECTIONS = new Set(["Wire", "Runtimes", "Main"]);
+const NODE_SECTIONS = new Set(["Wire", "Pool", "Runtimes", "Call", "Main"]);
 
 interface Token {
   text: string;
