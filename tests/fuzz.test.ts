@@ -615,7 +615,7 @@ test("headers of the hop, and those that Connection names, end here", async () =
 
 test("`inbound` sees the headers that pass, and what it gives back is what the Response has", async () => {
   const bytes = `${OK}Connection: X-Gone\r\nX-Gone: 1\r\nX-A: b\r\nContent-Length: 0\r\n\r\n`;
-  const seen: string[][] = [];
+  const seen: (readonly string[])[] = [];
   const { response } = await play([bytes], "GET", (headers) => (seen.push(headers), ["x-b", "c", "X-B", "d"]));
   assert.deepEqual(seen, [["x-a", "b", "content-length", "0"]]);
   assert.deepEqual([...response!.headers], [["x-b", "c, d"]]);
