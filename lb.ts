@@ -1825,9 +1825,10 @@ function onBody(wire: Wire, connection: Connection, transfer: Transfer, bytes: B
   const ended = takeBody(transfer, bytes, out);
   for (const piece of out) transfer.bytes += piece.length;
   if (ended === true && transfer.sink === undefined) {
-    finish(wire, connection, transfer);
     const whole = out.length > 1 ? Buffer.concat(out) : out[0];
-    return transfer.resolve(respond(wire, transfer, whole ?? (transfer.head!.framing === "none" ? null : NOTHING)));
+    const response = respond(wire, transfer, whole ?? (transfer.head!.framing === "none" ? null : NOTHING));
+    finish(wire, connection, transfer);
+    return transfer.resolve(response);
   }
   if (typeof ended === "string") return fail(wire, connection, "invalid-answer", ended);
   if (transfer.sink === undefined) transfer.resolve(respond(wire, transfer, bodyStream(wire, connection, transfer)));
@@ -3245,6 +3246,7 @@ async function run(call: Call): Promise<void> {
       if (seen !== (seen = fileStamp(call.file))) reload();
     }, WATCH_TICK);
   }
+  process.on("uncaughtException", (error) => effects.report("error", `internal: ${error.stack ?? error}`)); // serve on
   for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => void drain(lb, listeners, call.drain));
   for (const { address } of listeners) effects.report("info", `lb.ts ${VERSION} listening on http://${address}`);
   announce(lb);
