@@ -786,6 +786,7 @@ export interface Client {
 /** One request's life, from the gate to the end of the answer's body. */
 export interface Exchange extends Draw {
   table: Table;
+  wrapped: boolean; // somebody's middleware stands around the whole balancer
   started: number;
   id: string;
   method: string;
@@ -818,6 +819,7 @@ export interface Attempt {
   headers: string[]; // name, value, name, value, ...
   body: Body;
   length: number; // of the body in bytes; -1: unknown
+  wrapped: boolean; // middleware stands around the answer
   request: { readonly signal: AbortSignal }; // tells that the client has left; read late, because reading it costs
   server: Server;
   timeouts: Policy["timeouts"];
@@ -1364,6 +1366,7 @@ async function askHealth(service: Service, server: Server, effects: Effects, giv
     headers: ["host", server.host || hostOf(server.url), "user-agent", "lb.ts probe", ...[...health.headers].flat()],
     body: null,
     length: 0,
+    wrapped: false,
     request: giveUp,
     server,
     timeouts: { connect: timeout, response: timeout, idle: timeout },
@@ -1732,7 +1735,8 @@ interface Connection {
 interface Wire {
   now: () => number;
   time: number; // when it was last asked: at most a TICK ago while there are connections
-  newResponse: typeof newResponse;
+  /** `wrapped`: middleware may look at it before the runtime does. */
+  newResponse: (body: BodyInit | null, status: number, headers: readonly string[], wrapped: boolean) => Response;
   dial: (server: Server) => Socket;
   reopen: (transfer: Transfer) => void; // the same once more, on a fresh connection
   connections: Set<Connection>;
@@ -1850,7 +1854,7 @@ function respond(wire: Wire, { attempt, head }: Transfer, bytes: Body): Response
   const headers = attempt.inbound(head!.headers);
   const typed = !(bytes instanceof Uint8Array) || bytes.length === 0 || headers.includes("content-type");
   const body = typed ? bytes : new ReadableStream({ start: (sink) => (sink.enqueue(bytes), sink.close()) });
-  return wire.newResponse(body, head!.status, headers);
+  return wire.newResponse(body, head!.status, headers, attempt.wrapped);
 }
 
 /** A body that is still coming. A slow reader pauses the socket; a reader who leaves closes it. */
@@ -2261,7 +2265,7 @@ async function forward(
 ): Promise<Outcome> {
   const { effects } = balancer;
   const { method, body, length } = exchange;
-  const [route, { policy }] = [exchange.route!, exchange.destination!];
+  const [route, destination] = [exchange.route!, exchange.destination!];
   const url = server.url + targetOf(exchange, route);
   const headers = outbound(exchange, balancer.via);
   headers[1] = hostFor(exchange, server);
@@ -2273,9 +2277,10 @@ async function forward(
       headers: route.hasRules ? applyRules(headers, route.request.headers) : headers,
       body,
       length,
+      wrapped: exchange.wrapped || destination.around !== undefined,
       request: exchange.request,
       server,
-      timeouts: policy.timeouts,
+      timeouts: destination.policy.timeouts,
       inbound: route.hasRules ? (headers) => applyRules(headers, route.response.headers) : unchanged,
       ended,
     });
@@ -2368,7 +2373,7 @@ function respondLiterally(
     ...[...headers].flat(),
     ...(status === 204 || status === 304 ? [] : ["content-length", `${bytes.length}`]),
   ];
-  return newResponse(body ? bytes : null, status, applyRules(list, route.response.headers));
+  return new Response(body ? bytes : null, { status, headers: pairs(applyRules(list, route.response.headers)) });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2446,7 +2451,7 @@ const RETRIED_AS: Partial<Record<Failure, string | number>> = {
 };
 
 /** The record of a request that has just come in. */
-function newExchange(balancer: Balancer, request: Request, from: Client): Exchange {
+function newExchange(balancer: Balancer, request: Request, from: Client, wrapped = false): Exchange {
   const { table, effects } = balancer;
   const told = table.config.trust.length > 0 && table.trusts(from.address) ? toldBy(from.headers) : undefined;
   return {
@@ -2456,6 +2461,7 @@ function newExchange(balancer: Balancer, request: Request, from: Client): Exchan
     client: told ? clientBehind(from.address, told, table.trusts) : from.address,
     request,
     table,
+    wrapped,
     started: effects.now(),
     id: told?.get("x-request-id") ?? `${balancer.name}-${(++balancer.requests).toString(36)}`,
     method: request.method,
@@ -2481,8 +2487,8 @@ function newExchange(balancer: Balancer, request: Request, from: Client): Exchan
 }
 
 /** Answers one request; `env` is what the runtime hands over beside it. */
-function balance(balancer: Balancer, request: Request, env: unknown): Response | Promise<Response> {
-  const exchange = newExchange(balancer, request, balancer.effects.client(request, env));
+function balance(balancer: Balancer, request: Request, env: unknown, wrapped: boolean): Response | Promise<Response> {
+  const exchange = newExchange(balancer, request, balancer.effects.client(request, env), wrapped);
   balancer.inFlight++;
   try {
     const refusal = admit(exchange) ?? loop(balancer, request);
@@ -2731,8 +2737,12 @@ const bare = (host: string): string => host.replace(/^\[|\]$/g, "");
 
 const shown = (host: string, port: number): string => `${host || "0.0.0.0"}:${port}`;
 
-/** Node's server takes several values as a list, and only where headers are a record adds no Content-Type of its own. */
-function nodeResponse(body: BodyInit | null, status: number, headers: readonly string[]): Response {
+/**
+ * Node's server takes several values as a list, and only where headers are a record adds no Content-Type of its own;
+ * middleware needs them as the standard has them.
+ */
+function nodeResponse(body: BodyInit | null, status: number, headers: readonly string[], wrapped: boolean): Response {
+  if (wrapped) return new Response(body, { status, headers: pairs(headers) });
   const record: Record<string, string | string[]> = {};
   for (let i = 0; i < headers.length; i += 2) {
     const [name, value] = [headers[i]!, headers[i + 1]!];
@@ -2814,7 +2824,13 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
   },
   bun: {
     serve(fetch, host, port) {
-      const options = { ...(host && { hostname: bare(host) }), port, idleTimeout: 0, maxRequestBodySize: Infinity };
+      const options = {
+        ...(host && { hostname: bare(host) }),
+        port,
+        reusePort: false,
+        idleTimeout: 0,
+        maxRequestBodySize: Infinity,
+      };
       const server = globals.Bun!.serve({ ...options, development: false, fetch });
       return Promise.resolve({ address: shown(host, server.port), close: () => server.stop() });
     },
@@ -3032,11 +3048,11 @@ export function createLoadBalancer(
     inFlight: 0,
   };
   const app = new Hono();
-  app.all("*", ({ req, env }) => balance(balancer, req.raw, env));
+  app.all("*", ({ req, env }) => balance(balancer, req.raw, env, true));
   const throughHono = app.fetch;
   const fetch: typeof throughHono = (request, env, context) =>
     // past Hono's dispatch, 1 us, where nothing is mounted here
-    app.routes.length > 1 ? throughHono(request, env, context) : balance(balancer, request, env);
+    app.routes.length > 1 ? throughHono(request, env, context) : balance(balancer, request, env, false);
   return Object.assign(app, {
     fetch,
     balancer,

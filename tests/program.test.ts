@@ -1050,19 +1050,35 @@ test("bodies that the server has encoded pass byte for byte, with and without a 
   });
 });
 
-test("every Set-Cookie stays a line of its own, in order", () =>
-  through(
-    saying(
-      "hello",
-      "Set-Cookie: a=1; Path=/\r\nSet-Cookie: b=2; Expires=Wed, 09 Jun 2027 10:18:14 GMT\r\nSet-Cookie: c=3\r\n",
-    ),
-    {},
+for (const [where, more] of Object.entries({ plain: {}, "behind middleware": { cors: { origin: ["*"] } } })) {
+  test(`every Set-Cookie stays a line of its own, in order: ${where}`, () =>
+    through(
+      saying(
+        "hello",
+        "Set-Cookie: a=1; Path=/\r\nSet-Cookie: b=2; Expires=Wed, 09 Jun 2027 10:18:14 GMT\r\nSet-Cookie: c=3\r\n",
+      ),
+      more,
+      async ({ port }) => {
+        assert.deepEqual(values(await one(port, "/", "Origin: http://b.test\r\n"), "set-cookie"), [
+          "a=1; Path=/",
+          "b=2; Expires=Wed, 09 Jun 2027 10:18:14 GMT",
+          "c=3",
+        ]);
+      },
+    ));
+}
+
+test("an answer that a route gives by itself has one Content-Type", () =>
+  running(
+    {
+      routes: [{ path: "/a", respond: { body: "<b>", headers: { "content-type": "text/html" } } }, {
+        path: "/b",
+        respond: { body: "b" },
+      }],
+    },
     async ({ port }) => {
-      assert.deepEqual(values(await one(port, "/"), "set-cookie"), [
-        "a=1; Path=/",
-        "b=2; Expires=Wed, 09 Jun 2027 10:18:14 GMT",
-        "c=3",
-      ]);
+      assert.deepEqual(values(await one(port, "/a"), "content-type"), ["text/html"]);
+      assert.deepEqual(values(await one(port, "/b"), "content-type"), ["text/plain; charset=utf-8"]);
     },
   ));
 
