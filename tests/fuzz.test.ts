@@ -110,7 +110,7 @@ async function play(
   const server = { url: "http://server.test:80", tls: {} } as Server;
   const ended: unknown[][] = [];
   const attempt: Attempt = {
-    ...{ server, method, headers: [], body: null, length: 0, timeouts: MINUTE },
+    ...{ server, method, headers: [], body: null, length: 0, wrapped: false, timeouts: MINUTE },
     request: { signal: new AbortController().signal },
     inbound,
     ended: (...args) => void ended.push(args),

@@ -102,7 +102,7 @@ const PATIENT = { connect: 20_000, response: 20_000, idle: 20_000 };
 function ask(wire: Wire, server: Server, { target = "/", timeouts, ...own }: Asked = {}) {
   const ended: unknown[][] = [];
   const response = wire.fetch(server.url + target, {
-    ...{ server, method: "GET", headers: ["host", "a.test"], body: null, length: 0 },
+    ...{ server, method: "GET", headers: ["host", "a.test"], body: null, length: 0, wrapped: false },
     request: { signal: new AbortController().signal },
     inbound: (headers) => headers,
     ended: (...args) => void ended.push(args),
