@@ -33,7 +33,7 @@
  * @module
  */
 
-import { readFileSync, statSync } from "node:fs";
+import { readFileSync, statSync, write as writeTo, writeSync } from "node:fs";
 import type { IncomingMessage } from "node:http";
 import { type AddressInfo, connect as netConnect, isIP, type Socket } from "node:net";
 import process from "node:process";
@@ -708,6 +708,7 @@ export type Server = ServerConfig & {
   inFlight: number;
   picks: number;
   answers: number;
+  saidAt: number; // when its last failure was reported
   latency: number; // mean milliseconds to the head of an answer; over the last 64 or so once there are that many
 };
 
@@ -741,6 +742,7 @@ export interface Service {
   turn: number; // requests so far
   inFlight: number;
   retrying: number; // retries in flight: what the budget bounds
+  saved: number; // retries that whole answers have earned, for the moment when a server dies
 }
 
 /** One service that a route may lead to, with the policy that holds on that way. */
@@ -878,6 +880,7 @@ const newService = (name: string) => ({
   turn: 0,
   inFlight: 0,
   retrying: 0,
+  saved: 0,
 });
 
 const newServer = (config: ServerConfig, service: string, tls: Server["tls"]): Server => ({
@@ -895,6 +898,7 @@ const newServer = (config: ServerConfig, service: string, tls: Server["tls"]): S
   inFlight: 0,
   picks: 0,
   answers: 0,
+  saidAt: -Infinity,
   latency: 0,
 });
 
@@ -964,9 +968,11 @@ function admit(exchange: Exchange): Refusal | undefined {
   if (url.length - start > MAX_TARGET) return "uri-too-long";
   if (!sameAuthority(url.slice(authority, start), host)) return "bad-host";
   const mark = url.indexOf("?", start);
-  const path = normalizePath(mark < 0 ? url.slice(start) : url.slice(start, mark));
+  const sent = mark < 0 ? url.slice(start) : url.slice(start, mark);
+  const path = normalizePath(sent);
   const query = mark < 0 ? "" : url.slice(mark);
   if (path === undefined || FORBIDDEN_IN_TARGET.test(query)) return "bad-request";
+  if (exchange.wrapped && path !== sent) return "bad-request"; // middleware has matched another path than servers would get
   exchange.path = path;
   exchange.query = query;
   if (method === "GET" || method === "HEAD") return undefined; // their bodies have been drained by the runtime
@@ -1849,11 +1855,17 @@ function onBody(wire: Wire, connection: Connection, transfer: Transfer, bytes: B
 
 const NOTHING = new Uint8Array(0);
 
-/** The answer as a Response. A body without a type goes as a stream: bytes would be given one by Bun. */
+/** The answer as a Response. As a stream goes what runtimes would add to: bytes get a type, HEAD without a length gets 0. */
 function respond(wire: Wire, { attempt, head }: Transfer, bytes: Body): Response {
   const headers = attempt.inbound(head!.headers);
   const typed = !(bytes instanceof Uint8Array) || bytes.length === 0 || headers.includes("content-type");
-  const body = typed ? bytes : new ReadableStream({ start: (sink) => (sink.enqueue(bytes), sink.close()) });
+  const whole = bytes !== null || attempt.method !== "HEAD" || headers.includes("content-length");
+  const body = typed && whole ? bytes : new ReadableStream({
+    start(sink) {
+      if (bytes instanceof Uint8Array) sink.enqueue(bytes);
+      sink.close();
+    },
+  });
   return wire.newResponse(body, head!.status, headers, attempt.wrapped);
 }
 
@@ -2440,6 +2452,7 @@ const ACCESS_LINES = {
 const BACK_OFF = 25; // milliseconds before the second retry at most; doubled for each further one, up to a second
 const MAX_HOPS = 20; // entries of Via
 const LEAST_RETRIES = 3; // that the budget always allows at once
+const MOST_SAVED = 100; // retries beyond the budget that can be saved up
 const GATEWAY_ERRORS = new Set([502, 503, 504]); // an answer that counts against its server
 const BLAMELESS = new Set<string>(["client-left", "client-timeout", "bad-body", "body-too-large"]);
 const RETRIED_AS: Partial<Record<Failure, string | number>> = {
@@ -2566,11 +2579,19 @@ async function attempts(balancer: Balancer, exchange: Exchange, destination: Des
   }
 }
 
+/** Reports what is wrong with a server, once a second at most: the access log has every request. */
+function complain(service: Service, server: Server, detail: string, effects: Effects): void {
+  const now = effects.now();
+  if (now - server.saidAt < 1_000) return;
+  server.saidAt = now;
+  effects.report("warn", `${service.name}: ${server.name}: ${detail}`);
+}
+
 /** What an attempt says about its server before there is a body. What the client did says nothing. */
 function judge(service: Service, server: Server, outcome: Outcome, effects: Effects): void {
   if (outcome.kind === "answer") onHead(server, outcome.milliseconds);
   else if (!BLAMELESS.has(outcome.kind)) {
-    effects.report("warn", `${service.name}: ${server.name}: ${outcome.detail}`);
+    complain(service, server, outcome.detail, effects);
     onFailed(service, server, effects);
   }
 }
@@ -2601,7 +2622,8 @@ function forRetry(service: Service, candidates: readonly Server[], tried: Server
 /**
  * Whether another attempt may be made: the policy names what happened; repeating it does no harm, because no server has
  * seen the request or it is idempotent and its body is at hand; and the budget has room. A connection that never stood
- * put no load on any server, and so costs no budget.
+ * put no load on any server, and so costs no budget. What good answers have earned covers the many that a server which
+ * dies takes with it at once; where all servers fail, nothing is earned.
  */
 function mayRetry(
   exchange: Exchange,
@@ -2616,7 +2638,8 @@ function mayRetry(
   const sent = outcome.kind === "answer" || outcome.sent;
   if (!sent) return true;
   if (!mayRepeat(exchange)) return false;
-  return service.retrying < Math.max(LEAST_RETRIES, service.config.retry_budget * service.inFlight);
+  if (service.retrying < Math.max(LEAST_RETRIES, service.config.retry_budget * service.inFlight)) return true;
+  return service.saved >= 1 && service.saved-- >= 1;
 }
 
 /** Gives up an answer that another attempt will replace. */
@@ -2638,9 +2661,12 @@ function settle(
   const { effects } = balancer;
   server.inFlight--;
   const cutOff = problem !== undefined && !BLAMELESS.has(problem);
-  if (cutOff) effects.report("warn", `${service.name}: ${server.name}: its answer was cut off (${problem})`);
+  if (cutOff) complain(service, server, `its answer was cut off (${problem})`, effects);
   if (cutOff || GATEWAY_ERRORS.has(status)) onFailed(service, server, effects);
-  else if (problem === undefined) onAnswered(service, server, effects);
+  else if (problem === undefined) {
+    onAnswered(service, server, effects);
+    service.saved = Math.min(MOST_SAVED, service.saved + service.config.retry_budget);
+  }
   exchange.ended = true;
   exchange.bytes = bytes;
   exchange.problem = problem ?? "";
@@ -2856,7 +2882,7 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
       const listener = getRequestListener(fetch, { errorHandler: () => refusal("bad-request") });
       const latest = new WeakMap<Socket, InstanceType<typeof ServerResponse>>();
       const server = createServer(
-        { requestTimeout: 0, maxHeaderSize: 65_536, ServerResponse: Latin1Response },
+        { requestTimeout: 0, maxHeaderSize: 65_536, requireHostHeader: false, ServerResponse: Latin1Response },
         listener,
       );
       server.maxHeadersCount = 0;
@@ -3104,6 +3130,8 @@ const OPTIONS = {
 
 /** A call of the program that cannot be meant: exit status 2. */
 class UsageError extends Error {}
+/** What keeps a good config from being served: exit status 1. */
+class StartError extends Error {}
 
 /** What the program was asked to do: options, then the environment, then what the file says. */
 interface Call {
@@ -3126,6 +3154,7 @@ function readCall(args: string[], env: Call["env"]): Call {
   }
   const { values, positionals } = parsed;
   if (positionals.length > 1) throw new UsageError(`one file expected, not ${positionals.join(" and ")}`);
+  if (values.demo && positionals.length) throw new UsageError(`--demo takes no file: ${positionals[0]}`);
   const drain = v.safeParse(Duration, values.drain ?? "30s");
   if (!drain.success) throw new UsageError(`--drain: "${values.drain}" is not a duration such as 30s`);
   return {
@@ -3143,13 +3172,16 @@ function load(call: Call, text = readText(call.file)): Config {
   const config = parseConfig(text, call.env, call.file);
   if (call.listen !== undefined) {
     const address = v.safeParse(Listen, call.listen);
-    if (!address.success) throw new UsageError(`"${call.listen}" is not a port, or an address such as 127.0.0.1:8080`);
+    const from = "--listen, --port, LB_LISTEN or LB_PORT";
+    if (!address.success) {
+      throw new UsageError(`${from}: "${call.listen}" is not a port, or an address such as 127.0.0.1:8080`);
+    }
     config.listen = [address.output];
     config.source.listen = /^\d+$/.test(call.listen) ? Number(call.listen) : call.listen;
   }
   if (call.log !== undefined) {
     const format = v.safeParse(RoutesFile.entries.log, call.log);
-    if (!format.success) throw new UsageError(`log: "${call.log}" is not combined, json or off`);
+    if (!format.success) throw new UsageError(`--log or LB_LOG: "${call.log}" is not combined, json or off`);
     config.source.log = config.log = format.output;
   }
   return config;
@@ -3183,7 +3215,8 @@ function explain(config: Config, text: string): string {
   const route = refusal ? undefined : matchRoute(balancer.table, exchange);
   if (!route) {
     const kind = refusal ?? (exchange.allow ? "bad-method" : "no-route");
-    return `no route: ${FAILURES[kind].status}, ${FAILURES[kind].text} (x-lb-failure: ${kind})`;
+    const allow = exchange.allow ? `; allowed: ${exchange.allow.join(", ")}` : "";
+    return `no route: ${FAILURES[kind].status}, ${FAILURES[kind].text} (x-lb-failure: ${kind})${allow}`;
   }
   if (route.action.kind !== "forward") {
     return `route    ${route.name}\nanswer   ${route.action.kind} ${route.action.status}`;
@@ -3198,7 +3231,10 @@ function explain(config: Config, text: string): string {
       ),
     ];
   });
-  return [`route    ${route.name}`, `target   ${method} ${targetOf(exchange, route)}`, ...services].join("\n");
+  const clients = route.admits ? ["clients  only those that allow and deny admit"] : [];
+  return [`route    ${route.name}`, ...clients, `target   ${method} ${targetOf(exchange, route)}`, ...services].join(
+    "\n",
+  );
 }
 
 /** Why a server that has just started would not be asked. */
@@ -3219,18 +3255,31 @@ async function demo(): Promise<string> {
   }]}}\ndefault: {service: demo}\n`;
 }
 
-/** Lines for standard output, written together: a write for each would cost more than the request. */
-function lineWriter(): (line: string) => void {
-  let waiting: string[] = [];
+const MOST_WAITING = 100_000; // lines that wait for a reader of the log
+
+/** Lines for standard output, written together and never waited for: a reader that stalls costs lines, not requests. */
+function lineWriter(report: Effects["report"]): (line: string) => void {
+  let [waiting, lost, busy]: [string[], number, boolean] = [[], 0, false];
+  const put = (bytes: Uint8Array): void =>
+    writeTo(1, bytes, (error, written) => {
+      if (error?.code === "EAGAIN") return void setTimeout(put, 20, bytes);
+      if (!error && written < bytes.length) return put(bytes.subarray(written));
+      busy = false;
+      if (waiting.length) flush();
+    });
   const flush = () => {
-    process.stdout.write(waiting.join(""));
-    waiting = [];
+    if (busy) return;
+    busy = true;
+    if (lost) report("warn", `lines of the access log that nobody read: ${lost}`);
+    const text = waiting.join("");
+    [waiting, lost] = [[], 0];
+    put(new TextEncoder().encode(text));
   };
-  process.stdout.on("error", () => {}); // nobody reads any more: no reason to stop balancing
-  process.on("exit", () => waiting.length && flush());
+  process.on("exit", () => waiting.length && writeSync(1, waiting.join("")));
   return (line) => {
-    if (waiting.length === 0) setTimeout(flush, 20);
-    waiting.push(line + "\n");
+    if (waiting.length === 0 && !busy) setTimeout(flush, 20);
+    if (waiting.length < MOST_WAITING) waiting.push(line + "\n");
+    else lost++;
   };
 }
 
@@ -3239,19 +3288,14 @@ async function run(call: Call): Promise<void> {
   const text = call.options.demo ? await demo() : undefined;
   let seen = fileStamp(call.file); // before it is read, so that no change after that is missed
   const config = load(call, text);
-  const lb = createLoadBalancer(config, { write: lineWriter() });
+  const lb = createLoadBalancer(config, { write: lineWriter(defaultEffects().report) });
   const { effects } = lb.balancer;
   const listeners: Listener[] = [];
   for (const { host, port } of config.listen) {
     try {
       listeners.push(await runtimes[here].serve((request, env) => lb.fetch(request, env as object), host, port));
     } catch (error) {
-      throw new ConfigError(call.file, [{
-        line: 1,
-        column: 1,
-        path: "listen",
-        message: `cannot listen on ${shown(host, port)}: ${(error as Error).message}`,
-      }]);
+      throw new StartError(`cannot listen on ${shown(host, port)}: ${(error as Error).message}`);
     }
   }
   setInterval(() => void lb.probe(), PROBE_TICK);
@@ -3279,9 +3323,11 @@ const PROBE_TICK = 100; // milliseconds between two looks at which probes are du
 
 /** Says what is balanced. */
 function announce({ balancer: { table, effects } }: LoadBalancer): void {
-  for (const { name, servers, config } of table.services.values()) {
+  const services = [...table.services.values()];
+  for (const { name, servers, config } of services.slice(0, 20)) {
     effects.report("info", `${name}: ${config.strategy.name} over ${servers.map((server) => server.name).join(", ")}`);
   }
+  if (services.length > 20) effects.report("info", `and ${services.length - 20} more services`);
 }
 
 /** Reads the file again. A file that cannot be used changes nothing. */
@@ -3290,7 +3336,7 @@ function again(call: Call, lb: LoadBalancer): void {
   try {
     const config = load(call);
     lb.reload(config);
-    effects.report("info", `${call.file} is in force again, changed`);
+    effects.report("info", `${call.file} is in force again`);
     if (JSON.stringify(config.listen) !== JSON.stringify(table.config.listen)) {
       effects.report("warn", "listen has changed: that takes effect with the next start");
     }
@@ -3329,8 +3375,8 @@ async function main(args: string[], env: Call["env"]): Promise<number | undefine
     if (options.explain !== undefined) return print(explain(load(call), options.explain));
     await run(call);
   } catch (error) {
-    if (!(error instanceof UsageError || error instanceof ConfigError)) throw error;
-    console.error(error.message);
+    if (![UsageError, ConfigError, StartError].some((known) => error instanceof known)) throw error;
+    console.error((error as Error).message);
     if (error instanceof UsageError) console.error("lb.ts --help lists the options");
     return error instanceof UsageError ? 2 : 1;
   }
