@@ -1859,7 +1859,8 @@ const NOTHING = new Uint8Array(0);
 function respond(wire: Wire, { attempt, head }: Transfer, bytes: Body): Response {
   const headers = attempt.inbound(head!.headers);
   const typed = !(bytes instanceof Uint8Array) || bytes.length === 0 || headers.includes("content-type");
-  const whole = bytes !== null || attempt.method !== "HEAD" || headers.includes("content-length");
+  const bodiless = [204, 205, 304].includes(head!.status);
+  const whole = bytes !== null || attempt.method !== "HEAD" || bodiless || headers.includes("content-length");
   const body = typed && whole ? bytes : new ReadableStream({
     start(sink) {
       if (bytes instanceof Uint8Array) sink.enqueue(bytes);
@@ -1977,7 +1978,13 @@ function open(wire: Wire, transfer: Transfer): void {
     connection.connected = true;
     if (connection.transfer) send(wire, connection, connection.transfer);
   });
-  socket.on("data", (data: Bytes) => onData(wire, connection, data));
+  socket.on("data", (data: Bytes) => {
+    try {
+      onData(wire, connection, data);
+    } catch (error) { // what the runtime's Response does not take
+      fail(wire, connection, "invalid-answer", String(error));
+    }
+  });
   socket.on("drain", () => connection.transfer?.drained?.());
   socket.on("end", () => onEnd(wire, connection));
   socket.on("error", (error: Error) => void (reason = error.message || String(error)));
