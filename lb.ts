@@ -3313,6 +3313,7 @@ async function run(call: Call): Promise<void> {
       if (seen !== (seen = fileStamp(call.file))) reload();
     }, WATCH_TICK);
   }
+  process.stderr.on("error", () => {}); // nobody reads it any more: reporting that would go round in circles
   process.on("uncaughtException", (error) => effects.report("error", `internal: ${error.stack ?? error}`)); // serve on
   for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => void drain(lb, listeners, call.drain));
   for (const { address } of listeners) effects.report("info", `lb.ts ${VERSION} listening on http://${address}`);
