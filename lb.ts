@@ -2646,7 +2646,9 @@ function mayRetry(
   if (!sent) return true;
   if (!mayRepeat(exchange)) return false;
   if (service.retrying < Math.max(LEAST_RETRIES, service.config.retry_budget * service.inFlight)) return true;
-  return service.saved >= 1 && service.saved-- >= 1;
+  if (service.saved < 1) return false;
+  service.saved--;
+  return true;
 }
 
 /** Gives up an answer that another attempt will replace. */

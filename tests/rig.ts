@@ -402,3 +402,13 @@ export async function startProgram(config: unknown, args: string[] = []): Promis
     throw error;
   }
 }
+
+/** A random that gives the same numbers for the same seed (mulberry32). */
+export function seeded(seed: number): () => number {
+  return () => {
+    let t = seed += 0x6d2b79f5;
+    t = Math.imul(t ^ t >>> 15, t | 1);
+    t ^= t + Math.imul(t ^ t >>> 7, t | 61);
+    return ((t ^ t >>> 14) >>> 0) / 2 ** 32;
+  };
+}

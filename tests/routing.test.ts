@@ -3,16 +3,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { type Client, createLoadBalancer, parseConfig } from "../lb.ts";
-
-/** mulberry32: the same numbers from 0 to 1 for the same seed. */
-function seeded(seed: number): () => number {
-  return () => {
-    let t = seed += 0x6d2b79f5;
-    t = Math.imul(t ^ t >>> 15, t | 1);
-    t ^= t + Math.imul(t ^ t >>> 7, t | 61);
-    return ((t ^ t >>> 14) >>> 0) / 2 ** 32;
-  };
-}
+import { seeded } from "./rig.ts";
 
 interface Ask extends RequestInit {
   headers?: Record<string, string>;

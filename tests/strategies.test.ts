@@ -11,16 +11,7 @@ import {
   strategies,
   type Strategy,
 } from "../lb.ts";
-
-/** mulberry32: the same numbers from 0 to 1 for the same seed. */
-function seeded(seed: number): () => number {
-  return () => {
-    let t = seed += 0x6d2b79f5;
-    t = Math.imul(t ^ t >>> 15, t | 1);
-    t ^= t + Math.imul(t ^ t >>> 7, t | 61);
-    return ((t ^ t >>> 14) >>> 0) / 2 ** 32;
-  };
-}
+import { seeded } from "./rig.ts";
 
 type Answer = () => Promise<void>;
 interface Ask {
