@@ -11,24 +11,35 @@
  *
  * Each section uses only the sections above it:
  *
- *     1. Schema      what routes.yml may say
- *     2. Config      from a text to a Config, or to every mistake in it
- *     3. State       what the balancer remembers
- *     4. Gate        what may come in
- *     5. Routing     which route a request belongs to
- *     6. Strategies  which server takes a request
- *     7. Health      which servers may be asked
- *     8. Messages    HTTP/1.1 as bytes
- *     9. Wire        one request and its answer over one connection
- *    10. Pool        connections that wait for the next request
- *    11. Forward     one attempt at one server
- *    12. Answers     what the balancer says by itself
- *    13. Log         what is written down
- *    14. Balance     the request path
- *    15. Runtimes    where it runs
- *    16. Assemble    one balancer from one config
- *    17. Call        what the command line and the environment ask for
- *    18. Main        as a program
+ *     1. Words       what a value may be
+ *     2. Schema      what routes.yml may say
+ *     3. Config      from a text to a Config, or to every mistake in it
+ *     4. State       what the balancer remembers
+ *     5. Gate        what may come in
+ *     6. Routing     which route a request belongs to
+ *     7. Strategies  which server takes a request
+ *     8. Health      which servers may be asked
+ *     9. Messages    HTTP/1.1 as bytes
+ *    10. Wire        one request and its answer over one connection
+ *    11. Pool        connections that wait for the next request
+ *    12. Forward     one attempt at one server
+ *    13. Upgrade     one attempt, both ways
+ *    14. Answers     what the balancer says by itself
+ *    15. Limits      who has to wait, or to come back later
+ *    16. Sticky      which server a client had before
+ *    17. Log         what is written down
+ *    18. Metrics     what has been counted
+ *    19. Balance     the request path
+ *    20. Tcp         connections that are not HTTP
+ *    21. Runtimes    where it runs
+ *    22. Assemble    one balancer from one config
+ *    23. Save        the file after a change
+ *    24. Admin       looking at it and operating it
+ *    25. Docs        the description of the API
+ *    26. Dashboard   the page for people
+ *    27. Call        what the command line and the environment ask for
+ *    28. Workers     many cores
+ *    29. Main        as a program
  *
  * @module
  */
@@ -51,7 +62,7 @@ import * as v from "valibot";
 import { isAlias, isMap, isScalar, isSeq, LineCounter, type Node, parseDocument, type Scalar, stringify } from "yaml";
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 1. Schema: what routes.yml may say. One schema gives types, defaults, bounds, messages and the JSON Schema.
+// 1. Words: what a value may be. valibot schemas with our messages, and the texts that stand for times, sizes and the like.
 // ---------------------------------------------------------------------------------------------------------------------
 
 // A message that begins with $ begins with the value: `"5 sec" is not a duration` (see `report`).
@@ -198,6 +209,10 @@ const Regex = word("a regular expression (RE2)", /^[^]*$/, (text) => {
     return new Error((error as RE2JSSyntaxException).error);
   }
 });
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 2. Schema: what routes.yml may say. One schema gives types, defaults, bounds, messages and the JSON Schema.
+// ---------------------------------------------------------------------------------------------------------------------
 
 // A service.
 const ORIGIN = /^(?:(https?):\/\/)?(\[[^\]]*\]|[^:[\]/?#@]*)(?::(\d{1,5}))?\/?$/i;
@@ -406,7 +421,7 @@ type Top = Pick<Out<typeof RoutesFile>, "listen" | "trust" | "log" | "name_route
 export type Config = Top & { services: Map<string, ServiceConfig>; routes: RouteConfig[]; source: Raw };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 2. Config: from a text to a Config, or to every mistake in it with its place.
+// 3. Config: from a text to a Config, or to every mistake in it with its place.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** One thing that is wrong with a file, and where. */
@@ -689,7 +704,7 @@ export const printConfig = ({ source }: Config): string =>
   stringify(masked(source), { lineWidth: 0, aliasDuplicateObjects: false });
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 3. State: what the balancer remembers. Plain records; what changes while serving stands together at the end of each.
+// 4. State: what the balancer remembers. Plain records; what changes while serving stands together at the end of each.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** One server of one service. Times are milliseconds of `Effects.now`. */
@@ -903,7 +918,7 @@ const newServer = (config: ServerConfig, service: string, tls: Server["tls"]): S
 });
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 4. Gate: what may come in. One normalised path is both matched and forwarded, so that no rule can be talked around.
+// 5. Gate: what may come in. One normalised path is both matched and forwarded, so that no rule can be talked around.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const METHOD = /^[A-Z][A-Z0-9-]{0,31}$/;
@@ -991,7 +1006,7 @@ function sameAuthority(authority: string, host: string): boolean {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 5. Routing: which route a request belongs to. Compiled once per table: a thousand routes cost what one costs.
+// 6. Routing: which route a request belongs to. Compiled once per table: a thousand routes cost what one costs.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** The routes of one host name, by kind of path. Within one path those with more conditions stand first. */
@@ -1168,7 +1183,7 @@ function rewritePath({ rewrite }: Route, path: string, matched: string | RE2JS):
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 6. Strategies: which server takes a request. One function each, in one table that users may add to.
+// 7. Strategies: which server takes a request. One function each, in one table that users may add to.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const evens = new WeakMap<Candidates, boolean>();
@@ -1284,7 +1299,7 @@ function keyOf({ by, key }: ServiceConfig["strategy"]): Service["key"] {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 7. Health: which servers may be asked. Enabled is not healthy: requests eject for a time, probes take out and bring back.
+// 8. Health: which servers may be asked. Enabled is not healthy: requests eject for a time, probes take out and bring back.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** Whether a server may be asked, leaving aside how many requests it has. */
@@ -1417,7 +1432,7 @@ export async function probeDue(table: Table, effects: Effects): Promise<void> {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 8. Messages: HTTP/1.1 as bytes. Strict on what comes from servers: what could mean two things is refused.
+// 9. Messages: HTTP/1.1 as bytes. Strict on what comes from servers: what could mean two things is refused.
 // ---------------------------------------------------------------------------------------------------------------------
 
 type Bytes = Buffer<ArrayBuffer>;
@@ -1650,7 +1665,7 @@ function takeLine(reading: Reading, line: string): string | undefined {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 9. Wire: one request and its answer over one connection. The runtimes' own fetch is slow for a proxy and changes what passes.
+// 10. Wire: one request and its answer over one connection. The runtimes' own fetch is slow for a proxy and changes what passes.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** Why there is no answer, or no whole answer. FAILURES says what the client is told. */
@@ -1940,7 +1955,7 @@ function fail(wire: Wire, connection: Connection, kind: Failure, detail: string)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 10. Pool: connections that wait for the next request, and the one clock that looks at all of them.
+// 11. Pool: connections that wait for the next request, and the one clock that looks at all of them.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** A socket to a server; the addresses of a name are tried one after another (RFC 8305). */
@@ -2089,7 +2104,7 @@ export function createWire(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 11. Forward: one attempt at one server. What belongs to the client's hop stays there; what is ours is set anew.
+// 12. Forward: one attempt at one server. What belongs to the client's hop stays there; what is ours is set anew.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What became of one attempt. `sent`: the server may have seen some of the request. */
@@ -2312,7 +2327,11 @@ async function forward(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 12. Answers: what the balancer says by itself.
+// 13. Upgrade: one attempt, both ways. WebSockets, from the handshake to the last frame.
+// ---------------------------------------------------------------------------------------------------------------------
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 14. Answers: what the balancer says by itself.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** Why the balancer refuses what has passed the gate. */
@@ -2396,7 +2415,15 @@ function respondLiterally(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 13. Log: what is written down of each request, one line when its last byte has passed.
+// 15. Limits: who has to wait, or to come back later. Queues, rates and the service's own measure of too much.
+// ---------------------------------------------------------------------------------------------------------------------
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 16. Sticky: which server a client had before. A signed cookie says it.
+// ---------------------------------------------------------------------------------------------------------------------
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 17. Log: what is written down of each request, one line when its last byte has passed.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split(" ");
@@ -2453,7 +2480,11 @@ const ACCESS_LINES = {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 14. Balance: the request path. gate -> matchRoute -> pickServer -> forward -> settle -> (retry, minus those tried) -> response
+// 18. Metrics: what has been counted. Numbers that add up over workers, and their text for Prometheus.
+// ---------------------------------------------------------------------------------------------------------------------
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 19. Balance: the request path. gate -> matchRoute -> pickServer -> forward -> settle -> (retry, minus those tried) -> response
 // ---------------------------------------------------------------------------------------------------------------------
 
 const BACK_OFF = 25; // milliseconds before the second retry at most; doubled for each further one, up to a second
@@ -2715,7 +2746,11 @@ function refuse(balancer: Balancer, exchange: Exchange, kind: FailureName): Resp
 const ANY_METHOD = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 15. Runtimes: where it runs. They differ in this table and nowhere else.
+// 20. Tcp: connections that are not HTTP. The same services and servers, with bytes in place of requests.
+// ---------------------------------------------------------------------------------------------------------------------
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 21. Runtimes: where it runs. They differ in this table and nowhere else.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What Deno and Bun offer beyond the standard, as far as it is used here. */
@@ -2956,7 +2991,7 @@ function defaultEffects(): Effects {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 16. Assemble: one balancer from one config.
+// 22. Assemble: one balancer from one config.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** A Hono app that balances, to be served, mounted or wrapped. */
@@ -3097,7 +3132,23 @@ export function createLoadBalancer(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 17. Call: what the command line and the environment ask for.
+// 23. Save: the file after a change. Its comments and order stay, and what is on disk is always whole.
+// ---------------------------------------------------------------------------------------------------------------------
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 24. Admin: looking at it and operating it. Every change is a change of the file.
+// ---------------------------------------------------------------------------------------------------------------------
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 25. Docs: the description of the API. OpenAPI from the schemas that check it.
+// ---------------------------------------------------------------------------------------------------------------------
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 26. Dashboard: the page for people. One page, no script from anywhere else.
+// ---------------------------------------------------------------------------------------------------------------------
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 27. Call: what the command line and the environment ask for.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const VERSION = "0.1.0";
@@ -3210,7 +3261,11 @@ function readText(file: string): string {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 18. Main: as a program.
+// 28. Workers: many cores. One main thread decides, and threads that share the port serve.
+// ---------------------------------------------------------------------------------------------------------------------
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 29. Main: as a program.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** Which route and service a request would take, which servers could be asked, and why not the others. */
