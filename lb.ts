@@ -199,7 +199,9 @@ const Listen = word("a port, or an address such as 127.0.0.1:8080 or [::]:8080",
   return Number(port) < 65536 && (!host || isHost(host)) && { host, port: Number(port) };
 });
 const PATH = /^\/[!-"$->@-~]*$/; // ASCII without space, ? and #
-const Path = word("a path such as /v1 (it begins with / and has no query)", PATH);
+const Path = word("a path such as /v1 (it begins with / and has no query)", PATH, (path) => {
+  return /\/\.\.?(?:\/|$)/.test(path) ? new Error("no request has . or .. in its path") : path;
+});
 const Prefix = v.pipe(Path, v.transform((path) => path.replace(/\/+$/, "")));
 /** RE2 syntax: linear time by construction, so that no pattern can be made slow by a request. */
 const Regex = word("a regular expression (RE2)", /^[^]*$/, (text) => {
@@ -571,6 +573,16 @@ const nameRoutes = ({ name_routes, services }: Raw): Raw[] =>
   Object.keys(name_routes === true ? record(services) : {}).map(plain)
     .filter((service) => SEGMENT.test(service)).map((service) => ({ path: `/${service}`, service, strip: true }));
 
+/** How many groups a path's regular expression has; what is no expression is rewritten literally. */
+function groupsOf(path: unknown): number {
+  const { regex } = record(path);
+  try {
+    return typeof regex === "string" ? RE2JS.compile(regex).groupCount() : Infinity;
+  } catch { // said elsewhere
+    return Infinity;
+  }
+}
+
 function check(file: Raw, more: string[], say: Say) {
   const services = Object.keys(record(file.services)).map(plain), strategies = [...STRATEGIES, ...more];
   const known = (path: Keys, name: unknown, what: string, names: string[], at?: "key") => {
@@ -596,6 +608,9 @@ function check(file: Raw, more: string[], say: Say) {
       if (!Object.hasOwn(settings, key) || Object.hasOwn(policy, key)) continue;
       say([...path, key], "belongs to a service: it stands there, or beside servers", "key");
     }
+    const groups = Math.min(...[entry.path].flat().map(groupsOf)), rewritten = record(entry.rewrite).path;
+    const group = Math.max(0, ...[...String(rewritten).matchAll(/\$(\d+)/g)].map((found) => Number(found[1])));
+    if (group > groups) say([...path, "rewrite", "path"], `$${group} is none of the groups of every path`);
     if (entry.strip === true && entry.rewrite) say([...path, "strip"], "strip and rewrite exclude each other", "key");
     if (entry.name && taken.has(entry.name)) say([...path, "name"], `${quote(entry.name)} names another route already`);
     taken.add(entry.name);
@@ -711,6 +726,7 @@ export const printConfig = ({ source }: Config): string =>
 export type Server = ServerConfig & {
   service: string;
   tls: ServiceConfig["tls"];
+  hash: number; // of its name, for rendezvous
   // changes while serving
   up: boolean; // what active probes say
   until: number; // ejected until then; 0: not ejected
@@ -887,6 +903,20 @@ export interface Effects {
 /** The host and port of a server's URL. */
 const hostOf = (url: string): string => url.slice(url.indexOf("//") + 2);
 
+/** Mixes 32 bits so that numbers that differ in one bit are far apart (MurmurHash3's finish). */
+function mix(h: number): number {
+  h = Math.imul(h ^ h >>> 16, 0x85ebca6b);
+  h = Math.imul(h ^ h >>> 13, 0xc2b2ae35);
+  return (h ^ h >>> 16) >>> 0;
+}
+
+/** 32 bits of a text (FNV-1a, mixed). */
+function hash(text: string): number {
+  let h = 0x811c9dc5;
+  for (let i = 0; i < text.length; i++) h = Math.imul(h ^ text.charCodeAt(i), 0x01000193);
+  return mix(h);
+}
+
 const newService = (name: string) => ({
   name,
   candidates: [],
@@ -902,6 +932,7 @@ const newServer = (config: ServerConfig, service: string, tls: Server["tls"]): S
   ...config,
   service,
   tls,
+  hash: hash(config.name),
   up: true,
   until: 0,
   failures: 0,
@@ -1186,23 +1217,18 @@ function rewritePath({ rewrite }: Route, path: string, matched: string | RE2JS):
 // 7. Strategies: which server takes a request. One function each, in one table that users may add to.
 // ---------------------------------------------------------------------------------------------------------------------
 
-const evens = new WeakMap<Candidates, boolean>();
+const known = new WeakMap<Candidates, { even: boolean; heaviest: number }>();
 
-/** Whether all weights are the same. Candidates stay the same list until a server flips, so the answer is kept. */
-function isEven(candidates: Candidates): boolean {
-  let even = evens.get(candidates);
-  if (even === undefined) {
-    evens.set(
-      candidates,
-      even = candidates.every(({ weight }) => weight === candidates[0].weight),
-    );
-  }
-  return even;
-}
+/** What the weights of these candidates are like. The list stays the same until a server flips, and so does the answer. */
+const weightsOf = (candidates: Candidates) =>
+  entry(known, candidates, () => {
+    const heaviest = Math.max(...candidates.map(({ weight }) => weight));
+    return { heaviest, even: candidates.every(({ weight }) => weight === heaviest) };
+  });
 
 /** Smooth weighted round robin, nginx's: 5:1:1 gives a a b a c a a, shares are exact. Equal weights simply rotate. */
 const roundRobin: Strategy = (candidates, { turn }) => {
-  if (isEven(candidates)) return candidates[turn % candidates.length]!;
+  if (weightsOf(candidates).even) return candidates[turn % candidates.length]!;
   let best = candidates[0];
   let total = 0;
   for (const server of candidates) {
@@ -1230,21 +1256,11 @@ const busyness = (server: Server): number => server.inFlight / server.weight;
 
 /** Draws by weight without a sum: a server is accepted as often as its weight stands to the heaviest. */
 function draw(candidates: Candidates, random: () => number, except?: Server): Server {
-  let heaviest = 0;
-  for (const server of candidates) if (server !== except) heaviest = Math.max(heaviest, server.weight);
+  const { heaviest } = weightsOf(candidates);
   for (;;) {
     const server = candidates[Math.floor(random() * candidates.length)]!;
     if (server !== except && (server.weight === heaviest || random() * heaviest < server.weight)) return server;
   }
-}
-
-/** 32 bits of a text (FNV-1a), mixed so that texts that differ in one letter are far apart. */
-function hash(text: string, seed = 0x811c9dc5): number {
-  let h = seed;
-  for (let i = 0; i < text.length; i++) h = Math.imul(h ^ text.charCodeAt(i), 0x01000193);
-  h = Math.imul(h ^ h >>> 16, 0x85ebca6b);
-  h = Math.imul(h ^ h >>> 13, 0xc2b2ae35);
-  return (h ^ h >>> 16) >>> 0;
 }
 
 /**
@@ -1252,9 +1268,13 @@ function hash(text: string, seed = 0x811c9dc5): number {
  * moves only its own keys.
  */
 function rendezvous(candidates: Candidates, key: string, isFull: (server: Server) => boolean): Server {
-  const seed = hash(key);
-  const score = (server: Server) => -Math.log((hash(server.name, seed) + 0.5) / 2 ** 32) / server.weight;
-  return least(candidates, (server) => isFull(server) ? Number.MAX_VALUE : score(server));
+  const seed = hash(key), { even } = weightsOf(candidates);
+  const chance = (server: Server) => (mix(seed ^ server.hash) + 0.5) / 2 ** 32;
+  const score = even
+    ? (server: Server) => -chance(server)
+    : (server: Server) => -Math.log(chance(server)) / server.weight;
+  const wanted = least(candidates, score);
+  return isFull(wanted) ? least(candidates, (server) => isFull(server) ? Infinity : score(server)) : wanted;
 }
 
 /** Whether a server has over 125 % of its share of the requests in flight, and more than a handful (bounded load). */
@@ -1877,11 +1897,11 @@ function respond(wire: Wire, { attempt, head }: Transfer, bytes: Body): Response
   const bodiless = [204, 205, 304].includes(head!.status);
   const whole = bytes !== null || attempt.method !== "HEAD" || bodiless || headers.includes("content-length");
   const body = typed && whole ? bytes : new ReadableStream({
-    start(sink) {
+    pull(sink) { // later than `start`: a stream that is closed at once is known to be empty
       if (bytes instanceof Uint8Array) sink.enqueue(bytes);
       sink.close();
     },
-  });
+  }, { highWaterMark: 0 });
   return wire.newResponse(body, head!.status, headers, attempt.wrapped);
 }
 
@@ -2606,7 +2626,7 @@ async function attempts(balancer: Balancer, exchange: Exchange, destination: Des
       judge(service, server, outcome, effects);
       if (!mayRetry(exchange, destination, outcome, retry)) {
         if (outcome.kind === "answer") return conclude(balancer, exchange, outcome.response);
-        return refuse(balancer, exchange, outcome.kind);
+        return refuse(balancer, exchange, exchange.request.signal.aborted ? "client-left" : outcome.kind);
       }
       if (outcome.kind === "answer") await discard(exchange, outcome.response);
       else failure = outcome.kind;
@@ -2760,6 +2780,7 @@ interface Globals {
       options: { hostname?: string; port: number; onListen(): void },
       handler: Serve,
     ): { addr: { port: number }; shutdown(): Promise<void> };
+    stdout: { write(bytes: Uint8Array): Promise<number> };
   };
   Bun?: { serve(options: Record<string, unknown>): BunServer };
   navigator?: { userAgent?: string };
@@ -2786,6 +2807,8 @@ interface Runtime {
   serve(fetch: Serve, host: string, port: number): Promise<Listener>;
   client(request: Request, env: unknown): Client;
   transport(): Pick<Effects, "fetch" | "connect">;
+  /** Writes to standard output some of these bytes, however long its reader takes, and says how many. */
+  print(bytes: Uint8Array): Promise<number>;
 }
 
 /** Milliseconds that never go back. */
@@ -2880,6 +2903,15 @@ async function nativeFetch(url: string, attempt: Attempt): Promise<Response> {
   return passed;
 }
 
+/** Standard output through node:fs, as a pipe that is full for now says so. */
+const printed = (bytes: Uint8Array): Promise<number> =>
+  new Promise((resolve) => {
+    writeTo(1, bytes, (error, written) => {
+      if (error?.code === "EAGAIN") setTimeout(() => resolve(0), 20);
+      else resolve(error ? bytes.length : written); // nobody reads it any more
+    });
+  });
+
 const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
   deno: {
     serve(fetch, host, port) {
@@ -2891,6 +2923,7 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
       return clientOf(request, (env as { remoteAddr?: { hostname?: string } } | undefined)?.remoteAddr?.hostname);
     },
     transport: () => createWire(),
+    print: (bytes) => globals.Deno!.stdout.write(bytes).catch(() => bytes.length), // its node:fs would hold up everything
   },
   bun: {
     serve(fetch, host, port) {
@@ -2906,6 +2939,7 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
     },
     client: (request, env) => clientOf(request, (env as BunServer | undefined)?.requestIP?.(request)?.address),
     transport: () => createWire(),
+    print: printed,
   },
   node: {
     async serve(fetch, host, port) {
@@ -2954,11 +2988,13 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
       return clientOf(request, incoming?.socket.remoteAddress, incoming?.rawHeaders);
     },
     transport: () => createWire({ newResponse: nodeResponse }),
+    print: printed,
   },
   edge: {
     serve: () => Promise.reject(new Error("at the edge the platform listens")),
     client: (request) => clientOf(request, request.headers.get("cf-connecting-ip")),
     transport: () => ({ fetch: nativeFetch, connect: () => Promise.reject(new Error("not at the edge")) }),
+    print: (bytes) => Promise.resolve(bytes.length), // `Effects.write` goes to the platform's log
   },
 };
 
@@ -3324,22 +3360,18 @@ const MOST_WAITING = 100_000; // lines that wait for a reader of the log
 /** Lines for standard output, written together and never waited for: a reader that stalls costs lines, not requests. */
 function lineWriter(report: Effects["report"]): (line: string) => void {
   let [waiting, lost, busy]: [string[], number, boolean] = [[], 0, false];
-  const put = (bytes: Uint8Array): void =>
-    writeTo(1, bytes, (error, written) => {
-      if (error?.code === "EAGAIN") return void setTimeout(put, 20, bytes);
-      if (!error && written < bytes.length) return put(bytes.subarray(written));
-      busy = false;
-      if (waiting.length) flush();
-    });
-  const flush = () => {
+  const flush = async () => {
     if (busy) return;
     busy = true;
-    if (lost) report("warn", `lines of the access log that nobody read: ${lost}`);
-    const text = waiting.join("");
-    [waiting, lost] = [[], 0];
-    put(new TextEncoder().encode(text));
+    while (waiting.length) {
+      if (lost) report("warn", `lines of the access log that nobody read: ${lost}`);
+      let bytes = new TextEncoder().encode(waiting.join(""));
+      [waiting, lost] = [[], 0];
+      while (bytes.length) bytes = bytes.subarray(await runtimes[here].print(bytes));
+    }
+    busy = false;
   };
-  process.on("exit", () => waiting.length && writeSync(1, waiting.join("")));
+  process.on("exit", () => !busy && waiting.length && writeSync(1, waiting.join("")));
   return (line) => {
     if (waiting.length === 0 && !busy) setTimeout(flush, 20);
     if (waiting.length < MOST_WAITING) waiting.push(line + "\n");
@@ -3423,6 +3455,7 @@ async function drain(lb: LoadBalancer, listeners: Listener[], grace: number): Pr
   const end = effects.now() + grace;
   while (lb.balancer.inFlight > 0 && effects.now() < end) await effects.sleep(20);
   await Promise.race([closed, effects.sleep(Math.min(500, Math.max(0, end - effects.now())))]);
+  await effects.sleep(50); // for the last lines of the log
   effects.report("info", lb.balancer.inFlight ? `drained; requests cut off: ${lb.balancer.inFlight}` : "drained");
   process.exit(0);
 }

@@ -258,24 +258,37 @@ test("no further attempt is made for a client that has left", async () => {
   assert.equal(asked.length, 1);
 });
 
-/** So many requests whose first attempts fail together; how many second attempts are then in flight. */
-async function storm(requests: number, kind: Failure, keys = ""): Promise<number> {
+test("a client that leaves while its server cannot be reached has left: that is what the log says", async () => {
+  const leaving = new AbortController();
+  const meet = () => {
+    leaving.abort();
+    return Promise.reject(new WireError("connect", false, "refused"));
+  };
+  const { ask, lines } = setUp("", [meet], { top: "" });
+  const { status } = await ask(undefined, { signal: leaving.signal });
+  assert.equal(status, 499);
+  assert.match(lines.join(), /" 499 /);
+});
+
+/** So many requests whose first attempts fail together, after others went well; how many second attempts are then in flight. */
+async function storm(requests: number, kind: Failure, keys = "", before = 0): Promise<number> {
   const [first, second]: [(() => void)[], (() => void)[]] = [[], []];
+  let good = before;
   const config = parseConfig(`log: off\ndefault: { servers: [a:1, b:1], health: off, eject: off${keys} }`);
   const lb = createLoadBalancer(config, {
     client: () => ({ address: "", scheme: "http", headers: [] }),
     report: () => {},
     fetch: (_url, attempt) =>
       new Promise((resolve, reject) => {
+        if (good-- > 0) return (attempt.ended(200, 0, undefined), resolve(new Response(null)));
         if (first.length < requests) return first.push(() => reject(new WireError(kind, kind !== "connect", "")));
         second.push(() => (attempt.ended(200, 0, undefined), resolve(new Response(null))));
       }),
   });
   balancers.push(lb);
-  const answers = Array.from(
-    { length: requests },
-    () => lb.fetch(new Request("http://h/", { headers: { host: "h" } })),
-  );
+  const send = () => lb.fetch(new Request("http://h/", { headers: { host: "h" } }));
+  for (let i = 0; i < before; i++) await send();
+  const answers = Array.from({ length: requests }, send);
   for (let i = 0; i < 20; i++) await undefined;
   for (const fail of first) fail();
   for (let i = 0; i < 50; i++) await undefined;
@@ -293,6 +306,27 @@ test("retries in flight are at most 20 % of the requests in flight, at least 3; 
   assert.equal(await storm(100, "reset", ", retry_budget: 100%"), 100);
   assert.equal(await storm(100, "reset", ", retry_budget: 0%"), 3);
   assert.equal(await storm(100, "connect"), 100);
+});
+
+test("good answers save up retries for the moment when a server dies, a hundred at most", async () => {
+  assert.equal(
+    await storm(60, "reset", "", 200),
+    60 * 0.2 + 200 * 0.2,
+    "20 % of those in flight, and of 200 good answers",
+  );
+  const many = await storm(300, "reset", "", 2_000);
+  assert.ok(many >= 100 + 20 && many <= 100 + 60, `${many}`);
+});
+
+test("what is wrong with one server is reported once a second, however many requests meet it", async () => {
+  const { ask, reports, clock } = setUp("retries: 0", ["reset"], { servers: "[a:1]" });
+  for (let i = 0; i < 5; i++) await ask();
+  clock.now += 999;
+  await ask();
+  assert.equal(reports.length, 1);
+  clock.now += 1;
+  await ask();
+  assert.equal(reports.length, 2);
 });
 
 // ─── Answers of our own ───

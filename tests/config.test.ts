@@ -483,6 +483,14 @@ const WRONG: [text: string, ...expected: string[]][] = [
     "2:36: paths[0].strip: strip and rewrite exclude each other",
   ],
   [
+    `${SHOP}routes: [{ path: { regex: "^/(a)" }, service: shop, rewrite: { path: "/$2" } }]`,
+    "2:70: routes[0].rewrite.path: $2 is none of the groups of every path",
+  ],
+  [
+    `${SHOP}paths: [{ path: /a/../b, service: shop }]`,
+    '2:17: paths[0].path: "/a/../b" is not a path such as /v1 (it begins with / and has no query): no request has . or .. in its path',
+  ],
+  [
     `${SHOP}routes: [{ host: ["*", a.*.b, "*.1.2.3.4"], service: shop }]`,
     ...['19: routes[0].host[0]: "*"', '24: routes[0].host[1]: "a.*.b"', '31: routes[0].host[2]: "*.1.2.3.4"'].map((
       at,

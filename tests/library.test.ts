@@ -60,6 +60,24 @@ test("it can stand in a user's app, behind middleware and beside routes", async 
   assert.deepEqual([stranger.status, state.attempts.length], [401, 2], "no server saw that one");
 });
 
+test("behind middleware a path that it may have read otherwise is refused: /pub/../own is not /own", async () => {
+  const { state, effects } = servers();
+  const app = new Hono();
+  app.all("/own/*", (context) => context.text("for me only", 401));
+  app.route("/", createLoadBalancer(config("[a:1]"), effects));
+  const ask = async (path: string) => {
+    const request = new Request("http://h.test/", { headers: HOST });
+    Object.defineProperty(request, "url", { value: `http://h.test${path}` }); // some runtimes leave it as it was sent
+    return (await app.fetch(request)).status;
+  };
+  const rows: [string, number][] = [["/own/x", 401], ["/pub/../own/x", 400], ["/pub/%2e%2e/own/x", 400], [
+    "/%6fwn/x",
+    401,
+  ], ["/pub/x", 200]];
+  for (const [path, status] of rows) assert.equal(await ask(path), status, path);
+  assert.equal(state.attempts.length, 1);
+});
+
 test("it can be mounted below a path, with and without that path in front", async () => {
   const { effects } = servers();
   const app = new Hono();

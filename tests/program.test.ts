@@ -407,6 +407,24 @@ test("log: json writes one object for each request, refused ones too", () =>
     assert.notEqual(passed.id, refused.id);
   }));
 
+test("a reader of the log that stalls stops nobody", () =>
+  serving([saying("hello")], (server) =>
+    inFolder({ "routes.yml": text(over([server])) }, async (folder) => {
+      const stalled = [`exec "$@" > >(exec sleep 60)`, "-", process.execPath, ...RUN, ENTRY];
+      const args = ["--config", join(folder, "routes.yml"), ...LOCAL];
+      const program = spawn("bash", ["-c", ...stalled, ...args], { stdio: ["ignore", "ignore", "pipe"] });
+      let err = "";
+      program.stderr.on("data", (bytes: Buffer) => err += bytes.toString());
+      try {
+        const port = () => Number(/listening on http:\/\/\S+:(\d+)/.exec(err)?.[1]);
+        await until("it listens", () => port() > 0, 30_000);
+        const path = `/${"x".repeat(8_000)}`; // a pipe takes 64 KiB
+        for (let i = 0; i < 50; i++) assert.equal(status(await one(port(), path)), 200);
+      } finally {
+        program.kill("SIGKILL");
+      }
+    })));
+
 test("log: off writes nothing", () =>
   serving([saying("hello")], (server) =>
     running({ log: "off", ...over([server]) }, async (lb) => {
@@ -1084,6 +1102,7 @@ test("an answer that a route gives by itself has one Content-Type", () =>
 
 test("HEAD, 204, 304 and ranges have the head that the server gave, and only the body that belongs to it", async () => {
   const script: Script = (visit, request) => {
+    if (request.start.startsWith("HEAD /unsaid")) return visit.send("HTTP/1.1 200 OK\r\nX-Own: yes\r\n\r\n");
     if (request.start.startsWith("HEAD")) {
       return visit.send('HTTP/1.1 200 OK\r\nContent-Length: 1234\r\nETag: "v"\r\n\r\n');
     }
@@ -1106,6 +1125,8 @@ test("HEAD, 204, 304 and ranges have the head that the server gave, and only the
     assert.deepEqual([status(head!), value(head!, "content-length"), value(head!, "etag")], [200, "1234", '"v"']);
     assert.deepEqual([status(partial!), value(partial!, "content-range")], [206, "bytes 0-3/100"]);
     assert.equal(partial!.body.toString(), "for bytes=0-3");
+    const [unsaid] = (await rawRequest(port, [request("HEAD", "/unsaid"), 100, next], { methods: ["HEAD"] })).answers;
+    assert.deepEqual([status(unsaid!), value(unsaid!, "x-own"), value(unsaid!, "content-length")], [200, "yes", ""]);
     const [none, after] = (await rawRequest(port, [request("GET", "/204"), 100, next])).answers;
     assert.deepEqual([status(none!), value(none!, "x-own"), value(none!, "content-length"), status(after!)], [
       204,
