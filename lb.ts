@@ -44,6 +44,7 @@
  * @module
  */
 
+import { createHmac, randomBytes } from "node:crypto";
 import { readFileSync, statSync, write as writeTo, writeSync } from "node:fs";
 import type { IncomingMessage } from "node:http";
 import { type AddressInfo, connect as netConnect, isIP, type Socket } from "node:net";
@@ -292,6 +293,11 @@ const TlsMap = map({ ...files, servername: opt(Text, ""), insecure: opt(Bool, fa
 const Tls = v.pipe(TlsMap, v.check((tls) => !tls.cert === !tls.key, "needs cert and key together"));
 const RetryOn = either("connect, reset, or 400 to 599", v.picklist(["connect", "reset"]), whole(400, 599));
 const HostHeader = either("keep, server or a host", v.picklist(["keep", "server"]), Host);
+const CookieName = word("a cookie name", TOKEN);
+const Secret = v.pipe(Text, v.nonEmpty("the secret is empty"));
+const StickyMap = map({ cookie: opt(CookieName, "lb"), secret: opt(Secret), max_age: opt(duration(0), 0) });
+const Stuck = v.pipe(StickyMap, v.transform((one) => ({ secret: "", ...one })));
+const Sticky = or("off", { cookie: "", secret: "", max_age: 0 }, Stuck);
 /** What a route may also say, and then wins over its service. */
 const policy = {
   retries: key(whole(0, 10), "further attempts, always at another server while one is left", 1),
@@ -308,6 +314,11 @@ const settings = {
   panic: key(Percent, "fewer servers than this may be asked: ask them all rather than none", "50%"),
   retry_budget: key(Percent, "retries at most, of the requests in flight", "20%"),
   max_in_flight: key(Limit, "per server", "none"),
+  sticky: key(
+    Sticky,
+    "off, or the cookie that keeps a client on its server; what signs it; how long it is kept",
+    "off",
+  ),
   tls: key(Tls, "PEM files; the name to verify; insecure: any will do", v.getDefaults(TlsMap)),
   ...policy,
 };
@@ -704,14 +715,15 @@ export const jsonSchema = () =>
       valibotSchema.type === "object_with_rest" ? { ...jsonSchema, additionalProperties: false } : undefined,
   });
 
-/** `hash: {cookie: lb}` and the like name a thing and hold no secret. */
+/** `hash: {cookie: lb}` and the like name a thing and hold no secret; `sticky: {secret: ...}` does. */
 function masked(value: unknown, key = "", above = ""): unknown {
   if (Array.isArray(value)) return value.map((item) => masked(item, key, above));
   if (isRecord(value)) {
     const inside = (name: string, one: unknown) => [plain(name), masked(one, name === "regex" ? key : name, key)];
     return Object.fromEntries(Object.entries(value).map(([name, one]) => inside(name, one)));
   }
-  if (SECRET.test(key) && !/^(hash|split|sticky)$/.test(above) && typeof value !== "boolean") return "***";
+  const names = /^(hash|split)$/.test(above) || above === "sticky" && key !== "secret";
+  if (SECRET.test(key) && !names && typeof value !== "boolean") return "***";
   return typeof value === "string" ? value.replaceAll("${", () => "$${") : value;
 }
 /** What is in force, as a routes.yml with the defaults spelt out and secrets as `***`. */
@@ -765,6 +777,7 @@ export interface Service {
   servers: Server[];
   strategy: Strategy;
   key: (exchange: Exchange) => string; // what `hash` hashes
+  cookies: Map<string, Server> | undefined; // the servers by the values of the sticky cookie, once they are signed
   // changes while serving
   candidates: readonly Server[]; // who may be asked, as of the last change
   candidatesUntil: number; // when that has to be worked out again; 0: at once
@@ -794,6 +807,7 @@ export type Around = Hono<{ Bindings: { answer: () => Promise<Response> } }>;
 export interface Route extends Pick<RouteConfig, RouteKeys> {
   destinations: Destination[]; // where the action is to forward
   weight: number; // the sum over destinations
+  sticky: boolean; // a split, and each of its services knows its clients
   rank: number; // a method, then header conditions, then query conditions
   conditions: ((exchange: Exchange) => boolean)[];
   admits: ((client: string) => boolean) | undefined; // allow and deny
@@ -837,6 +851,7 @@ export interface Exchange extends Draw {
   route: Route | undefined;
   destination: Destination | undefined;
   tried: Server[];
+  cookie: string; // Set-Cookie for a client that is new to its server, or empty
   status: number; // of the final answer; 0: there is none yet
   ended: boolean; // its body has ended, or been cut off
   bytes: number; // of its body
@@ -890,6 +905,10 @@ export interface Effects {
   date(): Date;
   /** From 0 up to but not including 1. */
   random(): number;
+  /** HMAC-SHA256 in base64url. */
+  sign(secret: string, text: string): string;
+  /** What signs where the file has no secret: the same in all threads of a process, drawn at random. */
+  secret(): string;
   /** Resolves after a time; after the signal it may never resolve, and keeps nothing waiting. */
   sleep(milliseconds: number, signal?: AbortSignal): Promise<void>;
   /** Who asks; `env` is what the runtime hands over beside the request. */
@@ -919,6 +938,7 @@ function hash(text: string): number {
 
 const newService = (name: string) => ({
   name,
+  cookies: undefined,
   candidates: [],
   candidatesUntil: 0,
   panicking: false,
@@ -2233,6 +2253,13 @@ function applyRules(headers: readonly string[], { set, add, remove }: Rules): st
 
 const unchanged = (headers: readonly string[]): readonly string[] => headers;
 
+/** What changes an answer's headers: the route's rules, and then a cookie of our own. */
+function inboundOf({ cookie }: Exchange, { hasRules, response }: Route): Attempt["inbound"] {
+  if (!hasRules && !cookie) return unchanged;
+  const own = cookie ? ["set-cookie", cookie] : [];
+  return (headers) => [...hasRules ? applyRules(headers, response.headers) : headers, ...own];
+}
+
 /** The target that the server sees: path and query after the route's rules. */
 function targetOf(exchange: Exchange, route: Route): string {
   const path = rewritePath(route, exchange.path, exchange.matched);
@@ -2335,7 +2362,7 @@ async function forward(
       request: exchange.request,
       server,
       timeouts: destination.policy.timeouts,
-      inbound: route.hasRules ? (headers) => applyRules(headers, route.response.headers) : unchanged,
+      inbound: inboundOf(exchange, route),
       ended,
     });
     return { kind: "answer", response, milliseconds: effects.now() - started };
@@ -2441,6 +2468,62 @@ function respondLiterally(
 // ---------------------------------------------------------------------------------------------------------------------
 // 16. Sticky: which server a client had before. A signed cookie says it.
 // ---------------------------------------------------------------------------------------------------------------------
+
+/**
+ * What the cookie says for a server is nothing but a signature over its service and URL, cut to 132 bits: who has not the
+ * secret can make none, and it tells nobody where the server is. All clients of a server have the same, so that a request
+ * costs one look into a map, and a signature is made once for each server and once for each client that moves.
+ */
+const valueFor = ({ name, config }: Service, { url }: Server, { sign, secret }: Effects): string =>
+  sign(config.sticky.secret || secret(), `${name}\n${url}`).slice(0, 22);
+
+/** The servers of a service by their values. */
+const signedServers = (service: Service, effects: Effects): Map<string, Server> =>
+  service.cookies ??= new Map(service.servers.map((server) => [valueFor(service, server, effects), server]));
+
+/** The values in a cookie: services that share its name have one each. */
+const heldBy = (exchange: Exchange, name: string): string[] => cookieOf(exchange, name)?.split(".") ?? [];
+
+/** The server that a client had before. What is forged, of another secret, or of a server that is gone, names none. */
+function serverBefore(service: Service, exchange: Exchange, effects: Effects): Server | undefined {
+  const servers = signedServers(service, effects);
+  const value = heldBy(exchange, service.config.sticky.cookie).find((value) => servers.has(value));
+  return value === undefined ? undefined : servers.get(value);
+}
+
+/** Where in a split a client was before. */
+function destinationBefore({ destinations }: Route, exchange: Exchange, effects: Effects): Destination | undefined {
+  const placeOf = ({ service }: Destination) =>
+    heldBy(exchange, service.config.sticky.cookie).findIndex((value) => signedServers(service, effects).has(value));
+  const known = destinations.filter((one) => one.weight > 0 && placeOf(one) >= 0);
+  return known.sort((a, b) => placeOf(a) - placeOf(b))[0];
+}
+
+/** Set-Cookie for a client that is new to its server. Values of other services stay in their places. */
+function cookieFor(service: Service, server: Server, exchange: Exchange, effects: Effects): string {
+  const { cookie, max_age } = service.config.sticky;
+  const sharing = [...exchange.table.services.values()].filter(({ config }) => config.sticky.cookie === cookie);
+  const values = heldBy(exchange, cookie).filter((value) =>
+    sharing.some((one) => signedServers(one, effects).has(value))
+  );
+  const at = values.findIndex((value) => signedServers(service, effects).has(value));
+  values.splice(at < 0 ? values.length : at, 1, valueFor(service, server, effects));
+  const https = (exchange.told?.get("x-forwarded-proto") ?? exchange.scheme) === "https";
+  const age = max_age ? `; Max-Age=${Math.ceil(max_age / 1_000)}` : "";
+  return `${cookie}=${values.join(".")}; Path=/${age}; HttpOnly; SameSite=Lax${https ? "; Secure" : ""}`;
+}
+
+/** Headers without one cookie: it is between the client and us. */
+function withoutCookie(headers: readonly string[], name: string): readonly string[] {
+  const out: string[] = [];
+  for (let i = 0; i < headers.length; i += 2) {
+    const [field, value] = [headers[i]!, headers[i + 1]!];
+    const holds = value.includes(name) && field.toLowerCase() === "cookie";
+    const kept = holds ? value.split(";").filter((one) => one.split("=", 1)[0]!.trim() !== name).join(";") : value;
+    if (kept || !holds) out.push(field, kept.trim());
+  }
+  return out;
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 17. Log: what is written down of each request, one line when its last byte has passed.
@@ -2550,6 +2633,7 @@ function newExchange(balancer: Balancer, request: Request, from: Client, wrapped
     route: undefined,
     destination: undefined,
     tried: [],
+    cookie: "",
     status: 0,
     ended: false,
     bytes: 0,
@@ -2579,7 +2663,7 @@ function answer(balancer: Balancer, exchange: Exchange, route: Route): Response 
   const { action } = route;
   if (action.kind === "redirect") return conclude(balancer, exchange, redirect(exchange, action), true);
   if (action.kind === "respond") return conclude(balancer, exchange, respondLiterally(route, action), true);
-  const destination = exchange.destination = drawDestination(route, exchange);
+  const destination = exchange.destination = drawDestination(route, exchange, balancer.effects);
   destination.service.inFlight++;
   if (!destination.around) return attempts(balancer, exchange, destination);
   return layered(balancer, exchange, destination.around, () => attempts(balancer, exchange, destination));
@@ -2597,9 +2681,12 @@ function loop({ via }: Balancer, request: Request): FailureName | undefined {
   return chain !== null && (chain.includes(via) || chain.split(",").length > MAX_HOPS) ? "loop" : undefined;
 }
 
-/** One of a split's services, by weight. */
-function drawDestination({ destinations, weight }: Route, { random }: Exchange): Destination {
-  let mark = destinations.length > 1 ? random() * weight : 0;
+/** One of a split's services: where the client was before, or else by weight. */
+function drawDestination(route: Route, exchange: Exchange, effects: Effects): Destination {
+  const { destinations, weight, sticky } = route;
+  const before = sticky ? destinationBefore(route, exchange, effects) : undefined;
+  if (before) return before;
+  let mark = destinations.length > 1 ? exchange.random() * weight : 0;
   return destinations.find((one) => (mark -= one.weight) < 0) ?? destinations[0]!;
 }
 
@@ -2659,11 +2746,28 @@ function pickServer(service: Service, exchange: Exchange, effects: Effects): Ser
   const now = exchange.tried.length ? effects.now() : exchange.started;
   let candidates = withRoom(service, candidatesOf(service, now));
   if (exchange.tried.length) candidates = forRetry(service, candidates, exchange.tried, now);
-  else exchange.turn = service.turn++;
   if (candidates.length === 0) return undefined;
-  exchange.key = service.key(exchange);
-  const server = service.strategy(candidates as Candidates, exchange);
+  const server = service.config.sticky.cookie
+    ? pickSticky(service, candidates as Candidates, exchange, effects)
+    : choose(service, candidates as Candidates, exchange);
   server.picks++;
+  return server;
+}
+
+/** What the service's strategy says. */
+function choose(service: Service, candidates: Candidates, exchange: Exchange): Server {
+  if (!exchange.tried.length) exchange.turn = service.turn++;
+  exchange.key = service.key(exchange);
+  return service.strategy(candidates, exchange);
+}
+
+/** The server that the client had before, as long as it may be asked; else another one, and a cookie that says so. */
+function pickSticky(service: Service, candidates: Candidates, exchange: Exchange, effects: Effects): Server {
+  const before = serverBefore(service, exchange, effects);
+  const stays = before !== undefined && candidates.includes(before);
+  const server = stays ? before : choose(service, candidates, exchange);
+  exchange.headers = withoutCookie(exchange.headers, service.config.sticky.cookie);
+  exchange.cookie = server === before ? "" : cookieFor(service, server, exchange, effects);
   return server;
 }
 
@@ -3010,11 +3114,14 @@ const here: keyof typeof runtimes = globals.navigator?.userAgent === "Cloudflare
 /** The effects of the runtime that this runs on. */
 function defaultEffects(): Effects {
   const runtime = runtimes[here];
+  let secret = "";
   return {
     ...runtime.transport(),
     now,
     date: () => new Date(),
     random: Math.random,
+    sign: (secret, text) => createHmac("sha256", secret).update(text).digest("base64url"),
+    secret: () => secret ||= randomBytes(32).toString("base64url"), // at the edge not before a request has come
     sleep: (milliseconds, signal) =>
       new Promise((resolve) => {
         const timer = setTimeout(resolve, milliseconds);
@@ -3059,6 +3166,7 @@ function buildService(config: ServiceConfig, name: string, strategies: Strategie
     servers,
     strategy: strategies[config.strategy.name]!,
     key: keyOf(config.strategy),
+    cookies: undefined,
     bounded: servers.some((server) => Math.min(server.max, config.max_in_flight) < Infinity),
     candidatesUntil: 0,
   });
@@ -3097,6 +3205,7 @@ function buildRoute(config: RouteConfig, services: Map<string, Service>): Route 
     methods: preflight ? [...methods, "OPTIONS"] : methods,
     ...{ name, hosts, paths, rewrite, request, response, body_limit, action, destinations },
     weight: destinations.reduce((sum, one) => sum + one.weight, 0),
+    sticky: destinations.length > 1 && destinations.every((one) => !one.weight || one.service.config.sticky.cookie),
     rank: (methods.length ? 1e6 : 0) + headers.length * 1e3 + query.length,
     conditions: [
       ...headers.map((condition) => compileCondition(condition, headerOf)),

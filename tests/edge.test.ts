@@ -208,6 +208,23 @@ test("round robin rotates", { skip }, async (t) => {
   assert.equal(order.join(""), "ababab");
 });
 
+test("a client stays on its server, also in another isolate with the same secret", { skip }, async (t) => {
+  const [a, b] = [await server(t, "a"), await server(t, "b")];
+  const config = { default: { servers: over(a, b), sticky: { cookie: "lb", secret: "${LB_SECRET}" } } };
+  const lb = await edge(t, config, { LB_SECRET: "hush" });
+  await lb.ask("/");
+  const first = await lb.ask("/");
+  const cookie = value(first, "set-cookie").split(";")[0]!;
+  assert.match(cookie, /^lb=[\w-]{22}$/);
+  const another = await edge(t, config, { LB_SECRET: "hush" });
+  for (const one of [lb, another, lb, another]) {
+    const again = await one.ask("/", { headers: `Cookie: x=1; ${cookie}\r\n` });
+    assert.deepEqual([body(again), values(again, "set-cookie")], ["b", []]);
+  }
+  assert.equal(value(b.requests.at(-1)!, "cookie"), "x=1");
+  assert.notEqual(values(await lb.ask("/", { headers: "Cookie: lb=forged\r\n" }), "set-cookie").length, 0);
+});
+
 test("a dead server is passed over by a retry, and ejected after its failures", { skip }, async (t) => {
   const [dead, a] = [await nobody(), await server(t, "a")];
   const lb = await edge(t, { default: { servers: [dead, a.address], eject: { failures: 2 } } });

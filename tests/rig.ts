@@ -354,6 +354,8 @@ export interface Program {
   pid: number;
   /** Everything it has printed so far, both streams. */
   output(): string;
+  /** Puts another config in force, by the file. */
+  reload(config: unknown): Promise<void>;
   /** SIGTERM; gives the exit status, or null when it had to be killed. */
   stop(): Promise<number | null>;
 }
@@ -392,11 +394,17 @@ export async function startProgram(config: unknown, args: string[] = []): Promis
     }
     return exit;
   };
+  const reloads = () => output.split("is in force again").length;
+  const reload = async (next: unknown) => {
+    const before = reloads();
+    writeFileSync(file, JSON.stringify(next));
+    await until("the changed file is in force", () => reloads() > before, 20_000);
+  };
   try {
     const address = () => /listening on http:\/\/127\.0\.0\.1:(\d+)/.exec(output)?.[1];
     await until("lb.ts listens or ends", () => exited || address(), 30_000);
     assert.ok(address(), `lb.ts ended instead of listening:\n${output}`);
-    return { port: Number(address()), pid: child.pid ?? 0, output: () => output, stop };
+    return { port: Number(address()), pid: child.pid ?? 0, output: () => output, reload, stop };
   } catch (error) {
     await stop();
     throw error;
