@@ -734,6 +734,39 @@ export const printConfig = ({ source }: Config): string =>
 // 4. State: what the balancer remembers. Plain records; what changes while serving stands together at the end of each.
 // ---------------------------------------------------------------------------------------------------------------------
 
+/** Upper bounds of the classes of durations, in milliseconds: Traefik's 0.1, 0.3, 1.2 and 5 s, and finer ones. */
+const BUCKETS = [0.25, 0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 800, 1_200, 2_500, 5_000, 10_000, 60_000];
+
+/** What has been counted of requests that have ended. It only grows, and adds up: over statuses, servers and workers. */
+export interface Counters {
+  requests: number;
+  errors: number; // answers with 5xx, and failures that are not the client's
+  bytesIn: number; // of the requests' bodies
+  bytesOut: number; // of the answers' bodies
+  milliseconds: number; // to the end of the answer, all together
+  durations: number[]; // how many took at most as long as that one of BUCKETS and longer than the one before; last: longer
+}
+
+/** Counters by status and method (see `tallyOf`). */
+export type Tallies = Map<number, Counters>;
+
+const newCounters = (): Counters => ({
+  requests: 0,
+  errors: 0,
+  bytesIn: 0,
+  bytesOut: 0,
+  milliseconds: 0,
+  durations: [...BUCKETS, 0].fill(0),
+});
+
+/** Where requests come in, by the scheme that clients speak there. */
+export interface Entrypoint {
+  name: string;
+  // changes while serving
+  inFlight: number;
+  tallies: Tallies;
+}
+
 /** One server of one service. Times are milliseconds of `Effects.now`. */
 export type Server = ServerConfig & {
   service: string;
@@ -752,6 +785,15 @@ export type Server = ServerConfig & {
   picks: number;
   answers: number;
   saidAt: number; // when its last failure was reported
+  since: number; // when a probe or an ejection last changed what it is; 0: never
+  ejected: number; // how often it was
+  probedAt: number; // when its last probe ended; 0: there was none
+  probeTook: number;
+  probeProblem: string; // what was wrong with it; empty: it passed
+  probesPassed: number;
+  probesFailed: number;
+  retries: number; // attempts that came here because another had failed
+  counters: Counters; // of attempts that have ended
   latency: number; // mean milliseconds to the head of an answer; over the last 64 or so once there are that many
 };
 
@@ -787,6 +829,8 @@ export interface Service {
   inFlight: number;
   retrying: number; // retries in flight: what the budget bounds
   saved: number; // retries that whole answers have earned, for the moment when a server dies
+  retries: number; // so far
+  tallies: Tallies; // of requests that have ended
 }
 
 /** One service that a route may lead to, with the policy that holds on that way. */
@@ -852,6 +896,9 @@ export interface Exchange extends Draw {
   destination: Destination | undefined;
   tried: Server[];
   cookie: string; // Set-Cookie for a client that is new to its server, or empty
+  attempt: Attempt | undefined; // the latest
+  entrypoint: Entrypoint;
+  endedAt: number; // when the last byte had passed
   status: number; // of the final answer; 0: there is none yet
   ended: boolean; // its body has ended, or been cut off
   bytes: number; // of its body
@@ -875,6 +922,11 @@ export interface Attempt {
   inbound(headers: readonly string[]): readonly string[];
   /** Called once for each answer, when its body has ended, been cut off or been given up: how much of it came, and why. */
   ended(status: number, bytes: number, problem: Failure | undefined): void;
+  // changes while it lasts
+  startedAt: number;
+  connectedAt: number; // when the request could be written; 0: not yet, or not known
+  headAt: number; // when the head of the answer was there; 0: not yet
+  uploaded: number; // bytes of a body of unknown length that were passed on
 }
 
 /** `fetch`, with the attempt where the init would be. Rejects with a `WireError` before the head of an answer. */
@@ -889,6 +941,7 @@ export interface Balancer {
   // changes while serving
   requests: number;
   inFlight: number;
+  entrypoints: Map<string, Entrypoint>; // by name
 }
 
 /** Strategies by the names that `strategy:` may say. */
@@ -936,6 +989,8 @@ function hash(text: string): number {
   return mix(h);
 }
 
+const newEntrypoint = (name: string): Entrypoint => ({ name, inFlight: 0, tallies: new Map() });
+
 const newService = (name: string) => ({
   name,
   cookies: undefined,
@@ -946,6 +1001,8 @@ const newService = (name: string) => ({
   inFlight: 0,
   retrying: 0,
   saved: 0,
+  retries: 0,
+  tallies: new Map(),
 });
 
 const newServer = (config: ServerConfig, service: string, tls: Server["tls"]): Server => ({
@@ -965,6 +1022,15 @@ const newServer = (config: ServerConfig, service: string, tls: Server["tls"]): S
   picks: 0,
   answers: 0,
   saidAt: -Infinity,
+  since: 0,
+  ejected: 0,
+  probedAt: 0,
+  probeTook: 0,
+  probeProblem: "",
+  probesPassed: 0,
+  probesFailed: 0,
+  retries: 0,
+  counters: newCounters(),
   latency: 0,
 });
 
@@ -1079,13 +1145,13 @@ const ANY_PATH = { kind: "prefix", path: "" } as const;
 const newPathTable = (): PathTable => ({ exact: new Map(), prefix: new Map(), depth: 0, regex: [] });
 
 /** The value under `key`, made first where there is none. */
-function entry<K extends WeakKey | string, V>(
+function entry<K extends WeakKey | string | number, V>(
   map: { get(key: K): V | undefined; set(key: K, value: V): unknown },
   key: K,
-  make: () => V,
+  make: (key: K) => V,
 ): V {
   let value = map.get(key);
-  if (value === undefined) map.set(key, value = make());
+  if (value === undefined) map.set(key, value = make(key));
   return value;
 }
 
@@ -1381,6 +1447,8 @@ function onFailed(service: Service, server: Server, effects: Effects): void {
   if (ejected + 1 > service.servers.length * eject.at_most) return;
   server.ejections = Math.min(server.ejections + 1, 10);
   server.until = now + eject.for * server.ejections;
+  server.ejected++;
+  server.since = now;
   server.failures = eject.failures - 1; // the first failure after its return ejects it again
   service.candidatesUntil = 0;
   effects.report(
@@ -1407,16 +1475,23 @@ function onHead(server: Server, milliseconds: number): void {
 function onProbed(service: Service, server: Server, problem: string | undefined, effects: Effects): void {
   const { rise, fall } = service.config.health;
   const wasUp = server.up;
-  const wasEjected = effects.now() < server.until;
+  const now = server.probedAt = effects.now();
+  const wasEjected = now < server.until;
+  server.probeProblem = problem ?? "";
+  if (problem === undefined) server.probesPassed++;
+  else server.probesFailed++;
   server.passes = problem === undefined ? server.passes + 1 : 0;
   server.fails = problem === undefined ? 0 : server.fails + 1;
   if (problem === undefined && wasEjected) server.until = server.failures = 0;
   if (wasUp ? server.fails >= fall : server.passes >= rise) server.up = !wasUp;
   if (server.up === wasUp && (!wasEjected || problem !== undefined)) return;
   service.candidatesUntil = 0;
+  server.since = now;
   if (wasUp && !server.up) effects.report("warn", `${service.name}: ${server.name} is down: ${problem}`);
   else if (server.up) effects.report("info", `${service.name}: ${server.name} is up`);
 }
+
+const untimed = { startedAt: 0, connectedAt: 0, headAt: 0, uploaded: 0 };
 
 /** One probe over HTTP: what is wrong with the answer, or undefined. Its body is read to the end or cancelled. */
 async function askHealth(service: Service, server: Server, effects: Effects, giveUp: AbortController) {
@@ -1433,6 +1508,7 @@ async function askHealth(service: Service, server: Server, effects: Effects, giv
     timeouts: { connect: timeout, response: timeout, idle: timeout },
     inbound: (headers) => headers,
     ended: () => {},
+    ...untimed,
   };
   const response = await effects.fetch(server.url + health.path, attempt);
   const { status } = response;
@@ -1467,7 +1543,9 @@ export async function probeDue(table: Table, effects: Effects): Promise<void> {
   );
   await Promise.all(due.map(async ([service, server]) => {
     server.probeAt = now + service.config.health.interval * (0.9 + 0.2 * effects.random());
+    const begun = effects.now();
     onProbed(service, server, await probe(service, server, effects), effects);
+    server.probeTook = server.probedAt - begun;
   }));
 }
 
@@ -1818,7 +1896,7 @@ function send(wire: Wire, connection: Connection, transfer: Transfer): void {
   const size = body instanceof ReadableStream ? length : body?.byteLength ?? 0;
   if (size < 0) head += "transfer-encoding: chunked\r\n";
   else if (body !== null || BODY_EXPECTED.has(method)) head += `content-length: ${size}\r\n`;
-  transfer.since = wire.time;
+  transfer.since = transfer.attempt.connectedAt = wire.time;
   if (body === null) {
     socket.write(head + "\r\n", "latin1");
     transfer.sent = true;
@@ -1844,7 +1922,7 @@ async function upload(wire: Wire, connection: Connection, transfer: Transfer, bo
       transfer.since = wire.time;
       if (done) break;
       if (value.byteLength === 0) continue; // as a chunk it would end the body
-      passed += value.byteLength;
+      transfer.attempt.uploaded = passed += value.byteLength;
       if (length >= 0 && passed > length) throw new WireError("bad-body", true, "the body is longer than it said");
       const room = length >= 0 ? socket.write(value) : writeChunk(socket, value);
       if (!room) await new Promise<void>((resolve) => transfer.drained = resolve);
@@ -2031,6 +2109,7 @@ function open(wire: Wire, transfer: Transfer): void {
   let reason = CLOSED;
   socket.on(server.url.startsWith("https:") ? "secureConnect" : "connect", () => {
     connection.connected = true;
+    wire.time = wire.now();
     if (connection.transfer) send(wire, connection, connection.transfer);
   });
   socket.on("data", (data: Bytes) => {
@@ -2350,22 +2429,27 @@ async function forward(
   const url = server.url + targetOf(exchange, route);
   const headers = outbound(exchange, balancer.via);
   headers[1] = hostFor(exchange, server);
-  const started = effects.now();
+  const attempt: Attempt = exchange.attempt = {
+    method,
+    headers: route.hasRules ? applyRules(headers, route.request.headers) : headers,
+    body,
+    length,
+    wrapped: exchange.wrapped || destination.around !== undefined,
+    request: exchange.request,
+    server,
+    timeouts: destination.policy.timeouts,
+    inbound: inboundOf(exchange, route),
+    ended,
+    startedAt: effects.now(),
+    connectedAt: 0,
+    headAt: 0,
+    uploaded: 0,
+  };
   server.inFlight++;
   try {
-    const response = await effects.fetch(url, {
-      method,
-      headers: route.hasRules ? applyRules(headers, route.request.headers) : headers,
-      body,
-      length,
-      wrapped: exchange.wrapped || destination.around !== undefined,
-      request: exchange.request,
-      server,
-      timeouts: destination.policy.timeouts,
-      inbound: inboundOf(exchange, route),
-      ended,
-    });
-    return { kind: "answer", response, milliseconds: effects.now() - started };
+    const response = await effects.fetch(url, attempt);
+    attempt.headAt = effects.now();
+    return { kind: "answer", response, milliseconds: attempt.headAt - attempt.startedAt };
   } catch (error) {
     server.inFlight--;
     if (error instanceof WireError) return { kind: error.kind, sent: error.sent, detail: error.message };
@@ -2586,6 +2670,49 @@ const ACCESS_LINES = {
 // 18. Metrics: what has been counted. Numbers that add up over workers, and their text for Prometheus.
 // ---------------------------------------------------------------------------------------------------------------------
 
+const METHODS = ["EXTENSION_METHOD", "GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"];
+
+/** The counters of one status and one method, under a number: a request makes no text. Any other method is the first. */
+const tallyOf = (tallies: Tallies, { status, method }: Exchange): Counters =>
+  entry(tallies, status * 16 + Math.max(0, METHODS.indexOf(method)), newCounters);
+
+/** Adds one that has ended. */
+function count(counters: Counters, milliseconds: number, bytesIn: number, bytesOut: number, failed: boolean): void {
+  counters.requests++;
+  if (failed) counters.errors++;
+  counters.bytesIn += bytesIn;
+  counters.bytesOut += bytesOut;
+  counters.milliseconds += milliseconds;
+  let bucket = 0;
+  while (bucket < BUCKETS.length && milliseconds > BUCKETS[bucket]!) bucket++;
+  counters.durations[bucket]!++;
+}
+
+/** Bytes of the request's body that were meant for servers. */
+const receivedBy = ({ attempt, length }: Exchange): number =>
+  attempt === undefined ? 0 : length < 0 ? attempt.uploaded : length;
+
+/** All counters as one: what a service or an entrypoint has had. */
+export function totalOf(tallies: Tallies): Counters {
+  const total = newCounters();
+  for (const { durations, ...counters } of tallies.values()) {
+    for (const [key, value] of Object.entries(counters)) total[key as keyof typeof counters] += value;
+    durations.forEach((value, bucket) => total.durations[bucket]! += value);
+  }
+  return total;
+}
+
+/** The milliseconds that a share of the requests took at most (0.95: p95), as exact as the classes are; 0: none yet. */
+export function quantile({ requests, durations }: Counters, share: number): number {
+  let rank = share * requests;
+  for (const [bucket, held] of durations.entries()) {
+    const [from, to] = [BUCKETS[bucket - 1] ?? 0, BUCKETS[bucket] ?? BUCKETS.at(-1)!];
+    if (held > 0 && held >= rank) return from + (to - from) * rank / held;
+    rank -= held;
+  }
+  return 0;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // 19. Balance: the request path. gate -> matchRoute -> pickServer -> forward -> settle -> (retry, minus those tried) -> response
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2634,6 +2761,9 @@ function newExchange(balancer: Balancer, request: Request, from: Client, wrapped
     destination: undefined,
     tried: [],
     cookie: "",
+    attempt: undefined,
+    entrypoint: entry(balancer.entrypoints, from.scheme, newEntrypoint),
+    endedAt: 0,
     status: 0,
     ended: false,
     bytes: 0,
@@ -2645,6 +2775,7 @@ function newExchange(balancer: Balancer, request: Request, from: Client, wrapped
 function balance(balancer: Balancer, request: Request, env: unknown, wrapped: boolean): Response | Promise<Response> {
   const exchange = newExchange(balancer, request, balancer.effects.client(request, env), wrapped);
   balancer.inFlight++;
+  exchange.entrypoint.inFlight++;
   try {
     const refusal = admit(exchange) ?? loop(balancer, request);
     if (refusal) return refuse(balancer, exchange, refusal);
@@ -2702,7 +2833,11 @@ async function attempts(balancer: Balancer, exchange: Exchange, destination: Des
       const server = pickServer(service, exchange, effects);
       if (server === undefined) return refuse(balancer, exchange, failure);
       exchange.tried.push(server);
-      if (retry > 0) service.retrying++;
+      if (retry > 0) {
+        service.retrying++;
+        service.retries++;
+        server.retries++;
+      }
       const outcome = await forward(
         balancer,
         exchange,
@@ -2710,7 +2845,7 @@ async function attempts(balancer: Balancer, exchange: Exchange, destination: Des
         (status, bytes, problem) => settle(balancer, exchange, server, status, bytes, problem),
       );
       if (retry > 0) service.retrying--;
-      judge(service, server, outcome, effects);
+      judge(exchange, server, outcome, effects);
       if (!mayRetry(exchange, destination, outcome, retry)) {
         if (outcome.kind === "answer") return conclude(balancer, exchange, outcome.response);
         return refuse(balancer, exchange, exchange.request.signal.aborted ? "client-left" : outcome.kind);
@@ -2733,9 +2868,11 @@ function complain(service: Service, server: Server, detail: string, effects: Eff
 }
 
 /** What an attempt says about its server before there is a body. What the client did says nothing. */
-function judge(service: Service, server: Server, outcome: Outcome, effects: Effects): void {
-  if (outcome.kind === "answer") onHead(server, outcome.milliseconds);
-  else if (!BLAMELESS.has(outcome.kind)) {
+function judge(exchange: Exchange, server: Server, outcome: Outcome, effects: Effects): void {
+  if (outcome.kind === "answer") return onHead(server, outcome.milliseconds);
+  const { destination, attempt } = exchange, { service } = destination!, blame = !BLAMELESS.has(outcome.kind);
+  count(server.counters, effects.now() - attempt!.startedAt, outcome.sent ? receivedBy(exchange) : 0, 0, blame);
+  if (blame) {
     complain(service, server, outcome.detail, effects);
     onFailed(service, server, effects);
   }
@@ -2825,6 +2962,9 @@ function settle(
   const { effects } = balancer;
   server.inFlight--;
   const cutOff = problem !== undefined && !BLAMELESS.has(problem);
+  exchange.endedAt = effects.now();
+  const milliseconds = exchange.endedAt - exchange.attempt!.startedAt;
+  count(server.counters, milliseconds, receivedBy(exchange), bytes, cutOff || status >= 500);
   if (cutOff) complain(service, server, `its answer was cut off (${problem})`, effects);
   if (cutOff || GATEWAY_ERRORS.has(status)) onFailed(service, server, effects);
   else if (problem === undefined) {
@@ -2840,15 +2980,26 @@ function settle(
 /** The answer that the client gets. With its body's last byte the exchange is finished; one of our own is so at once. */
 function conclude(balancer: Balancer, exchange: Exchange, response: Response, own = false): Response {
   exchange.status = response.status;
-  if (own) exchange.bytes = exchange.method === "HEAD" ? 0 : Number(response.headers.get("content-length"));
+  if (own) {
+    exchange.endedAt = balancer.effects.now();
+    exchange.bytes = exchange.method === "HEAD" ? 0 : Number(response.headers.get("content-length"));
+  }
   if (own || exchange.ended) finished(balancer, exchange);
   return response;
 }
 
 /** The end of every exchange, once. */
 function finished(balancer: Balancer, exchange: Exchange): void {
+  const { entrypoint, destination, status, bytes, problem, endedAt, started } = exchange;
+  const failed = status >= 500 || problem !== "" && !BLAMELESS.has(problem) && status < 400;
+  const [milliseconds, received] = [endedAt - started, receivedBy(exchange)];
   balancer.inFlight--;
-  if (exchange.destination) exchange.destination.service.inFlight--;
+  entrypoint.inFlight--;
+  count(tallyOf(entrypoint.tallies, exchange), milliseconds, received, bytes, failed);
+  if (destination) {
+    destination.service.inFlight--;
+    count(tallyOf(destination.service.tallies, exchange), milliseconds, received, bytes, failed);
+  }
   const { log } = exchange.table.config;
   if (log !== "off") balancer.effects.write(ACCESS_LINES[log](exchange, balancer.effects));
 }
@@ -3261,6 +3412,7 @@ export function createLoadBalancer(
     via: `1.1 lb-${name}`,
     requests: 0,
     inFlight: 0,
+    entrypoints: new Map(),
   };
   const app = new Hono();
   app.all("*", ({ req, env }) => balance(balancer, req.raw, env, true));

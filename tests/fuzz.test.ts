@@ -114,6 +114,7 @@ async function play(
     request: { signal: new AbortController().signal },
     inbound,
     ended: (...args) => void ended.push(args),
+    ...{ startedAt: 0, connectedAt: 0, headAt: 0, uploaded: 0 },
   };
   const answer = wire.fetch(server.url + "/", attempt).catch((error: unknown) => error);
   await Promise.resolve();

@@ -106,6 +106,7 @@ function ask(wire: Wire, server: Server, { target = "/", timeouts, ...own }: Ask
     request: { signal: new AbortController().signal },
     inbound: (headers) => headers,
     ended: (...args) => void ended.push(args),
+    ...{ startedAt: 0, connectedAt: 0, headAt: 0, uploaded: 0 },
     ...own,
     timeouts: { ...PATIENT, ...timeouts },
   });
