@@ -276,6 +276,8 @@ const Probing = v.pipe(Probe, v.transform((one) => ({ kind: one.path ? "http" as
 const Health = or("off", { kind: "off" as const, ...v.parse(Probe, {}) }, Probing);
 const EjectMap = map({ failures: opt(whole(1, 1e6), 5), for: opt(Duration, "30s"), at_most: opt(Percent, "50%") });
 const Eject = or("off", { failures: Infinity, for: 0, at_most: 0 }, EjectMap);
+const QueueMap = map({ size: opt(whole(1, 100_000), 100), timeout: opt(Duration, "5s") });
+const Queue = or("off", { size: 0, timeout: 0 }, QueueMap);
 const Timeouts = map({ connect: opt(Duration, "3s"), response: opt(Duration, "60s"), idle: opt(Duration, "5m") });
 const CorsMap = map({
   origin: key(Texts, "origins that may read the answers", ["*"]),
@@ -314,6 +316,7 @@ const settings = {
   panic: key(Percent, "fewer servers than this may be asked: ask them all rather than none", "50%"),
   retry_budget: key(Percent, "retries at most, of the requests in flight", "20%"),
   max_in_flight: key(Limit, "per server", "none"),
+  queue: key(Queue, "off, or how many requests wait where all servers are full, and how long", v.getDefaults(QueueMap)),
   sticky: key(
     Sticky,
     "off, or the cookie that keeps a client on its server; what signs it; how long it is kept",
@@ -831,6 +834,7 @@ export interface Service {
   saved: number; // retries that whole answers have earned, for the moment when a server dies
   retries: number; // so far
   tallies: Tallies; // of requests that have ended
+  waiting: Set<() => boolean>; // requests without a server, in the order of their coming: each takes one, or says that all are full
 }
 
 /** One service that a route may lead to, with the policy that holds on that way. */
@@ -1003,6 +1007,7 @@ const newService = (name: string) => ({
   saved: 0,
   retries: 0,
   tallies: new Map(),
+  waiting: new Set<() => boolean>(),
 });
 
 const newServer = (config: ServerConfig, service: string, tls: Server["tls"]): Server => ({
@@ -2445,13 +2450,11 @@ async function forward(
     headAt: 0,
     uploaded: 0,
   };
-  server.inFlight++;
   try {
     const response = await effects.fetch(url, attempt);
     attempt.headAt = effects.now();
     return { kind: "answer", response, milliseconds: attempt.headAt - attempt.startedAt };
   } catch (error) {
-    server.inFlight--;
     if (error instanceof WireError) return { kind: error.kind, sent: error.sent, detail: error.message };
     return { kind: "reset", sent: true, detail: String(error) };
   }
@@ -2466,7 +2469,15 @@ async function forward(
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** Why the balancer refuses what has passed the gate. */
-type Denial = "denied" | "no-route" | "no-server" | "loop" | "headers-too-large" | "internal";
+type Denial =
+  | "denied"
+  | "no-route"
+  | "no-server"
+  | "queue-full"
+  | "queue-timeout"
+  | "loop"
+  | "headers-too-large"
+  | "internal";
 
 /** Every answer of our own. The text goes to clients: short, and never a server's address or error. */
 export const FAILURES = {
@@ -2486,6 +2497,8 @@ export const FAILURES = {
   "reset": { status: 502, text: "the server closed the connection" },
   "invalid-answer": { status: 502, text: "the server's answer is not valid" },
   "no-server": { status: 503, text: "no server may be asked" },
+  "queue-full": { status: 503, text: "all servers are busy, and too many requests wait" },
+  "queue-timeout": { status: 503, text: "all servers were busy for too long" },
   "connect-timeout": { status: 504, text: "the server cannot be reached in time" },
   "timeout": { status: 504, text: "the server did not answer in time" },
   "idle": { status: 504, text: "the server stopped in the middle of its answer" },
@@ -2548,6 +2561,65 @@ function respondLiterally(
 // ---------------------------------------------------------------------------------------------------------------------
 // 15. Limits: who has to wait, or to come back later. Queues, rates and the service's own measure of too much.
 // ---------------------------------------------------------------------------------------------------------------------
+
+/** There may be room again: those who wait take it in the order in which they came. */
+function wake({ waiting }: Service): void {
+  for (const proceed of waiting) if (!proceed()) return;
+}
+
+/** The same for all services, after a change that may have made room anywhere. */
+function wakeAll({ services }: Table): void {
+  for (const service of services.values()) if (service.waiting.size > 0) wake(service);
+}
+
+/** One request less at a server: whoever has waited longest gets its place. */
+function release(service: Service, server: Server): void {
+  server.inFlight--;
+  if (service.waiting.size > 0) wake(service);
+}
+
+/**
+ * Waits until `pick` finds a server with room, first come, first served; or for a reason to wait no longer. What ends it
+ * may happen in another request, so that it only takes the server there, and cleans up at home (the edge insists on that).
+ */
+async function inQueue(
+  service: Service,
+  client: AbortSignal,
+  effects: Effects,
+  pick: () => Server | undefined,
+): Promise<Server | FailureName> {
+  const { waiting, config: { queue } } = service;
+  if (waiting.size >= queue.size) return "queue-full";
+  if (client.aborted) return "client-left";
+  const { promise, resolve, reject } = Promise.withResolvers<Server | FailureName>();
+  const leave = (result: Server | FailureName) => {
+    waiting.delete(proceed);
+    resolve(result);
+  };
+  const proceed = () => {
+    try {
+      const server = pick();
+      if (server) leave(server);
+      return server !== undefined;
+    } catch (error) { // a strategy's, and so not of those who come behind
+      waiting.delete(proceed);
+      reject(error);
+      return true;
+    }
+  };
+  const over = new AbortController();
+  waiting.add(proceed);
+  client.addEventListener("abort", () => leave("client-left"), { once: true, signal: over.signal });
+  effects.sleep(queue.timeout, over.signal).then(() => {
+    wake(service); // an ejection may have ended unnoticed
+    leave("queue-timeout");
+  });
+  try {
+    return await promise;
+  } finally {
+    over.abort();
+  }
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 16. Sticky: which server a client had before. A signed cookie says it.
@@ -2830,9 +2902,11 @@ async function attempts(balancer: Balancer, exchange: Exchange, destination: Des
     if (refusal) return refuse(balancer, exchange, refusal);
     let failure: FailureName = "no-server"; // what the client is told when there is nobody to ask
     for (let retry = 0;; retry++) {
-      const server = pickServer(service, exchange, effects);
-      if (server === undefined) return refuse(balancer, exchange, failure);
-      exchange.tried.push(server);
+      if (service.waiting.size > 0) wake(service); // nobody overtakes those who wait
+      const now = retry > 0 ? effects.now() : exchange.started;
+      const server = pickServer(service, exchange, effects, now) ??
+        await waitForServer(service, exchange, failure, effects);
+      if (typeof server === "string") return refuse(balancer, exchange, server);
       if (retry > 0) {
         service.retrying++;
         service.retries++;
@@ -2876,19 +2950,29 @@ function judge(exchange: Exchange, server: Server, outcome: Outcome, effects: Ef
     complain(service, server, outcome.detail, effects);
     onFailed(service, server, effects);
   }
+  release(service, server);
 }
 
-/** The server that takes the next attempt, and is picked for it. */
-function pickServer(service: Service, exchange: Exchange, effects: Effects): Server | undefined {
-  const now = exchange.tried.length ? effects.now() : exchange.started;
+/** The server that takes the next attempt. It is picked for it: in flight from here on, until `judge` or `settle`. */
+function pickServer(service: Service, exchange: Exchange, effects: Effects, now: number): Server | undefined {
+  const { tried } = exchange;
   let candidates = withRoom(service, candidatesOf(service, now));
-  if (exchange.tried.length) candidates = forRetry(service, candidates, exchange.tried, now);
+  if (tried.length) candidates = forRetry(service, candidates, tried, now);
   if (candidates.length === 0) return undefined;
   const server = service.config.sticky.cookie
     ? pickSticky(service, candidates as Candidates, exchange, effects)
     : choose(service, candidates as Candidates, exchange);
   server.picks++;
+  server.inFlight++;
+  tried.push(server);
   return server;
+}
+
+/** Where all who may be asked are full, a server later; where there is nobody to ask, the failure so far. */
+function waitForServer(service: Service, exchange: Exchange, failure: FailureName, effects: Effects) {
+  if (candidatesOf(service, effects.now()).length === 0) return failure;
+  const pick = () => pickServer(service, exchange, effects, effects.now());
+  return inQueue(service, exchange.request.signal, effects, pick);
 }
 
 /** What the service's strategy says. */
@@ -2949,7 +3033,7 @@ async function discard(exchange: Exchange, response: Response): Promise<void> {
   exchange.ended = false;
 }
 
-/** The end of an attempt's answer, whole or not: every pick comes here exactly once, or to the failure in `forward`. */
+/** The end of an attempt's answer, whole or not: every pick comes here exactly once, or with its failure to `judge`. */
 function settle(
   balancer: Balancer,
   exchange: Exchange,
@@ -2960,7 +3044,6 @@ function settle(
 ): void {
   const { service } = exchange.destination!;
   const { effects } = balancer;
-  server.inFlight--;
   const cutOff = problem !== undefined && !BLAMELESS.has(problem);
   exchange.endedAt = effects.now();
   const milliseconds = exchange.endedAt - exchange.attempt!.startedAt;
@@ -2971,6 +3054,7 @@ function settle(
     onAnswered(service, server, effects);
     service.saved = Math.min(MOST_SAVED, service.saved + service.config.retry_budget);
   }
+  release(service, server);
   exchange.ended = true;
   exchange.bytes = bytes;
   exchange.problem = problem ?? "";
@@ -3423,8 +3507,14 @@ export function createLoadBalancer(
   return Object.assign(app, {
     fetch,
     balancer,
-    reload: (next: Config) => void (balancer.table = buildTable(next, known, balancer.table)),
-    probe: () => probeDue(balancer.table, all),
+    reload(next: Config) {
+      balancer.table = buildTable(next, known, balancer.table);
+      wakeAll(balancer.table);
+    },
+    async probe() {
+      await probeDue(balancer.table, all);
+      wakeAll(balancer.table); // also where an ejection has ended
+    },
   });
 }
 

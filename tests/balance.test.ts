@@ -338,7 +338,7 @@ const own: Strategies = {
   },
 };
 /** What ends in each failure. */
-const CAUSES: Record<FailureName, Cause | "the runtime's own parser"> = {
+const CAUSES: Record<FailureName, Cause | "the runtime's own parser" | "limits.test.ts"> = {
   "bad-request": { ask: { raw: "http://h.test/%zz" } },
   "bad-host": { ask: { headers: { host: "a@b" } } },
   "bad-body": { ask: { method: "PUT", body: "abc", headers: { "content-length": "5" } } },
@@ -363,6 +363,8 @@ const CAUSES: Record<FailureName, Cause | "the runtime's own parser"> = {
     servers: "[a:1]",
     before: 1,
   },
+  "queue-full": "limits.test.ts",
+  "queue-timeout": "limits.test.ts",
   "connect-timeout": { manners: ["unsent connect-timeout"] },
   "timeout": { manners: ["timeout"] },
   "idle": { manners: ["idle"] },
@@ -588,7 +590,7 @@ test("a body without a length and without chunks (HTTP/2, or a Request made in t
   assert.deepEqual(seen.bodies, ["abc"]);
 });
 
-test("max and max_in_flight bound what a server has in flight; beyond them there is 503, and later room again", async () => {
+test("max and max_in_flight bound what a server has in flight; without a queue there is 503 beyond them, and later room again", async () => {
   const rows: [keys: string, servers: string, room: string][] = [
     ["", "[{url: a:1, max: 1}, {url: b:1, max: 2}]", "abb"],
     ["max_in_flight: 2", "[a:1, b:1]", "abab"],
@@ -600,11 +602,11 @@ test("max and max_in_flight bound what a server has in flight; beyond them there
       new Promise<Response>((resolve) =>
         ends.push(() => (attempt.ended(200, 0, undefined), resolve(new Response(null))))
       );
-    const { send, ask, asked } = setUp(keys, [pend], { servers });
+    const { send, ask, asked } = setUp(`queue: off, ${keys}`, [pend], { servers });
     const answers = [...room].map(() => send());
     const { status, headers } = await ask();
     const failure = headers.get("x-lb-failure");
-    assert.deepEqual([asked.join(""), status, failure, headers.get("retry-after")], [room, 503, "no-server", "1"]);
+    assert.deepEqual([asked.join(""), status, failure, headers.get("retry-after")], [room, 503, "queue-full", "1"]);
     ends.shift()!();
     answers.push(send());
     for (let end; await undefined, end = ends.shift();) end();

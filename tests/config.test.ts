@@ -77,6 +77,7 @@ test("what is left out has the documented default", () => {
     retry_budget: 0.2,
     timeouts: { connect: 3_000, response: 60_000, idle: 300_000 },
     max_in_flight: Infinity,
+    queue: { size: 100, timeout: 5_000 },
     sticky: { cookie: "", secret: "", max_age: 0 },
     host_header: "keep",
     compress: false,
@@ -372,6 +373,8 @@ const WRONG_KEYS: [keys: string, ...expected: string[]][] = [
     '39: retry_on[0]: "conect" is not connect, reset, or 400 to 599',
     "47: retry_on[1]: 200 is not a whole number from 400 to 599",
   ],
+  ["queue: 100", "35: queue: 100 is not off or a map"],
+  ["queue: { size: 0 }", "43: queue.size: 0 is not a whole number from 1 to 100000"],
   ["max_in_flight: 0", "43: max_in_flight: 0 is not a whole number from 1 to 1000000"],
   ["host_header: a b", '41: host_header: "a b" is not a host such as www.example.com'],
   [
@@ -452,7 +455,7 @@ const WRONG: [text: string, ...expected: string[]][] = [
   [`${ROUTE}log: xml`, '2:6: log: "xml" is not one of combined, json, off'],
   [
     `${ROUTE}defaults: { servers: [a:1] }`,
-    "2:13: defaults.servers: unknown key; allowed: strategy, health, eject, panic, retry_budget, max_in_flight, sticky, tls, retries, retry_on, timeouts, host_header, compress, cors",
+    "2:13: defaults.servers: unknown key; allowed: strategy, health, eject, panic, retry_budget, max_in_flight, queue, sticky, tls, retries, retry_on, timeouts, host_header, compress, cors",
   ],
   [`${ROUTE}hosts: { host: a }`, "2:8: hosts: a map is not a list of hosts"],
   [`${ROUTE}services: [a]`, "2:11: services: a list is not a map"],
@@ -665,9 +668,10 @@ services:
     panic: 0%
     retry_on: []
     max_in_flight: 7
+    queue: { size: 1, timeout: 2m }
     tls: { ca: ca.pem, cert: c.pem, key: k.pem, servername: x, insecure: true }
     cors: { origin: "https://x", credentials: true, allow_methods: [], max_age: 10m }
-  constructor: { servers: [a:1], health: off, eject: off, strategy: { hash: { path: true } }, timeouts: { idle: 1d } }
+  constructor: { servers: [a:1], health: off, eject: off, queue: off, strategy: { hash: { path: true } }, timeouts: { idle: 1d } }
 hosts: [{ host: "*.a.com", servers: [a:1], compress: true }]
 paths: [{ path: /, service: shop, strip: true }]
 routes:

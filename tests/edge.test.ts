@@ -598,6 +598,39 @@ for (
   );
 }
 
+test(
+  "requests wait in line at the edge too, across requests; one whose client leaves makes way",
+  { skip },
+  async (t) => {
+    const given: (() => unknown)[] = [];
+    const a = await server(t, (visit) => void given.push(() => visit.send(answer("a"))));
+    const strategy = { hash: { header: "x-key" } }; // read for one request while another one ends
+    const queue = { size: 3, timeout: "2s" };
+    const lb = await edge(t, { default: { servers: over(a), max_in_flight: 1, strategy, queue, eject: "off" } });
+    const first = lb.ask("/first");
+    await until("the first is asked", () => given.length === 1);
+    await rawRequest(lb.port, [
+      "GET /leaves HTTP/1.1\r\nHost: a.test\r\n\r\n",
+      200,
+      (socket) => void socket.resetAndDestroy(),
+    ]);
+    const waiting: ReturnType<typeof lb.ask>[] = [];
+    for (const path of ["/second", "/third", "/fourth"]) {
+      waiting.push(lb.ask(path));
+      await sleep(100);
+    }
+    assert.equal(failure(await lb.ask("/fifth")), "503 queue-full");
+    for (const next of [0, 1, 2]) {
+      await until("it is asked", () => given.length > next);
+      if (next < 2) given[next]!();
+    }
+    assert.equal(failure(await waiting[2]!), "503 queue-timeout");
+    given[2]!();
+    for (const one of [first, waiting[0]!, waiting[1]!]) assert.equal(body(await one), "a");
+    assert.deepEqual(a.requests.map(target), ["/first", "/second", "/third"]);
+  },
+);
+
 test("a server that breaks off breaks off the answer", { skip }, async (t) => {
   const a = await server(t, async (visit) => {
     await visit.send(head("Content-Length: 100\r\n"), "half", 50);

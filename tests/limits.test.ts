@@ -1,0 +1,536 @@
+// Queues, rates and hedges: who waits, who comes back later, who is asked twice. Decisions run on a clock that only the
+// test moves; what a client notices runs through the program.
+
+import assert from "node:assert/strict";
+import { test as nodeTest } from "node:test";
+import { type Attempt, createLoadBalancer, type Failure, type LoadBalancer, parseConfig, WireError } from "../lb.ts";
+import {
+  answer,
+  type Message,
+  rawRequest,
+  type ScriptedServer,
+  scriptedServer,
+  seeded,
+  startProgram,
+  status,
+  target,
+  until,
+  value,
+  type Visit,
+} from "./rig.ts";
+
+// ─── A balancer whose clock and servers do nothing by themselves ───
+
+const balancers: LoadBalancer[] = [];
+/** A test at whose end nobody waits and every count is 0. */
+const test = (name: string, run: () => Promise<void>) =>
+  nodeTest(name, async () => {
+    await run();
+    for (const { balancer } of balancers.splice(0)) {
+      assert.equal(balancer.inFlight, 0, "requests in flight");
+      for (const { name, servers, inFlight, retrying, waiting } of balancer.table.services.values()) {
+        const counts = [inFlight, retrying, waiting.size, ...servers.map((server) => server.inFlight)];
+        assert.deepEqual(counts, counts.map(() => 0), `${name}: requests, retries, waiting, at each server`);
+      }
+    }
+  });
+
+/** Everything that is ready to happen happens. */
+const settled = () => new Promise<void>((resolve) => setTimeout(resolve));
+
+/** A clock that stands still, and what sleeps on it. */
+function newClock() {
+  const sleepers = new Set<{ at: number; wake(): void }>();
+  const clock = {
+    now: 0,
+    sleepers,
+    sleep: (ms: number, signal?: AbortSignal) =>
+      new Promise<void>((resolve) => {
+        const one = { at: clock.now + ms, wake: resolve };
+        sleepers.add(one);
+        signal?.addEventListener("abort", () => sleepers.delete(one));
+      }),
+    /** Moves on, and wakes each sleeper at its time. */
+    async advance(ms: number) {
+      const end = clock.now + ms;
+      for (;;) {
+        await settled();
+        const [next] = [...sleepers].filter(({ at }) => at <= end).sort((a, b) => a.at - b.at);
+        if (!next) break;
+        clock.now = Math.max(clock.now, next.at);
+        sleepers.delete(next);
+        next.wake();
+      }
+      clock.now = end;
+      await settled();
+    },
+  };
+  return clock;
+}
+
+/** One attempt at a server, which ends when the test says so. */
+interface Asked {
+  server: string; // its first letter
+  path: string;
+  attempt: Attempt;
+  /** Answers with this status; its body is whole. */
+  finish(status?: number): Promise<void>;
+  /** Answers with the head only; the call that comes back ends the body. */
+  begin(status?: number): Promise<() => Promise<void>>;
+  fail(kind: Failure, sent?: boolean): Promise<void>;
+}
+
+interface Ask {
+  path?: string;
+  method?: string;
+  headers?: Record<string, string>;
+  signal?: AbortSignal;
+  body?: string;
+  address?: string;
+}
+
+function setUp(keys: string, { servers = "[a:1]", yaml = "", random = seeded(1) } = {}) {
+  const clock = newClock();
+  const [asked, lines, reports]: [Asked[], string[], string[]] = [[], [], []];
+  const fetch = (url: string, attempt: Attempt) => {
+    const { promise, resolve, reject } = Promise.withResolvers<Response>();
+    let over = false;
+    const end = (status: number, problem?: Failure) => {
+      if (!over) attempt.ended(status, 0, problem);
+      over = true;
+    };
+    asked.push({
+      server: attempt.server.name[0]!,
+      path: url.slice(attempt.server.url.length),
+      attempt,
+      finish(status = 200) {
+        end(status);
+        resolve(new Response(null, { status, headers: attempt.inbound([]) as [] && [] }));
+        return settled();
+      },
+      async begin(status = 200) {
+        let sink: ReadableStreamDefaultController;
+        const start = (controller: ReadableStreamDefaultController) => void (sink = controller);
+        resolve(new Response(new ReadableStream({ start, cancel: () => end(status, "client-left") }), { status }));
+        await settled();
+        return () => {
+          end(status);
+          sink.close();
+          return settled();
+        };
+      },
+      fail(kind, sent = true) {
+        over = true;
+        reject(new WireError(kind, sent, kind));
+        return settled();
+      },
+    });
+    return promise;
+  };
+  const retries = keys.includes("retries:") ? "" : "retries: 0, ";
+  const text = yaml || `log: json\ndefault: { servers: ${servers}, health: off, ${retries}${keys} }`;
+  const lb = createLoadBalancer(parseConfig(text), {
+    fetch,
+    now: () => clock.now,
+    date: () => new Date(0),
+    random,
+    sleep: clock.sleep,
+    client: (request, env) => ({ address: env as string, scheme: "http", headers: [...request.headers].flat() }),
+    write: (line) => lines.push(line),
+    report: (level, text) => reports.push(`${level} ${text}`),
+  });
+  balancers.push(lb);
+  const send = ({ path = "/", address = "192.0.2.9", headers, ...init }: Ask = {}) =>
+    Promise.resolve(
+      lb.fetch(new Request(`http://h.test${path}`, { ...init, headers: { host: "h.test", ...headers } }), address),
+    );
+  const service = lb.balancer.table.services.get("default")!;
+  return { lb, clock, asked, lines, reports, send, service };
+}
+
+const outcome = async (response: Promise<Response>) => {
+  const { status, headers } = await response;
+  return [status, headers.get("x-lb-failure"), headers.get("retry-after")];
+};
+
+// ─── The queue ───
+
+test("a request that finds all servers full waits, and gets the place of the one that ends first", async () => {
+  const { send, asked } = setUp("max_in_flight: 1", { servers: "[a:1, b:1]" });
+  const first = [send(), send()];
+  const late = send();
+  await settled();
+  assert.deepEqual(asked.map(({ server }) => server), ["a", "b"]);
+  await asked[1]!.finish();
+  assert.deepEqual(asked.map(({ server }) => server), ["a", "b", "b"]);
+  await asked[0]!.finish();
+  await asked[2]!.finish();
+  for (const one of [...first, late]) assert.equal((await one).status, 200);
+});
+
+test("who waits is served in the order of coming, by nobody overtaken, also where many places become free at once", async () => {
+  const { send, asked, service } = setUp("max_in_flight: 3, queue: { size: 500 }", { servers: "[a:1, b:1]" });
+  const random = seeded(7);
+  const picked: string[] = [];
+  const { strategy } = service;
+  service.strategy = (candidates, draw) => {
+    picked.push(new URL(draw.request.url).pathname);
+    return strategy(candidates, draw);
+  };
+  const sent: Promise<Response>[] = [];
+  const running: Asked[] = [];
+  let seen = 0;
+  for (let step = 0; step < 400; step++) {
+    for (let i = Math.floor(random() * 4); i > 0; i--) sent.push(send({ path: `/${sent.length}` }));
+    running.push(...asked.slice(seen));
+    seen = asked.length;
+    for (let i = Math.floor(random() * 4); i > 0 && running.length; i--) {
+      const [one] = running.splice(Math.floor(random() * running.length), 1);
+      if (random() < 0.5) void one!.finish();
+      else await one!.finish();
+    }
+  }
+  for (; await settled(), seen < asked.length; seen = asked.length) {
+    for (const one of [...running.splice(0), ...asked.slice(seen)]) void one.finish();
+  }
+  for (const one of running) await one.finish();
+  assert.ok(sent.length > 400);
+  for (const one of sent) assert.equal((await one).status, 200);
+  assert.deepEqual(picked, sent.map((_, i) => `/${i}`));
+});
+
+test("one who comes in the very moment in which a server gets room does not overtake those who wait", async () => {
+  const { send, asked, clock, service } = setUp("eject: { failures: 1, for: 1s }, max_in_flight: 1, panic: 0%", {
+    servers: "[a:1, b:1]",
+  });
+  const sent = [send({ path: "/bad" }), send({ path: "/long" }), send({ path: "/waits" })];
+  await settled();
+  await asked[0]!.fail("reset"); // a is ejected: its place is nobody's
+  assert.equal(service.waiting.size, 1);
+  clock.now += 1_001; // nobody notices yet
+  sent.push(send({ path: "/late" }));
+  assert.deepEqual(asked.map(({ path }) => path), ["/bad", "/long"]);
+  await settled();
+  assert.deepEqual(asked.map(({ path }) => path), ["/bad", "/long", "/waits"]);
+  for (let i = 1; i < 4; i++) await asked[i]!.finish();
+  assert.deepEqual(await Promise.all(sent.map(async (one) => (await one).status)), [502, 200, 200, 200]);
+});
+
+test("beyond size there is 503 queue-full at once, after timeout 503 queue-timeout, both with Retry-After", async () => {
+  const { send, asked, clock } = setUp("max_in_flight: 1, queue: { size: 2, timeout: 3s }");
+  const served = send();
+  const waiting = [outcome(send()), outcome(send())];
+  await settled();
+  assert.deepEqual(await outcome(send()), [503, "queue-full", "1"]);
+  await clock.advance(2_999);
+  assert.equal(clock.sleepers.size, 2);
+  await clock.advance(1);
+  for (const one of waiting) assert.deepEqual(await one, [503, "queue-timeout", "1"]);
+  assert.equal(clock.sleepers.size, 0);
+  await asked[0]!.finish();
+  assert.equal((await served).status, 200);
+  const next = send();
+  await asked[1]!.finish();
+  assert.equal((await next).status, 200, "the server has room again");
+  assert.equal(asked.length, 2, "no server was asked for those who gave up");
+});
+
+test("a queue is there as soon as servers have a limit, 100 long and 5 s; queue: off is none", async () => {
+  const { send, asked, clock, service } = setUp("max_in_flight: 1");
+  const waiting = Array.from({ length: 102 }, () => outcome(send()));
+  await settled();
+  assert.equal(service.waiting.size, 100);
+  assert.deepEqual(await waiting[101], [503, "queue-full", "1"]);
+  await clock.advance(5_000);
+  assert.deepEqual(await waiting[1], [503, "queue-timeout", "1"]);
+  await asked[0]!.finish();
+  assert.deepEqual(await waiting[0], [200, null, null]);
+  const off = setUp("max_in_flight: 1, queue: off");
+  const first = off.send();
+  assert.deepEqual(await outcome(off.send()), [503, "queue-full", "1"]);
+  await off.asked[0]!.finish();
+  assert.equal((await first).status, 200);
+});
+
+test("while there is room nothing sleeps and nobody waits", async () => {
+  const { send, asked, clock, service } = setUp("max_in_flight: 5");
+  const sent = Array.from({ length: 5 }, () => send());
+  await settled();
+  assert.deepEqual([clock.sleepers.size, service.waiting.size], [0, 0]);
+  for (const one of asked) await one.finish();
+  for (const one of sent) assert.equal((await one).status, 200);
+});
+
+test("a client that has left leaves the queue at once, is logged with 499, and those behind it move up", async () => {
+  const { send, asked, lines, service, clock } = setUp("max_in_flight: 1, queue: { size: 2 }");
+  const leaving = new AbortController();
+  const served = send();
+  const gone = send({ path: "/gone", signal: leaving.signal });
+  const behind = send({ path: "/behind" });
+  await settled();
+  leaving.abort();
+  await settled();
+  assert.equal(service.waiting.size, 1);
+  assert.equal(clock.sleepers.size, 1);
+  const { status, failure, target, server } = JSON.parse(lines[0]!);
+  assert.deepEqual([status, failure, target, server], [499, "client-left", "/gone", "-"]);
+  assert.equal((await gone).status, 499);
+  await asked[0]!.finish();
+  assert.equal(asked[1]!.path, "/behind");
+  await asked[1]!.finish();
+  for (const one of [served, behind]) assert.equal((await one).status, 200);
+});
+
+test("a client that has left before its turn to wait does not wait", async () => {
+  const { send, asked } = setUp("max_in_flight: 1");
+  const served = send();
+  assert.deepEqual(await outcome(send({ signal: AbortSignal.abort() })), [499, "client-left", null]);
+  await asked[0]!.finish();
+  await served;
+});
+
+test("a place becomes free with the end of the body, or with a failure; not with the head", async () => {
+  const { send, asked } = setUp("max_in_flight: 1, eject: off");
+  const sent = [send(), send(), send()];
+  const end = await asked[0]!.begin();
+  assert.equal(asked.length, 1);
+  await end();
+  assert.equal(asked.length, 2);
+  await asked[1]!.fail("reset");
+  assert.equal(asked.length, 3);
+  await asked[2]!.finish();
+  assert.deepEqual(await Promise.all(sent.map(async (one) => (await one).status)), [200, 502, 200]);
+});
+
+for (
+  const [what, change] of [
+    [
+      "a reload with more room",
+      ({ lb, yaml }) => lb.reload(parseConfig(yaml.replace("max_in_flight: 1", "max_in_flight: 2"))),
+    ],
+    ["a reload with another server", ({ lb, yaml }) => lb.reload(parseConfig(yaml.replace("[a:1]", "[a:1, c:1]")))],
+    ["the end of an ejection, seen by the clock of the probes", async ({ lb, clock, eject }) => {
+      eject();
+      clock.now += 1_000;
+      await lb.probe();
+    }],
+    ["the end of an ejection, seen by another request", async ({ clock, eject, other }) => {
+      eject();
+      clock.now += 1_000;
+      await other();
+    }],
+    ["the end of an ejection, seen at the end of the wait", async ({ clock, eject }) => {
+      eject();
+      await clock.advance(5_000);
+    }],
+  ] as [
+    string,
+    (tools: {
+      lb: LoadBalancer;
+      yaml: string;
+      clock: ReturnType<typeof newClock>;
+      eject(): void;
+      other(): Promise<void>;
+    }) => unknown,
+  ][]
+) {
+  test(`those who wait go on after ${what}`, async () => {
+    const ejected = what.includes("ejection");
+    const servers = ejected ? "[a:1, b:1]" : "[a:1]";
+    const yaml =
+      `log: off\ndefault: { servers: ${servers}, health: off, max_in_flight: 1, panic: 0%, eject: { at_most: 100% } }`;
+    const { lb, asked, send, clock } = setUp("", { yaml });
+    const { services } = lb.balancer.table;
+    const b = services.get("default")!.servers[1];
+    const eject = () => {};
+    if (b) Object.assign(b, { until: 1_000 });
+    const sent = [send()];
+    await settled();
+    sent.push(send({ path: "/waits" }));
+    await settled();
+    assert.equal(asked.length, 1);
+    const other = async () => {
+      sent.push(send());
+      await settled();
+    };
+    await change({ lb, yaml, clock, eject, other });
+    await settled();
+    assert.equal(asked[1]?.path, "/waits");
+    for (let i = 0; i < asked.length; i++) await asked[i]!.finish();
+    for (const one of sent) assert.equal((await one).status, 200);
+  });
+}
+
+test("a probe that brings a server back lets those who wait go on", async () => {
+  const yaml =
+    "log: off\ndefault: { servers: [a:1, b:1], health: { path: /up, rise: 1, fall: 1 }, max_in_flight: 1, panic: 0% }";
+  const { lb, asked, send, clock } = setUp("", { yaml });
+  const probing = lb.probe();
+  await settled();
+  await asked[0]!.finish();
+  await asked[1]!.finish(500);
+  await probing;
+  const sent = [send(), send({ path: "/waits" })];
+  await settled();
+  assert.equal(asked.length, 3);
+  clock.now += 12_000;
+  const again = lb.probe();
+  await settled();
+  await asked[3]!.finish();
+  await asked[4]!.finish();
+  await again;
+  await settled();
+  assert.equal(asked[5]!.path, "/waits");
+  await asked[2]!.finish();
+  await asked[5]!.finish();
+  for (const one of sent) assert.equal((await one).status, 200);
+});
+
+test("where nobody may be asked there is 503 no-server at once, and nothing to wait for", async () => {
+  const { send, asked } = setUp("max_in_flight: 1, panic: 0%, eject: { failures: 1, at_most: 100% }");
+  const first = send();
+  await asked[0]!.fail("reset");
+  assert.equal((await first).status, 502);
+  assert.deepEqual(await outcome(send()), [503, "no-server", "1"]);
+});
+
+test("a retry waits too when nobody has room, behind those who wait already, and never holds a second place", async () => {
+  const { send, asked } = setUp("max_in_flight: 1, retries: 1, eject: off");
+  const sent = [send({ path: "/retried" }), send({ path: "/waits" })];
+  await settled();
+  await asked[0]!.fail("reset");
+  assert.deepEqual(asked.map(({ path }) => path), ["/retried", "/waits"]);
+  await asked[1]!.finish();
+  assert.equal(asked[2]!.path, "/retried");
+  await asked[2]!.finish();
+  for (const one of sent) assert.equal((await one).status, 200);
+});
+
+test("a strategy that throws for one who waits costs that request, not the one that made room, nor those behind", async () => {
+  const yaml =
+    "log: off\ndefault: { servers: [a:1], health: off, max_in_flight: 1, strategy: { hash: { header: x-key } } }";
+  const { send, asked, service, reports } = setUp("", { yaml });
+  const sent = [send(), send({ headers: { "x-key": "bad" } }), send({ headers: { "x-key": "good" } })];
+  await settled();
+  const { strategy } = service;
+  service.strategy = (candidates, draw) => {
+    if (draw.key === "bad") throw new Error("no such luck");
+    return strategy(candidates, draw);
+  };
+  await asked[0]!.finish();
+  await asked[1]!.finish();
+  assert.deepEqual(await Promise.all(sent.map(async (one) => (await one).status)), [200, 500, 200]);
+  assert.match(reports.join(), /no such luck/);
+});
+
+test("any mix of coming, leaving, failing and giving up ends with an empty queue and counts of 0", async () => {
+  const random = seeded(3);
+  const below = (n: number) => Math.floor(random() * n);
+  const { send, asked, clock, service } = setUp(
+    "max_in_flight: 2, queue: { size: 9, timeout: 1s }, retries: 1, eject: { failures: 3, for: 2s }",
+    { servers: "[a:1, b:1, c:1]" },
+  );
+  const sent: Promise<Response>[] = [];
+  const leaving: AbortController[] = [];
+  const seen = new Set<string>();
+  let ended = 0;
+  const end = async (one: Asked) => below(3) ? await one.finish([200, 503][below(2)]) : await one.fail("reset");
+  for (let step = 0; step < 1_500; step++) {
+    const what = below(6);
+    if (what < 3) {
+      leaving.push(new AbortController());
+      sent.push(send({ signal: leaving.at(-1)!.signal }));
+    } else if (what === 3) leaving[below(leaving.length)]?.abort();
+    else if (what === 4) await clock.advance(below(300));
+    else for (let i = below(4); i > 0 && ended < asked.length; i--) await end(asked[ended++]!);
+    assert.ok(service.waiting.size <= 9);
+    for (const server of service.servers) assert.ok(server.inFlight <= 2);
+  }
+  while (await clock.advance(100), ended < asked.length) await end(asked[ended++]!);
+  for (const one of sent) {
+    const response = await one;
+    seen.add(response.headers.get("x-lb-failure") ?? `${response.status}`);
+  }
+  for (const kind of ["200", "client-left", "queue-full", "queue-timeout", "reset"]) assert.ok(seen.has(kind), kind);
+});
+
+// ─── Through the program ───
+
+/** The program over one scripted server that holds every answer until it is told to give it. */
+async function running(config: (server: ScriptedServer) => Record<string, unknown>) {
+  const held: { visit: Visit; request: Message; give(body?: string): Promise<void> }[] = [];
+  const server = await scriptedServer((visit, request) =>
+    void held.push({ visit, request, give: (body = "whole") => visit.send(answer(body)) })
+  );
+  const program = await startProgram(config(server));
+  const ask = (path: string, headers = "") =>
+    rawRequest(program.port, `GET ${path} HTTP/1.1\r\nHost: a.test\r\n${headers}Connection: close\r\n\r\n`);
+  const stop = async () => {
+    await program.stop();
+    await server.close();
+  };
+  return { program, server, held, ask, stop, paths: () => held.map(({ request }) => target(request)) };
+}
+
+test("through the program: waiting in order, a client that leaves the queue, a full queue, and time that runs out", async () => {
+  const { program, held, ask, stop, paths } = await running(({ address }) => ({
+    log: "json",
+    default: { servers: [address], health: "off", max_in_flight: 1, queue: { size: 3, timeout: "1500ms" } },
+  }));
+  try {
+    const first = ask("/first");
+    await until("the first is asked", () => held.length === 1);
+    const leaving = rawRequest(program.port, [
+      "GET /leaves HTTP/1.1\r\nHost: a.test\r\n\r\n",
+      300,
+      (socket) => void socket.resetAndDestroy(),
+    ]);
+    await leaving;
+    const left = await until("it is logged", () => /^.*\/leaves.*$/m.exec(program.output())?.[0]);
+    assert.deepEqual([JSON.parse(left).status, JSON.parse(left).failure], [499, "client-left"]);
+    const waiting: ReturnType<typeof ask>[] = [];
+    for (const path of ["/second", "/third", "/fourth"]) {
+      waiting.push(ask(path));
+      await new Promise((resolve) => setTimeout(resolve, 60));
+    }
+    const { answers: [full] } = await ask("/fifth");
+    assert.deepEqual([status(full!), value(full!, "x-lb-failure"), value(full!, "retry-after")], [
+      503,
+      "queue-full",
+      "1",
+    ]);
+    await held[0]!.give();
+    await until("the next is asked", () => held.length === 2);
+    await held[1]!.give();
+    await until("the next is asked", () => held.length === 3);
+    const { answers: [late] } = await waiting[2]!;
+    assert.deepEqual([status(late!), value(late!, "x-lb-failure")], [503, "queue-timeout"]);
+    await held[2]!.give();
+    for (const one of [first, ...waiting.slice(0, 2)]) assert.equal(status((await one).answers[0]!), 200);
+    assert.deepEqual(paths(), ["/first", "/second", "/third"]);
+  } finally {
+    await stop();
+  }
+});
+
+test("through the program: a drain lets those who wait finish, and ends", async () => {
+  const { program, held, ask, stop } = await running(({ address }) => ({
+    log: "off",
+    default: { servers: [address], health: "off", max_in_flight: 1, queue: { timeout: "1m" } },
+  }));
+  try {
+    const sent = [ask("/first"), ask("/second")];
+    await until("the first is asked", () => held.length === 1);
+    await new Promise((resolve) => setTimeout(resolve, 200));
+    const stopped = program.stop();
+    await until("it drains", () => program.output().includes("draining; requests in flight: 2"));
+    await held[0]!.give();
+    await until("the second is asked", () => held.length === 2);
+    await held[1]!.give();
+    for (const one of sent) assert.equal(status((await one).answers[0]!), 200);
+    await stopped;
+    assert.match(program.output(), /^info: drained$/m);
+  } finally {
+    await stop();
+  }
+});
