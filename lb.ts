@@ -34,12 +34,13 @@
  *    21. Runtimes    where it runs
  *    22. Assemble    one balancer from one config
  *    23. Save        the file after a change
- *    24. Admin       looking at it and operating it
+ *    24. Operate     looking at it and changing it
  *    25. Docs        the description of the API
  *    26. Dashboard   the page for people
- *    27. Call        what the command line and the environment ask for
- *    28. Workers     many cores
- *    29. Main        as a program
+ *    27. Admin       who may do that, and through which door
+ *    28. Call        what the command line and the environment ask for
+ *    29. Workers     many cores
+ *    30. Main        as a program
  *
  * @module
  */
@@ -53,9 +54,13 @@ import { connect as tlsConnect } from "node:tls";
 import { parseArgs } from "node:util";
 import { toJsonSchema } from "@valibot/to-json-schema";
 import { closest, distance } from "fastest-levenshtein";
-import { Hono } from "hono";
+import { Hono, type MiddlewareHandler } from "hono";
+import { bearerAuth } from "hono/bearer-auth";
 import { compress } from "hono/compress";
 import { cors } from "hono/cors";
+import { HTTPException } from "hono/http-exception";
+import { methodNotAllowed } from "hono/method-not-allowed";
+import { timingSafeEqual } from "hono/utils/buffer";
 import { parse as parseCookie } from "hono/utils/cookie";
 import ipaddr from "ipaddr.js";
 import { RE2JS, type RE2JSSyntaxException } from "re2js";
@@ -199,6 +204,12 @@ const LISTEN = /^(?:(.*):)?(\d{1,5})$/;
 const Listen = word("a port, or an address such as 127.0.0.1:8080 or [::]:8080", LISTEN, (_, host = "", port) => {
   return Number(port) < 65536 && (!host || isHost(host)) && { host, port: Number(port) };
 });
+/** A port alone is one of this machine's: only who says so opens it to others. */
+const Local = v.pipe(Listen, v.transform(({ host, port }) => ({ host: host || "127.0.0.1", port })));
+const isLoopback = (host: string) =>
+  host === "localhost" || host === "[::1]" || isIPv4(host) && host.startsWith("127.");
+const BEARER = /^[\w.~+/-]{8,}=*$/; // RFC 6750 section 2.1
+const Bearer = word("a token of 8 or more letters, digits and -._~+/", BEARER);
 const PATH = /^\/[!-"$->@-~]*$/; // ASCII without space, ? and #
 const Path = word("a path such as /v1 (it begins with / and has no query)", PATH, (path) => {
   return /\/\.\.?(?:\/|$)/.test(path) ? new Error("no request has . or .. in its path") : path;
@@ -225,7 +236,13 @@ const Url = word(SERVER, ORIGIN, (_, scheme = "", host, port) => {
   const fits = isHost(host) && number > 0 && number < 65536;
   return fits && { name, url: new URL(`${scheme || "http"}://${name}`).origin };
 });
-const also = { weight: opt(whole(0, 256), 1), host: opt(Host, ""), backup: opt(Bool, false), max: opt(Limit, "none") };
+const also = {
+  weight: opt(whole(0, 256), 1),
+  host: opt(Host, ""),
+  backup: opt(Bool, false),
+  max: opt(Limit, "none"),
+  state: opt(oneOf("ready", "drain", "maint"), "ready"),
+};
 const ServerMap = v.pipe(map({ url: Url, ...also }), v.transform(({ url, ...rest }) => ({ ...url, ...rest })));
 const OnlyUrl = v.pipe(Url, v.transform((url) => ({ ...url, ...v.parse(v.object(also), {}) })));
 const Server = either("a server such as localhost:8081 or {url: ..., weight: 2}", OnlyUrl, ServerMap);
@@ -237,7 +254,7 @@ const Servers = v.pipe(
     return [...Map.groupBy(listed, (server) => server.url)].map(([url, same]) => {
       const weight = same.reduce((sum, server) => sum + server.weight, 0), first = { ...same[0]!, weight };
       const differ = same.some((server) => JSON.stringify({ ...server, weight }) !== JSON.stringify(first));
-      if (differ) addIssue({ message: `${url} stands twice with different host, backup or max` });
+      if (differ) addIssue({ message: `${url} stands twice with different host, backup, max or state` });
       return named.get(first.name)!.length > same.length ? { ...first, name: url } : first;
     });
   }),
@@ -399,9 +416,24 @@ const changes = {
 const target = { ...actions, ...changes, ...settings }, route = { ...place, ...conditions, ...target };
 const HostRoute = map({ ...route, host: need(many(HostPattern, "a host", 1), "a host or a list") });
 const PathRoute = map({ ...route, path: need(many(PathMatch, "a path", 1), "this path and all below it") });
-const Service = map({ servers: need(Servers, "host:port, URL, or {url, weight, host, backup, max}"), ...settings });
+const Service = map({
+  servers: need(Servers, "host:port, URL, or {url, weight, host, backup, max, state}"),
+  ...settings,
+});
+const AdminMap = map({
+  listen: key(Local, "where operators connect; a port alone is on 127.0.0.1", "127.0.0.1:9090"),
+  token: key(Bearer, "what a request has to show; required beyond loopback"),
+  read_token: key(Bearer, "another one, which may only look"),
+});
+const Admin = v.pipe(
+  AdminMap,
+  v.check(({ listen, token }) => !!token || isLoopback(listen.host), "needs a token, as it listens beyond loopback"),
+  v.check(({ token, read_token }) => !read_token || !!token, "needs a token beside read_token"),
+  v.check(({ token, read_token }) => !token || token !== read_token, "token and read_token are the same"),
+);
 const RoutesFile = map({
   listen: key(many(Listen, "a port or an address", 1), "where clients connect", 8080),
+  admin: key(Admin, "the API and the pages for operators: listen, token, read_token (may only look)"),
   trust: key(Networks, "peers whose X-Forwarded-* and Forwarded are believed", []),
   log: key(oneOf("combined", "json", "off"), "the access log", "combined"),
   name_routes: key(Bool, "true: every service answers under /<its name>/..., prefix stripped", false),
@@ -432,7 +464,7 @@ type Carried = Fields<typeof conditions> & Fields<typeof changes>;
 type Made = { hosts: string[]; paths: PathRule[]; action: Action; policy: Policy; fallback: boolean };
 /** A route in the general form, as it is parsed. */
 export type RouteConfig = Carried & Made;
-type Top = Pick<Out<typeof RoutesFile>, "listen" | "trust" | "log" | "name_routes">;
+type Top = Pick<Out<typeof RoutesFile>, "listen" | "admin" | "trust" | "log" | "name_routes">;
 /** A whole file, as it is parsed: nothing is optional any more. `source` is the file with all defaults written in. */
 export type Config = Top & { services: Map<string, ServiceConfig>; routes: RouteConfig[]; source: Raw };
 
@@ -657,7 +689,7 @@ const unique = (name: string, taken: { has(name: string): boolean }) => {
 const Carried = v.object({ ...conditions, ...changes }), Leading = v.object({ ...place, ...actions });
 /** Every entry in the general form, and a service for each that lists servers. */
 function expand(source: Raw): Config {
-  const { listen, trust, log, name_routes } = v.parse(RoutesFile, source);
+  const { listen, admin, trust, log, name_routes } = v.parse(RoutesFile, source);
   const services = new Map(mapsIn(source, "services").map(([[, name], own]) => [plain(String(name)), own]));
   const written = entriesOf(source).map(([, entry]) => entry), last = topMap(source, "default").length;
   const names = new Set(written.map((entry) => entry.name));
@@ -680,7 +712,7 @@ function expand(source: Raw): Config {
   });
   const Inline = v.object(Service.entries); // beside the keys of a service stand those of its route
   const parsed = new Map([...services].map(([name, own]) => [name, v.parse(Inline, own)]));
-  return { listen, trust, log, name_routes, services: parsed, routes, source };
+  return { listen, admin, trust, log, name_routes, services: parsed, routes, source };
 }
 
 /**
@@ -946,6 +978,7 @@ export interface Balancer {
   requests: number;
   inFlight: number;
   entrypoints: Map<string, Entrypoint>; // by name
+  draining: boolean; // it takes no new connections, and will end
 }
 
 /** Strategies by the names that `strategy:` may say. */
@@ -1413,6 +1446,9 @@ function keyOf({ by, key }: ServiceConfig["strategy"]): Service["key"] {
 // 8. Health: which servers may be asked. Enabled is not healthy: requests eject for a time, probes take out and bring back.
 // ---------------------------------------------------------------------------------------------------------------------
 
+/** Whether a server is meant to be asked at all. One that drains still finishes what it has. */
+const isEnabled = (server: Server): boolean => server.weight > 0 && server.state === "ready";
+
 /** Whether a server may be asked, leaving aside how many requests it has. */
 const isHealthy = (server: Server, now: number): boolean => server.up && now >= server.until;
 
@@ -1422,7 +1458,7 @@ const isHealthy = (server: Server, now: number): boolean => server.up && now >= 
  */
 function candidatesOf(service: Service, now: number): readonly Server[] {
   if (now < service.candidatesUntil) return service.candidates;
-  const weighted = service.servers.filter((server) => server.weight > 0);
+  const weighted = service.servers.filter(isEnabled);
   const healthy = weighted.filter((server) => isHealthy(server, now));
   const regulars = weighted.filter((server) => !server.backup);
   const ready = healthy.filter((server) => !server.backup);
@@ -2997,7 +3033,7 @@ function forRetry(service: Service, candidates: readonly Server[], tried: Server
   const untried = candidates.filter((server) => !tried.includes(server));
   const healthy = untried.filter((server) => isHealthy(server, now));
   if (healthy.length) return healthy;
-  const backups = service.servers.filter((server) => server.backup && server.weight > 0 && !tried.includes(server));
+  const backups = service.servers.filter((server) => server.backup && isEnabled(server) && !tried.includes(server));
   const ready = withRoom(service, backups).filter((server) => isHealthy(server, now));
   return ready.length ? ready : untried.length ? untried : candidates;
 }
@@ -3497,6 +3533,7 @@ export function createLoadBalancer(
     requests: 0,
     inFlight: 0,
     entrypoints: new Map(),
+    draining: false,
   };
   const app = new Hono();
   app.all("*", ({ req, env }) => balance(balancer, req.raw, env, true));
@@ -3523,8 +3560,57 @@ export function createLoadBalancer(
 // ---------------------------------------------------------------------------------------------------------------------
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 24. Admin: looking at it and operating it. Every change is a change of the file.
+// 24. Operate: looking at it and changing it. What is shown is plain JSON, and every change is a change of the file.
 // ---------------------------------------------------------------------------------------------------------------------
+
+const VERSION = "0.1.0";
+
+/** How a server stands, in one word. */
+function standing({ state, up, until }: Server, now: number): "up" | "down" | "ejected" | "drain" | "maint" {
+  if (state !== "ready") return state;
+  return !up ? "down" : until > now ? "ejected" : "up";
+}
+
+/** A server as the API shows it. */
+const serverView = (server: Server, now: number) => ({
+  name: server.name,
+  url: server.url,
+  status: standing(server, now),
+  state: server.state,
+  weight: server.weight,
+  backup: server.backup,
+  max: Number.isFinite(server.max) ? server.max : null,
+  up: server.up,
+  ejected_for: Math.max(0, Math.round(server.until - now)) / 1_000, // seconds
+  in_flight: server.inFlight,
+  picks: server.picks,
+  answers: server.answers,
+  failures: server.failures, // in a row
+  latency: Math.round(server.latency * 1_000) / 1_000, // milliseconds to the head of an answer, mean
+});
+
+/** A service as the API shows it. */
+const serviceView = (service: Service, now: number) => ({
+  name: service.name,
+  strategy: service.config.strategy.name,
+  panicking: service.panicking,
+  requests: service.turn,
+  in_flight: service.inFlight,
+  retrying: service.retrying,
+  servers: service.servers.map((server) => serverView(server, now)),
+});
+
+/** Everything that there is to see at this moment, as plain JSON. */
+export function snapshotOf({ table, effects, requests, inFlight, draining }: Balancer) {
+  const now = effects.now(), services = [...table.services.values()];
+  return {
+    version: VERSION,
+    draining,
+    requests,
+    in_flight: inFlight,
+    services: services.map((service) => serviceView(service, now)),
+  };
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 25. Docs: the description of the API. OpenAPI from the schemas that check it.
@@ -3535,10 +3621,154 @@ export function createLoadBalancer(
 // ---------------------------------------------------------------------------------------------------------------------
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 27. Call: what the command line and the environment ask for.
+// 27. Admin: who may do that, and through which door. Hosts, sites and tokens are checked before anything is looked at.
 // ---------------------------------------------------------------------------------------------------------------------
 
-const VERSION = "0.1.0";
+/** What a status means (RFC 9110 section 15). */
+const PHRASES: Record<number, string> = {
+  400: "Bad Request",
+  401: "Unauthorized",
+  403: "Forbidden",
+  404: "Not Found",
+  405: "Method Not Allowed",
+  409: "Conflict",
+  412: "Precondition Failed",
+  413: "Content Too Large",
+  415: "Unsupported Media Type",
+  428: "Precondition Required",
+  429: "Too Many Requests",
+  500: "Internal Server Error",
+};
+
+/** An answer that says what is wrong (RFC 9457). */
+const problem = (status: number, detail: string, headers: Record<string, string> = {}, more: Raw = {}): Response =>
+  Response.json({ type: "about:blank", title: PHRASES[status], status, detail, ...more }, {
+    status,
+    headers: { ...headers, "content-type": "application/problem+json" },
+  });
+
+/** What every answer says to browsers, and to what is between them and us. */
+const ALWAYS = {
+  "cache-control": "no-store",
+  "cross-origin-resource-policy": "same-origin",
+  "referrer-policy": "no-referrer",
+  "x-content-type-options": "nosniff",
+  "x-frame-options": "DENY",
+};
+
+/** What the admin app is made with. */
+export interface AdminOptions {
+  /** Host names that lead here, beside localhost and addresses: others are refused where no token is asked for. */
+  hosts?: string[];
+}
+/** Who asks, and the token that it has shown. */
+type AdminEnv = { Variables: { peer: string; shown: "token" | "read token" | "" } };
+type Gatekeeper = MiddlewareHandler<AdminEnv>;
+type Tokens = Pick<NonNullable<Config["admin"]>, "token" | "read_token">;
+
+/** No page of another site gets in through a browser: neither by a name of its own (DNS rebinding), nor by a form (CSRF). */
+const sameSite = (hosts: string[], tokens: () => Tokens): Gatekeeper => async ({ req }, next) => {
+  const host = lower(req.header("host") ?? ""), name = hostName(host);
+  const known = name === "localhost" || isAddress(bare(name)) || hosts.includes(name);
+  if (!hostIsValid(host) || !known && !tokens().token) {
+    return problem(403, `Host: ${quote(host)} is neither an address nor localhost`);
+  }
+  const origin = lower(req.header("origin") ?? `http://${host}`);
+  if (origin.replace(/^https?:\/\//, "") !== host) return problem(403, `Origin: ${quote(origin)} is another site`);
+  const followed = req.method === "GET" && req.header("sec-fetch-mode") === "navigate"; // a link to a page of ours
+  const site = req.header("sec-fetch-site") ?? "none";
+  if (site !== "same-origin" && site !== "none" && !followed) return problem(403, "the request is another site's");
+  await next();
+};
+
+const TRIES = 5; // wrong tokens from one peer until it has to wait: a second, two, four, ... and a minute at most
+const MOST_PEERS = 1_000; // that are remembered for their wrong tokens
+
+/** Asks for a token where there is one; the read token opens GET alone. Who tries wrong ones has to wait. */
+function bearer({ effects }: Balancer, tokens: () => Tokens): Gatekeeper {
+  const wrong = new Map<string, { count: number; until: number }>();
+  const isWrong = (peer: string) => {
+    const count = (wrong.get(peer)?.count ?? 0) + 1, wait = count < TRIES ? 0 : Math.min(60, 2 ** (count - TRIES));
+    if (wrong.size >= MOST_PEERS) wrong.delete(wrong.keys().next().value!);
+    wrong.set(peer, { count, until: effects.now() + wait * 1_000 });
+    if (wait) effects.report("warn", `admin: ${peer}: wrong tokens in a row: ${count}`);
+  };
+  const verify = bearerAuth<AdminEnv>({
+    async verifyToken(given, { set, get }) {
+      const { token = "", read_token = "" } = tokens();
+      const [all, read] = await Promise.all([token, read_token].map((known) => timingSafeEqual(known, given)));
+      if (!all && !read) isWrong(get("peer"));
+      else wrong.delete(get("peer"));
+      set("shown", all ? "token" : "read token");
+      return !!all || !!read;
+    },
+  });
+  return async (context, next) => {
+    const { req, get, set, env } = context, peer = effects.client(req.raw, env).address;
+    set("peer", peer);
+    set("shown", "");
+    if (!tokens().token) return await next();
+    const wait = Math.ceil(((wrong.get(peer)?.until ?? 0) - effects.now()) / 1_000);
+    if (wait > 0) return problem(429, "too many wrong tokens", { "retry-after": `${wait}` });
+    let answer: Response | undefined;
+    await verify(context, async () => {
+      const looks = req.method === "GET" || req.method === "HEAD";
+      if (looks || get("shown") === "token") await next();
+      else answer = problem(403, "the read token may only look");
+    });
+    return answer;
+  };
+}
+
+/** bearer-auth's refusal as a problem. */
+const unauthorized = (error: HTTPException) =>
+  problem(
+    error.status,
+    error.status === 401 ? "the right bearer token is needed" : "Authorization is not a bearer token",
+    {
+      "www-authenticate": error.getResponse().headers.get("www-authenticate") ?? "Bearer",
+    },
+  );
+
+/**
+ * The admin API and its pages, to be served, or mounted in an app of your own. Tokens are those of `admin` in the config
+ * in force; one that is taken out of it stays in force, for the listener stays open.
+ */
+export function createAdmin(lb: LoadBalancer, { hosts = [] }: AdminOptions = {}): Hono<AdminEnv> {
+  const { balancer } = lb, app = new Hono<AdminEnv>();
+  let last: Tokens = {};
+  const tokens = () => last = balancer.table.config.admin?.token ? balancer.table.config.admin : last;
+  app.notFound(({ req }) => problem(404, `there is no ${req.path}`));
+  app.onError((error) => {
+    if (error instanceof HTTPException) return unauthorized(error);
+    balancer.effects.report("error", `admin: ${error.stack ?? error}`);
+    return problem(500, "the load balancer has failed");
+  });
+  app.use(async (context, next) => {
+    await next();
+    for (const [name, value] of Object.entries(ALWAYS)) context.res.headers.set(name, value);
+  });
+  app.use(methodNotAllowed({
+    app,
+    onMethodNotAllowed: ({ req }, allowed) => problem(405, `${req.method} ${req.path}`, { allow: allowed.join(", ") }),
+  }));
+  app.use(sameSite(hosts, tokens));
+
+  // For everybody who gets here, without a token: pages must not have anything in them that the API would not tell.
+  app.get("/health/live", ({ json }) => json({ status: "live" }));
+  app.get("/health/ready", () => balancer.draining ? problem(503, "draining") : Response.json({ status: "ready" }));
+  // here: app.route("/", dashboard(...)); its page shows what it asks the API for, with the token
+
+  app.use(bearer(balancer, tokens));
+  // here: app.get("/metrics", ...)
+  app.get("/services", ({ json }) => json(snapshotOf(balancer)));
+  app.get("/version", ({ json }) => json({ version: VERSION, runtime: here }));
+  return app;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 28. Call: what the command line and the environment ask for.
+// ---------------------------------------------------------------------------------------------------------------------
 
 const USAGE = `lb.ts ${VERSION}: a load balancer for HTTP in one file
 
@@ -3547,6 +3777,7 @@ Usage: lb.ts [options] [routes.yml]
   -c, --config FILE      the configuration              (LB_CONFIG, default routes.yml)
   -l, --listen ADDRESS   instead of listen in the file  (LB_LISTEN)
   -p, --port N           the same, a port only          (LB_PORT)
+      --admin ADDRESS    instead of admin.listen, or off  (LB_ADMIN)
       --log FORMAT       combined, json or off          (LB_LOG)
       --drain TIME       how long requests in flight may take at the end  (default 30s)
   -t, --check            check the file: 0 and one line, or 1 and every mistake with its line
@@ -3564,6 +3795,7 @@ const OPTIONS = {
   "config": { type: "string", short: "c" },
   "listen": { type: "string", short: "l" },
   "port": { type: "string", short: "p" },
+  "admin": { type: "string" },
   "log": { type: "string" },
   "drain": { type: "string" },
   "check": { type: "boolean", short: "t" },
@@ -3585,6 +3817,7 @@ interface Call {
   options: ReturnType<typeof readOptions>["values"];
   file: string;
   listen: string | undefined;
+  admin: string | undefined;
   log: string | undefined;
   drain: number;
   env: Record<string, string | undefined>;
@@ -3608,6 +3841,7 @@ function readCall(args: string[], env: Call["env"]): Call {
     options: values,
     file: values.config ?? positionals[0] ?? env.LB_CONFIG ?? "routes.yml",
     listen: values.listen ?? values.port ?? env.LB_LISTEN ?? env.LB_PORT,
+    admin: values.admin ?? env.LB_ADMIN,
     log: values.log ?? env.LB_LOG,
     drain: drain.output,
     env,
@@ -3626,12 +3860,23 @@ function load(call: Call, text = readText(call.file)): Config {
     config.listen = [address.output];
     config.source.listen = /^\d+$/.test(call.listen) ? Number(call.listen) : call.listen;
   }
+  if (call.admin !== undefined) placeAdmin(config, call.admin);
   if (call.log !== undefined) {
     const format = v.safeParse(RoutesFile.entries.log, call.log);
     if (!format.success) throw new UsageError(`--log or LB_LOG: "${call.log}" is not combined, json or off`);
     config.source.log = config.log = format.output;
   }
   return config;
+}
+
+/** Puts the admin listener elsewhere, or nowhere. */
+function placeAdmin(config: Config, listen: string): void {
+  const source = listen === "off" ? undefined : { ...record(config.source.admin), listen };
+  const { success, issues, output } = v.safeParse(v.optional(Admin), source);
+  if (!success) {
+    throw new UsageError(`--admin or LB_ADMIN: ${issues[0].message.replace(/^\$/, quote(listen))}`);
+  }
+  Object.assign(config, { admin: output, source: { ...config.source, admin: source } });
 }
 
 function readText(file: string): string {
@@ -3648,11 +3893,11 @@ function readText(file: string): string {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 28. Workers: many cores. One main thread decides, and threads that share the port serve.
+// 29. Workers: many cores. One main thread decides, and threads that share the port serve.
 // ---------------------------------------------------------------------------------------------------------------------
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 29. Main: as a program.
+// 30. Main: as a program.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** Which route and service a request would take, which servers could be asked, and why not the others. */
@@ -3738,12 +3983,11 @@ async function run(call: Call): Promise<void> {
   const lb = createLoadBalancer(config, { write: lineWriter(defaultEffects().report) });
   const { effects } = lb.balancer;
   const listeners: Listener[] = [];
-  for (const { host, port } of config.listen) {
-    try {
-      listeners.push(await runtimes[here].serve((request, env) => lb.fetch(request, env as object), host, port));
-    } catch (error) {
-      throw new StartError(`cannot listen on ${shown(host, port)}: ${(error as Error).message}`);
-    }
+  for (const at of config.listen) listeners.push(await openListener((request, env) => lb.fetch(request, env), at));
+  if (config.admin) {
+    const admin = createAdmin(lb);
+    const { address } = await openListener((request, env) => admin.fetch(request, env), config.admin.listen);
+    effects.report("info", `admin on http://${address}`);
   }
   setInterval(() => void lb.probe(), PROBE_TICK);
   const reload = () => again(call, lb);
@@ -3758,6 +4002,15 @@ async function run(call: Call): Promise<void> {
   for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => void drain(lb, listeners, call.drain));
   for (const { address } of listeners) effects.report("info", `lb.ts ${VERSION} listening on http://${address}`);
   announce(lb);
+}
+
+/** A listener. While the others drain, that of the admin stays open. */
+async function openListener(fetch: (request: Request, env: object) => ReturnType<Serve>, at: Config["listen"][number]) {
+  try {
+    return await runtimes[here].serve((request, env) => fetch(request, env as object), at.host, at.port);
+  } catch (error) {
+    throw new StartError(`cannot listen on ${shown(at.host, at.port)}: ${(error as Error).message}`);
+  }
 }
 
 /** What changes with a file, also when an editor puts another one in its place. */
@@ -3785,7 +4038,8 @@ function again(call: Call, lb: LoadBalancer): void {
     const config = load(call);
     lb.reload(config);
     effects.report("info", `${call.file} is in force again`);
-    if (JSON.stringify(config.listen) !== JSON.stringify(table.config.listen)) {
+    const places = ({ listen, admin }: Config) => JSON.stringify([listen, admin?.listen]);
+    if (places(config) !== places(table.config)) {
       effects.report("warn", "listen has changed: that takes effect with the next start");
     }
     announce(lb);
@@ -3794,13 +4048,11 @@ function again(call: Call, lb: LoadBalancer): void {
   }
 }
 
-const draining = new WeakSet<LoadBalancer>();
-
 /** No new connections, requests in flight finish, then the end; a second signal ends at once. */
 async function drain(lb: LoadBalancer, listeners: Listener[], grace: number): Promise<void> {
   const { effects } = lb.balancer;
-  if (draining.has(lb)) process.exit(1);
-  draining.add(lb);
+  if (lb.balancer.draining) process.exit(1);
+  lb.balancer.draining = true;
   effects.report("info", `draining; requests in flight: ${lb.balancer.inFlight}`);
   const closed = Promise.all(listeners.map((listener) => listener.close()));
   const end = effects.now() + grace;

@@ -53,7 +53,15 @@ test("what is left out has the documented default", () => {
     name_routes: false,
   });
   const { servers, health, cors, ...rest } = config.services.get("default")!;
-  assert.deepEqual(servers, [{ name: "a:1", url: "http://a:1", weight: 1, host: "", backup: false, max: Infinity }]);
+  assert.deepEqual(servers, [{
+    name: "a:1",
+    url: "http://a:1",
+    weight: 1,
+    host: "",
+    backup: false,
+    max: Infinity,
+    state: "ready",
+  }]);
   const { headers, ...probe } = health;
   assert.equal(headers.size, 0);
   assert.deepEqual(probe, {
@@ -194,10 +202,31 @@ for (
     const [server] = service("", `[${text}]`).servers;
     assert.deepEqual([server!.name, server!.url], [name, url]);
     assert.deepEqual(service("", `[{ url: ${text}, max: 7, weight: 0, backup: true, host: h }, z:1]`).servers[0], {
-      ...{ name, url, max: 7, weight: 0, backup: true, host: "h" },
+      ...{ name, url, max: 7, weight: 0, backup: true, host: "h", state: "ready" },
     });
   });
 }
+
+test("admin is off when absent, on loopback unless told otherwise, and there without a token", () => {
+  const at = (text: string) => parseConfig(`${ROUTE}${text}`).admin;
+  assert.equal(at(""), undefined);
+  assert.deepEqual(at("admin: {}"), { listen: { host: "127.0.0.1", port: 9090 } });
+  assert.deepEqual(at("admin: { listen: 9 }")?.listen, { host: "127.0.0.1", port: 9 });
+  for (const listen of ["localhost:9", "127.0.0.2:9", "'[::1]:9'"]) assert.ok(at(`admin: { listen: ${listen} }`));
+  for (const listen of ["0.0.0.0:9", "'[::]:9'", "10.0.0.1:9", "127.example:9"]) {
+    assert.throws(
+      () => at(`admin: { listen: ${listen} }`),
+      /:2:8: admin: needs a token, as it listens beyond loopback$/,
+    );
+    assert.ok(at(`admin: { listen: ${listen}, token: 12345678 }`));
+  }
+  for (const token of ["short", "with a space in it", "''", "${EMPTY}"]) {
+    const text = `${ROUTE}admin: { token: ${token} }`;
+    assert.throws(() => parseConfig(text, { EMPTY: "" }), /admin\.token: .*\*\*\*.* is not a token of 8 or more/);
+  }
+  assert.throws(() => at("admin: { read_token: abcdefgh }"), /needs a token beside read_token/);
+  assert.throws(() => at("admin: { token: abcdefgh, read_token: abcdefgh }"), /are the same/);
+});
 
 test("a server that is listed again weighs more", () => {
   const { servers } = service("", "[a:1, b:1, a:1, { url: a:1, weight: 3 }]");
@@ -403,18 +432,18 @@ const WRONG: [text: string, ...expected: string[]][] = [
   ]),
   ["", "1:1: the file is empty"],
   ["# nothing\n", "1:1: the file is empty"],
-  ["[1]", "1:1: a list is not a map with keys such as listen, trust, log"],
+  ["[1]", "1:1: a list is not a map with keys such as listen, admin, trust"],
   ["listen: 80", "1:1: no way leads to a server: hosts, paths, routes or default is needed"],
   [SHOP, "1:1: no way leads to a server: hosts, paths, routes or default is needed"],
   [
-    `${ROUTE}listn: 1\nadmin: {}\n`,
+    `${ROUTE}listn: 1\nworker: {}\n`,
     '2:1: listn: unknown key; did you mean "listen"?',
-    "3:1: admin: unknown key; allowed: listen, trust, log, name_routes, defaults, services, hosts, paths, routes, default",
+    "3:1: worker: unknown key; allowed: listen, admin, trust, log, name_routes, defaults, services, hosts, paths, routes, default",
   ],
   [
     `${ROUTE}__proto__: 1\nconstructor: 1`,
-    "2:1: __proto__: unknown key; allowed: listen, trust, log, name_routes, defaults, services, hosts, paths, routes, default",
-    "3:1: constructor: unknown key; allowed: listen, trust, log, name_routes, defaults, services, hosts, paths, routes, default",
+    "2:1: __proto__: unknown key; allowed: listen, admin, trust, log, name_routes, defaults, services, hosts, paths, routes, default",
+    "3:1: constructor: unknown key; allowed: listen, admin, trust, log, name_routes, defaults, services, hosts, paths, routes, default",
   ],
   [
     "default: { servers: [{ url: a:1, wieght: 2 }] }",
@@ -431,7 +460,7 @@ const WRONG: [text: string, ...expected: string[]][] = [
   ["default: { servers: [{ url: a:1, weight: 0 }] }", "1:21: default.servers: needs a server with a weight above 0"],
   [
     "default: { servers: [a:1, { url: a:1, backup: true }] }",
-    "1:21: default.servers: http://a:1 stands twice with different host, backup or max",
+    "1:21: default.servers: http://a:1 stands twice with different host, backup, max or state",
   ],
   ...[
     ...["localhost", ":80", "http://", "10.0.0.999:80", "data:x,y", "a:0", "a:65536", "file:///etc/passwd"],

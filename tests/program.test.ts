@@ -183,7 +183,9 @@ test("--help lists every option and --version is that of package.json", async ()
   const help = await call(["--help"]);
   assert.equal(help.code, 0);
   assert.equal(help.err, "");
-  for (const option of "config listen port log drain check print-config explain schema demo help version".split(" ")) {
+  for (
+    const option of "config listen port admin log drain check print-config explain schema demo help version".split(" ")
+  ) {
     assert.match(help.out, new RegExp(`--${option}\\b`));
   }
   const { version } = JSON.parse(readFileSync(new URL("../package.json", import.meta.url), "utf8"));

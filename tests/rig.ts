@@ -351,6 +351,10 @@ export const echoServer = () => scriptedServer(echo);
 
 export interface Program {
   port: number;
+  /** The admin's; 0: it has none. */
+  admin: number;
+  /** Its routes.yml. */
+  file: string;
   pid: number;
   /** Everything it has printed so far, both streams. */
   output(): string;
@@ -363,11 +367,14 @@ export interface Program {
 const ROOT = fileURLToPath(new URL("..", import.meta.url));
 const COMMAND: Record<Runtime, string[]> = { deno: ["run", "-A", "lb.ts"], bun: ["lb.ts"], node: ["lb.ts"] };
 
-/** Starts lb.ts on the runtime that runs this, with a free port and this config (JSON is YAML), and waits until it listens. */
+/**
+ * Starts lb.ts on the runtime that runs this, with a free port and this config (JSON is YAML; a text stays as it is), and
+ * waits until it listens.
+ */
 export async function startProgram(config: unknown, args: string[] = []): Promise<Program> {
   const folder = mkdtempSync(join(tmpdir(), "lb-"));
   const file = join(folder, "routes.yml");
-  writeFileSync(file, JSON.stringify(config, null, 1));
+  writeFileSync(file, typeof config === "string" ? config : JSON.stringify(config, null, 1));
   const child = spawn(process.execPath, [...COMMAND[runtime()], "-c", file, "--listen", "127.0.0.1:0", ...args], {
     cwd: ROOT,
     stdio: ["ignore", "pipe", "pipe"],
@@ -401,10 +408,11 @@ export async function startProgram(config: unknown, args: string[] = []): Promis
     await until("the changed file is in force", () => reloads() > before, 20_000);
   };
   try {
+    const admin = () => Number(/admin on http:\/\/127\.0\.0\.1:(\d+)/.exec(output)?.[1] ?? 0);
     const address = () => /listening on http:\/\/127\.0\.0\.1:(\d+)/.exec(output)?.[1];
     await until("lb.ts listens or ends", () => exited || address(), 30_000);
     assert.ok(address(), `lb.ts ended instead of listening:\n${output}`);
-    return { port: Number(address()), pid: child.pid ?? 0, output: () => output, reload, stop };
+    return { port: Number(address()), admin: admin(), file, pid: child.pid ?? 0, output: () => output, reload, stop };
   } catch (error) {
     await stop();
     throw error;
