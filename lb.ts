@@ -317,6 +317,7 @@ const Secret = v.pipe(Text, v.nonEmpty("the secret is empty"));
 const StickyMap = map({ cookie: opt(CookieName, "lb"), secret: opt(Secret), max_age: opt(duration(0), 0) });
 const Stuck = v.pipe(StickyMap, v.transform((one) => ({ secret: "", ...one })));
 const Sticky = or("off", { cookie: "", secret: "", max_age: 0 }, Stuck);
+const ServiceName = word("a name", /^\P{Cc}{1,200}$/u);
 /** What a route may also say, and then wins over its service. */
 const policy = {
   retries: key(whole(0, 10), "further attempts, always at another server while one is left", 1),
@@ -334,6 +335,11 @@ const settings = {
   retry_budget: key(Percent, "retries at most, of the requests in flight", "20%"),
   max_in_flight: key(Limit, "per server", "none"),
   queue: key(Queue, "off, or how many requests wait where all servers are full, and how long", v.getDefaults(QueueMap)),
+  fallback: key(
+    or("none", "", ServiceName, "a name"),
+    "the service that is asked when no server of this one may be",
+    "none",
+  ),
   sticky: key(
     Sticky,
     "off, or the cookie that keeps a client on its server; what signs it; how long it is kept",
@@ -386,7 +392,6 @@ const Respond = v.pipe(
   v.check((one) => !one.body || ![204, 205, 304].includes(one.status), "an answer with this status has no body"),
   v.transform((one) => ({ kind: "respond" as const, ...one })),
 );
-const ServiceName = word("a name", /^\P{Cc}{1,200}$/u);
 const place = {
   host: key(many(HostPattern, "a host"), '"*.example.com" is any labels in front, not example.com itself', []),
   path: key(many(PathMatch, "a path"), "prefix by whole segments, {exact: /v1}, {regex: ...}, or a list", []),
@@ -456,8 +461,8 @@ type Test = { kind: "is"; value: string } | { kind: "regex"; source: string } | 
 export type Condition = { name: string } & Test;
 /** A path, as a route names it; prefixes without a slash at their end. */
 export type PathRule = { kind: "prefix" | "exact"; path: string } | { kind: "regex"; source: string };
-/** A service that a route leads to, its share, and the policy that holds on that way. */
-export type Target = { service: string; weight: number; policy: Policy };
+/** A service that a route leads to, its share, the policy that holds on that way, and who is asked in its place. */
+export type Target = { service: string; weight: number; policy: Policy; fallback: Target | undefined };
 /** What a route does with a request. */
 export type Action = { kind: "forward"; targets: Target[] } | Out<typeof Redirect> | Out<typeof Respond>;
 type Carried = Fields<typeof conditions> & Fields<typeof changes>;
@@ -629,17 +634,32 @@ function groupsOf(path: unknown): number {
   }
 }
 
+/** Whoever falls back to others must not come back to himself. */
+function checkFallbacks(file: Raw, say: Say) {
+  const services = mapsIn(file, "services"), usual = record(file.defaults).fallback ?? "none";
+  const said = services.map(([[, name], own]): [string, string] => [plain(`${name}`), `${own.fallback ?? usual}`]);
+  const next = new Map(said.filter(([, fallback]) => fallback !== "none"));
+  services.forEach(([path, own], i) => {
+    const name = said[i]![0], way = [name];
+    for (let one = next.get(name); one !== undefined && !way.includes(one, 1); one = next.get(one)) way.push(one);
+    if (way.length < 2 || way.at(-1) !== name) return;
+    say(own.fallback ? [...path, "fallback"] : ["defaults", "fallback"], `falls back to itself: ${way.join(" -> ")}`);
+  });
+}
+
 function check(file: Raw, more: string[], say: Say) {
   const services = Object.keys(record(file.services)).map(plain), strategies = [...STRATEGIES, ...more];
   const known = (path: Keys, name: unknown, what: string, names: string[], at?: "key") => {
-    if (typeof name !== "string" || names.includes(name)) return;
+    if (typeof name !== "string" && typeof name !== "number" || names.includes(`${name}`)) return;
     const there = names.join(", ").slice(0, 200) || "there is none";
-    say(path, `${quote(name)} is not a ${what} (${there})${guess(name, names)}`, at);
+    say(path, `${quote(name)} is not a ${what} (${there})${guess(`${name}`, names)}`, at);
   };
   const entries = entriesOf(file);
-  for (const [path, { strategy }] of [...topMap(file, "defaults"), ...mapsIn(file, "services"), ...entries]) {
-    known([...path, "strategy"], strategy, "strategy", strategies);
+  for (const [path, own] of [...topMap(file, "defaults"), ...mapsIn(file, "services"), ...entries]) {
+    known([...path, "strategy"], own.strategy, "strategy", strategies);
+    if (own.fallback !== "none") known([...path, "fallback"], own.fallback, "service", services);
   }
+  checkFallbacks(file, say);
   const names = Object.keys(actions), taken = new Set<unknown>();
   for (const [path, entry] of entries) {
     const has = names.filter((name) => Object.hasOwn(entry, name)), but = has.length && `, not ${has.join(" and ")}`;
@@ -705,7 +725,11 @@ function expand(source: Raw): Config {
     const under = (service = "") =>
       v.parse(v.object(policy), laid(services.get(service) ?? record(source.defaults), entry));
     const shares = own === undefined ? split ?? new Map<string, number>() : new Map([[own, 1]]);
-    const targets = [...shares].map(([service, weight]) => ({ service, weight, policy: under(service) }));
+    const target = ([service, weight]: [string, number]): Target => {
+      const next = `${services.get(service)!.fallback}`;
+      return { service, weight, policy: under(service), fallback: next === "none" ? undefined : target([next, 0]) };
+    };
+    const targets = [...shares].map(target);
     const action: Action = redirect ?? respond ?? { kind: "forward", targets };
     const rewrite = strip ? { ...carried.rewrite, kind: "replace" as const } : carried.rewrite;
     return { ...carried, name, hosts, paths, action, rewrite, policy: targets[0]?.policy ?? under(), fallback };
@@ -876,6 +900,7 @@ export interface Destination {
   policy: Policy;
   retryOn: ReadonlySet<string | number>;
   around: Around | undefined; // compress and cors
+  fallback: Destination | undefined; // where it goes when no server here may be asked
 }
 
 type RouteKeys = "name" | "hosts" | "paths" | "methods" | "rewrite" | "request" | "response" | "body_limit" | "action";
@@ -1454,7 +1479,8 @@ const isHealthy = (server: Server, now: number): boolean => server.up && now >= 
 
 /**
  * Who of a service may be asked: healthy servers; backups where none of the others is; all where too few are left, so
- * that the rest is not crushed (panic). Kept until a server flips or an ejection ends: the request path only reads it.
+ * that the rest is not crushed (panic), unless none is left and another service can be asked. Kept until a server flips
+ * or an ejection ends: the request path only reads it.
  */
 function candidatesOf(service: Service, now: number): readonly Server[] {
   if (now < service.candidatesUntil) return service.candidates;
@@ -1464,7 +1490,7 @@ function candidatesOf(service: Service, now: number): readonly Server[] {
   const ready = healthy.filter((server) => !server.backup);
   const backups = healthy.filter((server) => server.backup);
   const few = ready.length < regulars.length * service.config.panic;
-  service.panicking = few && backups.length === 0;
+  service.panicking = few && backups.length === 0 && (ready.length > 0 || !service.config.fallback);
   service.candidates = service.panicking ? regulars.length ? regulars : weighted : ready.length ? ready : backups;
   service.candidatesUntil = Math.min(...service.servers.map((server) => server.until > now ? server.until : Infinity));
   return service.candidates;
@@ -2930,19 +2956,17 @@ function drawDestination(route: Route, exchange: Exchange, effects: Effects): De
 }
 
 /** Asks one server after another until one answers or no further attempt may be made. */
-async function attempts(balancer: Balancer, exchange: Exchange, destination: Destination): Promise<Response> {
+async function attempts(balancer: Balancer, exchange: Exchange, first: Destination): Promise<Response> {
   const { effects } = balancer;
-  const { service } = destination;
   try {
-    const refusal = exchange.length === 0 ? undefined : await takeRequestBody(exchange, destination, effects);
+    const refusal = exchange.length === 0 ? undefined : await takeRequestBody(exchange, first, effects);
     if (refusal) return refuse(balancer, exchange, refusal);
     let failure: FailureName = "no-server"; // what the client is told when there is nobody to ask
     for (let retry = 0;; retry++) {
-      if (service.waiting.size > 0) wake(service); // nobody overtakes those who wait
       const now = retry > 0 ? effects.now() : exchange.started;
-      const server = pickServer(service, exchange, effects, now) ??
-        await waitForServer(service, exchange, failure, effects);
+      const server = pickNow(exchange, effects, now) ?? await laterOrElsewhere(exchange, failure, effects);
       if (typeof server === "string") return refuse(balancer, exchange, server);
+      const destination = exchange.destination!, { service } = destination;
       if (retry > 0) {
         service.retrying++;
         service.retries++;
@@ -2990,8 +3014,8 @@ function judge(exchange: Exchange, server: Server, outcome: Outcome, effects: Ef
 }
 
 /** The server that takes the next attempt. It is picked for it: in flight from here on, until `judge` or `settle`. */
-function pickServer(service: Service, exchange: Exchange, effects: Effects, now: number): Server | undefined {
-  const { tried } = exchange;
+function pickServer(exchange: Exchange, effects: Effects, now: number): Server | undefined {
+  const { tried } = exchange, { service } = exchange.destination!;
   let candidates = withRoom(service, candidatesOf(service, now));
   if (tried.length) candidates = forRetry(service, candidates, tried, now);
   if (candidates.length === 0) return undefined;
@@ -3004,11 +3028,33 @@ function pickServer(service: Service, exchange: Exchange, effects: Effects, now:
   return server;
 }
 
+/** The same for who has just come: nobody overtakes those who wait. */
+function pickNow(exchange: Exchange, effects: Effects, now: number): Server | undefined {
+  const { service } = exchange.destination!;
+  if (service.waiting.size > 0) wake(service);
+  return pickServer(exchange, effects, now);
+}
+
 /** Where all who may be asked are full, a server later; where there is nobody to ask, the failure so far. */
-function waitForServer(service: Service, exchange: Exchange, failure: FailureName, effects: Effects) {
-  if (candidatesOf(service, effects.now()).length === 0) return failure;
-  const pick = () => pickServer(service, exchange, effects, effects.now());
-  return inQueue(service, exchange.request.signal, effects, pick);
+function waitForServer(exchange: Exchange, failure: FailureName, effects: Effects) {
+  const { service, fallback } = exchange.destination!, { tried, request } = exchange;
+  if (candidatesOf(service, effects.now()).length === 0 || fallback && tried.length > 0) return failure;
+  return inQueue(service, request.signal, effects, () => pickServer(exchange, effects, effects.now()));
+}
+
+/** A server later, or where that is in vain, one of the service that falls in; or why there is none. */
+async function laterOrElsewhere(exchange: Exchange, failure: FailureName, effects: Effects) {
+  for (;;) {
+    const server = await waitForServer(exchange, failure, effects);
+    const { service, fallback } = exchange.destination!;
+    if (typeof server !== "string" || server === "client-left" || !fallback) return server;
+    service.inFlight--;
+    fallback.service.inFlight++;
+    exchange.destination = fallback;
+    exchange.cookie = "";
+    const other = pickNow(exchange, effects, effects.now());
+    if (other) return other;
+  }
 }
 
 /** What the service's strategy says. */
@@ -3028,14 +3074,18 @@ function pickSticky(service: Service, candidates: Candidates, exchange: Exchange
   return server;
 }
 
-/** Who may be asked again: untried and healthy ones, untried backups, untried ones, and where all have been tried anybody. */
+/**
+ * Who may be asked again: untried and healthy ones, untried backups; and where no other service can be asked, untried
+ * ones, and where all have been tried anybody.
+ */
 function forRetry(service: Service, candidates: readonly Server[], tried: Server[], now: number): readonly Server[] {
   const untried = candidates.filter((server) => !tried.includes(server));
   const healthy = untried.filter((server) => isHealthy(server, now));
   if (healthy.length) return healthy;
   const backups = service.servers.filter((server) => server.backup && isEnabled(server) && !tried.includes(server));
   const ready = withRoom(service, backups).filter((server) => isHealthy(server, now));
-  return ready.length ? ready : untried.length ? untried : candidates;
+  if (ready.length || service.config.fallback) return ready;
+  return untried.length ? untried : candidates;
 }
 
 /**
@@ -3462,16 +3512,28 @@ function layersOf({ compress: compressed, cors: shared }: Policy): Around | unde
   return around;
 }
 
-function buildRoute(config: RouteConfig, services: Map<string, Service>): Route {
-  const { name, hosts, paths, methods, rewrite, request, response, body_limit, action, headers, query } = config;
-  const preflight = methods.length > 0 && config.policy.cors.origin.length > 0 && !methods.includes("OPTIONS");
-  const destinations = action.kind !== "forward" ? [] : action.targets.map(({ service, weight, policy }) => ({
+/** What stands around the answers stays the same where another service falls in. */
+function destinationOf(
+  { service, weight, policy, fallback }: Target,
+  services: Map<string, Service>,
+  around: Destination["around"],
+): Destination {
+  return {
     service: services.get(service)!,
     weight,
     policy,
     retryOn: new Set<string | number>(policy.retry_on),
-    around: layersOf(policy),
-  }));
+    around,
+    fallback: fallback && destinationOf(fallback, services, around),
+  };
+}
+
+function buildRoute(config: RouteConfig, services: Map<string, Service>): Route {
+  const { name, hosts, paths, methods, rewrite, request, response, body_limit, action, headers, query } = config;
+  const preflight = methods.length > 0 && config.policy.cors.origin.length > 0 && !methods.includes("OPTIONS");
+  const destinations = action.kind === "forward"
+    ? action.targets.map((target) => destinationOf(target, services, layersOf(target.policy)))
+    : [];
   return {
     methods: preflight ? [...methods, "OPTIONS"] : methods,
     ...{ name, hosts, paths, rewrite, request, response, body_limit, action, destinations },

@@ -86,6 +86,7 @@ test("what is left out has the documented default", () => {
     timeouts: { connect: 3_000, response: 60_000, idle: 300_000 },
     max_in_flight: Infinity,
     queue: { size: 100, timeout: 5_000 },
+    fallback: "",
     sticky: { cookie: "", secret: "", max_age: 0 },
     host_header: "keep",
     compress: false,
@@ -484,7 +485,7 @@ const WRONG: [text: string, ...expected: string[]][] = [
   [`${ROUTE}log: xml`, '2:6: log: "xml" is not one of combined, json, off'],
   [
     `${ROUTE}defaults: { servers: [a:1] }`,
-    "2:13: defaults.servers: unknown key; allowed: strategy, health, eject, panic, retry_budget, max_in_flight, queue, sticky, tls, retries, retry_on, timeouts, host_header, compress, cors",
+    "2:13: defaults.servers: unknown key; allowed: strategy, health, eject, panic, retry_budget, max_in_flight, queue, fallback, sticky, tls, retries, retry_on, timeouts, host_header, compress, cors",
   ],
   [`${ROUTE}hosts: { host: a }`, "2:8: hosts: a map is not a list of hosts"],
   [`${ROUTE}services: [a]`, "2:11: services: a list is not a map"],
