@@ -999,11 +999,17 @@ export interface Balancer {
   effects: Effects;
   name: string; // of this process, in request ids
   via: string; // how we are called in Via: by it a request that comes back is known
+  runtime: string; // deno, bun, node or edge
+  startedAt: Date;
   // changes while serving
   requests: number;
   inFlight: number;
   entrypoints: Map<string, Entrypoint>; // by name
   draining: boolean; // it takes no new connections, and will end
+  failures: Map<string, number>; // how often each of FAILURES was the end of a request
+  reloads: number;
+  reloadedAt: Date; // when the table in force became it
+  reloadFailed: boolean; // a newer file could not be put in force
 }
 
 /** Strategies by the names that `strategy:` may say. */
@@ -1050,6 +1056,8 @@ function hash(text: string): number {
   for (let i = 0; i < text.length; i++) h = Math.imul(h ^ text.charCodeAt(i), 0x01000193);
   return mix(h);
 }
+
+const VERSION = "0.1.0";
 
 const newEntrypoint = (name: string): Entrypoint => ({ name, inFlight: 0, tallies: new Map() });
 
@@ -2847,6 +2855,144 @@ export function quantile({ requests, durations }: Counters, share: number): numb
   return 0;
 }
 
+/**
+ * What is shown to Prometheus: type, what it means, and for gauges whether workers each have their part of it. Names and
+ * labels are Traefik's where it has them. Labels say what the config says, a status, or a method that we know: what a
+ * client sends makes no series.
+ */
+const FAMILIES = {
+  lb_entrypoint_requests_total: ["counter", "Requests that have ended, by the scheme that clients speak"],
+  lb_entrypoint_request_duration_seconds: ["histogram", "Time to the end of the answer"],
+  lb_entrypoint_requests_bytes_total: ["counter", "Bytes of the requests' bodies"],
+  lb_entrypoint_responses_bytes_total: ["counter", "Bytes of the answers' bodies"],
+  lb_open_connections: ["gauge", "Requests in flight (connections that wait for the next one are not seen)"],
+  lb_failures_total: ["counter", "Requests that ended with a failure, by what x-lb-failure and the log say"],
+  lb_service_requests_total: ["counter", "Requests that have ended"],
+  lb_service_request_duration_seconds: ["histogram", "Time to the end of the answer, with all attempts"],
+  lb_service_requests_bytes_total: ["counter", "Bytes of the requests' bodies"],
+  lb_service_responses_bytes_total: ["counter", "Bytes of the answers' bodies"],
+  lb_service_retries_total: ["counter", "Further attempts after the first"],
+  lb_service_requests_in_flight: ["gauge", "Requests in flight"],
+  lb_service_queue_length: ["gauge", "Requests that wait for a server with room"],
+  lb_service_panicking: ["gauge", "1: too few servers are healthy, so that all are asked", "shared"],
+  lb_service_server_up: ["gauge", "1: it is healthy; 0: it is down, ejected or taken out by hand", "shared"],
+  lb_server_requests_total: ["counter", "Attempts that have ended"],
+  lb_server_request_duration_seconds: ["summary", "Time of attempts to the end of the answer"],
+  lb_server_errors_total: ["counter", "Attempts that ended with a 5xx or with a failure that is not the client's"],
+  lb_server_retries_total: ["counter", "Attempts that came here because another had failed"],
+  lb_server_picks_total: ["counter", "How often the strategy in force, or one before it, took the server"],
+  lb_server_requests_in_flight: ["gauge", "Attempts in flight"],
+  lb_server_ejections_total: ["counter", "How often failures in a row ejected the server"],
+  lb_server_probes_total: ["counter", "Probes by their result"],
+  lb_config_reloads_total: ["counter", "Reloads that put a config in force", "shared"],
+  lb_config_last_reload_success: ["gauge", "1: the last reload succeeded; 0: the old config stayed in force", "shared"],
+  lb_config_last_reload_success_timestamp_seconds: ["gauge", "When the config in force became it", "shared"],
+  lb_build_info: ["gauge", "Always 1; the labels say what runs", "shared"],
+  process_start_time_seconds: ["gauge", "When it was started", "shared"],
+} satisfies Record<string, [type: "counter" | "gauge" | "histogram" | "summary", help: string, workers?: "shared"]>;
+type Family = keyof typeof FAMILIES;
+type Put = (
+  name: Family | `${Family}_${"bucket" | "sum" | "count"}`,
+  labels: Record<string, unknown>,
+  value: number,
+) => void;
+
+const LABEL_ESCAPES: Record<string, string> = { "\\": "\\\\", '"': '\\"', "\n": "\\n" };
+
+/** `name{label="value"}`, as Prometheus writes it. */
+function seriesOf(name: string, labels: Record<string, unknown>): string {
+  const value = (text: unknown) => String(text).replace(/[\\"\n]/g, (one) => LABEL_ESCAPES[one]!);
+  const list = Object.entries(labels).map(([label, text]) => `${label}="${value(text)}"`);
+  return list.length ? `${name}{${list}}` : name;
+}
+
+function putTallies(put: Put, level: "entrypoint" | "service", name: string, tallies: Tallies): void {
+  for (const [key, { requests, bytesIn, bytesOut, milliseconds, durations }] of tallies) {
+    const code = Math.floor(key / 16);
+    const labels = { [level]: name, code, method: METHODS[key % 16], protocol: code === 101 ? "websocket" : "http" };
+    put(`lb_${level}_requests_total`, labels, requests);
+    put(`lb_${level}_requests_bytes_total`, labels, bytesIn);
+    put(`lb_${level}_responses_bytes_total`, labels, bytesOut);
+    let held = 0;
+    durations.forEach((more, i) => {
+      const bound = BUCKETS[i];
+      const le = bound === undefined ? "+Inf" : bound / 1_000;
+      put(`lb_${level}_request_duration_seconds_bucket`, { ...labels, le }, held += more);
+    });
+    put(`lb_${level}_request_duration_seconds_sum`, labels, milliseconds / 1_000);
+    put(`lb_${level}_request_duration_seconds_count`, labels, requests);
+  }
+}
+
+function putServer(put: Put, service: Service, server: Server, now: number): void {
+  const labels = { service: service.name, url: server.url }, { counters } = server;
+  put("lb_service_server_up", labels, Number(isHealthy(server, now)));
+  put("lb_server_requests_total", labels, counters.requests);
+  put("lb_server_request_duration_seconds_sum", labels, counters.milliseconds / 1_000);
+  put("lb_server_request_duration_seconds_count", labels, counters.requests);
+  put("lb_server_errors_total", labels, counters.errors);
+  put("lb_server_retries_total", labels, server.retries);
+  put("lb_server_picks_total", { ...labels, strategy: service.config.strategy.name }, server.picks);
+  put("lb_server_requests_in_flight", labels, server.inFlight);
+  put("lb_server_ejections_total", labels, server.ejected);
+  put("lb_server_probes_total", { ...labels, result: "passed" }, server.probesPassed);
+  put("lb_server_probes_total", { ...labels, result: "failed" }, server.probesFailed);
+}
+
+/** Everything that is counted, flat: the text of a series and its number. What is not in force any more is not there. */
+export function samplesOf(balancer: Balancer): Map<string, number> {
+  const samples = new Map<string, number>();
+  const put: Put = (name, labels, value) => void samples.set(seriesOf(name, labels), value);
+  for (const { name, inFlight, tallies } of balancer.entrypoints.values()) {
+    putTallies(put, "entrypoint", name, tallies);
+    put("lb_open_connections", { entrypoint: name }, inFlight);
+  }
+  for (const [reason, times] of balancer.failures) put("lb_failures_total", { reason }, times);
+  for (const service of balancer.table.services.values()) {
+    const { name, tallies, servers, retries, inFlight, waiting, panicking } = service;
+    putTallies(put, "service", name, tallies);
+    put("lb_service_retries_total", { service: name }, retries);
+    put("lb_service_requests_in_flight", { service: name }, inFlight);
+    put("lb_service_queue_length", { service: name }, waiting.size);
+    put("lb_service_panicking", { service: name }, Number(panicking));
+    for (const server of servers) putServer(put, service, server, balancer.effects.now());
+  }
+  put("lb_config_reloads_total", {}, balancer.reloads);
+  put("lb_config_last_reload_success", {}, Number(!balancer.reloadFailed));
+  put("lb_config_last_reload_success_timestamp_seconds", {}, balancer.reloadedAt.getTime() / 1_000);
+  put("lb_build_info", { version: VERSION, runtime: balancer.runtime }, 1);
+  put("process_start_time_seconds", {}, balancer.startedAt.getTime() / 1_000);
+  return samples;
+}
+
+/** The family of a series: its name without what a histogram's or summary's parts have behind it. */
+function familyOf(series: string): Family {
+  const [name] = series.split("{", 1) as [string];
+  return (Object.hasOwn(FAMILIES, name) ? name : name.replace(/_(?:bucket|sum|count)$/, "")) as Family;
+}
+
+/** What several workers have counted, together. Of what all of them share the first one's word stands. */
+export function sumSamples([first, ...others]: ReadonlyMap<string, number>[]): Map<string, number> {
+  const sum = new Map(first);
+  for (const [series, value] of others.flatMap((samples) => [...samples])) {
+    const shared = FAMILIES[familyOf(series)].length === 3;
+    sum.set(series, shared ? sum.get(series) ?? value : (sum.get(series) ?? 0) + value);
+  }
+  return sum;
+}
+
+/** The text that Prometheus reads (exposition format 0.0.4), of type `METRICS_TYPE`. */
+export function renderMetrics(samples: ReadonlyMap<string, number>): string {
+  const lines = new Map<string, string[]>();
+  for (const [series, value] of samples) entry(lines, familyOf(series), () => []).push(`${series} ${value}\n`);
+  return Object.entries(FAMILIES).map(([name, [type, help]]) =>
+    lines.has(name) ? `# HELP ${name} ${help}\n# TYPE ${name} ${type}\n${lines.get(name)!.join("")}` : ""
+  ).join("");
+}
+
+/** Of what `renderMetrics` gives. */
+export const METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8";
+
 // ---------------------------------------------------------------------------------------------------------------------
 // 19. Balance: the request path. gate -> matchRoute -> pickServer -> forward -> settle -> (retry, minus those tried) -> response
 // ---------------------------------------------------------------------------------------------------------------------
@@ -3170,6 +3316,7 @@ function finished(balancer: Balancer, exchange: Exchange): void {
     destination.service.inFlight--;
     count(tallyOf(destination.service.tallies, exchange), milliseconds, received, bytes, failed);
   }
+  if (problem) balancer.failures.set(problem, (balancer.failures.get(problem) ?? 0) + 1);
   const { log } = exchange.table.config;
   if (log !== "off") balancer.effects.write(ACCESS_LINES[log](exchange, balancer.effects));
 }
@@ -3586,7 +3733,8 @@ export function createLoadBalancer(
 ): LoadBalancer {
   const all: Effects = { ...defaultEffects(), ...effects };
   const known: Strategies = { ...strategies, ...more };
-  const name = hash(`${all.random()} ${all.date().getTime()}`).toString(36);
+  const begun = all.date();
+  const name = hash(`${all.random()} ${begun.getTime()}`).toString(36);
   const balancer: Balancer = {
     table: buildTable(config, known),
     effects: all,
@@ -3596,6 +3744,12 @@ export function createLoadBalancer(
     inFlight: 0,
     entrypoints: new Map(),
     draining: false,
+    failures: new Map(),
+    runtime: here,
+    startedAt: begun,
+    reloads: 0,
+    reloadedAt: begun,
+    reloadFailed: false,
   };
   const app = new Hono();
   app.all("*", ({ req, env }) => balance(balancer, req.raw, env, true));
@@ -3608,6 +3762,9 @@ export function createLoadBalancer(
     balancer,
     reload(next: Config) {
       balancer.table = buildTable(next, known, balancer.table);
+      balancer.reloads++;
+      balancer.reloadedAt = all.date();
+      balancer.reloadFailed = false;
       wakeAll(balancer.table);
     },
     async probe() {
@@ -3624,8 +3781,6 @@ export function createLoadBalancer(
 // ---------------------------------------------------------------------------------------------------------------------
 // 24. Operate: looking at it and changing it. What is shown is plain JSON, and every change is a change of the file.
 // ---------------------------------------------------------------------------------------------------------------------
-
-const VERSION = "0.1.0";
 
 /** How a server stands, in one word. */
 function standing({ state, up, until }: Server, now: number): "up" | "down" | "ejected" | "drain" | "maint" {
@@ -3822,7 +3977,7 @@ export function createAdmin(lb: LoadBalancer, { hosts = [] }: AdminOptions = {})
   // here: app.route("/", dashboard(...)); its page shows what it asks the API for, with the token
 
   app.use(bearer(balancer, tokens));
-  // here: app.get("/metrics", ...)
+  app.get("/metrics", ({ body }) => body(renderMetrics(samplesOf(balancer)), 200, { "content-type": METRICS_TYPE }));
   app.get("/services", ({ json }) => json(snapshotOf(balancer)));
   app.get("/version", ({ json }) => json({ version: VERSION, runtime: here }));
   return app;
@@ -4106,6 +4261,7 @@ function again(call: Call, lb: LoadBalancer): void {
     }
     announce(lb);
   } catch (error) {
+    lb.balancer.reloadFailed = true;
     effects.report("error", `the old config stays in force:\n${(error as Error).message}`);
   }
 }

@@ -2,14 +2,19 @@
 // Prometheus makes of it.
 
 import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
 import { test } from "node:test";
 import {
   type Attempt,
   createLoadBalancer,
   type Effects,
   type Failure,
+  type LoadBalancer,
   parseConfig,
   quantile,
+  renderMetrics,
+  samplesOf,
+  sumSamples,
   totalOf,
   WireError,
 } from "../lb.ts";
@@ -118,4 +123,201 @@ test("a quantile lies in the class of durations that it fell into", () => {
     slow.durations[slow.durations.length - 1] = 1;
     assert.equal(quantile(slow, 0.5), 60_000);
   });
+});
+
+// ─── The text for Prometheus ───
+
+interface Shown {
+  type: string;
+  help: string;
+  samples: Map<string, number>;
+}
+
+/** Reads the text format, and holds it to what Prometheus and `promtool check metrics` ask for. */
+function read(text: string): Map<string, Shown> {
+  const families = new Map<string, Shown>();
+  let name = "";
+  assert.match(text, /\n$/);
+  for (const line of text.trimEnd().split("\n")) {
+    const [, kind, about, rest] = /^# (HELP|TYPE) (\w+) (.+)$/.exec(line) ?? [];
+    if (kind === "HELP") {
+      assert.ok(!families.has(about!), `${about} stands together`);
+      families.set(name = about!, { type: "", help: rest!, samples: new Map() });
+    } else if (kind === "TYPE") {
+      assert.equal(about, name);
+      families.get(name)!.type = rest!;
+    } else {
+      const found = /^(\w+)(\{(?:[a-z_]+="(?:[^"\\\n]|\\["\\n])*",?)*\})? (-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)$/.exec(line);
+      assert.ok(found, line);
+      const { samples, type } = families.get(name)!;
+      const own = type === "histogram" || type === "summary" ? found[1]!.replace(/_(bucket|sum|count)$/, "") : found[1];
+      assert.equal(own, name, "a sample stands below its family");
+      const series = found[1]! + (found[2] ?? "");
+      assert.ok(!samples.has(series), `${series} stands once`);
+      samples.set(series, Number(found[3]));
+    }
+  }
+  for (const [name, { type, help }] of families) {
+    assert.match(type, /^(counter|gauge|histogram|summary)$/, name);
+    assert.equal(
+      name.endsWith("_total"),
+      type === "counter",
+      `${name}: counters end with _total, and nothing else does`,
+    );
+    assert.doesNotMatch(name, /_(bucket|sum|count|info_total|milliseconds|ms|kb|mb)\b/, name);
+    assert.ok(help.length > 5);
+  }
+  return families;
+}
+
+/** The number of a series, whatever the order of its labels. */
+function valueOf(families: Map<string, Shown>, name: string, labels: Record<string, string> = {}): number | undefined {
+  for (const { samples } of families.values()) {
+    for (const [series, value] of samples) {
+      const [, own, list = ""] = /^(\w+)(.*)$/.exec(series)!;
+      if (own === name && Object.entries(labels).every(([label, text]) => list.includes(`${label}="${text}"`))) {
+        return value;
+      }
+    }
+  }
+  return undefined;
+}
+const shown = (lb: LoadBalancer) => read(renderMetrics(samplesOf(lb.balancer)));
+
+test("names and labels are Traefik's, and the numbers are what has happened", async () => {
+  const { lb, ask } = setUp(["connect", 200, 200, 503]);
+  await ask();
+  await ask({ method: "POST", body: "abc", headers: { "content-length": "3" } });
+  await ask({ method: "POST" });
+  const families = shown(lb);
+  const by = { service: "default", code: "200", protocol: "http" };
+  const rows: [name: string, labels: Record<string, string>, value: number][] = [
+    ["lb_service_requests_total", { ...by, method: "GET" }, 1],
+    ["lb_service_requests_total", { ...by, method: "POST" }, 1],
+    ["lb_service_requests_total", { ...by, method: "POST", code: "503" }, 1],
+    ["lb_service_requests_bytes_total", { ...by, method: "POST" }, 3],
+    ["lb_service_responses_bytes_total", { ...by, method: "POST" }, 10],
+    ["lb_service_request_duration_seconds_bucket", { ...by, method: "GET", le: "0.05" }, 0],
+    ["lb_service_request_duration_seconds_bucket", { ...by, method: "GET", le: "0.1" }, 1],
+    ["lb_service_request_duration_seconds_bucket", { ...by, method: "GET", le: "+Inf" }, 1],
+    ["lb_service_request_duration_seconds_sum", { ...by, method: "GET" }, 0.08],
+    ["lb_service_request_duration_seconds_count", { ...by, method: "GET" }, 1],
+    ["lb_service_retries_total", { service: "default" }, 1],
+    ["lb_service_server_up", { service: "default", url: "http://a:1" }, 1],
+    ["lb_entrypoint_requests_total", { entrypoint: "http", code: "503", method: "POST", protocol: "http" }, 1],
+    ["lb_server_requests_total", { url: "http://a:1" }, 2],
+    ["lb_server_errors_total", { url: "http://a:1" }, 2],
+    ["lb_server_picks_total", { url: "http://a:1", strategy: "round-robin" }, 2],
+    ["lb_open_connections", { entrypoint: "http" }, 0],
+    ["lb_config_reloads_total", {}, 0],
+    ["lb_config_last_reload_success", {}, 1],
+    ["lb_build_info", {}, 1],
+  ];
+  for (const [name, labels, value] of rows) {
+    assert.equal(valueOf(families, name, labels), value, `${name} ${JSON.stringify(labels)}`);
+  }
+  for (const bound of ["0.1", "0.3", "1.2", "5", "+Inf"]) {
+    assert.notEqual(valueOf(families, "lb_service_request_duration_seconds_bucket", { le: bound }), undefined, bound);
+  }
+});
+
+test("the classes of a histogram grow to its count", async () => {
+  const { lb, ask, clock } = setUp([200, 404, 500]);
+  for (let i = 0; i < 9; i++) {
+    clock.now += i * 100;
+    await ask({ method: i % 2 ? "GET" : "DELETE" });
+  }
+  for (const [name, { type, samples }] of shown(lb)) {
+    if (type !== "histogram") continue;
+    let last = { labels: "", value: 0 };
+    for (const [series, value] of samples) {
+      const labels = series.slice(series.indexOf("{")).replace(/,le="[^"]*"/, "");
+      if (!series.startsWith(`${name}_bucket`)) {
+        if (series.startsWith(`${name}_count`)) {
+          assert.equal(value, samples.get(`${name}_bucket${labels.slice(0, -1)},le="+Inf"}`));
+        }
+        continue;
+      }
+      assert.ok(labels !== last.labels || value >= last.value, series);
+      last = { labels, value };
+    }
+  }
+});
+
+test("what a client sends makes no series: unknown methods, paths, hosts and addresses", async () => {
+  const { lb, ask } = setUp();
+  await ask({ method: "PROPFIND" });
+  const before = samplesOf(lb.balancer).size;
+  const methods = ["PROPFIND", "MKCOL", "LOCK", "PURGE", "REPORT"]; // not all runtimes make a Request with any other
+  for (let i = 0; i < 50; i++) await ask({ method: methods[i % 5]! }, `h${i}.test`);
+  assert.equal(samplesOf(lb.balancer).size, before);
+  assert.equal(valueOf(shown(lb), "lb_service_requests_total", { method: "EXTENSION_METHOD" }), 51);
+});
+
+test("what is no longer in force is no longer shown; what stays goes on counting", async () => {
+  const { lb, ask } = setUp(
+    [200],
+    "services: { one: { servers: [a:1, b:1] }, two: { servers: [c:1] } }\nhosts: [{ host: one.test, service: one }, { host: two.test, service: two }]",
+  );
+  for (const host of ["one.test", "two.test"]) await ask({}, host);
+  assert.match(renderMetrics(samplesOf(lb.balancer)), /service="two"/);
+  lb.reload(parseConfig("log: off\nservices: { one: { servers: [a:1] } }\ndefault: { service: one }"));
+  const text = renderMetrics(samplesOf(lb.balancer));
+  assert.doesNotMatch(text, /service="two"|b:1/);
+  assert.equal(valueOf(read(text), "lb_service_requests_total", { service: "one" }), 1);
+  assert.equal(valueOf(read(text), "lb_config_reloads_total"), 1);
+});
+
+test("no name of a service can break the text", async () => {
+  const name = '\\"a"}\\n 1{';
+  const quoted = JSON.stringify(name);
+  const { lb, ask } = setUp([200], `services: { ${quoted}: { servers: [a:1] } }\ndefault: { service: ${quoted} }`);
+  await ask();
+  const series = [...shown(lb).get("lb_service_retries_total")!.samples.keys()];
+  assert.deepEqual(series, ['lb_service_retries_total{service="\\\\\\"a\\"}\\\\n 1{"}']);
+});
+
+test("a server that is down or ejected is not up", async () => {
+  const { lb, ask, clock } = setUp(["reset"], "default: { servers: [a:1, b:1], retries: 0, health: off }");
+  for (let i = 0; i < 10; i++) await ask({ method: "POST" });
+  const up = () => ["http://a:1", "http://b:1"].map((url) => valueOf(shown(lb), "lb_service_server_up", { url }));
+  assert.deepEqual(up(), [0, 1]);
+  assert.equal(valueOf(shown(lb), "lb_server_ejections_total", { url: "http://a:1" }), 1);
+  clock.now += 31_000;
+  assert.deepEqual(up(), [1, 1]);
+});
+
+test("samples of several workers add up, but for what they share", async () => {
+  const [one, two] = [setUp(), setUp([503])];
+  for (const { ask } of [one, two]) await ask();
+  const samples = [one, two].map(({ lb }) => samplesOf(lb.balancer));
+  const families = read(renderMetrics(sumSamples(samples)));
+  assert.equal(valueOf(families, "lb_entrypoint_requests_total", { code: "200" }), 1);
+  assert.equal(valueOf(families, "lb_entrypoint_requests_total", { code: "503" }), 1);
+  assert.equal(valueOf(families, "lb_server_requests_total", { url: "http://a:1" }), 2);
+  assert.equal(valueOf(families, "lb_service_server_up", { url: "http://a:1" }), 1);
+  assert.equal(valueOf(families, "lb_config_last_reload_success"), 1);
+});
+
+test("the Grafana dashboard asks for nothing that is not there", async () => {
+  const { lb, ask } = setUp(["connect", "connect", 200]);
+  await ask();
+  await ask();
+  const families = shown(lb);
+  const dashboard = readFileSync(new URL("grafana.json", import.meta.url), "utf8");
+  const asked = new Set(dashboard.match(/\blb_\w+/g));
+  assert.ok(asked.size > 15);
+  for (const name of asked) assert.notEqual(valueOf(families, name), undefined, name);
+  const labels = new Set(
+    [...dashboard.matchAll(/(\w+)=~?\\"/g), ...dashboard.matchAll(/\{\{(\w+)\}\}/g)].map(([, label]) => label),
+  );
+  const text = renderMetrics(samplesOf(lb.balancer));
+  for (const label of labels) assert.match(text, new RegExp(`\\b${label}="`), label);
+  const panels: { targets: { expr: string }[] }[] = JSON.parse(dashboard).panels;
+  const exprs = panels.flatMap(({ targets }) => targets.map(({ expr }) => expr));
+  for (const name of families.keys()) {
+    if (!/_total$/.test(name)) continue;
+    const used = exprs.filter((expr) => expr.includes(name));
+    assert.ok(used.every((expr) => /rate\(/.test(expr)), `${name} is a counter`);
+  }
 });
