@@ -2926,7 +2926,7 @@ function putTallies(put: Put, level: "entrypoint" | "service", name: string, tal
 
 function putServer(put: Put, service: Service, server: Server, now: number): void {
   const labels = { service: service.name, url: server.url }, { counters } = server;
-  put("lb_service_server_up", labels, Number(isHealthy(server, now)));
+  put("lb_service_server_up", labels, Number(server.state === "ready" && isHealthy(server, now)));
   put("lb_server_requests_total", labels, counters.requests);
   put("lb_server_request_duration_seconds_sum", labels, counters.milliseconds / 1_000);
   put("lb_server_request_duration_seconds_count", labels, counters.requests);

@@ -18,6 +18,7 @@ import {
   totalOf,
   WireError,
 } from "../lb.ts";
+import { answer, get, rawRequest, scriptedServer, startProgram } from "./rig.ts";
 
 /** What an attempt meets: a status, a failure before there is an answer, or one in its middle (`200 idle`). */
 type Manner = number | Failure | `${number} ${Failure}`;
@@ -321,3 +322,46 @@ test("the Grafana dashboard asks for nothing that is not there", async () => {
     assert.ok(used.every((expr) => /rate\(/.test(expr)), `${name} is a counter`);
   }
 });
+
+// ─── The running program ───
+
+test(
+  "GET /metrics of the admin listener shows what has passed, to the read token as well",
+  { timeout: 120_000 },
+  async () => {
+    const server = await scriptedServer((visit, request) =>
+      visit.send(answer("hello", "", request.start.includes("/bad") ? "500 Bad" : "200 OK"))
+    );
+    const admin = { token: "the-operators-token", read_token: "the-readers-token" };
+    const config = {
+      services: { shop: { servers: [server.address], retries: 0 } },
+      default: { service: "shop" },
+      admin,
+    };
+    const lb = await startProgram(config, ["--admin", "127.0.0.1:0"]);
+    try {
+      for (const path of ["/", "/", "/bad"]) await rawRequest(lb.port, get(path));
+      await rawRequest(lb.port, "POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: 3\r\nConnection: close\r\n\r\nabc");
+      const url = `http://127.0.0.1:${lb.admin}/metrics`;
+      assert.equal((await fetch(url)).status, 401);
+      const response = await fetch(url, { headers: { authorization: "Bearer the-readers-token" } });
+      assert.match(response.headers.get("content-type")!, /^text\/plain; ?version=0\.0\.4; ?charset=utf-8$/i);
+      const families = read(await response.text());
+      const of = (name: string, labels: Record<string, string> = {}) =>
+        valueOf(families, name, { service: "shop", ...labels });
+      assert.equal(of("lb_service_requests_total", { code: "200", method: "GET" }), 2);
+      assert.equal(of("lb_service_requests_total", { code: "500", method: "GET" }), 1);
+      assert.equal(of("lb_service_requests_bytes_total", { method: "POST" }), 3);
+      assert.equal(of("lb_service_responses_bytes_total", { code: "200", method: "GET" }), 10);
+      assert.equal(of("lb_server_requests_total", { url: `http://${server.address}` }), 4);
+      assert.equal(of("lb_service_server_up", { url: `http://${server.address}` }), 1);
+      assert.ok(of("lb_server_probes_total", { result: "passed" })! > 0);
+      const seconds = of("lb_service_request_duration_seconds_sum", { method: "POST" })!;
+      assert.ok(seconds > 0 && seconds < 60, `${seconds}`);
+      assert.ok(Math.abs(valueOf(families, "process_start_time_seconds")! - Date.now() / 1_000) < 600);
+    } finally {
+      await lb.stop();
+      await server.close();
+    }
+  },
+);
