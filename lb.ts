@@ -262,7 +262,7 @@ const Servers = v.pipe(
 );
 // deno-fmt-ignore
 /** The built-in strategies that are named by a word. */
-export const STRATEGIES = ["round-robin", "first", "random", "two-choices", "least-connections", "least-response-time", "ip-hash"];
+export const STRATEGIES = ["round-robin", "first", "random", "two-choices", "least-connections", "least-response-time", "peak-ewma", "ip-hash"];
 type Hashed = "header" | "cookie" | "query" | "path";
 const Hash = choice({ header: opt(HeaderName), cookie: opt(Text), query: opt(Text), path: opt(v.literal(true)) });
 const AnyName = v.union([v.picklist(STRATEGIES), v.string()]);
@@ -854,6 +854,10 @@ export type Server = ServerConfig & {
   retries: number; // attempts that came here because another had failed
   counters: Counters; // of attempts that have ended
   latency: number; // mean milliseconds to the head of an answer; over the last 64 or so once there are that many
+  waiting: number; // of those in flight: without the head of an answer yet
+  waitingSince: number; // the sum of when they began: so that their mean age is known at any time
+  recent: number; // milliseconds to the head of an answer as of `recentAt`: a peak at once, else decaying; 0: not known
+  recentAt: number;
 };
 
 /** Never empty: who cannot be asked has been left out, and where nobody is left no strategy is asked. */
@@ -862,6 +866,7 @@ export type Candidates = readonly [Server, ...Server[]];
 /** What a strategy may look at beside the candidates. */
 export interface Draw {
   random(): number; // from 0 up to but not including 1; seeded in tests
+  now: number; // when the server is picked, as `Effects.now` has it
   turn: number; // how many requests its service had before
   key: string; // what `hash` hashes
   client: string; // the client's address, behind trusted proxies
@@ -891,6 +896,7 @@ export interface Service {
   retries: number; // so far
   tallies: Tallies; // of requests that have ended
   waiting: Set<() => boolean>; // requests without a server, in the order of their coming: each takes one, or says that all are full
+  usual: number; // mean milliseconds to the head of a good answer of any of its servers; 0: not known
 }
 
 /** One service that a route may lead to, with the policy that holds on that way. */
@@ -1074,6 +1080,7 @@ const newService = (name: string) => ({
   retries: 0,
   tallies: new Map(),
   waiting: new Set<() => boolean>(),
+  usual: 0,
 });
 
 const newServer = (config: ServerConfig, service: string, tls: Server["tls"]): Server => ({
@@ -1103,6 +1110,10 @@ const newServer = (config: ServerConfig, service: string, tls: Server["tls"]): S
   retries: 0,
   counters: newCounters(),
   latency: 0,
+  waiting: 0,
+  waitingSince: 0,
+  recent: 0,
+  recentAt: 0,
 });
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1420,6 +1431,52 @@ function draw(candidates: Candidates, random: () => number, except?: Server): Se
   }
 }
 
+const DECAY = 10_000; // milliseconds after which a latency counts for 1/e, as in Finagle's Peak EWMA
+const UNKNOWN = 1e12; // milliseconds: what a second request counts as where the first has not been answered yet
+const NOISE = 2.5; // up to so many times the fastest is as good as equal: the peaks of equal servers differ that much
+
+/** What is left of a server's latest peak. */
+const recentOf = ({ recent, recentAt }: Server, now: number): number => recent * Math.exp((recentAt - now) / DECAY);
+
+/** The time that a server takes of late; or the age of those that still wait, where it hangs and has not even been slow yet. */
+function paceOf(server: Server, now: number): number {
+  const { waiting, waitingSince } = server;
+  if (server.recent === 0) return waiting && UNKNOWN; // one request finds out
+  const recent = recentOf(server, now), age = waiting && now - waitingSince / waiting;
+  return age > recent ? age : recent;
+}
+
+/** What one more request costs at a server, where the fastest takes `fastest`. */
+function costOf(server: Server, now: number, fastest: number): number {
+  const pace = paceOf(server, now);
+  return (pace > NOISE * fastest ? pace : fastest) * (server.inFlight + 1) / server.weight;
+}
+
+/** The least cost of all, or of two at random where there are more than 8; among equals any. */
+const peakEwma: Strategy = (candidates, { random, now }) => {
+  if (candidates.length > 8) {
+    const one = draw(candidates, random), other = draw(candidates, random, one);
+    const fastest = Math.min(paceOf(one, now), paceOf(other, now));
+    return costOf(other, now, fastest) < costOf(one, now, fastest) ? other : one;
+  }
+  let best = candidates[0], fastest = Infinity, lowest = Infinity, equals = 1;
+  for (const server of candidates) fastest = Math.min(fastest, paceOf(server, now));
+  for (const server of candidates) {
+    const cost = costOf(server, now, fastest);
+    if (cost > lowest || cost === lowest && random() * ++equals >= 1) continue;
+    if (cost < lowest) equals = 1;
+    [best, lowest] = [server, cost];
+  }
+  return best;
+};
+
+/** Takes note of how long a server has needed: a peak at once, what is less as far as time has passed. */
+function noteTime(server: Server, milliseconds: number, now: number): void {
+  const rest = Math.exp((server.recentAt - now) / DECAY), sample = Math.max(milliseconds, 0.01);
+  server.recent = sample > server.recent ? sample : server.recent * rest + sample * (1 - rest);
+  server.recentAt = now;
+}
+
 /**
  * Rendezvous hashing by weight: each server scores the key and the least score takes it, so that a server that leaves
  * moves only its own keys.
@@ -1456,6 +1513,7 @@ export const strategies = {
     const fastest = least(candidates, (server) => server.latency).latency;
     return least(candidates, (server) => server.latency > fastest ? Infinity : server.picks / server.weight);
   },
+  "peak-ewma": peakEwma,
   "ip-hash": (candidates, { client }) => rendezvous(candidates, client, () => false),
   "hash": (candidates, { key }) => rendezvous(candidates, key, overloaded(candidates)),
 } satisfies Record<string, Strategy>;
@@ -1511,12 +1569,28 @@ function withRoom(service: Service, servers: readonly Server[]): readonly Server
   return servers.filter((server) => server.inFlight < Math.min(server.max, limit));
 }
 
+/** A request is on its way to a server: until `onHeard` it waits. */
+function onAsked(server: Server, now: number): void {
+  server.waiting++;
+  server.waitingSince += now;
+}
+
+/** The head of an answer has come, or none will: the request that began then waits no longer. */
+function onHeard(server: Server, began: number): void {
+  server.waiting--;
+  server.waitingSince = server.waiting && server.waitingSince - began;
+}
+
+/** What a failure counts as: who fails fast shall not look attractive. */
+const asSlow = ({ usual }: Service, milliseconds: number): number => Math.max(milliseconds, 10 * (usual || 100));
+
 /** Consecutive failures eject a server for a time that grows with each ejection, at most a share of its pool. */
-function onFailed(service: Service, server: Server, effects: Effects): void {
+function onFailed(service: Service, server: Server, effects: Effects, milliseconds = 0): void {
   const { eject } = service.config;
+  const now = effects.now();
+  noteTime(server, asSlow(service, milliseconds), now);
   server.failures++;
   if (server.failures < eject.failures) return;
-  const now = effects.now();
   if (now < server.until) return;
   const ejected = service.servers.filter((other) => other.until > now).length;
   if (ejected + 1 > service.servers.length * eject.at_most) return;
@@ -1540,10 +1614,13 @@ function onAnswered(service: Service, server: Server, effects: Effects): void {
   if (server.ejections > 0 && effects.now() > server.until + service.config.eject.for) server.ejections = 0;
 }
 
-/** The time to the head of an answer. */
-function onHead(server: Server, milliseconds: number): void {
+/** The head of an answer. What is out of order, or says that there is too much, counts as slow for what follows. */
+function onHead(service: Service, server: Server, status: number, milliseconds: number, now: number): void {
   server.answers++;
   server.latency += (milliseconds - server.latency) / Math.min(server.answers, 64);
+  const bad = status >= 500 || status === 429;
+  if (!bad) service.usual += (milliseconds - service.usual) / (service.usual ? 64 : 1);
+  noteTime(server, bad ? asSlow(service, milliseconds) : milliseconds, now);
 }
 
 /** Counts a probe's verdict: `rise` or `fall` of them in a row flip the server, and each flip is reported once. */
@@ -2520,6 +2597,7 @@ async function forward(
     headAt: 0,
     uploaded: 0,
   };
+  onAsked(server, attempt.startedAt);
   try {
     const response = await effects.fetch(url, attempt);
     attempt.headAt = effects.now();
@@ -2527,6 +2605,8 @@ async function forward(
   } catch (error) {
     if (error instanceof WireError) return { kind: error.kind, sent: error.sent, detail: error.message };
     return { kind: "reset", sent: true, detail: String(error) };
+  } finally {
+    onHeard(server, attempt.startedAt);
   }
 }
 
@@ -3015,15 +3095,17 @@ const RETRIED_AS: Partial<Record<Failure, string | number>> = {
 function newExchange(balancer: Balancer, request: Request, from: Client, wrapped = false): Exchange {
   const { table, effects } = balancer;
   const told = table.config.trust.length > 0 && table.trusts(from.address) ? toldBy(from.headers) : undefined;
+  const now = effects.now();
   return {
     random: effects.random,
+    now,
     turn: 0,
     key: "",
     client: told ? clientBehind(from.address, told, table.trusts) : from.address,
     request,
     table,
     wrapped,
-    started: effects.now(),
+    started: now,
     id: told?.get("x-request-id") ?? `${balancer.name}-${(++balancer.requests).toString(36)}`,
     method: request.method,
     host: "",
@@ -3149,12 +3231,15 @@ function complain(service: Service, server: Server, detail: string, effects: Eff
 
 /** What an attempt says about its server before there is a body. What the client did says nothing. */
 function judge(exchange: Exchange, server: Server, outcome: Outcome, effects: Effects): void {
-  if (outcome.kind === "answer") return onHead(server, outcome.milliseconds);
-  const { destination, attempt } = exchange, { service } = destination!, blame = !BLAMELESS.has(outcome.kind);
-  count(server.counters, effects.now() - attempt!.startedAt, outcome.sent ? receivedBy(exchange) : 0, 0, blame);
+  const { destination, attempt } = exchange, { service } = destination!;
+  if (outcome.kind === "answer") {
+    return onHead(service, server, outcome.response.status, outcome.milliseconds, attempt!.headAt);
+  }
+  const milliseconds = effects.now() - attempt!.startedAt, blame = !BLAMELESS.has(outcome.kind);
+  count(server.counters, milliseconds, outcome.sent ? receivedBy(exchange) : 0, 0, blame);
   if (blame) {
     complain(service, server, outcome.detail, effects);
-    onFailed(service, server, effects);
+    onFailed(service, server, effects, milliseconds);
   }
   release(service, server);
 }
@@ -3162,6 +3247,7 @@ function judge(exchange: Exchange, server: Server, outcome: Outcome, effects: Ef
 /** The server that takes the next attempt. It is picked for it: in flight from here on, until `judge` or `settle`. */
 function pickServer(exchange: Exchange, effects: Effects, now: number): Server | undefined {
   const { tried } = exchange, { service } = exchange.destination!;
+  exchange.now = now;
   let candidates = withRoom(service, candidatesOf(service, now));
   if (tried.length) candidates = forRetry(service, candidates, tried, now);
   if (candidates.length === 0) return undefined;

@@ -235,7 +235,9 @@ test("a server that is listed again weighs more", () => {
 });
 
 test("each strategy, and each way to hash, is understood", () => {
-  const names = "round-robin first random two-choices least-connections least-response-time ip-hash".split(" ");
+  const names = "round-robin first random two-choices least-connections least-response-time peak-ewma ip-hash".split(
+    " ",
+  );
   for (const name of names) {
     assert.deepEqual(service(`strategy: ${name}`).strategy, { name, by: "none", key: "" });
   }
@@ -409,7 +411,7 @@ const WRONG_KEYS: [keys: string, ...expected: string[]][] = [
   ["host_header: a b", '41: host_header: "a b" is not a host such as www.example.com'],
   [
     "strategy: robin",
-    '38: strategy: "robin" is not a strategy (round-robin, first, random, two-choices, least-connections, least-response-time, ip-hash)',
+    '38: strategy: "robin" is not a strategy (round-robin, first, random, two-choices, least-connections, least-response-time, peak-ewma, ip-hash)',
   ],
   [
     "strategy: { hash: { header: a, cookie: b } }",

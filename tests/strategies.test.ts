@@ -13,7 +13,7 @@ import {
 } from "../lb.ts";
 import { seeded } from "./rig.ts";
 
-type Answer = () => Promise<void>;
+type Answer = (status?: number) => Promise<void>;
 interface Ask {
   path?: string;
   headers?: Record<string, string>;
@@ -34,9 +34,9 @@ function setUp(keys: string, servers = "[S0:1, S1:1, S2:1, S3:1]", own: Record<s
     fetch: (_url, attempt) => {
       picked = attempt.server.name.split(":")[0]!;
       const { promise, resolve } = Promise.withResolvers<Response>();
-      const answer = async () => {
-        attempt.ended(200, 0, undefined);
-        resolve(new Response(null));
+      const answer = async (status = 200) => {
+        attempt.ended(status, 0, undefined);
+        resolve(new Response(null, { status }));
         for (let i = 0; i < 9; i++) await undefined; // until the balancer has seen it
       };
       pending.set(picked, [...pending.get(picked) ?? [], answer]);
@@ -47,7 +47,7 @@ function setUp(keys: string, servers = "[S0:1, S1:1, S2:1, S3:1]", own: Record<s
     void lb.fetch(new Request(`http://a${path}`, { headers: { host: "a", ...headers } }), client as never);
     return picked.toLowerCase();
   };
-  const end = (name: string) => pending.get(name)!.shift()!();
+  const end = (name: string, status?: number) => pending.get(name)!.shift()!(status);
   const service = lb.balancer.table.services.get("default")!;
   /** Picks and has each one answered at once. */
   const once = async (ask?: Ask) => {
@@ -127,6 +127,107 @@ test("least-response-time asks the faster server, and another once that one has 
   assert.equal([await take(50), await take(20), await take(20), await take(20)].join(" "), "a b b b");
   assert.equal(await take(100) + await take(20), "bb", "its mean is still the lower one");
   assert.equal([await take(500), await take(50), await take(50)].join(" "), "b a a");
+});
+
+/** So many requests a second, each answered after its server's time; how many each server got. */
+function drive(servers: string[], times: (name: string, at: number) => number, seconds: number, rate = 100) {
+  const { clock, pick, end, lb } = setUp("strategy: peak-ewma, eject: off", list(servers));
+  const due: { at: number; name: string }[] = [];
+  const seen: Record<string, number> = Object.fromEntries(servers.map((name) => [name, 0]));
+  const until = async (at: number) => {
+    for (due.sort((a, b) => a.at - b.at); due[0] && due[0].at <= at;) {
+      clock.now = Math.max(clock.now, due[0].at);
+      await end(due.shift()!.name);
+    }
+    clock.now = at;
+  };
+  const run = async () => {
+    const from = clock.now;
+    for (let i = 0; i < seconds * rate; i++) {
+      await until(from + i * 1000 / rate);
+      const name = pick();
+      seen[name] = (seen[name] ?? 0) + 1;
+      due.push({ at: clock.now + times(name, clock.now), name });
+    }
+    return seen;
+  };
+  return { run, until, seen, lb };
+}
+
+test("peak-ewma leaves a server alone that hangs, before it has answered even once", async () => {
+  const { run } = drive(names, (name) => name === "s3" ? 60_000 : 10, 20, 200);
+  const { s3 = 0, ...others } = await run();
+  assert.equal(s3, 1, "nothing is known of it: one request");
+  for (const count of Object.values(others)) assert.ok(count > 300, JSON.stringify(others));
+  const known = drive(names, (name, at) => name === "s3" && at > 2000 ? 60_000 : 10, 20, 200);
+  const before = 400 / 10;
+  assert.ok((await known.run()).s3! <= before + 12, `${known.seen.s3}`);
+});
+
+test("peak-ewma shares evenly among equals, also after one of them was slow for a while", async () => {
+  const random = seeded(7);
+  const slow = (at: number) => at < 10_000;
+  const { run, seen } = drive(
+    names.slice(0, 5),
+    (name, at) => name === "s0" && slow(at) ? 400 : -10 * Math.log(1 - random()),
+    60,
+    150,
+  );
+  await run();
+  assert.ok(seen.s0! < 60 * 150 / 5);
+  Object.keys(seen).forEach((name) => seen[name] = 0);
+  await run();
+  for (const count of Object.values(seen)) assert.ok(Math.abs(count / (60 * 30) - 1) < 0.15, JSON.stringify(seen));
+});
+
+test("peak-ewma asks a faster and a heavier server more, and nobody never", async () => {
+  const fast = drive(["a", "b"], (name) => name === "a" ? 10 : 40, 20, 600);
+  const { a = 0, b = 0 } = await fast.run();
+  assert.ok(a > 3 * b && b > 500, `${a} ${b}`);
+  const { pick, service } = setUp("strategy: peak-ewma", "[{url: a:1, weight: 3}, b:1]");
+  for (const server of service.servers) server.recent = 10;
+  const share = counts(Array.from({ length: 400 }, () => pick())).a!;
+  assert.ok(Math.abs(share - 300) < 15, `${share}`);
+});
+
+test("peak-ewma counts a 429 and every 5xx as slow: who fails fast attracts nobody", async () => {
+  for (const status of [429, 500, 503]) {
+    for (const count of [3, 12]) {
+      const { clock, pick, end } = setUp(
+        "strategy: peak-ewma, eject: off",
+        list(names.concat("x", "y").slice(0, count)),
+      );
+      const picks = [];
+      for (let i = 0; i < 600; i++) { // 12 seconds
+        const name = pick();
+        picks.push(name);
+        clock.now += name === "s1" ? 1 : 20;
+        await end(name, name === "s1" ? status : 200);
+      }
+      assert.ok(picks.filter((name) => name === "s1").length <= 3, `${status}, ${count} servers`);
+    }
+  }
+});
+
+test("peak-ewma takes a peak at once, and what is better as time passes: 63 % of it after 10 s", async () => {
+  const { clock, pick, end, service } = setUp("strategy: peak-ewma", "[a:1]");
+  const server = service.servers[0]!;
+  for (
+    const [wait, takes, recent] of [
+      [0, 20, 20],
+      [0, 500, 500],
+      [9_990, 10, 500 / Math.E + 10 * (1 - 1 / Math.E)],
+      [0, 200, 200],
+      [1e9, 7, 7],
+    ] as const
+  ) {
+    clock.now += wait;
+    pick();
+    clock.now += takes;
+    await end("a");
+    assert.ok(Math.abs(server.recent - recent) < 0.001, `${server.recent} is not ${recent}`);
+  }
+  assert.deepEqual([server.waiting, server.waitingSince], [0, 0]);
 });
 
 test("random and two-choices draw by weight", async () => {
@@ -232,7 +333,8 @@ function candidatesOf(count: number): Candidates {
 }
 
 test("every strategy of the documentation exists", () => {
-  const documented = "round-robin first random two-choices least-connections least-response-time ip-hash hash";
+  const documented =
+    "round-robin first random two-choices least-connections least-response-time peak-ewma ip-hash hash";
   assert.deepEqual(Object.keys(strategies).sort(), documented.split(" ").sort());
 });
 
@@ -241,6 +343,7 @@ for (const [name, strategy] of Object.entries(strategies) as [string, Strategy][
     const random = seeded(seed);
     return (i) => ({
       random,
+      now: i,
       turn: i,
       key: `key ${i}`,
       client: `10.0.0.${i % 256}`,
@@ -273,7 +376,7 @@ for (const [name, strategy] of Object.entries(strategies) as [string, Strategy][
       return Array.from({ length: 100 }, (_, i) => strategy(all, draw(i)).name).join(" ");
     };
     assert.equal(run(5), run(5));
-    if (["random", "two-choices"].includes(name)) assert.notEqual(run(5), run(6));
+    if (["random", "two-choices", "peak-ewma"].includes(name)) assert.notEqual(run(5), run(6));
   });
 
   test(`${name} can be written in routes.yml and works with one server`, () => {
