@@ -392,6 +392,16 @@ const Respond = v.pipe(
   v.check((one) => !one.body || ![204, 205, 304].includes(one.status), "an answer with this status has no body"),
   v.transform((one) => ({ kind: "respond" as const, ...one })),
 );
+const RateKey = either("ip or {header: name}", v.literal("ip"), map({ header: HeaderName }));
+const RateMap = v.pipe(
+  map({ requests: whole(1, 1e6), per: opt(Duration, "1s"), by: opt(RateKey, "ip"), burst: opt(whole(1, 1e6)) }),
+  v.transform(({ by, burst, ...rest }) => ({
+    ...rest,
+    burst: burst ?? rest.requests,
+    by: by === "ip" ? "" : by.header,
+  })),
+);
+const Rate = or("off", undefined, RateMap);
 const place = {
   host: key(many(HostPattern, "a host"), '"*.example.com" is any labels in front, not example.com itself', []),
   path: key(many(PathMatch, "a path"), "prefix by whole segments, {exact: /v1}, {regex: ...}, or a list", []),
@@ -416,6 +426,7 @@ const changes = {
   response: key(ResponseRules, "headers: set replaces, add adds, remove removes", {}),
   allow: key(Networks, "only these clients", []),
   deny: key(Networks, "not these clients; wins over allow", []),
+  rate: key(Rate, "off, or requests per time, by ip or {header: name}; burst: how many at once", "off"),
   body_limit: key(Size, "of a request's body", "none"),
 };
 const target = { ...actions, ...changes, ...settings }, route = { ...place, ...conditions, ...target };
@@ -465,6 +476,8 @@ export type PathRule = { kind: "prefix" | "exact"; path: string } | { kind: "reg
 export type Target = { service: string; weight: number; policy: Policy; fallback: Target | undefined };
 /** What a route does with a request. */
 export type Action = { kind: "forward"; targets: Target[] } | Out<typeof Redirect> | Out<typeof Respond>;
+/** How often a client may ask: by its address, or by a header where `by` names one. */
+export type Rate = Out<typeof RateMap>;
 type Carried = Fields<typeof conditions> & Fields<typeof changes>;
 type Made = { hosts: string[]; paths: PathRule[]; action: Action; policy: Policy; fallback: boolean };
 /** A route in the general form, as it is parsed. */
@@ -922,7 +935,17 @@ export interface Route extends Pick<RouteConfig, RouteKeys> {
   rank: number; // a method, then header conditions, then query conditions
   conditions: ((exchange: Exchange) => boolean)[];
   admits: ((client: string) => boolean) | undefined; // allow and deny
+  buckets: Buckets | undefined; // of its rate
   hasRules: boolean; // for headers or query, of the request or the answer
+}
+
+/** What a rule remembers of its clients: when the bucket of each is full again. Those not named are full. */
+export interface Buckets {
+  rate: Rate;
+  // changes while serving
+  recent: Map<string, number>; // those that were drawn from since `turnedAt`
+  older: Map<string, number>; // those of before; forgotten at the next turn
+  turnedAt: number;
 }
 
 /** One configuration in force. A request keeps the table that it started with. */
@@ -931,6 +954,7 @@ export interface Table {
   services: Map<string, Service>;
   hosts: HostTable;
   fallback: Route | undefined; // `default`
+  buckets: Map<string, Buckets>; // by route and rule
   trusts: (peer: string) => boolean;
 }
 
@@ -963,6 +987,7 @@ export interface Exchange extends Draw {
   destination: Destination | undefined;
   tried: Server[];
   cookie: string; // Set-Cookie for a client that is new to its server, or empty
+  quota: readonly string[]; // what the answer says about the client's rate: name, value, ...
   attempt: Attempt | undefined; // the latest
   entrypoint: Entrypoint;
   endedAt: number; // when the last byte had passed
@@ -2484,10 +2509,10 @@ function applyRules(headers: readonly string[], { set, add, remove }: Rules): st
 
 const unchanged = (headers: readonly string[]): readonly string[] => headers;
 
-/** What changes an answer's headers: the route's rules, and then a cookie of our own. */
-function inboundOf({ cookie }: Exchange, { hasRules, response }: Route): Attempt["inbound"] {
-  if (!hasRules && !cookie) return unchanged;
-  const own = cookie ? ["set-cookie", cookie] : [];
+/** What changes an answer's headers: the route's rules, and then what is our own. */
+function inboundOf({ cookie, quota }: Exchange, { hasRules, response }: Route): Attempt["inbound"] {
+  if (!hasRules && !cookie && !quota.length) return unchanged;
+  const own = cookie ? [...quota, "set-cookie", cookie] : quota;
   return (headers) => [...hasRules ? applyRules(headers, response.headers) : headers, ...own];
 }
 
@@ -2622,6 +2647,7 @@ async function forward(
 type Denial =
   | "denied"
   | "no-route"
+  | "rate"
   | "no-server"
   | "queue-full"
   | "queue-timeout"
@@ -2640,6 +2666,7 @@ export const FAILURES = {
   "client-timeout": { status: 408, text: "the request's body did not arrive in time" },
   "body-too-large": { status: 413, text: "the request's body is too large" },
   "uri-too-long": { status: 414, text: "the request's target is too long" },
+  "rate": { status: 429, text: "too many requests" },
   "headers-too-large": { status: 431, text: "the request's headers are too large" },
   "client-left": { status: 499, text: "the client has left" },
   "internal": { status: 500, text: "the load balancer has failed" },
@@ -2711,6 +2738,55 @@ function respondLiterally(
 // ---------------------------------------------------------------------------------------------------------------------
 // 15. Limits: who has to wait, or to come back later. Queues, rates and the service's own measure of too much.
 // ---------------------------------------------------------------------------------------------------------------------
+
+const MOST_BUCKETS = 100_000; // that a rule remembers
+const NO_HEADERS: readonly string[] = [];
+
+const newBuckets = (rate: Rate): Buckets => ({ rate, recent: new Map(), older: new Map(), turnedAt: 0 });
+
+/** The network of an IPv6 client: it has all 2^64 addresses of it. */
+const networkOf = memo((address) => ipaddr.parse(address).toByteArray().slice(0, 8).join("."));
+
+/** Whose bucket a request draws from. Without the header it is its address's; of a long value its end is kept. */
+function bucketOf({ client, request }: Exchange, { by }: Rate): string {
+  const value = by && request.headers.get(by);
+  if (value) return `=${value.length > 100 ? `${hash(value)} ${value.slice(-80)}` : value}`;
+  return isIPv6(client) ? networkOf(client) : client;
+}
+
+/** When a bucket is full again. A bucket that nobody has drawn from for as long as it takes to fill need not be kept. */
+function fullAt(buckets: Buckets, bucket: string, now: number): number {
+  const { rate: { requests, per, burst }, recent, turnedAt } = buckets;
+  if (now - turnedAt >= burst * per / requests || recent.size >= MOST_BUCKETS / 2) {
+    Object.assign(buckets, { recent: new Map(), older: recent, turnedAt: now });
+  }
+  return Math.max(now, buckets.recent.get(bucket) ?? buckets.older.get(bucket) ?? 0);
+}
+
+/**
+ * Whether a client may ask once more: its bucket holds `burst` tokens, gets `requests` new ones `per` time, and each
+ * request takes one. The answer says how many are left and the seconds until there is one more (the IETF's RateLimit
+ * fields, draft-ietf-httpapi-ratelimit-headers-10).
+ */
+function withinRate(buckets: Buckets, exchange: Exchange): boolean {
+  const { requests, per, burst } = buckets.rate;
+  const now = exchange.started, each = per / requests;
+  const bucket = bucketOf(exchange, buckets.rate);
+  const before = (fullAt(buckets, bucket, now) - now) / each; // tokens that are missing
+  const within = before <= burst - 1 + 1e-6;
+  const missing = within ? before + 1 : before;
+  if (within) buckets.recent.set(bucket, now + missing * each);
+  const left = Math.max(0, Math.floor(burst - missing + 1e-6));
+  const seconds = Math.max(1, Math.ceil((missing - (burst - left - 1)) * each / 1_000 - 1e-6));
+  exchange.quota = [
+    "ratelimit-policy",
+    `"default";q=${requests}${per % 1_000 ? "" : `;w=${per / 1_000}`}`,
+    "ratelimit",
+    `"default";r=${left};t=${seconds}`,
+    ...(within ? [] : ["retry-after", `${seconds}`]),
+  ];
+  return within;
+}
 
 /** There may be room again: those who wait take it in the order in which they came. */
 function wake({ waiting }: Service): void {
@@ -3123,6 +3199,7 @@ function newExchange(balancer: Balancer, request: Request, from: Client, wrapped
     destination: undefined,
     tried: [],
     cookie: "",
+    quota: NO_HEADERS,
     attempt: undefined,
     entrypoint: entry(balancer.entrypoints, from.scheme, newEntrypoint),
     endedAt: 0,
@@ -3144,6 +3221,7 @@ function balance(balancer: Balancer, request: Request, env: unknown, wrapped: bo
     const route = exchange.route = matchRoute(exchange.table, exchange);
     if (!route) return refuse(balancer, exchange, exchange.allow ? "bad-method" : "no-route");
     if (route.admits && !route.admits(exchange.client)) return refuse(balancer, exchange, "denied");
+    if (route.buckets && !withinRate(route.buckets, exchange)) return refuse(balancer, exchange, "rate");
     if (exchange.length > route.body_limit) return refuse(balancer, exchange, "body-too-large");
     return answer(balancer, exchange, route);
   } catch (error) {
@@ -3385,6 +3463,7 @@ function conclude(balancer: Balancer, exchange: Exchange, response: Response, ow
   if (own) {
     exchange.endedAt = balancer.effects.now();
     exchange.bytes = exchange.method === "HEAD" ? 0 : Number(response.headers.get("content-length"));
+    for (const [name, value] of pairs(exchange.quota)) response.headers.set(name, value);
   }
   if (own || exchange.ended) finished(balancer, exchange);
   return response;
@@ -3745,6 +3824,16 @@ function layersOf({ compress: compressed, cors: shared }: Policy): Around | unde
   return around;
 }
 
+/** The buckets of the routes that have a rate: those of before where route and rule are the same. */
+function buildBuckets(routes: RouteConfig[], previous?: Table): Table["buckets"] {
+  const limited = routes.filter(({ rate }) => rate);
+  return new Map(limited.map((route) => {
+    const id = bucketsId(route);
+    return [id, previous?.buckets.get(id) ?? newBuckets(route.rate!)];
+  }));
+}
+const bucketsId = ({ name, rate }: RouteConfig): string => JSON.stringify([name, rate]);
+
 /** What stands around the answers stays the same where another service falls in. */
 function destinationOf(
   { service, weight, policy, fallback }: Target,
@@ -3761,7 +3850,7 @@ function destinationOf(
   };
 }
 
-function buildRoute(config: RouteConfig, services: Map<string, Service>): Route {
+function buildRoute(config: RouteConfig, services: Map<string, Service>, buckets: Table["buckets"]): Route {
   const { name, hosts, paths, methods, rewrite, request, response, body_limit, action, headers, query } = config;
   const preflight = methods.length > 0 && config.policy.cors.origin.length > 0 && !methods.includes("OPTIONS");
   const destinations = action.kind === "forward"
@@ -3778,6 +3867,7 @@ function buildRoute(config: RouteConfig, services: Map<string, Service>): Route 
       ...query.map((condition) => compileCondition(condition, queryOf)),
     ],
     admits: compileAdmission(config.allow, config.deny),
+    buckets: buckets.get(bucketsId(config)),
     hasRules: [request.headers, response.headers].some(({ set, add, remove }) =>
       set.size + add.size + remove.length > 0
     ),
@@ -3797,10 +3887,15 @@ export function buildTable(config: Config, strategies: Strategies, previous?: Ta
   for (const [name, service] of config.services) {
     services.set(name, buildService(service, name, strategies, previous?.services.get(name)));
   }
-  const routes = config.routes.map((route) => ({ route: buildRoute(route, services), fallback: route.fallback }));
+  const buckets = buildBuckets(config.routes, previous);
+  const routes = config.routes.map((route) => ({
+    route: buildRoute(route, services, buckets),
+    fallback: route.fallback,
+  }));
   return {
     config,
     services,
+    buckets,
     hosts: compileHosts(routes.filter(({ fallback }) => !fallback).map(({ route }) => route)),
     fallback: routes.find(({ fallback }) => fallback)?.route,
     trusts: memo(addressMatcher(config.trust)),

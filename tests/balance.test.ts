@@ -363,6 +363,7 @@ const CAUSES: Record<FailureName, Cause | "the runtime's own parser" | "limits.t
     servers: "[a:1]",
     before: 1,
   },
+  "rate": "limits.test.ts",
   "queue-full": "limits.test.ts",
   "queue-timeout": "limits.test.ts",
   "connect-timeout": { manners: ["unsent connect-timeout"] },

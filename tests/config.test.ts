@@ -405,6 +405,9 @@ const WRONG_KEYS: [keys: string, ...expected: string[]][] = [
     '39: retry_on[0]: "conect" is not connect, reset, or 400 to 599',
     "47: retry_on[1]: 200 is not a whole number from 400 to 599",
   ],
+  ["rate: 5", "34: rate: 5 is not off or a map"],
+  ["rate: {}", "34: rate: requests is missing"],
+  ["rate: { requests: 1, by: cookie }", '53: rate.by: "cookie" is not ip or {header: name}'],
   ["queue: 100", "35: queue: 100 is not off or a map"],
   ["queue: { size: 0 }", "43: queue.size: 0 is not a whole number from 1 to 100000"],
   ["max_in_flight: 0", "43: max_in_flight: 0 is not a whole number from 1 to 1000000"],
@@ -709,7 +712,7 @@ paths: [{ path: /, service: shop, strip: true }]
 routes:
   - { split: { shop: 90, constructor: 10 }, timeouts: { response: 5s }, cors: off, retries: 4, retry_on: [502] }
   - { path: [{ exact: /a }, { regex: ^/b$ }], methods: [GET], headers: { a: { regex: x }, b: "" }, query: { c: { present: true } }, service: shop }
-  - { redirect: { host: x.y, port: 81 }, compress: true, allow: [10.0.0.0/8], deny: ["::/0"], body_limit: 1MiB }
+  - { redirect: { host: x.y, port: 81 }, compress: true, allow: [10.0.0.0/8], deny: ["::/0"], body_limit: 1MiB, rate: { requests: 5, by: { header: X-Key } } }
   - { respond: { body: "$\${X} 1", status: 410, headers: { a: b } }, response: { headers: { set: { a: "1.10" }, remove: [b] } } }
   - { service: shop, rewrite: { whole: /x, host: y.z }, request: { query: { set: { a: "" }, remove: [b] } }, host_header: server }
 default: { servers: [z:1], cors: {} }

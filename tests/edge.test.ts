@@ -651,6 +651,7 @@ test("a route's rules, redirects, answers and limits hold at the edge too", { sk
       { path: "/own", respond: { status: 410, body: "gone" } },
       { path: "/small", servers: over(a), body_limit: 3 },
       { path: "/here", servers: over(a), allow: ["192.0.2.0/24"] },
+      { path: "/rare", servers: over(a), rate: { requests: 2, per: "1m" } },
     ],
   });
   a.script = (visit) => visit.send(answer("ok", "X-Gone: 1\r\nX-Set: 0\r\n"));
@@ -664,4 +665,9 @@ test("a route's rules, redirects, answers and limits hold at the edge too", { sk
   assert.equal(failure(await lb.ask("/small", { method: "POST", body: "four" })), "413 body-too-large");
   assert.equal(failure(await lb.ask("/here", { headers: "CF-Connecting-IP: 198.51.100.1\r\n" })), "403 denied");
   assert.equal(status(await lb.ask("/here", { headers: "CF-Connecting-IP: 192.0.2.1\r\n" })), 200);
+  const rare = (address: string) => lb.ask("/rare", { headers: `CF-Connecting-IP: ${address}\r\n` });
+  assert.equal(value(await rare("2001:db8::1"), "ratelimit"), '"default";r=1;t=30');
+  assert.equal(value(await rare("2001:db8::2"), "ratelimit"), '"default";r=0;t=30');
+  assert.equal(failure(await rare("2001:db8::3")), "429 rate");
+  assert.equal(status(await rare("2001:db8:1::1")), 200);
 });

@@ -105,7 +105,9 @@ function setUp(keys: string, { servers = "[a:1]", yaml = "", random = seeded(1) 
       attempt,
       finish(status = 200) {
         end(status);
-        resolve(new Response(null, { status, headers: attempt.inbound([]) as [] && [] }));
+        const list = attempt.inbound([]);
+        const headers = list.flatMap((name, i): [string, string][] => i % 2 ? [] : [[name, list[i + 1]!]]);
+        resolve(new Response(null, { status, headers }));
         return settled();
       },
       async begin(status = 200) {
@@ -454,6 +456,175 @@ test("any mix of coming, leaving, failing and giving up ends with an empty queue
   for (const kind of ["200", "client-left", "queue-full", "queue-timeout", "reset"]) assert.ok(seen.has(kind), kind);
 });
 
+// ─── Rates ───
+
+/** A route with this rate that answers by itself; gives what one request meets: status, tokens left, seconds, retry-after. */
+function rated(rate: string, more = "") {
+  const one = (rate: string) => `log: off\nroutes: [{ name: r, respond: { status: 204 }, rate: ${rate} }]\n${more}`;
+  const tools = setUp("", { yaml: one(rate) });
+  const ask = async (ask?: Ask) => {
+    const { status, headers } = await tools.send(ask);
+    const [, left, seconds] = /^"default";r=(\d+);t=(\d+)$/.exec(headers.get("ratelimit") ?? "") ?? [];
+    const retry = headers.get("retry-after");
+    assert.equal(headers.get("x-lb-failure"), status === 429 ? "rate" : null);
+    return [status, Number(left), Number(seconds), ...(retry ? [Number(retry)] : [])];
+  };
+  /** How many of many requests pass. */
+  const passes = async (many: number, how?: Ask) => {
+    let passed = 0;
+    for (let i = 0; i < many; i++) if ((await ask(how))[0] !== 429) passed++;
+    return passed;
+  };
+  return { ...tools, ask, passes, reload: (rate: string) => tools.lb.reload(parseConfig(one(rate))) };
+}
+
+test("a client may ask as often as its rate says, then there is 429 and when to come back; tokens come one by one", async () => {
+  const { ask, clock, send } = rated("{ requests: 3, per: 30s }");
+  assert.deepEqual(await ask(), [204, 2, 10]);
+  clock.now += 4_000;
+  assert.deepEqual(await ask(), [204, 1, 6]);
+  assert.deepEqual(await ask(), [204, 0, 6]);
+  assert.deepEqual(await ask(), [429, 0, 6, 6]);
+  clock.now += 5_900;
+  assert.deepEqual(await ask(), [429, 0, 1, 1]);
+  clock.now += 100;
+  assert.deepEqual(await ask(), [204, 0, 10]);
+  clock.now += 1e6;
+  assert.deepEqual(await ask(), [204, 2, 10]);
+  assert.equal((await send()).headers.get("ratelimit-policy"), '"default";q=3;w=30');
+});
+
+test("burst is how many may come at once, whatever the rate; a policy says its window where that is whole seconds", async () => {
+  const { passes, clock, send } = rated("{ requests: 10, per: 500ms, burst: 25 }");
+  assert.equal(await passes(100), 25);
+  clock.now += 500;
+  assert.equal(await passes(100), 10);
+  clock.now += 125;
+  assert.equal(await passes(100), 2);
+  assert.equal((await send()).headers.get("ratelimit-policy"), '"default";q=10');
+  const single = rated("{ requests: 100, burst: 1 }");
+  assert.equal(await single.passes(5), 1);
+  single.clock.now += 10;
+  assert.equal(await single.passes(5), 1);
+});
+
+test("over any time no more than burst and rate pass, and no fewer, however the requests come", async () => {
+  for (const [requests, per, burst] of [[7, 1_000, 3], [100, 1_000, 100], [3, 10, 9], [1, 60_000, 2]] as const) {
+    const { ask, clock } = rated(`{ requests: ${requests}, per: ${per}ms, burst: ${burst} }`);
+    const random = seeded(requests);
+    const times: number[] = [];
+    for (let i = 0; i < 600; i++) {
+      clock.now += random() * 1.2 * per / requests;
+      if ((await ask())[0] !== 429) times.push(clock.now);
+    }
+    for (let from = 0; from < times.length; from++) {
+      for (let to = from; to < times.length; to++) {
+        assert.ok(to - from + 1 <= burst + (times[to]! - times[from]!) * requests / per + 1e-6);
+      }
+    }
+    assert.ok(times.length >= Math.min(600, Math.floor(clock.now * requests / per) - 1), `${times.length} passed`);
+  }
+});
+
+test("each client has its own bucket: an IPv4 address, an IPv6 /64", async () => {
+  const { passes } = rated("{ requests: 2, per: 1m }");
+  assert.equal(await passes(3, { address: "192.0.2.1" }), 2);
+  assert.equal(await passes(3, { address: "192.0.2.2" }), 2);
+  assert.equal(await passes(3, { address: "2001:db8:1:2::1" }), 2);
+  assert.equal(await passes(3, { address: "2001:db8:1:2:ffff::7" }), 0, "the same network");
+  assert.equal(await passes(3, { address: "2001:db8:1:3::1" }), 2);
+  assert.equal(await passes(3, { address: "unknown" }), 2);
+});
+
+test("by a header: each value has its bucket; who sends none is counted by address, and no value is an address", async () => {
+  const { passes } = rated("{ requests: 2, per: 1m, by: { header: X-Key } }");
+  const as = (key: string, address = "192.0.2.1"): Ask => ({ headers: { "x-key": key }, address });
+  assert.equal(await passes(3, as("one")), 2);
+  assert.equal(await passes(3, as("one", "192.0.2.2")), 0, "wherever it comes from");
+  assert.equal(await passes(3, as("two")), 2);
+  assert.equal(await passes(3, as("192.0.2.9")), 2);
+  assert.equal(await passes(3, { address: "192.0.2.9" }), 2);
+  assert.equal(await passes(3, { address: "192.0.2.9" }), 0);
+  for (const long of ["x".repeat(30_000) + "a", "x".repeat(30_000) + "b", "y".repeat(30_000) + "a"]) {
+    assert.equal(await passes(3, as(long)), 2);
+  }
+  const { buckets } = rated("{ requests: 2, by: { header: X-Key } }").lb.balancer.table;
+  assert.equal(buckets.size, 1);
+});
+
+test("behind a trusted proxy the client is who asks through it", async () => {
+  const { passes } = rated("{ requests: 1, per: 1m }", "trust: [192.0.2.9]");
+  const through = (client: string): Ask => ({ headers: { "x-forwarded-for": client } });
+  assert.equal(await passes(2, through("198.51.100.1")), 1);
+  assert.equal(await passes(2, through("198.51.100.2")), 1);
+});
+
+test("a rule remembers at most 100,000 clients: those not heard of for longest are forgotten, full buckets for good", async () => {
+  const { lb, ask, clock } = rated("{ requests: 2, per: 10s }");
+  const [buckets] = lb.balancer.table.buckets.values();
+  const kept = () => buckets!.recent.size + buckets!.older.size;
+  const address = (i: number) => `10.${i >> 16 & 255}.${i >> 8 & 255}.${i & 255}`;
+  for (let i = 0; i < 120_000; i++) await ask({ address: address(i) });
+  assert.ok(kept() <= 100_000, `${kept()} are kept`);
+  assert.ok(kept() >= 50_000, `${kept()} are kept`);
+  await ask({ address: address(119_999) });
+  assert.deepEqual(await ask({ address: address(119_999) }), [429, 0, 5, 5], "the latest are known");
+  assert.deepEqual(await ask({ address: address(0) }), [204, 1, 5], "the first is not");
+  for (let turn = 0; turn < 2; turn++) {
+    clock.now += 10_000;
+    await ask();
+  }
+  assert.equal(kept(), 2, "whoever stayed away for 10 s has a full bucket, and need not be kept");
+});
+
+test("a bucket survives the turn of its generation", async () => {
+  const { ask, clock } = rated("{ requests: 2, per: 10s }");
+  assert.equal((await ask())[0], 204);
+  for (let i = 0; i < 40; i++) { // a token every 5 s
+    assert.equal((await ask())[0], i % 2 ? 429 : 204, `at ${clock.now}`);
+    clock.now += 2_500;
+    await ask({ address: "192.0.2.77" });
+  }
+});
+
+test("a reload keeps the buckets of a rule that stays the same, and begins anew with another", async () => {
+  const { passes, reload } = rated("{ requests: 2, per: 1m }");
+  assert.equal(await passes(3), 2);
+  reload("{ requests: 2, per: 60s, by: ip }");
+  assert.equal(await passes(3), 0, "the same in other words");
+  reload("{ requests: 3, per: 1m }");
+  assert.equal(await passes(5), 3);
+  reload("off");
+  assert.equal(await passes(5), 5);
+});
+
+test("answers of servers say what is left too, beside what the servers say; a refused request reaches none", async () => {
+  const yaml =
+    "log: json\ndefault: { servers: [a:1], health: off, rate: { requests: 1 }, response: { headers: { set: { x: y } } } }";
+  const { send, asked, lines } = setUp("", { yaml });
+  const sent = send();
+  await asked[0]!.finish();
+  const { headers } = await sent;
+  assert.equal(headers.get("ratelimit"), '"default";r=0;t=1');
+  assert.equal(headers.get("x"), "y");
+  assert.deepEqual(await outcome(send()), [429, "rate", "1"]);
+  assert.equal(asked.length, 1);
+  assert.equal(JSON.parse(lines[1]!).failure, "rate");
+});
+
+test("a route without a rate says nothing of it, and those with one do not share it", async () => {
+  const rate = "rate: { requests: 1, per: 1m }";
+  const yaml =
+    `log: off\nroutes: [{ path: /a, respond: {}, ${rate} }, { path: /b, respond: {}, ${rate} }, { path: /c, respond: {} }]`;
+  const { send } = setUp("", { yaml });
+  const ask = async (path: string) => (await send({ path })).status;
+  assert.deepEqual([await ask("/a"), await ask("/a"), await ask("/b"), await ask("/b")], [200, 429, 200, 429]);
+  for (let i = 0; i < 3; i++) {
+    const { status, headers } = await send({ path: "/c" });
+    assert.deepEqual([status, headers.get("ratelimit"), headers.get("ratelimit-policy")], [200, null, null]);
+  }
+});
+
 // ─── Through the program ───
 
 /** The program over one scripted server that holds every answer until it is told to give it. */
@@ -530,6 +701,39 @@ test("through the program: a drain lets those who wait finish, and ends", async 
     for (const one of sent) assert.equal(status((await one).answers[0]!), 200);
     await stopped;
     assert.match(program.output(), /^info: drained$/m);
+  } finally {
+    await stop();
+  }
+});
+
+test("through the program: a rate holds, and good answers say what is left", async () => {
+  const { held, ask, stop } = await running(({ address }) => ({
+    log: "off",
+    default: {
+      servers: [address],
+      health: "off",
+      rate: { requests: 2, per: "1h", by: { header: "x-key" } },
+    },
+  }));
+  try {
+    const first = ask("/", "X-Key: one\r\n");
+    await until("it is asked", () => held.length === 1);
+    await held[0]!.give();
+    const { answers: [good] } = await first;
+    assert.deepEqual([status(good!), value(good!, "ratelimit")], [200, '"default";r=1;t=1800']);
+    assert.equal(value(good!, "ratelimit-policy"), '"default";q=2;w=3600');
+    const second = ask("/", "X-Key: one\r\n");
+    await until("it is asked", () => held.length === 2);
+    await held[1]!.give();
+    await second;
+    const { answers: [refused] } = await ask("/", "X-Key: one\r\n");
+    assert.deepEqual([status(refused!), value(refused!, "x-lb-failure")], [429, "rate"]);
+    assert.match(value(refused!, "retry-after"), /^(1800|1799|1798)$/);
+    assert.equal(held.length, 2);
+    const other = ask("/", "X-Key: two\r\n");
+    await until("it is asked", () => held.length === 3);
+    await held[2]!.give();
+    assert.equal(status((await other).answers[0]!), 200);
   } finally {
     await stop();
   }
