@@ -402,6 +402,9 @@ const RateMap = v.pipe(
   })),
 );
 const Rate = or("off", undefined, RateMap);
+const SHARE = "$ is not a number from 0 to 100";
+const Share = v.pipe(v.number(SHARE), v.minValue(0, SHARE), v.maxValue(100, SHARE));
+const Mirror = or("off", { service: "", percent: 0 }, map({ service: ServiceName, percent: opt(Share, 100) }));
 const place = {
   host: key(many(HostPattern, "a host"), '"*.example.com" is any labels in front, not example.com itself', []),
   path: key(many(PathMatch, "a path"), "prefix by whole segments, {exact: /v1}, {regex: ...}, or a list", []),
@@ -424,6 +427,7 @@ const changes = {
   rewrite: key(Rewrite, "path for what matched, or whole for all of it; host", {}),
   request: key(RequestRules, "headers and query: set replaces, add adds, remove removes", {}),
   response: key(ResponseRules, "headers: set replaces, add adds, remove removes", {}),
+  mirror: key(Mirror, "off, or the service that gets a copy of so many percent of the requests", "off"),
   allow: key(Networks, "only these clients", []),
   deny: key(Networks, "not these clients; wins over allow", []),
   rate: key(Rate, "off, or requests per time, by ip or {header: name}; burst: how many at once", "off"),
@@ -678,6 +682,7 @@ function check(file: Raw, more: string[], say: Say) {
     const has = names.filter((name) => Object.hasOwn(entry, name)), but = has.length && `, not ${has.join(" and ")}`;
     if (has.length !== 1) say(path, `needs exactly one of ${names.join(", ")}${but || ""}`);
     known([...path, "service"], entry.service, "service", services);
+    known([...path, "mirror", "service"], record(entry.mirror).service, "service", services);
     const split = Object.entries(record(entry.split));
     for (const [name] of split) known([...path, "split", name], plain(name), "service", services, "key");
     if (isRecord(entry.split) && split.every(([, weight]) => weight === 0)) {
@@ -906,6 +911,7 @@ export interface Service {
   inFlight: number;
   retrying: number; // retries in flight: what the budget bounds
   saved: number; // retries that whole answers have earned, for the moment when a server dies
+  copies: { answered: number; failed: number; skipped: number; inFlight: number }; // what `mirror` brings; counted nowhere else
   retries: number; // so far
   tallies: Tallies; // of requests that have ended
   waiting: Set<() => boolean>; // requests without a server, in the order of their coming: each takes one, or says that all are full
@@ -932,6 +938,7 @@ export interface Route extends Pick<RouteConfig, RouteKeys> {
   destinations: Destination[]; // where the action is to forward
   weight: number; // the sum over destinations
   sticky: boolean; // a split, and each of its services knows its clients
+  mirror: Destination | undefined; // where copies go; its weight is their share, from 0 to 1
   rank: number; // a method, then header conditions, then query conditions
   conditions: ((exchange: Exchange) => boolean)[];
   admits: ((client: string) => boolean) | undefined; // allow and deny
@@ -1102,6 +1109,7 @@ const newService = (name: string) => ({
   inFlight: 0,
   retrying: 0,
   saved: 0,
+  copies: { answered: 0, failed: 0, skipped: 0, inFlight: 0 },
   retries: 0,
   tallies: new Map(),
   waiting: new Set<() => boolean>(),
@@ -3030,6 +3038,8 @@ const FAMILIES = {
   lb_service_retries_total: ["counter", "Further attempts after the first"],
   lb_service_requests_in_flight: ["gauge", "Requests in flight"],
   lb_service_queue_length: ["gauge", "Requests that wait for a server with room"],
+  lb_service_copies_total: ["counter", "Copies for it that mirror has asked for, by what became of them"],
+  lb_service_copies_in_flight: ["gauge", "Copies in flight"],
   lb_service_panicking: ["gauge", "1: too few servers are healthy, so that all are asked", "shared"],
   lb_service_server_up: ["gauge", "1: it is healthy; 0: it is down, ejected or taken out by hand", "shared"],
   lb_server_requests_total: ["counter", "Attempts that have ended"],
@@ -3105,11 +3115,15 @@ export function samplesOf(balancer: Balancer): Map<string, number> {
   }
   for (const [reason, times] of balancer.failures) put("lb_failures_total", { reason }, times);
   for (const service of balancer.table.services.values()) {
-    const { name, tallies, servers, retries, inFlight, waiting, panicking } = service;
+    const { name, tallies, servers, retries, inFlight, waiting, copies, panicking } = service;
     putTallies(put, "service", name, tallies);
     put("lb_service_retries_total", { service: name }, retries);
     put("lb_service_requests_in_flight", { service: name }, inFlight);
     put("lb_service_queue_length", { service: name }, waiting.size);
+    for (const result of ["answered", "failed", "skipped"] as const) {
+      put("lb_service_copies_total", { service: name, result }, copies[result]);
+    }
+    put("lb_service_copies_in_flight", { service: name }, copies.inFlight);
     put("lb_service_panicking", { service: name }, Number(panicking));
     for (const server of servers) putServer(put, service, server, balancer.effects.now());
   }
@@ -3273,6 +3287,7 @@ async function attempts(balancer: Balancer, exchange: Exchange, first: Destinati
       const server = pickNow(exchange, effects, now) ?? await laterOrElsewhere(exchange, failure, effects);
       if (typeof server === "string") return refuse(balancer, exchange, server);
       const destination = exchange.destination!, { service } = destination;
+      if (retry === 0 && exchange.route!.mirror) mirror(balancer, exchange, exchange.route!.mirror);
       if (retry > 0) {
         service.retrying++;
         service.retries++;
@@ -3297,6 +3312,47 @@ async function attempts(balancer: Balancer, exchange: Exchange, first: Destinati
   } catch (error) {
     return internal(balancer, exchange, error);
   }
+}
+
+const MOST_COPIES = 100; // in flight to one service: what comes then is not copied
+
+/** Copies that are on their way. */
+const copying = new WeakMap<Request, Promise<void>>();
+
+/**
+ * Has a copy of a request sent to another service, behind the request itself. Nobody waits for it; where the body is a
+ * stream there is none to copy.
+ */
+function mirror(balancer: Balancer, exchange: Exchange, destination: Destination): void {
+  const { effects } = balancer, { copies } = destination.service;
+  if (effects.random() >= destination.weight) return;
+  if (exchange.body instanceof ReadableStream || copies.inFlight >= MOST_COPIES) return void copies.skipped++;
+  copies.inFlight++;
+  const sent = Promise.resolve().then(() => sendCopy(balancer, exchange, destination)).catch((error) =>
+    effects.report("error", error instanceof Error ? error.stack ?? error.message : String(error))
+  ).finally(() => copies.inFlight--);
+  copying.set(exchange.request, sent);
+}
+
+/** Asks once, and throws the answer away. What comes of it says nothing about the server, and takes nothing but its room. */
+async function sendCopy(balancer: Balancer, exchange: Exchange, destination: Destination): Promise<void> {
+  const { effects } = balancer, { service } = destination, { method, headers, url } = exchange.request;
+  const request = new Request(url, { method, headers }); // with a signal of its own: the client may leave
+  const copy: Exchange = { ...exchange, request, destination, tried: [] };
+  const server = pickServer(copy, effects, effects.now());
+  if (server === undefined) return void service.copies.skipped++;
+  let problem: Failure | undefined;
+  const outcome = await forward(balancer, copy, server, (_status, _bytes, why) => {
+    problem = why;
+    release(service, server);
+  });
+  if (outcome.kind === "answer") await outcome.response.body?.pipeTo(new WritableStream()).catch(() => {});
+  else {
+    problem = outcome.kind;
+    release(service, server);
+    complain(service, server, outcome.detail, effects);
+  }
+  service.copies[problem ? "failed" : "answered"]++;
 }
 
 /** Reports what is wrong with a server, once a second at most: the access log has every request. */
@@ -3850,6 +3906,13 @@ function destinationOf(
   };
 }
 
+/** A copy is sent once, as its own service says. */
+function mirrorTo({ service, percent }: RouteConfig["mirror"], services: Map<string, Service>): Destination {
+  const to = services.get(service)!;
+  const once = { retryOn: new Set<string>(), around: undefined, fallback: undefined };
+  return { service: to, weight: percent / 100, policy: to.config, ...once };
+}
+
 function buildRoute(config: RouteConfig, services: Map<string, Service>, buckets: Table["buckets"]): Route {
   const { name, hosts, paths, methods, rewrite, request, response, body_limit, action, headers, query } = config;
   const preflight = methods.length > 0 && config.policy.cors.origin.length > 0 && !methods.includes("OPTIONS");
@@ -3866,6 +3929,7 @@ function buildRoute(config: RouteConfig, services: Map<string, Service>, buckets
       ...headers.map((condition) => compileCondition(condition, headerOf)),
       ...query.map((condition) => compileCondition(condition, queryOf)),
     ],
+    mirror: config.mirror.service ? mirrorTo(config.mirror, services) : undefined,
     admits: compileAdmission(config.allow, config.deny),
     buckets: buckets.get(bucketsId(config)),
     hasRules: [request.headers, response.headers].some(({ set, add, remove }) =>
@@ -4515,7 +4579,8 @@ function edge() {
   return {
     fetch(request: Request, env: unknown, context: { waitUntil(promise: Promise<unknown>): void }) {
       const answer = Promise.resolve(lb().fetch(request, env as object));
-      context.waitUntil(Promise.all([answer, lb().probe()])); // else a client that leaves would stay in flight for ever
+      const copied = answer.then(() => copying.get(request));
+      context.waitUntil(Promise.all([answer, copied, lb().probe()])); // else a client that leaves would stay in flight for ever
       return answer;
     },
     scheduled: () => lb().probe(),

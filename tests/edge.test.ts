@@ -225,6 +225,17 @@ test("a client stays on its server, also in another isolate with the same secret
   assert.notEqual(values(await lb.ask("/", { headers: "Cookie: lb=forged\r\n" }), "set-cookie").length, 0);
 });
 
+test("a service gets copies, and the client has its answer before", { skip }, async (t) => {
+  const [a, copy] = [await server(t, "a"), await server(t, (visit) => visit.send(300, answer("copy")))];
+  const services = { shop: { servers: over(a) }, next: { servers: over(copy) } };
+  const lb = await edge(t, { services, default: { service: "shop", mirror: { service: "next" } } });
+  for (const text of ["", "abc"]) {
+    assert.equal(body(await lb.ask("/p", { method: text ? "POST" : "GET", body: text })), "a");
+    const got = await until("the copy is there", () => copy.requests.splice(0)[0]);
+    assert.deepEqual([target(got), got.body.toString()], ["/p", text]);
+  }
+});
+
 test("a dead server is passed over by a retry, and ejected after its failures", { skip }, async (t) => {
   const [dead, a] = [await nobody(), await server(t, "a")];
   const lb = await edge(t, { default: { servers: [dead, a.address], eject: { failures: 2 } } });

@@ -303,6 +303,22 @@ test("running: a client stays on its server, over a reload too, and a forged coo
   assert.equal(forged.size, 3, "a forged cookie is no reason to ask one server and not another");
 });
 
+test("running: the clients of a server that drains move once, and are not moved back", async (t) => {
+  const { lb, addresses, ask } = await program(t, (addresses) => sticky(addresses));
+  const first = await ask();
+  const at = "abc".indexOf(first.body.toString());
+  await lb.reload(sticky(addresses.map((url, i) => i === at ? { url, state: "drain" } : url)));
+  const moved = await ask(cookieIn(first));
+  assert.notEqual(moved.body.toString(), first.body.toString());
+  const stays = async () => {
+    const again = await ask(cookieIn(moved));
+    assert.deepEqual([again.body.toString(), values(again, "set-cookie")], [moved.body.toString(), []]);
+  };
+  for (let i = 0; i < 3; i++) await stays();
+  await lb.reload(sticky(addresses));
+  for (let i = 0; i < 3; i++) await stays();
+});
+
 test("running: the clients of a server that dies move once", async (t) => {
   const { servers, ask } = await program(t, (addresses) => sticky(addresses));
   const first = await ask();
