@@ -263,8 +263,9 @@ const Servers = v.pipe(
 // deno-fmt-ignore
 /** The built-in strategies that are named by a word. */
 export const STRATEGIES = ["round-robin", "first", "random", "two-choices", "least-connections", "least-response-time", "peak-ewma", "ip-hash"];
-type Hashed = "header" | "cookie" | "query" | "path";
-const Hash = choice({ header: opt(HeaderName), cookie: opt(Text), query: opt(Text), path: opt(v.literal(true)) });
+type Hashed = "header" | "cookie" | "query" | "path" | "client";
+const named = { header: opt(HeaderName), cookie: opt(Text), query: opt(Text) };
+const Hash = choice({ ...named, path: opt(v.literal(true)), client: opt(v.literal(true)) });
 const AnyName = v.union([v.picklist(STRATEGIES), v.string()]);
 /** Any name, for users may bring strategies of their own: `check` knows which there are. */
 const Strategy = v.pipe(
@@ -1557,6 +1558,7 @@ const KEYS = {
   query: queryOf,
   cookie: cookieOf,
   path: ({ path }: Exchange) => path,
+  client: ({ client }: Exchange) => client,
   none: () => null,
 };
 

@@ -418,7 +418,7 @@ const WRONG_KEYS: [keys: string, ...expected: string[]][] = [
   ],
   [
     "strategy: { hash: { header: a, cookie: b } }",
-    "46: strategy.hash: needs exactly one of header, cookie, query, path",
+    "46: strategy.hash: needs exactly one of header, cookie, query, path, client",
   ],
   ["cors: { credentials: true }", "34: cors: credentials need origins by name, not *"],
   ["health: { path: up }", '44: health.path: "up" is not a path such as /v1 (it begins with / and has no query)'],

@@ -2,6 +2,7 @@
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
+import fc from "fast-check";
 import {
   type Candidates,
   createLoadBalancer,
@@ -259,6 +260,7 @@ test("two-choices takes the less busy: in flight no server is far from its share
 });
 
 const KEYED: [keys: string, ask: (key: string) => Ask, other: (key: string) => Ask][] = [
+  ["strategy: {hash: {client: true}}", (client) => ({ client }), (client) => ({ client, path: "/other" })],
   ["strategy: ip-hash", (client) => ({ client }), (client) => ({ client, path: "/other", headers: { "x-a": "b" } })],
   [
     "strategy: {hash: {header: X-User}}",
@@ -331,6 +333,54 @@ function candidatesOf(count: number): Candidates {
   const { service } = setUp("", list(Array.from({ length: count }, (_, i) => `s${i}`)));
   return service.servers as unknown as Candidates;
 }
+
+const anyPool = fc.uniqueArray(fc.record({ name: fc.domain(), weight: fc.integer({ min: 1, max: 9 }) }), {
+  selector: ({ name }) => name.toLowerCase(),
+  minLength: 2,
+  maxLength: 12,
+});
+const poolOf = (servers: { name: string; weight: number }[]) => {
+  const yaml = JSON.stringify(servers.map(({ name, weight }) => ({ url: `http://${name}`, weight })));
+  return setUp("", yaml).service.servers as unknown as Candidates;
+};
+const KEYS = 20_000; // so many that 2 % is more than five standard deviations
+
+test("a server that leaves moves its own keys and no others: at most its share (+2 %)", () => {
+  const where = (servers: Candidates, seed: number) =>
+    Array.from({ length: KEYS }, (_, i) => strategies.hash(servers, { key: `${seed}/${i}` } as Draw).url);
+  fc.assert(
+    fc.property(anyPool, fc.nat(), fc.boolean(), (pool, pick, even) => {
+      const servers = poolOf(even ? pool.map(({ name }) => ({ name, weight: 1 })) : pool);
+      const leaves = servers[pick % servers.length]!;
+      const before = where(servers, pick);
+      const after = where(servers.filter((server) => server !== leaves) as unknown as Candidates, pick);
+      const moved = after.filter((url, i) => url !== before[i]).length / KEYS;
+      assert.ok(after.every((url, i) => url === before[i] || before[i] === leaves.url), "a key of another server");
+      const share = leaves.weight / servers.reduce((sum, { weight }) => sum + weight, 0);
+      assert.ok(moved <= share + 0.02, `${moved} of the keys moved, its share was ${share}`);
+    }),
+    { numRuns: 40 },
+  );
+});
+
+test("whatever the keys, no server has more than 125 % of its share of the requests in flight", () => {
+  fc.assert(
+    fc.property(
+      anyPool,
+      fc.integer({ min: 1, max: 50 }),
+      fc.integer({ min: 50, max: 2_000 }),
+      (pool, keys, requests) => {
+        const servers = poolOf(pool), weights = servers.reduce((sum, { weight }) => sum + weight, 0);
+        for (let sum = 1; sum <= requests; sum++) {
+          const server = strategies.hash(servers, { key: `${sum * 7 % keys}` } as Draw);
+          server.inFlight++;
+          assert.ok(server.inFlight <= Math.max(8, Math.ceil(1.25 * sum * server.weight / weights)));
+        }
+      },
+    ),
+    { numRuns: 40 },
+  );
+});
 
 test("every strategy of the documentation exists", () => {
   const documented =
