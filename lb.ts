@@ -45,9 +45,9 @@
  * @module
  */
 
-import { createHmac, randomBytes } from "node:crypto";
+import { createHash, createHmac, randomBytes, randomFillSync } from "node:crypto";
 import { readFileSync, statSync, write as writeTo, writeSync } from "node:fs";
-import type { IncomingMessage } from "node:http";
+import type { IncomingMessage, ServerResponse } from "node:http";
 import { type AddressInfo, connect as netConnect, isIP, type Socket } from "node:net";
 import process from "node:process";
 import { connect as tlsConnect } from "node:tls";
@@ -989,6 +989,7 @@ export interface Exchange extends Draw {
   headers: readonly string[]; // of the request: name, value, ...
   length: number; // of the request's body in bytes; -1: unknown
   body: Body;
+  upgrade: Upgrade | undefined; // it asks for a WebSocket, and may have one
   matched: string | RE2JS; // the part of the path that the route's prefix took, or the pattern that found it
   allow: string[] | undefined; // methods of routes that fit but for the method
   route: Route | undefined;
@@ -1018,6 +1019,7 @@ export interface Attempt {
   request: { readonly signal: AbortSignal }; // tells that the client has left; read late, because reading it costs
   server: Server;
   timeouts: Policy["timeouts"];
+  upgrade?: Upgrade | undefined; // it asks for a WebSocket
   /** Changes the answer's headers before a Response is made of them. */
   inbound(headers: readonly string[]): readonly string[];
   /** Called once for each answer, when its body has ended, been cut off or been given up: how much of it came, and why. */
@@ -1027,6 +1029,63 @@ export interface Attempt {
   connectedAt: number; // when the request could be written; 0: not yet, or not known
   headAt: number; // when the head of the answer was there; 0: not yet
   uploaded: number; // bytes of a body of unknown length that were passed on
+}
+
+/** How a request becomes a WebSocket (RFC 6455). */
+export interface Upgrade {
+  raw: boolean; // the client's side too is bytes, so that both ends may agree on extensions; otherwise it is messages
+  /** The server has agreed: gives what takes over the connection to it, or says why that cannot be. */
+  take(socket: Socket, head: Pick<Head, "headers" | "upgrade">, attempt: Attempt): Taker | string;
+  // changes while serving
+  response: Response | undefined; // what stands for the answer, once the client's side has been switched over
+}
+
+/** Has taken over a connection: the wire goes on to tell it what happens there. */
+export interface Taker {
+  data(bytes: Bytes): void;
+  drained(): void;
+  closed(): void;
+  /** Every 100 ms or so. */
+  look(now: number): void;
+}
+
+/** What a runtime does to make a WebSocket of a request. It throws where the client has gone. */
+export interface Switch {
+  raw: boolean;
+  accept(tunnel: Tunnel): Response;
+}
+
+/** A WebSocket that is open, or is closing. */
+export interface Tunnel {
+  readonly server: Socket;
+  readonly headers: readonly string[]; // of the server's 101, for the client's
+  readonly protocol: string; // the subprotocol, or empty
+  readonly idle: number; // milliseconds of silence after which it is closed
+  readonly up: Frames; // what goes to the server
+  readonly down: Frames; // what comes from it
+  // changes while serving
+  client: ClientSide | undefined; // undefined: not open yet
+  early: Bytes[]; // what has come for it by then
+  bytesUp: number;
+  bytesDown: number;
+  seen: number; // bytes both ways, when it was last looked at
+  since: number; // when some last passed
+  said: boolean; // one of both has sent a close frame
+  left: boolean; // the client has gone
+  problem: Failure | undefined; // why it ends, where nobody has said
+  closing: boolean; // we have ended it
+  over: boolean; // the server has gone
+}
+
+/** The client's side of a tunnel, as the runtime has it. */
+export interface ClientSide {
+  /** Takes bytes of the server's frames; false: no more until `roomForClient`. */
+  deliver(bytes: Bytes): boolean;
+  /** Ends it after what has been delivered, with a close frame of this code; 0: without a word. */
+  close(code: number): void;
+  /** Bytes of the client wait for the server. */
+  pause(): void;
+  resume(): void;
 }
 
 /** `fetch`, with the attempt where the init would be. Rejects with a `WireError` before the head of an answer. */
@@ -1044,6 +1103,7 @@ export interface Balancer {
   requests: number;
   inFlight: number;
   entrypoints: Map<string, Entrypoint>; // by name
+  tunnels: Set<Tunnel>; // WebSockets that are open
   draining: boolean; // it takes no new connections, and will end
   failures: Map<string, number>; // how often each of FAILURES was the end of a request
   reloads: number;
@@ -1073,6 +1133,8 @@ export interface Effects {
   sleep(milliseconds: number, signal?: AbortSignal): Promise<void>;
   /** Who asks; `env` is what the runtime hands over beside the request. */
   client(request: Request, env: unknown): Client;
+  /** How this request can become a WebSocket; undefined: it cannot. `accept` switches the client's side over. */
+  upgrade(request: Request, env: unknown): Switch | undefined;
   /** One line of the access log. */
   write(line: string): void;
   /** One line for the operator. */
@@ -1760,11 +1822,12 @@ interface Head {
   readonly headers: readonly string[]; // name, value, ...: without those that end at this hop
   readonly framing: Framing;
   readonly length: number; // where framing is "length"
+  readonly upgrade: string; // the protocol that it switches to
   readonly keepAlive: number; // milliseconds for which the server keeps the connection; 0: it closes
 }
 
 /** What a header of an answer is to us; `pass`: nothing. */
-type Role = "pass" | "hop" | "content-length" | "transfer-encoding" | "connection" | "keep-alive";
+type Role = "pass" | "hop" | "content-length" | "transfer-encoding" | "connection" | "keep-alive" | "upgrade";
 const ROLES: Record<string, Role> = {
   "connection": "connection",
   "content-length": "content-length",
@@ -1773,7 +1836,7 @@ const ROLES: Record<string, Role> = {
   "te": "hop",
   "trailer": "hop",
   "transfer-encoding": "transfer-encoding",
-  "upgrade": "hop",
+  "upgrade": "upgrade",
 };
 
 /** A field's name in lower case, and its role. */
@@ -1830,7 +1893,7 @@ function readHead(text: string, method: string): Head | string {
   const status = Number(text.slice(9, 12));
   const modern = text[7] === "1";
   const headers: string[] = [];
-  let [length, encoding, connection, idle] = ["", "", "", Infinity];
+  let [length, encoding, connection, upgrade, idle] = ["", "", "", "", Infinity];
   for (let line = text.indexOf("\r\n"), next; line >= 0; line = next) {
     next = text.indexOf("\r\n", line + 2);
     const colon = text.indexOf(":", line);
@@ -1843,6 +1906,7 @@ function readHead(text: string, method: string): Head | string {
       if (status !== 204 && status !== 205) headers.push(name, value);
     } else if (role === "transfer-encoding") encoding += `,${value}`;
     else if (role === "connection") connection = connection ? `${connection},${value}` : value;
+    else if (role === "upgrade") upgrade = value;
     else if (role === "keep-alive") idle = 1_000 * Number(/timeout=(\d+)/i.exec(value)?.[1] ?? Infinity);
   }
   if (headers.length > 2 * MAX_FIELDS) return `it has more than ${MAX_FIELDS} headers`;
@@ -1858,6 +1922,7 @@ function readHead(text: string, method: string): Head | string {
     headers: hop.size ? without(headers, hop) : headers,
     framing,
     length: Number(length),
+    upgrade: /\bupgrade\b/i.test(connection) ? upgrade.toLowerCase() : "",
     keepAlive: persistent && framing !== "close" && !excess ? idle : 0,
   };
 }
@@ -1886,9 +1951,8 @@ function takeHead(reading: Reading, bytes: Bytes, method: string): Bytes | undef
     }
     const head = method === "HEAD" ? readHead(text, method) : knownHead(text);
     if (typeof head === "string") return head;
-    if (head.status === 101) return "it upgrades what nobody asked to upgrade";
     bytes = bytes.subarray(text.length + 4);
-    if (head.status >= 200) {
+    if (head.status >= 200 || head.status === 101) {
       reading.head = head;
       reading.keepAlive = head.keepAlive;
       reading.framing = head.framing;
@@ -2055,6 +2119,7 @@ interface Connection {
   reused: boolean;
   connected: boolean;
   transfer: Transfer | undefined; // undefined: idle
+  taker: Taker | undefined; // it is no longer HTTP's
 }
 
 /** All connections of one balancer, and what differs between runtimes and in tests. */
@@ -2139,6 +2204,7 @@ function writeChunk(socket: Socket, data: Uint8Array): boolean {
 /** Bytes from the server, in whatever portions the network makes. */
 function onData(wire: Wire, connection: Connection, data: Bytes): void {
   const { transfer } = connection;
+  if (connection.taker) return connection.taker.data(data);
   if (transfer === undefined) return void connection.socket.destroy(); // nobody asked for that
   wire.time = wire.now();
   if (transfer.head) transfer.since = wire.time; // until then `response` is a deadline, whatever trickles in
@@ -2146,7 +2212,20 @@ function onData(wire: Wire, connection: Connection, data: Bytes): void {
   transfer.rest = undefined;
   const body = transfer.head ? bytes : takeHead(transfer, bytes, transfer.attempt.method);
   if (typeof body === "string") fail(wire, connection, "invalid-answer", body);
+  else if (transfer.head?.status === 101) onUpgrade(wire, connection, transfer, body!);
   else if (body !== undefined) onBody(wire, connection, transfer, body);
+}
+
+/** The server has switched to another protocol. The connection is never HTTP's again. */
+function onUpgrade(wire: Wire, connection: Connection, transfer: Transfer, rest: Bytes): void {
+  const { attempt, head } = transfer;
+  const { upgrade } = attempt;
+  const taker = upgrade ? upgrade.take(connection.socket, head!, attempt) : "it upgrades what nobody asked to upgrade";
+  if (typeof taker === "string") return fail(wire, connection, "invalid-answer", taker);
+  detach(connection, transfer);
+  connection.taker = taker;
+  transfer.resolve(upgrade!.response!);
+  if (rest.length) taker.data(rest);
 }
 
 /** Bytes of the body. A body that came whole with its head is handed over as bytes, any other as a stream. */
@@ -2246,6 +2325,7 @@ const mayRepeat = ({ method, body }: Pick<Attempt, "method" | "body">): boolean 
 function fail(wire: Wire, connection: Connection, kind: Failure, detail: string): void {
   const { transfer } = connection;
   connection.socket.destroy();
+  connection.taker?.closed();
   if (transfer === undefined) return;
   detach(connection, transfer);
   const { attempt, head, rest, overhead, sink } = transfer;
@@ -2292,7 +2372,16 @@ function open(wire: Wire, transfer: Transfer): void {
   }
   const bornAt = transfer.since = wire.time;
   const pool = entry(wire.pools, server, () => []);
-  const connection: Connection = { socket, pool, bornAt, idleUntil: 0, reused: false, connected: false, transfer };
+  const connection: Connection = {
+    socket,
+    pool,
+    bornAt,
+    idleUntil: 0,
+    reused: false,
+    connected: false,
+    transfer,
+    taker: undefined,
+  };
   let reason = CLOSED;
   socket.on(server.url.startsWith("https:") ? "secureConnect" : "connect", () => {
     connection.connected = true;
@@ -2306,7 +2395,7 @@ function open(wire: Wire, transfer: Transfer): void {
       fail(wire, connection, "invalid-answer", String(error));
     }
   });
-  socket.on("drain", () => connection.transfer?.drained?.());
+  socket.on("drain", () => (connection.taker ?? connection.transfer)?.drained?.());
   socket.on("end", () => onEnd(wire, connection));
   socket.on("error", (error: Error) => void (reason = error.message || String(error)));
   socket.on("close", () => {
@@ -2333,7 +2422,8 @@ function sweep(wire: Wire): void {
   for (const connection of wire.connections) {
     const { transfer } = connection;
     if (transfer === undefined) {
-      if (now >= connection.idleUntil) connection.socket.destroy();
+      if (connection.taker) connection.taker.look(now);
+      else if (now >= connection.idleUntil) connection.socket.destroy();
       continue;
     }
     const silence = now - transfer.since;
@@ -2505,10 +2595,13 @@ function outbound(exchange: Exchange, via: string): string[] {
     "x-request-id",
     exchange.id,
   );
+  if (exchange.upgrade) out.push("connection", "Upgrade", "upgrade", "websocket");
+  if (exchange.upgrade?.raw === false) out = without(out, EXTENSIONS);
   for (const [name, value] of told ?? []) if (!OURS.has(name)) out.push(name, value);
   return out;
 }
 
+const EXTENSIONS = new Set(["sec-websocket-extensions"]);
 const OURS = new Set(["x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "forwarded", "x-request-id"]);
 
 type Rules = RouteConfig["response"]["headers"];
@@ -2625,6 +2718,7 @@ async function forward(
     request: exchange.request,
     server,
     timeouts: destination.policy.timeouts,
+    upgrade: exchange.upgrade,
     inbound: inboundOf(exchange, route),
     ended,
     startedAt: effects.now(),
@@ -2648,6 +2742,261 @@ async function forward(
 // ---------------------------------------------------------------------------------------------------------------------
 // 13. Upgrade: one attempt, both ways. WebSockets, from the handshake to the last frame.
 // ---------------------------------------------------------------------------------------------------------------------
+
+const GOING_AWAY = 1001;
+const PARTING = 5_000; // milliseconds of silence that the end of a WebSocket may take
+
+/** Whether a request asks for a WebSocket (RFC 6455 section 4.1). Any other upgrade is answered as plain HTTP/1.1. */
+function asksForWebSocket({ method, headers, request }: Exchange): boolean {
+  if (method !== "GET") return false;
+  for (let i = 0; i < headers.length; i += 2) {
+    if (headers[i]!.length !== 7 || headers[i]!.toLowerCase() !== "upgrade") continue;
+    const has = (name: string, pattern: RegExp) => pattern.test(request.headers.get(name) ?? "");
+    return has("upgrade", /^websocket$/i) && has("connection", /(?:^|,)[\t ]*upgrade[\t ]*(?:,|$)/i) &&
+      has("sec-websocket-key", /^[A-Za-z0-9+/]{22}==$/);
+  }
+  return false;
+}
+
+/** The value of a header that a list has once, or undefined. */
+function valueOf(headers: readonly string[], name: string): string | undefined {
+  for (let i = 0; i < headers.length; i += 2) if (headers[i] === name) return headers[i + 1];
+  return undefined;
+}
+
+/** What proves that a server has understood the handshake. */
+const acceptOf = (key: string): string =>
+  createHash("sha1").update(`${key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11`).digest("base64");
+
+type Switched = Pick<Head, "headers" | "upgrade">;
+
+/** What is wrong with a 101, if anything (RFC 6455 section 4.1). */
+function mistakeOf({ headers, upgrade }: Switched, asked: Headers, raw: boolean): string | undefined {
+  const protocol = valueOf(headers, "sec-websocket-protocol");
+  const offered = (asked.get("sec-websocket-protocol") ?? "").split(",").map((one) => one.trim());
+  if (upgrade !== "websocket") return "it switches to another protocol";
+  if (valueOf(headers, "sec-websocket-accept") !== acceptOf(asked.get("sec-websocket-key")!)) {
+    return "its Sec-WebSocket-Accept does not fit the key";
+  }
+  if (protocol !== undefined && !offered.includes(protocol)) return "it speaks a subprotocol that was not offered";
+  if (!raw && valueOf(headers, "sec-websocket-extensions")) return "it uses an extension that was not offered";
+  return undefined;
+}
+
+/** What makes a WebSocket of a request as soon as a server has agreed. */
+const upgradeOf = ({ tunnels }: Balancer, { request }: Exchange, { raw, accept }: Switch): Upgrade => ({
+  raw,
+  response: undefined,
+  take(server, head, attempt) {
+    const mistake = mistakeOf(head, request.headers, raw);
+    if (mistake) return mistake;
+    const tunnel: Tunnel = {
+      server,
+      headers: attempt.inbound(head.headers),
+      protocol: valueOf(head.headers, "sec-websocket-protocol") ?? "",
+      idle: attempt.timeouts.idle,
+      ...{ up: newFrames(), down: newFrames(), bytesUp: 0, bytesDown: 0, seen: -1, since: 0 },
+      ...{ client: undefined, early: [], said: false, left: false, closing: false, over: false, problem: undefined },
+    };
+    this.response = accept(tunnel);
+    tunnels.add(tunnel);
+    return {
+      data: (bytes) => fromServer(tunnel, bytes),
+      drained: () => tunnel.client?.resume(),
+      look: (now) => look(tunnel, now),
+      closed() {
+        if (!tunnels.delete(tunnel)) return;
+        serverLeft(tunnel);
+        attempt.ended(101, tunnel.bytesDown, tunnel.problem);
+      },
+    };
+  },
+});
+
+/** The client's side is open: what the server has said by now goes there. */
+function joinClient(tunnel: Tunnel, client: ClientSide): void {
+  tunnel.client = client;
+  tunnel.server.resume();
+  for (const bytes of tunnel.early.splice(0)) if (!client.deliver(bytes)) tunnel.server.pause();
+  if (tunnel.closing || tunnel.over) client.close(tunnel.closing ? GOING_AWAY : 0);
+}
+
+/** Bytes of the server's frames. A client that does not keep up pauses the server, and goes on by resuming it. */
+function fromServer(tunnel: Tunnel, bytes: Bytes): void {
+  if (tunnel.closing || tunnel.left) return;
+  tunnel.bytesDown += bytes.length;
+  if (tunnel.client === undefined) tunnel.early.push(bytes);
+  if (!tunnel.client?.deliver(bytes)) tunnel.server.pause();
+}
+
+/** Bytes of the client's frames. A server that does not keep up pauses the client. */
+function fromClient(tunnel: Tunnel, bytes: Bytes): void {
+  if (tunnel.closing || tunnel.over) return;
+  tunnel.bytesUp += bytes.length;
+  if (!tunnel.server.write(bytes)) tunnel.client?.pause();
+}
+
+/** The server has closed its connection: the client's ends when it has got everything. */
+function serverLeft(tunnel: Tunnel): void {
+  tunnel.over = true;
+  if (!tunnel.said && !tunnel.closing) tunnel.problem = tunnel.left ? "client-left" : "reset";
+  tunnel.client?.close(0);
+}
+
+/** The client has gone: the server has a moment to end, too. */
+function clientLeft(tunnel: Tunnel): void {
+  if (tunnel.left) return;
+  tunnel.left = true;
+  tunnel.server.resume(); // else its end would go unnoticed
+  tunnel.server.end();
+}
+
+/** Ends a WebSocket in the middle: both sides are told so, unless they are in the middle of a frame. */
+function closeTunnel(tunnel: Tunnel, code: number): void {
+  if (tunnel.closing || tunnel.left || tunnel.over) return;
+  tunnel.closing = true;
+  tunnel.client?.close(code);
+  tunnel.client?.resume();
+  tunnel.server.resume();
+  if (isBetween(tunnel.up)) tunnel.server.write(closeFrame(code, true));
+  tunnel.server.end();
+}
+
+/** Counts instead of clocks: what passes costs no look at the time. */
+function look(tunnel: Tunnel, now: number): void {
+  const passed = tunnel.bytesUp + tunnel.bytesDown;
+  if (passed !== tunnel.seen) [tunnel.seen, tunnel.since] = [passed, now];
+  const silence = now - tunnel.since;
+  if (tunnel.closing || tunnel.left) {
+    if (silence >= Math.min(PARTING, tunnel.idle)) tunnel.server.destroy();
+  } else if (silence >= tunnel.idle) {
+    tunnel.problem = "client-timeout";
+    tunnel.since = now;
+    closeTunnel(tunnel, GOING_AWAY);
+  }
+}
+
+/** The client's side where it is bytes: what both say passes as it is, extensions and all. `early`: what it has said already. */
+function joinSocket(tunnel: Tunnel, client: Socket, early: Bytes): void {
+  const hear = (bytes: Bytes) => {
+    if (tunnel.closing) return;
+    follow(tunnel, tunnel.up, bytes);
+    fromClient(tunnel, bytes);
+  };
+  client.on("data", hear);
+  client.on("drain", () => tunnel.server.resume());
+  client.on("end", () => clientLeft(tunnel));
+  client.on("error", () => {}); // "close" comes after it
+  client.on("close", () => clientLeft(tunnel));
+  joinClient(tunnel, {
+    deliver(bytes) {
+      follow(tunnel, tunnel.down, bytes);
+      return client.write(bytes);
+    },
+    close(code) {
+      if (code && isBetween(tunnel.down)) client.write(closeFrame(code, false));
+      client.setTimeout(PARTING, () => client.destroy());
+      if (tunnel.over) client.destroySoon();
+      else client.end();
+    },
+    pause: () => client.pause(),
+    resume: () => client.resume(),
+  });
+  if (early.length) hear(early);
+}
+
+// Frames (RFC 6455 section 5.2).
+
+/** Where one is in a stream of frames. */
+interface Frames {
+  head: Bytes; // of the next frame, as far as it has come
+  first: number; // FIN, RSV and opcode of this one
+  masked: boolean;
+  left: number; // bytes of its payload that are still to come
+}
+
+const NO_BYTES: Bytes = Buffer.alloc(0);
+const newFrames = (): Frames => ({ head: NO_BYTES, first: 0, masked: false, left: 0 });
+
+/** Whether the next byte begins a frame. */
+const isBetween = ({ head, left }: Frames): boolean => left === 0 && head.length === 0;
+
+/** Takes the head of a frame that begins at `at`: its size, or 0 where it is not yet whole. */
+function takeFrameHead(frames: Frames, bytes: Bytes, at: number): number {
+  if (bytes.length < at + 2) return 0;
+  const [first, second] = [bytes[at]!, bytes[at + 1]!];
+  const short = second & 0x7f;
+  const long = short === 127 ? 8 : short === 126 ? 2 : 0;
+  const size = 2 + long + (second & 0x80 ? 4 : 0);
+  if (bytes.length < at + size) return 0;
+  frames.first = first;
+  frames.masked = second > 0x7f;
+  frames.left = long === 8 ? Number(bytes.readBigUInt64BE(at + 2)) : long === 2 ? bytes.readUInt16BE(at + 2) : short;
+  return size;
+}
+
+/**
+ * Goes through bytes of a stream of frames. `begin` is told of each frame; `piece` gets its payload as it comes, the
+ * last of it with `ends`. Both may stop it with a close code.
+ */
+function walk(
+  frames: Frames,
+  next: Bytes,
+  begin: () => number,
+  piece?: (bytes: Bytes, ends: boolean) => number,
+): number {
+  const bytes = frames.head.length ? Buffer.concat([frames.head, next]) : next;
+  frames.head = NO_BYTES;
+  for (let at = 0, code = 0; at < bytes.length;) {
+    if (frames.left === 0) {
+      const size = takeFrameHead(frames, bytes, at);
+      if (size === 0) frames.head = Buffer.from(bytes.subarray(at)); // a copy, that does not keep all the rest
+      if (size === 0 || (code = begin())) return code;
+      at += size;
+      if (frames.left > 0) continue;
+    }
+    const end = Math.min(bytes.length, at + frames.left);
+    frames.left -= end - at;
+    code = piece?.(bytes.subarray(at, end), frames.left === 0) ?? 0;
+    if (code) return code;
+    at = end;
+  }
+  return 0;
+}
+
+/** Knows where frames end, and whether there was a close frame, in bytes that pass as they are. */
+function follow(tunnel: Tunnel, frames: Frames, bytes: Bytes): void {
+  walk(frames, bytes, () => {
+    if ((frames.first & 15) === CLOSE) tunnel.said = true;
+    return 0;
+  });
+}
+
+const CLOSE = 8; // an opcode
+
+/** A whole frame. What goes to a server is masked. */
+function frameOf(opcode: number, payload: Uint8Array, masked: boolean): Bytes {
+  const { length } = payload;
+  const long = length < 126 ? 0 : length < 65_536 ? 2 : 8;
+  const start = 2 + long + (masked ? 4 : 0);
+  const frame = Buffer.allocUnsafe(start + length);
+  frame[0] = 0x80 | opcode;
+  frame[1] = (masked ? 0x80 : 0) | (long === 8 ? 127 : long === 2 ? 126 : length);
+  if (long === 2) frame.writeUInt16BE(length, 2);
+  if (long === 8) frame.writeBigUInt64BE(BigInt(length), 2);
+  frame.set(payload, start);
+  if (!masked) return frame;
+  randomFillSync(frame, start - 4, 4);
+  for (let i = 0; i < length; i++) frame[start + i]! ^= frame[start - 4 + (i & 3)]!;
+  return frame;
+}
+
+/** A close frame with a code and a reason; 1005 is a close frame without both (RFC 6455 section 7.4.1). */
+function closeFrame(code: number, masked: boolean, reason = ""): Bytes {
+  const payload = Buffer.from(`  ${reason}`);
+  payload.writeUInt16BE(code);
+  return frameOf(CLOSE, code === 1005 ? NO_BYTES : payload, masked);
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 14. Answers: what the balancer says by itself.
@@ -3209,6 +3558,7 @@ function newExchange(balancer: Balancer, request: Request, from: Client, wrapped
     headers: from.headers,
     length: 0,
     body: null,
+    upgrade: undefined,
     matched: "",
     allow: undefined,
     route: undefined,
@@ -3234,6 +3584,8 @@ function balance(balancer: Balancer, request: Request, env: unknown, wrapped: bo
   try {
     const refusal = admit(exchange) ?? loop(balancer, request);
     if (refusal) return refuse(balancer, exchange, refusal);
+    const how = asksForWebSocket(exchange) ? balancer.effects.upgrade(request, env) : undefined;
+    if (how) exchange.upgrade = upgradeOf(balancer, exchange, how);
     const route = exchange.route = matchRoute(exchange.table, exchange);
     if (!route) return refuse(balancer, exchange, exchange.allow ? "bad-method" : "no-route");
     if (route.admits && !route.admits(exchange.client)) return refuse(balancer, exchange, "denied");
@@ -3252,7 +3604,7 @@ function answer(balancer: Balancer, exchange: Exchange, route: Route): Response 
   if (action.kind === "respond") return conclude(balancer, exchange, respondLiterally(route, action), true);
   const destination = exchange.destination = drawDestination(route, exchange, balancer.effects);
   destination.service.inFlight++;
-  if (!destination.around) return attempts(balancer, exchange, destination);
+  if (!destination.around || exchange.upgrade) return attempts(balancer, exchange, destination);
   return layered(balancer, exchange, destination.around, () => attempts(balancer, exchange, destination));
 }
 
@@ -3327,7 +3679,7 @@ const copying = new WeakMap<Request, Promise<void>>();
  */
 function mirror(balancer: Balancer, exchange: Exchange, destination: Destination): void {
   const { effects } = balancer, { copies } = destination.service;
-  if (effects.random() >= destination.weight) return;
+  if (exchange.upgrade || effects.random() >= destination.weight) return; // a conversation has no copy
   if (exchange.body instanceof ReadableStream || copies.inFlight >= MOST_COPIES) return void copies.skipped++;
   copies.inFlight++;
   const sent = Promise.resolve().then(() => sendCopy(balancer, exchange, destination)).catch((error) =>
@@ -3367,8 +3719,9 @@ function complain(service: Service, server: Server, detail: string, effects: Eff
 
 /** What an attempt says about its server before there is a body. What the client did says nothing. */
 function judge(exchange: Exchange, server: Server, outcome: Outcome, effects: Effects): void {
-  const { destination, attempt } = exchange, { service } = destination!;
+  const { destination, attempt, upgrade } = exchange, { service } = destination!;
   if (outcome.kind === "answer") {
+    if (upgrade?.response) onAnswered(service, server, effects); // its end may be hours away
     return onHead(service, server, outcome.response.status, outcome.milliseconds, attempt!.headAt);
   }
   const milliseconds = effects.now() - attempt!.startedAt, blame = !BLAMELESS.has(outcome.kind);
@@ -3498,13 +3851,14 @@ function settle(
 ): void {
   const { service } = exchange.destination!;
   const { effects } = balancer;
-  const cutOff = problem !== undefined && !BLAMELESS.has(problem);
+  const open = status === 101; // for long: how it ends says nothing about the next one
+  const cutOff = problem !== undefined && !BLAMELESS.has(problem) && !open;
   exchange.endedAt = effects.now();
-  const milliseconds = exchange.endedAt - exchange.attempt!.startedAt;
+  const { startedAt, headAt } = exchange.attempt!, milliseconds = (open && headAt || exchange.endedAt) - startedAt;
   count(server.counters, milliseconds, receivedBy(exchange), bytes, cutOff || status >= 500);
   if (cutOff) complain(service, server, `its answer was cut off (${problem})`, effects);
   if (cutOff || GATEWAY_ERRORS.has(status)) onFailed(service, server, effects);
-  else if (problem === undefined) {
+  else if (problem === undefined && !open) {
     onAnswered(service, server, effects);
     service.saved = Math.min(MOST_SAVED, service.saved + service.config.retry_budget);
   }
@@ -3517,7 +3871,7 @@ function settle(
 
 /** The answer that the client gets. With its body's last byte the exchange is finished; one of our own is so at once. */
 function conclude(balancer: Balancer, exchange: Exchange, response: Response, own = false): Response {
-  exchange.status = response.status;
+  exchange.status = response === exchange.upgrade?.response ? 101 : response.status;
   if (own) {
     exchange.endedAt = balancer.effects.now();
     exchange.bytes = exchange.method === "HEAD" ? 0 : Number(response.headers.get("content-length"));
@@ -3601,6 +3955,7 @@ export interface Listener {
 interface Runtime {
   serve(fetch: Serve, host: string, port: number): Promise<Listener>;
   client(request: Request, env: unknown): Client;
+  upgrade: Effects["upgrade"];
   transport(): Pick<Effects, "fetch" | "connect">;
   /** Writes to standard output some of these bytes, however long its reader takes, and says how many. */
   print(bytes: Uint8Array): Promise<number>;
@@ -3651,6 +4006,39 @@ function rawRefusal(kind: FailureName): string {
   const head = `HTTP/1.1 ${status} ${kind}\r\ncontent-type: text/plain; charset=utf-8\r\nx-lb-failure: ${kind}`;
   return `${head}\r\ncontent-length: ${body.length}\r\nconnection: close\r\n\r\n${body}`;
 }
+
+/** Requests that Node has taken for an upgrade: gives the connection away, and what has come on it since. */
+const upgrading = new WeakMap<IncomingMessage, () => Bytes>();
+
+/** Prepares the answer to a request for an upgrade. What follows one that is refused is nobody's: it is not read. */
+function awaitUpgrade(request: IncomingMessage, response: ServerResponse, early: Bytes[]): void {
+  const { socket } = request;
+  const hear = (bytes: Bytes) => {
+    if (!response.writableEnded && early.push(bytes)) socket.pause();
+  };
+  const end = () => response.writableEnded || socket.destroy();
+  socket.setTimeout(0);
+  socket.on("error", () => {}); // "close" comes after it
+  socket.on("data", hear);
+  socket.on("end", end);
+  upgrading.set(request, () => {
+    if (socket.destroyed) throw new Error("the client has left");
+    socket.off("data", hear).off("end", end);
+    response.detachSocket(socket); // what is written to it from now on goes nowhere
+    return Buffer.concat(early);
+  });
+  response.shouldKeepAlive = false;
+  response.assignSocket(socket);
+  response.on("finish", () => {
+    socket.end();
+    socket.resume();
+    socket.setTimeout(1_000, () => socket.destroy());
+  });
+}
+
+const switching = (headers: readonly string[]): string =>
+  pairs(headers).reduce((head, [name, value]) => `${head}${name}: ${value}\r\n`, SWITCHING) + "\r\n";
+const SWITCHING = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n";
 
 const HOP = Object.keys(ROLES).filter((name) => name !== "content-length"); // what ends at this hop
 
@@ -3717,6 +4105,7 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
       request.signal; // a signal that is first read after the client has left never says so
       return clientOf(request, (env as { remoteAddr?: { hostname?: string } } | undefined)?.remoteAddr?.hostname);
     },
+    upgrade: () => undefined,
     transport: () => createWire(),
     print: (bytes) => globals.Deno!.stdout.write(bytes).catch(() => bytes.length), // its node:fs would hold up everything
   },
@@ -3733,6 +4122,7 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
       return Promise.resolve({ address: shown(host, server.port), close: () => server.stop() });
     },
     client: (request, env) => clientOf(request, (env as BunServer | undefined)?.requestIP?.(request)?.address),
+    upgrade: () => undefined,
     transport: () => createWire(),
     print: printed,
   },
@@ -3766,6 +4156,12 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
         else socket.end(rawRefusal(PARSER_ERRORS[error.code ?? ""] ?? "bad-request"));
       });
       server.on("request", (request, response) => latest.set(request.socket, response));
+      server.on("upgrade", (request: IncomingMessage, socket: Socket, early: Bytes) => {
+        const response = new Latin1Response(request);
+        latest.set(socket, response);
+        awaitUpgrade(request, response, [early]);
+        listener(request, response);
+      });
       server.on("connect", (_request, socket: Socket) => socket.end(rawRefusal("bad-method")));
       await new Promise<void>((resolve, reject) => {
         server.on("error", reject);
@@ -3782,12 +4178,26 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
       const { incoming } = (env ?? {}) as { incoming?: IncomingMessage };
       return clientOf(request, incoming?.socket.remoteAddress, incoming?.rawHeaders);
     },
+    upgrade(_request, env) {
+      const { incoming } = (env ?? {}) as { incoming?: IncomingMessage };
+      const release = incoming && upgrading.get(incoming);
+      return release && {
+        raw: true,
+        accept(tunnel) {
+          const early = release();
+          incoming.socket.write(switching(tunnel.headers), "latin1");
+          joinSocket(tunnel, incoming.socket, early);
+          return new Response(null);
+        },
+      };
+    },
     transport: () => createWire({ newResponse: nodeResponse }),
     print: printed,
   },
   edge: {
     serve: () => Promise.reject(new Error("at the edge the platform listens")),
     client: (request) => clientOf(request, request.headers.get("cf-connecting-ip")),
+    upgrade: () => undefined,
     transport: () => ({ fetch: nativeFetch, connect: () => Promise.reject(new Error("not at the edge")) }),
     print: (bytes) => Promise.resolve(bytes.length), // `Effects.write` goes to the platform's log
   },
@@ -3819,6 +4229,7 @@ function defaultEffects(): Effects {
         signal?.addEventListener("abort", () => clearTimeout(timer), { once: true });
       }),
     client: runtime.client,
+    upgrade: runtime.upgrade,
     write: (line) => console.log(line),
     report: (level, text) => console.error(`${level}: ${text}`),
   };
@@ -3997,6 +4408,7 @@ export function createLoadBalancer(
     reloads: 0,
     reloadedAt: begun,
     reloadFailed: false,
+    tunnels: new Set(),
   };
   const app = new Hono();
   app.all("*", ({ req, env }) => balance(balancer, req.raw, env, true));
@@ -4522,6 +4934,10 @@ async function drain(lb: LoadBalancer, listeners: Listener[], grace: number): Pr
   const closed = Promise.all(listeners.map((listener) => listener.close()));
   const end = effects.now() + grace;
   while (lb.balancer.inFlight > 0 && effects.now() < end) await effects.sleep(20);
+  for (const tunnel of lb.balancer.tunnels) closeTunnel(tunnel, GOING_AWAY);
+  for (const last = effects.now() + PARTING; lb.balancer.tunnels.size > 0 && effects.now() < last;) {
+    await effects.sleep(20);
+  }
   await Promise.race([closed, effects.sleep(Math.min(500, Math.max(0, end - effects.now())))]);
   await effects.sleep(50); // for the last lines of the log
   effects.report("info", lb.balancer.inFlight ? `drained; requests cut off: ${lb.balancer.inFlight}` : "drained");
