@@ -46,7 +46,11 @@ function serve(port: number): void {
       manner = JSON.parse(decodeURIComponent(number));
       return void answer.end();
     }
-    for await (const _ of asked); // a body is read before it is answered
+    try {
+      for await (const _ of asked); // a body is read before it is answered
+    } catch { // the client has left
+      return;
+    }
     if (asked.method === "POST") console.log(`post ${number}`);
     if (manner.delay) await sleep(manner.delay);
     const body = bodyOf(Number(number));
@@ -57,7 +61,7 @@ function serve(port: number): void {
     setTimeout(() => asked.socket.resetAndDestroy?.(), 5);
   });
   server.keepAliveTimeout = 60_000;
-  process.stdin.resume().on("end", () => process.exit()); // whoever started it has ended
+  setTimeout(() => process.exit(), 600_000); // nobody may be left to end it
   server.listen(port, "127.0.0.1", () => console.log(`listening ${(server.address() as AddressInfo).port}`));
 }
 
@@ -71,6 +75,7 @@ interface Backend {
 interface Heard {
   posts: Map<string, number>;
   cuts: number;
+  said: string; // what went wrong in them
 }
 
 async function startBackend(heard: Heard, port = 0): Promise<Backend> {
@@ -103,7 +108,7 @@ interface Tally {
 function ask(agent: Agent, port: number, method: string, number: number, tally: Tally): Promise<void> {
   return new Promise((resolve) => {
     const sent = request({ port, agent, method, path: `/x/${number}`, host: "127.0.0.1", headers: { host: "a.test" } });
-    let done = false;
+    let begun = false, done = false;
     const end = (what: () => void) => {
       if (!done) what();
       done = true;
@@ -111,6 +116,7 @@ function ask(agent: Agent, port: number, method: string, number: number, tally: 
     };
     sent.on("response", (answer) => {
       const pieces: Buffer[] = [];
+      begun = true;
       answer.on("data", (piece: Buffer) => pieces.push(piece));
       answer.on("error", () => {});
       answer.on("close", () =>
@@ -127,7 +133,8 @@ function ask(agent: Agent, port: number, method: string, number: number, tally: 
     });
     sent.on("error", (error: Error & { code?: string }) =>
       end(() => {
-        if (method === "GET" && !sent.reusedSocket) tally.wrong.push(`${method} ${number}: ${error.code}`);
+        if (begun) tally.cut++;
+        else if (method === "GET" && !sent.reusedSocket) tally.wrong.push(`${method} ${number}: ${error.code}`);
       }));
     sent.end(method === "POST" ? "a body" : undefined);
   });
@@ -149,7 +156,7 @@ function held(pid: number): { memory: number; files: number } {
 
 /** Runs the whole, and gives what was seen; throws at the first thing that is not as it should be. */
 export async function chaos({ seconds, seed, workers = 1 }: Chaos) {
-  const random = seeded(seed), heard: Heard = { posts: new Map(), cuts: 0 };
+  const random = seeded(seed), heard: Heard = { posts: new Map(), cuts: 0, said: "" };
   const backends = await Promise.all(Array.from({ length: SERVERS }, () => startBackend(heard)));
   const folder = mkdtempSync(join(tmpdir(), "lb-chaos-")), file = join(folder, "routes.yml");
   const write = () =>
@@ -171,7 +178,7 @@ export async function chaos({ seconds, seed, workers = 1 }: Chaos) {
   const program = spawn(process.execPath, args, { stdio: ["ignore", "ignore", "pipe"] });
   let err = "", over = false;
   program.stderr.on("data", (bytes: Buffer) => err += bytes);
-  program.on("close", () => over = true);
+  program.on("exit", () => over = true);
   const counts = { kill: 0, pause: 0, slow: 0, reset: 0, reload: 0 };
   const tally: Tally = { whole: 0, wrong: [], cut: 0 };
   try {
@@ -212,7 +219,7 @@ export async function chaos({ seconds, seed, workers = 1 }: Chaos) {
       },
       async reload() {
         write();
-        if (random() < 0.5) program.kill("SIGHUP");
+        if (random() < 0.5) process.kill(program.pid!, "SIGHUP");
         await sleep(100);
       },
     };
@@ -230,9 +237,12 @@ export async function chaos({ seconds, seed, workers = 1 }: Chaos) {
     agent.destroy();
     await sleep(5_000); // connections that nobody uses are closed
     const after = held(program.pid!);
-    program.kill("SIGTERM");
+    process.kill(program.pid!, "SIGTERM"); // after child.kill Deno takes the signal for the end
     await until("lb.ts ends", () => over, 20_000);
     return { counts, ...tally, heard, before, after, err };
+  } catch (error) {
+    console.error(`${error}\nservers: ${heard.said}\nlb.ts: ${err}`);
+    throw error;
   } finally {
     program.kill("SIGKILL");
     for (const { child } of backends) {
@@ -254,6 +264,7 @@ export function judge(
     } MiB, open files ${before.files} to ${after.files}`;
   console.log(line);
   assert.ok(whole > 100, line);
+  assert.equal(heard.said, "", "what the servers say is wrong");
   assert.deepEqual(wrong, [], "answers that are wrong");
   assert.deepEqual(twice, [], "POSTs that came twice");
   assert.ok(cut <= heard.cuts + CLIENTS * (counts.kill + counts.pause), line);
