@@ -3382,8 +3382,9 @@ interface AccessRecord {
 
 function accessRecord(balancer: Balancer, exchange: Exchange): AccessRecord {
   if (!exchange.trace) takeUpTrace(balancer, exchange);
-  const { headers, path, query, tried, attempt, started, destination, problem } = exchange;
-  const since = (time = 0) => time > 0 ? Math.round((time - started) * 1_000) / 1_000 : undefined;
+  const { headers, path, query, tried, attempt, started, endedAt, destination, problem } = exchange;
+  const since = (time = 0) =>
+    time >= started ? Math.round((Math.min(time, endedAt) - started) * 1_000) / 1_000 : undefined;
   return {
     time: balancer.effects.date(),
     client: exchange.client,
@@ -3407,7 +3408,7 @@ function accessRecord(balancer: Balancer, exchange: Exchange): AccessRecord {
     attempts: tried.length,
     connected: since(attempt?.connectedAt),
     head: since(attempt?.headAt),
-    ended: since(exchange.endedAt) ?? 0,
+    ended: since(endedAt) ?? 0,
     failure: problem || undefined,
   };
 }
