@@ -46,16 +46,17 @@
  */
 
 import { createHash, createHmac, randomBytes, randomFillSync } from "node:crypto";
-import { readFileSync, statSync, write as writeTo, writeSync } from "node:fs";
+import { promises as disk, readFileSync, renameSync, type Stats, statSync, write as writeTo, writeSync } from "node:fs";
 import type { IncomingMessage, ServerResponse } from "node:http";
 import { type AddressInfo, connect as netConnect, isIP, type Socket } from "node:net";
 import process from "node:process";
 import { connect as tlsConnect } from "node:tls";
-import { parseArgs } from "node:util";
+import { isDeepStrictEqual, parseArgs } from "node:util";
 import { toJsonSchema } from "@valibot/to-json-schema";
 import { closest, distance } from "fastest-levenshtein";
-import { Hono, type MiddlewareHandler } from "hono";
+import { type Context, Hono, type MiddlewareHandler } from "hono";
 import { bearerAuth } from "hono/bearer-auth";
+import { bodyLimit } from "hono/body-limit";
 import { compress } from "hono/compress";
 import { cors } from "hono/cors";
 import { HTTPException } from "hono/http-exception";
@@ -65,7 +66,19 @@ import { parse as parseCookie } from "hono/utils/cookie";
 import ipaddr from "ipaddr.js";
 import { RE2JS, type RE2JSSyntaxException } from "re2js";
 import * as v from "valibot";
-import { isAlias, isMap, isScalar, isSeq, LineCounter, type Node, parseDocument, type Scalar, stringify } from "yaml";
+import {
+  isAlias,
+  isMap,
+  isScalar,
+  isSeq,
+  LineCounter,
+  type Node,
+  parseDocument,
+  type Scalar,
+  stringify,
+  type YAMLMap,
+  type YAMLSeq,
+} from "yaml";
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 1. Words: what a value may be. valibot schemas with our messages, and the texts that stand for times, sizes and the like.
@@ -452,17 +465,11 @@ const Admin = v.pipe(
   v.check(({ token, read_token }) => !read_token || !!token, "needs a token beside read_token"),
   v.check(({ token, read_token }) => !token || token !== read_token, "token and read_token are the same"),
 );
-const LogFormat = oneOf("combined", "json", "off");
-const LogMap = map({ format: opt(LogFormat, "combined"), sample: opt(Percent, "100%") });
-const Log = v.pipe(
-  either("combined, json or off, or a map with format and sample", LogFormat, LogMap),
-  v.transform((log): Out<typeof LogMap> => typeof log === "string" ? { format: log, sample: 1 } : log),
-);
 const RoutesFile = map({
   listen: key(many(Listen, "a port or an address", 1), "where clients connect", 8080),
   admin: key(Admin, "the API and the pages for operators: listen, token, read_token (may only look)"),
   trust: key(Networks, "peers whose X-Forwarded-* and Forwarded are believed", []),
-  log: key(Log, "combined, json or off; or {format, sample}: a share of what succeeds", "combined"),
+  log: key(oneOf("combined", "json", "off"), "the access log", "combined"),
   name_routes: key(Bool, "true: every service answers under /<its name>/..., prefix stripped", false),
   defaults: key(map(settings), "any key of a service, for all services", {}),
   services: key(dict(ServiceName, Service), "servers that answer the same", {}),
@@ -494,8 +501,17 @@ type Made = { hosts: string[]; paths: PathRule[]; action: Action; policy: Policy
 /** A route in the general form, as it is parsed. */
 export type RouteConfig = Carried & Made;
 type Top = Pick<Out<typeof RoutesFile>, "listen" | "admin" | "trust" | "log" | "name_routes">;
-/** A whole file, as it is parsed: nothing is optional any more. `source` is the file with all defaults written in. */
-export type Config = Top & { services: Map<string, ServiceConfig>; routes: RouteConfig[]; source: Raw };
+/**
+ * A whole file, as it is parsed: nothing is optional any more. `source` is the file with all defaults written in, `text`
+ * the file itself, and `places` say where in it each service stands.
+ */
+export type Config = Top & {
+  services: Map<string, ServiceConfig>;
+  routes: RouteConfig[];
+  source: Raw;
+  text: string;
+  places: Map<string, Keys>;
+};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 3. Config: from a text to a Config, or to every mistake in it with its place.
@@ -557,15 +573,20 @@ const expanded = (text: string, env: Env, complain: (message: string) => void) =
   });
 
 /** Only now, after YAML has been read, are variables put in: none can bring in a key or a list. */
-function scalar({ value, source = "", type }: Scalar, env: Env, complain: (message: string) => void): unknown {
+function scalar(
+  { value, source = "", type }: Scalar,
+  env: Env | undefined,
+  complain: (message: string) => void,
+): unknown {
   // 1.10 stays text, as a header or a version would be another one as the number 1.1
   if (typeof value === "number") return String(value) === source ? value : source;
   if (typeof value !== "string") return value;
-  const text = unwrapped(value), out = expanded(text, env, complain);
+  const text = unwrapped(value), out = env ? expanded(text, env, complain) : text;
   const meant = type === "PLAIN" && out !== text && /^(true|false|0|[1-9]\d{0,14})$/.test(out);
   return meant ? JSON.parse(out) : out;
 }
-function nodeReader(env: Env, places: Map<string, Spot>, say: Say) {
+/** Without `env` variables stay as they are written. */
+function nodeReader(env: Env | undefined, places: Map<string, Spot>, say: Say) {
   const anchors = new Map<string, unknown>();
   let count = 0;
   return function read(node: unknown, path: Keys, at: Spot): unknown {
@@ -596,7 +617,13 @@ function nodeReader(env: Env, places: Map<string, Spot>, say: Say) {
     return out;
   };
 }
-function readYaml(text: string, env: Env, lines: LineCounter, places: Map<string, Spot>, say: Say): unknown {
+function readYaml(
+  text: string,
+  env: Env | undefined,
+  lines: LineCounter,
+  places: Map<string, Spot>,
+  say: Say,
+): unknown {
   if (text.length > MOST.bytes) return void say([], "the file is larger than 1 MiB");
   try {
     const doc = parseDocument(wrapped(text), { lineCounter: lines, prettyErrors: false, uniqueKeys: false });
@@ -733,7 +760,7 @@ const unique = (name: string, taken: { has(name: string): boolean }) => {
 };
 const Carried = v.object({ ...conditions, ...changes }), Leading = v.object({ ...place, ...actions });
 /** Every entry in the general form, and a service for each that lists servers. */
-function expand(source: Raw): Config {
+function expand(source: Raw, text: string): Config {
   const { listen, admin, trust, log, name_routes } = v.parse(RoutesFile, source);
   const services = new Map(mapsIn(source, "services").map(([[, name], own]) => [plain(String(name)), own]));
   const written = entriesOf(source).map(([, entry]) => entry), last = topMap(source, "default").length;
@@ -761,14 +788,13 @@ function expand(source: Raw): Config {
   });
   const Inline = v.object(Service.entries); // beside the keys of a service stand those of its route
   const parsed = new Map([...services].map(([name, own]) => [name, v.parse(Inline, own)]));
-  return { listen, admin, trust, log, name_routes, services: parsed, routes, source };
+  const stands = new Map([...mapsIn(source, "services"), ...entriesOf(source)].map(([path, own]) => [own, path]));
+  const places = new Map([...services].map(([name, own]) => [name, stands.get(own)!]));
+  return { listen, admin, trust, log, name_routes, services: parsed, routes, source, text, places };
 }
 
-/**
- * Reads routes.yml (YAML, and so JSON); `${NAME}` is taken from `env`, and `more` are strategies beside the built-in ones.
- * @throws {ConfigError} with all mistakes, in the order of the file
- */
-export function parseConfig(text: string, env: Env = {}, file = "routes.yml", more: string[] = []): Config {
+/** What is found wrong with a text, and where; `end` throws if there is anything. */
+function newFindings(file: string) {
   const lines = new LineCounter(), places = new Map<string, Spot>();
   const found = new Map<string, Mistake & { offset: number }>();
   const say: Say = (path, message, at) => {
@@ -777,6 +803,19 @@ export function parseConfig(text: string, env: Env = {}, file = "routes.yml", mo
     const mistake = { line: line || 1, column: col || 1, path: dotted(path), message, offset };
     found.set(JSON.stringify([offset, path, message]), mistake);
   };
+  const end = () => {
+    const mistakes = [...found.values()].sort((a, b) => a.offset - b.offset).slice(0, MOST.mistakes);
+    if (mistakes.length) throw new ConfigError(file, mistakes.map(({ offset: _, ...mistake }) => mistake));
+  };
+  return { lines, places, found, say, end };
+}
+
+/**
+ * Reads routes.yml (YAML, and so JSON); `${NAME}` is taken from `env`, and `more` are strategies beside the built-in ones.
+ * @throws {ConfigError} with all mistakes, in the order of the file
+ */
+export function parseConfig(text: string, env: Env = {}, file = "routes.yml", more: string[] = []): Config {
+  const { lines, places, found, say, end } = newFindings(file);
   const raw = readYaml(text, env, lines, places, say);
   const unreadable = new Set([...found.values()].map((mistake) => mistake.path));
   if (raw !== undefined && !unreadable.has("")) {
@@ -785,9 +824,19 @@ export function parseConfig(text: string, env: Env = {}, file = "routes.yml", mo
     for (const one of issues.flatMap((issue) => flatten(issue))) report(one, sayMore);
     if (isRecord(raw)) check(raw, more, sayMore);
   }
-  const mistakes = [...found.values()].sort((a, b) => a.offset - b.offset).slice(0, MOST.mistakes);
-  if (mistakes.length) throw new ConfigError(file, mistakes.map(({ offset: _, ...mistake }) => mistake));
-  return expand(spellOut(raw as Raw));
+  end();
+  return expand(spellOut(raw as Raw), text);
+}
+
+/**
+ * A text as it is written: it can be read, variables stay `${NAME}`, and nothing else is checked.
+ * @throws {ConfigError} where it cannot be read
+ */
+function readAsWritten(text: string, file: string): unknown {
+  const { lines, places, say, end } = newFindings(file);
+  const written = readYaml(text, undefined, lines, places, say);
+  end();
+  return written;
 }
 
 /** JSON Schema (draft-07) of routes.yml as it is written, for editors. */
@@ -799,20 +848,29 @@ export const jsonSchema = () =>
       valibotSchema.type === "object_with_rest" ? { ...jsonSchema, additionalProperties: false } : undefined,
   });
 
+/** Names as they were before they were veiled. */
+const unveiled = (value: unknown): unknown =>
+  Array.isArray(value)
+    ? value.map(unveiled)
+    : isRecord(value)
+    ? Object.fromEntries(Object.entries(value).map(([name, one]) => [plain(name), unveiled(one)]))
+    : value;
 /** `hash: {cookie: lb}` and the like name a thing and hold no secret; `sticky: {secret: ...}` does. */
-function masked(value: unknown, key = "", above = ""): unknown {
-  if (Array.isArray(value)) return value.map((item) => masked(item, key, above));
+function masked(value: unknown, show: (text: string, secret: boolean) => unknown, key = "", above = ""): unknown {
+  if (Array.isArray(value)) return value.map((item) => masked(item, show, key, above));
   if (isRecord(value)) {
-    const inside = (name: string, one: unknown) => [plain(name), masked(one, name === "regex" ? key : name, key)];
-    return Object.fromEntries(Object.entries(value).map(([name, one]) => inside(name, one)));
+    const inside = (name: string, one: unknown) => masked(one, show, name === "regex" ? key : name, key);
+    return Object.fromEntries(Object.entries(value).map(([name, one]) => [name, inside(name, one)]));
   }
   const names = /^(hash|split)$/.test(above) || above === "sticky" && key !== "secret";
-  if (SECRET.test(key) && !names && typeof value !== "boolean") return "***";
-  return typeof value === "string" ? value.replaceAll("${", () => "$${") : value;
+  const secret = SECRET.test(key) && !names && typeof value !== "boolean";
+  return secret || typeof value === "string" ? show(String(value), secret) : value;
 }
 /** What is in force, as a routes.yml with the defaults spelt out and secrets as `***`. */
-export const printConfig = ({ source }: Config): string =>
-  stringify(masked(source), { lineWidth: 0, aliasDuplicateObjects: false });
+export const printConfig = ({ source }: Config): string => {
+  const shown = masked(source, (text, secret) => secret ? "***" : text.replaceAll("${", () => "$${"));
+  return stringify(unveiled(shown), { lineWidth: 0, aliasDuplicateObjects: false });
+};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 4. State: what the balancer remembers. Plain records; what changes while serving stands together at the end of each.
@@ -1004,11 +1062,6 @@ export interface Exchange extends Draw {
   cookie: string; // Set-Cookie for a client that is new to its server, or empty
   quota: readonly string[]; // what the answer says about the client's rate: name, value, ...
   attempt: Attempt | undefined; // the latest
-  trace: string; // 32 digits, from the client or begun by us; empty: not asked for yet
-  flags: string; // of the trace; 01: somebody records it
-  state: string; // tracestate, that came with it
-  span: string; // 16 digits, of the latest attempt
-  chosen: boolean; // its line is written even if nothing goes wrong
   entrypoint: Entrypoint;
   endedAt: number; // when the last byte had passed
   status: number; // of the final answer; 0: there is none yet
@@ -1109,7 +1162,6 @@ export interface Balancer {
   name: string; // of this process, in request ids
   via: string; // how we are called in Via: by it a request that comes back is known
   runtime: string; // deno, bun, node or edge
-  seeds: readonly number[]; // of the ids of traces and spans
   startedAt: Date;
   // changes while serving
   requests: number;
@@ -1117,7 +1169,6 @@ export interface Balancer {
   entrypoints: Map<string, Entrypoint>; // by name
   tunnels: Set<Tunnel>; // WebSockets that are open
   draining: boolean; // it takes no new connections, and will end
-  ids: number; // of traces and spans, so far
   failures: Map<string, number>; // how often each of FAILURES was the end of a request
   reloads: number;
   reloadedAt: Date; // when the table in force became it
@@ -1755,6 +1806,12 @@ function onProbed(service: Service, server: Server, problem: string | undefined,
 
 const untimed = { startedAt: 0, connectedAt: 0, headAt: 0, uploaded: 0 };
 
+/** What an operator says of a server. It holds until probes say otherwise. */
+function onTold(service: Service, server: Server, up: boolean): void {
+  Object.assign(server, { up, passes: 0, fails: 0, failures: 0 }, up && { until: 0, ejections: 0 });
+  service.candidatesUntil = 0;
+}
+
 /** One probe over HTTP: what is wrong with the answer, or undefined. Its body is read to the end or cancelled. */
 async function askHealth(service: Service, server: Server, effects: Effects, giveUp: AbortController) {
   const { health } = service.config;
@@ -1801,7 +1858,9 @@ async function probe(service: Service, server: Server, effects: Effects): Promis
 export async function probeDue(table: Table, effects: Effects): Promise<void> {
   const now = effects.now();
   const due = [...table.services.values()].filter(({ config }) => config.health.kind !== "off").flatMap((service) =>
-    service.servers.filter((server) => server.probeAt <= now).map((server) => [service, server] as const)
+    service.servers.filter((server) => server.probeAt <= now && server.state !== "maint").map((server) =>
+      [service, server] as const
+    )
   );
   await Promise.all(due.map(async ([service, server]) => {
     server.probeAt = now + service.config.health.interval * (0.9 + 0.2 * effects.random());
@@ -2535,8 +2594,6 @@ const PASSAGES: Record<string, Passage> = {
   "proxy-authorization": "drop",
   "proxy-connection": "drop",
   "te": "drop",
-  "traceparent": "drop",
-  "tracestate": "drop",
   "trailer": "drop",
   "transfer-encoding": "drop",
   "upgrade": "drop",
@@ -2583,48 +2640,9 @@ function clientBehind(peer: string, told: Map<string, string>, trusts: Table["tr
   return client;
 }
 
-/** The values of a header, joined; empty where it is not there. The runtimes' own Headers take ten times as long. */
-function valueIn(headers: readonly string[], name: string): string {
-  let value = "";
-  for (let i = 0; i < headers.length; i += 2) {
-    const field = headers[i]!;
-    if (field.length === name.length && field.toLowerCase() === name) value = join(value, headers[i + 1]!);
-  }
-  return value;
-}
-
-const HEX = Array.from({ length: 256 }, (_, byte) => byte.toString(16).padStart(2, "0"));
-const digits = (word: number): string =>
-  HEX[word >>> 24]! + HEX[word >>> 16 & 255]! + HEX[word >>> 8 & 255]! + HEX[word & 255]!;
-
-/** 16 digits, other ones each time: a counter, mixed (0.1 us; crypto's take 0.2 to 2). They need to keep no secret. */
-function newId(balancer: Balancer): string {
-  const [, , low, high] = balancer.seeds as [number, number, number, number];
-  const id = mix(low + ++balancer.ids | 0);
-  return digits(mix(id ^ high)) + digits(id);
-}
-
-/** W3C Trace Context: a trace id, who asks, and flags. Nothing stands behind them in version 00; later ones may add. */
-const TRACEPARENT =
-  /^(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-([0-9a-f]{2})(?:$|(?<!^00.{53})-)/;
-
-/**
- * Takes up the client's trace, or begins one. As with other proxies anybody may send one, for nothing depends on it; one
- * that is not valid is not passed on.
- */
-function takeUpTrace(balancer: Balancer, exchange: Exchange): void {
-  const sent = TRACEPARENT.exec(valueIn(exchange.headers, "traceparent"));
-  const [high, low] = balancer.seeds as [number, number];
-  exchange.trace = sent?.[1] ?? digits(high) + digits(low) + newId(balancer);
-  exchange.flags = sent ? HEX[parseInt(sent[2]!, 16) & 3]! : exchange.chosen ? "01" : "00"; // what we know: sampled, random
-  exchange.state = sent ? valueIn(exchange.headers, "tracestate") : "";
-}
-
 /** The headers of the request as its servers get them; Host stands first and is filled in for each of them. */
-function outbound(exchange: Exchange, balancer: Balancer): string[] {
+function outbound(exchange: Exchange, via: string): string[] {
   const { headers, host, peer, scheme, told } = exchange;
-  if (!exchange.trace) takeUpTrace(balancer, exchange);
-  exchange.span = newId(balancer);
   let out = ["host", host];
   let [connection, chain] = ["", ""];
   for (let i = 0; i < headers.length; i += 2) {
@@ -2645,13 +2663,10 @@ function outbound(exchange: Exchange, balancer: Balancer): string[] {
     "forwarded",
     join(told?.get("forwarded"), `for=${forwardedFor(peer)};host="${host}";proto=${scheme}`),
     "via",
-    join(chain, balancer.via),
+    join(chain, via),
     "x-request-id",
     exchange.id,
-    "traceparent",
-    `00-${exchange.trace}-${exchange.span}-${exchange.flags}`,
   );
-  if (exchange.state) out.push("tracestate", exchange.state);
   if (exchange.upgrade) out.push("connection", "Upgrade", "upgrade", "websocket");
   if (exchange.upgrade?.raw === false) out = without(out, EXTENSIONS);
   for (const [name, value] of told ?? []) if (!OURS.has(name)) out.push(name, value);
@@ -2764,7 +2779,7 @@ async function forward(
   const { method, body, length } = exchange;
   const [route, destination] = [exchange.route!, exchange.destination!];
   const url = server.url + targetOf(exchange, route);
-  const headers = outbound(exchange, balancer);
+  const headers = outbound(exchange, balancer.via);
   headers[1] = hostFor(exchange, server);
   const attempt: Attempt = exchange.attempt = {
     method,
@@ -3329,149 +3344,55 @@ function withoutCookie(headers: readonly string[], name: string): readonly strin
 
 const MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split(" ");
 
-/** A text of a time, made once a second: it serves thousands of lines. */
-function onceASecond(write: (date: Date) => string): (date: Date) => string {
-  let [second, text] = [NaN, ""];
-  return (date) => {
-    const now = Math.floor(date.getTime() / 1_000);
-    if (now !== second) [second, text] = [now, write(date)];
-    return text;
-  };
-}
-
 /** `21/Nov/2026:03:14:42 +0000`, the time of Apache's logs, in UTC. */
-const clfTime = onceASecond((date) => {
+function clfTime(date: Date): string {
   const iso = date.toISOString();
   return `${iso.slice(8, 10)}/${MONTHS[date.getUTCMonth()]}/${iso.slice(0, 4)}:${iso.slice(11, 19)} +0000`;
-});
-const isoSecond = onceASecond((date) => date.toISOString().slice(0, 20));
-/** `2026-11-21T03:14:42.000Z` */
-const isoTime = (date: Date): string => `${isoSecond(date)}${String(date.getTime() % 1_000).padStart(3, "0")}Z`;
-
-/** Bytes of the request's body that were meant for servers. */
-const receivedBy = ({ attempt, length }: Exchange): number =>
-  attempt === undefined ? 0 : length < 0 ? attempt.uploaded : length;
-
-/** What a line says of a request. Times are milliseconds since it came in; what there is not is undefined. */
-interface AccessRecord {
-  time: Date;
-  client: string;
-  method: string;
-  scheme: string;
-  host: string;
-  url: string | undefined; // where it was refused before its path was known
-  path: string | undefined;
-  query: string | undefined;
-  status: number;
-  received: number; // bytes of the request's body
-  bytes: number; // of the answer's
-  referer: string | undefined;
-  agent: string | undefined;
-  id: string;
-  trace: string;
-  span: string | undefined; // of the last attempt
-  route: string | undefined;
-  service: string | undefined;
-  server: string | undefined; // the last that was asked
-  attempts: number;
-  connected: number | undefined; // the last attempt had a connection
-  head: number | undefined; // the answer's head was there
-  ended: number;
-  failure: string | undefined;
 }
 
-function accessRecord(balancer: Balancer, exchange: Exchange): AccessRecord {
-  if (!exchange.trace) takeUpTrace(balancer, exchange);
-  const { headers, path, query, tried, attempt, started, endedAt, destination, problem } = exchange;
-  const since = (time = 0) =>
-    time >= started ? Math.round((Math.min(time, endedAt) - started) * 1_000) / 1_000 : undefined;
+/** A text between quotes in which no byte can begin another line or end the quotes. */
+const logged = (text: string | null): string =>
+  text ? text.replace(/[^\x20-\x7e]|["\\]/g, (c) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`) : "-";
+
+function accessRecord(exchange: Exchange, effects: Effects) {
+  const { request, client, method, host, path, query, status, bytes, route, destination, tried, id, problem } =
+    exchange;
   return {
-    time: balancer.effects.date(),
-    client: exchange.client,
-    method: exchange.method,
-    scheme: exchange.scheme,
-    host: hostName(exchange.host),
-    url: path ? undefined : exchange.request.url,
-    path: path || undefined,
-    query: query.slice(1) || undefined,
-    status: exchange.status,
-    received: receivedBy(exchange),
-    bytes: exchange.bytes,
-    referer: valueIn(headers, "referer") || undefined,
-    agent: valueIn(headers, "user-agent") || undefined,
-    id: exchange.id,
-    trace: exchange.trace,
-    span: exchange.span || undefined,
-    route: exchange.route?.name,
-    service: destination?.service.name,
-    server: tried.at(-1)?.name,
+    time: effects.date(),
+    client,
+    method,
+    host,
+    target: (path || request.url) + query,
+    status,
+    bytes,
+    referer: request.headers.get("referer"),
+    agent: request.headers.get("user-agent"),
+    id,
+    route: route?.name ?? "-",
+    service: destination?.service.name ?? "-",
+    server: tried.at(-1)?.name ?? "-",
     attempts: tried.length,
-    connected: since(attempt?.connectedAt),
-    head: since(attempt?.headAt),
-    ended: since(endedAt) ?? 0,
-    failure: problem || undefined,
+    milliseconds: Math.round((effects.now() - exchange.started) * 1_000) / 1_000,
+    failure: problem || "-",
   };
 }
 
-/** A text in which no byte can begin another line or end the quotes around it, as Apache writes it. */
-const logged = (text = ""): string =>
-  text.replace(/[^\x20-\x7e]|["\\]/g, (c) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`) || "-";
-
-/** The same for JSON, in ASCII. */
-const inJson = (text: string): string =>
-  /^[ !#-[\]-~]*$/.test(text)
-    ? `"${text}"`
-    : JSON.stringify(text).replace(/[^\x20-\x7e]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
-
-/** What JSON calls it: OpenTelemetry's semantic conventions, and `lb.` before what has no name there. */
-const JSON_NAMES = Object.entries(
-  {
-    "client.address": "client",
-    "http.request.method": "method",
-    "url.scheme": "scheme",
-    "server.address": "host",
-    "url.full": "url",
-    "url.path": "path",
-    "url.query": "query",
-    "http.response.status_code": "status",
-    "http.request.body.size": "received",
-    "http.response.body.size": "bytes",
-    "http.request.header.referer": "referer",
-    "user_agent.original": "agent",
-    "error.type": "failure",
-    "trace_id": "trace",
-    "span_id": "span",
-    "lb.request_id": "id",
-    "lb.route": "route",
-    "lb.service": "service",
-    "lb.server": "server",
-    "lb.attempts": "attempts",
-    "lb.connected_ms": "connected",
-    "lb.head_ms": "head",
-    "lb.ended_ms": "ended",
-  } satisfies Record<string, Exclude<keyof AccessRecord, "time">>,
-);
-
-/** The formats of `log:`. Combined is Apache's; what stands behind it says who was asked, and how it went (see README). */
+/** The formats of `log:`. Combined is Apache's, and behind it service, server, attempts and milliseconds. */
 const ACCESS_LINES = {
-  combined(r: AccessRecord): string {
-    const target = r.url ?? (r.query ? `${r.path}?${r.query}` : r.path);
-    const client = `${r.client} - - [${clfTime(r.time)}] "${r.method} ${
-      logged(target)
-    } HTTP/1.1" ${r.status} ${r.bytes}`;
-    const asked = `${logged(r.service)} ${r.server ?? "-"} ${r.attempts}`;
-    const times = `${r.connected ?? "-"}/${r.head ?? "-"}/${r.ended}`;
-    const names = `${r.failure ?? "-"} ${logged(r.id)} ${r.trace}`;
-    return `${client} "${logged(r.referer)}" "${logged(r.agent)}" ${asked} ${times} ${names}`;
+  combined(exchange: Exchange, effects: Effects): string {
+    const r = accessRecord(exchange, effects);
+    const line = `"${r.method} ${logged(r.target)} HTTP/1.1" ${r.status} ${r.bytes} "${logged(r.referer)}" "${
+      logged(r.agent)
+    }"`;
+    return `${r.client} - - [${clfTime(r.time)}] ${line} ${
+      logged(r.service)
+    } ${r.server} ${r.attempts} ${r.milliseconds}`;
   },
-  json(r: AccessRecord): string {
-    let line = `{"timestamp":"${isoTime(r.time)}"`;
-    for (const [name, key] of JSON_NAMES) {
-      const value = r[key];
-      if (value !== undefined) line += `,"${name}":${typeof value === "number" ? value : inJson(value)}`;
-    }
-    return line + "}";
-  },
+  json: (exchange: Exchange, effects: Effects): string =>
+    JSON.stringify(accessRecord(exchange, effects)).replace(
+      /[\x7f-\x9f]/g,
+      (c) => `\\u00${c.charCodeAt(0).toString(16)}`,
+    ),
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -3495,6 +3416,10 @@ function count(counters: Counters, milliseconds: number, bytesIn: number, bytesO
   while (bucket < BUCKETS.length && milliseconds > BUCKETS[bucket]!) bucket++;
   counters.durations[bucket]!++;
 }
+
+/** Bytes of the request's body that were meant for servers. */
+const receivedBy = ({ attempt, length }: Exchange): number =>
+  attempt === undefined ? 0 : length < 0 ? attempt.uploaded : length;
 
 /** All counters as one: what a service or an entrypoint has had. */
 export function totalOf(tallies: Tallies): Counters {
@@ -3649,7 +3574,7 @@ export function sumSamples([first, ...others]: ReadonlyMap<string, number>[]): M
   return sum;
 }
 
-/** The text that Prometheus reads (exposition format 0.0.4): `text/plain; version=0.0.4`. */
+/** The text that Prometheus reads (exposition format 0.0.4), of type `METRICS_TYPE`. */
 export function renderMetrics(samples: ReadonlyMap<string, number>): string {
   const lines = new Map<string, string[]>();
   for (const [series, value] of samples) entry(lines, familyOf(series), () => []).push(`${series} ${value}\n`);
@@ -3658,7 +3583,8 @@ export function renderMetrics(samples: ReadonlyMap<string, number>): string {
   ).join("");
 }
 
-const METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8";
+/** Of what `renderMetrics` gives. */
+export const METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8";
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 19. Balance: the request path. gate -> matchRoute -> pickServer -> forward -> settle -> (retry, minus those tried) -> response
@@ -3680,7 +3606,7 @@ const RETRIED_AS: Partial<Record<Failure, string | number>> = {
 
 /** The record of a request that has just come in. */
 function newExchange(balancer: Balancer, request: Request, from: Client, wrapped = false): Exchange {
-  const { table, effects } = balancer, { log } = table.config;
+  const { table, effects } = balancer;
   const told = table.config.trust.length > 0 && table.trusts(from.address) ? toldBy(from.headers) : undefined;
   const now = effects.now();
   return {
@@ -3713,11 +3639,6 @@ function newExchange(balancer: Balancer, request: Request, from: Client, wrapped
     cookie: "",
     quota: NO_HEADERS,
     attempt: undefined,
-    trace: "",
-    flags: "",
-    state: "",
-    span: "",
-    chosen: log.sample === 1 || effects.random() < log.sample,
     entrypoint: entry(balancer.entrypoints, from.scheme, newEntrypoint),
     endedAt: 0,
     status: 0,
@@ -4046,8 +3967,7 @@ function finished(balancer: Balancer, exchange: Exchange): void {
   }
   if (problem) balancer.failures.set(problem, (balancer.failures.get(problem) ?? 0) + 1);
   const { log } = exchange.table.config;
-  if (log.format === "off" || !exchange.chosen && !problem && status < 500) return;
-  balancer.effects.write(ACCESS_LINES[log.format](accessRecord(balancer, exchange)));
+  if (log !== "off") balancer.effects.write(ACCESS_LINES[log](exchange, balancer.effects));
 }
 
 /** Someone else's code has thrown, a strategy say: it costs its request and nothing more. */
@@ -4364,11 +4284,6 @@ const here: keyof typeof runtimes = globals.navigator?.userAgent === "Cloudflare
   ? "bun"
   : "node";
 
-/** A report in which nothing that a server or a client has said begins a line, or reaches a terminal as a command. */
-const oneLine = (text: string): string =>
-  text.replace(/[^\n\x20-\x7e\xa0-\uffff]/g, (c) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`)
-    .replaceAll("\n", "\n  ");
-
 /** The effects of the runtime that this runs on. */
 function defaultEffects(): Effects {
   const runtime = runtimes[here];
@@ -4388,8 +4303,7 @@ function defaultEffects(): Effects {
     client: runtime.client,
     upgrade: runtime.upgrade,
     write: (line) => console.log(line),
-    report: (level, text) =>
-      console.error(`${here === "edge" ? "" : `${new Date().toISOString()} `}${level}: ${oneLine(text)}`),
+    report: (level, text) => console.error(`${level}: ${text}`),
   };
 }
 
@@ -4417,7 +4331,7 @@ function buildService(config: ServiceConfig, name: string, strategies: Strategie
     const server = Object.assign(known.get(wanted.url) ?? newServer(wanted, name, config.tls), wanted, {
       tls: config.tls,
     });
-    if (config.health.kind === "off") server.up = true; // nobody would find out that it is
+    if (config.health.kind === "off" && previous?.config.health.kind !== "off") server.up = true; // nobody would find out
     if (config.eject.failures === Infinity) server.until = 0;
     return server;
   });
@@ -4562,9 +4476,7 @@ export function createLoadBalancer(
     draining: false,
     failures: new Map(),
     runtime: here,
-    seeds: Array.from({ length: 4 }, () => Math.floor(all.random() * 2 ** 32)),
     startedAt: begun,
-    ids: 0,
     reloads: 0,
     reloadedAt: begun,
     reloadFailed: false,
@@ -4596,6 +4508,188 @@ export function createLoadBalancer(
 // ---------------------------------------------------------------------------------------------------------------------
 // 23. Save: the file after a change. Its comments and order stay, and what is on disk is always whole.
 // ---------------------------------------------------------------------------------------------------------------------
+
+/** Why a file cannot be changed: somebody else's doing (409), or the disk's (500). */
+class SaveError extends Error {
+  status: 409 | 500;
+  constructor(status: 409 | 500, message: string) {
+    super(message);
+    this.status = status;
+  }
+}
+
+/** A text that is being changed: what is cut out of it, and what comes in its place. */
+interface Draft {
+  text: string;
+  isJson: boolean;
+  cuts: { from: number; to: number; text: string }[];
+}
+/** One item of a list, or key and value of a map; `end` is where the next one begins. */
+interface Part {
+  node: Node | null;
+  from: number;
+  to: number;
+  end: number;
+  says: unknown;
+  shall: unknown;
+  stays: boolean;
+}
+
+const same = (one: unknown, other: unknown): boolean => isDeepStrictEqual(one, other);
+
+/** A value on one line. */
+function inline(value: unknown, isJson = false): string {
+  if (isJson || typeof value !== "object" && typeof value !== "string") return JSON.stringify(unveiled(value));
+  if (Array.isArray(value)) return `[${value.map((one) => inline(one)).join(", ")}]`;
+  if (isRecord(value)) {
+    const pairs = Object.entries(value).map(([name, one]) => `${inline(plain(name))}: ${inline(one)}`);
+    return pairs.length ? `{ ${pairs.join(", ")} }` : "{}";
+  }
+  if (typeof value !== "string" || /[\x00-\x1f\x7f-\x9f]/.test(value)) return JSON.stringify(value);
+  const list = stringify([wrapped(value)], { collectionStyle: "flow", flowCollectionPadding: false, lineWidth: 0 });
+  return unwrapped(list.trim().slice(1, -1).trim());
+}
+
+/** Two items of a list that are the same thing, changed or not: the same server, or whatever stands in the same place. */
+const thing = (value: unknown): unknown => isRecord(value) ? value.url : value;
+
+/** The items of a list, each with what it shall say; whatever is new has to come behind them, or there is no answer. */
+function partsOfList(node: YAMLSeq, says: unknown[], shall: unknown[]): [Part[], unknown[]] | undefined {
+  const parts = (node.items as Node[]).map((item, i): Part => {
+    const [from, to, end] = item.range!;
+    return { node: item, from, to, end, says: says[i], shall: undefined, stays: false };
+  });
+  let next = 0;
+  const added: unknown[] = [];
+  for (const one of shall) {
+    const among = (fits: (part: Part) => boolean) => parts.findIndex((part, i) => i >= next && fits(part));
+    const equal = among((part) => same(part.says, one));
+    const found = equal < 0 ? among((part) => thing(part.says) === thing(one)) : equal;
+    if (found < 0) added.push(one);
+    else if (added.length) return undefined;
+    else Object.assign(parts[found]!, { shall: one, stays: true }), next = found + 1;
+  }
+  return [parts, added];
+}
+
+const keyName = (key: Node): string => veiled(unwrapped(isScalar(key) ? key.source ?? String(key.value) : ""));
+
+function partsOfMap(node: YAMLMap<Node, Node | null>, says: Raw, shall: Raw): Part[] {
+  return node.items.map(({ key, value }): Part => {
+    const [from, , afterKey] = key.range!, [, to, end] = value?.range ?? key.range!, name = keyName(key);
+    return {
+      node: value,
+      from,
+      to: Math.max(to, afterKey),
+      end,
+      says: says[name],
+      shall: shall[name],
+      stays: Object.hasOwn(shall, name),
+    };
+  });
+}
+
+/** Takes out the parts that do not stay, and puts what is new behind the last one. False: this cannot be done in place. */
+function layParts(node: YAMLMap | YAMLSeq, parts: Part[], added: string[], draft: Draft): boolean {
+  const { text, cuts } = draft, last = parts.findLastIndex((part) => part.stays);
+  if (last < 0) return false;
+  const { from } = parts[0]!, line = text.lastIndexOf("\n", from - 1) + 1, before = text.slice(line, from);
+  if (!node.flow && !(isSeq(node) ? /^ *- *$/ : parts[0]!.stays ? /^/ : /^ *$/).test(before)) return false;
+  const whole = (end: number) => text[end - 1] === "\n" ? end : text.indexOf("\n", end) + 1;
+  const edges = node.flow ? parts.map((part) => part.from) : [line, ...parts.map((part) => whole(part.end))];
+  for (const part of parts) if (part.stays) lay(part.node, part.says, part.shall, draft);
+  parts.slice(0, last).forEach((part, i) => part.stays || cuts.push({ from: edges[i]!, to: edges[i + 1]!, text: "" }));
+  const indent = isSeq(node) ? before : before.replace(/[^ ]/g, " ");
+  const end = (part: Part) => node.flow ? part.to : whole(part.end);
+  const lines = added.map((one) => node.flow ? `, ${one}` : `${indent}${one}\n`).join("");
+  cuts.push({ from: end(parts[last]!), to: end(parts.at(-1)!), text: lines });
+  return true;
+}
+
+/** Writes what a place shall say. What says so already stays as it is written, and with it its comments. */
+function lay(node: Node | null, says: unknown, shall: unknown, draft: Draft): void {
+  const { text, cuts, isJson } = draft;
+  if (same(says, shall) || node === null) return;
+  if (isMap<Node, Node | null>(node) && isRecord(says) && isRecord(shall)) {
+    const added = Object.keys(shall).filter((name) => !Object.hasOwn(says, name)).map((name) =>
+      `${inline(plain(name), isJson)}: ${inline(shall[name], isJson)}`
+    );
+    if (layParts(node, partsOfMap(node, says, shall), added, draft)) return;
+  }
+  if (isSeq(node) && Array.isArray(says) && Array.isArray(shall)) {
+    const [parts, added] = partsOfList(node, says, shall) ?? [[], []];
+    if (layParts(node, parts, added.map((one) => inline(one, isJson)), draft)) return;
+  }
+  const [from, to] = node.range!;
+  const around = [
+    text[from - 1] === ":" ? " " : "",
+    text[to - 1] === "\n" && from < to ? "\n" : text[to] === "#" ? " " : "",
+  ];
+  cuts.push({ from, to, text: around[0] + inline(shall, isJson) + around[1] });
+}
+
+/**
+ * The same file, saying something else: only what differs is written anew, so that comments, order and spelling stay.
+ * @throws {SaveError} where that would change other places too, as with anchors
+ */
+export function rewrite(text: string, shall: unknown, says = readAsWritten(text, "")): string {
+  const source = wrapped(text.endsWith("\n") ? text : `${text}\n`);
+  const draft: Draft = { text: source, isJson: source.trimStart().startsWith("{"), cuts: [] };
+  lay(parseDocument(source, { uniqueKeys: false }).contents, says, shall, draft);
+  let out = "", at = 0;
+  for (const { from, to, text } of draft.cuts.sort((a, b) => a.from - b.from)) {
+    out += source.slice(at, from) + text;
+    at = to;
+  }
+  const written = unwrapped(out + source.slice(at));
+  try {
+    if (same(readAsWritten(written, ""), shall)) return written;
+  } catch { /* not even YAML any more */ }
+  throw new SaveError(409, "this cannot be written into the file without changing more of it, as with anchors (&, *)");
+}
+
+/** Puts a file in the place of another one, whole or not at all, whenever the process may end. */
+async function replaceFile(path: string, text: string, like: Pick<Stats, "mode" | "uid" | "gid">, check = () => {}) {
+  const fresh = `${path}.new`;
+  try {
+    await disk.rm(fresh, { force: true });
+    const file = await disk.open(fresh, "wx", 0o600); // nobody reads along; then as open as the old one
+    try {
+      await file.writeFile(text);
+      await disk.chmod(fresh, like.mode & 0o777);
+      await disk.chown(fresh, like.uid, like.gid).catch(() => {}); // which only root may
+      await file.sync();
+    } finally {
+      await file.close();
+    }
+    check();
+    renameSync(fresh, path);
+  } catch (error) {
+    await disk.rm(fresh, { force: true }).catch(() => {});
+    throw error instanceof SaveError
+      ? error
+      : new SaveError(500, `${path} cannot be written: ${(error as Error).message}`);
+  }
+}
+
+/**
+ * Saves a file that said `before`, and keeps that as `.bak` beside it.
+ * @throws {SaveError} where it says something else by now, or cannot be written: then it is as it was
+ */
+export async function saveFile(file: string, before: string, text: string): Promise<void> {
+  const path = await disk.realpath(file).catch(() => file); // a link stays one
+  const like = await disk.stat(path).catch(() => ({ mode: 0o600, uid: -1, gid: -1 }));
+  const check = () => {
+    if (like.uid < 0 || readFileSync(path, "utf8") === before) return;
+    throw new SaveError(
+      409,
+      `${path} was changed by somebody else and is not in force, or not yet: nothing is overwritten`,
+    );
+  };
+  check();
+  await replaceFile(`${path}.bak`, before, like);
+  await replaceFile(path, text, like, check);
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 24. Operate: looking at it and changing it. What is shown is plain JSON, and every change is a change of the file.
@@ -4648,18 +4742,6 @@ export function snapshotOf({ table, effects, requests, inFlight, draining }: Bal
   };
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// 25. Docs: the description of the API. OpenAPI from the schemas that check it.
-// ---------------------------------------------------------------------------------------------------------------------
-
-// ---------------------------------------------------------------------------------------------------------------------
-// 26. Dashboard: the page for people. One page, no script from anywhere else.
-// ---------------------------------------------------------------------------------------------------------------------
-
-// ---------------------------------------------------------------------------------------------------------------------
-// 27. Admin: who may do that, and through which door. Hosts, sites and tokens are checked before anything is looked at.
-// ---------------------------------------------------------------------------------------------------------------------
-
 /** What a status means (RFC 9110 section 15). */
 const PHRASES: Record<number, string> = {
   400: "Bad Request",
@@ -4674,6 +4756,7 @@ const PHRASES: Record<number, string> = {
   428: "Precondition Required",
   429: "Too Many Requests",
   500: "Internal Server Error",
+  503: "Service Unavailable",
 };
 
 /** An answer that says what is wrong (RFC 9457). */
@@ -4682,6 +4765,585 @@ const problem = (status: number, detail: string, headers: Record<string, string>
     status,
     headers: { ...headers, "content-type": "application/problem+json" },
   });
+
+/** Who asks, and the token that it has shown. */
+type AdminEnv = { Variables: { peer: string; shown: "token" | "read token" | "" } };
+type AdminContext = Context<AdminEnv>;
+
+/** Why something is not done: what `problem` is made of. */
+class Refused extends Error {
+  status: number;
+  mistakes: Pick<Mistake, "path" | "message">[] | undefined;
+  constructor(status: number, detail: string, mistakes?: Refused["mistakes"]) {
+    super(detail);
+    this.status = status;
+    this.mistakes = mistakes;
+  }
+}
+const invalid = (mistakes: Pick<Mistake, "path" | "message">[]) =>
+  new Refused(400, mistakes.map(({ path, message }) => path ? `${path}: ${message}` : message).join("; "), mistakes);
+
+// Explaining: what would become of a request, without asking anybody and without changing anything.
+
+/** Why a server would not be asked, or why it is asked all the same. */
+function whyNot(server: Server, service: Service, candidates: readonly Server[], now: number): string {
+  const { state, weight, up, until, backup } = server;
+  if (state !== "ready") return state === "drain" ? "it drains" : "in maintenance";
+  if (weight === 0) return "its weight is 0";
+  const ill = !up ? "down" : until > now ? `ejected for another ${Math.ceil((until - now) / 1_000)} s` : "";
+  if (!candidates.includes(server)) return ill || (backup ? "a backup" : "");
+  if (withRoom(service, [server]).length === 0) return "full";
+  return ill && `${ill}, but too few are healthy`;
+}
+
+/** One service as a request would find it: its records are copies, with which its strategy may do what it likes. */
+function explainService({ service: found, weight }: Destination, exchange: Exchange, now: number) {
+  const service = { ...found, servers: found.servers.map((server) => ({ ...server })), candidatesUntil: 0 };
+  const candidates = candidatesOf(service, now), asked = withRoom(service, candidates);
+  const taker = asked.length > 0 ? choose(service, asked as Candidates, { ...exchange, tried: [] }) : undefined;
+  return {
+    service: service.name,
+    weight,
+    strategy: service.config.strategy.name,
+    takes: taker?.name ?? null,
+    servers: service.servers.map((server) => {
+      const why = whyNot(server, service, candidates, now);
+      return { server: server.name, asked: asked.includes(server), ...(why && { why }) };
+    }),
+  };
+}
+
+/** Which route a request would take, or why it takes none; which services and servers; and who would take it. */
+function explain(balancer: Balancer, method: string, url: string) {
+  const effects = { ...balancer.effects, random: Math.random };
+  const request = new Request(url, { method, headers: { host: new URL(url).host } });
+  const from = { address: "127.0.0.1", scheme: "http", headers: [] };
+  const exchange = newExchange({ ...balancer, effects, entrypoints: new Map() }, request, from);
+  const refusal = admit(exchange), route = refusal ? undefined : matchRoute(balancer.table, exchange);
+  if (!route) {
+    const failure = refusal ?? (exchange.allow ? "bad-method" : "no-route");
+    return { ...FAILURES[failure], failure, ...(exchange.allow && { allow: exchange.allow }) };
+  }
+  const { name, action, admits, destinations } = route;
+  const found = { route: name, action: action.kind, restricted: admits !== undefined, weight: route.weight };
+  if (action.kind !== "forward") return { ...found, status: action.status };
+  const now = effects.now();
+  const chain = (one: Destination, fallback = false): (ReturnType<typeof explainService> & { fallback: boolean })[] => [
+    { fallback, ...explainService(one, exchange, now) },
+    ...one.fallback ? chain(one.fallback, true) : [],
+  ];
+  const services = destinations.flatMap((one) => chain(one));
+  return { ...found, target: `${method} ${targetOf(exchange, route)}`, services };
+}
+
+// Changing: whatever changes is first changed in the file, as it is written, and then put in force from there.
+
+const written = new WeakMap<Config, Raw>();
+/** The file in force as it is written: variables stay `${NAME}`. */
+const writtenOf = (config: Config): Raw => entry(written, config, () => record(readAsWritten(config.text, "")));
+const at = (raw: unknown, path: Keys): unknown => path.reduce((value, key) => (value as Raw | undefined)?.[key], raw);
+/** Puts a value in its place; undefined takes it away. */
+function put(raw: Raw, path: Keys, value: unknown): void {
+  const above = path.slice(0, -1), last = path.at(-1)!;
+  const parent = above.reduce<Raw>((value, key) => (value[key] ??= {}) as Raw, raw);
+  if (value !== undefined) parent[last] = value;
+  else if (Array.isArray(parent)) parent.splice(Number(last), 1);
+  else delete parent[last];
+}
+/** A merge patch (RFC 7396): maps are merged, null takes away, anything else replaces. */
+function merged(under: unknown, patch: unknown): unknown {
+  if (!isRecord(patch)) return patch;
+  const out = { ...record(under) };
+  for (const [key, value] of Object.entries(patch)) {
+    if (value === null) delete out[key];
+    else out[key] = merged(out[key], value);
+  }
+  return out;
+}
+
+/** What differs, as people read it: `services.shop.servers[0].weight: 3`. */
+function differences(before: unknown, after: unknown, path: Keys = []): string[] {
+  if (same(before, after)) return [];
+  const lists = Array.isArray(before) && Array.isArray(after) && before.length === after.length;
+  if (lists || isRecord(before) && isRecord(after)) {
+    const keys = new Set([...Object.keys(before), ...Object.keys(after as Raw)]);
+    return [...keys].flatMap((key) =>
+      differences(at(before, [key]), at(after, [key]), [...path, lists ? Number(key) : key])
+    );
+  }
+  const shown = masked({ [String(path.at(-1))]: after }, hidden, String(path.at(-2))) as Raw;
+  return [`${dotted(path)}: ${after === undefined ? "taken out" : inline(Object.values(shown)[0]).slice(0, 200)}`];
+}
+
+/** Secrets stay where they are, unless they are no secrets: `${NAME}` only says where one is. */
+const hidden = (text: string, secret: boolean): string => secret && !/^\$\{\w+\}$/.test(text) ? "***" : text;
+
+/** Names one state of something, for `ETag` and `If-Match`. */
+function tagOf(value: unknown): string | undefined {
+  const text = JSON.stringify(value) as string | undefined;
+  return text && `"${hash(`1${text}`).toString(36)}${hash(`2${text}`).toString(36)}"`;
+}
+
+/** Changes the file as it is written. A text replaces it. */
+type Edit = (raw: Raw, config: Config) => string | void;
+/** Who has changed what. */
+function reportChange({ req, get }: AdminContext, { report }: Effects, changes: string[]): void {
+  const who = `${get("peer")}${get("shown") && ` with the ${get("shown")}`}`;
+  const what = changes.slice(0, 5).join(", ") || "nothing but comments";
+  const more = changes.length > 5 ? `, and ${changes.length - 5} more` : "";
+  report("info", `admin: ${who}: ${req.method} ${quote(req.path)}: ${what}${more}`);
+}
+
+const NEEDS_RESTART = "listen has changed: that takes effect with the next start";
+const needsRestart = (...configs: Config[]): boolean =>
+  new Set(configs.map(({ listen, admin }) => JSON.stringify([listen, admin?.listen]))).size > 1;
+
+/** What has changed, for `If-Match`. */
+type Versioned = (config: Config) => unknown;
+type Parse = (text: string) => Config;
+type Change = (context: AdminContext, edit: Edit, what: Versioned) => Promise<void>;
+
+/**
+ * The one way in which the config is changed: one change after the other, each whole or not at all. It is edited, read
+ * again and checked like any routes.yml, saved, and put in force.
+ */
+function changesOf(lb: LoadBalancer, parse: Parse, file?: string): Change {
+  const { balancer } = lb;
+  let last: Promise<unknown> = Promise.resolve();
+  const apply = async (context: AdminContext, edit: Edit, what: Versioned) => {
+    const { req } = context, { config } = balancer.table, before = writtenOf(config), after = structuredClone(before);
+    const match = req.header("if-match"), tag = tagOf(what(config));
+    if (match && !(tag && match.split(",").some((one) => one.trim() === tag || one.trim() === "*"))) {
+      throw new Refused(412, "it has changed in the meantime");
+    }
+    const text = edit(after, config) ?? rewrite(config.text, after, before), next = parse(text);
+    if (text === config.text) return;
+    if (file) await saveFile(file, config.text, text);
+    lb.reload(next);
+    reportChange(context, balancer.effects, differences(before, writtenOf(next)));
+    if (needsRestart(config, next)) balancer.effects.report("warn", NEEDS_RESTART);
+  };
+  return (...asked) => last = last.then(() => apply(...asked), () => apply(...asked)) as Promise<void>;
+}
+
+// Asking: what comes with a request to the API.
+
+// What the bodies have to be. Services, servers and the file are described by their own schemas.
+const State = map({
+  state: need(also.state.wrapped, "drain: no new requests, those in flight finish; maint: no probes either"),
+});
+const Told = map({ health: need(oneOf("up", "down"), "until probes say otherwise") });
+const Addr = word("a host name or an address", /^.+$/, (text) => (isName(text) || isAddress(text)) && text);
+const Pool = map({
+  servers: v.pipe(v.array(map({ addr: Addr, port: whole(1, 65_535) }), "$ is not a list"), v.minLength(1, "is empty")),
+});
+const Patch = v.partial(v.object({ url: Url, ...also }));
+
+/** What an operation has at hand. */
+interface Asked {
+  context: AdminContext;
+  lb: LoadBalancer;
+  parse: Parse;
+  change: Change;
+}
+/** One operation of the API: what it does, what it takes, and what comes of it. The description is made of the same. */
+interface Operation {
+  does: string;
+  takes?: Schema; // its body
+  asks?: Record<string, string>; // its query
+  gives?: number[]; // statuses beside 200 and those of what is wrong
+  open?: true; // to everybody who gets here, without a token
+  run(asked: Asked): Response | Promise<Response>;
+}
+
+/** How bodies are written: JSON, also where nobody says so (`curl -d`), or YAML. */
+const BODIES: Record<string, "json" | "yaml"> = {
+  "": "json",
+  "application/x-www-form-urlencoded": "json",
+  "application/json": "json",
+  "application/merge-patch+json": "json",
+  "application/yaml": "yaml",
+  "application/x-yaml": "yaml",
+  "text/yaml": "yaml",
+};
+
+/** The places of `***`: it stands for a secret that is not shown, and would become one. */
+const starsIn = (value: unknown, path: Keys): Keys[] => {
+  if (typeof value !== "object" || value === null) return value === "***" ? [path] : [];
+  return Object.entries(value).flatMap(([key, one]) =>
+    starsIn(one, [...path, Array.isArray(value) ? Number(key) : key])
+  );
+};
+
+/** The body of a request, as it is written. */
+async function bodyOf({ req }: AdminContext): Promise<{ value: unknown; text: string; kind: "json" | "yaml" }> {
+  const type = lower((req.header("content-type") ?? "").split(";")[0]!.trim()), kind = BODIES[type];
+  if (!kind) throw new Refused(415, `${quote(type)} is neither JSON nor YAML`);
+  const text = await req.text();
+  if (text.trim() === "") throw new Refused(400, "this needs a body");
+  try {
+    if (kind === "json") JSON.parse(text);
+  } catch (error) {
+    throw new Refused(400, `the body is not JSON: ${(error as Error).message}`);
+  }
+  const value = readAsWritten(text, "body"), stars = starsIn(value, []);
+  if (!stars.length) return { value, text, kind };
+  throw invalid(stars.map((path) => ({
+    path: dotted(path),
+    message: "*** stands for a secret that is not shown: write the secret, ${NAME}, or leave this out",
+  })));
+}
+
+/** The body of a request, checked at once: what does not become part of the file. */
+async function checkedBody<S extends Schema>(context: AdminContext, schema: S): Promise<Out<S>> {
+  const { output, issues } = v.safeParse(schema, (await bodyOf(context)).value), mistakes: Refused["mistakes"] = [];
+  for (const one of issues?.flatMap((issue) => flatten(issue)) ?? []) {
+    report(one, (path, message) => mistakes.push({ path: dotted(path), message }));
+  }
+  if (mistakes.length) throw invalid(mistakes);
+  return output as Out<S>;
+}
+
+const json = (value: unknown, status = 200, headers: Record<string, string> = {}): Response =>
+  Response.json(value, { status, headers });
+
+/** The service that a change without a name means: the default, or the only one. */
+function meantService({ routes, services }: Config): string {
+  const action = routes.find((route) => route.fallback)?.action;
+  const named = action?.kind === "forward" ? action.targets.map((target) => target.service) : [];
+  const [name, ...others] = named.length === 1 ? named : services.keys();
+  if (name !== undefined && !others.length) return name;
+  throw new Refused(409, name ? `which service? ${[name, ...others].join(", ")}` : "there is no service");
+}
+const nameOf = ({ context: { req } }: Asked, config: Config): string => req.param("service") ?? meantService(config);
+
+function serviceOf(asked: Asked): Service {
+  const { table } = asked.lb.balancer, name = nameOf(asked, table.config), service = table.services.get(name);
+  if (!service) throw new Refused(404, `there is no service ${quote(name)}`);
+  return service;
+}
+/** By its name or its URL. */
+function serverOf(asked: Asked): Server {
+  const name = asked.context.req.param("server") ?? "", service = serviceOf(asked);
+  const server = service.servers.find((one) => one.name === name || one.url === name);
+  if (!server) throw new Refused(404, `${service.name} has no server ${quote(name)}`);
+  return server;
+}
+
+/** Makes a change after which a server gets no more requests, and waits for those in flight as long as `?wait=` says. */
+async function leave({ context: { req }, lb }: Asked, server: Server, change: () => Promise<void>): Promise<void> {
+  const { effects } = lb.balancer, sent = req.query("wait") ?? "0", wait = v.safeParse(duration(0), sent);
+  if (!wait.success) throw invalid([{ path: "wait", message: `${quote(sent)} is not a duration such as 30s` }]);
+  await change();
+  const end = effects.now() + wait.output;
+  while (server.inFlight > 0 && effects.now() < end && !req.raw.signal.aborted) await effects.sleep(20);
+}
+
+// Services and their servers.
+
+const serviceKeys = new Set(Object.keys(Service.entries));
+/** The keys of a service in its entry, or the others: those of the route that it stands beside. */
+const keysOf = (entry: unknown, own: boolean): Raw =>
+  Object.fromEntries(Object.entries(record(entry)).filter(([key]) => serviceKeys.has(key) === own));
+const placeOf = ({ places }: Config, name: string): Keys => places.get(name) ?? ["services", veiled(name)];
+const versionOf = (asked: Asked): Versioned => (config) =>
+  at(writtenOf(config), placeOf(config, nameOf(asked, config)));
+
+/** A service as it stands and as it is written: that is what PUT takes. */
+function answerService(asked: Asked, status = 200): Response {
+  const { effects, table } = asked.lb.balancer, entry = versionOf(asked)(table.config);
+  const config = unveiled(masked(keysOf(entry, true), hidden));
+  return json({ ...serviceView(serviceOf(asked), effects.now()), config }, status, { etag: tagOf(entry)! });
+}
+
+/** Writes a service: a new one, another one in its place, or the one there is with changes. */
+async function writeService(asked: Asked, how: "POST" | "PUT" | "PATCH"): Promise<Response> {
+  const { context, change } = asked, { value } = await bodyOf(context), name = context.req.param("service") ?? "";
+  const unknown = Object.keys(record(value)).filter((key) => !serviceKeys.has(key));
+  if (!isRecord(value)) {
+    throw invalid([{ path: "", message: `${quote(value)} is not a map with keys such as servers` }]);
+  }
+  if (unknown.length) {
+    throw invalid(unknown.map((key) => ({ path: plain(key), message: `unknown key${guess(key, [...serviceKeys])}` })));
+  }
+  let isNew = false;
+  await change(context, (raw, config) => {
+    const place = placeOf(config, name), entry = at(raw, place);
+    isNew = entry === undefined;
+    if (how === "POST" && !isNew) throw new Refused(409, `there is a service ${quote(name)} already`);
+    if (how === "PATCH" && isNew) throw new Refused(404, `there is no service ${quote(name)}`);
+    put(raw, place, {
+      ...keysOf(entry, false),
+      ...how === "PATCH" ? merged(keysOf(entry, true), value) as Raw : value,
+    });
+  }, versionOf(asked));
+  return answerService(asked, isNew ? 201 : 200);
+}
+
+const asMap = (entry: unknown): Raw => isRecord(entry) ? { ...entry } : { url: entry };
+const USUAL: Raw = v.getDefaults(v.object(also));
+/** As short as it can be said: what has its default again is left out, and a URL alone is no map. */
+function shortest(entry: Raw, ...changed: string[]): unknown {
+  const said = Object.entries(entry).filter(([key, value]) => !(changed.includes(key) && value === USUAL[key]));
+  return said.length === 1 ? entry.url : Object.fromEntries(said);
+}
+
+/** Where in a service's entry its servers are listed, and which is at which place: one that is repeated at several. */
+function listOf(raw: Raw, config: Config, name: string) {
+  const place = [...placeOf(config, name), "servers"];
+  const listed = [at(raw, place)].flat(), now = [at(config.source, place)].flat().map((one) => v.parse(Server, one));
+  return { place, listed, now };
+}
+
+/** Changes one server in its list, or takes it out. One that was repeated is then listed once, with its weight. */
+function editServer(asked: Asked, edit: (entry: Raw) => unknown): Promise<void> {
+  return asked.change(asked.context, (raw, config) => {
+    const { url, weight } = serverOf(asked), { place, listed, now } = listOf(raw, config, nameOf(asked, config));
+    const [first, ...again] = now.flatMap((one, i) => one.url === url ? [i] : []);
+    const changed = edit({ ...asMap(listed[first!]), ...(again.length > 0 && { weight }) });
+    put(raw, place, listed.flatMap((one, i) => i === first ? changed ?? [] : again.includes(i) ? [] : [one]));
+  }, versionOf(asked));
+}
+
+/** 202: what has been told is done, and requests are still in flight there. */
+const answerServer = (asked: Asked, server: Server, status: number): Response => {
+  const { effects, table } = asked.lb.balancer;
+  return json(serverView(server, effects.now()), status, { etag: tagOf(versionOf(asked)(table.config)) ?? '""' });
+};
+const stillBusy = (server: Server): 200 | 202 => server.inFlight > 0 ? 202 : 200;
+
+async function patchServer(asked: Asked, patch: Raw): Promise<Response> {
+  const server = serverOf(asked), changed = Object.keys(patch);
+  await leave(asked, server, () => editServer(asked, (entry) => shortest(merged(entry, patch) as Raw, ...changed)));
+  return answerServer(asked, server, server.state === "ready" ? 200 : stillBusy(server));
+}
+
+async function deleteServer(asked: Asked): Promise<Response> {
+  const server = serverOf(asked);
+  await leave(asked, server, () => editServer(asked, () => undefined));
+  return answerServer(asked, server, stillBusy(server));
+}
+
+/** Adds a server; which one it is shows when the file has been read. */
+async function postServer(asked: Asked): Promise<Response> {
+  const { value } = await bodyOf(asked.context), { servers } = serviceOf(asked);
+  await asked.change(asked.context, (raw, config) => {
+    const name = nameOf(asked, config), { place, listed, now } = listOf(raw, config, name);
+    put(raw, place, [...listed, value]);
+    const text = rewrite(config.text, raw), distinct = new Set(now.map((one) => one.url));
+    if (asked.parse(text).services.get(name)!.servers.length > distinct.size) return text;
+    throw new Refused(409, `${name} has this server already`);
+  }, versionOf(asked));
+  const added = serviceOf(asked).servers.find((one) => !servers.includes(one));
+  return added ? answerServer(asked, added, 201) : answerService(asked);
+}
+
+/** Marks a server by hand. This is no change of the config: probes have the last word. */
+async function tellHealth(asked: Asked): Promise<Response> {
+  const { health } = await checkedBody(asked.context, Told), server = serverOf(asked), { effects } = asked.lb.balancer;
+  onTold(serviceOf(asked), server, health === "up");
+  reportChange(asked.context, effects, [health]);
+  return answerServer(asked, server, 200);
+}
+
+/** The servers of PythonLoadBalancer's body: one that is repeated weighs more, and what else is known of one stays. */
+function pool(servers: Out<typeof Pool>["servers"], { listed, now }: ReturnType<typeof listOf>): unknown[] {
+  const named = Map.groupBy(servers, ({ addr, port }) => `${isIPv6(addr) ? `[${addr}]` : lower(addr)}:${port}`);
+  return [...named].map(([name, { length }]) => {
+    const known = now.findIndex((one) => hostOf(one.url) === hostOf(v.parse(Url, name).url));
+    return shortest({ ...asMap(known < 0 ? name : listed[known]), weight: length }, "weight");
+  });
+}
+
+// The whole config, and what there is to see of it.
+
+const shownConfig = (config: Config): Raw => masked(writtenOf(config), hidden) as Raw;
+const wantsJson = ({ req }: AdminContext): boolean => /[/+]json/.test(req.header("accept") ?? "");
+
+async function writeConfig({ context, lb, change }: Asked, how: "PUT" | "PATCH"): Promise<Response> {
+  const { value, text, kind } = await bodyOf(context);
+  if (how === "PUT" && !context.req.header("if-match")) {
+    throw new Refused(428, "send If-Match with the ETag of GET /config, or *");
+  }
+  await change(context, (raw) => {
+    if (kind === "yaml" && how === "PUT") return text;
+    return rewrite(lb.balancer.table.config.text, how === "PUT" ? value : merged(raw, value));
+  }, ({ text }) => text);
+  return answerConfig(context, lb);
+}
+
+function answerConfig(context: AdminContext, { balancer: { table: { config } } }: LoadBalancer): Response {
+  const headers = { etag: tagOf(config.text)! }, shown = shownConfig(config);
+  if (wantsJson(context)) return json(unveiled(shown), 200, headers);
+  return new Response(rewrite(config.text, shown), { headers: { ...headers, "content-type": "application/yaml" } });
+}
+
+/** A route as the API shows it. */
+const routeView = ({ name, hosts, paths, methods, headers, query, action, fallback }: RouteConfig) => ({
+  ...{ name, default: fallback, hosts, methods },
+  paths: paths.map((rule) => ({ [rule.kind]: rule.kind === "regex" ? rule.source : rule.path || "/" })),
+  headers: headers.map((condition) => condition.name),
+  query: query.map((condition) => condition.name),
+  ...(action.kind === "forward"
+    ? { services: action.targets.map(({ service, weight }) => ({ service, weight })) }
+    : { [action.kind]: action.status }),
+});
+
+/** Services and servers with what is in flight there. */
+function connections({ table, entrypoints, inFlight }: Balancer) {
+  return {
+    in_flight: inFlight,
+    entrypoints: [...entrypoints.values()].map((one) => ({ name: one.name, in_flight: one.inFlight })),
+    services: [...table.services.values()].map(({ name, inFlight, retrying, waiting, servers }) => ({
+      ...{ name, in_flight: inFlight, retrying, waiting: waiting.size },
+      servers: servers.map((server) => ({ name: server.name, in_flight: server.inFlight })),
+    })),
+  };
+}
+
+const WAIT = { wait: "how long the answer may wait for requests in flight there, such as 30s; then 202" };
+
+/** The whole API: its routes and its description are made of this table. Nothing but PUT, PATCH, POST and DELETE changes anything. */
+const OPERATIONS: Record<string, Operation> = {
+  "POST /": {
+    does: "Changes the servers of the default service, or of the only one; one that is repeated weighs more",
+    takes: Pool,
+    run: async (asked) => {
+      const { servers } = await checkedBody(asked.context, Pool);
+      await asked.change(asked.context, (raw, config) => {
+        const list = listOf(raw, config, meantService(config));
+        put(raw, list.place, pool(servers, list));
+      }, versionOf(asked));
+      return answerService(asked);
+    },
+  },
+  "GET /services": { does: "All services and their servers", run: ({ lb }) => json(snapshotOf(lb.balancer)) },
+  "GET /services/:service": { does: "One service, and how it is written", run: (asked) => answerService(asked) },
+  "POST /services/:service": {
+    does: "A new service",
+    takes: Service,
+    gives: [201],
+    run: (asked) => writeService(asked, "POST"),
+  },
+  "PUT /services/:service": {
+    does: "A service, new or in the place of the one there is",
+    takes: Service,
+    gives: [201],
+    run: (asked) => writeService(asked, "PUT"),
+  },
+  "PATCH /services/:service": {
+    does: "Changes some keys of a service (RFC 7396: null takes one out)",
+    takes: map(settings),
+    run: (asked) => writeService(asked, "PATCH"),
+  },
+  "DELETE /services/:service": {
+    does: "Takes a service out; requests in flight there finish",
+    run: async (asked) => {
+      const service = serviceOf(asked);
+      await asked.change(
+        asked.context,
+        (raw, config) => put(raw, placeOf(config, service.name), undefined),
+        versionOf(asked),
+      );
+      return json(serviceView(service, asked.lb.balancer.effects.now()));
+    },
+  },
+  "GET /services/:service/servers": {
+    does: "The servers of a service",
+    run: (asked) => json(serviceView(serviceOf(asked), asked.lb.balancer.effects.now()).servers),
+  },
+  "POST /services/:service/servers": { does: "A further server", takes: Server, gives: [201], run: postServer },
+  "GET /services/:service/servers/:server": {
+    does: "One server, by its name or URL",
+    run: (asked) => answerServer(asked, serverOf(asked), 200),
+  },
+  "PATCH /services/:service/servers/:server": {
+    does: "Changes a server: its weight, say",
+    takes: Patch,
+    asks: WAIT,
+    gives: [202],
+    run: async (asked) => patchServer(asked, record((await bodyOf(asked.context)).value)),
+  },
+  "DELETE /services/:service/servers/:server": {
+    does: "Takes a server out; requests in flight there finish",
+    asks: WAIT,
+    gives: [202],
+    run: deleteServer,
+  },
+  "PUT /services/:service/servers/:server/state": {
+    does: "ready, drain (no new requests, those in flight finish) or maint (no probes either)",
+    takes: State,
+    asks: WAIT,
+    gives: [202],
+    run: async (asked) => patchServer(asked, await checkedBody(asked.context, State)),
+  },
+  "PUT /services/:service/servers/:server/health": {
+    does: "Says that a server is up or down, until probes say otherwise; this is not saved",
+    takes: Told,
+    run: tellHealth,
+  },
+  "GET /config": {
+    does: "routes.yml, as YAML or JSON; secrets as ***",
+    run: ({ context, lb }) => answerConfig(context, lb),
+  },
+  "PUT /config": {
+    does: "Another routes.yml; needs If-Match",
+    takes: RoutesFile,
+    run: (asked) => writeConfig(asked, "PUT"),
+  },
+  "PATCH /config": {
+    does: "Changes some keys of routes.yml (RFC 7396: null takes one out)",
+    takes: RoutesFile,
+    run: (asked) => writeConfig(asked, "PATCH"),
+  },
+  "POST /config/check": {
+    does: "Checks a routes.yml and changes nothing",
+    takes: RoutesFile,
+    run: async ({ context, parse }) => {
+      const { services, routes } = parse((await bodyOf(context)).text);
+      return json({ services: services.size, routes: routes.length });
+    },
+  },
+  "GET /routes": {
+    does: "All routes, in the order of the file",
+    run: ({ lb }) => json(lb.balancer.table.config.routes.map(routeView)),
+  },
+  "GET /explain": {
+    does:
+      "Which route a request would take, which services, which servers and why not the others, and who would take it",
+    asks: { url: "such as http://www.example.com/path", method: "default GET" },
+    run: ({ context: { req }, lb }) => {
+      const url = req.query("url") ?? "", method = req.query("method") ?? "GET";
+      if (!/^https?:/.test(url) || !URL.canParse(url)) {
+        throw invalid([{ path: "url", message: `${quote(url)} is not a URL such as http://host/path` }]);
+      }
+      if (!METHOD.test(method) || REFUSED_METHODS.has(method)) {
+        throw invalid([{ path: "method", message: `${quote(method)} is not a method` }]);
+      }
+      return json(explain(lb.balancer, method, url));
+    },
+  },
+  "GET /connections": { does: "What is in flight, and where", run: ({ lb }) => json(connections(lb.balancer)) },
+  "GET /health/live": { does: "200 as long as it runs", open: true, run: () => json({ status: "live" }) },
+  "GET /health/ready": {
+    does: "200, and 503 as soon as it drains",
+    open: true,
+    run: ({ lb: { balancer } }) => balancer.draining ? problem(503, "draining") : json({ status: "ready" }),
+  },
+  "GET /version": { does: "Of lb.ts, and where it runs", run: () => json({ version: VERSION, runtime: here }) },
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 25. Docs: the description of the API. OpenAPI from the schemas that check it.
+// ---------------------------------------------------------------------------------------------------------------------
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 26. Dashboard: the page for people. One page, no script from anywhere else.
+// ---------------------------------------------------------------------------------------------------------------------
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 27. Admin: who may do that, and through which door. Hosts, sites and tokens are checked before anything is looked at.
+// ---------------------------------------------------------------------------------------------------------------------
 
 /** What every answer says to browsers, and to what is between them and us. */
 const ALWAYS = {
@@ -4694,11 +5356,13 @@ const ALWAYS = {
 
 /** What the admin app is made with. */
 export interface AdminOptions {
+  /** Where changes are saved. Without a file they are in force, and forgotten with the process. */
+  file?: string;
+  /** Reads such a file: with an environment and strategies of your own, say. */
+  parse?: (text: string) => Config;
   /** Host names that lead here, beside localhost and addresses: others are refused where no token is asked for. */
   hosts?: string[];
 }
-/** Who asks, and the token that it has shown. */
-type AdminEnv = { Variables: { peer: string; shown: "token" | "read token" | "" } };
 type Gatekeeper = MiddlewareHandler<AdminEnv>;
 type Tokens = Pick<NonNullable<Config["admin"]>, "token" | "read_token">;
 
@@ -4756,30 +5420,40 @@ function bearer({ effects }: Balancer, tokens: () => Tokens): Gatekeeper {
   };
 }
 
-/** bearer-auth's refusal as a problem. */
-const unauthorized = (error: HTTPException) =>
-  problem(
-    error.status,
-    error.status === 401 ? "the right bearer token is needed" : "Authorization is not a bearer token",
-    {
-      "www-authenticate": error.getResponse().headers.get("www-authenticate") ?? "Bearer",
-    },
-  );
+const AUTHENTICATE: Record<number, string> = {
+  400: "Authorization is not a bearer token",
+  401: "the right bearer token is needed",
+};
+/** What is thrown to say no, as a problem. A config that nothing would be left of is a conflict, and no bad request. */
+function refused(error: Error, method: string): Response | undefined {
+  if (error instanceof HTTPException) { // bearer-auth's
+    const header = error.getResponse().headers.get("www-authenticate") ?? "Bearer";
+    return problem(error.status, AUTHENTICATE[error.status] ?? error.message, { "www-authenticate": header });
+  }
+  if (error instanceof Refused) {
+    return problem(error.status, error.message, {}, error.mistakes && { mistakes: error.mistakes });
+  }
+  if (error instanceof SaveError) return problem(error.status, error.message);
+  if (!(error instanceof ConfigError)) return undefined;
+  const { mistakes } = error;
+  return problem(method === "DELETE" ? 409 : 400, invalid(mistakes).message, {}, { mistakes });
+}
+function failed({ effects }: Balancer, error: Error): Response {
+  effects.report("error", `admin: ${error.stack ?? error}`);
+  return problem(500, "the load balancer has failed");
+}
 
 /**
  * The admin API and its pages, to be served, or mounted in an app of your own. Tokens are those of `admin` in the config
  * in force; one that is taken out of it stays in force, for the listener stays open.
  */
-export function createAdmin(lb: LoadBalancer, { hosts = [] }: AdminOptions = {}): Hono<AdminEnv> {
-  const { balancer } = lb, app = new Hono<AdminEnv>();
+export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<AdminEnv> {
+  const { file, parse = (text: string) => parseConfig(text, {}, file), hosts = [] } = options;
+  const { balancer } = lb, app = new Hono<AdminEnv>(), change = changesOf(lb, parse, file);
   let last: Tokens = {};
   const tokens = () => last = balancer.table.config.admin?.token ? balancer.table.config.admin : last;
   app.notFound(({ req }) => problem(404, `there is no ${req.path}`));
-  app.onError((error) => {
-    if (error instanceof HTTPException) return unauthorized(error);
-    balancer.effects.report("error", `admin: ${error.stack ?? error}`);
-    return problem(500, "the load balancer has failed");
-  });
+  app.onError((error, context) => refused(error, context.req.method) ?? failed(balancer, error));
   app.use(async (context, next) => {
     await next();
     for (const [name, value] of Object.entries(ALWAYS)) context.res.headers.set(name, value);
@@ -4790,15 +5464,21 @@ export function createAdmin(lb: LoadBalancer, { hosts = [] }: AdminOptions = {})
   }));
   app.use(sameSite(hosts, tokens));
 
+  const offer = (open: boolean) => {
+    for (const [name, operation] of Object.entries(OPERATIONS)) {
+      const [method, path] = name.split(" ") as [string, string];
+      if (!!operation.open === open) app.on(method, path, (context) => operation.run({ context, lb, parse, change }));
+    }
+  };
+
   // For everybody who gets here, without a token: pages must not have anything in them that the API would not tell.
-  app.get("/health/live", ({ json }) => json({ status: "live" }));
-  app.get("/health/ready", () => balancer.draining ? problem(503, "draining") : Response.json({ status: "ready" }));
+  offer(true);
   // here: app.route("/", dashboard(...)); its page shows what it asks the API for, with the token
 
   app.use(bearer(balancer, tokens));
+  app.use(bodyLimit({ maxSize: MOST.bytes, onError: () => problem(413, "the body is larger than 1 MiB") }));
   app.get("/metrics", ({ body }) => body(renderMetrics(samplesOf(balancer)), 200, { "content-type": METRICS_TYPE }));
-  app.get("/services", ({ json }) => json(snapshotOf(balancer)));
-  app.get("/version", ({ json }) => json({ version: VERSION, runtime: here }));
+  offer(false);
   return app;
 }
 
@@ -4898,10 +5578,9 @@ function load(call: Call, text = readText(call.file)): Config {
   }
   if (call.admin !== undefined) placeAdmin(config, call.admin);
   if (call.log !== undefined) {
-    const format = v.safeParse(LogFormat, call.log), { source } = config;
+    const format = v.safeParse(RoutesFile.entries.log, call.log);
     if (!format.success) throw new UsageError(`--log or LB_LOG: "${call.log}" is not combined, json or off`);
-    config.log.format = format.output;
-    source.log = isRecord(source.log) ? { ...source.log, format: format.output } : format.output;
+    config.source.log = config.log = format.output;
   }
   return config;
 }
@@ -4937,42 +5616,30 @@ function readText(file: string): string {
 // 30. Main: as a program.
 // ---------------------------------------------------------------------------------------------------------------------
 
-/** Which route and service a request would take, which servers could be asked, and why not the others. */
-function explain(config: Config, text: string): string {
+/** The same as text, for a balancer that has just started. */
+function explained(config: Config, text: string): string {
   const [, method = "GET", url = ""] = /^(?:([A-Z]+) )?(https?:\/\/\S+)$/.exec(text.trim()) ?? [];
   if (!URL.canParse(url)) throw new UsageError(`--explain: "${text}" is not a request such as 'GET http://host/path'`);
-  const { balancer } = createLoadBalancer(config);
-  const request = new Request(url, { method, headers: { host: new URL(url).host } });
-  const exchange = newExchange(balancer, request, { address: "127.0.0.1", scheme: "http", headers: [] });
-  const refusal = admit(exchange);
-  const route = refusal ? undefined : matchRoute(balancer.table, exchange);
-  if (!route) {
-    const kind = refusal ?? (exchange.allow ? "bad-method" : "no-route");
-    const allow = exchange.allow ? `; allowed: ${exchange.allow.join(", ")}` : "";
-    return `no route: ${FAILURES[kind].status}, ${FAILURES[kind].text} (x-lb-failure: ${kind})${allow}`;
+  const found = explain(createLoadBalancer(config).balancer, method, url);
+  if ("failure" in found) {
+    const allow = found.allow ? `; allowed: ${found.allow.join(", ")}` : "";
+    return `no route: ${found.status}, ${found.text} (x-lb-failure: ${found.failure})${allow}`;
   }
-  if (route.action.kind !== "forward") {
-    return `route    ${route.name}\nanswer   ${route.action.kind} ${route.action.status}`;
-  }
-  const services = route.destinations.flatMap(({ service, weight }) => {
-    const candidates = candidatesOf(service, balancer.effects.now());
-    const share = route.destinations.length > 1 ? ` (${weight} of ${route.weight})` : "";
-    return [
-      `service  ${service.name}${share}: ${service.config.strategy.name}`,
-      ...service.servers.map((server) =>
-        `server   ${server.name}: ${candidates.includes(server) ? "may be asked" : whyNot(server)}`
+  if ("status" in found) return `route    ${found.route}\nanswer   ${found.action} ${found.status}`;
+  return [
+    `route    ${found.route}`,
+    ...found.restricted ? ["clients  only those that allow and deny admit"] : [],
+    `target   ${found.target}`,
+    ...found.services.flatMap(({ service, weight, fallback, strategy, servers }) => [
+      `service  ${service}${
+        fallback ? " (fallback)" : weight < found.weight ? ` (${weight} of ${found.weight})` : ""
+      }: ${strategy}`,
+      ...servers.map(({ server, asked, why }) =>
+        `server   ${server}: ${asked ? "may be asked" : `is not asked: ${why}`}`
       ),
-    ];
-  });
-  const clients = route.admits ? ["clients  only those that allow and deny admit"] : [];
-  return [`route    ${route.name}`, ...clients, `target   ${method} ${targetOf(exchange, route)}`, ...services].join(
-    "\n",
-  );
+    ]),
+  ].join("\n");
 }
-
-/** Why a server that has just started would not be asked. */
-const whyNot = ({ weight }: Server): string =>
-  weight === 0 ? "is not asked: its weight is 0" : "is not asked: a backup";
 
 /** Three small servers inside this process, and a config that balances over them. */
 async function demo(): Promise<string> {
@@ -5022,7 +5689,8 @@ async function run(call: Call): Promise<void> {
   const listeners: Listener[] = [];
   for (const at of config.listen) listeners.push(await openListener((request, env) => lb.fetch(request, env), at));
   if (config.admin) {
-    const admin = createAdmin(lb);
+    const file = text === undefined ? { file: call.file } : {};
+    const admin = createAdmin(lb, { ...file, parse: (text) => load(call, text) });
     const { address } = await openListener((request, env) => admin.fetch(request, env), config.admin.listen);
     effects.report("info", `admin on http://${address}`);
   }
@@ -5031,7 +5699,7 @@ async function run(call: Call): Promise<void> {
   if (text === undefined) {
     process.on("SIGHUP", reload);
     setInterval(() => {
-      if (seen !== (seen = fileStamp(call.file))) reload();
+      if (seen !== (seen = fileStamp(call.file)) && !isInForce(call.file, lb)) reload();
     }, WATCH_TICK);
   }
   process.stderr.on("error", () => {}); // nobody reads it any more: reporting that would go round in circles
@@ -5047,6 +5715,15 @@ async function openListener(fetch: (request: Request, env: object) => ReturnType
     return await runtimes[here].serve((request, env) => fetch(request, env as object), at.host, at.port);
   } catch (error) {
     throw new StartError(`cannot listen on ${shown(at.host, at.port)}: ${(error as Error).message}`);
+  }
+}
+
+/** Whether a file says what is in force: what the admin API has saved is. */
+function isInForce(file: string, { balancer: { table, reloadFailed } }: LoadBalancer): boolean {
+  try {
+    return !reloadFailed && readText(file) === table.config.text;
+  } catch {
+    return false;
   }
 }
 
@@ -5075,10 +5752,7 @@ function again(call: Call, lb: LoadBalancer): void {
     const config = load(call);
     lb.reload(config);
     effects.report("info", `${call.file} is in force again`);
-    const places = ({ listen, admin }: Config) => JSON.stringify([listen, admin?.listen]);
-    if (places(config) !== places(table.config)) {
-      effects.report("warn", "listen has changed: that takes effect with the next start");
-    }
+    if (needsRestart(config, table.config)) effects.report("warn", NEEDS_RESTART);
     announce(lb);
   } catch (error) {
     lb.balancer.reloadFailed = true;
@@ -5115,7 +5789,7 @@ async function main(args: string[], env: Call["env"]): Promise<number | undefine
     if (options.schema) return print(JSON.stringify(jsonSchema(), null, 2));
     if (options.check) return print(`${call.file} is fine: ${summary(load(call))}`);
     if (options["print-config"]) return print(printConfig(load(call)));
-    if (options.explain !== undefined) return print(explain(load(call), options.explain));
+    if (options.explain !== undefined) return print(explained(load(call), options.explain));
     await run(call);
   } catch (error) {
     if (![UsageError, ConfigError, StartError].some((known) => error instanceof known)) throw error;

@@ -49,7 +49,7 @@ test("what is left out has the documented default", () => {
   assert.deepEqual({ listen, trust, log, name_routes }, {
     listen: [{ host: "", port: 8080 }],
     trust: [],
-    log: { format: "combined", sample: 1 },
+    log: "combined",
     name_routes: false,
   });
   const { servers, health, cors, ...rest } = config.services.get("default")!;
@@ -487,10 +487,7 @@ const WRONG: [text: string, ...expected: string[]][] = [
     '2:22: trust[1]: "1.2.3" is not an address or a network such as 10.0.0.0/8',
     '2:29: trust[2]: "fe80::1%eth0" is not an address or a network such as 10.0.0.0/8',
   ],
-  [`${ROUTE}log: xml`, '2:6: log: "xml" is not combined, json or off, or a map with format and sample'],
-  [`${ROUTE}log: { format: xml }`, '2:16: log.format: "xml" is not one of combined, json, off'],
-  [`${ROUTE}log: { sample: 2 }`, "2:16: log.sample: 2 is not a percentage from 0% to 100%"],
-  [`${ROUTE}log: { sampel: 1% }`, '2:8: log.sampel: unknown key; did you mean "sample"?'],
+  [`${ROUTE}log: xml`, '2:6: log: "xml" is not one of combined, json, off'],
   [
     `${ROUTE}defaults: { servers: [a:1] }`,
     "2:13: defaults.servers: unknown key; allowed: strategy, health, eject, panic, retry_budget, max_in_flight, queue, fallback, sticky, tls, retries, retry_on, timeouts, host_header, compress, cors",
@@ -724,7 +721,7 @@ default: { servers: [z:1], cors: {} }
 test("what is printed is read again as the same config", () => {
   for (const text of [FULL, ROUTE, SHOP + "default: { split: { shop: 1 }, cors: {} }"]) {
     const config = parseConfig(text);
-    assert.deepEqual(parseConfig(printConfig(config)), config);
+    assert.deepEqual({ ...parseConfig(printConfig(config)), text: "" }, { ...config, text: "" });
   }
 });
 
@@ -768,7 +765,7 @@ test("any times, shares, sizes and texts survive printing and reading", () => {
     const { action } = config.routes[1]!;
     assert.equal(action.kind === "respond" && action.body, body);
     assert.equal(config.services.get("s")!.timeouts.idle, ms);
-    assert.deepEqual(parseConfig(printConfig(config)), config);
+    assert.deepEqual({ ...parseConfig(printConfig(config)), text: "" }, { ...config, text: "" });
   }
 });
 
