@@ -1152,6 +1152,29 @@ export interface ClientSide {
   resume(): void;
 }
 
+/** A client's side that is messages: what runtimes have that do not give the connection away. */
+export interface MessageSide {
+  send(message: string | Bytes): void;
+  /** False: no more until `drained`. */
+  hasRoom(): boolean;
+  ping?(payload: Bytes): void; // absent: pings and pongs end at the runtime
+  pong?(payload: Bytes): void;
+  close(code: number, reason: string): void;
+  /** Ends the connection without a close frame, or as near to that as can be. */
+  cut(): void;
+  pause(): void;
+  resume(): void;
+}
+
+/** What such a client says. */
+export interface MessageEvents {
+  message(message: string | Uint8Array): void;
+  ping(payload: Uint8Array): void; // that the runtime has answered
+  pong(payload: Uint8Array): void;
+  drained(): void;
+  closed(code: number, reason: string): void; // 1005: without a code; 1006: without a close frame
+}
+
 /** `fetch`, with the attempt where the init would be. Rejects with a `WireError` before the head of an answer. */
 export type Fetch = (url: string, attempt: Attempt) => Promise<Response>;
 
@@ -2815,7 +2838,7 @@ async function forward(
 // 13. Upgrade: one attempt, both ways. WebSockets, from the handshake to the last frame.
 // ---------------------------------------------------------------------------------------------------------------------
 
-const GOING_AWAY = 1001;
+const [GOING_AWAY, BAD_GATEWAY] = [1001, 1014]; // close codes: section 7.4.1, and IANA's WebSocket registry
 const PARTING = 5_000; // milliseconds of silence that the end of a WebSocket may take
 
 /** Whether a request asks for a WebSocket (RFC 6455 section 4.1). Any other upgrade is answered as plain HTTP/1.1. */
@@ -2924,13 +2947,13 @@ function clientLeft(tunnel: Tunnel): void {
 }
 
 /** Ends a WebSocket in the middle: both sides are told so, unless they are in the middle of a frame. */
-function closeTunnel(tunnel: Tunnel, code: number): void {
+function closeTunnel(tunnel: Tunnel, toClient: number, toServer = toClient): void {
   if (tunnel.closing || tunnel.left || tunnel.over) return;
   tunnel.closing = true;
-  tunnel.client?.close(code);
+  tunnel.client?.close(toClient);
   tunnel.client?.resume();
   tunnel.server.resume();
-  if (isBetween(tunnel.up)) tunnel.server.write(closeFrame(code, true));
+  if (isBetween(tunnel.up)) tunnel.server.write(closeFrame(toServer, true));
   tunnel.server.end();
 }
 
@@ -2946,35 +2969,6 @@ function look(tunnel: Tunnel, now: number): void {
     tunnel.since = now;
     closeTunnel(tunnel, GOING_AWAY);
   }
-}
-
-/** The client's side where it is bytes: what both say passes as it is, extensions and all. `early`: what it has said already. */
-function joinSocket(tunnel: Tunnel, client: Socket, early: Bytes): void {
-  const hear = (bytes: Bytes) => {
-    if (tunnel.closing) return;
-    follow(tunnel, tunnel.up, bytes);
-    fromClient(tunnel, bytes);
-  };
-  client.on("data", hear);
-  client.on("drain", () => tunnel.server.resume());
-  client.on("end", () => clientLeft(tunnel));
-  client.on("error", () => {}); // "close" comes after it
-  client.on("close", () => clientLeft(tunnel));
-  joinClient(tunnel, {
-    deliver(bytes) {
-      follow(tunnel, tunnel.down, bytes);
-      return client.write(bytes);
-    },
-    close(code) {
-      if (code && isBetween(tunnel.down)) client.write(closeFrame(code, false));
-      client.setTimeout(PARTING, () => client.destroy());
-      if (tunnel.over) client.destroySoon();
-      else client.end();
-    },
-    pause: () => client.pause(),
-    resume: () => client.resume(),
-  });
-  if (early.length) hear(early);
 }
 
 // Frames (RFC 6455 section 5.2).
@@ -3044,7 +3038,7 @@ function follow(tunnel: Tunnel, frames: Frames, bytes: Bytes): void {
   });
 }
 
-const CLOSE = 8; // an opcode
+const [TEXT, BINARY, CLOSE, PING, PONG] = [1, 2, 8, 9, 10] as const; // opcodes; 0 continues a message
 
 /** A whole frame. What goes to a server is masked. */
 function frameOf(opcode: number, payload: Uint8Array, masked: boolean): Bytes {
@@ -3068,6 +3062,144 @@ function closeFrame(code: number, masked: boolean, reason = ""): Bytes {
   const payload = Buffer.from(`  ${reason}`);
   payload.writeUInt16BE(code);
   return frameOf(CLOSE, code === 1005 ? NO_BYTES : payload, masked);
+}
+
+/** The client's side where it is bytes: what both say passes as it is, extensions and all. `early`: what it has said already. */
+function joinSocket(tunnel: Tunnel, client: Socket, early: Bytes): void {
+  const hear = (bytes: Bytes) => {
+    if (tunnel.closing) return;
+    follow(tunnel, tunnel.up, bytes);
+    fromClient(tunnel, bytes);
+  };
+  client.on("data", hear);
+  client.on("drain", () => tunnel.server.resume());
+  client.on("end", () => clientLeft(tunnel));
+  client.on("error", () => {}); // "close" comes after it
+  client.on("close", () => clientLeft(tunnel));
+  joinClient(tunnel, {
+    deliver(bytes) {
+      follow(tunnel, tunnel.down, bytes);
+      return client.write(bytes);
+    },
+    close(code) {
+      if (code && isBetween(tunnel.down)) client.write(closeFrame(code, false));
+      client.setTimeout(PARTING, () => client.destroy());
+      if (tunnel.over) client.destroySoon();
+      else client.end();
+    },
+    pause: () => client.pause(),
+    resume: () => client.resume(),
+  });
+  if (early.length) hear(early);
+}
+
+const MAX_MESSAGE = 67_108_864; // bytes, where the client's side is messages
+const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+
+/** A message that is being put together out of frames, and a control frame that may stand between them. */
+interface Pieces {
+  opcode: number; // of the message; 0: none has begun
+  message: Bytes[];
+  size: number;
+  control: Bytes[];
+}
+
+/** Whether a frame of a server may stand here: 0, or a close code. */
+function judgeFrame({ first, masked, left }: Frames, pieces: Pieces): number {
+  const opcode = first & 15, fin = first > 127;
+  if (first & 0x70 || masked || opcode > PONG || opcode > BINARY && opcode < CLOSE) return 1002;
+  if (opcode >= CLOSE) return fin && left < 126 ? 0 : 1002;
+  if ((opcode === 0) !== (pieces.opcode !== 0)) return 1002;
+  pieces.opcode ||= opcode;
+  pieces.size += left;
+  return pieces.size > MAX_MESSAGE ? 1009 : 0;
+}
+
+/** Reads a server's frames strictly (RFC 6455 section 5), and tells each message and control frame as it ends. */
+function readFrames(frames: Frames, pieces: Pieces, bytes: Bytes, tell: (opcode: number, payload: Bytes) => number) {
+  return walk(frames, bytes, () => judgeFrame(frames, pieces), (piece, ends) => {
+    const opcode = frames.first & 15, list = opcode >= CLOSE ? pieces.control : pieces.message;
+    if (piece.length) list.push(piece);
+    if (!ends || opcode < CLOSE && frames.first < 128) return 0;
+    const payload = list.length === 1 ? list[0]! : Buffer.concat(list), told = opcode >= CLOSE ? opcode : pieces.opcode;
+    list.length = 0;
+    if (opcode < CLOSE) pieces.opcode = pieces.size = 0;
+    return tell(told, payload);
+  });
+}
+
+/** What a close frame says: its code, 1005 where it has none, or undefined where it is not valid (section 7.4). */
+function closeOf(payload: Bytes): { code: number; reason: string } | undefined {
+  if (payload.length === 0) return { code: 1005, reason: "" };
+  const code = payload.length > 1 ? payload.readUInt16BE() : 0;
+  const known = code > 999 && code < 1015 && (code < 1004 || code > 1006) || code > 2999 && code < 5000;
+  return known ? { code, reason: utf8.decode(payload.subarray(2)) } : undefined;
+}
+
+/** The client's side where it is messages: frames stand only between us and the server. */
+function joinMessages(tunnel: Tunnel, side: MessageSide): MessageEvents {
+  const pieces: Pieces = { opcode: 0, message: [], size: 0, control: [] };
+  let answered = 0; // pings of the client, by the runtime: the server's pongs to them end here
+  const tell = (opcode: number, payload: Bytes): number => {
+    if (tunnel.said) return 0; // what follows a close frame is nothing
+    if (opcode !== PONG || answered === 0) return hand(tunnel, side, opcode, payload);
+    answered--;
+    return 0;
+  };
+  const say = (opcode: number, payload: Uint8Array) => fromClient(tunnel, frameOf(opcode, payload, true));
+  joinClient(tunnel, {
+    deliver(bytes) {
+      const mistake = readFrames(tunnel.down, pieces, bytes, tell);
+      if (mistake) tunnel.problem = "invalid-answer";
+      if (mistake) closeTunnel(tunnel, mistake === 1009 ? mistake : BAD_GATEWAY, mistake);
+      return side.hasRoom();
+    },
+    close(code) {
+      if (code) side.close(code, "");
+      else if (!tunnel.said) side.cut();
+    },
+    pause: () => side.pause(),
+    resume: () => side.resume(),
+  });
+  return {
+    message: (message) => typeof message === "string" ? say(TEXT, Buffer.from(message)) : say(BINARY, message),
+    ping(payload) {
+      answered++;
+      say(PING, payload);
+    },
+    pong: (payload) => say(PONG, payload),
+    drained() {
+      tunnel.server.resume();
+      if (tunnel.over && !tunnel.said) side.cut();
+    },
+    closed(code, reason) {
+      if (code !== 1006 && !tunnel.closing && !tunnel.over) {
+        tunnel.said = true;
+        tunnel.server.write(closeFrame(code, true, reason));
+      }
+      clientLeft(tunnel);
+    },
+  };
+}
+
+/** Passes on what a server has said: 0, or a close code for one that breaks the rules. */
+function hand(tunnel: Tunnel, side: MessageSide, opcode: number, payload: Bytes): number {
+  try {
+    if (opcode === TEXT) side.send(utf8.decode(payload));
+    else if (opcode === BINARY) side.send(payload);
+    else if (opcode === PING && side.ping) side.ping(payload);
+    else if (opcode === PING) tunnel.server.write(frameOf(PONG, payload, true));
+    else if (opcode === PONG) side.pong?.(payload);
+    else {
+      const close = closeOf(payload);
+      if (close === undefined) return 1002;
+      tunnel.said = true;
+      side.close(close.code, close.reason);
+    }
+    return 0;
+  } catch { // not UTF-8
+    return 1007;
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -4002,12 +4134,28 @@ interface Globals {
       handler: Serve,
     ): { addr: { port: number }; shutdown(): Promise<void> };
     stdout: { write(bytes: Uint8Array): Promise<number> };
+    upgradeWebSocket(
+      request: Request,
+      options: { protocol?: string; idleTimeout: number },
+    ): { response: Response; socket: WebSocket };
   };
   Bun?: { serve(options: Record<string, unknown>): BunServer };
   navigator?: { userAgent?: string };
 }
+interface BunSocket {
+  data: BunTunnel;
+  send(message: string | Uint8Array): number;
+  ping(payload: Uint8Array): void;
+  pong(payload: Uint8Array): void;
+  close(code?: number, reason?: string): void;
+  terminate(): void;
+  pause(): void;
+  resume(): void;
+  getBufferedAmount(): number;
+}
 interface BunServer {
   port: number;
+  upgrade(request: Request, options: { headers: Headers; data: BunTunnel }): boolean;
   requestIP(request: Request): { address: string } | null;
   stop(): Promise<void>;
 }
@@ -4112,6 +4260,116 @@ const switching = (headers: readonly string[]): string =>
   pairs(headers).reduce((head, [name, value]) => `${head}${name}: ${value}\r\n`, SWITCHING) + "\r\n";
 const SWITCHING = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n";
 
+/** The headers of a 101 that the runtime does not write itself. */
+function switchedHeaders(tunnel: Tunnel): Headers {
+  const headers = new Headers(pairs(tunnel.headers));
+  for (const name of ["accept", "extensions"]) headers.delete(`sec-websocket-${name}`);
+  return headers;
+}
+
+/** Deno has messages only, answers pings itself and looks for silent clients by pings of its own. */
+function denoAccept(request: Request, tunnel: Tunnel): Response {
+  const { protocol, idle } = tunnel;
+  const options = { ...(protocol && { protocol }), idleTimeout: idle < Infinity ? idle / 1_000 : 0 };
+  const { response, socket } = globals.Deno!.upgradeWebSocket(request, options);
+  const headers = switchedHeaders(tunnel);
+  headers.delete("sec-websocket-protocol");
+  headers.forEach((value, name) => response.headers.append(name, value));
+  let events: MessageEvents | undefined;
+  socket.binaryType = "arraybuffer";
+  socket.onopen = () => void (events = joinMessages(tunnel, denoSide(socket, () => events?.drained())));
+  socket.onmessage = ({ data }) => events?.message(typeof data === "string" ? data : new Uint8Array(data));
+  socket.onclose = ({ code, reason, wasClean }) => events?.closed(wasClean ? code : 1006, reason);
+  socket.onerror = () => events ?? clientLeft(tunnel);
+  return response;
+}
+
+/** Nothing says when there is room again: that is looked at every 5 ms while there is none. */
+function denoSide(socket: WebSocket, drained: () => void): MessageSide {
+  const reading = denoReading(socket);
+  const isFull = () => socket.bufferedAmount >= WINDOW;
+  let waits = false;
+  const wait = () => {
+    waits = isFull();
+    if (waits) setTimeout(wait, 5);
+    else drained();
+  };
+  const close = (code: number, reason = "") => {
+    reading.resume(); // for the client's close frame
+    if (code === 1005) socket.close();
+    else socket.close(code, reason);
+  };
+  return {
+    send: (message) => socket.send(message),
+    hasRoom() {
+      if (!waits && isFull()) wait();
+      return !waits;
+    },
+    close,
+    cut: () => close(BAD_GATEWAY),
+    ...reading,
+  };
+}
+
+/**
+ * Deno has no pause. But its WebSocket reads in a loop that ends where it finds itself closed behind a message, and that
+ * can be begun again. Where another Deno does not have these names nothing is paused, and what comes waits in memory.
+ */
+function denoReading(socket: WebSocket): Pick<MessageSide, "pause" | "resume"> {
+  const symbol = (owner: object, name: string) =>
+    Object.getOwnPropertySymbols(owner).find(({ description }) => description === name);
+  const loop = symbol(WebSocket.prototype, "[[eventLoop]]"), state = symbol(socket, "[[readyState]]");
+  const inside = socket as unknown as Record<symbol, unknown>;
+  let paused = false;
+  return {
+    pause() {
+      if (paused || !loop || !state || socket.readyState !== WebSocket.OPEN) return;
+      paused = true;
+      inside[state] = WebSocket.CLOSED;
+      queueMicrotask(() => inside[state] = WebSocket.OPEN);
+    },
+    resume() {
+      if (!paused) return;
+      paused = false;
+      (inside[loop!] as () => void).call(socket);
+    },
+  };
+}
+
+/** What Bun keeps beside a WebSocket. */
+interface BunTunnel {
+  tunnel: Tunnel;
+  events: MessageEvents | undefined; // as soon as it is open
+}
+
+/** Bun's own handlers: `Bun.serve` takes them beside `fetch`. */
+export const websocket = {
+  idleTimeout: 0,
+  sendPings: false,
+  maxPayloadLength: MAX_MESSAGE,
+  backpressureLimit: 4 * MAX_MESSAGE, // beyond it messages would be lost; the server has been paused long before
+  open: (socket: BunSocket) => void (socket.data.events = joinMessages(socket.data.tunnel, bunSide(socket))),
+  message: ({ data }: BunSocket, message: string | Uint8Array) => data.events?.message(message),
+  ping: ({ data }: BunSocket, payload: Uint8Array) => data.events?.ping(payload),
+  pong: ({ data }: BunSocket, payload: Uint8Array) => data.events?.pong(payload),
+  drain: (socket: BunSocket) => void (socket.getBufferedAmount() < WINDOW && socket.data.events?.drained()),
+  close: ({ data }: BunSocket, code: number, reason: string) => data.events?.closed(code, reason),
+};
+
+const bunSide = (socket: BunSocket): MessageSide => ({
+  send: (message) => void socket.send(message),
+  hasRoom: () => socket.getBufferedAmount() < WINDOW,
+  ping: (payload) => socket.ping(payload),
+  pong: (payload) => socket.pong(payload),
+  close: (code, reason) => code === 1005 ? socket.close() : socket.close(code, reason),
+  cut() {
+    if (socket.getBufferedAmount() === 0) socket.terminate();
+    else setTimeout(() => socket.terminate(), PARTING);
+  },
+  pause: () => socket.pause(),
+  resume: () => socket.resume(),
+});
+
 const HOP = Object.keys(ROLES).filter((name) => name !== "content-length"); // what ends at this hop
 
 /** The platform answers in place of a server that it cannot reach: its statuses, and what they mean here. */
@@ -4177,7 +4435,7 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
       request.signal; // a signal that is first read after the client has left never says so
       return clientOf(request, (env as { remoteAddr?: { hostname?: string } } | undefined)?.remoteAddr?.hostname);
     },
-    upgrade: () => undefined,
+    upgrade: (request) => ({ raw: false, accept: (tunnel) => denoAccept(request, tunnel) }),
     transport: () => createWire(),
     print: (bytes) => globals.Deno!.stdout.write(bytes).catch(() => bytes.length), // its node:fs would hold up everything
   },
@@ -4190,11 +4448,19 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
         idleTimeout: 0,
         maxRequestBodySize: Infinity,
       };
-      const server = globals.Bun!.serve({ ...options, development: false, fetch });
+      const server = globals.Bun!.serve({ ...options, development: false, fetch, websocket });
       return Promise.resolve({ address: shown(host, server.port), close: () => server.stop() });
     },
     client: (request, env) => clientOf(request, (env as BunServer | undefined)?.requestIP?.(request)?.address),
-    upgrade: () => undefined,
+    upgrade: (request, env) => ({
+      raw: false,
+      accept(tunnel) {
+        const data = { tunnel, events: undefined };
+        const done = (env as BunServer).upgrade(request, { headers: switchedHeaders(tunnel), data });
+        if (!done) throw new Error("the client has left");
+        return new Response(null);
+      },
+    }),
     transport: () => createWire(),
     print: printed,
   },
