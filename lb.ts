@@ -465,11 +465,17 @@ const Admin = v.pipe(
   v.check(({ token, read_token }) => !read_token || !!token, "needs a token beside read_token"),
   v.check(({ token, read_token }) => !token || token !== read_token, "token and read_token are the same"),
 );
+const LogFormat = oneOf("combined", "json", "off");
+const LogMap = map({ format: opt(LogFormat, "combined"), sample: opt(Percent, "100%") });
+const Log = v.pipe(
+  either("combined, json or off, or a map with format and sample", LogFormat, LogMap),
+  v.transform((log): Out<typeof LogMap> => typeof log === "string" ? { format: log, sample: 1 } : log),
+);
 const RoutesFile = map({
   listen: key(many(Listen, "a port or an address", 1), "where clients connect", 8080),
   admin: key(Admin, "the API and the pages for operators: listen, token, read_token (may only look)"),
   trust: key(Networks, "peers whose X-Forwarded-* and Forwarded are believed", []),
-  log: key(oneOf("combined", "json", "off"), "the access log", "combined"),
+  log: key(Log, "combined, json or off; or {format, sample}: a share of what succeeds", "combined"),
   name_routes: key(Bool, "true: every service answers under /<its name>/..., prefix stripped", false),
   defaults: key(map(settings), "any key of a service, for all services", {}),
   services: key(dict(ServiceName, Service), "servers that answer the same", {}),
@@ -1062,6 +1068,11 @@ export interface Exchange extends Draw {
   cookie: string; // Set-Cookie for a client that is new to its server, or empty
   quota: readonly string[]; // what the answer says about the client's rate: name, value, ...
   attempt: Attempt | undefined; // the latest
+  trace: string; // 32 digits, from the client or begun by us; empty: not asked for yet
+  flags: string; // of the trace; 01: somebody records it
+  state: string; // tracestate, that came with it
+  span: string; // 16 digits, of the latest attempt
+  chosen: boolean; // its line is written even if nothing goes wrong
   entrypoint: Entrypoint;
   endedAt: number; // when the last byte had passed
   status: number; // of the final answer; 0: there is none yet
@@ -1185,6 +1196,7 @@ export interface Balancer {
   name: string; // of this process, in request ids
   via: string; // how we are called in Via: by it a request that comes back is known
   runtime: string; // deno, bun, node or edge
+  seeds: readonly number[]; // of the ids of traces and spans
   startedAt: Date;
   // changes while serving
   requests: number;
@@ -1192,6 +1204,7 @@ export interface Balancer {
   entrypoints: Map<string, Entrypoint>; // by name
   tunnels: Set<Tunnel>; // WebSockets that are open
   draining: boolean; // it takes no new connections, and will end
+  ids: number; // of traces and spans, so far
   failures: Map<string, number>; // how often each of FAILURES was the end of a request
   reloads: number;
   reloadedAt: Date; // when the table in force became it
@@ -2617,6 +2630,8 @@ const PASSAGES: Record<string, Passage> = {
   "proxy-authorization": "drop",
   "proxy-connection": "drop",
   "te": "drop",
+  "traceparent": "drop",
+  "tracestate": "drop",
   "trailer": "drop",
   "transfer-encoding": "drop",
   "upgrade": "drop",
@@ -2663,9 +2678,48 @@ function clientBehind(peer: string, told: Map<string, string>, trusts: Table["tr
   return client;
 }
 
+/** The values of a header, joined; empty where it is not there. The runtimes' own Headers take ten times as long. */
+function valueIn(headers: readonly string[], name: string): string {
+  let value = "";
+  for (let i = 0; i < headers.length; i += 2) {
+    const field = headers[i]!;
+    if (field.length === name.length && field.toLowerCase() === name) value = join(value, headers[i + 1]!);
+  }
+  return value;
+}
+
+const HEX = Array.from({ length: 256 }, (_, byte) => byte.toString(16).padStart(2, "0"));
+const digits = (word: number): string =>
+  HEX[word >>> 24]! + HEX[word >>> 16 & 255]! + HEX[word >>> 8 & 255]! + HEX[word & 255]!;
+
+/** 16 digits, other ones each time: a counter, mixed (0.1 us; crypto's take 0.2 to 2). They need to keep no secret. */
+function newId(balancer: Balancer): string {
+  const [, , low, high] = balancer.seeds as [number, number, number, number];
+  const id = mix(low + ++balancer.ids | 0);
+  return digits(mix(id ^ high)) + digits(id);
+}
+
+/** W3C Trace Context: a trace id, who asks, and flags. Nothing stands behind them in version 00; later ones may add. */
+const TRACEPARENT =
+  /^(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-([0-9a-f]{2})(?:$|(?<!^00.{53})-)/;
+
+/**
+ * Takes up the client's trace, or begins one. As with other proxies anybody may send one, for nothing depends on it; one
+ * that is not valid is not passed on.
+ */
+function takeUpTrace(balancer: Balancer, exchange: Exchange): void {
+  const sent = TRACEPARENT.exec(valueIn(exchange.headers, "traceparent"));
+  const [high, low] = balancer.seeds as [number, number];
+  exchange.trace = sent?.[1] ?? digits(high) + digits(low) + newId(balancer);
+  exchange.flags = sent ? HEX[parseInt(sent[2]!, 16) & 3]! : exchange.chosen ? "01" : "00"; // what we know: sampled, random
+  exchange.state = sent ? valueIn(exchange.headers, "tracestate") : "";
+}
+
 /** The headers of the request as its servers get them; Host stands first and is filled in for each of them. */
-function outbound(exchange: Exchange, via: string): string[] {
+function outbound(exchange: Exchange, balancer: Balancer): string[] {
   const { headers, host, peer, scheme, told } = exchange;
+  if (!exchange.trace) takeUpTrace(balancer, exchange);
+  exchange.span = newId(balancer);
   let out = ["host", host];
   let [connection, chain] = ["", ""];
   for (let i = 0; i < headers.length; i += 2) {
@@ -2686,10 +2740,13 @@ function outbound(exchange: Exchange, via: string): string[] {
     "forwarded",
     join(told?.get("forwarded"), `for=${forwardedFor(peer)};host="${host}";proto=${scheme}`),
     "via",
-    join(chain, via),
+    join(chain, balancer.via),
     "x-request-id",
     exchange.id,
+    "traceparent",
+    `00-${exchange.trace}-${exchange.span}-${exchange.flags}`,
   );
+  if (exchange.state) out.push("tracestate", exchange.state);
   if (exchange.upgrade) out.push("connection", "Upgrade", "upgrade", "websocket");
   if (exchange.upgrade?.raw === false) out = without(out, EXTENSIONS);
   for (const [name, value] of told ?? []) if (!OURS.has(name)) out.push(name, value);
@@ -2802,7 +2859,7 @@ async function forward(
   const { method, body, length } = exchange;
   const [route, destination] = [exchange.route!, exchange.destination!];
   const url = server.url + targetOf(exchange, route);
-  const headers = outbound(exchange, balancer.via);
+  const headers = outbound(exchange, balancer);
   headers[1] = hostFor(exchange, server);
   const attempt: Attempt = exchange.attempt = {
     method,
@@ -3476,55 +3533,149 @@ function withoutCookie(headers: readonly string[], name: string): readonly strin
 
 const MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split(" ");
 
-/** `21/Nov/2026:03:14:42 +0000`, the time of Apache's logs, in UTC. */
-function clfTime(date: Date): string {
-  const iso = date.toISOString();
-  return `${iso.slice(8, 10)}/${MONTHS[date.getUTCMonth()]}/${iso.slice(0, 4)}:${iso.slice(11, 19)} +0000`;
-}
-
-/** A text between quotes in which no byte can begin another line or end the quotes. */
-const logged = (text: string | null): string =>
-  text ? text.replace(/[^\x20-\x7e]|["\\]/g, (c) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`) : "-";
-
-function accessRecord(exchange: Exchange, effects: Effects) {
-  const { request, client, method, host, path, query, status, bytes, route, destination, tried, id, problem } =
-    exchange;
-  return {
-    time: effects.date(),
-    client,
-    method,
-    host,
-    target: (path || request.url) + query,
-    status,
-    bytes,
-    referer: request.headers.get("referer"),
-    agent: request.headers.get("user-agent"),
-    id,
-    route: route?.name ?? "-",
-    service: destination?.service.name ?? "-",
-    server: tried.at(-1)?.name ?? "-",
-    attempts: tried.length,
-    milliseconds: Math.round((effects.now() - exchange.started) * 1_000) / 1_000,
-    failure: problem || "-",
+/** A text of a time, made once a second: it serves thousands of lines. */
+function onceASecond(write: (date: Date) => string): (date: Date) => string {
+  let [second, text] = [NaN, ""];
+  return (date) => {
+    const now = Math.floor(date.getTime() / 1_000);
+    if (now !== second) [second, text] = [now, write(date)];
+    return text;
   };
 }
 
-/** The formats of `log:`. Combined is Apache's, and behind it service, server, attempts and milliseconds. */
+/** `21/Nov/2026:03:14:42 +0000`, the time of Apache's logs, in UTC. */
+const clfTime = onceASecond((date) => {
+  const iso = date.toISOString();
+  return `${iso.slice(8, 10)}/${MONTHS[date.getUTCMonth()]}/${iso.slice(0, 4)}:${iso.slice(11, 19)} +0000`;
+});
+const isoSecond = onceASecond((date) => date.toISOString().slice(0, 20));
+/** `2026-11-21T03:14:42.000Z` */
+const isoTime = (date: Date): string => `${isoSecond(date)}${String(date.getTime() % 1_000).padStart(3, "0")}Z`;
+
+/** Bytes of the request's body that were meant for servers. */
+const receivedBy = ({ attempt, length }: Exchange): number =>
+  attempt === undefined ? 0 : length < 0 ? attempt.uploaded : length;
+
+/** What a line says of a request. Times are milliseconds since it came in; what there is not is undefined. */
+interface AccessRecord {
+  time: Date;
+  client: string;
+  method: string;
+  scheme: string;
+  host: string;
+  url: string | undefined; // where it was refused before its path was known
+  path: string | undefined;
+  query: string | undefined;
+  status: number;
+  received: number; // bytes of the request's body
+  bytes: number; // of the answer's
+  referer: string | undefined;
+  agent: string | undefined;
+  id: string;
+  trace: string;
+  span: string | undefined; // of the last attempt
+  route: string | undefined;
+  service: string | undefined;
+  server: string | undefined; // the last that was asked
+  attempts: number;
+  connected: number | undefined; // the last attempt had a connection
+  head: number | undefined; // the answer's head was there
+  ended: number;
+  failure: string | undefined;
+}
+
+function accessRecord(balancer: Balancer, exchange: Exchange): AccessRecord {
+  if (!exchange.trace) takeUpTrace(balancer, exchange);
+  const { headers, path, query, tried, attempt, started, endedAt, destination, problem } = exchange;
+  const since = (time = 0) =>
+    time >= started ? Math.round((Math.min(time, endedAt) - started) * 1_000) / 1_000 : undefined;
+  return {
+    time: balancer.effects.date(),
+    client: exchange.client,
+    method: exchange.method,
+    scheme: exchange.scheme,
+    host: hostName(exchange.host),
+    url: path ? undefined : exchange.request.url,
+    path: path || undefined,
+    query: query.slice(1) || undefined,
+    status: exchange.status,
+    received: receivedBy(exchange),
+    bytes: exchange.bytes,
+    referer: valueIn(headers, "referer") || undefined,
+    agent: valueIn(headers, "user-agent") || undefined,
+    id: exchange.id,
+    trace: exchange.trace,
+    span: exchange.span || undefined,
+    route: exchange.route?.name,
+    service: destination?.service.name,
+    server: tried.at(-1)?.name,
+    attempts: tried.length,
+    connected: since(attempt?.connectedAt),
+    head: since(attempt?.headAt),
+    ended: since(endedAt) ?? 0,
+    failure: problem || undefined,
+  };
+}
+
+/** A text in which no byte can begin another line or end the quotes around it, as Apache writes it. */
+const logged = (text = ""): string =>
+  text.replace(/[^\x20-\x7e]|["\\]/g, (c) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`) || "-";
+
+/** The same for JSON, in ASCII. */
+const inJson = (text: string): string =>
+  /^[ !#-[\]-~]*$/.test(text)
+    ? `"${text}"`
+    : JSON.stringify(text).replace(/[^\x20-\x7e]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
+
+/** What JSON calls it: OpenTelemetry's semantic conventions, and `lb.` before what has no name there. */
+const JSON_NAMES = Object.entries(
+  {
+    "client.address": "client",
+    "http.request.method": "method",
+    "url.scheme": "scheme",
+    "server.address": "host",
+    "url.full": "url",
+    "url.path": "path",
+    "url.query": "query",
+    "http.response.status_code": "status",
+    "http.request.body.size": "received",
+    "http.response.body.size": "bytes",
+    "http.request.header.referer": "referer",
+    "user_agent.original": "agent",
+    "error.type": "failure",
+    "trace_id": "trace",
+    "span_id": "span",
+    "lb.request_id": "id",
+    "lb.route": "route",
+    "lb.service": "service",
+    "lb.server": "server",
+    "lb.attempts": "attempts",
+    "lb.connected_ms": "connected",
+    "lb.head_ms": "head",
+    "lb.ended_ms": "ended",
+  } satisfies Record<string, Exclude<keyof AccessRecord, "time">>,
+);
+
+/** The formats of `log:`. Combined is Apache's; what stands behind it says who was asked, and how it went (see README). */
 const ACCESS_LINES = {
-  combined(exchange: Exchange, effects: Effects): string {
-    const r = accessRecord(exchange, effects);
-    const line = `"${r.method} ${logged(r.target)} HTTP/1.1" ${r.status} ${r.bytes} "${logged(r.referer)}" "${
-      logged(r.agent)
-    }"`;
-    return `${r.client} - - [${clfTime(r.time)}] ${line} ${
-      logged(r.service)
-    } ${r.server} ${r.attempts} ${r.milliseconds}`;
+  combined(r: AccessRecord): string {
+    const target = r.url ?? (r.query ? `${r.path}?${r.query}` : r.path);
+    const client = `${r.client} - - [${clfTime(r.time)}] "${r.method} ${
+      logged(target)
+    } HTTP/1.1" ${r.status} ${r.bytes}`;
+    const asked = `${logged(r.service)} ${r.server ?? "-"} ${r.attempts}`;
+    const times = `${r.connected ?? "-"}/${r.head ?? "-"}/${r.ended}`;
+    const names = `${r.failure ?? "-"} ${logged(r.id)} ${r.trace}`;
+    return `${client} "${logged(r.referer)}" "${logged(r.agent)}" ${asked} ${times} ${names}`;
   },
-  json: (exchange: Exchange, effects: Effects): string =>
-    JSON.stringify(accessRecord(exchange, effects)).replace(
-      /[\x7f-\x9f]/g,
-      (c) => `\\u00${c.charCodeAt(0).toString(16)}`,
-    ),
+  json(r: AccessRecord): string {
+    let line = `{"timestamp":"${isoTime(r.time)}"`;
+    for (const [name, key] of JSON_NAMES) {
+      const value = r[key];
+      if (value !== undefined) line += `,"${name}":${typeof value === "number" ? value : inJson(value)}`;
+    }
+    return line + "}";
+  },
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -3548,10 +3699,6 @@ function count(counters: Counters, milliseconds: number, bytesIn: number, bytesO
   while (bucket < BUCKETS.length && milliseconds > BUCKETS[bucket]!) bucket++;
   counters.durations[bucket]!++;
 }
-
-/** Bytes of the request's body that were meant for servers. */
-const receivedBy = ({ attempt, length }: Exchange): number =>
-  attempt === undefined ? 0 : length < 0 ? attempt.uploaded : length;
 
 /** All counters as one: what a service or an entrypoint has had. */
 export function totalOf(tallies: Tallies): Counters {
@@ -3706,7 +3853,7 @@ export function sumSamples([first, ...others]: ReadonlyMap<string, number>[]): M
   return sum;
 }
 
-/** The text that Prometheus reads (exposition format 0.0.4), of type `METRICS_TYPE`. */
+/** The text that Prometheus reads (exposition format 0.0.4): `text/plain; version=0.0.4`. */
 export function renderMetrics(samples: ReadonlyMap<string, number>): string {
   const lines = new Map<string, string[]>();
   for (const [series, value] of samples) entry(lines, familyOf(series), () => []).push(`${series} ${value}\n`);
@@ -3715,8 +3862,7 @@ export function renderMetrics(samples: ReadonlyMap<string, number>): string {
   ).join("");
 }
 
-/** Of what `renderMetrics` gives. */
-export const METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8";
+const METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8";
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 19. Balance: the request path. gate -> matchRoute -> pickServer -> forward -> settle -> (retry, minus those tried) -> response
@@ -3738,7 +3884,7 @@ const RETRIED_AS: Partial<Record<Failure, string | number>> = {
 
 /** The record of a request that has just come in. */
 function newExchange(balancer: Balancer, request: Request, from: Client, wrapped = false): Exchange {
-  const { table, effects } = balancer;
+  const { table, effects } = balancer, { log } = table.config;
   const told = table.config.trust.length > 0 && table.trusts(from.address) ? toldBy(from.headers) : undefined;
   const now = effects.now();
   return {
@@ -3771,6 +3917,11 @@ function newExchange(balancer: Balancer, request: Request, from: Client, wrapped
     cookie: "",
     quota: NO_HEADERS,
     attempt: undefined,
+    trace: "",
+    flags: "",
+    state: "",
+    span: "",
+    chosen: log.sample === 1 || effects.random() < log.sample,
     entrypoint: entry(balancer.entrypoints, from.scheme, newEntrypoint),
     endedAt: 0,
     status: 0,
@@ -4099,7 +4250,8 @@ function finished(balancer: Balancer, exchange: Exchange): void {
   }
   if (problem) balancer.failures.set(problem, (balancer.failures.get(problem) ?? 0) + 1);
   const { log } = exchange.table.config;
-  if (log !== "off") balancer.effects.write(ACCESS_LINES[log](exchange, balancer.effects));
+  if (log.format === "off" || !exchange.chosen && !problem && status < 500) return;
+  balancer.effects.write(ACCESS_LINES[log.format](accessRecord(balancer, exchange)));
 }
 
 /** Someone else's code has thrown, a strategy say: it costs its request and nothing more. */
@@ -4550,6 +4702,11 @@ const here: keyof typeof runtimes = globals.navigator?.userAgent === "Cloudflare
   ? "bun"
   : "node";
 
+/** A report in which nothing that a server or a client has said begins a line, or reaches a terminal as a command. */
+const oneLine = (text: string): string =>
+  text.replace(/[^\n\x20-\x7e\xa0-\uffff]/g, (c) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`)
+    .replaceAll("\n", "\n  ");
+
 /** The effects of the runtime that this runs on. */
 function defaultEffects(): Effects {
   const runtime = runtimes[here];
@@ -4569,7 +4726,8 @@ function defaultEffects(): Effects {
     client: runtime.client,
     upgrade: runtime.upgrade,
     write: (line) => console.log(line),
-    report: (level, text) => console.error(`${level}: ${text}`),
+    report: (level, text) =>
+      console.error(`${here === "edge" ? "" : `${new Date().toISOString()} `}${level}: ${oneLine(text)}`),
   };
 }
 
@@ -4742,7 +4900,9 @@ export function createLoadBalancer(
     draining: false,
     failures: new Map(),
     runtime: here,
+    seeds: Array.from({ length: 4 }, () => Math.floor(all.random() * 2 ** 32)),
     startedAt: begun,
+    ids: 0,
     reloads: 0,
     reloadedAt: begun,
     reloadFailed: false,
@@ -5270,7 +5430,7 @@ async function checkedBody<S extends Schema>(context: AdminContext, schema: S): 
   return output as Out<S>;
 }
 
-const json = (value: unknown, status = 200, headers: Record<string, string> = {}): Response =>
+const jsonOf = (value: unknown, status = 200, headers: Record<string, string> = {}): Response =>
   Response.json(value, { status, headers });
 
 /** The service that a change without a name means: the default, or the only one. */
@@ -5319,7 +5479,7 @@ const versionOf = (asked: Asked): Versioned => (config) =>
 function answerService(asked: Asked, status = 200): Response {
   const { effects, table } = asked.lb.balancer, entry = versionOf(asked)(table.config);
   const config = unveiled(masked(keysOf(entry, true), hidden));
-  return json({ ...serviceView(serviceOf(asked), effects.now()), config }, status, { etag: tagOf(entry)! });
+  return jsonOf({ ...serviceView(serviceOf(asked), effects.now()), config }, status, { etag: tagOf(entry)! });
 }
 
 /** Writes a service: a new one, another one in its place, or the one there is with changes. */
@@ -5374,7 +5534,7 @@ function editServer(asked: Asked, edit: (entry: Raw) => unknown): Promise<void> 
 /** 202: what has been told is done, and requests are still in flight there. */
 const answerServer = (asked: Asked, server: Server, status: number): Response => {
   const { effects, table } = asked.lb.balancer;
-  return json(serverView(server, effects.now()), status, { etag: tagOf(versionOf(asked)(table.config)) ?? '""' });
+  return jsonOf(serverView(server, effects.now()), status, { etag: tagOf(versionOf(asked)(table.config)) ?? '""' });
 };
 const stillBusy = (server: Server): 200 | 202 => server.inFlight > 0 ? 202 : 200;
 
@@ -5440,7 +5600,7 @@ async function writeConfig({ context, lb, change }: Asked, how: "PUT" | "PATCH")
 
 function answerConfig(context: AdminContext, { balancer: { table: { config } } }: LoadBalancer): Response {
   const headers = { etag: tagOf(config.text)! }, shown = shownConfig(config);
-  if (wantsJson(context)) return json(unveiled(shown), 200, headers);
+  if (wantsJson(context)) return jsonOf(unveiled(shown), 200, headers);
   return new Response(rewrite(config.text, shown), { headers: { ...headers, "content-type": "application/yaml" } });
 }
 
@@ -5483,7 +5643,7 @@ const OPERATIONS: Record<string, Operation> = {
       return answerService(asked);
     },
   },
-  "GET /services": { does: "All services and their servers", run: ({ lb }) => json(snapshotOf(lb.balancer)) },
+  "GET /services": { does: "All services and their servers", run: ({ lb }) => jsonOf(snapshotOf(lb.balancer)) },
   "GET /services/:service": { does: "One service, and how it is written", run: (asked) => answerService(asked) },
   "POST /services/:service": {
     does: "A new service",
@@ -5511,12 +5671,12 @@ const OPERATIONS: Record<string, Operation> = {
         (raw, config) => put(raw, placeOf(config, service.name), undefined),
         versionOf(asked),
       );
-      return json(serviceView(service, asked.lb.balancer.effects.now()));
+      return jsonOf(serviceView(service, asked.lb.balancer.effects.now()));
     },
   },
   "GET /services/:service/servers": {
     does: "The servers of a service",
-    run: (asked) => json(serviceView(serviceOf(asked), asked.lb.balancer.effects.now()).servers),
+    run: (asked) => jsonOf(serviceView(serviceOf(asked), asked.lb.balancer.effects.now()).servers),
   },
   "POST /services/:service/servers": { does: "A further server", takes: Server, gives: [201], run: postServer },
   "GET /services/:service/servers/:server": {
@@ -5567,12 +5727,12 @@ const OPERATIONS: Record<string, Operation> = {
     takes: RoutesFile,
     run: async ({ context, parse }) => {
       const { services, routes } = parse((await bodyOf(context)).text);
-      return json({ services: services.size, routes: routes.length });
+      return jsonOf({ services: services.size, routes: routes.length });
     },
   },
   "GET /routes": {
     does: "All routes, in the order of the file",
-    run: ({ lb }) => json(lb.balancer.table.config.routes.map(routeView)),
+    run: ({ lb }) => jsonOf(lb.balancer.table.config.routes.map(routeView)),
   },
   "GET /explain": {
     does:
@@ -5586,17 +5746,17 @@ const OPERATIONS: Record<string, Operation> = {
       if (!METHOD.test(method) || REFUSED_METHODS.has(method)) {
         throw invalid([{ path: "method", message: `${quote(method)} is not a method` }]);
       }
-      return json(explain(lb.balancer, method, url));
+      return jsonOf(explain(lb.balancer, method, url));
     },
   },
-  "GET /connections": { does: "What is in flight, and where", run: ({ lb }) => json(connections(lb.balancer)) },
-  "GET /health/live": { does: "200 as long as it runs", open: true, run: () => json({ status: "live" }) },
+  "GET /connections": { does: "What is in flight, and where", run: ({ lb }) => jsonOf(connections(lb.balancer)) },
+  "GET /health/live": { does: "200 as long as it runs", open: true, run: () => jsonOf({ status: "live" }) },
   "GET /health/ready": {
     does: "200, and 503 as soon as it drains",
     open: true,
-    run: ({ lb: { balancer } }) => balancer.draining ? problem(503, "draining") : json({ status: "ready" }),
+    run: ({ lb: { balancer } }) => balancer.draining ? problem(503, "draining") : jsonOf({ status: "ready" }),
   },
-  "GET /version": { does: "Of lb.ts, and where it runs", run: () => json({ version: VERSION, runtime: here }) },
+  "GET /version": { does: "Of lb.ts, and where it runs", run: () => jsonOf({ version: VERSION, runtime: here }) },
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -5844,9 +6004,10 @@ function load(call: Call, text = readText(call.file)): Config {
   }
   if (call.admin !== undefined) placeAdmin(config, call.admin);
   if (call.log !== undefined) {
-    const format = v.safeParse(RoutesFile.entries.log, call.log);
+    const format = v.safeParse(LogFormat, call.log), { source } = config;
     if (!format.success) throw new UsageError(`--log or LB_LOG: "${call.log}" is not combined, json or off`);
-    config.source.log = config.log = format.output;
+    config.log.format = format.output;
+    source.log = isRecord(source.log) ? { ...source.log, format: format.output } : format.output;
   }
   return config;
 }

@@ -49,7 +49,7 @@ test("what is left out has the documented default", () => {
   assert.deepEqual({ listen, trust, log, name_routes }, {
     listen: [{ host: "", port: 8080 }],
     trust: [],
-    log: "combined",
+    log: { format: "combined", sample: 1 },
     name_routes: false,
   });
   const { servers, health, cors, ...rest } = config.services.get("default")!;
@@ -487,7 +487,10 @@ const WRONG: [text: string, ...expected: string[]][] = [
     '2:22: trust[1]: "1.2.3" is not an address or a network such as 10.0.0.0/8',
     '2:29: trust[2]: "fe80::1%eth0" is not an address or a network such as 10.0.0.0/8',
   ],
-  [`${ROUTE}log: xml`, '2:6: log: "xml" is not one of combined, json, off'],
+  [`${ROUTE}log: xml`, '2:6: log: "xml" is not combined, json or off, or a map with format and sample'],
+  [`${ROUTE}log: { format: xml }`, '2:16: log.format: "xml" is not one of combined, json, off'],
+  [`${ROUTE}log: { sample: 2 }`, "2:16: log.sample: 2 is not a percentage from 0% to 100%"],
+  [`${ROUTE}log: { sampel: 1% }`, '2:8: log.sampel: unknown key; did you mean "sample"?'],
   [
     `${ROUTE}defaults: { servers: [a:1] }`,
     "2:13: defaults.servers: unknown key; allowed: strategy, health, eject, panic, retry_budget, max_in_flight, queue, fallback, sticky, tls, retries, retry_on, timeouts, host_header, compress, cors",

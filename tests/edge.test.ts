@@ -181,8 +181,11 @@ test("the access log is the console", { skip }, async (t) => {
   const lb = await edge(t, { log: "json", default: { servers: over(a) } });
   await lb.ask("/x?y", { headers: "CF-Connecting-IP: 192.0.2.7\r\n" });
   const line = await until("there is a line", () => lb.logs[0]);
-  const { client, method, target, status, bytes, server: asked } = JSON.parse(line);
-  assert.deepEqual([client, method, target, status, bytes, asked], ["192.0.2.7", "GET", "/x?y", 200, 4, a.address]);
+  const said = JSON.parse(line);
+  const names = "client.address http.request.method url.path url.query http.response.status_code lb.server";
+  assert.deepEqual(names.split(" ").map((name) => said[name]), ["192.0.2.7", "GET", "/x", "y", 200, a.address]);
+  assert.equal(said["http.response.body.size"], 4);
+  assert.equal(said.trace_id, value(a.requests[0]!, "traceparent").split("-")[1]);
 });
 
 // ─── Routing and balancing ───

@@ -205,4 +205,6 @@ test("what a library needs is exported, and every export says what it is", () =>
     return name === undefined || /\*\/$/.test(lines[i - 1] ?? "") ? [] : [name];
   });
   assert.deepEqual(bare, [], "exports without a doc comment");
+  const odd = Object.entries(library).filter(([, value]) => !/^(function|object|undefined)$/.test(typeof value));
+  assert.deepEqual(odd, [], "exports that workerd would not start with");
 });

@@ -700,7 +700,7 @@ test("through the program: a drain lets those who wait finish, and ends", async 
     await held[1]!.give();
     for (const one of sent) assert.equal(status((await one).answers[0]!), 200);
     await stopped;
-    assert.match(program.output(), /^info: drained$/m);
+    assert.match(program.output(), / info: drained$/m);
   } finally {
     await stop();
   }

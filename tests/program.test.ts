@@ -380,62 +380,6 @@ paths:
     });
   }));
 
-// ─── The access log ───
-
-test("log: combined writes Apache's line for each request, and who answered it", () =>
-  through(saying("hello"), {}, async (lb, { address }) => {
-    await one(lb.port, '/a?b="c', "User-Agent: curl/8\r\nReferer: http://r.test/\r\n");
-    await until("the line is there", () => lb.out().endsWith("\n"));
-    const time = String.raw`\[\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d \+0000\]`;
-    const line = String
-      .raw`^127\.0\.0\.1 - - ${time} "GET /a\?b=(\\x22|%22)c HTTP/1\.1" 200 5 "http://r\.test/" "curl/8" shop ${address} 1 [\d.]+\n$`;
-    assert.match(lb.out(), new RegExp(line));
-  }));
-
-test("log: json writes one object for each request, refused ones too", () =>
-  through(saying("hello"), { retries: 0 }, async (lb, server) => {
-    lb.write({ log: "json", ...over([server]) });
-    lb.signal("SIGHUP");
-    await until("the new file is in force", () => /in force again/.test(lb.err()));
-    await one(lb.port, "/a?b=c");
-    await rawRequest(lb.port, "TRACE / HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\n\r\n");
-    await until("two lines are there", () => lb.out().split("\n").length === 3);
-    const [passed, refused] = lb.out().trim().split("\n").map((line) => JSON.parse(line));
-    assert.equal(passed.method, "GET");
-    assert.equal(passed.target, "/a?b=c");
-    assert.deepEqual([passed.status, passed.bytes, passed.attempts], [200, 5, 1]);
-    assert.deepEqual([passed.client, passed.service, passed.server], ["127.0.0.1", "shop", server.address]);
-    assert.deepEqual([refused.status, refused.failure, refused.attempts], [405, "bad-method", 0]);
-    assert.notEqual(passed.id, refused.id);
-  }));
-
-test("a reader of the log that stalls stops nobody", () =>
-  serving([saying("hello")], (server) =>
-    inFolder({ "routes.yml": text(over([server])) }, async (folder) => {
-      const stalled = [`exec "$@" > >(exec sleep 60)`, "-", process.execPath, ...RUN, ENTRY];
-      const args = ["--config", join(folder, "routes.yml"), ...LOCAL];
-      const program = spawn("bash", ["-c", ...stalled, ...args], { stdio: ["ignore", "ignore", "pipe"] });
-      let err = "";
-      program.stderr.on("data", (bytes: Buffer) => err += bytes.toString());
-      try {
-        const port = () => Number(/listening on http:\/\/\S+:(\d+)/.exec(err)?.[1]);
-        await until("it listens", () => port() > 0, 30_000);
-        const path = `/${"x".repeat(8_000)}`; // a pipe takes 64 KiB
-        for (let i = 0; i < 50; i++) assert.equal(status(await one(port(), path)), 200);
-      } finally {
-        program.kill("SIGKILL");
-      }
-    })));
-
-test("log: off writes nothing", () =>
-  serving([saying("hello")], (server) =>
-    running({ log: "off", ...over([server]) }, async (lb) => {
-      await one(lb.port, "/");
-      lb.signal("SIGTERM");
-      await until("it has ended", lb.over, 20_000);
-      assert.equal(lb.out(), "");
-    })));
-
 // ─── Reading the file again ───
 
 const reloads = (lb: Running) => lb.err().split("is in force again").length - 1;

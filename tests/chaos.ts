@@ -1,0 +1,285 @@
+// Chaos: under load servers are killed, paused, slowed and made to reset in the middle of a body, and the config is
+// reloaded; all by one seed. Afterwards every byte of every answer was right, nothing was sent twice that must not be, and
+// nothing is left behind. `deno task chaos --seconds 120 --seed 7 --workers 2`; tests/chaos.test.ts runs it for a while.
+
+import assert from "node:assert/strict";
+import { Buffer } from "node:buffer";
+import { type ChildProcess, spawn } from "node:child_process";
+import { createHash } from "node:crypto";
+import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { Agent, createServer, request, type ServerResponse } from "node:http";
+import type { AddressInfo } from "node:net";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import process from "node:process";
+import { fileURLToPath } from "node:url";
+import { parseArgs } from "node:util";
+import { runtime, seeded, sleep, until } from "./rig.ts";
+
+const SELF = fileURLToPath(import.meta.url);
+const ENTRY = fileURLToPath(new URL("../lb.ts", import.meta.url));
+const RUN = runtime() === "deno" ? ["run", "-A"] : [];
+const SERVERS = 4;
+const CLIENTS = 16;
+
+// ─── The server: bytes that follow from the path, in a manner that it is told ───
+
+/** The body of an answer: the same for the same number. */
+function bodyOf(number: number): Buffer {
+  const random = seeded(number);
+  const body = Buffer.alloc(Math.floor(random() ** 4 * 200_000) + 1);
+  for (let i = 0; i < body.length; i++) body[i] = i % 4 ? body[i - 1]! + 1 : random() * 256;
+  return body;
+}
+
+interface Manner {
+  delay: number; // milliseconds before the head
+  reset: number; // how often a body is cut off, from 0 to 1
+}
+
+/** Answers until it is killed; says on standard output where it listens, which POSTs came, and what it has cut off. */
+function serve(port: number): void {
+  let manner: Manner = { delay: 0, reset: 0 };
+  const server = createServer(async (asked, answer: ServerResponse) => {
+    const [, kind, number = "0"] = asked.url!.split("/");
+    if (kind === "manner") {
+      manner = JSON.parse(decodeURIComponent(number));
+      return void answer.end();
+    }
+    try {
+      for await (const _ of asked); // a body is read before it is answered
+    } catch { // the client has left
+      return;
+    }
+    if (asked.method === "POST") console.log(`post ${number}`);
+    if (manner.delay) await sleep(manner.delay);
+    const body = bodyOf(Number(number));
+    answer.writeHead(200, Number(number) % 2 ? {} : { "content-length": body.length });
+    if (Math.random() >= manner.reset) return void answer.end(body);
+    console.log(`cut ${number}`);
+    answer.write(body.subarray(0, body.length / 2));
+    setTimeout(() => asked.socket.resetAndDestroy?.(), 5);
+  });
+  server.keepAliveTimeout = 60_000;
+  setTimeout(() => process.exit(), 600_000); // nobody may be left to end it
+  server.listen(port, "127.0.0.1", () => console.log(`listening ${(server.address() as AddressInfo).port}`));
+}
+
+interface Backend {
+  port: number;
+  child: ChildProcess;
+  paused: boolean;
+}
+
+/** What the servers have said: how often each POST came, and how many bodies they cut off. */
+interface Heard {
+  posts: Map<string, number>;
+  cuts: number;
+  said: string; // what went wrong in them
+}
+
+async function startBackend(heard: Heard, port = 0): Promise<Backend> {
+  const child = spawn(process.execPath, [...RUN, SELF, "serve", String(port)], {
+    stdio: ["ignore", "pipe", "inherit"],
+  });
+  let listening = 0, rest = "";
+  child.stdout.on("data", (bytes: Buffer) => {
+    const lines = (rest + bytes).split("\n");
+    rest = lines.pop()!;
+    for (const [word, value = ""] of lines.map((line) => line.split(" "))) {
+      if (word === "listening") listening = Number(value);
+      if (word === "post") heard.posts.set(value, (heard.posts.get(value) ?? 0) + 1);
+      if (word === "cut") heard.cuts++;
+    }
+  });
+  await until("a server listens", () => listening, 30_000);
+  return { port: listening, child, paused: false };
+}
+
+// ─── The clients ───
+
+interface Tally {
+  whole: number;
+  wrong: string[]; // answers whose bytes or status are not what they have to be
+  cut: number; // answers that began and did not end
+}
+
+/** One request; its answer is compared byte for byte. */
+function ask(agent: Agent, port: number, method: string, number: number, tally: Tally): Promise<void> {
+  return new Promise((resolve) => {
+    const sent = request({ port, agent, method, path: `/x/${number}`, host: "127.0.0.1", headers: { host: "a.test" } });
+    let begun = false, done = false;
+    const end = (what: () => void) => {
+      if (!done) what();
+      done = true;
+      resolve();
+    };
+    sent.on("response", (answer) => {
+      const pieces: Buffer[] = [];
+      begun = true;
+      answer.on("data", (piece: Buffer) => pieces.push(piece));
+      answer.on("error", () => {});
+      answer.on("close", () =>
+        end(() => {
+          const body = Buffer.concat(pieces), want = bodyOf(number), status = answer.statusCode!;
+          const same = (one: Buffer) => createHash("sha1").update(one).digest("hex");
+          if (status !== 200) {
+            if (method === "GET") tally.wrong.push(`${method} ${number}: ${status} ${answer.headers["x-lb-failure"]}`);
+          } else if (!answer.complete && body.equals(want.subarray(0, body.length))) tally.cut++;
+          else if (same(body) !== same(want)) {
+            tally.wrong.push(`${method} ${number}: ${body.length} of ${want.length} bytes`);
+          } else tally.whole++;
+        }));
+    });
+    sent.on("error", (error: Error & { code?: string }) =>
+      end(() => {
+        if (begun) tally.cut++;
+        else if (method === "GET" && !sent.reusedSocket) tally.wrong.push(`${method} ${number}: ${error.code}`);
+      }));
+    sent.end(method === "POST" ? "a body" : undefined);
+  });
+}
+
+// ─── What happens to them ───
+
+export interface Chaos {
+  seconds: number;
+  seed: number;
+  workers?: number;
+}
+
+/** The program's memory in MiB and its open files. */
+function held(pid: number): { memory: number; files: number } {
+  const status = readFileSync(`/proc/${pid}/status`, "utf8");
+  return { memory: Number(/VmRSS:\s+(\d+)/.exec(status)![1]) / 1_024, files: readdirSync(`/proc/${pid}/fd`).length };
+}
+
+/** Runs the whole, and gives what was seen; throws at the first thing that is not as it should be. */
+export async function chaos({ seconds, seed, workers = 1 }: Chaos) {
+  const random = seeded(seed), heard: Heard = { posts: new Map(), cuts: 0, said: "" };
+  const backends = await Promise.all(Array.from({ length: SERVERS }, () => startBackend(heard)));
+  const folder = mkdtempSync(join(tmpdir(), "lb-chaos-")), file = join(folder, "routes.yml");
+  const write = () =>
+    writeFileSync(
+      file,
+      JSON.stringify({
+        log: "off",
+        default: {
+          servers: backends.map(({ port }) => ({ url: `127.0.0.1:${port}`, weight: 1 + Math.floor(random() * 3) })),
+          health: { path: "/x/0", interval: "500ms", timeout: "500ms", rise: 1, fall: 2 },
+          eject: { failures: 3, for: "2s" },
+          ...{ retries: SERVERS - 1, retry_budget: "100%", timeouts: { connect: "500ms", response: "1s", idle: "2s" } },
+        },
+      }),
+    );
+  write();
+  const more = workers > 1 ? ["--workers", String(workers)] : [];
+  const args = [...RUN, ENTRY, "-c", file, "--listen", "127.0.0.1:0", "--drain", "5s", ...more];
+  const program = spawn(process.execPath, args, { stdio: ["ignore", "ignore", "pipe"] });
+  let err = "", over = false;
+  program.stderr.on("data", (bytes: Buffer) => err += bytes);
+  program.on("exit", () => over = true);
+  const counts = { kill: 0, pause: 0, slow: 0, reset: 0, reload: 0 };
+  const tally: Tally = { whole: 0, wrong: [], cut: 0 };
+  try {
+    const port = await until("lb.ts listens", () => Number(/listening on http:\/\/\S+:(\d+)/.exec(err)?.[1]), 30_000);
+    const agent = new Agent({ keepAlive: true, maxSockets: CLIENTS });
+    let running = true, number = 0;
+    const client = async () => {
+      while (running) await ask(agent, port, random() < 0.2 ? "POST" : "GET", ++number, tally);
+    };
+    const clients = Array.from({ length: CLIENTS }, client);
+    await sleep(2_000);
+    const before = held(program.pid!);
+
+    const manner = (backend: Backend, one: Manner) =>
+      fetch(`http://127.0.0.1:${backend.port}/manner/${encodeURIComponent(JSON.stringify(one))}`, {
+        signal: AbortSignal.timeout(2_000),
+      }).then((answer) => answer.text()).catch(() => "");
+    const EVENTS: Record<keyof typeof counts, (backend: Backend) => Promise<unknown>> = {
+      async kill(backend) {
+        backend.child.kill("SIGKILL");
+        await sleep(300 + random() * 700);
+        backend.child = (await startBackend(heard, backend.port)).child;
+      },
+      async pause(backend) {
+        process.kill(backend.child.pid!, "SIGSTOP");
+        await sleep(500 + random() * 1_000);
+        process.kill(backend.child.pid!, "SIGCONT");
+      },
+      async slow(backend) {
+        await manner(backend, { delay: 50 + random() * 200, reset: 0 });
+        await sleep(1_000);
+        await manner(backend, { delay: 0, reset: 0 });
+      },
+      async reset(backend) {
+        await manner(backend, { delay: 0, reset: 0.3 });
+        await sleep(500);
+        await manner(backend, { delay: 0, reset: 0 });
+      },
+      async reload() {
+        write();
+        if (random() < 0.5) process.kill(program.pid!, "SIGHUP");
+        await sleep(100);
+      },
+    };
+    const names = Object.keys(EVENTS) as (keyof typeof counts)[];
+    for (const end = Date.now() + seconds * 1_000; Date.now() < end;) {
+      const name = names[Math.floor(random() * names.length)]!;
+      const backend = backends[Math.floor(random() * SERVERS)]!;
+      counts[name]++;
+      await EVENTS[name](backend);
+      assert.equal(over, false, `lb.ts has ended:\n${err}`);
+    }
+    await sleep(500);
+    running = false;
+    await Promise.all(clients);
+    agent.destroy();
+    await sleep(5_000); // connections that nobody uses are closed
+    const after = held(program.pid!);
+    process.kill(program.pid!, "SIGTERM"); // after child.kill Deno takes the signal for the end
+    await until("lb.ts ends", () => over, 20_000);
+    return { counts, ...tally, heard, before, after, err };
+  } catch (error) {
+    console.error(`${error}\nservers: ${heard.said}\nlb.ts: ${err}`);
+    throw error;
+  } finally {
+    program.kill("SIGKILL");
+    for (const { child } of backends) {
+      child.kill("SIGCONT");
+      child.kill("SIGKILL");
+    }
+    rmSync(folder, { recursive: true, force: true });
+  }
+}
+
+/** What has to hold afterwards. Bodies may end early only where a server has cut them off, or was killed or paused over them. */
+export function judge(
+  { counts, whole, wrong, cut, heard, before, after, err }: Awaited<ReturnType<typeof chaos>>,
+): void {
+  const twice = [...heard.posts].filter(([, times]) => times > 1).map(([number]) => number);
+  const line = `${JSON.stringify(counts)}: ${whole} answers whole, ${cut} cut off (servers cut ${heard.cuts}), ` +
+    `memory ${before.memory.toFixed(0)} to ${
+      after.memory.toFixed(0)
+    } MiB, open files ${before.files} to ${after.files}`;
+  console.log(line);
+  assert.ok(whole > 100, line);
+  assert.equal(heard.said, "", "what the servers say is wrong");
+  assert.deepEqual(wrong, [], "answers that are wrong");
+  assert.deepEqual(twice, [], "POSTs that came twice");
+  assert.ok(cut <= heard.cuts + CLIENTS * (counts.kill + counts.pause), line);
+  assert.match(err, /requests in flight: 0\n/, "in flight at the end");
+  assert.doesNotMatch(err, /error: /, "what the program reports");
+  assert.ok(after.files <= before.files + 4, line);
+  assert.ok(after.memory < before.memory + 150, line);
+}
+
+if (process.argv[1] === SELF && process.argv[2] === "serve") serve(Number(process.argv[3]));
+else if (process.argv[1] === SELF) {
+  const text = { type: "string" } as const;
+  const { values } = parseArgs({ options: { seconds: text, seed: text, workers: text } });
+  const seed = Number(values.seed ?? Date.now() % 1e6);
+  console.log(`seed ${seed}`);
+  judge(await chaos({ seconds: Number(values.seconds ?? 60), seed, workers: Number(values.workers ?? 1) }));
+  process.exit(0);
+}
