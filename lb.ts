@@ -60,7 +60,10 @@ import { bodyLimit } from "hono/body-limit";
 import { compress } from "hono/compress";
 import { cors } from "hono/cors";
 import { HTTPException } from "hono/http-exception";
+import { html, raw } from "hono/html";
 import { methodNotAllowed } from "hono/method-not-allowed";
+import { NONCE, secureHeaders } from "hono/secure-headers";
+import { streamSSE } from "hono/streaming";
 import { timingSafeEqual } from "hono/utils/buffer";
 import { parse as parseCookie } from "hono/utils/cookie";
 import ipaddr from "ipaddr.js";
@@ -5127,46 +5130,80 @@ function standing({ state, up, until }: Server, now: number): "up" | "down" | "e
   return !up ? "down" : until > now ? "ejected" : "up";
 }
 
+const seconds = (milliseconds: number): number => Math.max(0, Math.round(milliseconds)) / 1_000;
+
+/** What has been counted, as the API shows it: `durations` are classes up to each of `bounds`, and longer. */
+const countersView = ({ requests, errors, bytesIn, bytesOut, durations }: Counters) => ({
+  requests,
+  errors,
+  bytes_in: bytesIn,
+  bytes_out: bytesOut,
+  durations,
+});
+
 /** A server as the API shows it. */
 const serverView = (server: Server, now: number) => ({
   name: server.name,
   url: server.url,
   status: standing(server, now),
+  status_for: seconds(now - (server.until > now ? server.since : Math.max(server.since, server.until))),
+  check: server.probedAt > 0
+    ? { ago: seconds(now - server.probedAt), took: seconds(server.probeTook), problem: server.probeProblem }
+    : null,
   state: server.state,
   weight: server.weight,
   backup: server.backup,
   max: Number.isFinite(server.max) ? server.max : null,
   up: server.up,
-  ejected_for: Math.max(0, Math.round(server.until - now)) / 1_000, // seconds
+  ejected_for: seconds(server.until - now),
   in_flight: server.inFlight,
   picks: server.picks,
   answers: server.answers,
   failures: server.failures, // in a row
+  retries: server.retries,
   latency: Math.round(server.latency * 1_000) / 1_000, // milliseconds to the head of an answer, mean
+  counters: countersView(server.counters),
 });
 
 /** A service as the API shows it. */
-const serviceView = (service: Service, now: number) => ({
-  name: service.name,
-  strategy: service.config.strategy.name,
-  panicking: service.panicking,
-  requests: service.turn,
-  in_flight: service.inFlight,
-  retrying: service.retrying,
-  servers: service.servers.map((server) => serverView(server, now)),
-});
+function serviceView(service: Service, now: number) {
+  const candidates = candidatesOf(service, now), asked = new Set(candidates);
+  const sum = candidates.reduce((sum, server) => sum + server.weight, 0);
+  const share = (server: Server) => asked.has(server) ? server.weight / sum : 0; // of what may be asked
+  return {
+    name: service.name,
+    strategy: service.config.strategy.name,
+    panicking: service.panicking,
+    askable: candidates.length, // servers
+    requests: service.turn,
+    in_flight: service.inFlight,
+    waiting: service.waiting.size,
+    retrying: service.retrying,
+    retries: service.retries,
+    counters: countersView(totalOf(service.tallies)),
+    servers: service.servers.map((server) => ({ ...serverView(server, now), share: share(server) })),
+  };
+}
 
-/** Everything that there is to see at this moment, as plain JSON. */
-export function snapshotOf({ table, effects, requests, inFlight, draining }: Balancer) {
+/** Everything that there is to see at this moment, as plain JSON. Times are seconds. */
+export function snapshotOf({ table, effects, requests, inFlight, draining, entrypoints }: Balancer) {
   const now = effects.now(), services = [...table.services.values()];
+  const total = totalOf(new Map([...entrypoints.values()].map(({ tallies }, i) => [i, totalOf(tallies)])));
   return {
     version: VERSION,
+    time: seconds(now),
     draining,
     requests,
     in_flight: inFlight,
+    bounds: BUCKETS, // milliseconds
+    total: countersView(total),
+    routes: table.config.routes.map(routeView),
     services: services.map((service) => serviceView(service, now)),
   };
 }
+
+/** What `snapshotOf` gives. */
+export type Snapshot = ReturnType<typeof snapshotOf>;
 
 /** What a status means (RFC 9110 section 15). */
 const PHRASES: Record<number, string> = {
@@ -5767,6 +5804,506 @@ const OPERATIONS: Record<string, Operation> = {
 // 26. Dashboard: the page for people. One page, no script from anywhere else.
 // ---------------------------------------------------------------------------------------------------------------------
 
+const STYLE = `
+:root {
+  color-scheme: light dark;
+  --ground: light-dark(#f5f5f2, #111215);
+  --card: light-dark(#ffffff, #191b1f);
+  --line: light-dark(#e3e3de, #2d3036);
+  --ink: light-dark(#1c1e22, #e8e8e5);
+  --dim: light-dark(#5a606b, #a3a9b5);
+  --blue: light-dark(#1a5fb4, #8ab4f8);
+  --good: light-dark(#0a6b3b, #63d69d);
+  --warn: light-dark(#7d4b00, #f2b84f);
+  --bad: light-dark(#b3201a, #ff8f85);
+  font: 14px/1.4 system-ui, sans-serif;
+  font-variant-numeric: tabular-nums;
+}
+* { box-sizing: border-box; margin: 0; padding: 0; font: inherit; color: inherit; }
+[hidden], :is(p, ul, small):empty { display: none !important; }
+:focus-visible { outline: 2px solid var(--blue); outline-offset: 2px; border-radius: 3px; }
+body { max-width: 1680px; margin: auto; padding: 16px 24px 64px; background: var(--ground); color: var(--ink); }
+header { display: flex; flex-wrap: wrap; gap: 0 16px; align-items: baseline; }
+main, #services, form, label { display: grid; gap: 16px; }
+main { margin-top: 4px; }
+h1, h2, b, summary, [scope=row] { font-weight: 600; }
+#verdict, b { font-size: 22px; font-weight: 600; }
+#verdict { flex: 1; }
+#link, small, thead th { color: var(--dim); font-size: 12px; }
+.up td:nth-child(2), .good { color: var(--good); }
+:is(.drain, .maint) td:nth-child(2), .warn { color: var(--warn); }
+:is(.down, .ejected) td:nth-child(2), .bad { color: var(--bad); }
+ul { list-style: none; }
+#charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 16px; }
+figure, details, table, dialog { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+figure { padding: 12px 16px; }
+figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: baseline; }
+b { flex-basis: 100%; }
+svg { display: block; width: 100%; height: 56px; margin-top: 8px; overflow: visible; }
+path { fill: none; stroke: var(--blue); stroke-width: 1.5; stroke-linejoin: round; vector-effect: non-scaling-stroke; }
+path.bad { stroke: var(--bad); }
+path.dim { stroke: var(--dim); stroke-dasharray: 3 3; }
+summary { padding: 10px 16px; cursor: pointer; }
+table { width: 100%; table-layout: fixed; border-spacing: 0; overflow: clip; }
+details table { border: 0; }
+#routes { max-height: 180px; overflow: auto; }
+th, td { padding: 6px 8px; border-top: 1px solid var(--line); text-align: right; vertical-align: top; }
+th:first-child, td:nth-child(3) { overflow-wrap: anywhere; }
+thead th { position: sticky; top: 0; z-index: 1; border-top: 0; background: var(--card); }
+small { display: block; font-weight: 400; }
+details :is(th, td), :is(th, td):nth-child(-n + 3) { text-align: left; }
+section thead th:is(:first-child, :nth-child(3)) { width: 15%; }
+section thead th:nth-child(2) { width: 8%; }
+section thead th:last-child { width: 13%; }
+h2 { margin-bottom: 6px; }
+h2 small { display: inline; margin-left: 8px; font-weight: 400; }
+input, menu button { padding: 6px 10px; border: 1px solid var(--dim); border-radius: 6px; background: var(--card); }
+#find { max-width: 320px; }
+button { cursor: pointer; }
+td button { padding: 0 4px; border: 0; border-radius: 6px; background: none; color: var(--blue); }
+[data-title=Weight] { background: linear-gradient(var(--blue) 0 0) 100% 100% / var(--share) 2px no-repeat; }
+tr:is(.down, .ejected) { background: color-mix(in srgb, var(--bad) 7%, transparent); }
+dialog { width: min(440px, calc(100% - 32px)); margin: auto; padding: 24px; }
+dialog::backdrop { background: rgb(0 0 0 / 0.5); }
+menu { display: flex; gap: 8px; justify-content: end; }
+#go { border-color: var(--blue); background: var(--blue); color: var(--card); }
+.lost main { opacity: 0.45; }
+tr:target { box-shadow: inset 3px 0 var(--blue); }
+@media (max-width: 1100px) {
+  body { padding: 12px 12px 48px; }
+  #verdict { flex-basis: 100%; order: 1; }
+  #link { margin-left: auto; }
+  section thead { display: none; }
+  section tbody { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); }
+  section tr { display: grid; grid-template-columns: repeat(4, 1fr); padding: 8px; border-top: 1px solid var(--line); }
+  section :is(th, td) { padding: 4px; border: 0; background: none; text-align: left; }
+  section td:nth-child(-n + 3) { grid-column: span 2; }
+  section td:last-child { grid-column: span 3; align-self: end; }
+  section th { grid-column: span 4; }
+  section td[data-title]::before { content: attr(data-title); display: block; color: var(--dim); font-size: 12px; }
+  td button { padding: 8px 10px; border: 1px solid var(--line); }
+}
+`;
+
+/** Plain JavaScript for browsers: it runs in the page, and uses nothing of this file. */
+const SCRIPT = String.raw`
+"use strict";
+const base = location.pathname.replace(/\/?$/, "/");
+const $ = (id) => document.getElementById(id);
+const make = (tag, props, ...inside) => {
+  const one = Object.assign(document.createElement(tag), props);
+  one.append(...inside);
+  return one;
+};
+/** Writes only what has changed: what stays the same costs the browser nothing. */
+const say = (node, text) => node.said === text || (node.textContent = node.said = text);
+/** Makes a node's children those of a list, by name and in its order. What stays is kept. */
+const arrange = (parent, list, create) => {
+  const known = parent.known ?? new Map();
+  parent.known = new Map(list.map((one) => [one.name, known.get(one.name) ?? create(one)]));
+  const nodes = [...parent.known.values()];
+  nodes.forEach((node, i) => parent.children[i] === node || parent.insertBefore(node, parent.children[i] ?? null));
+  while (parent.children.length > nodes.length) parent.lastElementChild.remove();
+  return nodes;
+};
+
+// Figures as people read them.
+const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+const few = { maximumSignificantDigits: 3, maximumFractionDigits: 2, roundingPriority: "lessPrecision" };
+const short = new Intl.NumberFormat("en", few);
+const scaled = (n, ...units) => {
+  for (; n >= 999.5 && units.length > 1; n /= 1000) units.shift();
+  return short.format(n) + units[0];
+};
+const count = (n) => n < 1e5 ? whole.format(n) : scaled(n, "", " k", " M", " G", " T");
+const rate = (n) => scaled(n, "/s", " k/s", " M/s");
+const bytes = (n) => scaled(n, " B", " kB", " MB", " GB", " TB");
+const time = (ms) => ms === undefined ? "–" : scaled(ms, " ms", " s");
+const percent = (share) => short.format(100 * share) + " %";
+const ago = (seconds) => {
+  const [s, m, h, d] = [1, 60, 3600, 86400].map((unit) => Math.floor(seconds / unit));
+  return d ? d + " d " + h % 24 + " h" : h ? h + " h " + m % 60 + " m" : m ? m + " m" : s + " s";
+};
+
+// What comes in: a look at everything, once a second.
+const CHARTED = 300, RECENT = 30; // seconds: what the charts show, and what rates and latencies are of
+let latest, drawing, samples = [], looks = [];
+const keyOf = (service, server) => service.name + "\n" + (server?.name ?? "");
+const receive = (look) => {
+  latest = look;
+  const { time, history, total, services } = look;
+  if (history) [samples, looks] = [history, []]; // the first of a connection
+  if (time - (samples.at(-1)?.time ?? -9) > 1.9) samples.push({ time, total });
+  samples = samples.filter((one) => time - one.time <= CHARTED);
+  if (time - (looks.at(-1)?.time ?? -9) > 4.9) {
+    const all = services.flatMap((one) => [[one], ...one.servers.map((server) => [one, server])]);
+    looks.push({ time, counters: new Map(all.map((one) => [keyOf(...one), one.at(-1).counters])) });
+  }
+  looks = looks.filter((one) => time - one.time <= RECENT);
+  drawing ??= requestAnimationFrame(show);
+};
+/** What has been counted between two looks; all of it where there is only one. */
+const between = (now, then) => {
+  if (!then || now.requests < then.requests) return now;
+  const durations = now.durations.map((n, i) => n - then.durations[i]);
+  return { requests: now.requests - then.requests, errors: now.errors - then.errors, durations };
+};
+const recent = (...one) => between(one.at(-1).counters, looks[0].counters.get(keyOf(...one)));
+const perSecond = ({ requests }, since = looks[0].time, to = latest.time) => requests / Math.max(1, to - since);
+const failing = ({ errors, requests }) => requests && errors / requests;
+const quantile = ({ requests, durations }, share) => {
+  let rank = share * requests;
+  for (const [i, held] of durations.entries()) {
+    const [from, to] = [latest.bounds[i - 1] ?? 0, latest.bounds[i] ?? latest.bounds.at(-1)];
+    if (held && held >= rank) return from + (to - from) * rank / held;
+    rank -= held;
+  }
+};
+
+// The charts.
+const SVG = "http://www.w3.org/2000/svg";
+const p50 = (counted) => quantile(counted, 0.5), p99 = (counted) => quantile(counted, 0.99);
+const CHARTS = [
+  { name: "Requests", as: rate, lines: { "": perSecond } },
+  { name: "Requests that failed", as: percent, lines: { bad: failing } },
+  { name: "Latency: p50, p99", as: time, lines: { "": p50, dim: p99 } },
+];
+const newChart = ({ lines }) => {
+  const svg = document.createElementNS(SVG, "svg");
+  svg.setAttribute("viewBox", "0 0 300 56");
+  svg.setAttribute("preserveAspectRatio", "none");
+  svg.setAttribute("role", "img");
+  for (const kind in lines) svg.appendChild(document.createElementNS(SVG, "path")).setAttribute("class", kind);
+  return make("figure", {}, make("figcaption", {}, make("span"), make("small"), make("b")), svg);
+};
+/** Each point is of the ten seconds before it, so that a few requests make no mountains. */
+const drawChart = (node, { name, as, lines }) => {
+  const [caption, svg] = node.children, points = samples.slice(1).map((one, i) => {
+    const then = samples[Math.max(0, i - 4)], counted = between(one.total, then.total);
+    const values = Object.values(lines).map((of) => of(counted, then.time, one.time));
+    return { x: CHARTED - (latest.time - one.time), values };
+  });
+  const most = Math.max(...points.flatMap((one) => one.values.map((value) => value ?? 0)), 0);
+  [...svg.children].forEach((path, line) => {
+    const at = ({ x, values }) => x.toFixed(1) + " " + (54 - 52 * (values[line] ?? 0) / (most || 1)).toFixed(1);
+    path.setAttribute("d", points.length ? "M" + points.map(at).join("L") : "");
+  });
+  const now = points.length ? points.at(-1).values.map((value) => as(value)).join(", ") : "–";
+  [name, "at most " + as(most) + " in 5 min", now].forEach((text, i) => say(caption.children[i], text));
+  svg.setAttribute("aria-label", name + ": now " + now + ", in five minutes at most " + as(most));
+};
+
+// The tables, and what can be done in them.
+const DEEDS = {
+  ready: () => "Requests and probes go to it again.",
+  drain: (one) => "No new requests go to it; those in flight finish (" + one.in_flight + "). Probes go on.",
+  maint: () => "Neither requests nor probes go to it.",
+  weight: () => "Its share of new requests, from 0 (none) to 256.",
+};
+const SIGNS = { up: "●", drain: "◐", maint: "◇", ejected: "▲", down: "✕" };
+const COLUMNS = {
+  "Server": (one) => [one.name, one.backup ? "backup" : ""],
+  "State": (one) => [SIGNS[one.status] + " " + one.status, "for " + ago(one.status_for)],
+  "Last check": ({ check: last }) =>
+    last ? [last.problem || "passed", ago(last.ago) + " ago, took " + time(1e3 * last.took)] : ["–"],
+  "Weight": (one) => [one.weight, percent(one.share)],
+  "In flight": (one) => [count(one.in_flight)],
+  "Requests": (one, now) => [count(one.counters.requests), rate(perSecond(now))],
+  "Errors": (one, now) => [count(one.counters.errors), now.errors ? percent(failing(now)) : ""],
+  "Retries": (one) => [count(one.retries)],
+  "p50": (one, now) => [time(p50(now))],
+  "p95": (one, now) => [time(quantile(now, 0.95))],
+  "p99": (one, now) => [time(p99(now))],
+  "Bytes out": (one) => [bytes(one.counters.bytes_out), bytes(one.counters.bytes_in) + " in"],
+};
+const cells = (titles) => titles.map((title, i) => {
+  const one = make(i ? "td" : "th", i ? {} : { scope: "row" }, make("span"), make("small"));
+  one.dataset.title = title;
+  return one;
+});
+const newTable = (...titles) => {
+  const head = make("tr", {}, ...titles.map((title) => make("th", { scope: "col", textContent: title })));
+  return make("table", {}, make("thead", {}, head), make("tbody"));
+};
+let ids = 0;
+const newService = () => {
+  const title = make("h2", {}, make("span"), make("small"));
+  return make("section", { id: "s" + ++ids }, title, newTable(...Object.keys(COLUMNS), "Change"));
+};
+const newServer = ({ name }) => {
+  const row = make("tr", { id: "s" + ++ids }, ...cells(Object.keys(COLUMNS)), make("td"));
+  for (const deed of Object.keys(DEEDS)) {
+    const onclick = () => propose(deed, row.service, row.server);
+    row.lastChild.append(make("button", { textContent: deed, ariaLabel: deed + " " + name, onclick }));
+  }
+  seen.observe(row);
+  return row;
+};
+/** A thousand rows are there; those in sight are kept up to date. */
+const seen = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) if (target.seen = isIntersecting) showServer(target);
+}, { rootMargin: "50%" });
+const showServer = (row) => {
+  const { service, server } = row, now = recent(service, server);
+  row.className = server.status;
+  row.children[3].style.setProperty("--share", 100 * server.share + "%");
+  Object.values(COLUMNS).forEach((text, i) => {
+    const [main, small = ""] = text(server, now);
+    say(row.children[i].firstChild, String(main));
+    say(row.children[i].lastChild, small);
+  });
+  for (const button of row.lastChild.children) button.hidden = button.textContent === server.state;
+};
+const isUp = (one) => one.status === "up";
+const showService = (section, service) => {
+  const { name, strategy, servers, in_flight, waiting } = service, now = recent(service);
+  const [[title, facts], { tBodies: [body] }] = [section.firstChild.children, section.lastChild];
+  const figures = [rate(perSecond(now)), percent(failing(now)) + " errors", "p99 " + time(p99(now))];
+  const up = servers.filter(isUp).length + " of " + servers.length + " up";
+  if (waiting) figures.unshift(waiting + " waiting");
+  say(title, name);
+  say(facts, [strategy, up, in_flight + " in flight", ...figures].join(" · "));
+  const wanted = $("find").value.trim().toLowerCase();
+  section.rows = arrange(body, servers, newServer);
+  section.rows.forEach((row, i) => {
+    const server = servers[i], flips = row.server?.status !== server.status;
+    const hidden = ![name, server.name, server.status].join(" ").toLowerCase().includes(wanted);
+    Object.assign(row, { service, server, hidden });
+    if (flips || row.seen) showServer(row);
+  });
+  section.hidden = section.rows.every((row) => row.hidden);
+};
+
+// What is wrong, in words.
+const MOST = 8; // lines about it
+const troublesOf = (section, service) => {
+  const { name, servers, askable, panicking } = service, share = failing(recent(service));
+  const out = section.rows.filter(({ server }) => ["down", "ejected"].includes(server.status));
+  const say = (level, text, { id } = section) => ({ name: name + ": " + text, level, id });
+  return [
+    ...(askable || !servers.length ? [] : [say("bad", "no server may be asked")]),
+    ...(panicking ? [say("bad", "too few servers are healthy: all of them are asked")] : []),
+    ...(share > 0.05 ? [say("bad", "more than 5 % of the requests fail")] : []),
+    ...out.map((row) => {
+      const { name, status, check } = row.server;
+      return say("warn", [name + " is " + status, check?.problem].filter(Boolean).join(": "), row);
+    }),
+  ];
+};
+const judge = (sections, services) => {
+  const troubles = services.flatMap((service, i) => troublesOf(sections[i], service));
+  const bad = troubles.filter((one) => one.level === "bad"), all = services.flatMap((one) => one.servers);
+  const level = bad.length ? "bad" : troubles.length ? "warn" : "good";
+  const up = all.filter(isUp).length, aside = all.filter((one) => one.state !== "ready").length;
+  const some = count(up) + " of " + count(all.length) + " servers are up";
+  tell(level, (up === all.length ? "All servers are up: " + count(up) : some) + (aside ? ", " + count(aside) + " set aside" : ""));
+  const list = [...new Set([...bad, ...troubles])], more = list.length - MOST;
+  if (more > 0) list.splice(MOST, more, { name: "and " + more + " more", level: "warn", id: "services" });
+  arrange($("troubles"), list, ({ name, level, id }) =>
+    make("li", { className: level }, make("a", { href: "#" + id, textContent: name })));
+};
+const tell = (level, text) => {
+  const said = { good: "●", warn: "▲", bad: "✕" }[level] + " " + text;
+  $("verdict").className = level;
+  say($("verdict"), said);
+  document.title = said + " – lb.ts";
+};
+const PATHS = { prefix: "", exact: "= ", regex: "~ " };
+const asksFor = ({ methods, hosts, paths, headers, query, default: last }) => {
+  const rules = paths.flatMap(Object.entries).map(([kind, path]) => PATHS[kind] + path);
+  const all = [methods, hosts, rules, [...headers, ...query]].map((list) => list.join(", "));
+  return last ? "all else" : all.filter(Boolean).join(" ") || "everything";
+};
+const leadsTo = ({ services, redirect, respond }) =>
+  services?.map(({ service, weight }) => services.length > 1 ? weight + " " + service : service).join(", ") ??
+    (redirect ? "redirect " + redirect : "answer " + respond);
+const show = () => {
+  drawing = undefined;
+  const { services, routes, version, draining } = latest;
+  const sections = arrange($("services"), services, newService);
+  sections.forEach((section, i) => showService(section, services[i]));
+  judge(sections, services);
+  arrange($("charts"), CHARTS, newChart).forEach((node, i) => drawChart(node, CHARTS[i]));
+  const titles = ["Route", "Asks for", "Leads to"];
+  const [table] = arrange($("routes"), [{ name: "table" }], () => newTable(...titles));
+  const lines = arrange(table.tBodies[0], routes, () => make("tr", {}, ...cells(titles)));
+  lines.forEach(({ children }, i) => {
+    const words = [routes[i].name, asksFor(routes[i]), leadsTo(routes[i])];
+    words.forEach((text, k) => say(children[k].firstChild, text));
+  });
+  say($("link"), "lb.ts " + version + (draining ? " · draining" : " · live"));
+};
+
+// What is done, once a person has said so.
+const call = (path, options = {}) => {
+  const headers = { "content-type": "application/json" };
+  if (sessionStorage.token) headers.authorization = "Bearer " + sessionStorage.token;
+  return fetch(base + path, { ...options, headers });
+};
+const change = async (deed, service, server, value) => {
+  const path = ["services", service.name, "servers", server.name].map(encodeURIComponent).join("/");
+  const put = { method: "PUT", body: JSON.stringify({ state: deed }) };
+  const patch = { method: "PATCH", body: JSON.stringify({ weight: Number(value) }) };
+  const answer = await (deed === "weight" ? call(path, patch) : call(path + "/state", put)).catch(() => undefined);
+  if (answer?.ok) return "";
+  const problem = await answer?.json().catch(() => undefined);
+  return problem?.detail ?? (answer ? "The answer is " + answer.status : "The connection is lost") + ".";
+};
+const propose = (deed, service, server) => {
+  const leaves = ["drain", "maint"].includes(deed) && !service.servers.some((one) => isUp(one) && one !== server);
+  const why = DEEDS[deed](server) + (leaves ? " No other server of " + service.name + " is up!" : "");
+  const field = deed === "weight" && { name: "Weight", type: "number", min: 0, max: 256, value: server.weight };
+  ask(deed + " " + server.name, why, deed, field, (value) => change(deed, service, server, value));
+};
+const ask = (what, why, go, field, act) => {
+  const [label, box] = $("value").parentNode.children, dialog = $("ask");
+  [["what", what], ["why", why], ["go", go], ["problem", ""]].forEach(([id, text]) => say($(id), text));
+  label.parentNode.hidden = !field;
+  say(label, field.name ?? "");
+  Object.assign(box, { type: "text", value: "" }, field);
+  dialog.firstElementChild.onsubmit = async (event) => {
+    event.preventDefault();
+    const problem = await act(box.value);
+    say($("problem"), problem);
+    if (!problem) dialog.close();
+  };
+  if (!dialog.open) dialog.showModal();
+};
+$("cancel").onclick = () => $("ask").close();
+$("find").oninput = () => latest && show();
+
+// The connection. EventSource sends no Authorization: the events are read as they come.
+const login = () => new Promise((resolve) => {
+  const why = sessionStorage.token ? "This one is not right." : "What is shown here is for those who have it.";
+  $("ask").onclose = () => resolve(true);
+  const field = { name: "Token", type: "password" };
+  ask("The token, please", why, "Enter", field, (token) => (sessionStorage.token = token, ""));
+});
+const read = async (stop, alive) => {
+  const answer = await call("events", { signal: stop });
+  if (answer.status === 401) return await login();
+  if (!answer.ok) throw new Error("the answer is " + answer.status);
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let text = "";;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const events = (text + value).split("\n\n");
+    text = events.pop();
+    for (const event of events) receive(JSON.parse(event.replace(/^data: /, "")));
+    document.body.className = "";
+    alive();
+  }
+};
+const listen = async () => {
+  for (let wait = 1e3;; wait = Math.min(1.5 * wait, 1e4)) {
+    const stop = new AbortController();
+    let silence;
+    const alive = () => {
+      clearTimeout(silence);
+      silence = setTimeout(() => stop.abort(), 5e3);
+      wait = 1e3;
+    };
+    alive();
+    const again = await read(stop.signal, alive).catch(() => false);
+    clearTimeout(silence);
+    if (again) continue;
+    document.body.className = "lost";
+    tell("bad", "The connection is lost");
+    say($("link"), "trying again");
+    await new Promise((resolve) => setTimeout(resolve, wait));
+  }
+};
+listen();
+`;
+
+const page = (nonce: string) =>
+  html`
+    <!DOCTYPE html>
+    <html lang="en">
+      <head>
+        <meta charset="utf-8">
+        <meta name="viewport" content="width=device-width, initial-scale=1">
+        <title>lb.ts</title>
+        <link rel="icon" href="data:,">
+        <style nonce="${nonce}">${raw(STYLE)}</style>
+      </head>
+      <body>
+        <header>
+          <h1>lb.ts</h1>
+          <p id="verdict" role="status">Connecting</p>
+          <p id="link"></p>
+        </header>
+        <main>
+          <ul id="troubles" aria-label="What is wrong"></ul>
+          <div id="charts"></div>
+          <details open>
+            <summary>Routes</summary>
+            <div id="routes"></div>
+          </details>
+          <input id="find" type="search" placeholder="Find a server, service or state"
+            aria-label="Find a server, service or state">
+          <div id="services"></div>
+        </main>
+        <dialog id="ask" aria-labelledby="what">
+          <form method="dialog">
+            <h2 id="what"></h2>
+            <p id="why"></p>
+            <label><span></span><input id="value" autocomplete="off"></label>
+            <p id="problem" class="bad" role="alert"></p>
+            <menu><button type="button" id="cancel">Cancel</button><button id="go"></button></menu>
+          </form>
+        </dialog>
+        <noscript>This page needs JavaScript; the same figures are at <a href="services">services</a>.</noscript>
+        <script nonce="${nonce}">${raw(SCRIPT)}</script>
+      </body>
+    </html>
+  `;
+
+const PAGE_TICK = 1_000; // milliseconds between two looks that a page is sent
+const CHARTED = { every: 2_000, most: 150 }; // milliseconds between the points of the charts, and how many are kept
+
+/** Nothing but what stands in the page itself may run there, and it talks to nobody but us. */
+const POLICY = {
+  defaultSrc: ["'none'"],
+  scriptSrc: [NONCE],
+  styleSrc: [NONCE],
+  connectSrc: ["'self'"],
+  imgSrc: ["data:"],
+  baseUri: ["'none'"],
+  formAction: ["'none'"],
+  frameAncestors: ["'none'"],
+  requireTrustedTypesFor: ["'script'"],
+};
+
+/**
+ * The page for people. It holds nothing that is worth a token: all that it shows comes with /events.
+ * @param look what is to be seen at this moment: of this process, or a sum over many
+ * @param gate what asks for the token
+ */
+export function dashboard(look: () => Snapshot | Promise<Snapshot>, gate: Gatekeeper): Hono<AdminEnv> {
+  const app = new Hono<AdminEnv>(), history: Pick<Snapshot, "time" | "total">[] = [];
+  const remember = async () => {
+    const { time, total } = await look();
+    history.push({ time, total });
+    if (history.length > CHARTED.most) history.shift();
+  };
+  setInterval(remember, CHARTED.every).unref(); // for those who look only when something has happened
+  app.get(
+    "/",
+    secureHeaders({ contentSecurityPolicy: POLICY }),
+    (context) => context.html(page(context.get("secureHeadersNonce") ?? "")),
+  );
+  app.get("/events", gate, (context) =>
+    streamSSE(context, async (stream) => {
+      await stream.writeSSE({ data: JSON.stringify({ ...await look(), history }) });
+      while (!stream.aborted) {
+        await stream.sleep(PAGE_TICK);
+        await stream.writeSSE({ data: JSON.stringify(await look()) });
+      }
+    }));
+  return app;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // 27. Admin: who may do that, and through which door. Hosts, sites and tokens are checked before anything is looked at.
 // ---------------------------------------------------------------------------------------------------------------------
@@ -5899,9 +6436,10 @@ export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<
 
   // For everybody who gets here, without a token: pages must not have anything in them that the API would not tell.
   offer(true);
-  // here: app.route("/", dashboard(...)); its page shows what it asks the API for, with the token
+  const gate = bearer(balancer, tokens);
+  app.route("/", dashboard(() => snapshotOf(balancer), gate));
 
-  app.use(bearer(balancer, tokens));
+  app.use(gate);
   app.use(bodyLimit({ maxSize: MOST.bytes, onError: () => problem(413, "the body is larger than 1 MiB") }));
   app.get("/metrics", ({ body }) => body(renderMetrics(samplesOf(balancer)), 200, { "content-type": METRICS_TYPE }));
   offer(false);

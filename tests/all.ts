@@ -1,11 +1,12 @@
 // The test command, `deno task test`: what all tests say on Deno, Bun, Node and workerd, after formatter, linter and
-// type checker. It needs only npm to begin with. Words after it choose runtimes and files: `deno task test node gate`.
+// type checker. It needs only npm to begin with, and root for apt-get where there is no chromium. Words after it choose runtimes and files: `deno task test node gate`.
 // A runtime on which a file's tests did not run counts as failed: silence is not success.
 
 const ROOT = new URL("..", import.meta.url).pathname;
 const AT_ONCE = 2; // jobs; each of them mostly waits
 const PATIENCE = 240_000; // milliseconds for one job; one that takes longer hangs
 const EDGE = "edge.test.ts"; // starts workerd, and is itself run by Node
+const BROWSER = "/usr/bin/chromium";
 
 /** How a file's tests are run, and reported as JUnit's XML. */
 const RUNTIMES: Record<string, (file: string, report: string) => string[]> = {
@@ -102,7 +103,7 @@ async function run([program = "", ...args]: string[], patience = PATIENCE): Prom
   const command = new Deno.Command(program, {
     args,
     cwd: ROOT,
-    env: { NO_COLOR: "1" },
+    env: { NO_COLOR: "1", DEBIAN_FRONTEND: "noninteractive" },
     stdin: "null",
     stdout: "piped",
     stderr: "piped",
@@ -195,6 +196,16 @@ async function install(): Promise<void> {
   if (code !== 0) throw new Error(`npm install has failed:\n${output}`);
 }
 
+/** The browser that the page for people is looked at with: Debian's package, where there is none. */
+async function installBrowser(): Promise<void> {
+  if (await Deno.stat(BROWSER).catch(() => undefined)) return;
+  for (const words of ["update", "install -y --no-install-recommends chromium"]) {
+    console.log(`apt-get ${words}`);
+    const { code, output } = await run(["apt-get", ...words.split(" ")], 600_000);
+    if (code !== 0) throw new Error(`${BROWSER} is missing, and apt-get ${words} (as root) has failed:\n${output}`);
+  }
+}
+
 /** A runtime in the version that .ci/package.json names. */
 const binary = (name: string) => `${ROOT}node_modules/.bin/${name}`;
 
@@ -274,6 +285,7 @@ async function main(args: string[]): Promise<number> {
   let results: Result[] = [];
   try {
     await install();
+    await installBrowser();
     console.log(await versions());
     results = await runAll(await jobsFor(args.filter((word) => word !== "--only"), reports));
     const lost = missing(results);

@@ -1,0 +1,238 @@
+// The page for people, in a real browser that looks at the running program.
+
+import assert from "node:assert/strict";
+import nodeTest, { after } from "node:test";
+import { type Browser, chromium, type Page } from "playwright-core";
+import {
+  answer,
+  get,
+  type Program,
+  rawRequest,
+  type Script,
+  type ScriptedServer,
+  scriptedServer,
+  sleep,
+  startProgram,
+  status,
+} from "./rig.ts";
+
+// bun test gives a test five seconds unless it says otherwise
+const test = (name: string, body: () => Promise<void>) => nodeTest(name, { timeout: 120_000 }, body);
+
+const FLAGS =
+  "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync";
+const ADMIN = ["--admin", "127.0.0.1:0", "--log", "off"];
+const TOKEN = "the-operators-token", READ_TOKEN = "the-readers-token";
+
+let browser: Promise<Browser> | undefined;
+after(async () => await (await browser)?.close());
+
+/** A page that has been opened, and everything that must not happen in it. */
+interface Opened {
+  page: Page;
+  lb: Program;
+  wrong: string[];
+}
+
+/** The program with this config and the page open, while `use` lasts. Nothing may be wrong in it at the end. */
+async function looking(
+  config: unknown,
+  use: (opened: Opened) => Promise<void>,
+  options: { width?: number; height?: number; dark?: boolean } = {},
+) {
+  const { width = 1400, height = 900, dark = false } = options;
+  browser ??= chromium.launch({ executablePath: "/usr/bin/chromium", args: FLAGS.split(" ") });
+  const context = await (await browser).newContext({
+    viewport: { width, height },
+    colorScheme: dark ? "dark" : "light",
+  });
+  const lb = await startProgram(config, ADMIN);
+  try {
+    const page = await context.newPage(), wrong: string[] = [], origin = `http://127.0.0.1:${lb.admin}`;
+    page.on("console", (message) => void wrong.push(`${message.type()}: ${message.text()}`));
+    page.on("pageerror", (error) => void wrong.push(`${error}`));
+    page.on("dialog", (dialog) => void wrong.push(`a dialog: ${dialog.message()}`));
+    page.on("request", (request) => {
+      if (![origin, "data:"].some((known) => request.url().startsWith(known))) wrong.push(`asks ${request.url()}`);
+    });
+    await page.goto(`${origin}/`);
+    await use({ page, lb, wrong });
+    assert.deepEqual(wrong, []);
+  } finally {
+    await context.close();
+    await lb.stop();
+  }
+}
+
+const hello: Script = (visit) => visit.send(answer("hello"));
+async function withServers(count: number, use: (servers: ScriptedServer[]) => Promise<void>) {
+  const servers = await Promise.all(Array.from({ length: count }, () => scriptedServer(hello)));
+  try {
+    await use(servers);
+  } finally {
+    await Promise.all(servers.map((server) => server.close()));
+  }
+}
+const send = async (lb: Program, count: number) => {
+  for (let i = 0; i < count; i++) assert.equal(status((await rawRequest(lb.port, get("/"))).answers[0]!), 200);
+};
+const seenBy = (server: ScriptedServer) => server.requests.length;
+
+const row = (page: Page, server: string) => page.locator("tr", { has: page.getByRole("rowheader", { name: server }) });
+const cell = (page: Page, server: string, title: string) => row(page, server).locator(`[data-title="${title}"]`);
+/** Waits until a server has this figure. */
+const figure = (page: Page, server: string, title: string, text: RegExp) =>
+  cell(page, server, title).locator("span").filter({ hasText: text }).waitFor();
+/** Waits until something in the page has this text. */
+const reads = (page: Page, selector: string, text: string | RegExp) =>
+  page.locator(selector).filter({ hasText: text }).first().waitFor();
+const REFUSED = "127.0.0.1:1";
+
+test("it shows the routes, the services, their servers, and what is wrong, in words", () =>
+  withServers(2, async ([one, two]) => {
+    const config = {
+      services: {
+        shop: {
+          servers: [{ url: one!.address, weight: 3 }, two!.address, { url: REFUSED, backup: true }],
+          health: { interval: "1s", fall: 1 },
+        },
+      },
+      routes: [
+        { path: "/old", redirect: { to: "https://example.com/" } },
+        { host: "a.test", methods: ["GET"], service: "shop" },
+      ],
+    };
+    await looking(config, async ({ page }) => {
+      await reads(page, "#verdict", "2 of 3 servers are up");
+      await reads(page, "#troubles", `shop: ${REFUSED} is down: `);
+      assert.match(await page.title(), /^▲ 2 of 3 servers are up/);
+      assert.match(await row(page, REFUSED).innerText(), /backup[^]*✕ down[^]*for \d+ s/);
+      assert.match(await cell(page, one!.address, "State").innerText(), /● up/);
+      await figure(page, one!.address, "Last check", /passed/);
+      assert.match(await cell(page, one!.address, "Weight").innerText(), /^3\s+75 %$/);
+      assert.match(await page.locator("section h2").innerText(), /shop.*round-robin · 2 of 3 up/s);
+      assert.deepEqual(
+        (await page.locator("#routes tbody tr").allInnerTexts()).map((text) => text.split(/\s*\t\s*/)),
+        [["/old", "/old", "redirect 302"], ["a.test", "GET a.test", "shop"]],
+      );
+      assert.equal(await page.locator("#charts svg path").count(), 4);
+    });
+  }));
+
+test("what it shows changes by itself", () =>
+  withServers(2, async ([one, two]) => {
+    await looking({ default: { servers: [one!.address, two!.address] } }, async ({ page, lb }) => {
+      await reads(page, "#verdict", "● All servers are up: 2");
+      await send(lb, 10);
+      await figure(page, one!.address, "Requests", /^5$/);
+      await figure(page, one!.address, "p50", /\d m?s/);
+      await figure(page, two!.address, "Bytes out", /^25 B$/);
+      one!.reset((visit) => visit.send(answer("no", "", "500 Sorry")));
+      await rawRequest(lb.port, Array.from({ length: 4 }, () => get("/").replace("close", "keep-alive")).join(""));
+      await figure(page, one!.address, "Errors", /^[1-9]/);
+      await reads(page, "#troubles", "more than 5 % of the requests fail");
+      assert.match(await page.locator("#charts path").first().getAttribute("d") ?? "", /^M\d/);
+      await lb.reload({ services: { another: { servers: [two!.address] } }, default: { service: "another" } });
+      await reads(page, "section h2", "another");
+      assert.equal(await page.locator("section").count(), 1);
+    });
+  }));
+
+test("a name is text, whatever is in it", () =>
+  withServers(1, async ([one]) => {
+    const name = "<img src=x onerror=alert(1)>", closing = "</script><script>alert(2)</script>";
+    const config = {
+      services: { [name]: { servers: [one!.address, REFUSED], health: { interval: "1s", fall: 1 } } },
+      routes: [{ name: closing, path: "/", service: name }],
+    };
+    await looking(config, async ({ page }) => {
+      await reads(page, "section h2", name);
+      await reads(page, "#routes tr", closing);
+      await reads(page, "#troubles", name);
+      assert.equal(await page.locator("img").count(), 0);
+      assert.equal(await page.locator("script").count(), 1);
+    });
+  }));
+
+test("nothing but its own script and style may run in it, and it may ask nobody else", () =>
+  looking({ default: { servers: [REFUSED] } }, async ({ page, lb, wrong }) => {
+    const { headers } = await fetch(`http://127.0.0.1:${lb.admin}/`);
+    const policy = headers.get("content-security-policy") ?? "";
+    const nonce = /script-src 'nonce-([^']+)'/.exec(policy)?.[1] ?? "";
+    assert.match(nonce, /^[\w+/=]{20,}$/);
+    assert.equal(
+      policy.replaceAll(nonce, "N"),
+      "default-src 'none'; script-src 'nonce-N'; style-src 'nonce-N'; connect-src 'self'; img-src data:; " +
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'",
+    );
+    const again = (await fetch(`http://127.0.0.1:${lb.admin}/`)).headers.get("content-security-policy") ?? "";
+    assert.ok(!again.includes(nonce), "each page has its own nonce");
+    await assert.rejects(page.evaluate("document.body.innerHTML = '<img src=x onerror=alert(1)>'"), /TrustedHTML/);
+    await assert.rejects(page.evaluate("document.body.setAttribute('onclick', 'alert(1)')"), /TrustedScript/);
+    await assert.rejects(page.evaluate("fetch('http://127.0.0.1:1/')"), /Failed to fetch/);
+    assert.ok(wrong.every((one) => /Content Security Policy|requires 'Trusted/.test(one)), wrong.join("\n"));
+    wrong.length = 0;
+  }));
+
+for (const dark of [false, true]) {
+  test(`it fits a phone and a wide window, ${dark ? "dark" : "light"}`, () =>
+    looking({ default: { servers: [REFUSED, "127.0.0.1:2"] } }, async ({ page }) => {
+      for (const width of [390, 820, 1400, 2000]) {
+        await page.setViewportSize({ width, height: 800 });
+        await reads(page, "th", REFUSED);
+        const wide = await page.evaluate<number>("document.documentElement.scrollWidth");
+        assert.ok(wide <= width, `${wide} pixels in a window of ${width}`);
+      }
+      const color = await page.evaluate<string>("getComputedStyle(document.body).backgroundColor");
+      const [red = NaN] = /\d+/.exec(color)!.map(Number);
+      assert.ok(dark ? red < 64 : red > 192, color);
+    }, { dark }));
+}
+
+test("a lost connection is said, and made again", () =>
+  withServers(1, async ([one]) => {
+    const config = { default: { servers: [one!.address] } };
+    await looking(config, async ({ page, lb, wrong }) => {
+      await reads(page, "#verdict", "● All servers are up: 1");
+      await lb.stop();
+      await reads(page, "#verdict", "✕ The connection is lost");
+      const next = await startProgram({ default: { servers: [one!.address, REFUSED] } }, [
+        "--admin",
+        `127.0.0.1:${lb.admin}`,
+      ]);
+      await reads(page, "th", REFUSED).finally(() => next.stop());
+      assert.ok(wrong.every((text) => /ERR_|Failed to load/.test(text)), wrong.join("\n"));
+      wrong.length = 0;
+    });
+  }));
+
+test("where the listener wants a token, the page asks for it, and shows nothing without it", () => {
+  const config = { admin: { token: TOKEN, read_token: READ_TOKEN }, default: { servers: [REFUSED] } };
+  return looking(config, async ({ page, wrong }) => {
+    const box = page.getByLabel("Token", { exact: true });
+    await box.fill("not-the-token");
+    await box.press("Enter");
+    await reads(page, "#why", "This one is not right");
+    assert.equal(await page.getByText(REFUSED).count(), 0);
+    await box.fill(READ_TOKEN);
+    await box.press("Enter");
+    await reads(page, "th", REFUSED);
+    await page.reload();
+    await reads(page, "th", REFUSED); // it is remembered as long as the tab is open
+    assert.equal(await page.getByRole("dialog").count(), 0);
+    assert.ok(wrong.every((text) => /401/.test(text)), wrong.join("\n"));
+    wrong.length = 0;
+  });
+});
+
+test("a thousand servers are shown, and found", () => {
+  const servers = Array.from({ length: 1000 }, (_, i) => `10.0.${i >> 8}.${i & 255}:80`);
+  return looking({ default: { servers, health: "off" } }, async ({ page }) => {
+    await reads(page, "#verdict", "All servers are up: 1,000");
+    assert.equal(await page.locator("section tbody tr").count(), 1000);
+    await page.getByRole("searchbox").fill("10.0.3.231");
+    await row(page, "10.0.3.231:80").filter({ visible: true }).waitFor();
+    assert.equal(await page.locator("section tbody tr").filter({ visible: true }).count(), 1);
+    assert.match(await cell(page, "10.0.3.231:80", "State").innerText(), /● up/);
+  });
+});
