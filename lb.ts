@@ -936,7 +936,7 @@ export type Server = ServerConfig & {
   picks: number;
   answers: number;
   saidAt: number; // when its last failure was reported
-  since: number; // when a probe or an ejection last changed what it is; 0: never
+  since: number; // when a probe, an ejection or a reload last changed what it is
   ejected: number; // how often it was
   probedAt: number; // when its last probe ended; 0: there was none
   probeTook: number;
@@ -4752,12 +4752,17 @@ export interface LoadBalancer extends Hono {
  * Services that stay, by name, and their servers that stay, by URL, stay the same records: what is known of them is kept
  * over a reload, and what requests in flight find out is not lost.
  */
-function buildService(config: ServiceConfig, name: string, strategies: Strategies, previous?: Service): Service {
+function buildService(
+  config: ServiceConfig,
+  name: string,
+  strategies: Strategies,
+  now: number,
+  previous?: Service,
+): Service {
   const known = new Map(previous?.servers.map((server) => [server.url, server]));
   const servers = config.servers.map((wanted) => {
-    const server = Object.assign(known.get(wanted.url) ?? newServer(wanted, name, config.tls), wanted, {
-      tls: config.tls,
-    });
+    const before = known.get(wanted.url), since = before?.state === wanted.state ? before.since : now;
+    const server = Object.assign(before ?? newServer(wanted, name, config.tls), wanted, { tls: config.tls, since });
     if (config.health.kind === "off" && previous?.config.health.kind !== "off") server.up = true; // nobody would find out
     if (config.eject.failures === Infinity) server.until = 0;
     return server;
@@ -4852,16 +4857,17 @@ function buildRoute(config: RouteConfig, services: Map<string, Service>, buckets
 
 /**
  * Compiles a config into what requests read.
+ * @param now of the effects: servers that are new, or in another state than before, are so since then
  * @throws {TypeError} where a service has a strategy that is not among `strategies`; `parseConfig` has refused all else
  */
-export function buildTable(config: Config, strategies: Strategies, previous?: Table): Table {
+export function buildTable(config: Config, strategies: Strategies, previous?: Table, now = 0): Table {
   for (const [name, { strategy }] of config.services) { // before anything is changed that serves
     if (Object.hasOwn(strategies, strategy.name)) continue;
     throw new TypeError(`service ${name}: there is no strategy ${strategy.name}`);
   }
   const services = new Map<string, Service>();
   for (const [name, service] of config.services) {
-    services.set(name, buildService(service, name, strategies, previous?.services.get(name)));
+    services.set(name, buildService(service, name, strategies, now, previous?.services.get(name)));
   }
   const buckets = buildBuckets(config.routes, previous);
   const routes = config.routes.map((route) => ({
@@ -4893,7 +4899,7 @@ export function createLoadBalancer(
   const begun = all.date();
   const name = hash(`${all.random()} ${begun.getTime()}`).toString(36);
   const balancer: Balancer = {
-    table: buildTable(config, known),
+    table: buildTable(config, known, undefined, all.now()),
     effects: all,
     name,
     via: `1.1 lb-${name}`,
@@ -4921,7 +4927,7 @@ export function createLoadBalancer(
     fetch,
     balancer,
     reload(next: Config) {
-      balancer.table = buildTable(next, known, balancer.table);
+      balancer.table = buildTable(next, known, balancer.table, all.now());
       balancer.reloads++;
       balancer.reloadedAt = all.date();
       balancer.reloadFailed = false;
@@ -6095,8 +6101,8 @@ const judge = (sections, services) => {
   const bad = troubles.filter((one) => one.level === "bad"), all = services.flatMap((one) => one.servers);
   const level = bad.length ? "bad" : troubles.length ? "warn" : "good";
   const up = all.filter(isUp).length, aside = all.filter((one) => one.state !== "ready").length;
-  const some = count(up) + " of " + count(all.length) + " servers are up";
-  tell(level, (up === all.length ? "All servers are up: " + count(up) : some) + (aside ? ", " + count(aside) + " set aside" : ""));
+  const some = count(up) + " of " + count(all.length) + " servers are up" + (aside ? ", " + aside + " set aside" : "");
+  tell(level, up === all.length ? "All servers are up: " + count(up) : some);
   const list = [...new Set([...bad, ...troubles])], more = list.length - MOST;
   if (more > 0) list.splice(MOST, more, { name: "and " + more + " more", level: "warn", id: "services" });
   arrange($("troubles"), list, ({ name, level, id }) =>

@@ -11,7 +11,6 @@ import {
   type Script,
   type ScriptedServer,
   scriptedServer,
-  sleep,
   startProgram,
   status,
 } from "./rig.ts";
@@ -76,7 +75,6 @@ async function withServers(count: number, use: (servers: ScriptedServer[]) => Pr
 const send = async (lb: Program, count: number) => {
   for (let i = 0; i < count; i++) assert.equal(status((await rawRequest(lb.port, get("/"))).answers[0]!), 200);
 };
-const seenBy = (server: ScriptedServer) => server.requests.length;
 
 const row = (page: Page, server: string) => page.locator("tr", { has: page.getByRole("rowheader", { name: server }) });
 const cell = (page: Page, server: string, title: string) => row(page, server).locator(`[data-title="${title}"]`);

@@ -94,11 +94,15 @@ test("what no service has had is counted at the entrypoint alone", async () => {
 
 test("ejections and probes are counted, and since when a server is what it is", async () => {
   const { lb, ask, clock, effects, service } = setUp(["reset"], "default: { servers: [a:1, b:1], retries: 0 }");
-  const [a, b] = service().servers;
+  const [a, b] = service().servers, begun = clock.now;
+  assert.deepEqual([a!.since, b!.since], [begun, begun]);
   for (let i = 0; i < 10; i++) await ask({ method: "POST" });
-  assert.deepEqual([a!.ejected, b!.ejected, a!.since, b!.since], [1, 0, clock.now - 40, 0]);
+  assert.deepEqual([a!.ejected, b!.ejected, a!.since, b!.since], [1, 0, clock.now - 40, begun]);
   await lb.probe(); // with the effects that it began with: all pass
-  assert.deepEqual([a!.probesPassed, b!.probesPassed, a!.since, b!.since], [1, 1, clock.now, 0]);
+  assert.deepEqual([a!.probesPassed, b!.probesPassed, a!.since, b!.since], [1, 1, clock.now, begun]);
+  clock.now += 7;
+  lb.reload(parseConfig("default: { servers: [a:1, { url: b:1, state: drain }, c:1] }"));
+  assert.deepEqual(service().servers.map(({ since }) => clock.now - since), [7, 0, 0]);
   effects.connect = () => Promise.reject(new Error("refused"));
   const flaky = createLoadBalancer(parseConfig("default: { servers: [a:1] }"), effects);
   const [only] = flaky.balancer.table.services.get("default")!.servers;
