@@ -311,6 +311,8 @@ const Health = or("off", { kind: "off" as const, ...v.parse(Probe, {}) }, Probin
 const EjectMap = map({ failures: opt(whole(1, 1e6), 5), for: opt(Duration, "30s"), at_most: opt(Percent, "50%") });
 const Eject = or("off", { failures: Infinity, for: 0, at_most: 0 }, EjectMap);
 const QueueMap = map({ size: opt(whole(1, 100_000), 100), timeout: opt(Duration, "5s") });
+const Quantile = word("a share such as p95, from p50 to p99", /^p([5-9]\d)$/, (_, percent) => Number(percent) / 100);
+const Hedge = or("off", 0, Quantile, "a share such as p95, from p50 to p99");
 const Queue = or("off", { size: 0, timeout: 0 }, QueueMap);
 const Timeouts = map({ connect: opt(Duration, "3s"), response: opt(Duration, "60s"), idle: opt(Duration, "5m") });
 const CorsMap = map({
@@ -350,6 +352,7 @@ const settings = {
   eject: key(Eject, "off, or failures in a row, how long, and how many at most", v.getDefaults(EjectMap)),
   panic: key(Percent, "fewer servers than this may be asked: ask them all rather than none", "50%"),
   retry_budget: key(Percent, "retries at most, of the requests in flight", "20%"),
+  hedge: key(Hedge, "off, or p95: who waits longer than so many percent do is tried at another server too", "off"),
   max_in_flight: key(Limit, "per server", "none"),
   queue: key(Queue, "off, or how many requests wait where all servers are full, and how long", v.getDefaults(QueueMap)),
   fallback: key(
@@ -990,6 +993,12 @@ export interface Service {
   tallies: Tallies; // of requests that have ended
   waiting: Set<() => boolean>; // requests without a server, in the order of their coming: each takes one, or says that all are full
   usual: number; // mean milliseconds to the head of a good answer of any of its servers; 0: not known
+  hedge: number; // the share of answers that come before a second attempt is made; 0: none is made
+  times: Float64Array; // the latest milliseconds to the head of a good answer, where there is a hedge
+  measured: number; // how many were written there
+  patience: number; // the quantile of these
+  hedges: number; // second attempts so far
+  hedgesWon: number; // those that answered first
 }
 
 /** One service that a route may lead to, with the policy that holds on that way. */
@@ -1076,6 +1085,7 @@ export interface Exchange extends Draw {
   state: string; // tracestate, that came with it
   span: string; // 16 digits, of the latest attempt
   chosen: boolean; // its line is written even if nothing goes wrong
+  stop: AbortSignal | undefined; // where two attempts are made at the same time: the other one has won
   entrypoint: Entrypoint;
   endedAt: number; // when the last byte had passed
   status: number; // of the final answer; 0: there is none yet
@@ -1095,6 +1105,7 @@ export interface Attempt {
   length: number; // of the body in bytes; -1: unknown
   wrapped: boolean; // middleware stands around the answer
   request: { readonly signal: AbortSignal }; // tells that the client has left; read late, because reading it costs
+  stop?: AbortSignal | undefined; // tells that nobody wants the answer any more
   server: Server;
   timeouts: Policy["timeouts"];
   upgrade?: Upgrade | undefined; // it asks for a WebSocket
@@ -1265,6 +1276,8 @@ const VERSION = "0.1.0";
 
 const newEntrypoint = (name: string): Entrypoint => ({ name, inFlight: 0, tallies: new Map() });
 
+const NO_TIMES = new Float64Array(0);
+
 const newService = (name: string) => ({
   name,
   cookies: undefined,
@@ -1280,6 +1293,11 @@ const newService = (name: string) => ({
   tallies: new Map(),
   waiting: new Set<() => boolean>(),
   usual: 0,
+  times: NO_TIMES,
+  measured: 0,
+  patience: 0,
+  hedges: 0,
+  hedgesWon: 0,
 });
 
 const newServer = (config: ServerConfig, service: string, tls: Server["tls"]): Server => ({
@@ -1820,7 +1838,20 @@ function onHead(service: Service, server: Server, status: number, milliseconds: 
   server.latency += (milliseconds - server.latency) / Math.min(server.answers, 64);
   const bad = status >= 500 || status === 429;
   if (!bad) service.usual += (milliseconds - service.usual) / (service.usual ? 64 : 1);
+  if (!bad && service.hedge) learnPatience(service, milliseconds);
   noteTime(server, bad ? asSlow(service, milliseconds) : milliseconds, now);
+}
+
+const SAMPLES = 500; // answers that a quantile comes from
+const LEARNED = 100; // answers after which it can be relied on
+
+/** Works out anew, every 50 answers, how long most of the latest took. */
+function learnPatience(service: Service, milliseconds: number): void {
+  const { times, hedge } = service;
+  times[service.measured++ % SAMPLES] = milliseconds;
+  if (service.measured % 50 !== 0) return;
+  const sorted = times.slice(0, service.measured).sort();
+  service.patience = sorted[Math.floor(hedge * sorted.length)]!;
 }
 
 /** Counts a probe's verdict: `rise` or `fall` of them in a row flip the server, and each flip is reported once. */
@@ -2551,8 +2582,8 @@ function sweep(wire: Wire): void {
 }
 
 function whatIsLate({ connected }: Connection, transfer: Transfer, silence: number): Failure | undefined {
-  const { request, timeouts: { connect, response, idle } } = transfer.attempt;
-  if (request.signal.aborted) return "client-left";
+  const { request, stop, timeouts: { connect, response, idle } } = transfer.attempt;
+  if (stop?.aborted || request.signal.aborted) return "client-left";
   if (!connected) return silence < connect ? undefined : "connect-timeout";
   if (transfer.head) return silence < idle ? undefined : transfer.paused ? "client-timeout" : "idle";
   if (transfer.sent) return silence < response ? undefined : "timeout";
@@ -2871,6 +2902,7 @@ async function forward(
     length,
     wrapped: exchange.wrapped || destination.around !== undefined,
     request: exchange.request,
+    stop: exchange.stop,
     server,
     timeouts: destination.policy.timeouts,
     upgrade: exchange.upgrade,
@@ -3741,6 +3773,7 @@ const FAMILIES = {
   lb_service_requests_bytes_total: ["counter", "Bytes of the requests' bodies"],
   lb_service_responses_bytes_total: ["counter", "Bytes of the answers' bodies"],
   lb_service_retries_total: ["counter", "Further attempts after the first"],
+  lb_service_hedges_total: ["counter", "Second attempts beside a slow first one, by who answered"],
   lb_service_requests_in_flight: ["gauge", "Requests in flight"],
   lb_service_queue_length: ["gauge", "Requests that wait for a server with room"],
   lb_service_copies_total: ["counter", "Copies for it that mirror has asked for, by what became of them"],
@@ -3820,9 +3853,11 @@ export function samplesOf(balancer: Balancer): Map<string, number> {
   }
   for (const [reason, times] of balancer.failures) put("lb_failures_total", { reason }, times);
   for (const service of balancer.table.services.values()) {
-    const { name, tallies, servers, retries, inFlight, waiting, copies, panicking } = service;
+    const { name, tallies, servers, retries, hedges, hedgesWon, inFlight, waiting, copies, panicking } = service;
     putTallies(put, "service", name, tallies);
     put("lb_service_retries_total", { service: name }, retries);
+    put("lb_service_hedges_total", { service: name, answered: "second" }, hedgesWon);
+    put("lb_service_hedges_total", { service: name, answered: "first" }, hedges - hedgesWon);
     put("lb_service_requests_in_flight", { service: name }, inFlight);
     put("lb_service_queue_length", { service: name }, waiting.size);
     for (const result of ["answered", "failed", "skipped"] as const) {
@@ -3925,6 +3960,7 @@ function newExchange(balancer: Balancer, request: Request, from: Client, wrapped
     state: "",
     span: "",
     chosen: log.sample === 1 || effects.random() < log.sample,
+    stop: undefined,
     entrypoint: entry(balancer.entrypoints, from.scheme, newEntrypoint),
     endedAt: 0,
     status: 0,
@@ -3996,7 +4032,8 @@ async function attempts(balancer: Balancer, exchange: Exchange, first: Destinati
     let failure: FailureName = "no-server"; // what the client is told when there is nobody to ask
     for (let retry = 0;; retry++) {
       const now = retry > 0 ? effects.now() : exchange.started;
-      const server = pickNow(exchange, effects, now) ?? await laterOrElsewhere(exchange, failure, effects);
+      const server: Server | FailureName = pickNow(exchange, effects, now) ??
+        await laterOrElsewhere(exchange, failure, effects);
       if (typeof server === "string") return refuse(balancer, exchange, server);
       const destination = exchange.destination!, { service } = destination;
       if (retry === 0 && exchange.route!.mirror) mirror(balancer, exchange, exchange.route!.mirror);
@@ -4005,14 +4042,10 @@ async function attempts(balancer: Balancer, exchange: Exchange, first: Destinati
         service.retries++;
         server.retries++;
       }
-      const outcome = await forward(
-        balancer,
-        exchange,
-        server,
-        (status, bytes, problem) => settle(balancer, exchange, server, status, bytes, problem),
-      );
+      const two = mayHedge(exchange, service);
+      const outcome: Outcome = two ? await askTwo(balancer, exchange, server) : await ask(balancer, exchange, server);
       if (retry > 0) service.retrying--;
-      judge(exchange, server, outcome, effects);
+      judge(exchange, exchange.tried.at(-1)!, outcome, effects);
       if (!mayRetry(exchange, destination, outcome, retry)) {
         if (outcome.kind === "answer") return conclude(balancer, exchange, outcome.response);
         return refuse(balancer, exchange, exchange.request.signal.aborted ? "client-left" : outcome.kind);
@@ -4023,6 +4056,98 @@ async function attempts(balancer: Balancer, exchange: Exchange, first: Destinati
     }
   } catch (error) {
     return internal(balancer, exchange, error);
+  }
+}
+
+/** One attempt; its end comes to `settle`, what it says before that to `judge`. */
+const ask = (balancer: Balancer, exchange: Exchange, server: Server): Promise<Outcome> =>
+  forward(
+    balancer,
+    exchange,
+    server,
+    (status, bytes, problem) => settle(balancer, exchange, server, status, bytes, problem),
+  );
+
+/** One of two attempts at the same time. What comes of it is its own until it has won. */
+interface Leg {
+  server: Server;
+  exchange: Exchange;
+  won: boolean;
+  stop: AbortController;
+  outcome: Promise<Outcome>;
+}
+
+function launch(balancer: Balancer, exchange: Exchange, server: Server): Leg {
+  const stop = new AbortController(), own: Exchange = { ...exchange, stop: stop.signal };
+  const leg = { server, exchange: own, won: false, stop };
+  const outcome = forward(balancer, own, server, (status, bytes, problem) => {
+    settle(balancer, leg.won ? exchange : own, server, status, bytes, problem);
+  });
+  return Object.assign(leg, { outcome });
+}
+
+const SAFE = new Set(["GET", "HEAD", "OPTIONS"]);
+
+/** Whether a second server may be asked while the first is still busy: nobody notices that a safe request came twice. */
+const mayHedge = ({ method, length, upgrade }: Exchange, { hedge, measured }: Service): boolean =>
+  hedge > 0 && measured >= LEARNED && length === 0 && SAFE.has(method) && !upgrade;
+
+/**
+ * Asks one server, and a second one when the first takes longer than most answers do. The first good answer wins and the
+ * other attempt is given up; a bad one does not win while the other may still be better.
+ */
+async function askTwo(balancer: Balancer, exchange: Exchange, server: Server): Promise<Outcome> {
+  const { effects } = balancer, { service, retryOn } = exchange.destination!;
+  if (!exchange.trace) takeUpTrace(balancer, exchange); // one for both
+  const first = launch(balancer, exchange, server);
+  const soon = await Promise.race([first.outcome, effects.sleep(service.patience)]);
+  const other = soon ? undefined : pickSecond(exchange, first, effects);
+  if (!other) return await win(exchange, first);
+  service.hedges++;
+  service.retrying++;
+  const second = launch(balancer, exchange, other);
+  const ahead = await Promise.race([first, second].map((leg) => leg.outcome.then(() => leg)));
+  const behind = ahead === first ? second : first;
+  const outcome = await ahead.outcome;
+  const good = outcome.kind === "answer" && outcome.response.status < 500 && !retryOn.has(outcome.response.status);
+  const [winner, loser] = good ? [ahead, behind] : [behind, ahead];
+  void lose(loser, effects);
+  await winner.outcome;
+  service.retrying--;
+  if (winner === second) service.hedgesWon++;
+  exchange.tried.splice(-2, 2, loser.server, winner.server); // the last one is who answers
+  return await win(exchange, winner);
+}
+
+/** The request goes on with this attempt. */
+function win(exchange: Exchange, leg: Leg): Promise<Outcome> {
+  const { attempt, span, ended, endedAt, bytes, problem } = leg.exchange;
+  leg.won = true;
+  Object.assign(exchange, { attempt, span, ended, endedAt, bytes, problem });
+  return leg.outcome;
+}
+
+/** An attempt whose answer nobody gets. It says of its server at least how long it has taken so far. */
+async function lose({ server, exchange, stop, outcome }: Leg, effects: Effects): Promise<void> {
+  const { now } = effects, elapsed = now() - exchange.attempt!.startedAt;
+  stop.abort();
+  if (elapsed > server.recent) noteTime(server, elapsed, now());
+  const late = await outcome;
+  judge(exchange, server, late, effects);
+  if (late.kind === "answer") await late.response.body?.cancel().catch(() => {});
+}
+
+/** Another server, healthy and with room, for a second attempt that the budget allows. */
+function pickSecond(exchange: Exchange, first: Leg, effects: Effects): Server | undefined {
+  const { service } = exchange.destination!, now = exchange.now = effects.now();
+  const others = withRoom(service, candidatesOf(service, now))
+    .filter((server) => !exchange.tried.includes(server) && isHealthy(server, now));
+  if (others.length === 0 || !spendRetry(service)) return undefined;
+  try {
+    return picked(exchange, choose(service, others as readonly Server[] as Candidates, exchange));
+  } catch (error) { // a strategy's: the first attempt is nobody's any more
+    void lose(first, effects);
+    throw error;
   }
 }
 
@@ -4101,6 +4226,10 @@ function pickServer(exchange: Exchange, effects: Effects, now: number): Server |
   const server = service.config.sticky.cookie
     ? pickSticky(service, candidates as Candidates, exchange, effects)
     : choose(service, candidates as Candidates, exchange);
+  return picked(exchange, server);
+}
+
+function picked({ tried }: Exchange, server: Server): Server {
   server.picks++;
   server.inFlight++;
   tried.push(server);
@@ -4185,7 +4314,11 @@ function mayRetry(
   if (exchange.request.signal.aborted) return false;
   const sent = outcome.kind === "answer" || outcome.sent;
   if (!sent) return true;
-  if (!mayRepeat(exchange)) return false;
+  return mayRepeat(exchange) && spendRetry(service);
+}
+
+/** Takes one retry out of the budget; false where there is none left. */
+function spendRetry(service: Service): boolean {
   if (service.retrying < Math.max(LEAST_RETRIES, service.config.retry_budget * service.inFlight)) return true;
   if (service.saved < 1) return false;
   service.saved--;
@@ -4544,16 +4677,17 @@ const PLATFORM_FAILURES: Record<number, Failure> = {
  * an attempt ends for us with the head of its answer. "manual", both times: a body that is encoded passes as it is.
  */
 async function nativeFetch(url: string, attempt: Attempt): Promise<Response> {
-  const { method, headers, body, request, timeouts } = attempt;
+  const { method, headers, body, request, stop, timeouts } = attempt;
   const late = new AbortController();
   const timer = setTimeout(() => late.abort(), timeouts.response);
-  const init = { encodeResponseBody: "manual", signal: AbortSignal.any([request.signal, late.signal]) };
+  const signal = AbortSignal.any([request.signal, late.signal, ...stop ? [stop] : []]);
+  const init = { encodeResponseBody: "manual", signal };
   let response: Response;
   try {
     const named = pairs(without(headers, new Set(["host"]))); // which the platform sets from the URL
     response = await fetch(url, { ...init, method, headers: named, body, redirect: "manual" });
   } catch (error) {
-    const kind = late.signal.aborted ? "timeout" : request.signal.aborted ? "client-left" : "reset";
+    const kind = late.signal.aborted ? "timeout" : request.signal.aborted || stop?.aborted ? "client-left" : "reset";
     throw new WireError(kind, true, String(error));
   } finally {
     clearTimeout(timer);
@@ -4773,6 +4907,9 @@ function buildService(
     strategy: strategies[config.strategy.name]!,
     key: keyOf(config.strategy),
     cookies: undefined,
+    hedge: config.sticky.cookie ? 0 : config.hedge, // no other server knows the client
+    times: !config.hedge ? NO_TIMES : previous?.times.length ? previous.times : new Float64Array(SAMPLES),
+    measured: config.hedge ? previous?.measured ?? 0 : 0,
     bounded: servers.some((server) => Math.min(server.max, config.max_in_flight) < Infinity),
     candidatesUntil: 0,
   });

@@ -84,6 +84,7 @@ test("what is left out has the documented default", () => {
     retry_on: ["connect", "reset", 502, 503, 504],
     retry_budget: 0.2,
     timeouts: { connect: 3_000, response: 60_000, idle: 300_000 },
+    hedge: 0,
     max_in_flight: Infinity,
     queue: { size: 100, timeout: 5_000 },
     fallback: "",
@@ -408,6 +409,8 @@ const WRONG_KEYS: [keys: string, ...expected: string[]][] = [
   ["rate: 5", "34: rate: 5 is not off or a map"],
   ["rate: {}", "34: rate: requests is missing"],
   ["rate: { requests: 1, by: cookie }", '53: rate.by: "cookie" is not ip or {header: name}'],
+  ["hedge: p49", '35: hedge: "p49" is not a share such as p95, from p50 to p99'],
+  ["hedge: 95", "35: hedge: 95 is not a share such as p95, from p50 to p99"],
   ["queue: 100", "35: queue: 100 is not off or a map"],
   ["queue: { size: 0 }", "43: queue.size: 0 is not a whole number from 1 to 100000"],
   ["max_in_flight: 0", "43: max_in_flight: 0 is not a whole number from 1 to 1000000"],
@@ -493,7 +496,7 @@ const WRONG: [text: string, ...expected: string[]][] = [
   [`${ROUTE}log: { sampel: 1% }`, '2:8: log.sampel: unknown key; did you mean "sample"?'],
   [
     `${ROUTE}defaults: { servers: [a:1] }`,
-    "2:13: defaults.servers: unknown key; allowed: strategy, health, eject, panic, retry_budget, max_in_flight, queue, fallback, sticky, tls, retries, retry_on, timeouts, host_header, compress, cors",
+    "2:13: defaults.servers: unknown key; allowed: strategy, health, eject, panic, retry_budget, hedge, max_in_flight, queue, fallback, sticky, tls, retries, retry_on, timeouts, host_header, compress, cors",
   ],
   [`${ROUTE}hosts: { host: a }`, "2:8: hosts: a map is not a list of hosts"],
   [`${ROUTE}services: [a]`, "2:11: services: a list is not a map"],
@@ -705,6 +708,7 @@ services:
     eject: { failures: 9, for: 1h, at_most: 33.3% }
     panic: 0%
     retry_on: []
+    hedge: p99
     max_in_flight: 7
     queue: { size: 1, timeout: 2m }
     tls: { ca: ca.pem, cert: c.pem, key: k.pem, servername: x, insecure: true }

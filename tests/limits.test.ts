@@ -3,9 +3,11 @@
 
 import assert from "node:assert/strict";
 import { test as nodeTest } from "node:test";
+import { setImmediate } from "node:timers";
 import { type Attempt, createLoadBalancer, type Failure, type LoadBalancer, parseConfig, WireError } from "../lb.ts";
 import {
   answer,
+  get,
   type Message,
   rawRequest,
   type ScriptedServer,
@@ -36,7 +38,7 @@ const test = (name: string, run: () => Promise<void>) =>
   });
 
 /** Everything that is ready to happen happens. */
-const settled = () => new Promise<void>((resolve) => setTimeout(resolve));
+const settled = () => new Promise<void>((resolve) => setImmediate(resolve));
 
 /** A clock that stands still, and what sleeps on it. */
 function newClock() {
@@ -99,11 +101,18 @@ function setUp(keys: string, { servers = "[a:1]", yaml = "", random = seeded(1) 
       if (!over) attempt.ended(status, 0, problem);
       over = true;
     };
+    attempt.stop?.addEventListener("abort", async () => { // the wire looks every 100 ms
+      await clock.sleep(50);
+      if (over) return;
+      over = true;
+      reject(new WireError("client-left", true, "nobody wants it"));
+    });
     asked.push({
       server: attempt.server.name[0]!,
       path: url.slice(attempt.server.url.length),
       attempt,
       finish(status = 200) {
+        if (over) return settled();
         end(status);
         const list = attempt.inbound([]);
         const headers = list.flatMap((name, i): [string, string][] => i % 2 ? [] : [[name, list[i + 1]!]]);
@@ -116,8 +125,8 @@ function setUp(keys: string, { servers = "[a:1]", yaml = "", random = seeded(1) 
         resolve(new Response(new ReadableStream({ start, cancel: () => end(status, "client-left") }), { status }));
         await settled();
         return () => {
+          if (!over) sink.close();
           end(status);
-          sink.close();
           return settled();
         };
       },
@@ -148,6 +157,19 @@ function setUp(keys: string, { servers = "[a:1]", yaml = "", random = seeded(1) 
     );
   const service = lb.balancer.table.services.get("default")!;
   return { lb, clock, asked, lines, reports, send, service };
+}
+
+/** One line of the access log. */
+function logged(line: string) {
+  const said = JSON.parse(line) as Record<string, string | number | undefined>;
+  return {
+    status: said["http.response.status_code"],
+    path: said["url.path"],
+    bytes: said["http.response.body.size"],
+    failure: said["error.type"],
+    server: said["lb.server"] as string | undefined,
+    attempts: said["lb.attempts"],
+  };
 }
 
 const outcome = async (response: Promise<Response>) => {
@@ -274,8 +296,8 @@ test("a client that has left leaves the queue at once, is logged with 499, and t
   await settled();
   assert.equal(service.waiting.size, 1);
   assert.equal(clock.sleepers.size, 1);
-  const { status, failure, target, server } = JSON.parse(lines[0]!);
-  assert.deepEqual([status, failure, target, server], [499, "client-left", "/gone", "-"]);
+  const { status, failure, path, server } = logged(lines[0]!);
+  assert.deepEqual([status, failure, path, server], [499, "client-left", "/gone", undefined]);
   assert.equal((await gone).status, 499);
   await asked[0]!.finish();
   assert.equal(asked[1]!.path, "/behind");
@@ -609,7 +631,7 @@ test("answers of servers say what is left too, beside what the servers say; a re
   assert.equal(headers.get("x"), "y");
   assert.deepEqual(await outcome(send()), [429, "rate", "1"]);
   assert.equal(asked.length, 1);
-  assert.equal(JSON.parse(lines[1]!).failure, "rate");
+  assert.equal(logged(lines[1]!).failure, "rate");
 });
 
 test("a route without a rate says nothing of it, and those with one do not share it", async () => {
@@ -623,6 +645,310 @@ test("a route without a rate says nothing of it, and those with one do not share
     const { status, headers } = await send({ path: "/c" });
     assert.deepEqual([status, headers.get("ratelimit"), headers.get("ratelimit-policy")], [200, null, null]);
   }
+});
+
+// ─── Hedges ───
+
+/** A balancer that has learned from 200 answers after 10 ms that 10 ms are usual. */
+async function hedging(keys = "", servers = "[a:1, b:1, c:1]") {
+  const tools = setUp(`hedge: p95, ${keys}`, { servers });
+  const { clock, asked, send, service, lines } = tools;
+  for (let i = 0; i < 200; i++) {
+    const sent = send();
+    clock.now += 10;
+    await asked.at(-1)!.finish();
+    await sent;
+    clock.sleepers.clear();
+  }
+  asked.length = lines.length = 0;
+  assert.equal(service.patience, 10);
+  return tools;
+}
+const names = (asked: Asked[]) => asked.map(({ server }) => server).join("");
+
+test("a request that takes longer than usual is tried at another server too; the first good answer wins", async () => {
+  for (const slow of [true, false]) {
+    const { send, asked, clock, service, lines } = await hedging();
+    const sent = send();
+    await clock.advance(8);
+    assert.equal(asked.length, 1);
+    await clock.advance(4);
+    assert.equal(asked.length, 2, "now there are two");
+    assert.notEqual(asked[0]!.server, asked[1]!.server);
+    assert.deepEqual(service.servers.map(({ inFlight }) => inFlight).sort(), [0, 1, 1]);
+    assert.equal(service.retrying, 1);
+    const [winner, loser] = slow ? [asked[1]!, asked[0]!] : [asked[0]!, asked[1]!];
+    const end = await winner.begin();
+    assert.equal((await sent).status, 200);
+    assert.deepEqual([winner.attempt.stop?.aborted, loser.attempt.stop?.aborted], [false, true]);
+    assert.deepEqual([service.retrying, lines.length], [0, 0], "the body has not ended");
+    await clock.advance(60);
+    assert.deepEqual(service.servers.map(({ inFlight }) => inFlight).sort(), [0, 0, 1]);
+    await end();
+    const { server, attempts, status, failure, bytes } = logged(lines[0]!);
+    assert.deepEqual([server![0], attempts, status, failure, bytes], [winner.server, 2, 200, undefined, 0]);
+    assert.equal(lines.length, 1);
+    assert.deepEqual([service.hedges, service.hedgesWon], [1, Number(slow)]);
+    assert.deepEqual([asked.length, service.retries], [2, 0]);
+  }
+});
+
+test("an answer that came whole before the other attempt was given up is the one that counts", async () => {
+  const { send, asked, clock, lines } = await hedging();
+  const sent = send();
+  await clock.advance(20);
+  const [first, second] = asked as [Asked, Asked];
+  void first.finish(); // both in the same moment
+  void second.finish();
+  assert.equal((await sent).status, 200);
+  await clock.advance(100);
+  assert.equal(lines.length, 1);
+  assert.equal(logged(lines[0]!).server![0], first.server);
+});
+
+test("a bad answer does not win while the other attempt may still be better; where both are bad the last one counts", async () => {
+  for (const [end, status] of [[200, 200], [404, 404], [503, 503], [500, 500]] as const) {
+    for (const bad of [503, 500, "reset"] as const) {
+      const { send, asked, clock, lines } = await hedging("retries: 0, eject: off");
+      const sent = send();
+      await clock.advance(20);
+      const [first, second] = asked as [Asked, Asked];
+      if (bad === "reset") await second.fail(bad);
+      else await second.finish(bad);
+      await clock.advance(1_000);
+      assert.equal(lines.length, 0, "still open");
+      await first.finish(end);
+      assert.equal((await sent).status, status);
+      assert.equal(logged(lines[0]!).server![0], first.server);
+    }
+  }
+});
+
+test("where both attempts fail, the retry goes to a third server", async () => {
+  const { send, asked, clock, lines } = await hedging("retries: 1, eject: off");
+  const sent = send();
+  await clock.advance(20);
+  await asked[0]!.finish(503);
+  await asked[1]!.fail("reset");
+  assert.deepEqual([...names(asked)].sort().join(""), "abc");
+  await asked[2]!.finish();
+  assert.equal((await sent).status, 200);
+  assert.equal(logged(lines[0]!).attempts, 3);
+});
+
+test("only safe requests without a body are tried twice, and only where another server is healthy and has room", async () => {
+  const rows: [what: string, ask: Ask, change: (tools: Awaited<ReturnType<typeof hedging>>) => void, keys?: string][] =
+    [
+      ["POST", { method: "POST" }, () => {}],
+      ["PUT", { method: "PUT" }, () => {}],
+      ["DELETE", { method: "DELETE" }, () => {}],
+      ["OPTIONS with a body", { method: "OPTIONS", body: "abc", headers: { "content-length": "3" } }, () => {}],
+      ["others are down", {}, ({ service }) => {
+        for (const server of service.servers) server.up = false;
+        service.candidatesUntil = 0;
+      }],
+      ["others are full", {}, ({ service }) => {
+        for (const server of service.servers.slice(1)) server.max = 0;
+      }, "strategy: first, max_in_flight: 5"],
+      ["sticky", {}, () => {}, "sticky: { secret: abcdefghijklmnopqrstuvwxyz0123456789 }"],
+    ];
+  for (const [what, ask, change, keys] of rows) {
+    const tools = what === "sticky" ? setUp(`hedge: p95, ${keys}`, { servers: "[a:1, b:1]" }) : await hedging(keys);
+    change(tools);
+    const sent = tools.send(ask);
+    await tools.clock.advance(500);
+    assert.equal(tools.asked.length, 1, what);
+    await tools.asked[0]!.finish();
+    assert.equal((await sent).status, 200);
+  }
+  for (const method of ["GET", "HEAD", "OPTIONS"]) {
+    const { send, clock, asked } = await hedging();
+    const sent = send({ method });
+    await clock.advance(20);
+    assert.equal(asked.length, 2, method);
+    await asked[0]!.finish();
+    assert.equal((await sent).status, 200);
+    await clock.advance(100);
+  }
+});
+
+test("a service that has answered less than 100 times, or has no hedge, sets no timer and tries nobody twice", async () => {
+  for (const keys of ["hedge: p50", "hedge: off"]) {
+    const { send, clock, asked } = setUp(keys, { servers: "[a:1, b:1]" });
+    for (let i = 0; i < 99; i++) {
+      const sent = send();
+      assert.equal(clock.sleepers.size, 0);
+      clock.now += 10;
+      await asked.at(-1)!.finish();
+      await sent;
+    }
+    const sent = send();
+    await clock.advance(1_000);
+    assert.equal(asked.length, 100);
+    await asked.at(-1)!.finish();
+    await sent;
+  }
+});
+
+test("second attempts and retries share one budget: a service that stalls gets at most 20 % more", async () => {
+  for (const [requests, most] of [[5, 3], [100, 20]] as const) {
+    const { send, asked, clock, service } = await hedging("retry_budget: 20%");
+    service.saved = 0;
+    const sent = Array.from({ length: requests }, () => send());
+    await clock.advance(1_000);
+    assert.equal(asked.length, requests + most);
+    assert.equal(service.retrying, most);
+    for (const one of asked) await one.finish();
+    for (const one of sent) assert.equal((await one).status, 200);
+    await clock.advance(100);
+    assert.equal(service.hedges, most);
+  }
+});
+
+test("the attempt that is given up counts neither as a failure nor as an answer; its server was at least so slow", async () => {
+  const { send, asked, clock, service, reports } = await hedging("eject: { failures: 1 }");
+  const sent = send();
+  await clock.advance(30);
+  const [loser, winner] = asked as [Asked, Asked];
+  const server = service.servers.find(({ name }) => name[0] === loser.server)!;
+  const other = service.servers.find(({ name }) => name[0] === winner.server)!;
+  const { answers, failures, latency } = server;
+  await winner.finish();
+  await sent;
+  await clock.advance(100);
+  assert.deepEqual([server.answers, server.failures, server.latency, server.until], [answers, failures, latency, 0]);
+  assert.ok(server.recent >= 29 && other.recent < 29, `${server.recent} ms and ${other.recent} ms`);
+  assert.deepEqual(reports, []);
+  assert.equal(server.waiting, 0);
+});
+
+test("a client that leaves during two attempts ends both", async () => {
+  const { send, asked, clock, lines, service } = await hedging();
+  const leaving = new AbortController();
+  const sent = send({ signal: leaving.signal });
+  await clock.advance(20);
+  leaving.abort();
+  for (const one of asked) await one.fail("client-left");
+  assert.equal((await sent).status, 499);
+  assert.deepEqual([logged(lines[0]!).failure, lines.length, service.retrying], ["client-left", 1, 0]);
+});
+
+test("a strategy that throws for a second attempt costs its request, and leaves nothing in flight", async () => {
+  const { send, asked, clock, service } = await hedging();
+  const sent = send();
+  await settled();
+  service.strategy = () => {
+    throw new Error("no such luck");
+  };
+  await clock.advance(20);
+  assert.equal((await sent).status, 500);
+  await clock.advance(100);
+  assert.equal(asked.length, 1);
+});
+
+/** A time as servers take it: most near the median, some far above it. */
+function lognormal(random: () => number, median: number, spread: number): () => number {
+  return () => median * Math.exp(spread * Math.sqrt(-2 * Math.log(1 - random())) * Math.cos(2 * Math.PI * random()));
+}
+
+test("what is usual is the wanted quantile of the answers, and follows them when they change", async () => {
+  for (const [hedge, z] of [["p50", 0], ["p90", 1.2816], ["p95", 1.6449], ["p99", 2.3263]] as const) {
+    const { clock, send, asked, service } = setUp(`hedge: ${hedge}`);
+    for (const median of [20, 200, 5]) {
+      const draw = lognormal(seeded(5), median, 0.5);
+      const seen: number[] = [];
+      for (let i = 0; i < 1_500; i++) {
+        const sent = send({ method: "POST" }); // is measured too
+        clock.now += draw();
+        await asked.pop()!.finish();
+        await sent;
+        if (i >= 500) seen.push(service.patience);
+      }
+      const mean = seen.reduce((sum, value) => sum + value, 0) / seen.length, right = median * Math.exp(0.5 * z);
+      assert.ok(mean > 0.8 * right && mean < 1.25 * right, `${hedge}: ${mean}, not about ${right} ms`);
+    }
+  }
+});
+
+/** Many requests over a while, at servers that take what `time` says; gives how long each took, and all that was asked. */
+async function load(
+  tools: ReturnType<typeof setUp>,
+  requests: number,
+  every: number,
+  time: (server: string) => number,
+) {
+  const { clock, send, asked } = tools;
+  const times: number[] = [];
+  let seen = 0;
+  const serve = () => {
+    for (; seen < asked.length; seen++) {
+      const one = asked[seen]!;
+      void clock.sleep(time(one.server)).then(() => one.finish());
+    }
+  };
+  for (let i = 0; i < requests || tools.lb.balancer.inFlight > 0; i++) {
+    if (i < requests) {
+      const began = clock.now;
+      void send().then(() => times.push(clock.now - began));
+    }
+    for (let step = 0; step < 2; step++) {
+      serve();
+      await clock.advance(every / 2);
+    }
+  }
+  await clock.advance(5_000);
+  return times.sort((a, b) => a - b);
+}
+
+test("where one server of eleven hangs, p99 stays small with a hedge, for no more than the budget", async () => {
+  const servers = "[a:1, b:1, c:1, d:1, e:1, f:1, g:1, h:1, i:1, j:1, k:1]";
+  const run = async (hedge: string) => {
+    const random = seeded(11);
+    const tools = setUp(`hedge: ${hedge}, strategy: random, eject: off`, { servers });
+    await load(tools, 200, 2, () => 5 + 5 * random());
+    const began = tools.asked.length;
+    const times = await load(tools, 1_000, 2, (server) => server === "a" ? 2_000 : 5 + 5 * random());
+    return { worst: times.at(-1)!, p99: times[990]!, load: (tools.asked.length - began) / 1_000 };
+  };
+  const [off, on] = [await run("off"), await run("p95")];
+  assert.ok(off.p99 >= 2_000 && off.load === 1);
+  assert.ok(on.p99 < 40 && on.worst < 1_000, JSON.stringify(on));
+  assert.ok(on.load <= 1.2, `${on.load} times the load`);
+});
+
+test("any mix of hedges, failures and departures settles every attempt exactly once", async () => {
+  const random = seeded(9), below = (n: number) => Math.floor(random() * n);
+  const { send, asked, clock, service } = await hedging(
+    "max_in_flight: 4, queue: { timeout: 300ms }, retries: 2, eject: { failures: 3, for: 1s }",
+  );
+  const sent: Promise<Response>[] = [], open: Asked[] = [], leaving: AbortController[] = [];
+  let seen = 0;
+  const end = async (one: Asked) => {
+    const what = below(5);
+    if (what === 0) await one.fail("reset");
+    else if (what === 1) await one.finish(503);
+    else if (what === 2) await (await one.begin())();
+    else await one.finish();
+  };
+  const step = async () => {
+    open.push(...asked.slice(seen));
+    seen = asked.length;
+    if (below(2) && open.length) await end(open.splice(below(open.length), 1)[0]!);
+    else await clock.advance(below(12));
+  };
+  for (let i = 0; i < 8_000; i++) {
+    if (below(4) === 0) {
+      leaving.push(new AbortController());
+      sent.push(send({ signal: leaving.at(-1)!.signal }));
+    }
+    if (below(40) === 0) leaving[below(leaving.length)]?.abort();
+    await step();
+  }
+  while (open.length || seen < asked.length || service.inFlight) await step();
+  await clock.advance(1_000);
+  for (const one of sent) await (await one).body?.cancel();
+  assert.ok(service.hedges > 50 && service.hedgesWon > 10, `${service.hedges} hedges, ${service.hedgesWon} won`);
+  for (const server of service.servers) assert.equal(server.counters.requests, server.picks, server.name);
 });
 
 // ─── Through the program ───
@@ -658,7 +984,7 @@ test("through the program: waiting in order, a client that leaves the queue, a f
     ]);
     await leaving;
     const left = await until("it is logged", () => /^.*\/leaves.*$/m.exec(program.output())?.[0]);
-    assert.deepEqual([JSON.parse(left).status, JSON.parse(left).failure], [499, "client-left"]);
+    assert.deepEqual([logged(left).status, logged(left).failure], [499, "client-left"]);
     const waiting: ReturnType<typeof ask>[] = [];
     for (const path of ["/second", "/third", "/fourth"]) {
       waiting.push(ask(path));
@@ -736,5 +1062,30 @@ test("through the program: a rate holds, and good answers say what is left", asy
     assert.equal(status((await other).answers[0]!), 200);
   } finally {
     await stop();
+  }
+});
+
+test("through the program: a request that a server keeps waiting is answered by another one, and given up at the first", async () => {
+  const quick = await scriptedServer((visit) => visit.send(answer("quick")));
+  const held: Visit[] = [];
+  const moody = await scriptedServer((visit, request) =>
+    target(request) === "/slow" ? void held.push(visit) : visit.send(answer("moody"))
+  );
+  const program = await startProgram({
+    log: "json",
+    default: { servers: [moody.address, quick.address], strategy: "first", health: "off", hedge: "p90" },
+  });
+  try {
+    const ask = (path: string) => rawRequest(program.port, get(path));
+    for (let i = 0; i < 12; i++) await Promise.all(Array.from({ length: 10 }, () => ask("/")));
+    const { answers: [answered] } = await ask("/slow");
+    assert.deepEqual([status(answered!), answered!.body.toString()], [200, "quick"]);
+    await until("the first attempt is given up", () => held.length === 1 && held[0]!.over);
+    const line = await until("it is logged", () => /^.*"\/slow".*$/m.exec(program.output())?.[0]);
+    const { attempts, server, failure } = logged(line);
+    assert.deepEqual([attempts, server, failure], [2, quick.address, undefined]);
+  } finally {
+    await program.stop();
+    await Promise.all([quick.close(), moody.close()]);
   }
 });
