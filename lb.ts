@@ -1210,7 +1210,8 @@ export interface Balancer {
   name: string; // of this process, in request ids
   via: string; // how we are called in Via: by it a request that comes back is known
   runtime: string; // deno, bun, node or edge
-  seeds: readonly number[]; // of the ids of traces and spans
+  seed: number; // of the ids of traces and spans
+  origin: string; // 16 digits that begin the ids of our traces
   startedAt: Date;
   // changes while serving
   requests: number;
@@ -2728,9 +2729,8 @@ const digits = (word: number): string =>
 
 /** 16 digits, other ones each time: a counter, mixed (0.1 us; crypto's take 0.2 to 2). They need to keep no secret. */
 function newId(balancer: Balancer): string {
-  const [, , low, high] = balancer.seeds as [number, number, number, number];
-  const id = mix(low + ++balancer.ids | 0);
-  return digits(mix(id ^ high)) + digits(id);
+  const id = mix(balancer.seed + ++balancer.ids | 0);
+  return digits(mix(id ^ balancer.seed)) + digits(id);
 }
 
 /** W3C Trace Context: a trace id, who asks, and flags. Nothing stands behind them in version 00; later ones may add. */
@@ -2742,18 +2742,18 @@ const TRACEPARENT =
  * that is not valid is not passed on.
  */
 function takeUpTrace(balancer: Balancer, exchange: Exchange): void {
-  const sent = TRACEPARENT.exec(valueIn(exchange.headers, "traceparent"));
-  const [high, low] = balancer.seeds as [number, number];
-  exchange.trace = sent?.[1] ?? digits(high) + digits(low) + newId(balancer);
+  const asked = valueIn(exchange.headers, "traceparent"), sent = asked && TRACEPARENT.exec(asked);
+  exchange.span = newId(balancer);
+  exchange.trace = sent ? sent[1]! : balancer.origin + exchange.span;
   exchange.flags = sent ? HEX[parseInt(sent[2]!, 16) & 3]! : exchange.chosen ? "01" : "00"; // what we know: sampled, random
-  exchange.state = sent ? valueIn(exchange.headers, "tracestate") : "";
+  if (sent) exchange.state = valueIn(exchange.headers, "tracestate");
 }
 
 /** The headers of the request as its servers get them; Host stands first and is filled in for each of them. */
 function outbound(exchange: Exchange, balancer: Balancer): string[] {
   const { headers, host, peer, scheme, told } = exchange;
-  if (!exchange.trace) takeUpTrace(balancer, exchange);
-  exchange.span = newId(balancer);
+  if (exchange.trace) exchange.span = newId(balancer);
+  else takeUpTrace(balancer, exchange);
   let out = ["host", host];
   let [connection, chain] = ["", ""];
   for (let i = 0; i < headers.length; i += 2) {
@@ -3640,7 +3640,7 @@ function accessRecord(balancer: Balancer, exchange: Exchange): AccessRecord {
     agent: valueIn(headers, "user-agent") || undefined,
     id: exchange.id,
     trace: exchange.trace,
-    span: exchange.span || undefined,
+    span: attempt && exchange.span,
     route: exchange.route?.name,
     service: destination?.service.name,
     server: tried.at(-1)?.name,
@@ -3656,41 +3656,6 @@ function accessRecord(balancer: Balancer, exchange: Exchange): AccessRecord {
 const logged = (text = ""): string =>
   text.replace(/[^\x20-\x7e]|["\\]/g, (c) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`) || "-";
 
-/** The same for JSON, in ASCII. */
-const inJson = (text: string): string =>
-  /^[ !#-[\]-~]*$/.test(text)
-    ? `"${text}"`
-    : JSON.stringify(text).replace(/[^\x20-\x7e]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
-
-/** What JSON calls it: OpenTelemetry's semantic conventions, and `lb.` before what has no name there. */
-const JSON_NAMES = Object.entries(
-  {
-    "client.address": "client",
-    "http.request.method": "method",
-    "url.scheme": "scheme",
-    "server.address": "host",
-    "url.full": "url",
-    "url.path": "path",
-    "url.query": "query",
-    "http.response.status_code": "status",
-    "http.request.body.size": "received",
-    "http.response.body.size": "bytes",
-    "http.request.header.referer": "referer",
-    "user_agent.original": "agent",
-    "error.type": "failure",
-    "trace_id": "trace",
-    "span_id": "span",
-    "lb.request_id": "id",
-    "lb.route": "route",
-    "lb.service": "service",
-    "lb.server": "server",
-    "lb.attempts": "attempts",
-    "lb.connected_ms": "connected",
-    "lb.head_ms": "head",
-    "lb.ended_ms": "ended",
-  } satisfies Record<string, Exclude<keyof AccessRecord, "time">>,
-);
-
 /** The formats of `log:`. Combined is Apache's; what stands behind it says who was asked, and how it went (see README). */
 const ACCESS_LINES = {
   combined(r: AccessRecord): string {
@@ -3703,13 +3668,35 @@ const ACCESS_LINES = {
     const names = `${r.failure ?? "-"} ${logged(r.id)} ${r.trace}`;
     return `${client} "${logged(r.referer)}" "${logged(r.agent)}" ${asked} ${times} ${names}`;
   },
+  /** OpenTelemetry's semantic conventions, and `lb.` before what has no name there. What is undefined is left out. */
   json(r: AccessRecord): string {
-    let line = `{"timestamp":"${isoTime(r.time)}"`;
-    for (const [name, key] of JSON_NAMES) {
-      const value = r[key];
-      if (value !== undefined) line += `,"${name}":${typeof value === "number" ? value : inJson(value)}`;
-    }
-    return line + "}";
+    const line = JSON.stringify({
+      "timestamp": isoTime(r.time),
+      "client.address": r.client,
+      "http.request.method": r.method,
+      "url.scheme": r.scheme,
+      "server.address": r.host,
+      "url.full": r.url,
+      "url.path": r.path,
+      "url.query": r.query,
+      "http.response.status_code": r.status,
+      "http.request.body.size": r.received,
+      "http.response.body.size": r.bytes,
+      "http.request.header.referer": r.referer,
+      "user_agent.original": r.agent,
+      "error.type": r.failure,
+      "trace_id": r.trace,
+      "span_id": r.span,
+      "lb.request_id": r.id,
+      "lb.route": r.route,
+      "lb.service": r.service,
+      "lb.server": r.server,
+      "lb.attempts": r.attempts,
+      "lb.connected_ms": r.connected,
+      "lb.head_ms": r.head,
+      "lb.ended_ms": r.ended,
+    });
+    return line.replace(/[^\x20-\x7e]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
   },
 };
 
@@ -5046,7 +5033,8 @@ export function createLoadBalancer(
     draining: false,
     failures: new Map(),
     runtime: here,
-    seeds: Array.from({ length: 4 }, () => Math.floor(all.random() * 2 ** 32)),
+    seed: Math.floor(all.random() * 2 ** 32),
+    origin: digits(all.random() * 2 ** 32) + digits(all.random() * 2 ** 32),
     startedAt: begun,
     ids: 0,
     reloads: 0,
