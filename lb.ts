@@ -29,18 +29,19 @@
  *    16. Sticky      which server a client had before
  *    17. Log         what is written down
  *    18. Metrics     what has been counted
- *    19. Balance     the request path
- *    20. Tcp         connections that are not HTTP
- *    21. Runtimes    where it runs
- *    22. Assemble    one balancer from one config
- *    23. Save        the file after a change
- *    24. Operate     looking at it and changing it
- *    25. Docs        the description of the API
- *    26. Dashboard   the page for people
- *    27. Admin       who may do that, and through which door
- *    28. Call        what the command line and the environment ask for
- *    29. Workers     many cores
- *    30. Main        as a program
+ *    19. Explain     which server was taken, and why not the others
+ *    20. Balance     the request path
+ *    21. Tcp         connections that are not HTTP
+ *    22. Runtimes    where it runs
+ *    23. Assemble    one balancer from one config
+ *    24. Save        the file after a change
+ *    25. Operate     looking at it and changing it
+ *    26. Docs        the description of the API
+ *    27. Dashboard   the page for people
+ *    28. Admin       who may do that, and through which door
+ *    29. Call        what the command line and the environment ask for
+ *    30. Workers     many cores
+ *    31. Main        as a program
  *
  * @module
  */
@@ -969,7 +970,29 @@ export interface Draw {
 }
 
 /** Chooses the server that takes a request. Reads, and may write only what its servers remember for it. */
-export type Strategy = (candidates: Candidates, draw: Draw) => Server;
+export interface Strategy {
+  (candidates: Candidates, draw: Draw): Server;
+  score?: Score; // for those who ask why
+}
+
+/** What a strategy goes by, the least being the best. */
+export type Score = (server: Server, candidates: Candidates, draw: Draw) => number;
+
+/** What is said of a server where one is chosen. */
+export interface Verdict {
+  server: string;
+  asked: boolean; // whether it may be
+  why?: string; // what speaks against it, or for it
+  score?: number; // where its strategy has one
+}
+
+/** One choice among the servers of a service. */
+export interface Choice {
+  service: string;
+  strategy: string;
+  takes: string | null; // the server; null: there is none to take
+  servers: Verdict[];
+}
 
 /** One service: its servers and how one of them is chosen. */
 export interface Service {
@@ -1077,6 +1100,7 @@ export interface Exchange extends Draw {
   route: Route | undefined;
   destination: Destination | undefined;
   tried: Server[];
+  choices: Choice[] | undefined; // so far, where an operator asks for them
   cookie: string; // Set-Cookie for a client that is new to its server, or empty
   quota: readonly string[]; // what the answer says about the client's rate: name, value, ...
   attempt: Attempt | undefined; // the latest
@@ -1220,6 +1244,7 @@ export interface Balancer {
   tunnels: Set<Tunnel>; // WebSockets that are open
   draining: boolean; // it takes no new connections, and will end
   ids: number; // of traces and spans, so far
+  guesses: Buckets; // wrong tokens in x-lb-explain
   failures: Map<string, number>; // how often each of FAILURES was the end of a request
   reloads: number;
   reloadedAt: Date; // when the table in force became it
@@ -1695,16 +1720,19 @@ function noteTime(server: Server, milliseconds: number, now: number): void {
   server.recentAt = now;
 }
 
+/** How far servers are from a key. */
+function scoresFor(candidates: Candidates, key: string): (server: Server) => number {
+  const seed = hash(key), { even } = weightsOf(candidates);
+  const chance = (server: Server) => (mix(seed ^ server.hash) + 0.5) / 2 ** 32;
+  return even ? (server) => -chance(server) : (server) => -Math.log(chance(server)) / server.weight;
+}
+
 /**
  * Rendezvous hashing by weight: each server scores the key and the least score takes it, so that a server that leaves
  * moves only its own keys.
  */
 function rendezvous(candidates: Candidates, key: string, isFull: (server: Server) => boolean): Server {
-  const seed = hash(key), { even } = weightsOf(candidates);
-  const chance = (server: Server) => (mix(seed ^ server.hash) + 0.5) / 2 ** 32;
-  const score = even
-    ? (server: Server) => -chance(server)
-    : (server: Server) => -Math.log(chance(server)) / server.weight;
+  const score = scoresFor(candidates, key);
   const wanted = least(candidates, score);
   return isFull(wanted) ? least(candidates, (server) => isFull(server) ? Infinity : score(server)) : wanted;
 }
@@ -1735,6 +1763,17 @@ export const strategies = {
   "ip-hash": (candidates, { client }) => rendezvous(candidates, client, () => false),
   "hash": (candidates, { key }) => rendezvous(candidates, key, overloaded(candidates)),
 } satisfies Record<string, Strategy>;
+
+/** The scores of those that go by one. */
+const SCORES: Record<string, Score> = {
+  "two-choices": busyness,
+  "least-connections": busyness,
+  "least-response-time": ({ latency }) => latency,
+  "peak-ewma": (server, candidates, { now }) =>
+    costOf(server, now, Math.min(...candidates.map((one) => paceOf(one, now)))),
+  "ip-hash": (server, candidates, { client }) => scoresFor(candidates, client)(server),
+  "hash": (server, candidates, { key }) => scoresFor(candidates, key)(server),
+};
 
 const cookieOf: Read = ({ request }, name) => parseCookie(request.headers.get("cookie") ?? "", name)[name];
 const KEYS = {
@@ -2671,6 +2710,7 @@ const PASSAGES: Record<string, Passage> = {
   "transfer-encoding": "drop",
   "upgrade": "drop",
   "via": "via",
+  "x-lb-explain": "drop",
   "x-real-ip": "told",
   "x-request-id": "told",
 };
@@ -2798,10 +2838,27 @@ function applyRules(headers: readonly string[], { set, add, remove }: Rules): st
 
 const unchanged = (headers: readonly string[]): readonly string[] => headers;
 
-/** What changes an answer's headers: the route's rules, and then what is our own. */
-function inboundOf({ cookie, quota }: Exchange, { hasRules, response }: Route): Attempt["inbound"] {
-  if (!hasRules && !cookie && !quota.length) return unchanged;
-  const own = cookie ? [...quota, "set-cookie", cookie] : quota;
+/** Of what x-lb-explain says: enough to see why, and never more than a client's parser takes. */
+const SHOWN = { choices: 3, servers: 16, letters: 100 };
+
+/** What an operator is told of the choices so far, as compact JSON. No cache may keep it. */
+function choiceHeaders({ route, choices }: Exchange): readonly string[] {
+  if (!choices) return [];
+  const brief = (key: string, value: unknown) => key === "why" ? String(value).slice(0, SHOWN.letters) : value;
+  const last = choices.slice(-SHOWN.choices).map(({ servers, ...choice }) => {
+    const more = servers.length - SHOWN.servers;
+    return { ...choice, servers: servers.slice(0, SHOWN.servers), ...(more > 0 && { more }) };
+  });
+  const json = JSON.stringify({ route: route?.name ?? "", choices: last }, brief);
+  const ascii = json.replace(/[^\x20-\x7e]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
+  return ["x-lb-explain", ascii, "cache-control", "no-store"];
+}
+
+/** What changes an answer's headers: the route's rules, and then what we say ourselves. */
+function inboundOf(exchange: Exchange, { hasRules, response }: Route): Attempt["inbound"] {
+  const { cookie, quota, choices } = exchange;
+  if (!hasRules && !cookie && !quota.length && !choices) return unchanged;
+  const own = [...quota, ...(cookie ? ["set-cookie", cookie] : []), ...choiceHeaders(exchange)];
   return (headers) => [...hasRules ? applyRules(headers, response.headers) : headers, ...own];
 }
 
@@ -3890,7 +3947,61 @@ export function renderMetrics(samples: ReadonlyMap<string, number>): string {
 const METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8";
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 19. Balance: the request path. gate -> matchRoute -> pickServer -> forward -> settle -> (retry, minus those tried) -> response
+// 19. Explain: which server was taken, and why not the others. In the same words wherever an operator asks.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** What speaks against asking a server, and where it may be asked all the same, why that is. */
+function whyNot(service: Service, server: Server, may: boolean, { tried, now }: Exchange): string {
+  const { state, weight, inFlight, up, probeProblem, until, backup } = server;
+  const room = Math.min(server.max, service.config.max_in_flight);
+  if (state !== "ready") return state === "drain" ? "it drains" : "in maintenance";
+  if (weight === 0) return "its weight is 0";
+  if (tried.includes(server)) return "tried before";
+  const problem = up ? "" : `down${probeProblem && `: ${probeProblem}`}`;
+  const ill = problem || (until > now ? `ejected for another ${Math.ceil((until - now) / 1_000)} s` : "");
+  if (may) return ill && `${ill}, but too few are healthy`;
+  return ill || (inFlight >= room ? `full: ${inFlight} of ${room}` : backup ? "a backup" : "");
+}
+
+/** Who of a service may be asked, with what score, why the others may not, and who takes the request. */
+function choiceOf(
+  service: Service,
+  candidates: readonly Server[],
+  exchange: Exchange,
+  effects: Effects,
+  taker: Server | undefined,
+): Choice {
+  const { strategy, config, name } = service;
+  const score = strategy.score ?? SCORES[config.strategy.name];
+  const before = config.sticky.cookie ? serverBefore(service, exchange, effects) : undefined;
+  const servers = service.servers.map((server): Verdict => {
+    const asked = candidates.includes(server), named = server === before && "the cookie names it";
+    const why = [whyNot(service, server, asked, exchange), named].filter(Boolean).join("; ");
+    const points = asked ? score?.(server, candidates as Candidates, exchange) : undefined;
+    const short = points !== undefined && { score: Number(points.toPrecision(4)) };
+    return { server: server.name, asked, ...(why && { why }), ...short };
+  });
+  return { service: name, strategy: config.strategy.name, takes: taker?.name ?? null, servers };
+}
+
+/**
+ * Whether x-lb-explain shows a token of the admin API. Signatures are compared, so that time tells nothing; and whoever
+ * guesses wrong a few times is not listened to for a while.
+ */
+function isOperator({ effects, guesses }: Balancer, exchange: Exchange): boolean {
+  const given = exchange.request.headers.get("x-lb-explain"), { admin } = exchange.table.config;
+  if (!given || !admin?.token) return false;
+  const bucket = bucketOf(exchange, guesses.rate), { requests, per, burst } = guesses.rate, each = per / requests;
+  const full = fullAt(guesses, bucket, exchange.started);
+  if (full > exchange.started + (burst - 1) * each) return false;
+  const signed = (text: string) => effects.sign(effects.secret(), text);
+  if ([admin.token, admin.read_token].some((token) => token && signed(token) === signed(given))) return true;
+  guesses.recent.set(bucket, full + each);
+  return false;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 20. Balance: the request path. gate -> matchRoute -> pickServer -> forward -> settle -> (retry, minus those tried) -> response
 // ---------------------------------------------------------------------------------------------------------------------
 
 const BACK_OFF = 25; // milliseconds before the second retry at most; doubled for each further one, up to a second
@@ -3939,6 +4050,7 @@ function newExchange(balancer: Balancer, request: Request, from: Client, wrapped
     route: undefined,
     destination: undefined,
     tried: [],
+    choices: undefined,
     cookie: "",
     quota: NO_HEADERS,
     attempt: undefined,
@@ -3964,6 +4076,7 @@ function balance(balancer: Balancer, request: Request, env: unknown, wrapped: bo
   exchange.entrypoint.inFlight++;
   try {
     const refusal = admit(exchange) ?? loop(balancer, request);
+    if (exchange.table.config.admin?.token && isOperator(balancer, exchange)) exchange.choices = [];
     if (refusal) return refuse(balancer, exchange, refusal);
     const how = asksForWebSocket(exchange) ? balancer.effects.upgrade(request, env) : undefined;
     if (how) exchange.upgrade = upgradeOf(balancer, exchange, how);
@@ -4131,7 +4244,9 @@ function pickSecond(exchange: Exchange, first: Leg, effects: Effects): Server | 
     .filter((server) => !exchange.tried.includes(server) && isHealthy(server, now));
   if (others.length === 0 || !spendRetry(service)) return undefined;
   try {
-    return picked(exchange, choose(service, others as readonly Server[] as Candidates, exchange));
+    const server = choose(service, others as readonly Server[] as Candidates, exchange);
+    if (exchange.choices) noteChoice(exchange, others, effects, server);
+    return picked(exchange, server);
   } catch (error) { // a strategy's: the first attempt is nobody's any more
     void lose(first, effects);
     throw error;
@@ -4162,7 +4277,7 @@ function mirror(balancer: Balancer, exchange: Exchange, destination: Destination
 async function sendCopy(balancer: Balancer, exchange: Exchange, destination: Destination): Promise<void> {
   const { effects } = balancer, { service } = destination, { method, headers, url } = exchange.request;
   const request = new Request(url, { method, headers }); // with a signal of its own: the client may leave
-  const copy: Exchange = { ...exchange, request, destination, tried: [] };
+  const copy: Exchange = { ...exchange, request, destination, tried: [], choices: undefined };
   const server = pickServer(copy, effects, effects.now());
   if (server === undefined) return void service.copies.skipped++;
   let problem: Failure | undefined;
@@ -4209,10 +4324,11 @@ function pickServer(exchange: Exchange, effects: Effects, now: number): Server |
   exchange.now = now;
   let candidates = withRoom(service, candidatesOf(service, now));
   if (tried.length) candidates = forRetry(service, candidates, tried, now);
-  if (candidates.length === 0) return undefined;
+  if (candidates.length === 0) return exchange.choices && noteChoice(exchange, candidates, effects);
   const server = service.config.sticky.cookie
     ? pickSticky(service, candidates as Candidates, exchange, effects)
     : choose(service, candidates as Candidates, exchange);
+  if (exchange.choices) noteChoice(exchange, candidates, effects, server);
   return picked(exchange, server);
 }
 
@@ -4221,6 +4337,13 @@ function picked({ tried }: Exchange, server: Server): Server {
   server.inFlight++;
   tried.push(server);
   return server;
+}
+
+/** Remembers a choice for the operator who asks. Of a request that waits the latest is enough. */
+function noteChoice(exchange: Exchange, candidates: readonly Server[], effects: Effects, taker?: Server): undefined {
+  const { service } = exchange.destination!, choices = exchange.choices!, last = choices.at(-1);
+  if (last?.service === service.name && !last.takes) choices.pop();
+  choices.push(choiceOf(service, candidates, exchange, effects, taker));
 }
 
 /** The same for who has just come: nobody overtakes those who wait. */
@@ -4353,7 +4476,9 @@ function conclude(balancer: Balancer, exchange: Exchange, response: Response, ow
   if (own) {
     exchange.endedAt = balancer.effects.now();
     exchange.bytes = exchange.method === "HEAD" ? 0 : Number(response.headers.get("content-length"));
-    for (const [name, value] of pairs(exchange.quota)) response.headers.set(name, value);
+    for (const [name, value] of pairs([...exchange.quota, ...choiceHeaders(exchange)])) {
+      response.headers.set(name, value);
+    }
   }
   if (own || exchange.ended) finished(balancer, exchange);
   return response;
@@ -4394,11 +4519,11 @@ function refuse(balancer: Balancer, exchange: Exchange, kind: FailureName): Resp
 const ANY_METHOD = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 20. Tcp: connections that are not HTTP. The same services and servers, with bytes in place of requests.
+// 21. Tcp: connections that are not HTTP. The same services and servers, with bytes in place of requests.
 // ---------------------------------------------------------------------------------------------------------------------
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 21. Runtimes: where it runs. They differ in this table and nowhere else.
+// 22. Runtimes: where it runs. They differ in this table and nowhere else.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What Deno and Bun offer beyond the standard, as far as it is used here. */
@@ -4856,7 +4981,7 @@ function defaultEffects(): Effects {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 22. Assemble: one balancer from one config.
+// 23. Assemble: one balancer from one config.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** A Hono app that balances, to be served, mounted or wrapped. */
@@ -5031,6 +5156,7 @@ export function createLoadBalancer(
     inFlight: 0,
     entrypoints: new Map(),
     draining: false,
+    guesses: newBuckets({ requests: 1, per: 1_000, burst: 5, by: "" }),
     failures: new Map(),
     runtime: here,
     seed: Math.floor(all.random() * 2 ** 32),
@@ -5066,7 +5192,7 @@ export function createLoadBalancer(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 23. Save: the file after a change. Its comments and order stay, and what is on disk is always whole.
+// 24. Save: the file after a change. Its comments and order stay, and what is on disk is always whole.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** Why a file cannot be changed: somebody else's doing (409), or the disk's (500). */
@@ -5252,7 +5378,7 @@ export async function saveFile(file: string, before: string, text: string): Prom
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 24. Operate: looking at it and changing it. What is shown is plain JSON, and every change is a change of the file.
+// 25. Operate: looking at it and changing it. What is shown is plain JSON, and every change is a change of the file.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** How a server stands, in one word. */
@@ -5379,32 +5505,12 @@ const invalid = (mistakes: Pick<Mistake, "path" | "message">[]) =>
 
 // Explaining: what would become of a request, without asking anybody and without changing anything.
 
-/** Why a server would not be asked, or why it is asked all the same. */
-function whyNot(server: Server, service: Service, candidates: readonly Server[], now: number): string {
-  const { state, weight, up, until, backup } = server;
-  if (state !== "ready") return state === "drain" ? "it drains" : "in maintenance";
-  if (weight === 0) return "its weight is 0";
-  const ill = !up ? "down" : until > now ? `ejected for another ${Math.ceil((until - now) / 1_000)} s` : "";
-  if (!candidates.includes(server)) return ill || (backup ? "a backup" : "");
-  if (withRoom(service, [server]).length === 0) return "full";
-  return ill && `${ill}, but too few are healthy`;
-}
-
 /** One service as a request would find it: its records are copies, with which its strategy may do what it likes. */
-function explainService({ service: found, weight }: Destination, exchange: Exchange, now: number) {
+function explainService({ service: found, weight }: Destination, exchange: Exchange, effects: Effects) {
   const service = { ...found, servers: found.servers.map((server) => ({ ...server })), candidatesUntil: 0 };
-  const candidates = candidatesOf(service, now), asked = withRoom(service, candidates);
-  const taker = asked.length > 0 ? choose(service, asked as Candidates, { ...exchange, tried: [] }) : undefined;
-  return {
-    service: service.name,
-    weight,
-    strategy: service.config.strategy.name,
-    takes: taker?.name ?? null,
-    servers: service.servers.map((server) => {
-      const why = whyNot(server, service, candidates, now);
-      return { server: server.name, asked: asked.includes(server), ...(why && { why }) };
-    }),
-  };
+  const asked = withRoom(service, candidatesOf(service, exchange.now));
+  const taker = asked.length > 0 ? choose(service, asked as Candidates, exchange) : undefined;
+  return { weight, ...choiceOf(service, asked, exchange, effects, taker) };
 }
 
 /** Which route a request would take, or why it takes none; which services and servers; and who would take it. */
@@ -5418,16 +5524,17 @@ function explain(balancer: Balancer, method: string, url: string) {
     const failure = refusal ?? (exchange.allow ? "bad-method" : "no-route");
     return { ...FAILURES[failure], failure, ...(exchange.allow && { allow: exchange.allow }) };
   }
-  const { name, action, admits, destinations } = route;
+  const { name, action, admits, destinations, mirror } = route;
   const found = { route: name, action: action.kind, restricted: admits !== undefined, weight: route.weight };
   if (action.kind !== "forward") return { ...found, status: action.status };
-  const now = effects.now();
+  exchange.now = effects.now();
   const chain = (one: Destination, fallback = false): (ReturnType<typeof explainService> & { fallback: boolean })[] => [
-    { fallback, ...explainService(one, exchange, now) },
+    { fallback, ...explainService(one, exchange, effects) },
     ...one.fallback ? chain(one.fallback, true) : [],
   ];
   const services = destinations.flatMap((one) => chain(one));
-  return { ...found, target: `${method} ${targetOf(exchange, route)}`, services };
+  const copies = mirror && { copies: mirror.service.name };
+  return { ...found, target: `${method} ${targetOf(exchange, route)}`, services, ...copies };
 }
 
 // Changing: whatever changes is first changed in the file, as it is written, and then put in force from there.
@@ -5928,11 +6035,11 @@ const OPERATIONS: Record<string, Operation> = {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 25. Docs: the description of the API. OpenAPI from the schemas that check it.
+// 26. Docs: the description of the API. OpenAPI from the schemas that check it.
 // ---------------------------------------------------------------------------------------------------------------------
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 26. Dashboard: the page for people. One page, no script from anywhere else.
+// 27. Dashboard: the page for people. One page, no script from anywhere else.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const STYLE = `
@@ -6436,7 +6543,7 @@ export function dashboard(look: () => Snapshot | Promise<Snapshot>, gate: Gateke
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 27. Admin: who may do that, and through which door. Hosts, sites and tokens are checked before anything is looked at.
+// 28. Admin: who may do that, and through which door. Hosts, sites and tokens are checked before anything is looked at.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What every answer says to browsers, and to what is between them and us. */
@@ -6578,7 +6685,7 @@ export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 28. Call: what the command line and the environment ask for.
+// 29. Call: what the command line and the environment ask for.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const USAGE = `lb.ts ${VERSION}: a load balancer for HTTP in one file
@@ -6705,11 +6812,11 @@ function readText(file: string): string {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 29. Workers: many cores. One main thread decides, and threads that share the port serve.
+// 30. Workers: many cores. One main thread decides, and threads that share the port serve.
 // ---------------------------------------------------------------------------------------------------------------------
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 30. Main: as a program.
+// 31. Main: as a program.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** The same as text, for a balancer that has just started. */
@@ -6726,12 +6833,15 @@ function explained(config: Config, text: string): string {
     `route    ${found.route}`,
     ...found.restricted ? ["clients  only those that allow and deny admit"] : [],
     `target   ${found.target}`,
+    ...found.copies ? [`copies   ${found.copies}`] : [],
     ...found.services.flatMap(({ service, weight, fallback, strategy, servers }) => [
       `service  ${service}${
         fallback ? " (fallback)" : weight < found.weight ? ` (${weight} of ${found.weight})` : ""
       }: ${strategy}`,
-      ...servers.map(({ server, asked, why }) =>
-        `server   ${server}: ${asked ? "may be asked" : `is not asked: ${why}`}`
+      ...servers.map(({ server, asked, why, score }) =>
+        `server   ${server}: ${asked ? "may be asked" : "is not asked"}${why ? `: ${why}` : ""}${
+          score === undefined ? "" : `; score ${score}`
+        }`
       ),
     ]),
   ].join("\n");

@@ -39,7 +39,13 @@ function setUp(services: string, routes = "default: { service: shop }") {
     const response = await lb.fetch(new Request(`http://h${path}`, { headers: { host: "h", ...headers } }));
     const line = JSON.parse(lines.at(-1)!);
     for (const { inFlight } of all()) assert.equal(inFlight, 0);
-    return { asked: asked.join(""), status: response.status, response, service: line.service, server: line.server };
+    return {
+      asked: asked.join(""),
+      status: response.status,
+      response,
+      service: line["lb.service"],
+      server: line["lb.server"],
+    };
   };
   const all = () => [...lb.balancer.table.services.values()];
   const set = (name: string, state: object) => {
@@ -210,5 +216,8 @@ test("running: the other service answers while one is dead, without a single err
   assert.equal(await ask(), "x", "its first failure is not the client's");
   await until("it is down", () => lb.output().includes("is down"));
   for (let i = 0; i < 4; i++) assert.equal(await ask(), "x");
-  await until("the log names who answered", () => /"service":"spare","server":"[^"]+","attempts":1,/.test(lb.output()));
+  await until(
+    "the log names who answered",
+    () => /"lb.service":"spare","lb.server":"[^"]+","lb.attempts":1,/.test(lb.output()),
+  );
 });
