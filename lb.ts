@@ -49,7 +49,7 @@
 import { createHash, createHmac, randomBytes, randomFillSync } from "node:crypto";
 import { promises as disk, readFileSync, renameSync, type Stats, statSync, write as writeTo, writeSync } from "node:fs";
 import type { IncomingMessage, ServerResponse } from "node:http";
-import { type AddressInfo, connect as netConnect, isIP, type Socket } from "node:net";
+import { type AddressInfo, connect as netConnect, createServer, isIP, type Socket } from "node:net";
 import process from "node:process";
 import { connect as tlsConnect } from "node:tls";
 import { isDeepStrictEqual, parseArgs } from "node:util";
@@ -478,8 +478,28 @@ const Log = v.pipe(
   either("combined, json or off, or a map with format and sample", LogFormat, LogMap),
   v.transform((log): Out<typeof LogMap> => typeof log === "string" ? { format: log, sample: 1 } : log),
 );
+// Connections that are not HTTP.
+const TcpTimeouts = map({ connect: opt(Duration, "3s"), idle: opt(Duration, "5m") });
+const tcpSettings = {
+  strategy: settings.strategy,
+  health: settings.health,
+  eject: settings.eject,
+  panic: settings.panic,
+  max_in_flight: settings.max_in_flight,
+  retries: key(whole(0, 10), "further servers, where one cannot be reached", 1),
+  timeouts: key(TcpTimeouts, "until connected, and while nothing passes", v.getDefaults(TcpTimeouts)),
+};
+const Tcp = map({
+  listen: need(many(Listen, "a port or an address", 1), "where clients connect"),
+  name: key(changes.name, "of its service; else tcp: and its port", ""),
+  servers: need(Servers, "host:port, or {url, weight, backup, max, state}"),
+  proxy_protocol: key(Bool, "true: servers are told the client's address (PROXY protocol, version 2)", false),
+  allow: changes.allow,
+  deny: changes.deny,
+  ...tcpSettings,
+});
 const RoutesFile = map({
-  listen: key(many(Listen, "a port or an address", 1), "where clients connect", 8080),
+  listen: key(many(Listen, "a port or an address"), "where clients connect", 8080),
   admin: key(Admin, "the API and the pages for operators: listen, token, read_token (may only look)"),
   trust: key(Networks, "peers whose X-Forwarded-* and Forwarded are believed", []),
   log: key(Log, "combined, json or off; or {format, sample}: a share of what succeeds", "combined"),
@@ -490,6 +510,7 @@ const RoutesFile = map({
   paths: key(v.array(PathRoute, "$ is not a list of paths"), "one path to some servers", []),
   routes: key(v.array(map(route), "$ is not a list of routes"), "the general form", []),
   default: key(map(target), "when nothing matches; without it 404"),
+  tcp: key(v.array(Tcp, "$ is not a list of services"), "connections that are not HTTP, to some servers", []),
 });
 
 /** "", [] and Infinity are what was left out. */
@@ -514,6 +535,8 @@ type Made = { hosts: string[]; paths: PathRule[]; action: Action; policy: Policy
 /** A route in the general form, as it is parsed. */
 export type RouteConfig = Carried & Made;
 type Top = Pick<Out<typeof RoutesFile>, "listen" | "admin" | "trust" | "log" | "name_routes">;
+/** Listeners whose connections go to one service as they are. */
+export type TcpConfig = Pick<Out<typeof Tcp>, "listen" | "name" | "proxy_protocol" | "allow" | "deny">;
 /**
  * A whole file, as it is parsed: nothing is optional any more. `source` is the file with all defaults written in, `text`
  * the file itself, and `places` say where in it each service stands.
@@ -521,6 +544,7 @@ type Top = Pick<Out<typeof RoutesFile>, "listen" | "admin" | "trust" | "log" | "
 export type Config = Top & {
   services: Map<string, ServiceConfig>;
   routes: RouteConfig[];
+  tcp: TcpConfig[];
   source: Raw;
   text: string;
   places: Map<string, Keys>;
@@ -662,10 +686,16 @@ function flatten(issue: Issue, above: Keys = []): { issue: Issue; path: Keys }[]
   const meant = deeper.length ? deeper : below.filter((sub) => sub.kind !== "schema" || flatten(sub)[0]!.issue !== sub);
   return meant.length ? meant.flatMap((sub) => flatten(sub, path)) : [{ issue, path }];
 }
+/** Keys that somebody may look for beside those of tcp. */
+const FOR_REQUESTS = new Set(Object.keys({ ...route, ...Timeouts.entries }));
+
 function report({ issue, path }: { issue: Issue; path: Keys }, say: Say) {
   const name = plain(String(path.at(-1))), ofKey = issue.path?.at(-1)?.origin === "key";
   if (issue.type === "never") {
     const known = issue.message.split(" ");
+    if (path[0] === "tcp" && FOR_REQUESTS.has(name)) {
+      return say(path, "is for requests: tcp passes bytes as they are, and knows of none", "key");
+    }
     return say(path, `unknown key${guess(name, known) || `; allowed: ${known.join(", ")}`}`, "key");
   }
   if (ofKey && issue.kind === "schema") return say(path.slice(0, -1), `${name} is missing`);
@@ -719,7 +749,7 @@ function check(file: Raw, more: string[], say: Say) {
     say(path, `${quote(name)} is not a ${what} (${there})${guess(`${name}`, names)}`, at);
   };
   const entries = entriesOf(file);
-  for (const [path, own] of [...topMap(file, "defaults"), ...mapsIn(file, "services"), ...entries]) {
+  for (const [path, own] of [...topMap(file, "defaults"), ...mapsIn(file, "services", "tcp"), ...entries]) {
     known([...path, "strategy"], own.strategy, "strategy", strategies);
     if (own.fallback !== "none") known([...path, "fallback"], own.fallback, "service", services);
   }
@@ -746,8 +776,37 @@ function check(file: Raw, more: string[], say: Say) {
     if (entry.name && taken.has(entry.name)) say([...path, "name"], `${quote(entry.name)} names another route already`);
     taken.add(entry.name);
   }
-  if (entries.length + nameRoutes(file).length) return;
-  say([], "no way leads to a server: hosts, paths, routes or default is needed");
+  checkTcp(file, say);
+  const none = entries.length + nameRoutes(file).length === 0;
+  if (!none && Array.isArray(file.listen) && !file.listen.length) say(["listen"], "is empty: nobody could ask");
+  if (none && !mapsIn(file, "tcp").length) {
+    say([], "no way leads to a server: hosts, paths, routes, default or tcp is needed");
+  }
+}
+
+/** What a TCP service may not be: the strategies that look at requests, servers over TLS, another one's name or port. */
+function checkTcp(file: Raw, say: Say) {
+  const names = new Set<unknown>(Object.keys(record(file.services)).map(plain));
+  const ports = new Set([file.listen ?? []].flat().map(String));
+  for (const [path, { name, listen, servers, strategy }] of mapsIn(file, "tcp")) {
+    if (isRecord(strategy) && !record(strategy.hash).client) {
+      say([...path, "strategy"], "there is no request whose parts could be hashed; {hash: {client: true}} works");
+    }
+    for (const [i, server] of [servers ?? []].flat().entries()) {
+      const at = Array.isArray(servers) ? [...path, "servers", i] : [...path, "servers"];
+      const url = String(isRecord(server) ? server.url : server);
+      if (/^https:/i.test(url)) say(at, `${quote(url)} speaks TLS: tcp passes bytes as they are, and adds none`);
+    }
+    if (name && names.has(name)) say([...path, "name"], `${quote(name)} names another service already`);
+    names.add(name);
+    for (const [i, address] of [listen ?? []].flat().entries()) {
+      const at = Array.isArray(listen) ? [...path, "listen", i] : [...path, "listen"];
+      if (ports.has(String(address)) && !/^(.*:)?0$/.test(String(address))) {
+        say(at, `${address} is listened on already`);
+      }
+      ports.add(String(address));
+    }
+  }
 }
 
 /** `over` on top of `under`; two maps are merged, anything else is replaced. */
@@ -764,7 +823,15 @@ function spellOut(file: Raw): Raw {
   const full = (own: Raw) => laid(builtIn, laid(record(file.defaults), own));
   const inline = entriesOf(file).filter(([, entry]) => Object.hasOwn(entry, "servers"));
   for (const [, own] of [...mapsIn(file, "services"), ...inline]) Object.assign(own, full(own));
-  return { ...v.getDefaults(RoutesFile), ...file, defaults: full({}) };
+  const fitting = (keys: object, all: Raw) => Object.fromEntries(Object.keys(keys).map((name) => [name, all[name]]));
+  for (const [, own] of mapsIn(file, "tcp")) {
+    const all = fitting(tcpSettings, laid(full({}), own));
+    all.timeouts = fitting(TcpTimeouts.entries, record(all.timeouts));
+    if (isRecord(all.strategy)) all.strategy = { hash: { client: true } }; // what any hash is without a request
+    Object.assign(own, all);
+  }
+  const listen = file.tcp && !entriesOf(file).length && !nameRoutes(file).length ? [] : 8080; // who has no routes for it
+  return { ...v.getDefaults(RoutesFile), listen, ...file, defaults: full({}) };
 }
 const unique = (name: string, taken: { has(name: string): boolean }) => {
   let free = name;
@@ -774,7 +841,7 @@ const unique = (name: string, taken: { has(name: string): boolean }) => {
 const Carried = v.object({ ...conditions, ...changes }), Leading = v.object({ ...place, ...actions });
 /** Every entry in the general form, and a service for each that lists servers. */
 function expand(source: Raw, text: string): Config {
-  const { listen, admin, trust, log, name_routes } = v.parse(RoutesFile, source);
+  const { listen, admin, trust, log, name_routes, tcp } = v.parse(RoutesFile, source);
   const services = new Map(mapsIn(source, "services").map(([[, name], own]) => [plain(String(name)), own]));
   const written = entriesOf(source).map(([, entry]) => entry), last = topMap(source, "default").length;
   const names = new Set(written.map((entry) => entry.name));
@@ -799,11 +866,18 @@ function expand(source: Raw, text: string): Config {
     const rewrite = strip ? { ...carried.rewrite, kind: "replace" as const } : carried.rewrite;
     return { ...carried, name, hosts, paths, action, rewrite, policy: targets[0]?.policy ?? under(), fallback };
   });
+  for (const [i, [, own]] of mapsIn(source, "tcp").entries()) {
+    const { name, listen } = tcp[i]!;
+    tcp[i]!.name = unique(name || `tcp:${listen[0]!.port}`, services);
+    services.set(tcp[i]!.name, own);
+  }
   const Inline = v.object(Service.entries); // beside the keys of a service stand those of its route
-  const parsed = new Map([...services].map(([name, own]) => [name, v.parse(Inline, own)]));
-  const stands = new Map([...mapsIn(source, "services"), ...entriesOf(source)].map(([path, own]) => [own, path]));
+  const parsed = new Map([...services].map(([name, own]) => [name, v.parse(Inline, laid(builtIn, own))]));
+  const stands = new Map(
+    [...mapsIn(source, "services", "tcp"), ...entriesOf(source)].map(([path, own]) => [own, path]),
+  );
   const places = new Map([...services].map(([name, own]) => [name, stands.get(own)!]));
-  return { listen, admin, trust, log, name_routes, services: parsed, routes, source, text, places };
+  return { listen, admin, trust, log, name_routes, services: parsed, routes, tcp, source, text, places };
 }
 
 /** What is found wrong with a text, and where; `end` throws if there is anything. */
@@ -914,7 +988,7 @@ const newCounters = (): Counters => ({
   durations: [...BUCKETS, 0].fill(0),
 });
 
-/** Where requests come in, by the scheme that clients speak there. */
+/** Where requests come in, by the scheme that clients speak there; and where connections do that are not HTTP: tcp. */
 export interface Entrypoint {
   name: string;
   // changes while serving
@@ -966,7 +1040,7 @@ export interface Draw {
   turn: number; // how many requests its service had before
   key: string; // what `hash` hashes
   client: string; // the client's address, behind trusted proxies
-  request: Request;
+  request: Request | undefined; // a TCP connection has none
 }
 
 /** Chooses the server that takes a request. Reads, and may write only what its servers remember for it. */
@@ -1061,6 +1135,13 @@ export interface Buckets {
   turnedAt: number;
 }
 
+/** Where the connections of a TCP listener go. */
+export interface TcpRoute extends Pick<TcpConfig, "proxy_protocol"> {
+  at: TcpConfig["listen"][number];
+  service: Service;
+  admits: Route["admits"];
+}
+
 /** One configuration in force. A request keeps the table that it started with. */
 export interface Table {
   config: Config;
@@ -1068,6 +1149,7 @@ export interface Table {
   hosts: HostTable;
   fallback: Route | undefined; // `default`
   buckets: Map<string, Buckets>; // by route and rule
+  tcp: Map<string, TcpRoute>; // by host:port, as the file has them
   trusts: (peer: string) => boolean;
 }
 
@@ -1080,6 +1162,7 @@ export interface Client {
 
 /** One request's life, from the gate to the end of the answer's body. */
 export interface Exchange extends Draw {
+  request: Request;
   table: Table;
   wrapped: boolean; // somebody's middleware stands around the whole balancer
   started: number;
@@ -1239,9 +1322,10 @@ export interface Balancer {
   startedAt: Date;
   // changes while serving
   requests: number;
-  inFlight: number;
+  inFlight: number; // requests, WebSockets, and connections that are not HTTP
   entrypoints: Map<string, Entrypoint>; // by name
   tunnels: Set<Tunnel>; // WebSockets that are open
+  relays: Set<() => void>; // connections that are not HTTP: a call ends one
   draining: boolean; // it takes no new connections, and will end
   ids: number; // of traces and spans, so far
   guesses: Buckets; // wrong tokens in x-lb-explain
@@ -1301,6 +1385,14 @@ function hash(text: string): number {
 const VERSION = "0.1.0";
 
 const newEntrypoint = (name: string): Entrypoint => ({ name, inFlight: 0, tallies: new Map() });
+/** A host as the runtimes' listeners take it. */
+const bare = (host: string): string => host.replace(/^\[|\]$/g, "");
+
+/** A client's address: listeners for both families give ::ffff:10.0.0.1 (RFC 4291 section 2.5.5.2). */
+const unmapped = (address: string | undefined): string => address?.replace(/^::ffff:/, "") || "unknown";
+
+/** An address as people write it. */
+const shown = (host: string, port: number): string => `${host || "0.0.0.0"}:${port}`;
 
 const NO_TIMES = new Float64Array(0);
 
@@ -2526,11 +2618,17 @@ function fail(wire: Wire, connection: Connection, kind: Failure, detail: string)
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** A socket to a server; the addresses of a name are tried one after another (RFC 8305). */
-function dial({ url, tls }: Server): Socket {
+function dial({ url, tls }: Server, allowHalfOpen = false): Socket {
   const { hostname, port, protocol } = new URL(url);
-  const host = hostname.replace(/^\[|\]$/g, "");
+  const host = bare(hostname);
   const secure = protocol === "https:";
-  const address = { host, port: Number(port || (secure ? 443 : 80)), autoSelectFamily: true, noDelay: true };
+  const address = {
+    host,
+    port: Number(port || (secure ? 443 : 80)),
+    autoSelectFamily: true,
+    noDelay: true,
+    allowHalfOpen,
+  };
   if (!secure) return netConnect(address);
   const name = tls.servername || host;
   return tlsConnect({
@@ -2662,7 +2760,14 @@ export function createWire(
     pools: new WeakMap<Server, Connection[]>(),
     timer: undefined,
   };
-  const wire: Wire = { now, newResponse, dial, ...own, ...state, reopen: (transfer) => open(wire, transfer) };
+  const wire: Wire = {
+    now,
+    newResponse,
+    dial: (server) => dial(server),
+    ...own,
+    ...state,
+    reopen: (transfer) => open(wire, transfer),
+  };
   return {
     fetch: (url, attempt) =>
       new Promise((resolve, reject) => {
@@ -3365,7 +3470,8 @@ type Denial =
   | "queue-timeout"
   | "loop"
   | "headers-too-large"
-  | "internal";
+  | "internal"
+  | "draining";
 
 /** Every answer of our own. The text goes to clients: short, and never a server's address or error. */
 export const FAILURES = {
@@ -3388,6 +3494,7 @@ export const FAILURES = {
   "no-server": { status: 503, text: "no server may be asked" },
   "queue-full": { status: 503, text: "all servers are busy, and too many requests wait" },
   "queue-timeout": { status: 503, text: "all servers were busy for too long" },
+  "draining": { status: 503, text: "the load balancer is ending" },
   "connect-timeout": { status: 504, text: "the server cannot be reached in time" },
   "timeout": { status: 504, text: "the server did not answer in time" },
   "idle": { status: 504, text: "the server stopped in the middle of its answer" },
@@ -3648,14 +3755,14 @@ const isoTime = (date: Date): string => `${isoSecond(date)}${String(date.getTime
 const receivedBy = ({ attempt, length }: Exchange): number =>
   attempt === undefined ? 0 : length < 0 ? attempt.uploaded : length;
 
-/** What a line says of a request. Times are milliseconds since it came in; what there is not is undefined. */
+/** What a line says of a request, or of a connection (method TCP). Times are milliseconds since it came in; what there is not is undefined. */
 interface AccessRecord {
   time: Date;
   client: string;
   method: string;
   scheme: string;
-  host: string;
-  url: string | undefined; // where it was refused before its path was known
+  host: string | undefined;
+  url: string | undefined; // where there is no path: it was refused before, or is a connection
   path: string | undefined;
   query: string | undefined;
   status: number;
@@ -3664,7 +3771,7 @@ interface AccessRecord {
   referer: string | undefined;
   agent: string | undefined;
   id: string;
-  trace: string;
+  trace: string | undefined;
   span: string | undefined; // of the last attempt
   route: string | undefined;
   service: string | undefined;
@@ -3717,12 +3824,12 @@ const logged = (text = ""): string =>
 const ACCESS_LINES = {
   combined(r: AccessRecord): string {
     const target = r.url ?? (r.query ? `${r.path}?${r.query}` : r.path);
-    const client = `${r.client} - - [${clfTime(r.time)}] "${r.method} ${
-      logged(target)
-    } HTTP/1.1" ${r.status} ${r.bytes}`;
+    const protocol = r.method === "TCP" ? "-" : "HTTP/1.1";
+    const line = `"${r.method} ${logged(target)} ${protocol}" ${r.status} ${r.bytes}`;
+    const client = `${r.client} - - [${clfTime(r.time)}] ${line}`;
     const asked = `${logged(r.service)} ${r.server ?? "-"} ${r.attempts}`;
     const times = `${r.connected ?? "-"}/${r.head ?? "-"}/${r.ended}`;
-    const names = `${r.failure ?? "-"} ${logged(r.id)} ${r.trace}`;
+    const names = `${r.failure ?? "-"} ${logged(r.id)} ${r.trace ?? "-"}`;
     return `${client} "${logged(r.referer)}" "${logged(r.agent)}" ${asked} ${times} ${names}`;
   },
   /** OpenTelemetry's semantic conventions, and `lb.` before what has no name there. What is undefined is left out. */
@@ -3761,10 +3868,22 @@ const ACCESS_LINES = {
 // 18. Metrics: what has been counted. Numbers that add up over workers, and their text for Prometheus.
 // ---------------------------------------------------------------------------------------------------------------------
 
-const METHODS = ["EXTENSION_METHOD", "GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"];
+const METHODS = [
+  "EXTENSION_METHOD",
+  "GET",
+  "HEAD",
+  "POST",
+  "PUT",
+  "PATCH",
+  "DELETE",
+  "OPTIONS",
+  "TRACE",
+  "CONNECT",
+  "",
+];
 
 /** The counters of one status and one method, under a number: a request makes no text. Any other method is the first. */
-const tallyOf = (tallies: Tallies, { status, method }: Exchange): Counters =>
+const tallyOf = (tallies: Tallies, { status, method }: Pick<Exchange, "status" | "method">): Counters =>
   entry(tallies, status * 16 + Math.max(0, METHODS.indexOf(method)), newCounters);
 
 /** Adds one that has ended. */
@@ -3856,8 +3975,9 @@ function seriesOf(name: string, labels: Record<string, unknown>): string {
 
 function putTallies(put: Put, level: "entrypoint" | "service", name: string, tallies: Tallies): void {
   for (const [key, { requests, bytesIn, bytesOut, milliseconds, durations }] of tallies) {
-    const code = Math.floor(key / 16);
-    const labels = { [level]: name, code, method: METHODS[key % 16], protocol: code === 101 ? "websocket" : "http" };
+    const code = Math.floor(key / 16), method = METHODS[key % 16];
+    const protocol = method === "" ? "tcp" : code === 101 ? "websocket" : "http";
+    const labels = { [level]: name, code, method, protocol };
     put(`lb_${level}_requests_total`, labels, requests);
     put(`lb_${level}_requests_bytes_total`, labels, bytesIn);
     put(`lb_${level}_responses_bytes_total`, labels, bytesOut);
@@ -4152,7 +4272,7 @@ async function attempts(balancer: Balancer, exchange: Exchange, first: Destinati
       }
       if (outcome.kind === "answer") await discard(exchange, outcome.response);
       else failure = outcome.kind;
-      if (retry > 0) await effects.sleep(effects.random() * Math.min(1_000, BACK_OFF * 2 ** (retry - 1)));
+      if (retry > 0) await backOff(retry, effects);
     }
   } catch (error) {
     return internal(balancer, exchange, error);
@@ -4293,6 +4413,9 @@ async function sendCopy(balancer: Balancer, exchange: Exchange, destination: Des
   }
   service.copies[problem ? "failed" : "answered"]++;
 }
+/** A pause before the second retry and those after it. */
+const backOff = (retry: number, { random, sleep }: Effects): Promise<void> =>
+  sleep(random() * Math.min(1_000, BACK_OFF * 2 ** (retry - 1)));
 
 /** Reports what is wrong with a server, once a second at most: the access log has every request. */
 function complain(service: Service, server: Server, detail: string, effects: Effects): void {
@@ -4522,6 +4645,237 @@ const ANY_METHOD = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
 // 21. Tcp: connections that are not HTTP. The same services and servers, with bytes in place of requests.
 // ---------------------------------------------------------------------------------------------------------------------
 
+/** One connection's life, from its listener to its last byte. A Draw, so that strategies can choose its server. */
+interface Relay extends Draw {
+  route: TcpRoute;
+  near: Socket; // to the client
+  target: string; // the listener's address
+  id: string;
+  entrypoint: Entrypoint;
+  started: number;
+  connectedAt: number; // to its server; 0: not yet
+  since: number; // when something last passed
+  tried: Server[];
+  received: number; // bytes from the client
+  bytes: number; // bytes to it
+  problem: FailureName | "";
+}
+
+function newRelay(balancer: Balancer, route: TcpRoute, target: string, near: Socket): Relay {
+  const { effects } = balancer, client = unmapped(near.remoteAddress), started = effects.now();
+  const turn = route.service.turn++, id = `${balancer.name}-${(++balancer.requests).toString(36)}`;
+  const entrypoint = entry(balancer.entrypoints, "tcp", newEntrypoint);
+  return {
+    ...{ random: effects.random, now: started, turn, key: client, client, request: undefined },
+    ...{ route, near, target, id, entrypoint, started, connectedAt: 0, since: started, tried: [] },
+    ...{ received: 0, bytes: 0, problem: "" },
+  };
+}
+
+/** Finds a server for a client's connection and stays until both are closed. */
+async function carry(balancer: Balancer, relay: Relay): Promise<void> {
+  const { effects } = balancer, { route: { service, admits }, near, entrypoint } = relay;
+  near.on("error", () => relay.problem ||= "client-left");
+  for (const one of [balancer, entrypoint, service]) one.inFlight++;
+  try {
+    if (admits && !admits(relay.client)) relay.problem = "denied";
+    else {
+      const far = await reach(relay, effects);
+      if (far) await couple(balancer, relay, far);
+    }
+  } catch (error) { // a strategy of somebody's own has thrown
+    effects.report("error", error instanceof Error ? error.stack ?? error.message : String(error));
+    relay.problem = "internal";
+  }
+  breakOff(near);
+  for (const one of [balancer, entrypoint, service]) one.inFlight--;
+  tally(balancer, relay);
+}
+
+/** What is left of a connection: counts, and a line of the log. */
+function tally({ effects, table, failures }: Balancer, relay: Relay): void {
+  const { route: { service }, entrypoint, bytes, received, problem } = relay, record = tcpRecord(relay, effects);
+  const failed = record.status >= 500 && problem !== "draining", { format, sample } = table.config.log;
+  for (const { tallies } of [entrypoint, service]) {
+    const counters = tallyOf(tallies, { status: record.status, method: "" });
+    count(counters, record.ended, received, bytes, failed);
+  }
+  if (problem) failures.set(problem, (failures.get(problem) ?? 0) + 1);
+  if (format !== "off" && (problem || effects.random() < sample)) effects.write(ACCESS_LINES[format](record));
+}
+
+/** Asks one server after another for a connection. No byte has passed yet, so that nothing can happen twice. */
+async function reach(relay: Relay, effects: Effects): Promise<Socket | undefined> {
+  const { route: { service }, near, tried } = relay;
+  for (let retry = 0;; retry++) {
+    const now = relay.now = effects.now(), { retries, timeouts } = service.config;
+    const ready = withRoom(service, candidatesOf(service, now));
+    const candidates = tried.length ? forRetry(service, ready, tried, now) : ready;
+    if (candidates.length === 0) return void (relay.problem ||= "no-server");
+    const server = service.strategy(candidates as Candidates, relay);
+    server.picks++;
+    server.inFlight++;
+    tried.push(server);
+    if (retry > 0) [service.retries, server.retries] = [service.retries + 1, server.retries + 1];
+    onAsked(server, now);
+    const far = await connectTo(server, timeouts.connect, effects), milliseconds = effects.now() - now;
+    onHeard(server, now);
+    if (!(far instanceof WireError)) {
+      onHead(service, server, 200, milliseconds, now);
+      relay.connectedAt = relay.since = now + milliseconds;
+      relay.problem = "";
+      return far;
+    }
+    relay.problem = far.kind;
+    count(server.counters, milliseconds, 0, 0, true);
+    complain(service, server, far.message, effects);
+    onFailed(service, server, effects, milliseconds);
+    release(service, server);
+    if (retry >= retries || near.destroyed) return undefined;
+    if (retry > 0) await backOff(retry, effects);
+  }
+}
+
+function connectTo(server: Server, timeout: number, effects: Effects): Promise<Socket | WireError> {
+  return new Promise((resolve) => {
+    const far = dial(server, true), done = new AbortController();
+    const fail = (kind: Failure, detail: string) => {
+      done.abort();
+      far.destroy();
+      resolve(new WireError(kind, false, detail));
+    };
+    far.on("connect", () => (done.abort(), resolve(far)));
+    far.on("error", (error: Error) => fail("connect", error.message || String(error)));
+    effects.sleep(timeout, done.signal).then(() => {
+      if (!done.signal.aborted) fail("connect-timeout", `no connection within ${timeout} ms`);
+    });
+  });
+}
+
+/** Passes bytes both ways until both sides have ended, or one breaks: then the other is made to see that. */
+async function couple(balancer: Balancer, relay: Relay, far: Socket): Promise<void> {
+  const { effects, relays } = balancer, { near, route: { service, proxy_protocol }, tried } = relay;
+  const server = tried.at(-1)!, over = new AbortController(), began = effects.now();
+  const end = (problem: FailureName) => (relay.problem ||= problem, breakOff(near), breakOff(far));
+  const drained = () => end("draining");
+  relays.add(drained);
+  far.on("error", () => relay.problem ||= "reset");
+  far.once("data", () => onAnswered(service, server, effects));
+  if (near.destroyed || near.remoteAddress === undefined) end("client-left");
+  else {
+    const closed = [near, far].map((socket) => new Promise((resolve) => socket.on("close", resolve)));
+    if (proxy_protocol) far.write(proxyHeader(near));
+    pump(relay, near, far, "received", effects);
+    pump(relay, far, near, "bytes", effects);
+    void watch(relay, effects, over.signal).then(() => end("idle"));
+    await Promise.all(closed);
+  }
+  over.abort();
+  relays.delete(drained);
+  const failed = relay.problem === "reset" && relay.bytes === 0; // later it may be how they say goodbye
+  count(server.counters, effects.now() - began, relay.received, relay.bytes, failed);
+  if (failed) {
+    complain(service, server, "it reset the connection before it sent anything", effects);
+    onFailed(service, server, effects);
+  } else if (!relay.problem) onAnswered(service, server, effects);
+  release(service, server);
+}
+
+/** One direction. What ends here ends there, and leaves the way back open; a slow reader stops a fast writer. */
+function pump(relay: Relay, from: Socket, to: Socket, counted: "received" | "bytes", { now }: Effects): void {
+  from.on("data", (bytes: Bytes) => {
+    relay.since = now();
+    relay[counted] += bytes.length;
+    if (!to.write(bytes)) from.pause();
+  });
+  to.on("drain", () => {
+    relay.since = now();
+    from.resume();
+  });
+  from.on("end", () => to.end());
+  from.on("close", () => from.readableEnded || breakOff(to));
+}
+
+/** Resolves when nothing has passed for the time that the service allows. */
+async function watch(relay: Relay, effects: Effects, over: AbortSignal): Promise<void> {
+  const left = () => relay.since + relay.route.service.config.timeouts.idle - effects.now();
+  for (let wait = left(); wait > 0; wait = left()) {
+    await effects.sleep(wait, over);
+  }
+}
+
+/** A reset, for the end of a stream would say that all of it has come. */
+const breakOff = (socket: Socket): unknown => socket.destroyed || socket.resetAndDestroy();
+
+const PROXY_SIGNATURE = [0x0d, 0x0a, 0x0d, 0x0a, 0x00, 0x0d, 0x0a, 0x51, 0x55, 0x49, 0x54, 0x0a];
+
+/** Who is connected to whom, in front of everything else (PROXY protocol version 2, section 2.2). */
+function proxyHeader({ remoteAddress, remotePort, localAddress, localPort }: Socket): Uint8Array {
+  const [from, to] = [ipaddr.process(remoteAddress!), ipaddr.process(localAddress!)];
+  const ports = [remotePort!, localPort!].flatMap((port) => [port >> 8, port & 255]);
+  const addresses = [...from.toByteArray(), ...to.toByteArray(), ...ports];
+  const family = from.kind() === "ipv4" ? 0x11 : 0x21; // over TCP
+  return Uint8Array.from([...PROXY_SIGNATURE, 0x21, family, 0, addresses.length, ...addresses]);
+}
+
+function tcpRecord(relay: Relay, effects: Effects): AccessRecord {
+  const { route: { service: { name } }, tried, started, connectedAt, problem } = relay;
+  const rounded = (milliseconds: number) => Math.round(milliseconds * 1_000) / 1_000;
+  return {
+    ...{ time: effects.date(), client: relay.client, method: "TCP", scheme: "tcp", url: `tcp://${relay.target}` },
+    ...{ host: undefined, path: undefined, query: undefined, referer: undefined, agent: undefined },
+    ...{ trace: undefined, span: undefined, head: undefined, route: name, service: name },
+    ...{ id: relay.id, received: relay.received, bytes: relay.bytes },
+    status: problem ? FAILURES[problem].status : 200,
+    server: tried.at(-1)?.name,
+    attempts: tried.length,
+    connected: connectedAt ? rounded(connectedAt - started) : undefined,
+    ended: rounded(effects.now() - started),
+    failure: problem || undefined,
+  };
+}
+
+/** Opens one listener; what connects goes where the table in force says. */
+function openTcp(balancer: Balancer, address: string, { host, port }: TcpRoute["at"]): Promise<Listener> {
+  let target = shown(host, port);
+  const server = createServer({ allowHalfOpen: true, noDelay: true }, (near) => {
+    const route = balancer.table.tcp.get(address);
+    if (route) void carry(balancer, newRelay(balancer, route, target, near));
+    else near.destroy();
+  });
+  const close = () => new Promise<void>((resolve) => server.close(() => resolve()));
+  return new Promise((resolve, reject) => {
+    server.on("error", (error) => reject(new Error(`cannot listen on ${target}: ${error.message}`)));
+    server.listen({ port, ...(host && { host: bare(host) }) }, () => {
+      target = shown(host, (server.address() as AddressInfo).port);
+      resolve({ address: target, close });
+    });
+  });
+}
+
+/**
+ * Opens and closes listeners until they are those of the table in force. Connections that are open stay so.
+ * @param open what the last call has opened, by address
+ * @throws {Error} where one cannot be opened; the others are open
+ */
+export async function listenTcp(balancer: Balancer, open: Map<string, Promise<Listener>>): Promise<void> {
+  const { tcp } = balancer.table;
+  for (const [address, listener] of open) {
+    if (tcp.has(address)) continue;
+    open.delete(address);
+    void (await listener).close();
+  }
+  const fresh: Promise<Listener>[] = [];
+  for (const [address, { at }] of tcp) {
+    if (open.has(address)) continue;
+    const listener = openTcp(balancer, address, at);
+    fresh.push(listener);
+    open.set(address, listener);
+    listener.catch(() => open.delete(address));
+  }
+  for (const listener of fresh) balancer.effects.report("info", `listening on tcp://${(await listener).address}`);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // 22. Runtimes: where it runs. They differ in this table and nowhere else.
 // ---------------------------------------------------------------------------------------------------------------------
@@ -4585,20 +4939,15 @@ interface Runtime {
 const now = (): number => performance.now();
 
 /** Who asks. Headers objects show names in lower case, sorted and joined; Node has them as they came. */
-function clientOf(request: Request, address: string | null | undefined, raw?: readonly string[]): Client {
+function clientOf(request: Request, address: string | undefined, raw?: readonly string[]): Client {
   const headers: string[] = [];
   if (!raw) request.headers.forEach((value, name) => headers.push(name, value));
   return {
-    address: address?.replace(/^::ffff:/, "") || "unknown", // listeners for both families; RFC 7239 section 6.2
+    address: unmapped(address), // or "unknown", as RFC 7239 section 6.2 has it
     scheme: request.url.startsWith("https:") ? "https" : "http",
     headers: raw ?? headers,
   };
 }
-
-/** A host as the runtimes' listeners take it. */
-const bare = (host: string): string => host.replace(/^\[|\]$/g, "");
-
-const shown = (host: string, port: number): string => `${host || "0.0.0.0"}:${port}`;
 
 /**
  * Node's server takes several values as a list, and only where headers are a record adds no Content-Type of its own;
@@ -4868,7 +5217,7 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
   node: {
     async serve(fetch, host, port) {
       const { getRequestListener } = await import("@hono/node-server");
-      const { createServer, ServerResponse } = await import("node:http");
+      const { createServer: createHttpServer, ServerResponse } = await import("node:http");
       /** Flushes a head as latin1, as it came; Node's own does it as UTF-8. */
       class Latin1Response extends ServerResponse {
         override flushHeaders() {
@@ -4883,7 +5232,7 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
       }
       const listener = getRequestListener(fetch, { errorHandler: () => refusal("bad-request") });
       const latest = new WeakMap<Socket, InstanceType<typeof ServerResponse>>();
-      const server = createServer(
+      const server = createHttpServer(
         { requestTimeout: 0, maxHeaderSize: 65_536, requireHostHeader: false, ServerResponse: Latin1Response },
         listener,
       );
@@ -4935,7 +5284,7 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
   },
   edge: {
     serve: () => Promise.reject(new Error("at the edge the platform listens")),
-    client: (request) => clientOf(request, request.headers.get("cf-connecting-ip")),
+    client: (request) => clientOf(request, request.headers.get("cf-connecting-ip") ?? undefined),
     upgrade: () => undefined,
     transport: () => ({ fetch: nativeFetch, connect: () => Promise.reject(new Error("not at the edge")) }),
     print: (bytes) => Promise.resolve(bytes.length), // `Effects.write` goes to the platform's log
@@ -5104,6 +5453,15 @@ function buildRoute(config: RouteConfig, services: Map<string, Service>, buckets
   };
 }
 
+function tcpRoutes({ tcp }: Config, services: Map<string, Service>): Table["tcp"] {
+  const routes: Table["tcp"] = new Map();
+  for (const { name, listen, proxy_protocol, allow, deny } of tcp) {
+    const route = { service: services.get(name)!, proxy_protocol, admits: compileAdmission(allow, deny) };
+    for (const at of listen) routes.set(unique(shown(at.host, at.port), routes), { ...route, at });
+  }
+  return routes;
+}
+
 /**
  * Compiles a config into what requests read.
  * @param now of the effects: servers that are new, or in another state than before, are so since then
@@ -5129,6 +5487,7 @@ export function buildTable(config: Config, strategies: Strategies, previous?: Ta
     buckets,
     hosts: compileHosts(routes.filter(({ fallback }) => !fallback).map(({ route }) => route)),
     fallback: routes.find(({ fallback }) => fallback)?.route,
+    tcp: tcpRoutes(config, services),
     trusts: memo(addressMatcher(config.trust)),
   };
 }
@@ -5155,6 +5514,7 @@ export function createLoadBalancer(
     requests: 0,
     inFlight: 0,
     entrypoints: new Map(),
+    relays: new Set(),
     draining: false,
     guesses: newBuckets({ requests: 1, per: 1_000, burst: 5, by: "" }),
     failures: new Map(),
@@ -6900,7 +7260,16 @@ async function run(call: Call): Promise<void> {
     const { address } = await openListener((request, env) => admin.fetch(request, env), config.admin.listen);
     effects.report("info", `admin on http://${address}`);
   }
-  setInterval(() => void lb.probe(), PROBE_TICK);
+  const tcp = new Map<string, Promise<Listener>>();
+  await listenTcp(lb.balancer, tcp).catch((error: Error) => {
+    throw new StartError(error.message);
+  });
+  let { table } = lb.balancer;
+  setInterval(() => {
+    void lb.probe();
+    if (table === (table = lb.balancer.table)) return; // whoever has changed it, the file or an operator
+    listenTcp(lb.balancer, tcp).catch((error: Error) => effects.report("error", error.message));
+  }, PROBE_TICK);
   const reload = () => again(call, lb);
   if (text === undefined) {
     process.on("SIGHUP", reload);
@@ -6910,7 +7279,9 @@ async function run(call: Call): Promise<void> {
   }
   process.stderr.on("error", () => {}); // nobody reads it any more: reporting that would go round in circles
   process.on("uncaughtException", (error) => effects.report("error", `internal: ${error.stack ?? error}`)); // serve on
-  for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => void drain(lb, listeners, call.drain));
+  for (const signal of ["SIGTERM", "SIGINT"] as const) {
+    process.on(signal, () => void drain(lb, [...listeners, ...tcp.values()], call.drain));
+  }
   for (const { address } of listeners) effects.report("info", `lb.ts ${VERSION} listening on http://${address}`);
   announce(lb);
 }
@@ -6967,21 +7338,25 @@ function again(call: Call, lb: LoadBalancer): void {
 }
 
 /** No new connections, requests in flight finish, then the end; a second signal ends at once. */
-async function drain(lb: LoadBalancer, listeners: Listener[], grace: number): Promise<void> {
+async function drain(lb: LoadBalancer, listeners: (Listener | Promise<Listener>)[], grace: number): Promise<void> {
   const { effects } = lb.balancer;
   if (lb.balancer.draining) process.exit(1);
   lb.balancer.draining = true;
   effects.report("info", `draining; requests in flight: ${lb.balancer.inFlight}`);
-  const closed = Promise.all(listeners.map((listener) => listener.close()));
+  const closed = Promise.all(listeners.map(async (listener) => (await listener).close()));
   const end = effects.now() + grace;
   while (lb.balancer.inFlight > 0 && effects.now() < end) await effects.sleep(20);
-  for (const tunnel of lb.balancer.tunnels) closeTunnel(tunnel, GOING_AWAY);
-  for (const last = effects.now() + PARTING; lb.balancer.tunnels.size > 0 && effects.now() < last;) {
+  const { tunnels, relays } = lb.balancer, ended = relays.size;
+  for (const tunnel of tunnels) closeTunnel(tunnel, GOING_AWAY);
+  for (const end of relays) end();
+  for (const last = effects.now() + PARTING; tunnels.size + relays.size > 0 && effects.now() < last;) {
     await effects.sleep(20);
   }
   await Promise.race([closed, effects.sleep(Math.min(500, Math.max(0, end - effects.now())))]);
   await effects.sleep(50); // for the last lines of the log
-  effects.report("info", lb.balancer.inFlight ? `drained; requests cut off: ${lb.balancer.inFlight}` : "drained");
+  const left = [["requests cut off", lb.balancer.inFlight], ["connections ended", ended]] as const;
+  const words = left.filter(([, number]) => number > 0).map(([what, number]) => `; ${what}: ${number}`);
+  effects.report("info", `drained${words.join("")}`);
   process.exit(0);
 }
 

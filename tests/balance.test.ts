@@ -338,7 +338,7 @@ const own: Strategies = {
   },
 };
 /** What ends in each failure. */
-const CAUSES: Record<FailureName, Cause | "the runtime's own parser" | "limits.test.ts"> = {
+const CAUSES: Record<FailureName, Cause | "the runtime's own parser" | "limits.test.ts" | "tcp.test.ts"> = {
   "bad-request": { ask: { raw: "http://h.test/%zz" } },
   "bad-host": { ask: { headers: { host: "a@b" } } },
   "bad-body": { ask: { method: "PUT", body: "abc", headers: { "content-length": "5" } } },
@@ -366,6 +366,7 @@ const CAUSES: Record<FailureName, Cause | "the runtime's own parser" | "limits.t
   "rate": "limits.test.ts",
   "queue-full": "limits.test.ts",
   "queue-timeout": "limits.test.ts",
+  "draining": "tcp.test.ts",
   "connect-timeout": { manners: ["unsent connect-timeout"] },
   "timeout": { manners: ["timeout"] },
   "idle": { manners: ["idle"] },

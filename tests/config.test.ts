@@ -442,17 +442,17 @@ const WRONG: [text: string, ...expected: string[]][] = [
   ["", "1:1: the file is empty"],
   ["# nothing\n", "1:1: the file is empty"],
   ["[1]", "1:1: a list is not a map with keys such as listen, admin, trust"],
-  ["listen: 80", "1:1: no way leads to a server: hosts, paths, routes or default is needed"],
-  [SHOP, "1:1: no way leads to a server: hosts, paths, routes or default is needed"],
+  ["listen: 80", "1:1: no way leads to a server: hosts, paths, routes, default or tcp is needed"],
+  [SHOP, "1:1: no way leads to a server: hosts, paths, routes, default or tcp is needed"],
   [
     `${ROUTE}listn: 1\nworker: {}\n`,
     '2:1: listn: unknown key; did you mean "listen"?',
-    "3:1: worker: unknown key; allowed: listen, admin, trust, log, name_routes, defaults, services, hosts, paths, routes, default",
+    "3:1: worker: unknown key; allowed: listen, admin, trust, log, name_routes, defaults, services, hosts, paths, routes, default, tcp",
   ],
   [
     `${ROUTE}__proto__: 1\nconstructor: 1`,
-    "2:1: __proto__: unknown key; allowed: listen, admin, trust, log, name_routes, defaults, services, hosts, paths, routes, default",
-    "3:1: constructor: unknown key; allowed: listen, admin, trust, log, name_routes, defaults, services, hosts, paths, routes, default",
+    "2:1: __proto__: unknown key; allowed: listen, admin, trust, log, name_routes, defaults, services, hosts, paths, routes, default, tcp",
+    "3:1: constructor: unknown key; allowed: listen, admin, trust, log, name_routes, defaults, services, hosts, paths, routes, default, tcp",
   ],
   [
     "default: { servers: [{ url: a:1, wieght: 2 }] }",
@@ -483,7 +483,7 @@ const WRONG: [text: string, ...expected: string[]][] = [
     '2:9: listen: "[::1:81" is not a port, or an address such as 127.0.0.1:8080 or [::]:8080',
   ],
   [`${ROUTE}listen: 65536`, "2:9: listen: 65536 is not a port, or an address such as 127.0.0.1:8080 or [::]:8080"],
-  [`${ROUTE}listen: []`, "2:9: listen: a list is not a port or an address, or a list of them"],
+  [`${ROUTE}listen: []`, "2:9: listen: is empty: nobody could ask"],
   [
     `${ROUTE}trust: [10.0.0.0/33, 1.2.3, "fe80::1%eth0"]`,
     '2:9: trust[0]: "10.0.0.0/33" is not an address or a network such as 10.0.0.0/8',
@@ -723,6 +723,9 @@ routes:
   - { respond: { body: "$\${X} 1", status: 410, headers: { a: b } }, response: { headers: { set: { a: "1.10" }, remove: [b] } } }
   - { service: shop, rewrite: { whole: /x, host: y.z }, request: { query: { set: { a: "" }, remove: [b] } }, host_header: server }
 default: { servers: [z:1], cors: {} }
+tcp:
+  - { listen: 5432, servers: [a:1, b:1], strategy: ip-hash, timeouts: { idle: 1h } }
+  - { listen: ["[::1]:25", 26], name: mail, servers: [m:25], proxy_protocol: true, allow: 10.0.0.0/8, deny: 10.0.0.1 }
 `;
 
 test("what is printed is read again as the same config", () => {

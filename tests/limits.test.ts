@@ -198,7 +198,7 @@ test("who waits is served in the order of coming, by nobody overtaken, also wher
   const picked: string[] = [];
   const { strategy } = service;
   service.strategy = (candidates, draw) => {
-    picked.push(new URL(draw.request.url).pathname);
+    picked.push(new URL(draw.request!.url).pathname);
     return strategy(candidates, draw);
   };
   const sent: Promise<Response>[] = [];
