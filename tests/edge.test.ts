@@ -645,6 +645,20 @@ test(
   },
 );
 
+test("a request that a server keeps waiting is answered by another one at the edge too", { skip }, async (t) => {
+  const held: Visit[] = [];
+  const [a, b] = [
+    await server(t, (visit, request) => target(request) === "/slow" ? held.push(visit) : visit.send(answer("a"))),
+    await server(t, (visit) => visit.send(answer("b"))),
+  ];
+  const lb = await edge(t, { default: { servers: over(a, b), strategy: "first", hedge: "p95", max_in_flight: 20 } });
+  for (let i = 0; i < 12; i++) await Promise.all(Array.from({ length: 10 }, () => lb.ask("/")));
+  for (let i = 0; i < 3; i++) assert.equal(body(await lb.ask("/slow")), "b");
+  assert.equal(held.length, 3);
+  await until("the first attempts are given up", () => held.every((visit) => visit.over));
+  assert.equal(body(await lb.ask("/")), "a");
+});
+
 test("a server that breaks off breaks off the answer", { skip }, async (t) => {
   const a = await server(t, async (visit) => {
     await visit.send(head("Content-Length: 100\r\n"), "half", 50);

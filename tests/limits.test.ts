@@ -650,8 +650,8 @@ test("a route without a rate says nothing of it, and those with one do not share
 // ─── Hedges ───
 
 /** A balancer that has learned from 200 answers after 10 ms that 10 ms are usual. */
-async function hedging(keys = "", servers = "[a:1, b:1, c:1]") {
-  const tools = setUp(`hedge: p95, ${keys}`, { servers });
+async function hedging(keys = "", patience = 10) {
+  const tools = setUp(`hedge: p95, ${keys}`, { servers: "[a:1, b:1, c:1]" });
   const { clock, asked, send, service, lines } = tools;
   for (let i = 0; i < 200; i++) {
     const sent = send();
@@ -661,7 +661,7 @@ async function hedging(keys = "", servers = "[a:1, b:1, c:1]") {
     clock.sleepers.clear();
   }
   asked.length = lines.length = 0;
-  assert.equal(service.patience, 10);
+  assert.equal(service.patience, patience);
   return tools;
 }
 const names = (asked: Asked[]) => asked.map(({ server }) => server).join("");
@@ -693,17 +693,21 @@ test("a request that takes longer than usual is tried at another server too; the
   }
 });
 
-test("an answer that came whole before the other attempt was given up is the one that counts", async () => {
-  const { send, asked, clock, lines } = await hedging();
-  const sent = send();
-  await clock.advance(20);
-  const [first, second] = asked as [Asked, Asked];
-  void first.finish(); // both in the same moment
-  void second.finish();
-  assert.equal((await sent).status, 200);
-  await clock.advance(100);
-  assert.equal(lines.length, 1);
-  assert.equal(logged(lines[0]!).server![0], first.server);
+test("where both answer in the same moment the first counts, and what is left of the other is given up", async () => {
+  for (const whole of [true, false]) {
+    const { send, asked, clock, lines, service } = await hedging();
+    const sent = send();
+    await clock.advance(20);
+    const [first, second] = asked as [Asked, Asked];
+    void first.finish();
+    void (whole ? second.finish() : second.begin());
+    assert.equal((await sent).status, 200);
+    await settled();
+    assert.equal(service.servers.find(({ name }) => name[0] === second.server)!.inFlight, 0);
+    assert.equal(lines.length, 1);
+    assert.equal(logged(lines[0]!).server![0], first.server);
+    await clock.advance(100);
+  }
 });
 
 test("a bad answer does not win while the other attempt may still be better; where both are bad the last one counts", async () => {
@@ -753,7 +757,7 @@ test("only safe requests without a body are tried twice, and only where another 
       ["sticky", {}, () => {}, "sticky: { secret: abcdefghijklmnopqrstuvwxyz0123456789 }"],
     ];
   for (const [what, ask, change, keys] of rows) {
-    const tools = what === "sticky" ? setUp(`hedge: p95, ${keys}`, { servers: "[a:1, b:1]" }) : await hedging(keys);
+    const tools = await hedging(keys, what === "sticky" ? 0 : 10);
     change(tools);
     const sent = tools.send(ask);
     await tools.clock.advance(500);

@@ -473,6 +473,7 @@ const ENDINGS: Record<string, [kind: string, server: Script, asked: () => Asked]
     () => ({ method: "POST", body: stalled(), length: 100, timeouts: { idle: 300 } }),
   ],
   "a client that leaves before the answer": ["client-left", never, aborted],
+  "an attempt that is given up": ["client-left", never, () => ({ stop: AbortSignal.timeout(200) })],
   "a client that leaves in the answer": ["client-left", ({ socket }) => socket.write(started), aborted],
   "a client that leaves in its upload": [
     "client-left",
