@@ -3786,7 +3786,7 @@ interface AccessRecord {
 function accessRecord(balancer: Balancer, exchange: Exchange): AccessRecord {
   if (!exchange.trace) takeUpTrace(balancer, exchange);
   const { headers, path, query, tried, attempt, started, endedAt, destination, problem } = exchange;
-  const since = (time = 0) =>
+  const since = (time = -1) =>
     time >= started ? Math.round((Math.min(time, endedAt) - started) * 1_000) / 1_000 : undefined;
   return {
     time: balancer.effects.date(),
