@@ -221,6 +221,14 @@ test("services that share a cookie do not take each other's clients away", async
   }
 });
 
+test("a server of two services is two servers: who belongs to one of them is new to the other", async () => {
+  const both = "shop: { servers: [a:1, b:1], sticky: {} }, next: { servers: [b:1, a:1], sticky: {} }";
+  const { ask, arrive } = setUp(both, "paths: [{ path: /next, service: next }]\ndefault: { service: shop }");
+  const { cookie } = await arrive();
+  const there = await ask({ path: "/next", cookie });
+  assert.deepEqual([there.server, there.set.length], ["b", 1]);
+});
+
 const SPLIT = "default: { split: { shop: 50, next: 50 } }";
 
 test("a client of a split stays with its service, also when its server there dies or it asks the other one by name", async () => {
