@@ -779,7 +779,8 @@ function check(file: Raw, more: string[], say: Say) {
   checkTcp(file, say);
   const none = entries.length + nameRoutes(file).length === 0;
   if (!none && Array.isArray(file.listen) && !file.listen.length) say(["listen"], "is empty: nobody could ask");
-  if (none && !mapsIn(file, "tcp").length) {
+  const later = file.name_routes === true && services.length === 0; // they come over the admin API
+  if (none && !later && !mapsIn(file, "tcp").length) {
     say([], "no way leads to a server: hosts, paths, routes, default or tcp is needed");
   }
 }
@@ -926,14 +927,16 @@ function readAsWritten(text: string, file: string): unknown {
   return written;
 }
 
-/** JSON Schema (draft-07) of routes.yml as it is written, for editors. */
-export const jsonSchema = () =>
-  toJsonSchema(RoutesFile, {
+const schemaOf = (schema: Schema, target: "draft-07" | "draft-2020-12") =>
+  toJsonSchema(schema, {
+    target,
     typeMode: "input",
     errorMode: "ignore",
     overrideSchema: ({ valibotSchema, jsonSchema }) =>
       valibotSchema.type === "object_with_rest" ? { ...jsonSchema, additionalProperties: false } : undefined,
   });
+/** JSON Schema (draft-07) of routes.yml as it is written, for editors. */
+export const jsonSchema = () => schemaOf(RoutesFile, "draft-07");
 
 /** Names as they were before they were veiled. */
 const unveiled = (value: unknown): unknown =>
@@ -5996,9 +5999,14 @@ const State = map({
 const Told = map({ health: need(oneOf("up", "down"), "until probes say otherwise") });
 const Addr = word("a host name or an address", /^.+$/, (text) => (isName(text) || isAddress(text)) && text);
 const Pool = map({
-  servers: v.pipe(v.array(map({ addr: Addr, port: whole(1, 65_535) }), "$ is not a list"), v.minLength(1, "is empty")),
+  servers: need(
+    v.pipe(v.array(map({ addr: Addr, port: whole(1, 65_535) }), "$ is not a list"), v.minLength(1, "is empty")),
+    "addr and port of each; one that is repeated weighs more",
+  ),
 });
-const Patch = v.partial(v.object({ url: Url, ...also }));
+const ServerPatch = map({ url: opt(Url), ...also });
+/** What bodies may be, by the names that the description has for them. */
+const SHAPES = { Config: RoutesFile, Service, Settings: map(settings), Server, ServerPatch, Pool, State, Health: Told };
 
 /** What an operation has at hand. */
 interface Asked {
@@ -6010,7 +6018,7 @@ interface Asked {
 /** One operation of the API: what it does, what it takes, and what comes of it. The description is made of the same. */
 interface Operation {
   does: string;
-  takes?: Schema; // its body
+  takes?: keyof typeof SHAPES; // its body
   asks?: Record<string, string>; // its query
   gives?: number[]; // statuses beside 200 and those of what is wrong
   open?: true; // to everybody who gets here, without a token
@@ -6268,7 +6276,7 @@ const WAIT = { wait: "how long the answer may wait for requests in flight there,
 const OPERATIONS: Record<string, Operation> = {
   "POST /": {
     does: "Changes the servers of the default service, or of the only one; one that is repeated weighs more",
-    takes: Pool,
+    takes: "Pool",
     run: async (asked) => {
       const { servers } = await checkedBody(asked.context, Pool);
       await asked.change(asked.context, (raw, config) => {
@@ -6282,19 +6290,19 @@ const OPERATIONS: Record<string, Operation> = {
   "GET /services/:service": { does: "One service, and how it is written", run: (asked) => answerService(asked) },
   "POST /services/:service": {
     does: "A new service",
-    takes: Service,
+    takes: "Service",
     gives: [201],
     run: (asked) => writeService(asked, "POST"),
   },
   "PUT /services/:service": {
     does: "A service, new or in the place of the one there is",
-    takes: Service,
+    takes: "Service",
     gives: [201],
     run: (asked) => writeService(asked, "PUT"),
   },
   "PATCH /services/:service": {
     does: "Changes some keys of a service (RFC 7396: null takes one out)",
-    takes: map(settings),
+    takes: "Settings",
     run: (asked) => writeService(asked, "PATCH"),
   },
   "DELETE /services/:service": {
@@ -6313,14 +6321,14 @@ const OPERATIONS: Record<string, Operation> = {
     does: "The servers of a service",
     run: (asked) => jsonOf(serviceView(serviceOf(asked), asked.lb.balancer.effects.now()).servers),
   },
-  "POST /services/:service/servers": { does: "A further server", takes: Server, gives: [201], run: postServer },
+  "POST /services/:service/servers": { does: "A further server", takes: "Server", gives: [201], run: postServer },
   "GET /services/:service/servers/:server": {
     does: "One server, by its name or URL",
     run: (asked) => answerServer(asked, serverOf(asked), 200),
   },
   "PATCH /services/:service/servers/:server": {
     does: "Changes a server: its weight, say",
-    takes: Patch,
+    takes: "ServerPatch",
     asks: WAIT,
     gives: [202],
     run: async (asked) => patchServer(asked, record((await bodyOf(asked.context)).value)),
@@ -6333,14 +6341,14 @@ const OPERATIONS: Record<string, Operation> = {
   },
   "PUT /services/:service/servers/:server/state": {
     does: "ready, drain (no new requests, those in flight finish) or maint (no probes either)",
-    takes: State,
+    takes: "State",
     asks: WAIT,
     gives: [202],
     run: async (asked) => patchServer(asked, await checkedBody(asked.context, State)),
   },
   "PUT /services/:service/servers/:server/health": {
     does: "Says that a server is up or down, until probes say otherwise; this is not saved",
-    takes: Told,
+    takes: "Health",
     run: tellHealth,
   },
   "GET /config": {
@@ -6349,17 +6357,17 @@ const OPERATIONS: Record<string, Operation> = {
   },
   "PUT /config": {
     does: "Another routes.yml; needs If-Match",
-    takes: RoutesFile,
+    takes: "Config",
     run: (asked) => writeConfig(asked, "PUT"),
   },
   "PATCH /config": {
     does: "Changes some keys of routes.yml (RFC 7396: null takes one out)",
-    takes: RoutesFile,
+    takes: "Config",
     run: (asked) => writeConfig(asked, "PATCH"),
   },
   "POST /config/check": {
     does: "Checks a routes.yml and changes nothing",
-    takes: RoutesFile,
+    takes: "Config",
     run: async ({ context, parse }) => {
       const { services, routes } = parse((await bodyOf(context)).text);
       return jsonOf({ services: services.size, routes: routes.length });
@@ -6384,6 +6392,10 @@ const OPERATIONS: Record<string, Operation> = {
       return jsonOf(explain(lb.balancer, method, url));
     },
   },
+  "GET /metrics": {
+    does: "Everything that is counted, for Prometheus",
+    run: ({ lb }) => new Response(renderMetrics(samplesOf(lb.balancer)), { headers: { "content-type": METRICS_TYPE } }),
+  },
   "GET /connections": { does: "What is in flight, and where", run: ({ lb }) => jsonOf(connections(lb.balancer)) },
   "GET /health/live": { does: "200 as long as it runs", open: true, run: () => jsonOf({ status: "live" }) },
   "GET /health/ready": {
@@ -6397,6 +6409,191 @@ const OPERATIONS: Record<string, Operation> = {
 // ---------------------------------------------------------------------------------------------------------------------
 // 26. Docs: the description of the API. OpenAPI from the schemas that check it.
 // ---------------------------------------------------------------------------------------------------------------------
+
+const problemSchema = {
+  type: "object",
+  description: "RFC 9457",
+  properties: {
+    type: { type: "string" },
+    title: { type: "string" },
+    status: { type: "integer" },
+    detail: { type: "string" },
+    mistakes: {
+      type: "array",
+      description: "of a config: all of them; lines are those of the routes.yml that would have come of it",
+      items: {
+        type: "object",
+        properties: {
+          path: { type: "string" },
+          message: { type: "string" },
+          line: { type: "integer" },
+          column: { type: "integer" },
+        },
+      },
+    },
+  },
+};
+
+const ref = (kind: string, name: string) => ({ $ref: `#/components/${kind}/${name}` });
+const parameter = (where: "path" | "query" | "header", name: string, description: string) => ({
+  name,
+  in: where,
+  description,
+  required: where === "path",
+  schema: { type: "string" },
+});
+
+/** One operation as OpenAPI has it. */
+function described(method: string, path: string, { does, takes, asks = {}, gives = [], open }: Operation) {
+  const inPath = [...path.matchAll(/:(\w+)/g)].map(([, name]) => parameter("path", name!, `name of the ${name}`));
+  const inQuery = Object.entries(asks).map(([name, about]) => parameter("query", name, about));
+  const changes = method === "GET" ? [] : [parameter("header", "If-Match", "the ETag that the change is meant for")];
+  const schema = takes && ref("schemas", takes);
+  return {
+    summary: does,
+    operationId: `${lower(method)}${path.replace(/\W+(\w)/g, (_, letter) => upper(letter)).replace(/\W/g, "")}`,
+    parameters: [...inPath, ...inQuery, ...changes],
+    ...(schema && {
+      requestBody: { required: true, content: { "application/json": { schema }, "application/yaml": { schema } } },
+    }),
+    responses: {
+      ...Object.fromEntries([200, ...gives].map((status) => [status, { description: STATUS_SAYS[status] }])),
+      default: ref("responses", "Problem"),
+    },
+    security: open ? [] : [{ token: [] }, {}],
+  };
+}
+const STATUS_SAYS: Record<number, string> = {
+  200: "done",
+  201: "made",
+  202: "done, and requests are still in flight there",
+};
+
+/** The API as OpenAPI 3.1 describes it, made of the table and the schemas that it works with. */
+export function openApi() {
+  const paths: Record<string, Raw> = {};
+  for (const [name, operation] of Object.entries(OPERATIONS)) {
+    const [method, path] = name.split(" ") as [string, string];
+    (paths[path.replace(/:(\w+)/g, "{$1}")] ??= {})[lower(method)] = described(method, path, operation);
+  }
+  const schemas = Object.fromEntries(
+    Object.entries(SHAPES).map(([name, shape]) => [name, schemaOf(shape, "draft-2020-12")]),
+  );
+  const content = { "application/problem+json": { schema: ref("schemas", "Problem") } };
+  return {
+    openapi: "3.1.0",
+    info: { title: "lb.ts", version: VERSION, description: "Looking at a load balancer and operating it." },
+    paths,
+    components: {
+      schemas: { ...schemas, Problem: problemSchema },
+      responses: { Problem: { description: "what is wrong", content } },
+      securitySchemes: {
+        token: { type: "http", scheme: "bearer", description: "admin.token of routes.yml, or read_token for GET" },
+      },
+    },
+  };
+}
+
+const DOCS_STYLE = `
+:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
+body { max-width: 900px; margin: auto; padding: 16px 24px 64px; }
+details { border-top: 1px solid color-mix(in srgb, currentColor 20%, transparent); padding: 8px 0; }
+summary { cursor: pointer; }
+summary code { font-weight: 600; }
+code, pre { font: 13px/1.5 ui-monospace, monospace; overflow-wrap: anywhere; white-space: pre-wrap; }
+table { width: 100%; border-spacing: 0; margin: 8px 0; }
+td { padding: 2px 16px 2px 0; vertical-align: top; }
+td:first-child { width: 25%; }
+`;
+
+interface Shape {
+  description?: string;
+  default?: unknown;
+  enum?: unknown[];
+  properties?: Record<string, Shape>;
+  anyOf?: Shape[];
+}
+/** The keys of a body, wherever among its alternatives they stand. */
+const keysIn = ({ properties, anyOf = [] }: Shape): [string, Shape][] =>
+  properties ? Object.entries(properties) : anyOf.flatMap(keysIn);
+
+const usualValue = (value: unknown) =>
+  value === undefined ? "" : html`
+    Default <code>${JSON.stringify(value)}</code>
+  `;
+const bodyKeys = (shape: Shape) =>
+  keysIn(shape).map(([key, one]) =>
+    html`
+      <tr>
+        <td><code>${key}</code></td>
+        <td>${one.description ?? one.enum?.join(", ") ?? ""}${usualValue(one.default)}</td>
+      </tr>
+    `
+  );
+
+type Described = ReturnType<typeof described>;
+const operationHtml = (method: string, path: string, operation: Described, takes: Shape | undefined) =>
+  html`
+    <details id="${operation.operationId}">
+      <summary><code>${upper(method)} ${path}</code> ${operation.summary}</summary>
+      <table>
+        ${operation.parameters.map(({ name, in: where, description }) =>
+          html`
+            <tr>
+              <td><code>${name}</code></td>
+              <td>${description} (${where})</td>
+            </tr>
+          `
+        )}
+        ${takes && bodyKeys(takes)}
+      </table>
+    </details>
+  `;
+
+function docsPage(nonce: string) {
+  const { paths, components: { schemas } } = openApi();
+  const operations = Object.entries(paths).flatMap(([path, methods]) =>
+    Object.entries(methods as Record<string, Described>).map(([method, one]) => {
+      const name = one.requestBody?.content["application/json"].schema.$ref.split("/").at(-1) as
+        | keyof typeof schemas
+        | undefined;
+      return operationHtml(method, path, one, name && schemas[name] as Shape);
+    })
+  );
+  return html`
+    <!DOCTYPE html>
+    <html lang="en">
+      <head>
+        <meta charset="utf-8">
+        <meta name="viewport" content="width=device-width, initial-scale=1">
+        <title>lb.ts: API</title>
+        <link rel="icon" href="data:,">
+        <style nonce="${nonce}">${raw(DOCS_STYLE)}</style>
+      </head>
+      <body>
+        <h1>lb.ts ${VERSION}: API</h1>
+        <p>Bodies are JSON or YAML, by Content-Type. What is wrong comes as <code>application/problem+json</code> (RFC 9457).
+          With a token in routes.yml: <code>Authorization: Bearer ...</code>. The same for machines: <a
+          href="openapi.json">openapi.json</a>.</p>
+        <pre>curl -X PUT localhost:9090/services/shop/servers/localhost:8081/state?wait=30s -d '{"state": "drain"}'</pre>
+        ${operations}
+      </body>
+    </html>
+  `;
+}
+
+/** The description as a page and for machines. There is nothing in it that depends on the config. */
+function docs(): Hono<AdminEnv> {
+  const app = new Hono<AdminEnv>();
+  const policy = { defaultSrc: ["'none'"], styleSrc: [NONCE], imgSrc: ["data:"], frameAncestors: ["'none'"] };
+  app.get("/openapi.json", () => jsonOf(openApi()));
+  app.get(
+    "/docs",
+    secureHeaders({ contentSecurityPolicy: policy, strictTransportSecurity: false }),
+    (context) => context.html(docsPage(context.get("secureHeadersNonce") ?? "")),
+  );
+  return app;
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 27. Dashboard: the page for people. One page, no script from anywhere else.
@@ -7034,12 +7231,12 @@ export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<
 
   // For everybody who gets here, without a token: pages must not have anything in them that the API would not tell.
   offer(true);
+  app.route("/", docs());
   const gate = bearer(balancer, tokens);
   app.route("/", dashboard(() => snapshotOf(balancer), gate));
 
   app.use(gate);
   app.use(bodyLimit({ maxSize: MOST.bytes, onError: () => problem(413, "the body is larger than 1 MiB") }));
-  app.get("/metrics", ({ body }) => body(renderMetrics(samplesOf(balancer)), 200, { "content-type": METRICS_TYPE }));
   offer(false);
   return app;
 }

@@ -319,9 +319,9 @@ test("an option wins over the environment, the environment over the file, the fi
 
 test("it says first where it listens, then what it balances, and nothing on standard output", () =>
   through(saying("hello"), {}, async (lb, { address }) => {
+    await until("the service is named", () => lb.err().split("\n").length > 2);
     const [first, second] = lb.err().split("\n");
     assert.match(first!, new RegExp(`lb\\.ts \\S+ listening on http://127\\.0\\.0\\.1:${lb.port}$`));
-    await until("the service is named", () => lb.err().split("\n").length > 2);
     assert.match(second ?? "", new RegExp(`shop: round-robin over ${address}$`));
     assert.equal(lb.out(), "");
   }));
