@@ -3159,6 +3159,7 @@ const upgradeOf = ({ tunnels }: Balancer, { request }: Exchange, { raw, accept }
       closed() {
         if (!tunnels.delete(tunnel)) return;
         serverLeft(tunnel);
+        attempt.uploaded = tunnel.bytesUp;
         attempt.ended(101, tunnel.bytesDown, tunnel.problem);
       },
     };
@@ -3754,9 +3755,8 @@ const isoSecond = onceASecond((date) => date.toISOString().slice(0, 20));
 /** `2026-11-21T03:14:42.000Z` */
 const isoTime = (date: Date): string => `${isoSecond(date)}${String(date.getTime() % 1_000).padStart(3, "0")}Z`;
 
-/** Bytes of the request's body that were meant for servers. */
-const receivedBy = ({ attempt, length }: Exchange): number =>
-  attempt === undefined ? 0 : length < 0 ? attempt.uploaded : length;
+/** Bytes of the request's body that were meant for servers; of a WebSocket all that the client has said. */
+const receivedBy = ({ attempt, length }: Exchange): number => attempt ? Math.max(attempt.uploaded, length) : 0;
 
 /** What a line says of a request, or of a connection (method TCP). Times are milliseconds since it came in; what there is not is undefined. */
 interface AccessRecord {
@@ -3789,8 +3789,8 @@ interface AccessRecord {
 function accessRecord(balancer: Balancer, exchange: Exchange): AccessRecord {
   if (!exchange.trace) takeUpTrace(balancer, exchange);
   const { headers, path, query, tried, attempt, started, endedAt, destination, problem } = exchange;
-  const since = (time = -1) =>
-    time >= started ? Math.round((Math.min(time, endedAt) - started) * 1_000) / 1_000 : undefined;
+  const since = (time = 0) =>
+    time > 0 && time >= started ? Math.round((Math.min(time, endedAt) - started) * 1_000) / 1_000 : undefined;
   return {
     time: balancer.effects.date(),
     client: exchange.client,
@@ -3823,6 +3823,9 @@ function accessRecord(balancer: Balancer, exchange: Exchange): AccessRecord {
 const logged = (text = ""): string =>
   text.replace(/[^\x20-\x7e]|["\\]/g, (c) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`) || "-";
 
+/** The same where nothing stands around it. */
+const oneWord = (text: string | undefined): string => logged(text).replaceAll(" ", "\\x20");
+
 /** The formats of `log:`. Combined is Apache's; what stands behind it says who was asked, and how it went (see README). */
 const ACCESS_LINES = {
   combined(r: AccessRecord): string {
@@ -3830,9 +3833,9 @@ const ACCESS_LINES = {
     const protocol = r.method === "TCP" ? "-" : "HTTP/1.1";
     const line = `"${r.method} ${logged(target)} ${protocol}" ${r.status} ${r.bytes}`;
     const client = `${r.client} - - [${clfTime(r.time)}] ${line}`;
-    const asked = `${logged(r.service)} ${r.server ?? "-"} ${r.attempts}`;
+    const asked = `${oneWord(r.service)} ${r.server ?? "-"} ${r.attempts}`;
     const times = `${r.connected ?? "-"}/${r.head ?? "-"}/${r.ended}`;
-    const names = `${r.failure ?? "-"} ${logged(r.id)} ${r.trace ?? "-"}`;
+    const names = `${r.failure ?? "-"} ${oneWord(r.id)} ${r.trace ?? "-"}`;
     return `${client} "${logged(r.referer)}" "${logged(r.agent)}" ${asked} ${times} ${names}`;
   },
   /** OpenTelemetry's semantic conventions, and `lb.` before what has no name there. What is undefined is left out. */
@@ -3851,7 +3854,7 @@ const ACCESS_LINES = {
       "http.response.body.size": r.bytes,
       "http.request.header.referer": r.referer,
       "user_agent.original": r.agent,
-      "error.type": r.failure,
+      "error.type": r.failure ?? (r.status < 500 ? undefined : `${r.status}`),
       "trace_id": r.trace,
       "span_id": r.span,
       "lb.request_id": r.id,
@@ -4326,7 +4329,6 @@ async function askTwo(balancer: Balancer, exchange: Exchange, server: Server): P
   const soon = await Promise.race([first.outcome, effects.sleep(service.patience)]);
   const other = soon ? undefined : pickSecond(exchange, first, effects);
   if (!other) return await win(exchange, first);
-  service.hedges++;
   service.retrying++;
   const second = launch(balancer, exchange, other);
   const ahead = await Promise.race([first, second].map((leg) => leg.outcome.then(() => leg)));
@@ -4337,6 +4339,7 @@ async function askTwo(balancer: Balancer, exchange: Exchange, server: Server): P
   void lose(loser, effects);
   await winner.outcome;
   service.retrying--;
+  service.hedges++;
   if (winner === second) service.hedgesWon++;
   exchange.tried.splice(-2, 2, loser.server, winner.server); // the last one is who answers
   return await win(exchange, winner);

@@ -148,6 +148,15 @@ test("Authorization and Cookie are in no line, nor is any header but Referer and
   }
 });
 
+test("a server's 5xx is its status, and a name with blanks stays one word", async () => {
+  const { ask, lines } = setUp("log: json", [500]);
+  await ask();
+  assert.equal(JSON.parse(lines[0]!)["error.type"], "500");
+  const named = setUp("log: combined\nhosts: [{ name: my own shop, host: my.test, servers: [c:1], health: off }]");
+  await named.ask("http://my.test/");
+  assert.match(named.lines[0]!, / my\\x20own\\x20shop c:1 1 /);
+});
+
 // ─── Which requests have a line ───
 
 test("of what succeeds a sample is written, of what fails everything", async () => {

@@ -304,6 +304,19 @@ test("samples of several workers add up, but for what they share", async () => {
   assert.equal(valueOf(families, "lb_config_last_reload_success"), 1);
 });
 
+test("README has every metric, and no other", async () => {
+  const { lb, ask } = setUp(["connect", "connect"]);
+  await ask();
+  const readme = readFileSync(new URL("../README.md", import.meta.url), "utf8");
+  const table = /\n\| `lb_\.\.\.`[^]*?\n\n/.exec(readme)![0];
+  const told = new Set([...table.matchAll(/`([a-z]+_[a-z_]+[a-z])`/g)].map(([, name]) => name!.replace(/^lb_/, "")));
+  for (const name of ["requests_total", "request_duration_seconds", "requests_bytes_total", "responses_bytes_total"]) {
+    told.add(`entrypoint_${name}`); // "the same four"
+  }
+  told.add("config_last_reload_success_timestamp_seconds");
+  assert.deepEqual([...told].sort(), [...shown(lb).keys()].map((name) => name.replace(/^lb_/, "")).sort());
+});
+
 test("the Grafana dashboard asks for nothing that is not there", async () => {
   const { lb, ask } = setUp(["connect", "connect", 200]);
   await ask();
