@@ -1,6 +1,7 @@
 // The page for people, in a real browser that looks at the running program.
 
 import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
 import nodeTest, { after } from "node:test";
 import { type Browser, chromium, type Page } from "playwright-core";
 import {
@@ -172,6 +173,93 @@ test("nothing but its own script and style may run in it, and it may ask nobody 
     wrong.length = 0;
   }));
 
+/** Presses a button of a server's row, and says yes to what the dialog asks. */
+async function press(page: Page, server: string, deed: string, confirm = deed) {
+  await row(page, server).getByRole("button", { name: `${deed} ${server}` }).click();
+  const dialog = page.getByRole("dialog");
+  await dialog.getByRole("heading", { name: `${deed} ${server}` }).waitFor();
+  await dialog.getByRole("button", { name: confirm, exact: true }).click();
+}
+const closed = (page: Page) => page.getByRole("dialog").waitFor({ state: "hidden" });
+
+test("a drain that is confirmed there drains the server, and it gets no more requests until it is ready again", () =>
+  withServers(2, async (servers) => {
+    const [one, two] = servers.map(({ address }) => address) as [string, string];
+    const counts = () => servers.map(({ requests }) => requests.length);
+    await looking({ services: { shop: { servers: [one, two], health: "off" } }, default: { service: "shop" } }, async (
+      { page, lb },
+    ) => {
+      await send(lb, 4);
+      await press(page, one, "drain", "Cancel");
+      await closed(page);
+      await send(lb, 4);
+      assert.deepEqual(counts(), [4, 4]);
+      await press(page, one, "drain");
+      await closed(page);
+      await figure(page, one, "State", /◐ drain/);
+      await reads(page, "#verdict", "1 of 2 servers are up, 1 set aside");
+      await send(lb, 6);
+      assert.deepEqual(counts(), [4, 10]);
+      assert.match(readFileSync(lb.file, "utf8"), /drain/);
+      await press(page, one, "ready");
+      await figure(page, one, "State", /● up/);
+      await send(lb, 4);
+      assert.deepEqual(counts(), [6, 12]);
+    });
+  }));
+
+test("maint and weight are changed there, and what is refused says why", () =>
+  withServers(2, async ([first, second]) => {
+    const [one, two] = [first!.address, second!.address];
+    await looking({ services: { "a/b c?": { servers: [one, two] } }, default: { service: "a/b c?" } }, async (
+      { page, lb, wrong },
+    ) => {
+      await press(page, two, "maint");
+      await figure(page, two, "State", /◇ maint/);
+      await row(page, one).getByRole("button", { name: `drain ${one}` }).click();
+      await reads(page, "#why", "No other server of a/b c? is up!");
+      await page.keyboard.press("Escape");
+      await closed(page);
+      await row(page, one).getByRole("button", { name: `weight ${one}` }).click();
+      await page.getByLabel("Weight", { exact: true }).fill("3");
+      await page.keyboard.press("Enter");
+      await figure(page, one, "Weight", /^3$/);
+      await closed(page);
+      await lb.reload({ services: { "a/b c?": { servers: [one] } }, default: { service: "a/b c?" } });
+      await row(page, one).getByRole("button", { name: `weight ${one}` }).click();
+      await page.getByLabel("Weight", { exact: true }).fill("0");
+      await page.keyboard.press("Enter");
+      await reads(page, "#problem", /weight above 0/);
+      assert.ok(wrong.every((text) => /status of 4/.test(text)), wrong.join("\n"));
+      wrong.length = 0;
+    });
+  }));
+
+test("it works by keyboard: what has the focus is seen, a dialog gives it back", () =>
+  looking({ default: { servers: [REFUSED] } }, async ({ page }) => {
+    await reads(page, "th", REFUSED);
+    const focused = () =>
+      page.evaluate<string>(
+        "[document.activeElement.ariaLabel || document.activeElement.textContent, getComputedStyle(document.activeElement).outlineStyle].join()",
+      );
+    const seen: string[] = [];
+    for (let i = 0; i < 9 && !seen.includes(`maint ${REFUSED},solid`); i++) {
+      await page.keyboard.press("Tab");
+      seen.push(await focused());
+    }
+    assert.ok(seen.includes(`maint ${REFUSED},solid`), seen.join(" "));
+    assert.ok(seen.every((one) => one.endsWith(",solid")), seen.join(" "));
+    await page.keyboard.press("Enter");
+    await page.getByRole("dialog", { name: `maint ${REFUSED}` }).waitFor();
+    await page.keyboard.press("Escape");
+    await closed(page);
+    assert.equal(await focused(), `maint ${REFUSED},solid`);
+    await page.keyboard.press("Enter");
+    await page.keyboard.press("Tab");
+    await page.keyboard.press("Enter");
+    await figure(page, REFUSED, "State", /◇ maint/);
+  }));
+
 for (const dark of [false, true]) {
   test(`it fits a phone and a wide window, ${dark ? "dark" : "light"}`, () =>
     looking({ default: { servers: [REFUSED, "127.0.0.1:2"] } }, async ({ page }) => {
@@ -218,7 +306,9 @@ test("where the listener wants a token, the page asks for it, and shows nothing 
     await page.reload();
     await reads(page, "th", REFUSED); // it is remembered as long as the tab is open
     assert.equal(await page.getByRole("dialog").count(), 0);
-    assert.ok(wrong.every((text) => /401/.test(text)), wrong.join("\n"));
+    await press(page, REFUSED, "drain");
+    await reads(page, "#problem", "the read token may only look");
+    assert.ok(wrong.every((text) => /status of 40[13]/.test(text)), wrong.join("\n"));
     wrong.length = 0;
   });
 });
