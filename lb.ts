@@ -6637,7 +6637,7 @@ figure, details, table, dialog { background: var(--card); border: 1px solid var(
 figure { padding: 12px 16px; }
 figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: baseline; }
 b { flex-basis: 100%; }
-svg { display: block; width: 100%; height: 56px; margin-top: 8px; overflow: visible; }
+svg { display: block; width: 100%; height: 56px; margin-top: 8px; border-bottom: 1px solid var(--line); }
 path { fill: none; stroke: var(--blue); stroke-width: 1.5; stroke-linejoin: round; vector-effect: non-scaling-stroke; }
 path.bad { stroke: var(--bad); }
 path.dim { stroke: var(--dim); stroke-dasharray: 3 3; }
@@ -6650,6 +6650,7 @@ th:first-child, td:nth-child(3) { overflow-wrap: anywhere; }
 thead th { position: sticky; top: 0; z-index: 1; border-top: 0; background: var(--card); }
 small { display: block; font-weight: 400; }
 details :is(th, td), :is(th, td):nth-child(-n + 3) { text-align: left; }
+section tbody tr { height: 49px; }
 section thead th:is(:first-child, :nth-child(3)) { width: 15%; }
 section thead th:nth-child(2) { width: 8%; }
 section thead th:last-child { width: 13%; }
@@ -6678,6 +6679,7 @@ tr:target { box-shadow: inset 3px 0 var(--blue); }
   section td:nth-child(-n + 3) { grid-column: span 2; }
   section td:last-child { grid-column: span 3; align-self: end; }
   section th { grid-column: span 4; }
+  section [data-title=Weight] { background: none; }
   section td[data-title]::before { content: attr(data-title); display: block; color: var(--dim); font-size: 12px; }
   td button { padding: 8px 10px; border: 1px solid var(--line); }
 }
@@ -6829,20 +6831,24 @@ const newService = () => {
   return make("section", { id: "s" + ++ids }, title, newTable(...Object.keys(COLUMNS), "Change"));
 };
 const newServer = ({ name }) => {
-  const row = make("tr", { id: "s" + ++ids }, ...cells(Object.keys(COLUMNS)), make("td"));
-  for (const deed of Object.keys(DEEDS)) {
-    const onclick = () => propose(deed, row.service, row.server);
-    row.lastChild.append(make("button", { textContent: deed, ariaLabel: deed + " " + name, onclick }));
-  }
+  const row = make("tr", { id: "s" + ++ids }, make("th", { scope: "row", textContent: name }));
   seen.observe(row);
   return row;
 };
-/** A thousand rows are there; those in sight are kept up to date. */
+const fillRow = (row) => {
+  row.replaceChildren(...cells(Object.keys(COLUMNS)), make("td"));
+  for (const deed of Object.keys(DEEDS)) {
+    const onclick = () => propose(deed, row.service, row.server);
+    row.lastChild.append(make("button", { textContent: deed, ariaLabel: deed + " " + row.server.name, onclick }));
+  }
+};
+/** Of a thousand rows those that are in sight, or nearly, are filled and kept up to date. */
 const seen = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries) if (target.seen = isIntersecting) showServer(target);
 }, { rootMargin: "50%" });
 const showServer = (row) => {
   const { service, server } = row, now = recent(service, server);
+  if (row.children.length === 1) fillRow(row);
   row.className = server.status;
   row.children[3].style.setProperty("--share", 100 * server.share + "%");
   Object.values(COLUMNS).forEach((text, i) => {
@@ -6864,10 +6870,10 @@ const showService = (section, service) => {
   const wanted = $("find").value.trim().toLowerCase();
   section.rows = arrange(body, servers, newServer);
   section.rows.forEach((row, i) => {
-    const server = servers[i], flips = row.server?.status !== server.status;
+    const server = servers[i];
     const hidden = ![name, server.name, server.status].join(" ").toLowerCase().includes(wanted);
     Object.assign(row, { service, server, hidden });
-    if (flips || row.seen) showServer(row);
+    if (row.seen) showServer(row);
   });
   section.hidden = section.rows.every((row) => row.hidden);
 };
