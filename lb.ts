@@ -6644,7 +6644,7 @@ path.dim { stroke: var(--dim); stroke-dasharray: 3 3; }
 summary { padding: 10px 16px; cursor: pointer; }
 table { width: 100%; table-layout: fixed; border-spacing: 0; overflow: clip; }
 details table { border: 0; }
-#routes { max-height: 180px; overflow: auto; }
+#routes { max-height: 205px; overflow: auto; }
 th, td { padding: 6px 8px; border-top: 1px solid var(--line); text-align: right; vertical-align: top; }
 th:first-child, td:nth-child(3) { overflow-wrap: anywhere; }
 thead th { position: sticky; top: 0; z-index: 1; border-top: 0; background: var(--card); }
@@ -6660,6 +6660,7 @@ input, menu button { padding: 6px 10px; border: 1px solid var(--dim); border-rad
 #find { max-width: 320px; }
 button { cursor: pointer; }
 td button { padding: 0 4px; border: 0; border-radius: 6px; background: none; color: var(--blue); }
+button + button { margin-left: 4px; }
 [data-title=Weight] { background: linear-gradient(var(--blue) 0 0) 100% 100% / var(--share) 2px no-repeat; }
 tr:is(.down, .ejected) { background: color-mix(in srgb, var(--bad) 7%, transparent); }
 dialog { width: min(440px, calc(100% - 32px)); margin: auto; padding: 24px; }
@@ -6674,13 +6675,16 @@ tr:target { box-shadow: inset 3px 0 var(--blue); }
   #link { margin-left: auto; }
   section thead { display: none; }
   section tbody { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); }
-  section tr { display: grid; grid-template-columns: repeat(4, 1fr); padding: 8px; border-top: 1px solid var(--line); }
+  section tbody tr { display: grid; grid-template-columns: repeat(4, 1fr); height: auto; padding: 8px; }
+  section tbody tr { border-top: 1px solid var(--line); }
   section :is(th, td) { padding: 4px; border: 0; background: none; text-align: left; }
   section td:nth-child(-n + 3) { grid-column: span 2; }
   section td:last-child { grid-column: span 3; align-self: end; }
   section th { grid-column: span 4; }
   section [data-title=Weight] { background: none; }
   section td[data-title]::before { content: attr(data-title); display: block; color: var(--dim); font-size: 12px; }
+  figure { padding: 8px 12px; }
+  svg { height: 36px; margin-top: 0; }
   td button { padding: 8px 10px; border: 1px solid var(--line); }
 }
 `;
@@ -6785,8 +6789,12 @@ const drawChart = (node, { name, as, lines }) => {
   });
   const most = Math.max(...points.flatMap((one) => one.values.map((value) => value ?? 0)), 0);
   [...svg.children].forEach((path, line) => {
-    const at = ({ x, values }) => x.toFixed(1) + " " + (54 - 52 * (values[line] ?? 0) / (most || 1)).toFixed(1);
-    path.setAttribute("d", points.length ? "M" + points.map(at).join("L") : "");
+    let pen = "M";
+    path.setAttribute("d", points.map(({ x, values: { [line]: value } }) => {
+      const to = value === undefined ? "" : pen + x.toFixed(1) + " " + (54 - 52 * value / (most || 1)).toFixed(1);
+      pen = to ? "L" : "M"; // where there was nothing the line has a gap
+      return to;
+    }).join(""));
   });
   const now = points.length ? points.at(-1).values.map((value) => as(value)).join(", ") : "–";
   [name, "at most " + as(most) + " in 5 min", now].forEach((text, i) => say(caption.children[i], text));
@@ -6957,7 +6965,7 @@ const propose = (deed, service, server) => {
   const leaves = ["drain", "maint"].includes(deed) && !service.servers.some((one) => isUp(one) && one !== server);
   const why = DEEDS[deed](server) + (leaves ? " No other server of " + service.name + " is up!" : "");
   const field = deed === "weight" && { name: "Weight", type: "number", min: 0, max: 256, value: server.weight };
-  ask(deed + " " + server.name, why, deed, field, (value) => change(deed, service, server, value));
+  ask(deed + " " + server.name, why, field ? "set" : deed, field, (value) => change(deed, service, server, value));
 };
 const ask = (what, why, go, field, act) => {
   const [label, box] = $("value").parentNode.children, dialog = $("ask");
@@ -7091,7 +7099,7 @@ export function dashboard(look: () => Snapshot | Promise<Snapshot>, gate: Gateke
     history.push({ time, total });
     if (history.length > CHARTED.most) history.shift();
   };
-  setInterval(remember, CHARTED.every).unref(); // for those who look only when something has happened
+  if (here !== "edge") setInterval(remember, CHARTED.every).unref(); // for those who look when something has happened
   app.get(
     "/",
     secureHeaders({ contentSecurityPolicy: POLICY }),

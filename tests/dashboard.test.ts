@@ -268,6 +268,10 @@ for (const dark of [false, true]) {
         await reads(page, "th", REFUSED);
         const wide = await page.evaluate<number>("document.documentElement.scrollWidth");
         assert.ok(wide <= width, `${wide} pixels in a window of ${width}`);
+        const [above, below] = await Promise.all([REFUSED, "127.0.0.1:2"].map((one) => row(page, one).boundingBox()));
+        const buttons = await row(page, REFUSED).getByRole("button").last().boundingBox();
+        assert.ok(buttons!.y + buttons!.height <= above!.y + above!.height, "the buttons are inside their row");
+        assert.ok(below!.y >= above!.y + above!.height || below!.x >= above!.x + above!.width, "no row covers another");
       }
       const color = await page.evaluate<string>("getComputedStyle(document.body).backgroundColor");
       const [red = NaN] = /\d+/.exec(color)!.map(Number);
