@@ -3964,92 +3964,90 @@ const FAMILIES = {
   process_start_time_seconds: ["gauge", "When it was started", "shared"],
 } satisfies Record<string, [type: "counter" | "gauge" | "histogram" | "summary", help: string, workers?: "shared"]>;
 type Family = keyof typeof FAMILIES;
-type Put = (
-  name: Family | `${Family}_${"bucket" | "sum" | "count"}`,
-  labels: Record<string, unknown>,
-  value: number,
-) => void;
+type Put = (name: Family | `${Family}_${"bucket" | "sum" | "count"}`, labels: string, value: number) => void;
 
 const LABEL_ESCAPES: Record<string, string> = { "\\": "\\\\", '"': '\\"', "\n": "\\n" };
 
-/** `name{label="value"}`, as Prometheus writes it. */
-function seriesOf(name: string, labels: Record<string, unknown>): string {
-  const value = (text: unknown) => String(text).replace(/[\\"\n]/g, (one) => LABEL_ESCAPES[one]!);
-  const list = Object.entries(labels).map(([label, text]) => `${label}="${value(text)}"`);
-  return list.length ? `${name}{${list}}` : name;
-}
+/** `label="value",label="value"`, as Prometheus writes it. */
+const labelsOf = (labels: Record<string, string | number>): string =>
+  Object.entries(labels).map(([label, value]) =>
+    `${label}="${String(value).replace(/[\\"\n]/g, (one) => LABEL_ESCAPES[one]!)}"`
+  ).join();
+const BOUNDS = [...BUCKETS.map((bound) => `${bound / 1_000}`), "+Inf"];
 
 function putTallies(put: Put, level: "entrypoint" | "service", name: string, tallies: Tallies): void {
   for (const [key, { requests, bytesIn, bytesOut, milliseconds, durations }] of tallies) {
-    const code = Math.floor(key / 16), method = METHODS[key % 16];
+    const code = Math.floor(key / 16), method = METHODS[key % 16]!;
     const protocol = method === "" ? "tcp" : code === 101 ? "websocket" : "http";
-    const labels = { [level]: name, code, method, protocol };
+    const labels = labelsOf({ [level]: name, code, method, protocol });
     put(`lb_${level}_requests_total`, labels, requests);
     put(`lb_${level}_requests_bytes_total`, labels, bytesIn);
     put(`lb_${level}_responses_bytes_total`, labels, bytesOut);
     let held = 0;
-    durations.forEach((more, i) => {
-      const bound = BUCKETS[i];
-      const le = bound === undefined ? "+Inf" : bound / 1_000;
-      put(`lb_${level}_request_duration_seconds_bucket`, { ...labels, le }, held += more);
-    });
+    for (const [i, more] of durations.entries()) {
+      put(`lb_${level}_request_duration_seconds_bucket`, `${labels},le="${BOUNDS[i]}"`, held += more);
+    }
     put(`lb_${level}_request_duration_seconds_sum`, labels, milliseconds / 1_000);
     put(`lb_${level}_request_duration_seconds_count`, labels, requests);
   }
 }
 
 function putServer(put: Put, service: Service, server: Server, now: number): void {
-  const labels = { service: service.name, url: server.url }, { counters } = server;
+  const labels = labelsOf({ service: service.name, url: server.url }), { counters } = server;
   put("lb_service_server_up", labels, Number(server.state === "ready" && isHealthy(server, now)));
   put("lb_server_requests_total", labels, counters.requests);
   put("lb_server_request_duration_seconds_sum", labels, counters.milliseconds / 1_000);
   put("lb_server_request_duration_seconds_count", labels, counters.requests);
   put("lb_server_errors_total", labels, counters.errors);
   put("lb_server_retries_total", labels, server.retries);
-  put("lb_server_picks_total", { ...labels, strategy: service.config.strategy.name }, server.picks);
+  put("lb_server_picks_total", `${labels},${labelsOf({ strategy: service.config.strategy.name })}`, server.picks);
   put("lb_server_requests_in_flight", labels, server.inFlight);
   put("lb_server_ejections_total", labels, server.ejected);
-  put("lb_server_probes_total", { ...labels, result: "passed" }, server.probesPassed);
-  put("lb_server_probes_total", { ...labels, result: "failed" }, server.probesFailed);
+  put("lb_server_probes_total", `${labels},result="passed"`, server.probesPassed);
+  put("lb_server_probes_total", `${labels},result="failed"`, server.probesFailed);
 }
 
 /** Everything that is counted, flat: the text of a series and its number. What is not in force any more is not there. */
 export function samplesOf(balancer: Balancer): Map<string, number> {
   const samples = new Map<string, number>();
-  const put: Put = (name, labels, value) => void samples.set(seriesOf(name, labels), value);
+  const put: Put = (name, labels, value) => void samples.set(labels ? `${name}{${labels}}` : name, value);
   for (const { name, inFlight, tallies } of balancer.entrypoints.values()) {
     putTallies(put, "entrypoint", name, tallies);
-    put("lb_open_connections", { entrypoint: name }, inFlight);
+    put("lb_open_connections", labelsOf({ entrypoint: name }), inFlight);
   }
-  for (const [reason, times] of balancer.failures) put("lb_failures_total", { reason }, times);
+  for (const [reason, times] of balancer.failures) put("lb_failures_total", labelsOf({ reason }), times);
   for (const service of balancer.table.services.values()) {
     const { name, tallies, servers, retries, hedges, hedgesWon, inFlight, waiting, copies, panicking } = service;
+    const labels = labelsOf({ service: name });
     putTallies(put, "service", name, tallies);
-    put("lb_service_retries_total", { service: name }, retries);
-    put("lb_service_hedges_total", { service: name, answered: "second" }, hedgesWon);
-    put("lb_service_hedges_total", { service: name, answered: "first" }, hedges - hedgesWon);
-    put("lb_service_requests_in_flight", { service: name }, inFlight);
-    put("lb_service_queue_length", { service: name }, waiting.size);
+    put("lb_service_retries_total", labels, retries);
+    put("lb_service_hedges_total", `${labels},answered="second"`, hedgesWon);
+    put("lb_service_hedges_total", `${labels},answered="first"`, hedges - hedgesWon);
+    put("lb_service_requests_in_flight", labels, inFlight);
+    put("lb_service_queue_length", labels, waiting.size);
     for (const result of ["answered", "failed", "skipped"] as const) {
-      put("lb_service_copies_total", { service: name, result }, copies[result]);
+      put("lb_service_copies_total", `${labels},result="${result}"`, copies[result]);
     }
-    put("lb_service_copies_in_flight", { service: name }, copies.inFlight);
-    put("lb_service_panicking", { service: name }, Number(panicking));
+    put("lb_service_copies_in_flight", labels, copies.inFlight);
+    put("lb_service_panicking", labels, Number(panicking));
     for (const server of servers) putServer(put, service, server, balancer.effects.now());
   }
-  put("lb_config_reloads_total", {}, balancer.reloads);
-  put("lb_config_last_reload_success", {}, Number(!balancer.reloadFailed));
-  put("lb_config_last_reload_success_timestamp_seconds", {}, balancer.reloadedAt.getTime() / 1_000);
-  put("lb_build_info", { version: VERSION, runtime: balancer.runtime }, 1);
-  put("process_start_time_seconds", {}, balancer.startedAt.getTime() / 1_000);
+  put("lb_config_reloads_total", "", balancer.reloads);
+  put("lb_config_last_reload_success", "", Number(!balancer.reloadFailed));
+  put("lb_config_last_reload_success_timestamp_seconds", "", balancer.reloadedAt.getTime() / 1_000);
+  put("lb_build_info", labelsOf({ version: VERSION, runtime: balancer.runtime }), 1);
+  put("process_start_time_seconds", "", balancer.startedAt.getTime() / 1_000);
   return samples;
 }
 
-/** The family of a series: its name without what a histogram's or summary's parts have behind it. */
-function familyOf(series: string): Family {
-  const [name] = series.split("{", 1) as [string];
-  return (Object.hasOwn(FAMILIES, name) ? name : name.replace(/_(?:bucket|sum|count)$/, "")) as Family;
-}
+/** The family of a name: without what a histogram's or summary's parts have behind it. */
+const familyNamed = memo((name) =>
+  (Object.hasOwn(FAMILIES, name) ? name : name.replace(/_(?:bucket|sum|count)$/, "")) as Family
+);
+const familyOf = (series: string): Family => {
+  const end = series.indexOf("{");
+  return familyNamed(end < 0 ? series : series.slice(0, end));
+};
 
 /** What several workers have counted, together. Of what all of them share the first one's word stands. */
 export function sumSamples([first, ...others]: ReadonlyMap<string, number>[]): Map<string, number> {
@@ -4061,10 +4059,12 @@ export function sumSamples([first, ...others]: ReadonlyMap<string, number>[]): M
   return sum;
 }
 
+const noLines = (): string[] => [];
+
 /** The text that Prometheus reads (exposition format 0.0.4): `text/plain; version=0.0.4`. */
 export function renderMetrics(samples: ReadonlyMap<string, number>): string {
   const lines = new Map<string, string[]>();
-  for (const [series, value] of samples) entry(lines, familyOf(series), () => []).push(`${series} ${value}\n`);
+  for (const [series, value] of samples) entry(lines, familyOf(series), noLines).push(`${series} ${value}\n`);
   return Object.entries(FAMILIES).map(([name, [type, help]]) =>
     lines.has(name) ? `# HELP ${name} ${help}\n# TYPE ${name} ${type}\n${lines.get(name)!.join("")}` : ""
   ).join("");
