@@ -309,8 +309,15 @@ const Probe = map({
 });
 const Probing = v.pipe(Probe, v.transform((one) => ({ kind: one.path ? "http" as const : "tcp" as const, ...one })));
 const Health = or("off", { kind: "off" as const, ...v.parse(Probe, {}) }, Probing);
-const EjectMap = map({ failures: opt(whole(1, 1e6), 5), for: opt(Duration, "30s"), at_most: opt(Percent, "50%") });
-const Eject = or("off", { failures: Infinity, for: 0, at_most: 0 }, EjectMap);
+const TIMES = "a number from 1.1 to 1000", notTimes = `$ is not ${TIMES}`;
+const Times = v.pipe(v.number(notTimes), v.minValue(1.1, notTimes), v.maxValue(1000, notTimes));
+const EjectMap = map({
+  failures: key(whole(1, 1e6), "failed requests in a row", 5),
+  for: key(Duration, "how long; with every further time in a row that much longer", "30s"),
+  slow: key(or("off", Infinity, Times, TIMES), "latency, in medians of the pool; or off", 3),
+  at_most: key(Percent, "of the servers at a time", "50%"),
+});
+const Eject = or("off", { failures: Infinity, for: 0, slow: Infinity, at_most: 0 }, EjectMap);
 const QueueMap = map({ size: opt(whole(1, 100_000), 100), timeout: opt(Duration, "5s") });
 const Quantile = word("a share such as p95, from p50 to p99", /^p([5-9]\d)$/, (_, percent) => Number(percent) / 100);
 const Hedge = or("off", 0, Quantile, "a share such as p95, from p50 to p99");
@@ -350,9 +357,10 @@ const policy = {
 const settings = {
   strategy: key(Strategy, "which server takes a request; hash: the same key, the same server", "round-robin"),
   health: key(Health, "off, or how servers are probed", v.getDefaults(Probe)),
-  eject: key(Eject, "off, or failures in a row, how long, and how many at most", v.getDefaults(EjectMap)),
+  eject: key(Eject, "off, or whom requests take out: who fails, or falls behind the others", v.getDefaults(EjectMap)),
+  slow_start: key(duration(0), "from 10 % of its weight to all of it, for a server that comes back or is new", "0s"),
   panic: key(Percent, "fewer servers than this may be asked: ask them all rather than none", "50%"),
-  retry_budget: key(Percent, "retries at most, of the requests in flight", "20%"),
+  retry_budget: key(Percent, "retries at most, of the requests; at least 3 a second", "20%"),
   hedge: key(Hedge, "off, or p95: who waits longer than so many percent do is tried at another server too", "off"),
   max_in_flight: key(Limit, "per server", "none"),
   queue: key(Queue, "off, or how many requests wait where all servers are full, and how long", v.getDefaults(QueueMap)),
@@ -1006,7 +1014,11 @@ export type Server = ServerConfig & {
   hash: number; // of its name, for rendezvous
   // changes while serving
   up: boolean; // what active probes say
-  until: number; // ejected until then; 0: not ejected
+  until: number; // ejected until then, and after that on trial; 0: neither
+  trying: boolean; // the one request that tries it out is on its way
+  slow: boolean; // why it was ejected: the others were faster
+  pausedUntil: number; // what it has said itself with Retry-After
+  effective: number; // its weight as of now: less during slow start
   failures: number; // consecutive failures of requests
   ejections: number; // consecutive ejections: each makes the next longer
   passes: number; // consecutive probes passed while down
@@ -1018,6 +1030,7 @@ export type Server = ServerConfig & {
   answers: number;
   saidAt: number; // when its last failure was reported
   since: number; // when a probe, an ejection or a reload last changed what it is
+  back: number; // when it came back, or was new: from then on it starts slowly; -Infinity: long ago
   ejected: number; // how often it was
   probedAt: number; // when its last probe ended; 0: there was none
   probeTook: number;
@@ -1026,7 +1039,13 @@ export type Server = ServerConfig & {
   probesFailed: number;
   retries: number; // attempts that came here because another had failed
   counters: Counters; // of attempts that have ended
-  latency: number; // mean milliseconds to the head of an answer; over the last 64 or so once there are that many
+  picksThen: number; // at the last comparison
+  load: number; // picks a second, over the last 10 s or so
+  samples: number; // good answers since it was last ejected: what `latency` and `typical` are made of
+  latency: number; // mean milliseconds to the head of a good answer; over the last 64 or so once there are that many
+  typical: number; // the same as a geometric mean, which a single long answer hardly moves
+  judged: number; // attempts since it was last ejected: what `failing` is made of
+  failing: number; // the share of them that failed, or had a 5xx; over the last 64 or so
   waiting: number; // of those in flight: without the head of an answer yet
   waitingSince: number; // the sum of when they began: so that their mean age is known at any time
   recent: number; // milliseconds to the head of an answer as of `recentAt`: a peak at once, else decaying; 0: not known
@@ -1087,11 +1106,13 @@ export interface Service {
   turn: number; // requests so far
   inFlight: number;
   retrying: number; // retries in flight: what the budget bounds
-  saved: number; // retries that whole answers have earned, for the moment when a server dies
+  saved: number; // retries that requests have earned, the good ones more than are needed now: for when a server dies
   copies: { answered: number; failed: number; skipped: number; inFlight: number }; // what `mirror` brings; counted nowhere else
   retries: number; // so far
   tallies: Tallies; // of requests that have ended
   waiting: Set<() => boolean>; // requests without a server, in the order of their coming: each takes one, or says that all are full
+  secondAt: number; // when the second began that `retried` counts in
+  retried: number; // retries that came out of the budget in that second
   usual: number; // mean milliseconds to the head of a good answer of any of its servers; 0: not known
   hedge: number; // the share of answers that come before a second attempt is made; 0: none is made
   times: Float64Array; // the latest milliseconds to the head of a good answer, where there is a hedge
@@ -1099,6 +1120,11 @@ export interface Service {
   patience: number; // the quantile of these
   hedges: number; // second attempts so far
   hedgesWon: number; // those that answered first
+  median: number; // of its servers' `typical`, as of the last comparison; 0: not known
+  crowd: number; // requests in flight at each server when the first slow one was ejected
+  peaceUntil: number; // until then nobody is ejected for being slow
+  comparedAt: number;
+  compareAt: number; // when its servers are compared again
 }
 
 /** One service that a route may lead to, with the policy that holds on that way. */
@@ -1413,12 +1439,19 @@ const newService = (name: string) => ({
   retries: 0,
   tallies: new Map(),
   waiting: new Set<() => boolean>(),
+  secondAt: -Infinity,
+  retried: 0,
   usual: 0,
   times: NO_TIMES,
   measured: 0,
   patience: 0,
   hedges: 0,
   hedgesWon: 0,
+  median: 0,
+  crowd: 0,
+  peaceUntil: 0,
+  comparedAt: -Infinity,
+  compareAt: 0,
 });
 
 const newServer = (config: ServerConfig, service: string, tls: Server["tls"]): Server => ({
@@ -1428,6 +1461,10 @@ const newServer = (config: ServerConfig, service: string, tls: Server["tls"]): S
   hash: hash(config.name),
   up: true,
   until: 0,
+  trying: false,
+  slow: false,
+  pausedUntil: 0,
+  effective: config.weight,
   failures: 0,
   ejections: 0,
   passes: 0,
@@ -1438,6 +1475,7 @@ const newServer = (config: ServerConfig, service: string, tls: Server["tls"]): S
   picks: 0,
   answers: 0,
   saidAt: -Infinity,
+  back: -Infinity,
   since: 0,
   ejected: 0,
   probedAt: 0,
@@ -1447,7 +1485,13 @@ const newServer = (config: ServerConfig, service: string, tls: Server["tls"]): S
   probesFailed: 0,
   retries: 0,
   counters: newCounters(),
+  picksThen: 0,
+  load: 0,
+  samples: 0,
   latency: 0,
+  typical: 0,
+  judged: 0,
+  failing: 0,
   waiting: 0,
   waitingSince: 0,
   recent: 0,
@@ -1728,8 +1772,8 @@ const known = new WeakMap<Candidates, { even: boolean; heaviest: number }>();
 /** What the weights of these candidates are like. The list stays the same until a server flips, and so does the answer. */
 const weightsOf = (candidates: Candidates) =>
   entry(known, candidates, () => {
-    const heaviest = Math.max(...candidates.map(({ weight }) => weight));
-    return { heaviest, even: candidates.every(({ weight }) => weight === heaviest) };
+    const heaviest = Math.max(...candidates.map(({ effective }) => effective));
+    return { heaviest, even: candidates.every(({ effective }) => effective === heaviest) };
   });
 
 /** Smooth weighted round robin, nginx's: 5:1:1 gives a a b a c a a, shares are exact. Equal weights simply rotate. */
@@ -1738,8 +1782,8 @@ const roundRobin: Strategy = (candidates, { turn }) => {
   let best = candidates[0];
   let total = 0;
   for (const server of candidates) {
-    server.current += server.weight;
-    total += server.weight;
+    server.current += server.effective;
+    total += server.effective;
     if (server.current > best.current) best = server;
   }
   best.current -= total;
@@ -1758,18 +1802,19 @@ function least(candidates: Candidates, score: (server: Server) => number, start 
   return best;
 }
 
-const busyness = (server: Server): number => server.inFlight / server.weight;
+const busyness = (server: Server): number => server.inFlight / server.effective;
 
 /** Draws by weight without a sum: a server is accepted as often as its weight stands to the heaviest. */
 function draw(candidates: Candidates, random: () => number, except?: Server): Server {
   const { heaviest } = weightsOf(candidates);
   for (;;) {
     const server = candidates[Math.floor(random() * candidates.length)]!;
-    if (server !== except && (server.weight === heaviest || random() * heaviest < server.weight)) return server;
+    if (server !== except && (server.effective === heaviest || random() * heaviest < server.effective)) return server;
   }
 }
 
 const DECAY = 10_000; // milliseconds after which a latency counts for 1/e, as in Finagle's Peak EWMA
+const LEAST_TIME = 0.01; // milliseconds: what is faster counts as that
 const UNKNOWN = 1e12; // milliseconds: what a second request counts as where the first has not been answered yet
 const NOISE = 2.5; // up to so many times the fastest is as good as equal: the peaks of equal servers differ that much
 
@@ -1787,7 +1832,7 @@ function paceOf(server: Server, now: number): number {
 /** What one more request costs at a server, where the fastest takes `fastest`. */
 function costOf(server: Server, now: number, fastest: number): number {
   const pace = paceOf(server, now);
-  return (pace > NOISE * fastest ? pace : fastest) * (server.inFlight + 1) / server.weight;
+  return (pace > NOISE * fastest ? pace : fastest) * (server.inFlight + 1) / server.effective;
 }
 
 /** The least cost of all, or of two at random where there are more than 8; among equals any. */
@@ -1810,7 +1855,7 @@ const peakEwma: Strategy = (candidates, { random, now }) => {
 
 /** Takes note of how long a server has needed: a peak at once, what is less as far as time has passed. */
 function noteTime(server: Server, milliseconds: number, now: number): void {
-  const rest = Math.exp((server.recentAt - now) / DECAY), sample = Math.max(milliseconds, 0.01);
+  const rest = Math.exp((server.recentAt - now) / DECAY), sample = Math.max(milliseconds, LEAST_TIME);
   server.recent = sample > server.recent ? sample : server.recent * rest + sample * (1 - rest);
   server.recentAt = now;
 }
@@ -1819,7 +1864,7 @@ function noteTime(server: Server, milliseconds: number, now: number): void {
 function scoresFor(candidates: Candidates, key: string): (server: Server) => number {
   const seed = hash(key), { even } = weightsOf(candidates);
   const chance = (server: Server) => (mix(seed ^ server.hash) + 0.5) / 2 ** 32;
-  return even ? (server) => -chance(server) : (server) => -Math.log(chance(server)) / server.weight;
+  return even ? (server) => -chance(server) : (server) => -Math.log(chance(server)) / server.effective;
 }
 
 /**
@@ -1834,9 +1879,9 @@ function rendezvous(candidates: Candidates, key: string, isFull: (server: Server
 
 /** Whether a server has over 125 % of its share of the requests in flight, and more than a handful (bounded load). */
 function overloaded(candidates: Candidates): (server: Server) => boolean {
-  const weight = candidates.reduce((sum, server) => sum + server.weight, 0);
+  const weight = candidates.reduce((sum, server) => sum + server.effective, 0);
   const inFlight = candidates.reduce((sum, server) => sum + server.inFlight, 1);
-  return (server) => server.inFlight >= Math.max(8, Math.ceil(1.25 * inFlight * server.weight / weight));
+  return (server) => server.inFlight >= Math.max(8, Math.ceil(1.25 * inFlight * server.effective / weight));
 }
 
 /** The strategies of `strategy:` in routes.yml. */
@@ -1852,7 +1897,7 @@ export const strategies = {
   "least-connections": (candidates) => least(candidates, busyness),
   "least-response-time": (candidates) => {
     const fastest = least(candidates, (server) => server.latency).latency;
-    return least(candidates, (server) => server.latency > fastest ? Infinity : server.picks / server.weight);
+    return least(candidates, (server) => server.latency > fastest ? Infinity : server.picks / server.effective);
   },
   "peak-ewma": peakEwma,
   "ip-hash": (candidates, { client }) => rendezvous(candidates, client, () => false),
@@ -1893,26 +1938,49 @@ function keyOf({ by, key }: ServiceConfig["strategy"]): Service["key"] {
 /** Whether a server is meant to be asked at all. One that drains still finishes what it has. */
 const isEnabled = (server: Server): boolean => server.weight > 0 && server.state === "ready";
 
-/** Whether a server may be asked, leaving aside how many requests it has. */
-const isHealthy = (server: Server, now: number): boolean => server.up && now >= server.until;
+/** Whether a server may be asked, leaving aside how many requests it has. After an ejection one request tries it out. */
+const isHealthy = (server: Server, now: number): boolean =>
+  server.up && (server.until === 0 || now >= server.until && !server.trying);
+
+/** How much of its weight a server has: all, or from the time when it came back 10 % and more. */
+function partOf(server: Server, slowStart: number, now: number): number {
+  const age = now - server.back;
+  return age >= slowStart ? 1 : Math.max(0.1, age / slowStart);
+}
 
 /**
  * Who of a service may be asked: healthy servers; backups where none of the others is; all where too few are left, so
  * that the rest is not crushed (panic), unless none is left and another service can be asked. Kept until a server flips
- * or an ejection ends: the request path only reads it.
+ * or a time has passed that matters: the request path only reads it.
  */
 function candidatesOf(service: Service, now: number): readonly Server[] {
   if (now < service.candidatesUntil) return service.candidates;
-  const weighted = service.servers.filter(isEnabled);
+  const { servers, config: { panic, fallback, slow_start } } = service;
+  for (const server of servers) server.effective = server.weight * partOf(server, slow_start, now);
+  const weighted = servers.filter(isEnabled);
   const healthy = weighted.filter((server) => isHealthy(server, now));
   const regulars = weighted.filter((server) => !server.backup);
   const ready = healthy.filter((server) => !server.backup);
   const backups = healthy.filter((server) => server.backup);
-  const few = ready.length < regulars.length * service.config.panic;
-  service.panicking = few && backups.length === 0 && (ready.length > 0 || !service.config.fallback);
-  service.candidates = service.panicking ? regulars.length ? regulars : weighted : ready.length ? ready : backups;
-  service.candidatesUntil = Math.min(...service.servers.map((server) => server.until > now ? server.until : Infinity));
+  const few = ready.length < regulars.length * panic;
+  service.panicking = few && backups.length === 0 && (ready.length > 0 || !fallback);
+  service.candidates = service.panicking
+    ? regulars.length ? regulars : weighted
+    : withoutPaused(service, ready.length ? ready : backups, now);
+  service.candidatesUntil = Math.min(...servers.map((server) => nextChange(server, slow_start, now)));
   return service.candidates;
+}
+
+/** Who has asked to be left alone is, as if it were full; but not where that is more of them than may be ejected. */
+function withoutPaused({ config }: Service, servers: readonly Server[], now: number): readonly Server[] {
+  const rest = servers.filter((server) => now >= server.pausedUntil);
+  return rest.length > 0 && rest.length >= servers.length * (1 - config.eject.at_most) ? rest : servers;
+}
+
+/** When time alone changes how a server stands. */
+function nextChange(server: Server, slowStart: number, now: number): number {
+  const times = [server.until, server.pausedUntil, ...partOf(server, slowStart, now) < 1 ? [now + slowStart / 50] : []];
+  return Math.min(...times.filter((time) => time > now));
 }
 
 /** The servers of a service that may take one more request: `max` and `max_in_flight` are read at every pick. */
@@ -1937,44 +2005,209 @@ function onHeard(server: Server, began: number): void {
 /** What a failure counts as: who fails fast shall not look attractive. */
 const asSlow = ({ usual }: Service, milliseconds: number): number => Math.max(milliseconds, 10 * (usual || 100));
 
-/** Consecutive failures eject a server for a time that grows with each ejection, at most a share of its pool. */
-function onFailed(service: Service, server: Server, effects: Effects, milliseconds = 0): void {
-  const { eject } = service.config;
+/**
+ * Ejects a server for a time that grows with each time in a row, at most a share of its pool. What was known of it is
+ * forgotten: it is new when it returns. False where no more may be ejected.
+ */
+function eject(service: Service, server: Server, why: string, effects: Effects): boolean {
+  const { failures, for: unit, at_most } = service.config.eject;
+  const others = service.servers.filter((other) => other !== server && other.until !== 0).length;
+  if (others + 1 > service.servers.length * at_most) return false;
   const now = effects.now();
-  noteTime(server, asSlow(service, milliseconds), now);
-  server.failures++;
-  if (server.failures < eject.failures) return;
-  if (now < server.until) return;
-  const ejected = service.servers.filter((other) => other.until > now).length;
-  if (ejected + 1 > service.servers.length * eject.at_most) return;
   server.ejections = Math.min(server.ejections + 1, 10);
-  server.until = now + eject.for * server.ejections;
+  server.until = now + unit * server.ejections;
+  server.trying = false;
   server.ejected++;
   server.since = now;
-  server.failures = eject.failures - 1; // the first failure after its return ejects it again
+  server.failures = failures - 1; // so that a trial whose body breaks off is the last straw
+  server.samples =
+    server.latency =
+    server.typical =
+    server.judged =
+    server.failing =
+    server.recent =
+      0;
   service.candidatesUntil = 0;
-  effects.report(
-    "warn",
-    `${service.name}: ${server.name} is ejected for ${
-      eject.for * server.ejections / 1000
-    } s after ${eject.failures} failures in a row`,
-  );
+  const seconds = unit * server.ejections / 1_000;
+  effects.report("warn", `${service.name}: ${server.name} is ejected for ${seconds} s ${why}`);
+  return true;
+}
+
+/** A server has one request more. On trial it gets one; the others pass it by until that one's verdict. */
+function onPicked(service: Service, server: Server, now: number): void {
+  server.picks++;
+  server.inFlight++;
+  if (server.until === 0 || now < server.until) return; // where all are asked, those who are ejected are
+  server.trying = true;
+  service.candidatesUntil = 0;
+}
+
+/** Whether an attempt tries its server out: it began after the ejection. What was on its way before says nothing new. */
+const isTrial = (server: Server, began: number): boolean => began >= server.until;
+
+/** How a trial ended: with an answer, so that the server is back; with a failure (why); or undecided, so that another follows. */
+function onTried(service: Service, server: Server, verdict: "back" | "undecided" | { why: string }, effects: Effects) {
+  server.trying = false;
+  service.candidatesUntil = 0;
+  if (verdict === "undecided" || typeof verdict === "object" && eject(service, server, verdict.why, effects)) return;
+  server.until = 0;
+  server.slow = false;
+  server.since = server.back = effects.now();
+  effects.report("info", `${service.name}: ${server.name} is up again`);
+}
+
+/** A request to a server has failed, before its answer or in it. Enough of them in a row eject it; so does one on trial. */
+function onFailed(service: Service, server: Server, began: number, effects: Effects): void {
+  const { failures } = service.config.eject;
+  if (server.until !== 0) {
+    if (isTrial(server, began)) onTried(service, server, { why: "after a failed trial" }, effects);
+    return;
+  }
+  if (++server.failures < failures) return;
+  if (eject(service, server, `after ${failures} failures in a row`, effects)) server.slow = false;
 }
 
 /** A whole answer ends a run of failures; one well after the last ejection also forgets how often there was one. */
 function onAnswered(service: Service, server: Server, effects: Effects): void {
+  if (server.until !== 0) return;
   server.failures = 0;
-  if (server.ejections > 0 && effects.now() > server.until + service.config.eject.for) server.ejections = 0;
+  if (server.ejections > 0 && effects.now() > server.back + service.config.eject.for) server.ejections = 0;
 }
 
-/** The head of an answer. What is out of order, or says that there is too much, counts as slow for what follows. */
-function onHead(service: Service, server: Server, status: number, milliseconds: number, now: number): void {
+const MEMORY = 64; // attempts: older ones fade
+
+/** What an attempt says about a server: how long it took, and whether that was good. */
+function note(service: Service, server: Server, good: boolean, milliseconds: number, now: number): void {
+  server.judged++;
+  server.failing += (Number(!good) - server.failing) / Math.min(server.judged, MEMORY);
+  if (!good) return noteTime(server, asSlow(service, milliseconds), now);
+  const first = 1 / ++server.samples, sample = Math.max(milliseconds, LEAST_TIME);
+  server.latency += (milliseconds - server.latency) * Math.max(first, 1 / MEMORY);
+  const part = Math.max(first, Math.min(1 / MEMORY, 1 - Math.exp((server.recentAt - now) / DECAY)));
+  server.typical = first === 1 ? sample : server.typical * (sample / server.typical) ** part;
+  service.usual += (milliseconds - service.usual) / (service.usual ? MEMORY : 1);
+  if (service.hedge) learnPatience(service, milliseconds);
+  noteTime(server, milliseconds, now);
+}
+
+/** The head of an answer. A 5xx is a failure for those who compare; a 429 says that the server has enough to do. */
+function onHead(service: Service, server: Server, status: number, began: number, now: number, effects: Effects): void {
+  const milliseconds = now - began;
   server.answers++;
-  server.latency += (milliseconds - server.latency) / Math.min(server.answers, 64);
-  const bad = status >= 500 || status === 429;
-  if (!bad) service.usual += (milliseconds - service.usual) / (service.usual ? 64 : 1);
-  if (!bad && service.hedge) learnPatience(service, milliseconds);
-  noteTime(server, bad ? asSlow(service, milliseconds) : milliseconds, now);
+  if (server.until !== 0 && isTrial(server, began)) {
+    const still = server.slow && isSlow(service, milliseconds);
+    const why = status >= 500
+      ? `after a trial with ${status}`
+      : `because it still takes ${Math.round(milliseconds)} ms`;
+    onTried(service, server, status >= 500 || still ? { why } : "back", effects);
+  }
+  if (server.until !== 0) return;
+  if (status === 429) noteTime(server, asSlow(service, milliseconds), now);
+  else note(service, server, status < 500, milliseconds, now);
+}
+
+/** No answer has come, and that is the server's fault. */
+function onSilence(service: Service, server: Server, began: number, now: number, effects: Effects): void {
+  if (server.until === 0) note(service, server, false, now - began, now);
+  onFailed(service, server, began, effects);
+}
+
+const LEAST_COMPARED = 3; // servers
+const LEAST_SAMPLES = 20; // good answers of each
+const NEGLIGIBLE = 5; // milliseconds: nobody minds so much more
+const DEVIATIONS = 1.9; // below the mean of the others' success rates, as in Envoy
+const LEAST_GAP = 0.1; // between success rates
+
+/** Whether a time is out of all proportion to what the pool needs. */
+function isSlow({ median, config }: Service, milliseconds: number): boolean {
+  return median > 0 && milliseconds > Math.max(config.eject.slow * median, median + NEGLIGIBLE);
+}
+
+/** What is typical of a server, where those that wait longer than that count as if they were answered now; 0: not known. */
+function typicalOf({ typical, samples, load, waiting, waitingSince }: Server, now: number): number {
+  const age = waiting && now - waitingSince / waiting, late = age > typical && waiting >= LEAST_SAMPLES ? waiting : 0;
+  if (samples + late < LEAST_SAMPLES) return 0;
+  const known = Math.min(samples, Math.max(MEMORY, load * DECAY / 1_000));
+  return late ? Math.exp((known * Math.log(typical || 1) + late * Math.log(age)) / (known + late)) : typical;
+}
+
+/** The middle of some numbers. */
+function medianOf(numbers: number[]): number {
+  const sorted = numbers.sort((a, b) => a - b), half = sorted.length / 2;
+  return (sorted[Math.floor(half)]! + sorted[Math.ceil(half) - 1]!) / 2;
+}
+
+/** Once a second, beside a request: who is much slower than the others, or fails more often, is ejected. */
+function compare(service: Service, now: number, effects: Effects): void {
+  const seconds = (now - service.comparedAt) / 1_000;
+  service.comparedAt = now;
+  service.compareAt = now + 1_000;
+  for (const server of service.servers) {
+    server.load += ((server.picks - server.picksThen) / seconds - server.load) *
+      (1 - Math.exp(-1_000 * seconds / DECAY));
+    server.picksThen = server.picks;
+  }
+  const some = service.servers.filter((server) => server.until === 0 && server.up && isEnabled(server));
+  ejectSlow(service, some, now, effects);
+  ejectFailing(service, some.filter((server) => server.until === 0 && server.judged >= MEMORY), effects);
+}
+
+/** How many requests each of these has in flight, in the mean. */
+const crowdOf = (servers: Server[]): number =>
+  servers.reduce((sum, { inFlight }) => sum + inFlight, 0) / servers.length;
+
+/**
+ * Ejects those that take much longer than the others, unless that is because they have more to do. A pool that is busy
+ * needs everybody, and a slow server is better than a queue: the more are out, the slower the next one has to be; and
+ * where the others then have three times as much to do, the slow ones are asked again, and left in peace for a while.
+ */
+function ejectSlow(service: Service, some: Server[], now: number, effects: Effects): void {
+  const out = service.servers.filter(({ slow, until }) => slow && until !== 0);
+  if (out.length > 0 && crowdOf(some) > 3 * service.crowd + 2) return askAgain(service, out, now, effects);
+  const timed = some.map((server) => ({ server, time: typicalOf(server, now) })).filter(({ time }) => time > 0);
+  if (timed.length < LEAST_COMPARED) return;
+  service.median = medianOf(timed.map(({ time }) => time));
+  const load = medianOf(timed.map(({ server }) => server.load / server.effective));
+  for (const { server, time } of timed.sort((a, b) => b.time - a.time)) {
+    const ejected = service.servers.filter(({ until }) => until !== 0).length;
+    if (!isSlow(service, time / (1 + 10 * ejected / service.servers.length)) || now < service.peaceUntil) return;
+    if (server.load / server.effective > 1.1 * load) continue;
+    const why = `because it takes ${Math.round(time)} ms where ${Math.round(service.median)} ms are usual`;
+    if (out.length === 0) service.crowd = crowdOf(some.filter((other) => other !== server));
+    if (eject(service, server, why, effects)) out.push(server), server.slow = true;
+  }
+}
+
+/** Ends ejections that have made matters worse. */
+function askAgain(service: Service, out: Server[], now: number, effects: Effects): void {
+  for (const server of out) {
+    Object.assign(server, { until: 0, trying: false, slow: false, since: now, back: now });
+    effects.report("warn", `${service.name}: ${server.name} is asked again: without it the others have too much to do`);
+  }
+  service.candidatesUntil = 0;
+  service.peaceUntil = now + 2 * service.config.eject.for;
+}
+
+/** Ejects those whose success rate is out of line with that of all who do better. */
+function ejectFailing(service: Service, judged: Server[], effects: Effects): void {
+  const [worst, ...others] = judged.sort((a, b) => b.failing - a.failing);
+  if (worst === undefined || others.length < LEAST_COMPARED - 1) return;
+  const mean = others.reduce((sum, { failing }) => sum + failing, 0) / others.length;
+  const variance = others.reduce((sum, { failing }) => sum + (failing - mean) ** 2, 0) / others.length;
+  if (worst.failing <= mean + Math.max(DEVIATIONS * Math.sqrt(variance), LEAST_GAP)) return;
+  const why = `because ${Math.round(100 * worst.failing)} % of its answers fail`;
+  if (!eject(service, worst, why, effects)) return;
+  worst.slow = false;
+  ejectFailing(service, others, effects);
+}
+
+/** A server has said when to come again (Retry-After, RFC 9110 section 10.2.3): that long, but no longer than an ejection. */
+function onRetryAfter(service: Service, server: Server, value: string, effects: Effects): void {
+  const at = value.endsWith("GMT") ? Date.parse(value) : NaN;
+  const wait = /^\d+$/.test(value) ? Number(value) * 1_000 : at - effects.date().getTime();
+  if (!(wait > 0)) return;
+  server.pausedUntil = effects.now() + Math.min(wait, service.config.eject.for);
+  service.candidatesUntil = 0;
 }
 
 const SAMPLES = 500; // answers that a quantile comes from
@@ -1994,19 +2227,21 @@ function onProbed(service: Service, server: Server, problem: string | undefined,
   const { rise, fall } = service.config.health;
   const wasUp = server.up;
   const now = server.probedAt = effects.now();
-  const wasEjected = now < server.until;
+  const wasEjected = now < server.until && !server.slow; // a probe says nothing about that
   server.probeProblem = problem ?? "";
   if (problem === undefined) server.probesPassed++;
   else server.probesFailed++;
   server.passes = problem === undefined ? server.passes + 1 : 0;
   server.fails = problem === undefined ? 0 : server.fails + 1;
-  if (problem === undefined && wasEjected) server.until = server.failures = 0;
+  if (problem === undefined && wasEjected) server.until = now; // it may be tried out at once
   if (wasUp ? server.fails >= fall : server.passes >= rise) server.up = !wasUp;
   if (server.up === wasUp && (!wasEjected || problem !== undefined)) return;
   service.candidatesUntil = 0;
   server.since = now;
+  if (server.up === wasUp) return;
+  if (server.up) server.back = now;
   if (wasUp && !server.up) effects.report("warn", `${service.name}: ${server.name} is down: ${problem}`);
-  else if (server.up) effects.report("info", `${service.name}: ${server.name} is up`);
+  else effects.report("info", `${service.name}: ${server.name} is up`);
 }
 
 const untimed = { startedAt: 0, connectedAt: 0, headAt: 0, uploaded: 0 };
@@ -3624,6 +3859,10 @@ function wakeAll({ services }: Table): void {
 /** One request less at a server: whoever has waited longest gets its place. */
 function release(service: Service, server: Server): void {
   server.inFlight--;
+  if (server.trying && server.inFlight === 0) { // its trial was nothing that says anything, a copy say
+    server.trying = false;
+    service.candidatesUntil = 0;
+  }
   if (service.waiting.size > 0) wake(service);
 }
 
@@ -4078,15 +4317,18 @@ const METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8";
 
 /** What speaks against asking a server, and where it may be asked all the same, why that is. */
 function whyNot(service: Service, server: Server, may: boolean, { tried, now }: Exchange): string {
-  const { state, weight, inFlight, up, probeProblem, until, backup } = server;
+  const { state, weight, inFlight, up, probeProblem, until, trying, pausedUntil, backup } = server;
+  const left = (time: number) => Math.ceil((time - now) / 1_000);
   const room = Math.min(server.max, service.config.max_in_flight);
   if (state !== "ready") return state === "drain" ? "it drains" : "in maintenance";
   if (weight === 0) return "its weight is 0";
   if (tried.includes(server)) return "tried before";
   const problem = up ? "" : `down${probeProblem && `: ${probeProblem}`}`;
-  const ill = problem || (until > now ? `ejected for another ${Math.ceil((until - now) / 1_000)} s` : "");
+  const ill = problem || (until > now ? `ejected for another ${left(until)} s` : "");
   if (may) return ill && `${ill}, but too few are healthy`;
-  return ill || (inFlight >= room ? `full: ${inFlight} of ${room}` : backup ? "a backup" : "");
+  const calm = pausedUntil > now ? `it wants to be left alone for another ${left(pausedUntil)} s` : "";
+  return ill || (trying ? "another request tries it out" : calm) ||
+    (inFlight >= room ? `full: ${inFlight} of ${room}` : backup ? "a backup" : "");
 }
 
 /** Who of a service may be asked, with what score, why the others may not, and who takes the request. */
@@ -4132,8 +4374,9 @@ function isOperator({ effects, guesses }: Balancer, exchange: Exchange): boolean
 
 const BACK_OFF = 25; // milliseconds before the second retry at most; doubled for each further one, up to a second
 const MAX_HOPS = 20; // entries of Via
-const LEAST_RETRIES = 3; // that the budget always allows at once
-const MOST_SAVED = 100; // retries beyond the budget that can be saved up
+const LEAST_RETRIES = 3; // a second, that the budget always allows
+const MOST_SAVED = 100; // retries that can be saved up
+const TOO_MUCH = new Set([429, 503]); // that Retry-After is believed with
 const GATEWAY_ERRORS = new Set([502, 503, 504]); // an answer that counts against its server
 const BLAMELESS = new Set<string>(["client-left", "client-timeout", "bad-body", "body-too-large"]);
 const RETRIED_AS: Partial<Record<Failure, string | number>> = {
@@ -4272,7 +4515,7 @@ async function attempts(balancer: Balancer, exchange: Exchange, first: Destinati
       const outcome: Outcome = two ? await askTwo(balancer, exchange, server) : await ask(balancer, exchange, server);
       if (retry > 0) service.retrying--;
       judge(exchange, exchange.tried.at(-1)!, outcome, effects);
-      if (!mayRetry(exchange, destination, outcome, retry)) {
+      if (!mayRetry(exchange, destination, outcome, retry, effects)) {
         if (outcome.kind === "answer") return conclude(balancer, exchange, outcome.response);
         return refuse(balancer, exchange, exchange.request.signal.aborted ? "client-left" : outcome.kind);
       }
@@ -4367,8 +4610,10 @@ async function lose({ server, exchange, stop, outcome }: Leg, effects: Effects):
 function pickSecond(exchange: Exchange, first: Leg, effects: Effects): Server | undefined {
   const { service } = exchange.destination!, now = exchange.now = effects.now();
   const others = withRoom(service, candidatesOf(service, now))
-    .filter((server) => !exchange.tried.includes(server) && isHealthy(server, now));
-  if (others.length === 0 || !spendRetry(service)) return undefined;
+    .filter((server) => !exchange.tried.includes(server) && server.up && server.until === 0);
+  if (others.length === 0) return undefined;
+  earn(service);
+  if (!spendRetry(service, 0, now)) return undefined;
   try {
     const server = choose(service, others as readonly Server[] as Candidates, exchange);
     if (exchange.choices) noteChoice(exchange, others, effects, server);
@@ -4435,15 +4680,18 @@ function complain(service: Service, server: Server, detail: string, effects: Eff
 function judge(exchange: Exchange, server: Server, outcome: Outcome, effects: Effects): void {
   const { destination, attempt, upgrade } = exchange, { service } = destination!;
   if (outcome.kind === "answer") {
+    const { status, headers } = outcome.response, wait = TOO_MUCH.has(status) && headers.get("retry-after");
+    if (wait) onRetryAfter(service, server, wait, effects);
+    onHead(service, server, status, attempt!.startedAt, attempt!.headAt, effects);
     if (upgrade?.response) onAnswered(service, server, effects); // its end may be hours away
-    return onHead(service, server, outcome.response.status, outcome.milliseconds, attempt!.headAt);
+    return;
   }
-  const milliseconds = effects.now() - attempt!.startedAt, blame = !BLAMELESS.has(outcome.kind);
-  count(server.counters, milliseconds, outcome.sent ? receivedBy(exchange) : 0, 0, blame);
+  const now = effects.now(), began = attempt!.startedAt, blame = !BLAMELESS.has(outcome.kind);
+  count(server.counters, now - began, outcome.sent ? receivedBy(exchange) : 0, 0, blame);
   if (blame) {
     complain(service, server, outcome.detail, effects);
-    onFailed(service, server, effects, milliseconds);
-  }
+    onSilence(service, server, began, now, effects);
+  } else if (server.until !== 0 && isTrial(server, began)) onTried(service, server, "undecided", effects);
   release(service, server);
 }
 
@@ -4451,6 +4699,7 @@ function judge(exchange: Exchange, server: Server, outcome: Outcome, effects: Ef
 function pickServer(exchange: Exchange, effects: Effects, now: number): Server | undefined {
   const { tried } = exchange, { service } = exchange.destination!;
   exchange.now = now;
+  if (now >= service.compareAt) compare(service, now, effects);
   let candidates = withRoom(service, candidatesOf(service, now));
   if (tried.length) candidates = forRetry(service, candidates, tried, now);
   if (candidates.length === 0) return exchange.choices && noteChoice(exchange, candidates, effects);
@@ -4461,9 +4710,8 @@ function pickServer(exchange: Exchange, effects: Effects, now: number): Server |
   return picked(exchange, server);
 }
 
-function picked({ tried }: Exchange, server: Server): Server {
-  server.picks++;
-  server.inFlight++;
+function picked({ tried, destination, now }: Exchange, server: Server): Server {
+  onPicked(destination!.service, server, now);
   tried.push(server);
   return server;
 }
@@ -4523,44 +4771,61 @@ function pickSticky(service: Service, candidates: Candidates, exchange: Exchange
 
 /**
  * Who may be asked again: untried and healthy ones, untried backups; and where no other service can be asked, untried
- * ones, and where all have been tried anybody.
+ * ones, and where all have been tried anybody. A retry is no trial, and leaves alone who has asked for that.
  */
 function forRetry(service: Service, candidates: readonly Server[], tried: Server[], now: number): readonly Server[] {
-  const untried = candidates.filter((server) => !tried.includes(server));
-  const healthy = untried.filter((server) => isHealthy(server, now));
+  const calm = candidates.filter((server) => now >= server.pausedUntil);
+  const untried = calm.filter((server) => !tried.includes(server));
+  const healthy = untried.filter((server) => server.up && server.until === 0);
   if (healthy.length) return healthy;
   const backups = service.servers.filter((server) => server.backup && isEnabled(server) && !tried.includes(server));
-  const ready = withRoom(service, backups).filter((server) => isHealthy(server, now));
+  const ready = withRoom(service, backups).filter((server) => isHealthy(server, now) && now >= server.pausedUntil);
   if (ready.length || service.config.fallback) return ready;
-  return untried.length ? untried : candidates;
+  return untried.length ? untried : calm;
 }
 
 /**
  * Whether another attempt may be made: the policy names what happened; repeating it does no harm, because no server has
- * seen the request or it is idempotent and its body is at hand; and the budget has room. A connection that never stood
- * put no load on any server, and so costs no budget. What good answers have earned covers the many that a server which
- * dies takes with it at once; where all servers fail, nothing is earned.
+ * seen the request or it is idempotent and its body is at hand; somebody is left who has not asked to be left alone; and
+ * the budget has room. A connection that never stood put no load on any server, and so costs no budget.
  */
 function mayRetry(
   exchange: Exchange,
-  { policy, retryOn, service }: Destination,
+  { policy, retryOn, service, fallback }: Destination,
   outcome: Outcome,
   retry: number,
+  effects: Effects,
 ): boolean {
   if (retry >= policy.retries) return false;
   const what = outcome.kind === "answer" ? outcome.response.status : RETRIED_AS[outcome.kind];
   if (what === undefined || !retryOn.has(what)) return false;
   if (exchange.request.signal.aborted) return false;
   const sent = outcome.kind === "answer" || outcome.sent;
+  if (sent && !mayRepeat(exchange)) return false;
+  const now = effects.now(), { candidates } = service;
+  if (!fallback && candidates.length > 0 && forRetry(service, candidates, exchange.tried, now).length === 0) {
+    return false;
+  }
   if (!sent) return true;
-  return mayRepeat(exchange) && spendRetry(service);
+  if (retry === 0) earn(service);
+  return spendRetry(service, policy.retries, now);
 }
 
-/** Takes one retry out of the budget; false where there is none left. */
-function spendRetry(service: Service): boolean {
-  if (service.retrying < Math.max(LEAST_RETRIES, service.config.retry_budget * service.inFlight)) return true;
-  if (service.saved < 1) return false;
-  service.saved--;
+/**
+ * Every request earns its share of a retry: one that wants it when it asks, a good one when it ends. What those have saved
+ * up is for the many that a server which dies takes with it at once.
+ */
+function earn(service: Service): void {
+  service.saved = Math.min(MOST_SAVED, service.saved + service.config.retry_budget);
+}
+
+/** Takes one retry out of the budget; false where there is none left. Where hardly anybody comes, some are lent each second. */
+function spendRetry(service: Service, retries: number, now: number): boolean {
+  const lent = Math.max(LEAST_RETRIES, retries);
+  if (now - service.secondAt >= 1_000) [service.secondAt, service.retried] = [now, 0];
+  if (service.saved < 1 - 1e-9 && service.retried >= lent) return false; // five times 0.2 is a little less than 1
+  service.retried++;
+  service.saved = Math.max(service.saved - 1, -lent);
   return true;
 }
 
@@ -4587,10 +4852,10 @@ function settle(
   const { startedAt, headAt } = exchange.attempt!, milliseconds = (open && headAt || exchange.endedAt) - startedAt;
   count(server.counters, milliseconds, receivedBy(exchange), bytes, cutOff || status >= 500);
   if (cutOff) complain(service, server, `its answer was cut off (${problem})`, effects);
-  if (cutOff || GATEWAY_ERRORS.has(status)) onFailed(service, server, effects);
+  if (cutOff || GATEWAY_ERRORS.has(status)) onFailed(service, server, startedAt, effects);
   else if (problem === undefined && !open) {
     onAnswered(service, server, effects);
-    service.saved = Math.min(MOST_SAVED, service.saved + service.config.retry_budget);
+    if (exchange.tried.length === 1) earn(service);
   }
   release(service, server);
   exchange.ended = true;
@@ -4715,19 +4980,19 @@ async function reach(relay: Relay, effects: Effects): Promise<Socket | undefined
   const { route: { service }, near, tried } = relay;
   for (let retry = 0;; retry++) {
     const now = relay.now = effects.now(), { retries, timeouts } = service.config;
+    if (now >= service.compareAt) compare(service, now, effects);
     const ready = withRoom(service, candidatesOf(service, now));
     const candidates = tried.length ? forRetry(service, ready, tried, now) : ready;
     if (candidates.length === 0) return void (relay.problem ||= "no-server");
     const server = service.strategy(candidates as Candidates, relay);
-    server.picks++;
-    server.inFlight++;
+    onPicked(service, server, now);
     tried.push(server);
     if (retry > 0) [service.retries, server.retries] = [service.retries + 1, server.retries + 1];
     onAsked(server, now);
     const far = await connectTo(server, timeouts.connect, effects), milliseconds = effects.now() - now;
     onHeard(server, now);
     if (!(far instanceof WireError)) {
-      onHead(service, server, 200, milliseconds, now);
+      onHead(service, server, 200, now, now + milliseconds, effects);
       relay.connectedAt = relay.since = now + milliseconds;
       relay.problem = "";
       return far;
@@ -4735,7 +5000,7 @@ async function reach(relay: Relay, effects: Effects): Promise<Socket | undefined
     relay.problem = far.kind;
     count(server.counters, milliseconds, 0, 0, true);
     complain(service, server, far.message, effects);
-    onFailed(service, server, effects, milliseconds);
+    onSilence(service, server, now, now + milliseconds, effects);
     release(service, server);
     if (retry >= retries || near.destroyed) return undefined;
     if (retry > 0) await backOff(retry, effects);
@@ -4782,7 +5047,7 @@ async function couple(balancer: Balancer, relay: Relay, far: Socket): Promise<vo
   count(server.counters, effects.now() - began, relay.received, relay.bytes, failed);
   if (failed) {
     complain(service, server, "it reset the connection before it sent anything", effects);
-    onFailed(service, server, effects);
+    onFailed(service, server, began, effects);
   } else if (!relay.problem) onAnswered(service, server, effects);
   release(service, server);
 }
@@ -5363,9 +5628,11 @@ function buildService(
   const known = new Map(previous?.servers.map((server) => [server.url, server]));
   const servers = config.servers.map((wanted) => {
     const before = known.get(wanted.url), since = before?.state === wanted.state ? before.since : now;
+    const isNew = previous && before?.state !== "ready" && wanted.state === "ready";
     const server = Object.assign(before ?? newServer(wanted, name, config.tls), wanted, { tls: config.tls, since });
+    if (isNew) server.back = now;
     if (config.health.kind === "off" && previous?.config.health.kind !== "off") server.up = true; // nobody would find out
-    if (config.eject.failures === Infinity) server.until = 0;
+    if (config.eject.failures === Infinity) Object.assign(server, { until: 0, trying: false });
     return server;
   });
   return Object.assign(previous ?? newService(name), {
@@ -5379,6 +5646,7 @@ function buildService(
     measured: config.hedge ? previous?.measured ?? 0 : 0,
     bounded: servers.some((server) => Math.min(server.max, config.max_in_flight) < Infinity),
     candidatesUntil: 0,
+    compareAt: config.eject.failures === Infinity ? Infinity : 0,
   });
 }
 
@@ -5748,9 +6016,10 @@ export async function saveFile(file: string, before: string, text: string): Prom
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** How a server stands, in one word. */
-function standing({ state, up, until }: Server, now: number): "up" | "down" | "ejected" | "drain" | "maint" {
+function standing(server: Server, now: number): "up" | "down" | "ejected" | "trial" | "paused" | "drain" | "maint" {
+  const { state, up, until, pausedUntil } = server;
   if (state !== "ready") return state;
-  return !up ? "down" : until > now ? "ejected" : "up";
+  return !up ? "down" : until > now ? "ejected" : until ? "trial" : pausedUntil > now ? "paused" : "up";
 }
 
 const seconds = (milliseconds: number): number => Math.max(0, Math.round(milliseconds)) / 1_000;
@@ -5775,15 +6044,18 @@ const serverView = (server: Server, now: number) => ({
     : null,
   state: server.state,
   weight: server.weight,
+  effective_weight: Math.round(server.effective * 1_000) / 1_000, // less during slow start
   backup: server.backup,
   max: Number.isFinite(server.max) ? server.max : null,
   up: server.up,
   ejected_for: seconds(server.until - now),
+  paused_for: seconds(server.pausedUntil - now), // as it has asked for
   in_flight: server.inFlight,
   picks: server.picks,
   answers: server.answers,
   failures: server.failures, // in a row
   retries: server.retries,
+  failing: Math.round(server.failing * 1_000) / 1_000, // the share of the last 64 or so
   latency: Math.round(server.latency * 1_000) / 1_000, // milliseconds to the head of an answer, mean
   counters: countersView(server.counters),
 });

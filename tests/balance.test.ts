@@ -179,7 +179,7 @@ test("a retry never asks the same server twice while another is left", async () 
     assert.deepEqual(asked.toSorted(), ["a", "b", "c"], strategy);
   }
   const panicking = setUp("eject: {failures: 1, at_most: 100%}, panic: 100%, strategy: first", ["reset"]);
-  for (let i = 0; i < 4; i++) await panicking.ask();
+  for (let i = 0; i < 4; i++, panicking.clock.now += 1000) await panicking.ask();
   assert.equal(panicking.asked.join(" "), "a b a c a b a b", "nor when all of them have failed");
   const { ask, asked } = setUp("retries: 3, strategy: first", ["connect"], { servers: "[a:1, b:1]" });
   await ask();
@@ -299,7 +299,7 @@ async function storm(requests: number, kind: Failure, keys = "", before = 0): Pr
   return retries;
 }
 
-test("retries in flight are at most 20 % of the requests in flight, at least 3; where no connection stood they are free", async () => {
+test("retries are at most 20 % of the requests, at least 3 a second; where no connection stood they are free", async () => {
   assert.equal(await storm(3, "reset"), 3);
   assert.equal(await storm(8, "reset"), 3);
   assert.ok(await storm(100, "reset") <= 20 && await storm(100, "reset") >= 15);
@@ -312,10 +312,31 @@ test("good answers save up retries for the moment when a server dies, a hundred 
   assert.equal(
     await storm(60, "reset", "", 200),
     60 * 0.2 + 200 * 0.2,
-    "20 % of those in flight, and of 200 good answers",
+    "20 % of those that fail, and of 200 good answers",
   );
   const many = await storm(300, "reset", "", 2_000);
   assert.ok(many >= 100 + 20 && many <= 100 + 60, `${many}`);
+});
+
+test("where all servers fail, 1,000 requests a second become 1,200 and no more, also after good times", async () => {
+  for (const manner of ["reset", 503, "timeout"] as const) {
+    for (const before of [0, 1000]) {
+      let failing = false;
+      const meet = (attempt: Attempt) => {
+        if (failing && typeof manner === "string") return Promise.reject(new WireError(manner, true, ""));
+        attempt.ended(failing ? manner as number : 200, 0, undefined);
+        return Promise.resolve(new Response(null, { status: failing ? manner as number : 200 }));
+      };
+      const { ask, asked, clock } = setUp("retries: 3, panic: 100%", [meet]);
+      for (let i = 0; i < before; i++) await ask();
+      failing = true;
+      asked.length = 0;
+      for (let i = 0; i < 5000; i++, clock.now += 1) await ask();
+      const saved = before ? 100 : 0;
+      assert.ok(asked.length <= 5000 * 1.2 + saved + 3, `${manner}: ${asked.length}`);
+      assert.ok(asked.length >= 5000 * 1.19 + saved, `${manner}: ${asked.length}`);
+    }
+  }
 });
 
 test("what is wrong with one server is reported once a second, however many requests meet it", async () => {

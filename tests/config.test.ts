@@ -78,7 +78,8 @@ test("what is left out has the documented default", () => {
   assert.deepEqual(cors.origin, []);
   assert.deepEqual(rest, {
     strategy: { name: "round-robin", by: "none", key: "" },
-    eject: { failures: 5, for: 30_000, at_most: 0.5 },
+    eject: { failures: 5, for: 30_000, slow: 3, at_most: 0.5 },
+    slow_start: 0,
     panic: 0.5,
     retries: 1,
     retry_on: ["connect", "reset", 502, 503, 504],
@@ -251,6 +252,7 @@ test("each strategy, and each way to hash, is understood", () => {
 test("health, eject and cors can be switched off and on", () => {
   assert.equal(service("health: off").health.kind, "off");
   assert.equal(service("eject: off").eject.failures, Infinity);
+  assert.deepEqual(service("eject: {slow: off}").eject, { failures: 5, for: 30_000, slow: Infinity, at_most: 0.5 });
   assert.deepEqual(service("cors: off").cors.origin, []);
   assert.deepEqual(service("cors: {}").cors.origin, ["*"]);
   assert.deepEqual(service("health: { expect: [200, 300-399] }").health.expect, [[200, 200], [300, 399]]);
@@ -398,6 +400,8 @@ const WRONG_KEYS: [keys: string, ...expected: string[]][] = [
     "health: { interval: 0s }",
     '48: health.interval: "0s" is not a duration such as 500ms, 2s or 1m: more than 0 and at most 1d',
   ],
+  ["eject: { slow: 1 }", "43: eject.slow: 1 is not a number from 1.1 to 1000"],
+  ["eject: { slow: none }", '43: eject.slow: "none" is not off or a number from 1.1 to 1000'],
   ["eject: { for: 25h }", '42: eject.for: "25h" is not a duration such as 500ms, 2s or 1m: more than 0 and at most 1d'],
   ["timeouts: [1]", "38: timeouts: a list is not a map with keys such as connect, response, idle"],
   ["timeouts: []", "38: timeouts: a list is not a map with keys such as connect, response, idle"],
@@ -496,7 +500,7 @@ const WRONG: [text: string, ...expected: string[]][] = [
   [`${ROUTE}log: { sampel: 1% }`, '2:8: log.sampel: unknown key; did you mean "sample"?'],
   [
     `${ROUTE}defaults: { servers: [a:1] }`,
-    "2:13: defaults.servers: unknown key; allowed: strategy, health, eject, panic, retry_budget, hedge, max_in_flight, queue, fallback, sticky, tls, retries, retry_on, timeouts, host_header, compress, cors",
+    "2:13: defaults.servers: unknown key; allowed: strategy, health, eject, slow_start, panic, retry_budget, hedge, max_in_flight, queue, fallback, sticky, tls, retries, retry_on, timeouts, host_header, compress, cors",
   ],
   [`${ROUTE}hosts: { host: a }`, "2:8: hosts: a map is not a list of hosts"],
   [`${ROUTE}services: [a]`, "2:11: services: a list is not a map"],

@@ -2,7 +2,15 @@
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { type Attempt, createLoadBalancer, type Failure, parseConfig, WireError } from "../lb.ts";
+import {
+  type Attempt,
+  createLoadBalancer,
+  type Failure,
+  parseConfig,
+  type Strategies,
+  type Strategy,
+  WireError,
+} from "../lb.ts";
 
 /** How a server behaves: a status, a failure before the answer, or something of its own. */
 type Manner = number | Failure | ((attempt: Attempt, url: string) => Promise<Response>);
@@ -10,8 +18,13 @@ type Manner = number | Failure | ((attempt: Attempt, url: string) => Promise<Res
 const HEALTH = "health: { path: /healthz, interval: 10s, timeout: 2s, rise: 1, fall: 1 }";
 const OFF = "health: off";
 
+function answered(attempt: Attempt, status: number, headers = {}): Response {
+  attempt.ended(status, 0, undefined);
+  return new Response(null, { status, headers });
+}
+
 /** A balancer over `servers`, with the first one asked first; `answers` and `health` say how each of them behaves. */
-function setUp(keys: string, servers = "[a:1, b:1]", more = "") {
+function setUp(keys: string, servers = "[a:1, b:1]", more = "", own: Strategies = {}) {
   const clock = { now: 0 };
   const sleepers = new Set<{ at: number; wake: () => void }>();
   const [answers, health]: [Record<string, Manner>, Record<string, Manner>] = [{}, {}];
@@ -21,20 +34,30 @@ function setUp(keys: string, servers = "[a:1, b:1]", more = "") {
   const behave = async (manner: Manner, attempt: Attempt, url: string) => {
     if (typeof manner === "function") return await manner(attempt, url);
     if (typeof manner === "string") throw new WireError(manner, manner !== "connect", `it says ${manner}`);
-    attempt.ended(manner, 0, undefined);
-    return new Response(null, { status: manner });
+    return answered(attempt, manner);
+  };
+  /** A server that needs a time: the clock moves on by it. */
+  const takes = (ms: number, status = 200): Manner => (attempt) => {
+    clock.now += ms;
+    return Promise.resolve(answered(attempt, status));
   };
   const yaml = (keys: string, servers: string, more = "") => {
-    const usual = ["strategy: first", "panic: 0%"].filter((one) => !keys.includes(one.split(" ")[0]!));
-    const defaults = ["retries: 0", ...usual, keys].join(", ");
-    return parseConfig(`log: off
+    const usual = ["retries: 0", "strategy: first", "panic: 0%"].filter((one) => !keys.includes(one.split(" ")[0]!));
+    const defaults = [...usual, keys].join(", ");
+    return parseConfig(
+      `log: off
 defaults: { ${defaults} }
 services: { s: { servers: ${servers} } }
 default: { service: s }
-${more}`);
+${more}`,
+      {},
+      "routes.yml",
+      Object.keys(own),
+    );
   };
   const lb = createLoadBalancer(yaml(keys, servers, more), {
     now: () => clock.now,
+    date: () => new Date(clock.now),
     random: () => draws.shift() ?? 0.5,
     client: () => ({ address: "192.0.2.1", scheme: "http", headers: [] }),
     report: (level, text) => void (/ is (up|down|ejected)/.test(text) && reports.push(`${level} ${text}`)),
@@ -55,7 +78,7 @@ ${more}`);
       probes.push(`${name} ${url} ${attempt.method}`);
       return behave(health[name] ?? (() => Promise.resolve(new Response("ok"))), attempt, url);
     },
-  });
+  }, own);
   /** Asks once: who got it, or the failure where nobody did. */
   const ask = async (path = "/") => {
     asked = "";
@@ -78,7 +101,8 @@ ${more}`);
   /** One round of probes after a time. */
   const probe = (ms = 20_000) => (advance(ms), lb.probe());
   const reload = (keys: string, servers = "[a:1, b:1]") => lb.reload(yaml(keys, servers));
-  return { lb, clock, answers, health, probes, reports, draws, ask, times, advance, probe, reload };
+  const service = lb.balancer.table.services.get("s")!;
+  return { lb, service, clock, answers, health, probes, reports, draws, ask, times, takes, advance, probe, reload };
 }
 
 // One letter a probe: + passes, - fails; below it who is asked afterwards: a while it may be, else b.
@@ -348,6 +372,370 @@ test("a passing probe brings an ejected server back at once", async () => {
   answers.a = 200;
   assert.equal(await times(2), "aa");
   assert.deepEqual(reports.map((text) => / is (up|ejected)/.exec(text)?.[1]), ["ejected", "up"]);
+});
+
+// ─── Those who fall behind the others ───
+
+const FOUR = "[a:1, b:1, c:1, d:1]";
+const TURNS = "health: off, strategy: round-robin";
+
+test("a server that takes slow times the median of its pool is ejected, after 20 answers of each", async () => {
+  const { answers, times, takes, reports, clock } = setUp(TURNS, FOUR);
+  answers.a = takes(100);
+  answers.b = answers.c = answers.d = takes(10);
+  assert.equal(await times(76), "abcd".repeat(19));
+  clock.now += 1000;
+  assert.equal(await times(4), "abcd", "the comparison was before these answers");
+  clock.now += 1000;
+  assert.equal((await times(6)).includes("a"), false);
+  assert.deepEqual(reports, ["warn s: a:1 is ejected for 30 s because it takes 100 ms where 10 ms are usual"]);
+});
+
+test("nobody is ejected for being slow where that says nothing", async () => {
+  const rows: [why: string, keys: string, servers: string, slow: number, usual: number][] = [
+    ["within the factor", "", FOUR, 29, 10],
+    ["a larger factor", "eject: {slow: 20}", FOUR, 150, 10],
+    ["switched off", "eject: {slow: off}", FOUR, 1000, 10],
+    ["no ejections at all", "eject: off", FOUR, 1000, 10],
+    ["too few servers", "", "[a:1, b:1]", 1000, 10],
+    ["none may be", "eject: {at_most: 0%}", FOUR, 1000, 10],
+    ["so little that nobody minds", "", FOUR, 5, 1],
+  ];
+  for (const [why, keys, servers, slow, usual] of rows) {
+    const { answers, times, takes, clock } = setUp([TURNS, keys].filter(Boolean).join(", "), servers);
+    answers.a = takes(slow);
+    answers.b = answers.c = answers.d = takes(usual);
+    for (let i = 0; i < 10; i++, clock.now += 1000) assert.ok((await times(40)).includes("a"), why);
+  }
+});
+
+test("one answer in 40 that takes long, a report say, ejects nobody", async () => {
+  const { answers, times, takes, clock } = setUp(TURNS, FOUR);
+  let turn = 0;
+  answers.b = answers.c = answers.d = takes(10);
+  answers.a = (attempt, url) =>
+    (takes(turn++ % 40 ? 10 : 5000) as (attempt: Attempt, url: string) => Promise<Response>)(attempt, url);
+  for (let i = 0; i < 20; i++, clock.now += 1000) assert.ok((await times(40)).includes("a"));
+});
+
+test("a server that hangs is ejected before it has answered", async () => {
+  const { answers, ask, times, takes, clock, reports } = setUp(TURNS, FOUR);
+  answers.a =
+    answers.b =
+    answers.c =
+    answers.d =
+      takes(10);
+  await times(400);
+  const stuck = Promise.withResolvers<Response>();
+  answers.a = () => stuck.promise;
+  const waiting: Promise<string>[] = [];
+  for (let i = 0; i < 600; i++) waiting.push(ask()), await undefined, clock.now += 5;
+  await times(8);
+  clock.now += 1000;
+  assert.equal((await times(9)).includes("a"), false);
+  assert.match(reports.join(), /a:1 is ejected for 30 s because it takes \d+ ms where \d+ ms are usual$/);
+  stuck.reject(new WireError("timeout", true, "at last"));
+  await Promise.all(waiting);
+  clock.now += 29_000;
+  assert.ok((await times(4)).includes("a"), "and what it then still says makes that no longer");
+});
+
+test("a server that is slow because it has more to do than the others is not ejected: they would have even more", async () => {
+  for (const [shares, ejected] of [["aabc", false], ["abc", true]] as const) {
+    const own: Strategy = (candidates, { turn }) =>
+      candidates.find(({ name }) => name[0] === shares[turn % shares.length]) ?? candidates[0];
+    const { answers, times, takes, clock, reports } = setUp("health: off, strategy: own", "[a:1, b:1, c:1]", "", {
+      own,
+    });
+    answers.a = takes(50);
+    answers.b = answers.c = takes(10);
+    for (let i = 0; i < 20; i++, clock.now += 1000) await times(20);
+    assert.equal(reports.length > 0, ejected, shares);
+  }
+});
+
+test("where the others cannot bear what a slow server leaves to them, it is asked again, and stays for a while", async () => {
+  const { answers, ask, times, takes, clock, service, reports } = setUp(TURNS, FOUR);
+  answers.a = takes(100);
+  answers.b = answers.c = answers.d = takes(10);
+  await times(80);
+  clock.now += 1000;
+  await times(8);
+  assert.equal(reports.length, 1);
+  const stuck = Promise.withResolvers<void>();
+  answers.b = answers.c = answers.d = async (attempt) => (await stuck.promise, answered(attempt, 200));
+  const waiting = Array.from({ length: 9 }, () => ask());
+  clock.now += 1000;
+  assert.equal(service.servers[0]!.until > 0, true);
+  waiting.push(ask(), ask()); // three at each: more than 3 times none, and 2
+  clock.now += 1000;
+  waiting.push(ask());
+  assert.deepEqual([service.servers[0]!.until, service.servers[0]!.slow], [0, false]);
+  stuck.resolve();
+  await Promise.all(waiting);
+  answers.b = answers.c = answers.d = takes(10);
+  for (let i = 0; i < 30; i++, clock.now += 1000) assert.ok((await times(20)).includes("a"));
+  for (let i = 0; i < 20; i++, clock.now += 1000) await times(20);
+  assert.equal((await times(8)).includes("a"), false, "its time of grace is over");
+});
+
+test("the more servers are out already, the slower the next one has to be", async () => {
+  for (const [slow, out] of [[35, 1], [300, 2]] as const) {
+    const { answers, times, takes, clock, service } = setUp(TURNS, FOUR);
+    answers.a = answers.b = takes(slow);
+    answers.c = answers.d = takes(10);
+    answers.a = takes(1000);
+    await times(200);
+    for (let i = 0; i < 10; i++, clock.now += 1000) await times(20);
+    assert.equal(service.servers.filter((server) => server.until > 0).length, out, `${slow} ms`);
+  }
+});
+
+test("a server whose success rate is out of line with that of the others is ejected", async () => {
+  const rows: [why: string, share: Record<string, number>, out: string, names?: string][] = [
+    ["every second request", { a: 0.5 }, "a"],
+    ["one of three", { b: 0.5 }, "b", "abc"],
+    ["one of two: nobody knows which is right", { b: 0.5 }, "", "ab"],
+    ["two of eight", { a: 0.6, b: 0.5 }, "ab", "abcdefgh"],
+    ["every fifth", { c: 0.2 }, "c"],
+    ["every fiftieth", { c: 0.02 }, ""],
+    ["all alike", { a: 0.5, b: 0.5, c: 0.5, d: 0.5 }, ""],
+  ];
+  for (const [why, shares, out, names = "abcd"] of rows) {
+    for (const status of [500, 503]) {
+      const servers = `[${[...names].map((name) => `${name}:1`)}]`;
+      const { answers, times, takes, clock } = setUp(`${TURNS}, eject: {failures: 1000000}`, servers);
+      for (const name of names) {
+        let sum = 0;
+        const share = shares[name] ?? 0;
+        answers[name] = (attempt, url) => {
+          const bad = (sum += share) >= 1;
+          if (bad) sum--;
+          return (takes(10, bad ? status : 200) as (attempt: Attempt, url: string) => Promise<Response>)(attempt, url);
+        };
+      }
+      await times(65 * names.length);
+      for (let i = 0; i < 5; i++, clock.now += 1000) await times(40);
+      const asked = await times(24);
+      assert.equal([...names].filter((name) => !asked.includes(name)).join(""), out, `${why}, ${status}`);
+    }
+  }
+});
+
+test("servers are compared once a second at most", async () => {
+  const { service, times, clock, lb } = setUp(TURNS, FOUR);
+  const at: number[] = [];
+  for (let i = 0; i < 50; i++, clock.now += 100) {
+    const before = service.compareAt;
+    await times(5);
+    if (service.compareAt !== before) at.push(clock.now);
+  }
+  assert.deepEqual(at, [0, 1000, 2000, 3000, 4000]);
+  lb.reload(parseConfig("log: off\ndefault: { servers: [a:1], eject: off }"));
+  assert.equal(lb.balancer.table.services.get("default")!.compareAt, Infinity);
+});
+
+// ─── The way back ───
+
+/** A server that fails until it has been ejected; then the clock stands where it may be tried out. */
+async function onTrial(keys = "", servers = FOUR) {
+  const all = setUp(`health: off, strategy: round-robin, eject: { failures: 1 }${keys && ", "}${keys}`, servers);
+  all.answers.a = "reset";
+  await all.times(all.service.servers.length);
+  all.answers.a = 200;
+  all.advance(29_999);
+  assert.equal((await all.times(12)).includes("a"), false);
+  all.advance(1);
+  return all;
+}
+
+test("after an ejection one request tries the server out, and nobody else is sent there until it has been answered", async () => {
+  const { answers, ask, times, reports, service } = await onTrial();
+  const trial = Promise.withResolvers<void>();
+  answers.a = async (attempt) => (await trial.promise, answered(attempt, 200));
+  const server = service.servers[0]!, { picks } = server, ejected = reports.length;
+  const asked = [ask(), ask(), ask(), ask()];
+  assert.equal((await times(20)).includes("a"), false);
+  assert.deepEqual([server.trying, server.until > 0, server.picks], [true, true, picks + 1]);
+  trial.resolve();
+  await Promise.all(asked);
+  assert.deepEqual([server.trying, server.until, server.picks], [false, 0, picks + 1]);
+  answers.a = 200;
+  assert.equal((await times(20)).match(/a/g)!.length, 5);
+  assert.deepEqual(reports.slice(ejected), ["info s: a:1 is up again"]);
+});
+
+test("a trial that fails ejects again, whatever a failure was before: a reset, a 503, a 500, an answer that breaks off", async () => {
+  const cut: Manner = (attempt) => {
+    setTimeout(() => attempt.ended(200, 1, "reset"));
+    return Promise.resolve(new Response(null));
+  };
+  for (const manner of ["reset", 503, 500, "timeout", cut] as Manner[]) {
+    const { answers, times, advance } = await onTrial();
+    answers.a = manner;
+    await times(4);
+    await new Promise((go) => setTimeout(go, 1));
+    assert.equal((await times(12)).includes("a"), false, String(manner));
+    advance(59_999);
+    answers.a = 200;
+    assert.equal((await times(12)).includes("a"), false, "for twice as long");
+    advance(1);
+    assert.ok((await times(8)).includes("a"));
+  }
+});
+
+test("a trial whose client leaves decides nothing: the next request is one", async () => {
+  const { answers, times } = await onTrial();
+  answers.a = "client-left";
+  assert.equal((await times(12)).match(/a/g)!.length, 3);
+  answers.a = "reset";
+  assert.equal((await times(12)).match(/a/g)!.length, 1);
+});
+
+test("a retry is no trial", async () => {
+  const { answers, service, ask } = await onTrial("retries: 1", "[a:1, b:1, c:1]");
+  answers.b = "reset";
+  service.turn = 4; // b's; of a and c it would be a's
+  assert.equal(await ask(), "c");
+  assert.equal(service.servers[0]!.trying, false);
+});
+
+test("a server that was slow comes back when it is no longer: probes cannot tell", async () => {
+  const { answers, times, takes, clock, advance, probe, reports } = setUp(
+    "health: { path: /healthz, rise: 1, fall: 1 }, strategy: round-robin",
+    FOUR,
+  );
+  answers.a = takes(100);
+  answers.b = answers.c = answers.d = takes(10);
+  await times(80);
+  clock.now += 1000;
+  await times(8);
+  assert.match(reports.at(-1)!, /a:1 is ejected for 30 s because it takes 100 ms/);
+  await probe(10_000);
+  assert.equal((await times(8)).includes("a"), false, "the probe has passed");
+  advance(20_000);
+  assert.equal((await times(8)).match(/a/g)!.length, 1, "the trial");
+  assert.match(reports.at(-1)!, /a:1 is ejected for 60 s because it still takes 100 ms/);
+  answers.a = takes(12);
+  advance(60_000);
+  assert.equal((await times(80)).match(/a/g)!.length, 20);
+  for (let i = 0; i < 5; i++, clock.now += 1000) await times(20);
+  assert.match(reports.at(-1)!, /a:1 is up again/);
+});
+
+test("a probe that passes lets a server that has failed be tried out at once", async () => {
+  const { answers, times, probe } = setUp(`${HEALTH}, eject: { failures: 1, for: 1d }`);
+  answers.a = "reset";
+  await times(2);
+  await probe();
+  assert.equal(await times(3), "abb", "and it fails again");
+  await probe();
+  answers.a = 200;
+  assert.equal(await times(3), "aaa");
+});
+
+test("slow_start: who comes back, or is new, begins with 10 % of its weight and has all of it when that time is over", async () => {
+  const share = async (all: { times: (count: number) => Promise<string> }, name: string) =>
+    (await all.times(1000)).split(name).length - 1;
+  const all = await onTrial("slow_start: 100s");
+  await all.times(4);
+  for (const [seconds, part] of [[0, 0.1], [5, 0.1], [20, 0.2], [50, 0.5], [99, 0.99], [100, 1]] as const) {
+    all.clock.now = 30_000 + seconds * 1000;
+    all.service.candidatesUntil = 0;
+    const expected = 1000 * part / (3 + part);
+    assert.ok(Math.abs(await share(all, "a") - expected) <= 2, `${seconds} s: ${expected}`);
+  }
+  const keys = "health: { path: /healthz, rise: 1, fall: 1 }, strategy: round-robin, slow_start: 10s";
+  const probed = setUp(keys, "[a:1, b:1]");
+  assert.equal(await share(probed, "a"), 500, "not at the beginning");
+  probed.health.a = 500;
+  await probed.probe();
+  probed.health.a = 200;
+  await probed.probe();
+  assert.ok(Math.abs(await share(probed, "a") - 1000 * 0.1 / 1.1) <= 2);
+  probed.advance(10_000);
+  assert.equal(await share(probed, "a"), 500);
+  probed.reload(keys, "[a:1, b:1, c:1]");
+  assert.ok(Math.abs(await share(probed, "c") - 1000 * 0.1 / 2.1) <= 2, "a new one");
+  probed.reload(keys, "[a:1, {url: b:1, state: drain}, c:1]");
+  probed.advance(10_000);
+  assert.equal(await share(probed, "b"), 0);
+  probed.reload(keys, "[a:1, b:1, c:1]");
+  assert.ok(Math.abs(await share(probed, "b") - 1000 * 0.1 / 2.1) <= 2, "one that was drained");
+});
+
+// ─── Those who ask to be left alone ───
+
+/** An answer with Retry-After. */
+const later = (status: number, after: string): Manner => (attempt) =>
+  Promise.resolve(answered(attempt, status, { "retry-after": after }));
+
+test("Retry-After of a 503 or 429: others are asked until then, at most as long as an ejection", async () => {
+  const rows: [status: number, after: string, seconds: number][] = [
+    [503, "7", 7],
+    [429, "7", 7],
+    [503, "86400", 30],
+    [503, new Date(9000).toUTCString(), 9],
+    [503, "soon", 0],
+    [503, "-1", 0],
+    [500, "7", 0],
+    [200, "7", 0],
+  ];
+  for (const [status, after, seconds] of rows) {
+    const { answers, times, clock, service } = setUp("health: off, strategy: round-robin", "[a:1, b:1]");
+    answers.a = later(status, after);
+    await times(2);
+    assert.equal(service.servers[0]!.pausedUntil, seconds * 1000, `${status} ${after}`);
+    if (!seconds) continue;
+    answers.a = 200;
+    clock.now = seconds * 1000 - 1;
+    assert.equal(await times(4), "bbbb");
+    clock.now++;
+    assert.equal((await times(4)).match(/a/g)!.length, 2);
+  }
+});
+
+test("Retry-After: where more than at_most of the pool ask for it, they are asked all the same; eject: off ignores it", async () => {
+  for (
+    const [keys, paused, asked] of [["", "ab", "cd"], ["", "abc", "abcd"], ["eject: {at_most: 100%}", "abc", "d"], [
+      "eject: {at_most: 100%}",
+      "abcd",
+      "abcd",
+    ], ["eject: off", "a", "abcd"]] as const
+  ) {
+    const { answers, times } = setUp([TURNS, keys].filter(Boolean).join(", "), FOUR);
+    for (const name of paused) answers[name] = later(429, "5");
+    await times(4);
+    assert.equal([...new Set(await times(8))].sort().join(""), asked, `${keys} ${paused}`);
+  }
+});
+
+test("Retry-After: no retry goes to who has said it, and where nobody else is left, the client is told so", async () => {
+  const alone = setUp("health: off, retries: 3", "[a:1]");
+  let count = 0;
+  alone.answers.a = (
+    attempt,
+    url,
+  ) => (count++, (later(503, "5") as (attempt: Attempt, url: string) => Promise<Response>)(attempt, url));
+  const { status, headers } = await alone.lb.fetch(new Request("http://h/", { headers: { host: "h" } }));
+  assert.deepEqual([status, headers.get("retry-after"), count], [503, "5", 1]);
+  const two = setUp("health: off, retries: 3, eject: {at_most: 100%}", "[a:1, b:1]");
+  two.answers.a = later(503, "5");
+  two.answers.b = 503;
+  const asked: string[] = [];
+  const noted = (name: string): Manner => {
+    const manner = two.answers[name]!;
+    return (attempt, url) => {
+      asked.push(name);
+      return typeof manner === "function" ? manner(attempt, url) : Promise.resolve(answered(attempt, manner as number));
+    };
+  };
+  two.answers.a = noted("a");
+  two.answers.b = noted("b");
+  const answer = two.lb.fetch(new Request("http://h/", { headers: { host: "h" } }));
+  for (let i = 0; i < 80; i++) await undefined, two.advance(20);
+  await answer;
+  assert.equal(asked.join(""), "abbb");
 });
 
 const PANIC: [servers: string, panic: string, down: string, asked: string][] = [

@@ -923,7 +923,7 @@ test("where one server of eleven hangs, p99 stays small with a hedge, for no mor
 test("any mix of hedges, failures and departures settles every attempt exactly once", async () => {
   const random = seeded(9), below = (n: number) => Math.floor(random() * n);
   const { send, asked, clock, service } = await hedging(
-    "max_in_flight: 4, queue: { timeout: 300ms }, retries: 2, eject: { failures: 3, for: 1s }",
+    "max_in_flight: 4, queue: { timeout: 300ms }, retries: 2, retry_budget: 100%, eject: { failures: 3, for: 1s }",
   );
   const sent: Promise<Response>[] = [], open: Asked[] = [], leaving: AbortController[] = [];
   let seen = 0;
