@@ -1260,10 +1260,13 @@ export interface Attempt {
 export interface Upgrade {
   raw: boolean; // the client's side too is bytes, so that both ends may agree on extensions; otherwise it is messages
   /** The server has agreed: gives what takes over the connection to it, or says why that cannot be. */
-  take(socket: Socket, head: Pick<Head, "headers" | "upgrade">, attempt: Attempt): Taker | string;
+  take(socket: Socket, head: Switched, attempt: Attempt): Taker | string;
   // changes while serving
   response: Response | undefined; // what stands for the answer, once the client's side has been switched over
 }
+
+/** A 101, as far as it matters. */
+type Switched = Pick<Head, "headers" | "upgrade">;
 
 /** Has taken over a connection: the wire goes on to tell it what happens there. */
 export interface Taker {
@@ -3334,53 +3337,39 @@ const [GOING_AWAY, BAD_GATEWAY] = [1001, 1014]; // close codes: section 7.4.1, a
 const PARTING = 5_000; // milliseconds of silence that the end of a WebSocket may take
 
 /** Whether a request asks for a WebSocket (RFC 6455 section 4.1). Any other upgrade is answered as plain HTTP/1.1. */
-function asksForWebSocket({ method, headers, request }: Exchange): boolean {
-  if (method !== "GET") return false;
-  for (let i = 0; i < headers.length; i += 2) {
-    if (headers[i]!.length !== 7 || headers[i]!.toLowerCase() !== "upgrade") continue;
-    const has = (name: string, pattern: RegExp) => pattern.test(request.headers.get(name) ?? "");
-    return has("upgrade", /^websocket$/i) && has("connection", /(?:^|,)[\t ]*upgrade[\t ]*(?:,|$)/i) &&
-      has("sec-websocket-key", /^[A-Za-z0-9+/]{22}==$/);
-  }
-  return false;
-}
-
-/** The value of a header that a list has once, or undefined. */
-function valueOf(headers: readonly string[], name: string): string | undefined {
-  for (let i = 0; i < headers.length; i += 2) if (headers[i] === name) return headers[i + 1];
-  return undefined;
-}
+const asksForWebSocket = ({ method, headers }: Exchange): boolean =>
+  method === "GET" && valueIn(headers, "upgrade").toLowerCase() === "websocket" &&
+  /(?:^|,)[\t ]*upgrade[\t ]*(?:,|$)/i.test(valueIn(headers, "connection")) &&
+  /^[A-Za-z0-9+/]{22}==$/.test(valueIn(headers, "sec-websocket-key"));
 
 /** What proves that a server has understood the handshake. */
 const acceptOf = (key: string): string =>
   createHash("sha1").update(`${key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11`).digest("base64");
 
-type Switched = Pick<Head, "headers" | "upgrade">;
-
-/** What is wrong with a 101, if anything (RFC 6455 section 4.1). */
-function mistakeOf({ headers, upgrade }: Switched, asked: Headers, raw: boolean): string | undefined {
-  const protocol = valueOf(headers, "sec-websocket-protocol");
-  const offered = (asked.get("sec-websocket-protocol") ?? "").split(",").map((one) => one.trim());
+/** What is wrong with a 101, if anything (RFC 6455 section 4.1). `asked`: the headers of the request. */
+function mistakeOf({ headers, upgrade }: Switched, asked: readonly string[], raw: boolean): string | undefined {
+  const protocol = valueIn(headers, "sec-websocket-protocol");
+  const offered = valueIn(asked, "sec-websocket-protocol").split(",").map((one) => one.trim());
   if (upgrade !== "websocket") return "it switches to another protocol";
-  if (valueOf(headers, "sec-websocket-accept") !== acceptOf(asked.get("sec-websocket-key")!)) {
+  if (valueIn(headers, "sec-websocket-accept") !== acceptOf(valueIn(asked, "sec-websocket-key"))) {
     return "its Sec-WebSocket-Accept does not fit the key";
   }
-  if (protocol !== undefined && !offered.includes(protocol)) return "it speaks a subprotocol that was not offered";
-  if (!raw && valueOf(headers, "sec-websocket-extensions")) return "it uses an extension that was not offered";
+  if (protocol && !offered.includes(protocol)) return "it speaks a subprotocol that was not offered";
+  if (!raw && valueIn(headers, "sec-websocket-extensions")) return "it uses an extension that was not offered";
   return undefined;
 }
 
 /** What makes a WebSocket of a request as soon as a server has agreed. */
-const upgradeOf = ({ tunnels }: Balancer, { request }: Exchange, { raw, accept }: Switch): Upgrade => ({
+const upgradeOf = ({ tunnels }: Balancer, asked: readonly string[], { raw, accept }: Switch): Upgrade => ({
   raw,
   response: undefined,
   take(server, head, attempt) {
-    const mistake = mistakeOf(head, request.headers, raw);
+    const mistake = mistakeOf(head, asked, raw);
     if (mistake) return mistake;
     const tunnel: Tunnel = {
       server,
       headers: attempt.inbound(head.headers),
-      protocol: valueOf(head.headers, "sec-websocket-protocol") ?? "",
+      protocol: valueIn(head.headers, "sec-websocket-protocol"),
       idle: attempt.timeouts.idle,
       ...{ up: newFrames(), down: newFrames(), bytesUp: 0, bytesDown: 0, seen: -1, since: 0 },
       ...{ client: undefined, early: [], said: false, left: false, closing: false, over: false, problem: undefined },
@@ -3443,11 +3432,10 @@ function clientLeft(tunnel: Tunnel): void {
 function closeTunnel(tunnel: Tunnel, toClient: number, toServer = toClient): void {
   if (tunnel.closing || tunnel.left || tunnel.over) return;
   tunnel.closing = true;
+  tunnel.server.resume();
+  tunnel.server.end(isBetween(tunnel.up) ? closeFrame(toServer, true) : NO_BYTES);
   tunnel.client?.close(toClient);
   tunnel.client?.resume();
-  tunnel.server.resume();
-  if (isBetween(tunnel.up)) tunnel.server.write(closeFrame(toServer, true));
-  tunnel.server.end();
 }
 
 /** Counts instead of clocks: what passes costs no look at the time. */
@@ -3666,10 +3654,8 @@ function joinMessages(tunnel: Tunnel, side: MessageSide): MessageEvents {
       if (tunnel.over && !tunnel.said) side.cut();
     },
     closed(code, reason) {
-      if (code !== 1006 && !tunnel.closing && !tunnel.over) {
-        tunnel.said = true;
-        tunnel.server.write(closeFrame(code, true, reason));
-      }
+      if (code !== 1006) fromClient(tunnel, closeFrame(code, true, reason));
+      tunnel.said ||= code !== 1006;
       clientLeft(tunnel);
     },
   };
@@ -4448,7 +4434,7 @@ function balance(balancer: Balancer, request: Request, env: unknown, wrapped: bo
     if (exchange.table.config.admin?.token && isOperator(balancer, exchange)) exchange.choices = [];
     if (refusal) return refuse(balancer, exchange, refusal);
     const how = asksForWebSocket(exchange) ? balancer.effects.upgrade(request, env) : undefined;
-    if (how) exchange.upgrade = upgradeOf(balancer, exchange, how);
+    if (how) exchange.upgrade = upgradeOf(balancer, exchange.headers, how);
     const route = exchange.route = matchRoute(exchange.table, exchange);
     if (!route) return refuse(balancer, exchange, exchange.allow ? "bad-method" : "no-route");
     if (route.admits && !route.admits(exchange.client)) return refuse(balancer, exchange, "denied");
@@ -5193,7 +5179,7 @@ export type Serve = (request: Request, env?: unknown) => Response | Promise<Resp
 export interface Listener {
   address: string; // host:port
   /** Takes no more connections, and resolves when those that are open have ended. */
-  close(): Promise<void>;
+  close(tunnels?: ReadonlySet<Tunnel>): Promise<void>;
 }
 
 /** What differs between runtimes. */
@@ -5287,10 +5273,10 @@ function switchedHeaders(tunnel: Tunnel): Headers {
   return headers;
 }
 
-/** Deno has messages only, answers pings itself and looks for silent clients by pings of its own. */
+/** Deno has messages only, and answers pings itself. It asks a client that is silent, too, and ends one that has gone. */
 function denoAccept(request: Request, tunnel: Tunnel): Response {
   const { protocol, idle } = tunnel;
-  const options = { ...(protocol && { protocol }), idleTimeout: idle < Infinity ? idle / 1_000 : 0 };
+  const options = { ...(protocol && { protocol }), idleTimeout: idle < Infinity ? idle / 500 : 0 };
   const { response, socket } = globals.Deno!.upgradeWebSocket(request, options);
   const headers = switchedHeaders(tunnel);
   headers.delete("sec-websocket-protocol");
@@ -5381,7 +5367,7 @@ const bunSide = (socket: BunSocket): MessageSide => ({
   hasRoom: () => socket.getBufferedAmount() < WINDOW,
   ping: (payload) => socket.ping(payload),
   pong: (payload) => socket.pong(payload),
-  close: (code, reason) => code === 1005 ? socket.close() : socket.close(code, reason),
+  close: (code, reason) => socket.close(code, reason), // 1005 is a close frame without a code
   cut() {
     if (socket.getBufferedAmount() === 0) socket.terminate();
     else setTimeout(() => socket.terminate(), PARTING);
@@ -5432,7 +5418,10 @@ async function nativeFetch(url: string, attempt: Attempt): Promise<Response> {
   }
   const hop = new Set([...HOP, ...connectionNames(response.headers.get("connection") ?? "")]);
   const own = attempt.inbound(without([...response.headers].flat(), hop));
-  const passed = new Response(response.body, { status, headers: pairs(own), encodeBody: "manual" } as ResponseInit);
+  const { webSocket } = response as { webSocket?: unknown }; // of a 101
+  const made = { status, headers: pairs(own), ...webSocket ? { webSocket } : { encodeBody: "manual" } };
+  const passed = new Response(response.body, made as ResponseInit);
+  if (webSocket && attempt.upgrade) attempt.upgrade.response = passed;
   attempt.ended(response.status, Number(response.body && response.headers.get("content-length")), undefined);
   return passed;
 }
@@ -5450,13 +5439,20 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
   deno: {
     serve(fetch, host, port) {
       const server = globals.Deno!.serve({ ...(host && { hostname: bare(host) }), port, onListen() {} }, fetch);
-      return Promise.resolve({ address: shown(host, server.addr.port), close: () => server.shutdown() });
+      const close: Listener["close"] = async (tunnels) => {
+        while (tunnels?.size) await new Promise((resolve) => setTimeout(resolve, 20)); // which shutdown would end at once
+        await server.shutdown();
+      };
+      return Promise.resolve({ address: shown(host, server.addr.port), close });
     },
     client(request, env) {
       request.signal; // a signal that is first read after the client has left never says so
       return clientOf(request, (env as { remoteAddr?: { hostname?: string } } | undefined)?.remoteAddr?.hostname);
     },
-    upgrade: (request) => ({ raw: false, accept: (tunnel) => denoAccept(request, tunnel) }),
+    upgrade: (request, env) =>
+      (env as { remoteAddr?: unknown } | undefined)?.remoteAddr
+        ? { raw: false, accept: (tunnel) => denoAccept(request, tunnel) }
+        : undefined,
     transport: () => createWire(),
     print: (bytes) => globals.Deno!.stdout.write(bytes).catch(() => bytes.length), // its node:fs would hold up everything
   },
@@ -5473,15 +5469,18 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
       return Promise.resolve({ address: shown(host, server.port), close: () => server.stop() });
     },
     client: (request, env) => clientOf(request, (env as BunServer | undefined)?.requestIP?.(request)?.address),
-    upgrade: (request, env) => ({
-      raw: false,
-      accept(tunnel) {
-        const data = { tunnel, events: undefined };
-        const done = (env as BunServer).upgrade(request, { headers: switchedHeaders(tunnel), data });
-        if (!done) throw new Error("the client has left");
-        return new Response(null);
-      },
-    }),
+    upgrade(request, env) {
+      const server = env as BunServer | undefined;
+      return server?.upgrade && {
+        raw: false,
+        accept(tunnel) {
+          const data = { tunnel, events: undefined };
+          const done = server.upgrade(request, { headers: switchedHeaders(tunnel), data });
+          if (!done) throw new Error("the client has left");
+          return new Response(null);
+        },
+      };
+    },
     transport: () => createWire(),
     print: printed,
   },
@@ -5504,7 +5503,10 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
       const listener = getRequestListener(fetch, { errorHandler: () => refusal("bad-request") });
       const latest = new WeakMap<Socket, InstanceType<typeof ServerResponse>>();
       const server = createHttpServer(
-        { requestTimeout: 0, maxHeaderSize: 65_536, requireHostHeader: false, ServerResponse: Latin1Response },
+        {
+          ...{ requestTimeout: 0, maxHeaderSize: 65_536, requireHostHeader: false, ServerResponse: Latin1Response },
+          ...{ shouldUpgradeCallback: ({ headers }: IncomingMessage) => /^websocket$/i.test(headers.upgrade ?? "") },
+        },
         listener,
       );
       server.maxHeadersCount = 0;
@@ -5556,7 +5558,7 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
   edge: {
     serve: () => Promise.reject(new Error("at the edge the platform listens")),
     client: (request) => clientOf(request, request.headers.get("cf-connecting-ip") ?? undefined),
-    upgrade: () => undefined,
+    upgrade: () => ({ raw: true, accept: () => new Response(null) }), // the platform's fetch has both ends
     transport: () => ({ fetch: nativeFetch, connect: () => Promise.reject(new Error("not at the edge")) }),
     print: (bytes) => Promise.resolve(bytes.length), // `Effects.write` goes to the platform's log
   },
@@ -7829,13 +7831,13 @@ async function drain(lb: LoadBalancer, listeners: (Listener | Promise<Listener>)
   if (lb.balancer.draining) process.exit(1);
   lb.balancer.draining = true;
   effects.report("info", `draining; requests in flight: ${lb.balancer.inFlight}`);
-  const closed = Promise.all(listeners.map(async (listener) => (await listener).close()));
+  const closed = Promise.all(listeners.map(async (listener) => (await listener).close(lb.balancer.tunnels)));
   const end = effects.now() + grace;
   while (lb.balancer.inFlight > 0 && effects.now() < end) await effects.sleep(20);
   const { tunnels, relays } = lb.balancer, ended = relays.size;
   for (const tunnel of tunnels) closeTunnel(tunnel, GOING_AWAY);
   for (const end of relays) end();
-  for (const last = effects.now() + PARTING; tunnels.size + relays.size > 0 && effects.now() < last;) {
+  for (const last = effects.now() + 1_000; tunnels.size + relays.size > 0 && effects.now() < last;) {
     await effects.sleep(20);
   }
   await Promise.race([closed, effects.sleep(Math.min(500, Math.max(0, end - effects.now())))]);
