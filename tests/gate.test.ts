@@ -66,6 +66,7 @@ before(async () => {
         host: "held.test",
         servers: [held.address],
         max_in_flight: 1,
+        queue: "off",
         eject: { failures: 1, at_most: "100%" },
         panic: "0%",
       },
