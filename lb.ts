@@ -6878,16 +6878,10 @@ function docs(): Hono<AdminEnv> {
 
 const STYLE = `
 :root {
+  --ground: light-dark(#f5f5f2, #111215); --card: light-dark(#fff, #191b1f); --line: light-dark(#e3e3de, #2d3036);
+  --ink: light-dark(#1c1e22, #e8e8e5); --dim: light-dark(#5a606b, #a3a9b5); --blue: light-dark(#1a5fb4, #8ab4f8);
+  --good: light-dark(#0a6b3b, #63d69d); --warn: light-dark(#7d4b00, #f2b84f); --bad: light-dark(#b3201a, #ff8f85);
   color-scheme: light dark;
-  --ground: light-dark(#f5f5f2, #111215);
-  --card: light-dark(#ffffff, #191b1f);
-  --line: light-dark(#e3e3de, #2d3036);
-  --ink: light-dark(#1c1e22, #e8e8e5);
-  --dim: light-dark(#5a606b, #a3a9b5);
-  --blue: light-dark(#1a5fb4, #8ab4f8);
-  --good: light-dark(#0a6b3b, #63d69d);
-  --warn: light-dark(#7d4b00, #f2b84f);
-  --bad: light-dark(#b3201a, #ff8f85);
   font: 14px/1.4 system-ui, sans-serif;
   font-variant-numeric: tabular-nums;
 }
@@ -6898,9 +6892,8 @@ body { max-width: 1680px; margin: auto; padding: 16px 24px 64px; background: var
 header { display: flex; flex-wrap: wrap; gap: 0 16px; align-items: baseline; }
 main, #services, form, label { display: grid; gap: 16px; }
 main { margin-top: 4px; }
-h1, h2, b, summary, [scope=row] { font-weight: 600; }
-#verdict, b { font-size: 22px; font-weight: 600; }
-#verdict { flex: 1; }
+h1, h2, b, summary, tbody th { font-weight: 600; }
+#verdict, b { flex: 1; font-size: 22px; font-weight: 600; }
 #link, small, thead th { color: var(--dim); font-size: 12px; }
 .up td:nth-child(2), .good { color: var(--good); }
 :is(.drain, .maint) td:nth-child(2), .warn { color: var(--warn); }
@@ -6913,12 +6906,13 @@ figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; ali
 b { flex-basis: 100%; }
 svg { display: block; width: 100%; height: 56px; margin-top: 8px; border-bottom: 1px solid var(--line); }
 path { fill: none; stroke: var(--blue); stroke-width: 1.5; stroke-linejoin: round; vector-effect: non-scaling-stroke; }
-path.bad { stroke: var(--bad); }
-path.dim { stroke: var(--dim); stroke-dasharray: 3 3; }
-summary { padding: 10px 16px; cursor: pointer; }
+figure:nth-child(2) path { stroke: var(--bad); }
+path + path { stroke: var(--dim); stroke-dasharray: 3 3; }
+summary { padding: 10px 16px; }
+summary, button { cursor: pointer; }
 table { width: 100%; table-layout: fixed; border-spacing: 0; overflow: clip; }
 details table { border: 0; }
-#routes { max-height: 205px; overflow: auto; }
+details > div { max-height: 205px; overflow: auto; }
 th, td { padding: 6px 8px; border-top: 1px solid var(--line); text-align: right; vertical-align: top; }
 th:first-child, td:nth-child(3) { overflow-wrap: anywhere; }
 thead th { position: sticky; top: 0; z-index: 1; border-top: 0; background: var(--card); }
@@ -6932,7 +6926,6 @@ h2 { margin-bottom: 6px; }
 h2 small { display: inline; margin-left: 8px; font-weight: 400; }
 input, menu button { padding: 6px 10px; border: 1px solid var(--dim); border-radius: 6px; background: var(--card); }
 #find { max-width: 320px; }
-button { cursor: pointer; }
 td button { padding: 0 4px; border: 0; border-radius: 6px; background: none; color: var(--blue); }
 button + button { margin-left: 4px; }
 [data-title=Weight] { background: linear-gradient(var(--blue) 0 0) 100% 100% / var(--share) 2px no-repeat; }
@@ -6949,8 +6942,9 @@ tr:target { box-shadow: inset 3px 0 var(--blue); }
   #link { margin-left: auto; }
   section thead { display: none; }
   section tbody { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); }
-  section tbody tr { display: grid; grid-template-columns: repeat(4, 1fr); height: auto; padding: 8px; }
-  section tbody tr { border-top: 1px solid var(--line); }
+  section tbody tr {
+    display: grid; grid-template-columns: repeat(4, 1fr); height: auto; padding: 8px; border-top: 1px solid var(--line);
+  }
   section :is(th, td) { padding: 4px; border: 0; background: none; text-align: left; }
   section td:nth-child(-n + 3) { grid-column: span 2; }
   section td:last-child { grid-column: span 3; align-self: end; }
@@ -7037,42 +7031,31 @@ const quantile = ({ requests, durations }, share) => {
     rank -= held;
   }
 };
-
-// The charts.
-const SVG = "http://www.w3.org/2000/svg";
 const p50 = (counted) => quantile(counted, 0.5), p99 = (counted) => quantile(counted, 0.99);
-const CHARTS = [
-  { name: "Requests", as: rate, lines: { "": perSecond } },
-  { name: "Requests that failed", as: percent, lines: { bad: failing } },
-  { name: "Latency: p50, p99", as: time, lines: { "": p50, dim: p99 } },
-];
-const newChart = ({ lines }) => {
-  const svg = document.createElementNS(SVG, "svg");
-  svg.setAttribute("viewBox", "0 0 300 56");
-  svg.setAttribute("preserveAspectRatio", "none");
-  svg.setAttribute("role", "img");
-  for (const kind in lines) svg.appendChild(document.createElementNS(SVG, "path")).setAttribute("class", kind);
-  return make("figure", {}, make("figcaption", {}, make("span"), make("small"), make("b")), svg);
-};
-/** Each point is of the ten seconds before it, so that a few requests make no mountains. */
-const drawChart = (node, { name, as, lines }) => {
-  const [caption, svg] = node.children, points = samples.slice(1).map((one, i) => {
+
+// The charts: how each is written, and what it is of. A point is of ten seconds: few requests make no mountains.
+const CHARTS = [[rate, perSecond], [percent, failing], [time, p50, p99]];
+const draw = ([as, ...lines], chart) => {
+  const [caption, svg] = $("charts").children[chart].children, most = [];
+  const points = samples.slice(1).map((one, i) => {
     const then = samples[Math.max(0, i - 4)], counted = between(one.total, then.total);
-    const values = Object.values(lines).map((of) => of(counted, then.time, one.time));
+    const values = lines.map((of) => of(counted, then.time, one.time));
+    most.push(...values.filter(Boolean));
     return { x: CHARTED - (latest.time - one.time), values };
   });
-  const most = Math.max(...points.flatMap((one) => one.values.map((value) => value ?? 0)), 0);
-  [...svg.children].forEach((path, line) => {
+  const top = Math.max(0, ...most), now = points.at(-1)?.values.map(as).join(", ") ?? "–";
+  lines.forEach((_, line) => {
     let pen = "M";
-    path.setAttribute("d", points.map(({ x, values: { [line]: value } }) => {
-      const to = value === undefined ? "" : pen + x.toFixed(1) + " " + (54 - 52 * value / (most || 1)).toFixed(1);
-      pen = to ? "L" : "M"; // where there was nothing the line has a gap
-      return to;
-    }).join(""));
+    const to = points.map(({ x, values: { [line]: value } }) => {
+      const step = value === undefined ? "" : pen + x.toFixed(1) + " " + (54 - 52 * value / (top || 1)).toFixed(1);
+      pen = step ? "L" : "M"; // where there was nothing the line has a gap
+      return step;
+    });
+    svg.children[line].setAttribute("d", to.join(""));
   });
-  const now = points.length ? points.at(-1).values.map((value) => as(value)).join(", ") : "–";
-  [name, "at most " + as(most) + " in 5 min", now].forEach((text, i) => say(caption.children[i], text));
-  svg.setAttribute("aria-label", name + ": now " + now + ", in five minutes at most " + as(most));
+  say(caption.children[1], "at most " + as(top) + " in 5 min");
+  say(caption.children[2], now);
+  svg.ariaLabel = caption.firstChild.textContent + ": now " + now + ", at most " + as(top) + " in five minutes";
 };
 
 // The tables, and what can be done in them.
@@ -7098,27 +7081,23 @@ const COLUMNS = {
   "p99": (one, now) => [time(p99(now))],
   "Bytes out": (one) => [bytes(one.counters.bytes_out), bytes(one.counters.bytes_in) + " in"],
 };
-const cells = (titles) => titles.map((title, i) => {
-  const one = make(i ? "td" : "th", i ? {} : { scope: "row" }, make("span"), make("small"));
-  one.dataset.title = title;
-  return one;
-});
-const newTable = (...titles) => {
-  const head = make("tr", {}, ...titles.map((title) => make("th", { scope: "col", textContent: title })));
-  return make("table", {}, make("thead", {}, head), make("tbody"));
-};
+const TITLES = Object.keys(COLUMNS);
+const newCell = (_, i) => make(i ? "td" : "th", {}, make("span"), make("small"));
+const cells = (length) => Array.from({ length }, newCell);
 let ids = 0;
 const newService = () => {
-  const title = make("h2", {}, make("span"), make("small"));
-  return make("section", { id: "s" + ++ids }, title, newTable(...Object.keys(COLUMNS), "Change"));
+  const head = make("tr", {}, ...[...TITLES, "Change"].map((textContent) => make("th", { textContent })));
+  const table = make("table", {}, make("thead", {}, head), make("tbody"));
+  return make("section", { id: "s" + ++ids }, make("h2", {}, make("span"), make("small")), table);
 };
-const newServer = ({ name }) => {
-  const row = make("tr", { id: "s" + ++ids }, make("th", { scope: "row", textContent: name }));
+const newServer = ({ name: textContent }) => {
+  const row = make("tr", { id: "s" + ++ids }, make("th", { textContent }));
   seen.observe(row);
   return row;
 };
 const fillRow = (row) => {
-  row.replaceChildren(...cells(Object.keys(COLUMNS)), make("td"));
+  row.replaceChildren(...cells(TITLES.length), make("td"));
+  TITLES.forEach((title, i) => row.children[i].dataset.title = title);
   for (const deed of Object.keys(DEEDS)) {
     const onclick = () => propose(deed, row.service, row.server);
     row.lastChild.append(make("button", { textContent: deed, ariaLabel: deed + " " + row.server.name, onclick }));
@@ -7165,14 +7144,14 @@ const MOST = 8; // lines about it
 const troublesOf = (section, service) => {
   const { name, servers, askable, panicking } = service, share = failing(recent(service));
   const out = section.rows.filter(({ server }) => ["down", "ejected"].includes(server.status));
-  const say = (level, text, { id } = section) => ({ name: name + ": " + text, level, id });
+  const wrong = (level, text, { id } = section) => ({ name: name + ": " + text, level, id });
   return [
-    ...(askable || !servers.length ? [] : [say("bad", "no server may be asked")]),
-    ...(panicking ? [say("bad", "too few servers are healthy: all of them are asked")] : []),
-    ...(share > 0.05 ? [say("bad", "more than 5 % of the requests fail")] : []),
+    ...(askable || !servers.length ? [] : [wrong("bad", "no server may be asked")]),
+    ...(panicking ? [wrong("bad", "too few servers are healthy: all of them are asked")] : []),
+    ...(share > 0.05 ? [wrong("bad", "more than 5 % of the requests fail")] : []),
     ...out.map((row) => {
       const { name, status, check } = row.server;
-      return say("warn", [name + " is " + status, check?.problem].filter(Boolean).join(": "), row);
+      return wrong("warn", [name + " is " + status, check?.problem].filter(Boolean).join(": "), row);
     }),
   ];
 };
@@ -7209,13 +7188,10 @@ const show = () => {
   const sections = arrange($("services"), services, newService);
   sections.forEach((section, i) => showService(section, services[i]));
   judge(sections, services);
-  arrange($("charts"), CHARTS, newChart).forEach((node, i) => drawChart(node, CHARTS[i]));
-  const titles = ["Route", "Asks for", "Leads to"];
-  const [table] = arrange($("routes"), [{ name: "table" }], () => newTable(...titles));
-  const lines = arrange(table.tBodies[0], routes, () => make("tr", {}, ...cells(titles)));
-  lines.forEach(({ children }, i) => {
+  CHARTS.forEach(draw);
+  arrange($("routes"), routes, () => make("tr", {}, ...cells(3))).forEach(({ children }, i) => {
     const words = [routes[i].name, asksFor(routes[i]), leadsTo(routes[i])];
-    words.forEach((text, k) => say(children[k].firstChild, text));
+    words.forEach((text, column) => say(children[column].firstChild, text));
   });
   say($("link"), "lb.ts " + version + (draining ? " · draining" : " · live"));
 };
@@ -7259,94 +7235,87 @@ $("cancel").onclick = () => $("ask").close();
 $("find").oninput = () => latest && show();
 
 // The connection. EventSource sends no Authorization: the events are read as they come.
-const login = () => new Promise((resolve) => {
+const login = () => {
   const why = sessionStorage.token ? "This one is not right." : "What is shown here is for those who have it.";
-  $("ask").onclose = () => resolve(true);
   const field = { name: "Token", type: "password" };
+  $("ask").onclose = ({ target }) => (target.onclose = null, listen());
   ask("The token, please", why, "Enter", field, (token) => (sessionStorage.token = token, ""));
-});
-const read = async (stop, alive) => {
-  const answer = await call("events", { signal: stop });
-  if (answer.status === 401) return await login();
-  if (!answer.ok) throw new Error("the answer is " + answer.status);
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let text = "";;) {
-    const { done, value } = await reader.read();
-    if (done) return;
-    const events = (text + value).split("\n\n");
-    text = events.pop();
-    for (const event of events) receive(JSON.parse(event.replace(/^data: /, "")));
-    document.body.className = "";
-    alive();
-  }
 };
 const listen = async () => {
-  for (let wait = 1e3;; wait = Math.min(1.5 * wait, 1e4)) {
-    const stop = new AbortController();
-    let silence;
-    const alive = () => {
+  const stop = new AbortController(), wait = () => setTimeout(() => stop.abort(), 5e3);
+  let text = "", silence = wait();
+  try {
+    const answer = await call("events", { signal: stop.signal });
+    if (answer.status === 401) return login();
+    const reader = answer.ok && answer.body.pipeThrough(new TextDecoderStream()).getReader();
+    for (let piece; !(piece = await reader.read()).done;) {
       clearTimeout(silence);
-      silence = setTimeout(() => stop.abort(), 5e3);
-      wait = 1e3;
-    };
-    alive();
-    const again = await read(stop.signal, alive).catch(() => false);
+      silence = wait();
+      const events = (text + piece.value).split("\n\n");
+      text = events.pop();
+      for (const event of events) receive(JSON.parse(event.replace("data: ", "")));
+      document.body.className = "";
+    }
+  } catch {
+    // however it ended, it is made again
+  } finally {
     clearTimeout(silence);
-    if (again) continue;
-    document.body.className = "lost";
-    tell("bad", "The connection is lost");
-    say($("link"), "trying again");
-    await new Promise((resolve) => setTimeout(resolve, wait));
   }
+  document.body.className = "lost";
+  tell("bad", "The connection is lost");
+  say($("link"), "trying again");
+  setTimeout(listen, 2e3);
 };
 listen();
 `;
 
-const page = (nonce: string) =>
-  html`
-    <!DOCTYPE html>
-    <html lang="en">
-      <head>
-        <meta charset="utf-8">
-        <meta name="viewport" content="width=device-width, initial-scale=1">
-        <title>lb.ts</title>
-        <link rel="icon" href="data:,">
-        <style nonce="${nonce}">${raw(STYLE)}</style>
-      </head>
-      <body>
-        <header>
-          <h1>lb.ts</h1>
-          <p id="verdict" role="status">Connecting</p>
-          <p id="link"></p>
-        </header>
-        <main>
-          <ul id="troubles" aria-label="What is wrong"></ul>
-          <div id="charts"></div>
-          <details open>
-            <summary>Routes</summary>
-            <div id="routes"></div>
-          </details>
-          <input id="find" type="search" placeholder="Find a server, service or state"
-            aria-label="Find a server, service or state">
-          <div id="services"></div>
-        </main>
-        <dialog id="ask" aria-labelledby="what">
-          <form method="dialog">
-            <h2 id="what"></h2>
-            <p id="why"></p>
-            <label><span></span><input id="value" autocomplete="off"></label>
-            <p id="problem" class="bad" role="alert"></p>
-            <menu><button type="button" id="cancel">Cancel</button><button id="go"></button></menu>
-          </form>
-        </dialog>
-        <noscript>This page needs JavaScript; the same figures are at <a href="services">services</a>.</noscript>
-        <script nonce="${nonce}">${raw(SCRIPT)}</script>
-      </body>
-    </html>
-  `;
+const CHARTED = ["Requests", "Requests that failed", "Latency: p50, p99"];
+// deno-fmt-ignore
+const chart = (name: string) => html`
+<figure>
+  <figcaption><span>${name}</span><small></small><b></b></figcaption>
+  <svg viewBox="0 0 300 56" preserveAspectRatio="none" role="img"><path /><path /></svg>
+</figure>`;
+
+// deno-fmt-ignore
+const page = (nonce: string) => html`<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>lb.ts</title>
+<link rel="icon" href="data:,">
+<style nonce="${nonce}">${raw(STYLE)}</style>
+<body>
+<header><h1>lb.ts</h1><p id="verdict" role="status">Connecting</p><p id="link"></p></header>
+<main>
+  <ul id="troubles" aria-label="What is wrong"></ul>
+  <div id="charts">${CHARTED.map(chart)}</div>
+  <details open>
+    <summary>Routes</summary>
+    <div><table>
+      <thead><tr><th>Route</th><th>Asks for</th><th>Leads to</th></tr></thead>
+      <tbody id="routes"></tbody>
+    </table></div>
+  </details>
+  <input id="find" type="search" placeholder="Find a server, service or state" aria-label="Find">
+  <div id="services"></div>
+</main>
+<dialog id="ask" aria-labelledby="what">
+  <form method="dialog">
+    <h2 id="what"></h2>
+    <p id="why"></p>
+    <label><span></span><input id="value" autocomplete="off"></label>
+    <p id="problem" class="bad" role="alert"></p>
+    <menu><button type="button" id="cancel">Cancel</button><button id="go"></button></menu>
+  </form>
+</dialog>
+<noscript>This page needs JavaScript; the same figures are at <a href="services">services</a>.</noscript>
+<script nonce="${nonce}">${raw(SCRIPT)}</script>
+</body>
+</html>`;
 
 const PAGE_TICK = 1_000; // milliseconds between two looks that a page is sent
-const CHARTED = { every: 2_000, most: 150 }; // milliseconds between the points of the charts, and how many are kept
+const POINTS = { every: 2_000, most: 150 }; // milliseconds between the points of the charts, and how many are kept
 
 /** Nothing but what stands in the page itself may run there, and it talks to nobody but us. */
 const POLICY = {
@@ -7371,9 +7340,9 @@ export function dashboard(look: () => Snapshot | Promise<Snapshot>, gate: Gateke
   const remember = async () => {
     const { time, total } = await look();
     history.push({ time, total });
-    if (history.length > CHARTED.most) history.shift();
+    if (history.length > POINTS.most) history.shift();
   };
-  if (here !== "edge") setInterval(remember, CHARTED.every).unref(); // for those who look when something has happened
+  if (here !== "edge") setInterval(remember, POINTS.every).unref(); // for those who look when something has happened
   app.get(
     "/",
     secureHeaders({ contentSecurityPolicy: POLICY }),
