@@ -52,7 +52,9 @@ import type { IncomingMessage, ServerResponse } from "node:http";
 import { type AddressInfo, connect as netConnect, createServer, isIP, type Socket } from "node:net";
 import process from "node:process";
 import { connect as tlsConnect } from "node:tls";
+import { availableParallelism } from "node:os";
 import { isDeepStrictEqual, parseArgs } from "node:util";
+import { isMainThread, parentPort, Worker, workerData } from "node:worker_threads";
 import { toJsonSchema } from "@valibot/to-json-schema";
 import { closest, distance } from "fastest-levenshtein";
 import { type Context, Hono, type MiddlewareHandler } from "hono";
@@ -964,9 +966,9 @@ function masked(value: unknown, show: (text: string, secret: boolean) => unknown
   const secret = SECRET.test(key) && !names && typeof value !== "boolean";
   return secret || typeof value === "string" ? show(String(value), secret) : value;
 }
-/** What is in force, as a routes.yml with the defaults spelt out and secrets as `***`. */
-export const printConfig = ({ source }: Config): string => {
-  const shown = masked(source, (text, secret) => secret ? "***" : text.replaceAll("${", () => "$${"));
+/** What is in force, as a routes.yml with the defaults spelt out and secrets as `***`, unless they are to be shown. */
+export const printConfig = ({ source }: Config, hide = true): string => {
+  const shown = masked(source, (text, secret) => secret && hide ? "***" : text.replaceAll("${", () => "$${"));
   return stringify(unveiled(shown), { lineWidth: 0, aliasDuplicateObjects: false });
 };
 
@@ -1358,6 +1360,7 @@ export interface Balancer {
   entrypoints: Map<string, Entrypoint>; // by name
   tunnels: Set<Tunnel>; // WebSockets that are open
   relays: Set<() => void>; // connections that are not HTTP: a call ends one
+  workers: Map<number, { since: Date; end(): void }>; // threads that serve for this one, where there are some
   draining: boolean; // it takes no new connections, and will end
   ids: number; // of traces and spans, so far
   guesses: Buckets; // wrong tokens in x-lb-explain
@@ -1391,6 +1394,8 @@ export interface Effects {
   client(request: Request, env: unknown): Client;
   /** How this request can become a WebSocket; undefined: it cannot. `accept` switches the client's side over. */
   upgrade(request: Request, env: unknown): Switch | undefined;
+  /** Tells other threads what a probe has found: what is wrong with the server, or undefined. */
+  probed(service: Service, server: Server, problem: string | undefined): void;
   /** One line of the access log. */
   write(line: string): void;
   /** One line for the operator. */
@@ -2308,7 +2313,9 @@ export async function probeDue(table: Table, effects: Effects): Promise<void> {
   await Promise.all(due.map(async ([service, server]) => {
     server.probeAt = now + service.config.health.interval * (0.9 + 0.2 * effects.random());
     const begun = effects.now();
-    onProbed(service, server, await probe(service, server, effects), effects);
+    const problem = await probe(service, server, effects);
+    onProbed(service, server, problem, effects);
+    effects.probed(service, server, problem);
     server.probeTook = server.probedAt - begun;
   }));
 }
@@ -3200,11 +3207,15 @@ function choiceHeaders({ route, choices }: Exchange): readonly string[] {
   return ["x-lb-explain", ascii, "cache-control", "no-store"];
 }
 
+/** In the answers of a balancer that drains: the client's next request goes over another connection, perhaps elsewhere. */
+const LAST = ["connection", "close"] as const;
+
 /** What changes an answer's headers: the route's rules, and then what we say ourselves. */
-function inboundOf(exchange: Exchange, { hasRules, response }: Route): Attempt["inbound"] {
+function inboundOf(exchange: Exchange, { hasRules, response }: Route, draining: boolean): Attempt["inbound"] {
   const { cookie, quota, choices } = exchange;
-  if (!hasRules && !cookie && !quota.length && !choices) return unchanged;
-  const own = [...quota, ...(cookie ? ["set-cookie", cookie] : []), ...choiceHeaders(exchange)];
+  if (!hasRules && !cookie && !quota.length && !choices && !draining) return unchanged;
+  const said = cookie ? [...quota, "set-cookie", cookie] : quota;
+  const own = [...said, ...choiceHeaders(exchange), ...draining ? LAST : []];
   return (headers) => [...hasRules ? applyRules(headers, response.headers) : headers, ...own];
 }
 
@@ -3309,7 +3320,7 @@ async function forward(
     server,
     timeouts: destination.policy.timeouts,
     upgrade: exchange.upgrade,
-    inbound: inboundOf(exchange, route),
+    inbound: inboundOf(exchange, route, balancer.draining),
     ended,
     startedAt: effects.now(),
     connectedAt: 0,
@@ -4151,8 +4162,7 @@ export function quantile({ requests, durations }: Counters, share: number): numb
 }
 
 /**
- * What is shown to Prometheus: type, what it means, and for gauges whether workers each have their part of it. Names and
- * labels are Traefik's where it has them. Labels say what the config says, a status, or a method that we know: what a
+ * What is shown to Prometheus: type, and what it means. Names and labels are Traefik's where it has them. Labels say what the config says, a status, or a method that we know: what a
  * client sends makes no series.
  */
 const FAMILIES = {
@@ -4172,8 +4182,8 @@ const FAMILIES = {
   lb_service_queue_length: ["gauge", "Requests that wait for a server with room"],
   lb_service_copies_total: ["counter", "Copies for it that mirror has asked for, by what became of them"],
   lb_service_copies_in_flight: ["gauge", "Copies in flight"],
-  lb_service_panicking: ["gauge", "1: too few servers are healthy, so that all are asked", "shared"],
-  lb_service_server_up: ["gauge", "1: it is healthy; 0: it is down, ejected or taken out by hand", "shared"],
+  lb_service_panicking: ["gauge", "1: too few servers are healthy, so that all are asked"],
+  lb_service_server_up: ["gauge", "1: it is healthy; 0: it is down, ejected or taken out by hand"],
   lb_server_requests_total: ["counter", "Attempts that have ended"],
   lb_server_request_duration_seconds: ["summary", "Time of attempts to the end of the answer"],
   lb_server_errors_total: ["counter", "Attempts that ended with a 5xx or with a failure that is not the client's"],
@@ -4182,12 +4192,12 @@ const FAMILIES = {
   lb_server_requests_in_flight: ["gauge", "Attempts in flight"],
   lb_server_ejections_total: ["counter", "How often failures in a row ejected the server"],
   lb_server_probes_total: ["counter", "Probes by their result"],
-  lb_config_reloads_total: ["counter", "Reloads that put a config in force", "shared"],
-  lb_config_last_reload_success: ["gauge", "1: the last reload succeeded; 0: the old config stayed in force", "shared"],
-  lb_config_last_reload_success_timestamp_seconds: ["gauge", "When the config in force became it", "shared"],
-  lb_build_info: ["gauge", "Always 1; the labels say what runs", "shared"],
-  process_start_time_seconds: ["gauge", "When it was started", "shared"],
-} satisfies Record<string, [type: "counter" | "gauge" | "histogram" | "summary", help: string, workers?: "shared"]>;
+  lb_config_reloads_total: ["counter", "Reloads that put a config in force"],
+  lb_config_last_reload_success: ["gauge", "1: the last reload succeeded; 0: the old config stayed in force"],
+  lb_config_last_reload_success_timestamp_seconds: ["gauge", "When the config in force became it"],
+  lb_build_info: ["gauge", "Always 1; the labels say what runs"],
+  process_start_time_seconds: ["gauge", "When it was started"],
+} satisfies Record<string, [type: "counter" | "gauge" | "histogram" | "summary", help: string]>;
 type Family = keyof typeof FAMILIES;
 type Put = (name: Family | `${Family}_${"bucket" | "sum" | "count"}`, labels: string, value: number) => void;
 
@@ -4273,16 +4283,6 @@ const familyOf = (series: string): Family => {
   const end = series.indexOf("{");
   return familyNamed(end < 0 ? series : series.slice(0, end));
 };
-
-/** What several workers have counted, together. Of what all of them share the first one's word stands. */
-export function sumSamples([first, ...others]: ReadonlyMap<string, number>[]): Map<string, number> {
-  const sum = new Map(first);
-  for (const [series, value] of others.flatMap((samples) => [...samples])) {
-    const shared = FAMILIES[familyOf(series)].length === 3;
-    sum.set(series, shared ? sum.get(series) ?? value : (sum.get(series) ?? 0) + value);
-  }
-  return sum;
-}
 
 const noLines = (): string[] => [];
 
@@ -4859,6 +4859,7 @@ function conclude(balancer: Balancer, exchange: Exchange, response: Response, ow
     for (const [name, value] of pairs([...exchange.quota, ...choiceHeaders(exchange)])) {
       response.headers.set(name, value);
     }
+    if (balancer.draining) response.headers.set(...LAST);
   }
   if (own || exchange.ended) finished(balancer, exchange);
   return response;
@@ -5093,7 +5094,12 @@ function tcpRecord(relay: Relay, effects: Effects): AccessRecord {
 }
 
 /** Opens one listener; what connects goes where the table in force says. */
-function openTcp(balancer: Balancer, address: string, { host, port }: TcpRoute["at"]): Promise<Listener> {
+function openTcp(
+  balancer: Balancer,
+  address: string,
+  { host, port }: TcpRoute["at"],
+  reusePort: boolean,
+): Promise<Listener> {
   let target = shown(host, port);
   const server = createServer({ allowHalfOpen: true, noDelay: true }, (near) => {
     const route = balancer.table.tcp.get(address);
@@ -5103,7 +5109,7 @@ function openTcp(balancer: Balancer, address: string, { host, port }: TcpRoute["
   const close = () => new Promise<void>((resolve) => server.close(() => resolve()));
   return new Promise((resolve, reject) => {
     server.on("error", (error) => reject(new Error(`cannot listen on ${target}: ${error.message}`)));
-    server.listen({ port, ...(host && { host: bare(host) }) }, () => {
+    server.listen({ port, reusePort, ...(host && { host: bare(host) }) }, () => {
       target = shown(host, (server.address() as AddressInfo).port);
       resolve({ address: target, close });
     });
@@ -5113,9 +5119,14 @@ function openTcp(balancer: Balancer, address: string, { host, port }: TcpRoute["
 /**
  * Opens and closes listeners until they are those of the table in force. Connections that are open stay so.
  * @param open what the last call has opened, by address
+ * @param shared with other threads and processes that say so too
  * @throws {Error} where one cannot be opened; the others are open
  */
-export async function listenTcp(balancer: Balancer, open: Map<string, Promise<Listener>>): Promise<void> {
+export async function listenTcp(
+  balancer: Balancer,
+  open: Map<string, Promise<Listener>>,
+  shared = false,
+): Promise<void> {
   const { tcp } = balancer.table;
   for (const [address, listener] of open) {
     if (tcp.has(address)) continue;
@@ -5125,7 +5136,7 @@ export async function listenTcp(balancer: Balancer, open: Map<string, Promise<Li
   const fresh: Promise<Listener>[] = [];
   for (const [address, { at }] of tcp) {
     if (open.has(address)) continue;
-    const listener = openTcp(balancer, address, at);
+    const listener = openTcp(balancer, address, at, shared);
     fresh.push(listener);
     open.set(address, listener);
     listener.catch(() => open.delete(address));
@@ -5141,7 +5152,7 @@ export async function listenTcp(balancer: Balancer, open: Map<string, Promise<Li
 interface Globals {
   Deno?: {
     serve(
-      options: { hostname?: string; port: number; onListen(): void },
+      options: { hostname?: string; port: number; reusePort: boolean; onListen(): void },
       handler: Serve,
     ): { addr: { port: number }; shutdown(): Promise<void> };
     stdout: { write(bytes: Uint8Array): Promise<number> };
@@ -5184,7 +5195,8 @@ export interface Listener {
 
 /** What differs between runtimes. */
 interface Runtime {
-  serve(fetch: Serve, host: string, port: number): Promise<Listener>;
+  /** `shared`: with other threads and processes that say so too; the system gives each of them its part. */
+  serve(fetch: Serve, host: string, port: number, shared?: boolean): Promise<Listener>;
   client(request: Request, env: unknown): Client;
   upgrade: Effects["upgrade"];
   transport(): Pick<Effects, "fetch" | "connect">;
@@ -5437,8 +5449,9 @@ const printed = (bytes: Uint8Array): Promise<number> =>
 
 const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
   deno: {
-    serve(fetch, host, port) {
-      const server = globals.Deno!.serve({ ...(host && { hostname: bare(host) }), port, onListen() {} }, fetch);
+    serve(fetch, host, port, reusePort = false) {
+      const options = { ...(host && { hostname: bare(host) }), port, reusePort, onListen() {} };
+      const server = globals.Deno!.serve(options, fetch);
       const close: Listener["close"] = async (tunnels) => {
         while (tunnels?.size) await new Promise((resolve) => setTimeout(resolve, 20)); // which shutdown would end at once
         await server.shutdown();
@@ -5457,11 +5470,11 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
     print: (bytes) => globals.Deno!.stdout.write(bytes).catch(() => bytes.length), // its node:fs would hold up everything
   },
   bun: {
-    serve(fetch, host, port) {
+    serve(fetch, host, port, reusePort = false) {
       const options = {
         ...(host && { hostname: bare(host) }),
         port,
-        reusePort: false,
+        reusePort,
         idleTimeout: 0,
         maxRequestBodySize: Infinity,
       };
@@ -5485,7 +5498,7 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
     print: printed,
   },
   node: {
-    async serve(fetch, host, port) {
+    async serve(fetch, host, port, reusePort = false) {
       const { getRequestListener } = await import("@hono/node-server");
       const { createServer: createHttpServer, ServerResponse } = await import("node:http");
       /** Flushes a head as latin1, as it came; Node's own does it as UTF-8. */
@@ -5526,7 +5539,7 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
       server.on("connect", (_request, socket: Socket) => socket.end(rawRefusal("bad-method")));
       await new Promise<void>((resolve, reject) => {
         server.on("error", reject);
-        server.listen({ port, ...(host && { host: bare(host) }) }, resolve);
+        server.listen({ port, reusePort, ...(host && { host: bare(host) }) }, resolve);
       });
       const close = () =>
         new Promise<void>((resolve) => {
@@ -5596,6 +5609,7 @@ function defaultEffects(): Effects {
       }),
     client: runtime.client,
     upgrade: runtime.upgrade,
+    probed: () => {},
     write: (line) => console.log(line),
     report: (level, text) =>
       console.error(`${here === "edge" ? "" : `${new Date().toISOString()} `}${level}: ${oneLine(text)}`),
@@ -5803,6 +5817,7 @@ export function createLoadBalancer(
     reloadedAt: begun,
     reloadFailed: false,
     tunnels: new Set(),
+    workers: new Map(),
   };
   const app = new Hono();
   app.all("*", ({ req, env }) => balance(balancer, req.raw, env, true));
@@ -6674,6 +6689,19 @@ const OPERATIONS: Record<string, Operation> = {
     run: ({ lb }) => new Response(renderMetrics(samplesOf(lb.balancer)), { headers: { "content-type": METRICS_TYPE } }),
   },
   "GET /connections": { does: "What is in flight, and where", run: ({ lb }) => jsonOf(connections(lb.balancer)) },
+  "GET /workers": {
+    does: "The threads that serve, if there are some",
+    run: ({ lb }) => jsonOf([...lb.balancer.workers].map(([id, { since }]) => ({ id, since }))),
+  },
+  "DELETE /workers/:worker": {
+    does: "Ends a thread at once, with what is in flight there; another one takes its place",
+    run: ({ context: { req }, lb: { balancer } }) => {
+      const id = req.param("worker") ?? "", worker = balancer.workers.get(Number(id));
+      if (!worker) throw new Refused(404, `there is no worker ${quote(id)}`);
+      worker.end();
+      return jsonOf({ id: Number(id) });
+    },
+  },
   "GET /health/live": { does: "200 as long as it runs", open: true, run: () => jsonOf({ status: "live" }) },
   "GET /health/ready": {
     does: "200, and 503 as soon as it drains",
@@ -7513,6 +7541,8 @@ Usage: lb.ts [options] [routes.yml]
   -l, --listen ADDRESS   instead of listen in the file  (LB_LISTEN)
   -p, --port N           the same, a port only          (LB_PORT)
       --admin ADDRESS    instead of admin.listen, or off  (LB_ADMIN)
+      --workers N        threads that share the port, or auto: one for each core  (LB_WORKERS, default 1)
+      --reuse-port       share the port with another process, to be replaced by it without a gap
       --log FORMAT       combined, json or off          (LB_LOG)
       --drain TIME       how long requests in flight may take at the end  (default 30s)
   -t, --check            check the file: 0 and one line, or 1 and every mistake with its line
@@ -7531,6 +7561,8 @@ const OPTIONS = {
   "listen": { type: "string", short: "l" },
   "port": { type: "string", short: "p" },
   "admin": { type: "string" },
+  "workers": { type: "string" },
+  "reuse-port": { type: "boolean" },
   "log": { type: "string" },
   "drain": { type: "string" },
   "check": { type: "boolean", short: "t" },
@@ -7554,6 +7586,7 @@ interface Call {
   listen: string | undefined;
   admin: string | undefined;
   log: string | undefined;
+  workers: number;
   drain: number;
   env: Record<string, string | undefined>;
 }
@@ -7578,9 +7611,18 @@ function readCall(args: string[], env: Call["env"]): Call {
     listen: values.listen ?? values.port ?? env.LB_LISTEN ?? env.LB_PORT,
     admin: values.admin ?? env.LB_ADMIN,
     log: values.log ?? env.LB_LOG,
+    workers: readWorkers(values.workers ?? env.LB_WORKERS ?? "1"),
     drain: drain.output,
     env,
   };
+}
+
+const MOST_WORKERS = 256;
+function readWorkers(text: string): number {
+  if (text === "auto") return availableParallelism();
+  const count = /^[1-9]\d{0,2}$/.test(text) ? Number(text) : Infinity;
+  if (count <= MOST_WORKERS) return count;
+  throw new UsageError(`--workers or LB_WORKERS: "${text}" is not auto or a whole number from 1 to ${MOST_WORKERS}`);
 }
 
 /** Reads the file, and lays the command line and the environment over it. */
@@ -7632,6 +7674,315 @@ function readText(file: string): string {
 // 30. Workers: many cores. One main thread decides, and threads that share the port serve.
 // ---------------------------------------------------------------------------------------------------------------------
 
+const MOST_WAITING = 100_000; // lines that wait for a reader of the log
+
+/** Lines for standard output, written together and never waited for: a reader that stalls costs lines, not requests. */
+function lineWriter(report: Effects["report"]): (line: string) => void {
+  let [waiting, lost, busy]: [string[], number, boolean] = [[], 0, false];
+  const flush = async () => {
+    if (busy) return;
+    busy = true;
+    while (waiting.length) {
+      if (lost) report("warn", `lines of the access log that nobody read: ${lost}`);
+      let bytes = new TextEncoder().encode(waiting.join(""));
+      [waiting, lost] = [[], 0];
+      while (bytes.length) bytes = bytes.subarray(await runtimes[here].print(bytes));
+    }
+    busy = false;
+  };
+  process.on("exit", () => !busy && waiting.length && writeSync(1, waiting.join("")));
+  return (line) => {
+    if (waiting.length === 0 && !busy) setTimeout(flush, 20);
+    if (waiting.length < MOST_WAITING) waiting.push(line + "\n");
+    else lost++;
+  };
+}
+
+/** What a thread, or all of them, listens with. */
+interface Seats {
+  addresses: string[]; // of HTTP
+  /** Takes no more connections, and lets those that are open end. */
+  close(): Promise<unknown>;
+  /** Ends the work, and gives how much had to be cut off. */
+  drain(grace: number): Promise<{ requests: number; connections: number }>;
+}
+
+const FOLLOW_TICK = 100; // milliseconds between two looks at whether the listeners of `tcp` have changed
+
+/** Opens the listeners of a balancer, and keeps those of `tcp` at what is in force; `at` are the addresses of HTTP. */
+async function listenAll(lb: LoadBalancer, at: Config["listen"], shared: boolean): Promise<Seats> {
+  const { balancer } = lb, open: Listener[] = [], tcp = new Map<string, Promise<Listener>>();
+  for (const one of at) open.push(await openListener((request, env) => lb.fetch(request, env), one, shared));
+  await listenTcp(balancer, tcp, shared).catch((error: Error) => {
+    throw new StartError(error.message);
+  });
+  let { table } = balancer;
+  const following = setInterval(() => {
+    if (table === (table = balancer.table)) return; // whoever has changed it, the file or an operator
+    listenTcp(balancer, tcp, shared).catch((error: Error) => balancer.effects.report("error", error.message));
+  }, FOLLOW_TICK);
+  const closeTcp = async () => {
+    clearInterval(following);
+    await Promise.all([...tcp.values()].map(async (listener) => (await listener).close()));
+  };
+  const closeHttp = () => Promise.all(open.map((listener) => listener.close(balancer.tunnels)));
+  return {
+    addresses: open.map(({ address }) => address),
+    close: () => Promise.all([closeTcp(), closeHttp()]),
+    drain(grace) {
+      const closed = closeTcp();
+      return drain(balancer, () => Promise.all([closed, closeHttp()]), grace);
+    },
+  };
+}
+
+type Handler = (request: Request, env: object) => ReturnType<Serve>;
+async function openListener(fetch: Handler, { host, port }: Config["listen"][number], shared = false) {
+  try {
+    return await runtimes[here].serve((request, env) => fetch(request, env as object), host, port, shared);
+  } catch (error) {
+    throw new StartError(`cannot listen on ${shown(host, port)}: ${(error as Error).message}`);
+  }
+}
+
+const LINGER = 1_000; // milliseconds at most for which clients are asked to come on another connection
+const QUIET = 200; // milliseconds without a request after which none is expected
+
+/**
+ * Ends the work of a thread: clients are told with each answer to close their connections, then the listeners close, what
+ * is in flight finishes, and tunnels and relays are ended.
+ */
+async function drain(balancer: Balancer, close: Seats["close"], grace: number): ReturnType<Seats["drain"]> {
+  const { effects, tunnels, relays } = balancer, begun = effects.now(), end = begun + grace;
+  const until = async (time: number, over: () => boolean) => {
+    while (!over() && effects.now() < time) await effects.sleep(20);
+  };
+  balancer.draining = true;
+  let [seen, since] = [balancer.requests, begun];
+  await until(Math.min(begun + LINGER, end), () => {
+    if (seen !== balancer.requests) [seen, since] = [balancer.requests, effects.now()];
+    return effects.now() >= since + QUIET;
+  });
+  const closed = close();
+  await until(end, () => balancer.inFlight === 0);
+  const connections = relays.size;
+  for (const tunnel of tunnels) closeTunnel(tunnel, GOING_AWAY);
+  for (const end of relays) end();
+  await until(effects.now() + 1_000, () => tunnels.size + relays.size === 0);
+  await Promise.race([closed, effects.sleep(Math.min(500, Math.max(0, end - effects.now())))]);
+  await effects.sleep(50); // for the last lines of the log
+  return { requests: balancer.inFlight, connections };
+}
+
+const WORKER = "lb.ts worker";
+/** What a worker has to know when it starts. All of it can be copied from thread to thread. */
+interface Task {
+  role: typeof WORKER; // somebody else's threads may have imported this file
+  config: string; // in force, with nothing hidden
+  listen: Config["listen"]; // with the ports that the first worker was given
+  workers: number; // that divide the limits
+  secret: string; // of sticky cookies
+  down: [service: string, url: string][]; // what probes have found so far
+}
+/** What the main thread says to its workers. */
+type Order =
+  | { kind: "config"; config: string }
+  | { kind: "probed"; service: string; url: string; problem: string | undefined }
+  | { kind: "drain"; grace: number };
+/** What a worker says. */
+type Word =
+  | { kind: "listening"; addresses: string[] }
+  | { kind: "failed"; reason: string }
+  | { kind: "lines"; lines: string[] }
+  | { kind: "report"; level: "info" | "warn" | "error"; text: string }
+  | { kind: "counts"; counts: Counts }
+  | { kind: "drained"; left: Awaited<ReturnType<Seats["drain"]>> };
+
+/** Limits that hold for all workers together: each has its part. Rates and budgets are each worker's own (README). */
+function divided(config: Config, workers: number): Config {
+  const part = (limit: number) => Number.isFinite(limit) ? Math.ceil(limit / workers) : limit;
+  for (const service of config.services.values()) {
+    if (typeof service.max_in_flight === "number") service.max_in_flight = part(service.max_in_flight);
+    for (const server of service.servers) server.max = part(server.max);
+  }
+  return config;
+}
+
+const COUNTING = 200; // milliseconds between two times that a worker says what it has counted
+
+/** What a worker has counted, by names that its main thread has too. */
+const countsOf = ({ table, requests, inFlight, entrypoints, failures, effects }: Balancer) => ({
+  ...{ requests, inFlight, failures },
+  entrypoints: new Map([...entrypoints].map(([name, { inFlight, tallies }]) => [name, { inFlight, tallies }])),
+  services: new Map([...table.services].map(([name, service]) => {
+    const { turn, inFlight, retrying, retries, copies, tallies, waiting } = service;
+    const servers = new Map(service.servers.map((server) => {
+      const { url, inFlight, picks, answers, retries, ejected, counters, latency, until } = server;
+      const more = { spent: latency * answers, ejectedFor: Math.max(0, until - effects.now()) };
+      return [url, { inFlight, picks, answers, retries, ejected, counters, ...more }];
+    }));
+    return [name, { turn, inFlight, retrying, retries, copies, tallies, queued: waiting.size, servers }];
+  })),
+});
+type Counts = ReturnType<typeof countsOf>;
+
+/** Puts numbers together, and what holds numbers, place by place. */
+function summed<T>(one: T, other: T, how: (a: number, b: number, name: string) => number, name = ""): T {
+  const inside = (a: unknown, b: unknown, key: unknown) => b === undefined ? a : summed(a, b, how, String(key));
+  if (typeof one === "number") return how(one, other as number, name) as T;
+  if (one instanceof Map) {
+    const rest = [...other as Map<unknown, unknown>].filter(([key]) => !one.has(key));
+    return new Map([
+      ...[...one].map(([key, a]) => [key, inside(a, (other as typeof one).get(key), key)] as const),
+      ...rest,
+    ]) as T;
+  }
+  if (Array.isArray(one)) return one.map((a, i) => inside(a, (other as unknown[])[i], i)) as T;
+  return Object.fromEntries(
+    Object.entries(one as Raw).map(([key, a]) => [key, inside(a, (other as Raw)[key], key)]),
+  ) as T;
+}
+const added = (a: number, b: number, name: string): number => name === "ejectedFor" ? Math.max(a, b) : a + b;
+const MOMENTARY = new Set(["inFlight", "retrying", "queued", "ejectedFor"]);
+/** What stays of the counts of a worker that has ended. */
+const finalCounts = (counts: Counts): Counts => summed(counts, counts, (a, _, name) => MOMENTARY.has(name) ? 0 : a);
+
+/** Writes what the workers have counted into the main thread's records, so that all who look there see it. */
+function showCounts(balancer: Balancer, { services, entrypoints, ...own }: Counts): void {
+  Object.assign(balancer, own);
+  for (const [name, counts] of entrypoints) Object.assign(entry(balancer.entrypoints, name, newEntrypoint), counts);
+  for (const service of balancer.table.services.values()) {
+    const { servers, queued = 0, ...counts } = services.get(service.name) ?? {};
+    Object.assign(service, counts, { waiting: new Set(Array.from({ length: queued }, () => () => false)) });
+    for (const server of service.servers) {
+      const { spent = 0, ejectedFor = 0, answers = 0, ...counts } = servers?.get(server.url) ?? {};
+      const until = ejectedFor && balancer.effects.now() + ejectedFor;
+      Object.assign(server, counts, { answers, until, latency: spent / (answers || 1) });
+    }
+  }
+}
+
+/** A worker's whole life: it serves, and does what the main thread says. */
+async function work({ config, listen, workers, secret, down }: Task): Promise<void> {
+  const say = (word: Word) => parentPort!.postMessage(word);
+  const read = (text: string) => divided(parseConfig(text), workers);
+  let lines: string[] = [];
+  const flush = () => (say({ kind: "lines", lines }), lines = []);
+  const lb = createLoadBalancer(read(config), {
+    write: (line) => void (lines.push(line) === 1 && setTimeout(flush, 20)),
+    report: (level, text) => say({ kind: "report", level, text }),
+    secret: () => secret,
+  });
+  const { balancer } = lb, { effects } = balancer;
+  process.on("uncaughtException", (error) => effects.report("error", `internal: ${error.stack ?? error}`)); // serve on
+  const found = (service: string, url: string) => {
+    const known = balancer.table.services.get(service);
+    return [known!, known?.servers.find((server) => server.url === url)] as const;
+  };
+  for (const [name, url] of down) {
+    const [, server] = found(name, url);
+    if (server) server.up = false;
+  }
+  const seats = await listenAll(lb, listen, true).catch((error) => say({ kind: "failed", reason: error.message }));
+  if (!seats) return;
+  parentPort!.on("message", async (order: Order) => {
+    if (order.kind === "config") lb.reload(read(order.config));
+    else if (order.kind === "probed") {
+      const [service, server] = found(order.service, order.url);
+      if (!server) return;
+      onProbed(service, server, order.problem, { ...effects, report: () => {} }); // the main thread has said it
+      server.probesPassed = server.probesFailed = 0; // it has counted them, too
+    } else {
+      const left = await seats.drain(order.grace);
+      flush();
+      say({ kind: "drained", left });
+    }
+  });
+  let seen = -1;
+  setInterval(() => {
+    const { requests, inFlight } = balancer;
+    if (seen !== requests) say({ kind: "counts", counts: countsOf(balancer) });
+    seen = inFlight > 0 ? -1 : requests;
+  }, COUNTING);
+  say({ kind: "listening", addresses: seats.addresses });
+}
+
+const COME_BACK = 500; // milliseconds until a worker that has died is replaced
+
+/** The next word of a kind that a worker says; undefined when it takes too long, or dies. */
+const nextWord = <K extends Word["kind"]>(worker: Worker, kind: K, patience: number) =>
+  new Promise<Extract<Word, { kind: K }> | undefined>((resolve) => {
+    const end = (word?: Word) => {
+      clearTimeout(timer);
+      worker.off("message", hear).off("exit", end);
+      resolve(typeof word === "object" ? word as Extract<Word, { kind: K }> : undefined);
+    };
+    const hear = (word: Word) => word.kind === kind && end(word);
+    const timer = setTimeout(end, patience);
+    worker.on("message", hear).on("exit", end);
+  });
+
+/** Starts the workers, one after the other, and keeps as many. What is changed or found here, they hear at once. */
+async function startFleet(lb: LoadBalancer, count: number, listen: Config["listen"]): Promise<Seats> {
+  const { balancer } = lb, { effects } = balancer, reload = lb.reload;
+  const workers = new Map<Worker, Counts | undefined>(), spelled = () => printConfig(balancer.table.config, false);
+  const tell = (order: Order) => workers.forEach((_, worker) => worker.postMessage(order));
+  let [id, gone]: [number, Counts | undefined] = [0, undefined];
+  const together = (one: Counts | undefined, other: Counts | undefined) =>
+    one && other ? summed(one, other, added) : one ?? other;
+  const show = () => {
+    const total = [...workers.values()].reduce(together, gone);
+    if (total) showCounts(balancer, total);
+  };
+  const start = async (): Promise<string[]> => {
+    const servers = [...balancer.table.services.values()].flatMap(({ servers }) => servers);
+    const down = servers.filter(({ up }) => !up).map(({ service, url }): [string, string] => [service, url]);
+    const task: Task = { role: WORKER, config: spelled(), listen, workers: count, secret: effects.secret(), down };
+    const worker = new Worker(new URL(import.meta.url), { workerData: task });
+    let failed = "it was ended";
+    worker.on("message", (word: Word) => {
+      if (word.kind === "lines") { for (const line of word.lines) effects.write(line); }
+      if (word.kind === "counts" && workers.has(worker)) workers.set(worker, word.counts), show();
+      if (word.kind === "report") effects.report(word.level, word.text);
+      if (word.kind === "failed") failed = word.reason;
+    });
+    worker.on("error", (error: Error) => failed = String(error));
+    const own = ++id;
+    worker.on("exit", () => {
+      const counts = workers.get(worker);
+      gone = together(gone, counts && finalCounts(counts));
+      balancer.workers.delete(own);
+      if (workers.delete(worker)) replace(failed);
+    });
+    const heard = await nextWord(worker, "listening", 30_000);
+    if (!heard) throw new StartError(failed);
+    workers.set(worker, undefined);
+    balancer.workers.set(own, { since: effects.date(), end: () => void worker.terminate() });
+    worker.postMessage({ kind: "config", config: spelled() } satisfies Order); // it may have changed meanwhile
+    return heard.addresses;
+  };
+  const replace = (reason: string) => {
+    if (balancer.draining) return;
+    effects.report("error", `a worker has ended and is replaced: ${reason}`);
+    setTimeout(() => start().catch((error) => replace(error.message)), COME_BACK);
+  };
+  const addresses = await start();
+  listen = listen.map((one, i) => ({ ...one, port: Number(/\d+$/.exec(addresses[i]!)) }));
+  for (let i = 1; i < count; i++) await start();
+  lb.reload = (config) => (reload(config), tell({ kind: "config", config: spelled() }), show());
+  effects.probed = ({ name }, { url }, problem) => tell({ kind: "probed", service: name, url, problem });
+  return {
+    addresses,
+    close: () => Promise.resolve(tell({ kind: "drain", grace: 0 })),
+    async drain(grace) {
+      const drained = [...workers.keys()].map((worker) => nextWord(worker, "drained", grace + 2 * LINGER));
+      tell({ kind: "drain", grace });
+      const left = (await Promise.all(drained)).flatMap((word) => word?.left ?? []);
+      return left.reduce((sum, one) => summed(sum, one, added), { requests: 0, connections: 0 });
+    },
+  };
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // 31. Main: as a program.
 // ---------------------------------------------------------------------------------------------------------------------
@@ -7678,30 +8029,6 @@ async function demo(): Promise<string> {
   }]}}\ndefault: {service: demo}\n`;
 }
 
-const MOST_WAITING = 100_000; // lines that wait for a reader of the log
-
-/** Lines for standard output, written together and never waited for: a reader that stalls costs lines, not requests. */
-function lineWriter(report: Effects["report"]): (line: string) => void {
-  let [waiting, lost, busy]: [string[], number, boolean] = [[], 0, false];
-  const flush = async () => {
-    if (busy) return;
-    busy = true;
-    while (waiting.length) {
-      if (lost) report("warn", `lines of the access log that nobody read: ${lost}`);
-      let bytes = new TextEncoder().encode(waiting.join(""));
-      [waiting, lost] = [[], 0];
-      while (bytes.length) bytes = bytes.subarray(await runtimes[here].print(bytes));
-    }
-    busy = false;
-  };
-  process.on("exit", () => !busy && waiting.length && writeSync(1, waiting.join("")));
-  return (line) => {
-    if (waiting.length === 0 && !busy) setTimeout(flush, 20);
-    if (waiting.length < MOST_WAITING) waiting.push(line + "\n");
-    else lost++;
-  };
-}
-
 /** Runs until a signal ends it. */
 async function run(call: Call): Promise<void> {
   const text = call.options.demo ? await demo() : undefined;
@@ -7709,24 +8036,14 @@ async function run(call: Call): Promise<void> {
   const config = load(call, text);
   const lb = createLoadBalancer(config, { write: lineWriter(defaultEffects().report) });
   const { effects } = lb.balancer;
-  const listeners: Listener[] = [];
-  for (const at of config.listen) listeners.push(await openListener((request, env) => lb.fetch(request, env), at));
+  const seats = await takeSeats(lb, call, config);
   if (config.admin) {
     const file = text === undefined ? { file: call.file } : {};
     const admin = createAdmin(lb, { ...file, parse: (text) => load(call, text) });
     const { address } = await openListener((request, env) => admin.fetch(request, env), config.admin.listen);
     effects.report("info", `admin on http://${address}`);
   }
-  const tcp = new Map<string, Promise<Listener>>();
-  await listenTcp(lb.balancer, tcp).catch((error: Error) => {
-    throw new StartError(error.message);
-  });
-  let { table } = lb.balancer;
-  setInterval(() => {
-    void lb.probe();
-    if (table === (table = lb.balancer.table)) return; // whoever has changed it, the file or an operator
-    listenTcp(lb.balancer, tcp).catch((error: Error) => effects.report("error", error.message));
-  }, PROBE_TICK);
+  setInterval(() => void lb.probe(), PROBE_TICK);
   const reload = () => again(call, lb);
   if (text === undefined) {
     process.on("SIGHUP", reload);
@@ -7736,20 +8053,33 @@ async function run(call: Call): Promise<void> {
   }
   process.stderr.on("error", () => {}); // nobody reads it any more: reporting that would go round in circles
   process.on("uncaughtException", (error) => effects.report("error", `internal: ${error.stack ?? error}`)); // serve on
-  for (const signal of ["SIGTERM", "SIGINT"] as const) {
-    process.on(signal, () => void drain(lb, [...listeners, ...tcp.values()], call.drain));
-  }
-  for (const { address } of listeners) effects.report("info", `lb.ts ${VERSION} listening on http://${address}`);
+  for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => void quit(lb, seats, call.drain));
+  for (const address of seats.addresses) effects.report("info", `lb.ts ${VERSION} listening on http://${address}`);
+  if (call.workers > 1) effects.report("info", `workers: ${call.workers}`);
   announce(lb);
 }
 
-/** A listener. While the others drain, that of the admin stays open. */
-async function openListener(fetch: (request: Request, env: object) => ReturnType<Serve>, at: Config["listen"][number]) {
-  try {
-    return await runtimes[here].serve((request, env) => fetch(request, env as object), at.host, at.port);
-  } catch (error) {
-    throw new StartError(`cannot listen on ${shown(at.host, at.port)}: ${(error as Error).message}`);
-  }
+/** Opens the listeners: here, or in workers. That the port is nobody else's is tried first, as workers share it. */
+async function takeSeats(lb: LoadBalancer, call: Call, { listen }: Config): Promise<Seats> {
+  const shared = call.options["reuse-port"] ?? false;
+  if (call.workers === 1) return await listenAll(lb, listen, shared);
+  if (!shared) await (await listenAll(lb, listen, false)).close();
+  return await startFleet(lb, call.workers, listen);
+}
+
+/** The end after a signal; a second one ends at once. */
+async function quit({ balancer }: LoadBalancer, seats: Seats, grace: number): Promise<void> {
+  const { effects } = balancer;
+  if (balancer.draining) process.exit(1);
+  balancer.draining = true;
+  effects.report("info", `draining; requests in flight: ${balancer.inFlight}`);
+  const left = await seats.drain(grace);
+  const words = [
+    ...left.requests ? [`; requests cut off: ${left.requests}`] : [],
+    ...left.connections ? [`; connections ended: ${left.connections}`] : [],
+  ];
+  effects.report("info", `drained${words.join("")}`);
+  process.exit(0);
 }
 
 /** Whether a file says what is in force: what the admin API has saved is. */
@@ -7792,29 +8122,6 @@ function again(call: Call, lb: LoadBalancer): void {
     lb.balancer.reloadFailed = true;
     effects.report("error", `the old config stays in force:\n${(error as Error).message}`);
   }
-}
-
-/** No new connections, requests in flight finish, then the end; a second signal ends at once. */
-async function drain(lb: LoadBalancer, listeners: (Listener | Promise<Listener>)[], grace: number): Promise<void> {
-  const { effects } = lb.balancer;
-  if (lb.balancer.draining) process.exit(1);
-  lb.balancer.draining = true;
-  effects.report("info", `draining; requests in flight: ${lb.balancer.inFlight}`);
-  const closed = Promise.all(listeners.map(async (listener) => (await listener).close(lb.balancer.tunnels)));
-  const end = effects.now() + grace;
-  while (lb.balancer.inFlight > 0 && effects.now() < end) await effects.sleep(20);
-  const { tunnels, relays } = lb.balancer, ended = relays.size;
-  for (const tunnel of tunnels) closeTunnel(tunnel, GOING_AWAY);
-  for (const end of relays) end();
-  for (const last = effects.now() + 1_000; tunnels.size + relays.size > 0 && effects.now() < last;) {
-    await effects.sleep(20);
-  }
-  await Promise.race([closed, effects.sleep(Math.min(500, Math.max(0, end - effects.now())))]);
-  await effects.sleep(50); // for the last lines of the log
-  const left = [["requests cut off", lb.balancer.inFlight], ["connections ended", ended]] as const;
-  const words = left.filter(([, number]) => number > 0).map(([what, number]) => `; ${what}: ${number}`);
-  effects.report("info", `drained${words.join("")}`);
-  process.exit(0);
 }
 
 /** The program. Gives an exit status, or undefined while it runs on. */
@@ -7878,7 +8185,8 @@ function edge() {
   };
 }
 
-if (import.meta.main) {
+if (!isMainThread && (workerData as Task | null)?.role === WORKER) await work(workerData as Task);
+else if (import.meta.main) {
   const status = await main(process.argv.slice(2), process.env);
   if (status) process.exit(status); // listeners that are open already would keep it running
 }

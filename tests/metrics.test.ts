@@ -14,7 +14,6 @@ import {
   quantile,
   renderMetrics,
   samplesOf,
-  sumSamples,
   totalOf,
   WireError,
 } from "../lb.ts";
@@ -290,18 +289,6 @@ test("a server that is down or ejected is not up", async () => {
   assert.equal(valueOf(shown(lb), "lb_server_ejections_total", { url: "http://a:1" }), 1);
   clock.now += 31_000;
   assert.deepEqual(up(), [1, 1]);
-});
-
-test("samples of several workers add up, but for what they share", async () => {
-  const [one, two] = [setUp(), setUp([503])];
-  for (const { ask } of [one, two]) await ask();
-  const samples = [one, two].map(({ lb }) => samplesOf(lb.balancer));
-  const families = read(renderMetrics(sumSamples(samples)));
-  assert.equal(valueOf(families, "lb_entrypoint_requests_total", { code: "200" }), 1);
-  assert.equal(valueOf(families, "lb_entrypoint_requests_total", { code: "503" }), 1);
-  assert.equal(valueOf(families, "lb_server_requests_total", { url: "http://a:1" }), 2);
-  assert.equal(valueOf(families, "lb_service_server_up", { url: "http://a:1" }), 1);
-  assert.equal(valueOf(families, "lb_config_last_reload_success"), 1);
 });
 
 test("README has every metric, and no other", async () => {

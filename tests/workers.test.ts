@@ -1,0 +1,150 @@
+// Many cores: threads that share the port and a main thread that decides for them.
+
+import assert from "node:assert/strict";
+import nodeTest from "node:test";
+import {
+  answer,
+  get,
+  type Program,
+  rawRequest,
+  type Script,
+  scriptedServer,
+  startProgram,
+  status,
+  until,
+  value,
+} from "./rig.ts";
+
+const test = (name: string, body: () => Promise<void>) => nodeTest(name, { timeout: 120_000 }, body);
+
+/** Tells who has forwarded the request: ids begin with the worker's name. */
+const named: Script = (visit, request) => visit.send(answer(value(request, "x-request-id").split("-")[0]!));
+
+/** Two workers in front of one server, or of what `more` says, with an admin listener. */
+async function fleet(
+  use: (
+    lb: Program & { api(path: string, method?: string, body?: unknown): Promise<Response> },
+    address: string,
+  ) => Promise<void>,
+  more: Record<string, unknown> = {},
+  script = named,
+) {
+  const server = await scriptedServer(script);
+  const service = { servers: [server.address], health: { interval: "100ms", fall: 1, rise: 1 }, ...more };
+  const config = {
+    log: "off",
+    admin: { listen: "127.0.0.1:0" },
+    services: { shop: service },
+    default: { service: "shop" },
+  };
+  const lb = await startProgram(config, ["--workers", "2"]);
+  const admin = /admin on (http:\/\/127\.0\.0\.1:\d+)/.exec(lb.output())![1];
+  const api = (path: string, method = "GET", body?: unknown) =>
+    fetch(`${admin}${path}`, {
+      method,
+      ...(body !== undefined && { body: JSON.stringify(body), headers: { "content-type": "application/json" } }),
+    });
+  try {
+    await use({ ...lb, api }, server.address);
+    await lb.stop();
+    assert.match(lb.output(), /info: drained\n$/, "requests are left in flight");
+  } finally {
+    await lb.stop();
+    await server.close();
+  }
+}
+
+const ask = async (port: number) => (await rawRequest(port, get("/"))).answers[0]!;
+/** So many connections, one after the other: which worker each of them met. */
+async function met(port: number, connections: number): Promise<string[]> {
+  const names: string[] = [];
+  for (let i = 0; i < connections; i++) names.push((await ask(port)).body.toString());
+  return names;
+}
+
+test("connections are spread over the workers, and what they count adds up", () =>
+  fleet(async ({ port, api }) => {
+    const names = await met(port, 60);
+    assert.equal(new Set(names).size, 2, "each of two workers had some of sixty");
+    const counted = () => api("/metrics").then((answer) => answer.text());
+    let metrics = "";
+    for (let i = 0; i < 50 && !/lb_service_requests_total\{.*\} 60\n/.test(metrics); i++) {
+      await new Promise((resolve) => setTimeout(resolve, 100));
+      metrics = await counted();
+    }
+    assert.match(metrics, /lb_service_requests_total\{service="shop",code="200",method="GET",protocol="http"\} 60\n/);
+    assert.match(metrics, /lb_service_server_up\{.*\} 1\n/);
+    const { services, in_flight } = await (await api("/services")).json();
+    assert.deepEqual([services[0].requests, services[0].servers[0].picks, in_flight], [60, 60, 0]);
+  }));
+
+test("what the API changes and what probes find holds for all workers", () =>
+  fleet(async ({ port, api }, address) => {
+    const drained = await api(`/services/shop/servers/${address}/state`, "PUT", { state: "maint" });
+    assert.equal(drained.status, 200);
+    for (let i = 0; i < 20; i++) assert.equal(status(await ask(port)), 503);
+    await api(`/services/shop/servers/${address}/state`, "PUT", { state: "ready" });
+    for (let i = 0; i < 20; i++) assert.equal(status(await ask(port)), 200);
+  }, { panic: "0%" }));
+
+test("a server that is down is down for all workers, and up again for all", () => {
+  let healthy = true;
+  const script: Script = (visit, request) =>
+    request.start.includes("/healthz")
+      ? visit.send(answer("", "", healthy ? "200 OK" : "500 No"))
+      : named(visit, request, 0);
+  return fleet(
+    async ({ port, output }) => {
+      healthy = false;
+      await until("it is down", () => / is down/.test(output()));
+      for (let i = 0; i < 20; i++) assert.equal(status(await ask(port)), 503);
+      healthy = true;
+      await until("it is up", () => / is up/.test(output()));
+      for (let i = 0; i < 20; i++) assert.equal(status(await ask(port)), 200);
+      assert.equal(output().match(/ is down/g)!.length, 1, "said once");
+    },
+    { panic: "0%", health: { path: "/healthz", interval: "100ms", fall: 1, rise: 1 } },
+    script,
+  );
+});
+
+test("a worker that ends is replaced, and the other serves on", () =>
+  fleet(async ({ port, api, output }) => {
+    const before = await (await api("/workers")).json() as { id: number }[];
+    assert.deepEqual(before.map(({ id }) => id), [1, 2]);
+    assert.equal((await api("/workers/9", "DELETE")).status, 404);
+    assert.equal((await api("/workers/1", "DELETE")).status, 200);
+    await until("it is said", () => /a worker has ended and is replaced/.test(output()));
+    for (let i = 0; i < 20; i++) assert.equal(status(await ask(port)), 200);
+    let after = before;
+    for (let i = 0; i < 100 && !after.some(({ id }) => id === 3); i++) {
+      await new Promise((resolve) => setTimeout(resolve, 50));
+      after = await (await api("/workers")).json();
+    }
+    assert.deepEqual(after.map(({ id }) => id), [2, 3]);
+    assert.equal(new Set(await met(port, 60)).size, 2);
+  }));
+
+test("the port is nobody else's, though workers share it", async () => {
+  const server = await scriptedServer(named);
+  const lb = await startProgram({ default: { servers: [server.address] } }, ["--workers", "2"]);
+  try {
+    const taken = ["--listen", `127.0.0.1:${lb.port}`];
+    for (const workers of ["2", "1"]) {
+      const second = startProgram({ default: { respond: {} } }, [...taken, "--workers", workers]);
+      await assert.rejects(second, /cannot listen on/, `workers: ${workers}`);
+    }
+  } finally {
+    await lb.stop();
+    await server.close();
+  }
+});
+
+test("a wrong number of workers is refused", async () => {
+  for (const wrong of ["0", "-1", "two", "1.5", "257"]) {
+    await assert.rejects(
+      startProgram({ default: { respond: {} } }, [`--workers=${wrong}`]),
+      /is not auto or a whole number/,
+    );
+  }
+});
