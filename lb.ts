@@ -3044,7 +3044,7 @@ export type Outcome =
   | { kind: Failure; sent: boolean; detail: string };
 
 /** What happens to a request's header: `ours` is set by us, `told` is believed only from trusted peers. */
-type Passage = "pass" | "drop" | "connection" | "told" | "via";
+type Passage = "pass" | "drop" | "connection" | "told" | "via" | "max-forwards";
 const PASSAGES: Record<string, Passage> = {
   "connection": "connection",
   "content-length": "drop",
@@ -3053,6 +3053,7 @@ const PASSAGES: Record<string, Passage> = {
   "host": "drop",
   "http2-settings": "drop",
   "keep-alive": "drop",
+  "max-forwards": "max-forwards",
   "proxy": "drop",
   "proxy-authorization": "drop",
   "proxy-connection": "drop",
@@ -3142,6 +3143,12 @@ function takeUpTrace(balancer: Balancer, exchange: Exchange): void {
   if (sent) exchange.state = valueIn(exchange.headers, "tracestate");
 }
 
+/** Max-Forwards, which is about OPTIONS only (RFC 9110 section 7.6.2); at 0 a request goes no further. */
+const oneHopLess = ({ method }: Exchange, hops: string): string =>
+  method === "OPTIONS" && /^\d{1,9}$/.test(hops) ? `${Math.max(0, Number(hops) - 1)}` : hops;
+const goesNoFurther = ({ method, headers }: Exchange): boolean =>
+  method === "OPTIONS" && /^0+$/.test(valueIn(headers, "max-forwards"));
+
 /** The headers of the request as its servers get them; Host stands first and is filled in for each of them. */
 function outbound(exchange: Exchange, balancer: Balancer): string[] {
   const { headers, host, peer, scheme, told } = exchange;
@@ -3153,6 +3160,7 @@ function outbound(exchange: Exchange, balancer: Balancer): string[] {
     const passage = passageOf(headers[i]!);
     if (passage === "pass") out.push(headers[i]!, headers[i + 1]!);
     else if (passage === "via") chain = join(chain, headers[i + 1]!);
+    else if (passage === "max-forwards") out.push(headers[i]!, oneHopLess(exchange, headers[i + 1]!));
     else if (passage === "connection") connection = join(connection, headers[i + 1]!);
   }
   const named = connectionNames(connection);
@@ -4451,10 +4459,17 @@ function answer(balancer: Balancer, exchange: Exchange, route: Route): Response 
   const { action } = route;
   if (action.kind === "redirect") return conclude(balancer, exchange, redirect(exchange, action), true);
   if (action.kind === "respond") return conclude(balancer, exchange, respondLiterally(route, action), true);
+  if (goesNoFurther(exchange)) return conclude(balancer, exchange, ownOptions(route), true);
   const destination = exchange.destination = drawDestination(route, exchange, balancer.effects);
   destination.service.inFlight++;
   if (!destination.around || exchange.upgrade) return attempts(balancer, exchange, destination);
   return layered(balancer, exchange, destination.around, () => attempts(balancer, exchange, destination));
+}
+
+/** What may be asked here, said by ourselves. */
+function ownOptions({ methods }: Route): Response {
+  const allow = (methods.length ? methods : ANY_METHOD).join(", ");
+  return new Response(null, { status: 200, headers: { allow, "content-length": "0" } });
 }
 
 /** Middleware may answer in place of a server, as CORS does with preflights. */

@@ -554,6 +554,23 @@ for (const [why, from, sent, wanted] of HEADERS) {
   });
 }
 
+test("Max-Forwards counts the hops of OPTIONS: at 0 the balancer answers, and elsewhere it means nothing", async () => {
+  const { ask, asked, seen } = setUp("", [200], {
+    yaml: "log: off\nroutes: [{ path: /some, methods: [GET, OPTIONS], servers: [a:1] }]\ndefault: { servers: [a:1] }",
+  });
+  const hops = async (method: string, value: string, path = "/") => {
+    asked.length = 0;
+    const answer = await ask(`http://h.test${path}`, { method, headers: { "max-forwards": value } });
+    return asked.length ? seen.headers["max-forwards"] : `${answer.status} ${answer.headers.get("allow")}`;
+  };
+  assert.equal(await hops("OPTIONS", "0"), "200 GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS");
+  assert.equal(await hops("OPTIONS", "0", "/some"), "200 GET, OPTIONS");
+  assert.equal(await hops("OPTIONS", "1"), "0");
+  assert.equal(await hops("OPTIONS", "10"), "9");
+  assert.equal(await hops("OPTIONS", "many"), "many");
+  assert.equal(await hops("GET", "0"), "0");
+});
+
 test("a stranger's request id is replaced", async () => {
   const { ask, seen } = setUp();
   await ask(undefined, { from: { headers: ["X-Request-Id", "theirs"] } });

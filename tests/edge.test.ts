@@ -3,6 +3,7 @@
 
 import assert from "node:assert/strict";
 import { execFile } from "node:child_process";
+import { randomBytes } from "node:crypto";
 import { mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { createRequire } from "node:module";
 import type { Socket } from "node:net";
@@ -13,6 +14,7 @@ import { after, before, test, type TestContext } from "node:test";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import { brotliCompressSync, deflateSync, gunzipSync, gzipSync, zstdCompressSync } from "node:zlib";
+import { BINARY, handshake, openWebSocket, webSocketServer } from "./frames.ts";
 import {
   answer,
   type Message,
@@ -711,4 +713,43 @@ test("a route's rules, redirects, answers and limits hold at the edge too", { sk
   assert.equal(value(await rare("2001:db8::2"), "ratelimit"), '"default";r=0;t=30');
   assert.equal(failure(await rare("2001:db8::3")), "429 rate");
   assert.equal(status(await rare("2001:db8:1::1")), 200);
+});
+
+// ─── WebSockets ───
+
+test("a WebSocket passes with its headers, its subprotocol and its close codes", { skip }, async (t) => {
+  const own = await webSocketServer();
+  t.after(() => own.close());
+  own.answer = () => "Sec-WebSocket-Protocol: chat\r\nSet-Cookie: a=1\r\nSet-Cookie: b=2\r\nX-Own: 1\r\n";
+  const lb = await edge(t, { default: { servers: [await nobody(), own.address], strategy: "first" }, log: "json" });
+  const headers = "Origin: https://x.test\r\nSec-WebSocket-Protocol: soap, chat\r\n";
+  const client = await openWebSocket(lb.port, "/room?id=1", headers);
+  const server = await until("the server's end is open", () => own.peers[0]);
+  for (const line of ["get /room?id=1 http/1.1", "origin: https://x.test", "sec-websocket-protocol: soap, chat"]) {
+    assert.ok(own.heads[0]!.toLowerCase().includes(`${line}\r\n`), own.heads[0]);
+  }
+  assert.match(own.heads[0]!, /^via: 1\.1 lb-/im);
+  for (const line of ["sec-websocket-protocol: chat", "set-cookie: a=1", "set-cookie: b=2", "x-own: 1"]) {
+    assert.ok(client.head.toLowerCase().includes(`${line}\r\n`), client.head);
+  }
+  const payload = randomBytes(1 << 20);
+  client.send(BINARY, payload);
+  assert.ok((await server.frame(0)).payload.equals(payload));
+  server.send(BINARY, payload);
+  assert.ok((await client.frame(0)).payload.equals(payload));
+  client.close(4001, "bye");
+  await until("the close frame comes", () => server.frames[1]);
+  assert.deepEqual(await server.closed(), [4001, "bye"]);
+  server.close(4001, "bye");
+  assert.deepEqual(await client.closed(), [4001, "bye"]);
+  const lines = lb.logs.filter((line) => line.includes('"/room"'));
+  assert.deepEqual(lines.map((line) => JSON.parse(line)["http.response.status_code"]), [101]);
+});
+
+test("a server's refusal of a WebSocket reaches the client as it is", { skip }, async (t) => {
+  const no = await server(t, (visit) => visit.send(answer("no", "X-Why: because\r\n", "401 Unauthorized")));
+  const lb = await edge(t, { default: { servers: over(no) } });
+  const { answers } = await rawRequest(lb.port, handshake("/"));
+  assert.deepEqual(answers.map((one) => [status(one), value(one, "x-why"), body(one)]), [[401, "because", "no"]]);
+  assert.equal(no.requests.length, 1);
 });

@@ -7,6 +7,8 @@ import { readFileSync } from "node:fs";
 import { type AddressInfo, connect, createServer, type Socket } from "node:net";
 import process from "node:process";
 import { after, before, test } from "node:test";
+import { Hono } from "hono";
+import { createLoadBalancer, parseConfig, websocket } from "../lb.ts";
 import {
   BINARY,
   CLOSE,
@@ -716,4 +718,33 @@ test("draining leaves WebSockets their time, and then ends them with 1001", asyn
   await until("it ends", () => !alive());
   assert.doesNotMatch(lb.output(), /cut off/);
   assert.equal(await lb.stop(), 0);
+});
+
+// ─── As a library ───
+
+interface Globals {
+  Deno?: { serve(options: object, fetch: unknown): { addr: { port: number }; shutdown(): Promise<void> } };
+  Bun?: { serve(options: object): { port: number; stop(force: boolean): Promise<void> } };
+}
+
+test("in an app of one's own WebSockets pass where the runtime can switch: on Deno, and on Bun with our handlers", async () => {
+  const { Deno, Bun } = globalThis as Globals;
+  const lb = createLoadBalancer(parseConfig(`log: off\ndefault: { servers: ["${echo.address}"] }`));
+  const app = new Hono();
+  app.use(async (context, next) => {
+    await next();
+    context.header("x-wrapped", "yes");
+  });
+  app.route("/", lb);
+  if (!Deno && !Bun) return; // Node gives an upgrade to who listens for it
+  const options = { port: 0, hostname: "127.0.0.1", onListen() {}, fetch: app.fetch, websocket };
+  const server = Deno?.serve(options, app.fetch) ?? Bun!.serve(options);
+  const client = await openWebSocket("addr" in server ? server.addr.port : server.port);
+  client.send(TEXT, "through the app");
+  assert.equal((await client.frame(0)).payload.toString(), "through the app");
+  assert.equal(lb.balancer.inFlight, 1);
+  client.close(1000);
+  await until("it is over", () => lb.balancer.inFlight === 0);
+  client.socket.destroy();
+  await ("addr" in server ? server.shutdown() : server.stop(true));
 });
