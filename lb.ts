@@ -47,13 +47,30 @@
  */
 
 import { createHash, createHmac, randomBytes, randomFillSync } from "node:crypto";
-import { promises as disk, readFileSync, renameSync, type Stats, statSync, write as writeTo, writeSync } from "node:fs";
+import {
+  chmodSync,
+  chownSync,
+  closeSync,
+  existsSync,
+  fsync,
+  linkSync,
+  openSync,
+  readFileSync,
+  realpathSync,
+  renameSync,
+  rmSync,
+  type Stats,
+  statSync,
+  write as writeTo,
+  writeFileSync,
+  writeSync,
+} from "node:fs";
 import type { IncomingMessage, ServerResponse } from "node:http";
 import { type AddressInfo, connect as netConnect, createServer, isIP, type Socket } from "node:net";
 import process from "node:process";
 import { connect as tlsConnect } from "node:tls";
 import { availableParallelism } from "node:os";
-import { isDeepStrictEqual, parseArgs } from "node:util";
+import { isDeepStrictEqual, parseArgs, promisify } from "node:util";
 import { isMainThread, parentPort, Worker, workerData } from "node:worker_threads";
 import { toJsonSchema } from "@valibot/to-json-schema";
 import { closest, distance } from "fastest-levenshtein";
@@ -6000,47 +6017,55 @@ export function rewrite(text: string, shall: unknown, says = readAsWritten(text,
   throw new SaveError(409, "this cannot be written into the file without changing more of it, as with anchors (&, *)");
 }
 
-/** Puts a file in the place of another one, whole or not at all, whenever the process may end. */
-async function replaceFile(path: string, text: string, like: Pick<Stats, "mode" | "uid" | "gid">, check = () => {}) {
+const fsyncLater = promisify(fsync);
+
+/** A new file beside another one, on the disk to its last byte. Only that is waited for: it may take long. */
+async function writeBeside(
+  path: string,
+  text: string,
+  { mode, uid, gid }: Pick<Stats, "mode" | "uid" | "gid">,
+): Promise<string> {
   const fresh = `${path}.new`;
+  rmSync(fresh, { force: true });
+  const file = openSync(fresh, "wx", 0o600); // nobody reads along; then as open as the other one
   try {
-    await disk.rm(fresh, { force: true });
-    const file = await disk.open(fresh, "wx", 0o600); // nobody reads along; then as open as the old one
-    try {
-      await file.writeFile(text);
-      await disk.chmod(fresh, like.mode & 0o777);
-      await disk.chown(fresh, like.uid, like.gid).catch(() => {}); // which only root may
-      await file.sync();
-    } finally {
-      await file.close();
-    }
-    check();
-    renameSync(fresh, path);
-  } catch (error) {
-    await disk.rm(fresh, { force: true }).catch(() => {});
-    throw error instanceof SaveError
-      ? error
-      : new SaveError(500, `${path} cannot be written: ${(error as Error).message}`);
+    writeFileSync(file, text);
+    chmodSync(fresh, mode & 0o777);
+    if (statSync(fresh).uid !== uid && uid >= 0) chownSync(fresh, uid, gid);
+    await fsyncLater(file);
+  } finally {
+    closeSync(file);
   }
+  return fresh;
 }
 
 /**
- * Saves a file that said `before`, and keeps that as `.bak` beside it.
+ * Saves a file that said `before`, and keeps that as `.bak` beside it. Whenever the process ends, it is whole: old or new.
  * @throws {SaveError} where it says something else by now, or cannot be written: then it is as it was
  */
 export async function saveFile(file: string, before: string, text: string): Promise<void> {
-  const path = await disk.realpath(file).catch(() => file); // a link stays one
-  const like = await disk.stat(path).catch(() => ({ mode: 0o600, uid: -1, gid: -1 }));
+  const isThere = existsSync(file), path = isThere ? realpathSync(file) : file; // a link stays one
   const check = () => {
-    if (like.uid < 0 || readFileSync(path, "utf8") === before) return;
+    if (!isThere || readFileSync(path, "utf8") === before) return;
     throw new SaveError(
       409,
       `${path} was changed by somebody else and is not in force, or not yet: nothing is overwritten`,
     );
   };
-  check();
-  await replaceFile(`${path}.bak`, before, like);
-  await replaceFile(path, text, like, check);
+  try {
+    check();
+    const fresh = await writeBeside(path, text, isThere ? statSync(path) : { mode: 0o600, uid: -1, gid: -1 });
+    check();
+    rmSync(`${path}.bak`, { force: true });
+    if (isThere) linkSync(path, `${path}.bak`);
+    renameSync(fresh, path);
+  } catch (error) {
+    try {
+      rmSync(`${path}.new`, { force: true });
+    } catch { /* what is in the way is not ours */ }
+    if (error instanceof SaveError) throw error;
+    throw new SaveError(500, `${path} cannot be written: ${(error as Error).message}`);
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -2,10 +2,28 @@
 
 import assert from "node:assert/strict";
 import { spawnSync } from "node:child_process";
+import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import process from "node:process";
 import nodeTest from "node:test";
 import { fileURLToPath } from "node:url";
-import { answer, get, type Program, rawRequest, runtime, scriptedServer, startProgram, status, until } from "./rig.ts";
+import { Hono } from "hono";
+import { createAdmin, createLoadBalancer, parseConfig } from "../lb.ts";
+import {
+  answer,
+  get,
+  type Program,
+  rawRequest,
+  runtime,
+  type ScriptedServer,
+  scriptedServer,
+  sleep,
+  startProgram,
+  status,
+  target,
+  until,
+} from "./rig.ts";
 
 // bun test gives a test five seconds unless it says otherwise
 const test = (name: string, body: () => Promise<void>) => nodeTest(name, { timeout: 120_000 }, body);
@@ -13,7 +31,7 @@ const test = (name: string, body: () => Promise<void>) => nodeTest(name, { timeo
 const TOKEN = "the-operators-token", READ_TOKEN = "the-readers-token";
 const ADMIN = ["--admin", "127.0.0.1:0"];
 
-/** The program with this config and an admin listener, while `use` lasts. */
+/** The program with this config and an admin listener, while `use` lasts. Afterwards nothing may be in flight. */
 async function running(config: unknown, use: (lb: Program) => Promise<void>, args: string[] = ADMIN) {
   const lb = await startProgram(config, args);
   try {
@@ -177,4 +195,608 @@ test("readiness turns 503 when it drains, and requests in flight still finish", 
     },
   );
   await server.close();
+});
+
+// ─── Services and servers ───
+
+/** Servers that say their own name, while `use` lasts. */
+async function serving(count: number, use: (...servers: ScriptedServer[]) => Promise<void>): Promise<void> {
+  const servers = await Promise.all(
+    Array.from({ length: count }, (_, i) => scriptedServer((visit) => visit.send(answer(`s${i}`)))),
+  );
+  try {
+    await use(...servers);
+  } finally {
+    await Promise.all(servers.map((server) => server.close()));
+  }
+}
+const over = (...servers: ScriptedServer[]) =>
+  `# the shop
+services:
+  shop:
+    servers:
+${servers.map(({ address }, i) => `      - ${address}   # s${i}`).join("\n")}
+    health: off
+default: { service: shop }   # for all
+`;
+const body = async (port: number, path = "/") => {
+  const answer = await fetch(`http://127.0.0.1:${port}${path}`);
+  return `${answer.status === 200 ? "" : `${answer.status} `}${await answer.text()}`.trim();
+};
+/** Who answers the next requests, in alphabetical order. */
+const answers = async (port: number, count: number, path = "/") => {
+  const said: string[] = [];
+  for (let i = 0; i < count; i++) said.push(await body(port, path));
+  return said.sort().join(" ");
+};
+const file = (lb: Program) => readFileSync(lb.file, "utf8");
+const WEBSITE = { "content-type": "application/x-www-form-urlencoded" }; // what curl -d says
+
+test("POST / changes the servers of the default service, with PythonLoadBalancer's body; repeated ones weigh more", () =>
+  serving(3, (a, b, c) =>
+    running(over(a, b), async (lb) => {
+      const entry = ({ port }: ScriptedServer) => ({ addr: "127.0.0.1", port });
+      assert.equal(await answers(lb.port, 4), "s0 s0 s1 s1");
+      const changed = await ask(lb, "POST /", JSON.stringify({ servers: [entry(b), entry(c), entry(c)] }), WEBSITE);
+      assert.equal(changed.status, 200, changed.text);
+      assert.equal(await answers(lb.port, 6), "s1 s1 s2 s2 s2 s2");
+      for (
+        const bad of [
+          "{}",
+          '{"servers":[]}',
+          '{"servers":[{"addr":"127.0.0.1"}]}',
+          '{"servers":[{"addr":"a/b","port":1}]}',
+          '{"servers":[{"addr":"127.0.0.1","port":"8000"}]}',
+          '{"servers":[{"addr":"127.0.0.1","port":70000}]}',
+          '{"servers":[{"addr":"127.0.0.1","port":1,"x":1}]}',
+          '{"servers":',
+          "[]",
+          "",
+        ]
+      ) {
+        assert.equal((await ask(lb, "POST /", bad, WEBSITE)).status, 400, bad);
+      }
+      assert.equal(await answers(lb.port, 3), "s1 s2 s2");
+      assert.match(file(lb), new RegExp(`^      - ${b.address}   # s1$`, "m"));
+      assert.match(file(lb), /default: \{ service: shop \} {3}# for all\n$/);
+    })));
+
+test("POST / means the only service where there is no default, and asks which one where there are several", () =>
+  serving(2, async (a, b) => {
+    const to = { servers: [{ addr: "127.0.0.1", port: b.port }] };
+    await running(`paths: [{ path: /, servers: ["${a.address}"], health: off }]`, async (lb) => {
+      assert.equal((await ask(lb, "POST /", to)).status, 200);
+      assert.equal(await body(lb.port), "s1");
+    });
+    const two = { one: { servers: [a.address] }, two: { servers: [a.address] } };
+    await running({ services: two, name_routes: true }, async (lb) => {
+      const { status, json } = await ask(lb, "POST /", to);
+      assert.deepEqual([status, json.detail], [409, "which service? one, two"]);
+    });
+  }));
+
+test("services come and go over the API, forward at once under their names, and are there after a restart", () =>
+  serving(2, async (a, b) => {
+    const folder = mkdtempSync(join(tmpdir(), "lb-")), path = join(folder, "routes.yml");
+    writeFileSync(path, "name_routes: true # /<service>/<path>\n# mine\nadmin: { listen: 127.0.0.1:0 }\n");
+    const again = (use: (lb: Program) => Promise<void>) => running("", use, ["-c", path]);
+    await again(async (lb) => {
+      assert.deepEqual((await ask(lb, "GET /services")).json.services, []);
+      assert.equal((await ask(lb, "GET /services/one")).status, 404);
+      const made = await ask(lb, "POST /services/one", { servers: [a.address], health: "off" });
+      assert.deepEqual([made.status, made.json.name], [201, "one"]);
+      assert.equal((await ask(lb, "POST /services/one", { servers: [b.address] })).status, 409);
+      assert.equal(await body(lb.port, "/one/deep/path?x=1"), "s0");
+      assert.equal(target(a.requests.at(-1)!), "/deep/path?x=1");
+      const put = await ask(lb, "PUT /services/services", { servers: [b.address], health: "off" });
+      assert.equal(put.status, 201);
+      assert.equal(await body(lb.port, "/services/x"), "s1");
+      assert.deepEqual((await ask(lb, "GET /services/services")).json.config, { servers: [b.address], health: "off" });
+      const patched = await ask(lb, "PATCH /services/one", { servers: [a.address, b.address], strategy: "first" });
+      assert.deepEqual([patched.status, patched.json.strategy], [200, "first"]);
+      assert.equal(await answers(lb.port, 2, "/one/"), "s0 s0");
+      const replaced = await ask(lb, "PUT /services/one", { servers: [b.address], health: "off" });
+      assert.deepEqual([replaced.status, replaced.json.strategy], [200, "round-robin"]);
+      assert.equal((await ask(lb, "GET /services")).json.services.length, 2);
+    });
+    assert.match(readFileSync(path, "utf8"), /^name_routes: true # \/<service>\/<path>\n# mine\nadmin: /);
+    await again(async (lb) => {
+      assert.equal(await body(lb.port, "/one/"), "s1");
+      assert.equal((await ask(lb, "DELETE /services/one")).status, 200);
+      assert.equal((await ask(lb, "DELETE /services/one")).status, 404);
+      assert.match(await body(lb.port, "/one/"), /^404/);
+      assert.equal(await body(lb.port, "/services/"), "s1");
+    });
+    rmSync(folder, { recursive: true });
+  }));
+
+test("a drained server gets no new requests, finishes those it has, and the answer can wait for them", async () => {
+  let finish = () => {};
+  const slow = await scriptedServer((visit) =>
+    new Promise<void>((resolve) => finish = () => (void visit.send(answer("slow")), resolve()))
+  );
+  await serving(1, (other) =>
+    running(over(slow, other), async (lb) => {
+      const state = `/services/shop/servers/${slow.address}/state`;
+      const asked = body(lb.port);
+      await until("the request arrives", () => slow.requests.length === 1);
+      const early = await ask(lb, `PUT ${state}?wait=30ms`, { state: "drain" });
+      assert.deepEqual([early.status, early.json.status, early.json.in_flight], [202, "drain", 1]);
+      let over = false;
+      const waiting = ask(lb, `PUT ${state}?wait=30s`, { state: "drain" }).finally(() => over = true);
+      assert.equal(await answers(lb.port, 5), "s0 s0 s0 s0 s0");
+      assert.equal(over, false);
+      finish();
+      assert.equal(await asked, "slow");
+      assert.deepEqual([(await waiting).status, (await waiting).json.in_flight], [200, 0]);
+      assert.match(file(lb), new RegExp(`- \\{ url: ${slow.address}, state: drain \\}   # s0\n`));
+      assert.equal((await ask(lb, `PUT ${state}`, { state: "ready" })).status, 200);
+      assert.match(file(lb), new RegExp(`- ${slow.address}   # s0\n`));
+      const last = Promise.all([body(lb.port), body(lb.port)]);
+      await until("it is asked again", () => slow.requests.length === 2);
+      finish();
+      assert.deepEqual((await last).sort(), ["s0", "slow"]);
+      assert.equal((await ask(lb, `PUT ${state}?wait=soon`, { state: "drain" })).status, 400);
+      assert.equal((await ask(lb, `PUT ${state}`, { state: "off" })).status, 400);
+    }));
+  await slow.close();
+});
+
+test("a server in maintenance is not even probed; back from it, it is", () =>
+  serving(2, (a, b) =>
+    running({
+      services: {
+        shop: { servers: [a.address, b.address], health: { path: "/up", interval: "50ms", timeout: "40ms", rise: 1 } },
+      },
+      default: { service: "shop" },
+    }, async (lb) => {
+      const probes = () => a.requests.filter((request) => target(request) === "/up").length;
+      await until("it is probed", () => probes() > 1);
+      const state = `/services/shop/servers/${a.address}/state`;
+      assert.equal((await ask(lb, `PUT ${state}`, { state: "maint" })).json.status, "maint");
+      const others = () => b.requests.length;
+      const [before, seen] = [probes(), others()];
+      await until("the other one is probed on", () => others() > seen + 4);
+      assert.ok(probes() <= before + 1, "one may have been under way");
+      assert.equal(await answers(lb.port, 3), "s1 s1 s1");
+      await ask(lb, `PUT ${state}`, { state: "ready" });
+      await until("it is probed again", () => probes() > before + 1);
+    })));
+
+test("where all servers drain there is 503, and where one is left no panic asks the others", () =>
+  serving(2, (a, b) =>
+    running(over(a, b), async (lb) => {
+      const drain = ({ address }: ScriptedServer) =>
+        ask(lb, `PUT /services/shop/servers/${address}/state`, { state: "drain" });
+      await drain(a);
+      assert.equal(await answers(lb.port, 4), "s1 s1 s1 s1");
+      await drain(b);
+      assert.match(await body(lb.port), /^503/);
+    })));
+
+test("weights change while it runs, and shares follow exactly", () =>
+  serving(2, (a, b) =>
+    running(over(a, b), async (lb) => {
+      const weight = (weight: unknown) => ask(lb, `PATCH /services/shop/servers/${a.address}`, { weight });
+      assert.equal((await weight(3)).json.weight, 3);
+      assert.equal(await answers(lb.port, 8), "s0 s0 s0 s0 s0 s0 s1 s1");
+      assert.equal((await weight(0)).status, 200);
+      assert.equal(await answers(lb.port, 2), "s1 s1");
+      assert.equal((await weight(257)).status, 400);
+      assert.equal((await weight(1)).status, 200);
+      assert.equal(file(lb), over(a, b), "the file is what it was");
+    })));
+
+test("servers are added and taken out one by one; the last one stays", () =>
+  serving(2, (a, b) =>
+    running(over(a), async (lb) => {
+      const servers = "/services/shop/servers";
+      const added = await ask(lb, `POST ${servers}`, { url: b.address, weight: 2 });
+      assert.deepEqual([added.status, added.json.name, added.json.weight], [201, b.address, 2]);
+      assert.equal((await ask(lb, `POST ${servers}`, b.address, { "content-type": "application/yaml" })).status, 409);
+      assert.equal(await answers(lb.port, 3), "s0 s1 s1");
+      const names = (await ask(lb, `GET ${servers}`)).json.map((one: { name: string }) => one.name);
+      assert.deepEqual(names, [a.address, b.address]);
+      assert.equal((await ask(lb, `GET ${servers}/${encodeURIComponent(`http://${b.address}`)}`)).json.weight, 2);
+      assert.equal((await ask(lb, `DELETE ${servers}/${a.address}?wait=5s`)).status, 200);
+      assert.equal(await answers(lb.port, 2), "s1 s1");
+      const last = await ask(lb, `DELETE ${servers}/${b.address}`);
+      assert.equal(last.status, 409);
+      assert.match(last.json.mistakes[0].message, /needs a server/);
+      assert.equal((await ask(lb, `DELETE ${servers}/${a.address}`)).status, 404);
+      assert.equal((await ask(lb, `POST ${servers}`, { url: "a/b" })).status, 400);
+    })));
+
+test("health is set by hand where nobody probes, and outlives other changes", () =>
+  serving(2, (a, b) =>
+    running(over(a, b), async (lb) => {
+      const health = (health: string) => ask(lb, `PUT /services/shop/servers/${a.address}/health`, { health });
+      assert.equal((await health("down")).json.status, "down");
+      assert.equal((await ask(lb, "PATCH /services/shop", { retries: 2 })).status, 200);
+      assert.equal(await answers(lb.port, 3), "s1 s1 s1");
+      assert.equal((await health("up")).json.status, "up");
+      assert.equal(await answers(lb.port, 2), "s0 s1");
+      assert.equal((await health("so-so")).status, 400);
+    })));
+
+test("services that stand beside their routes are changed there, and the route stays", () =>
+  serving(
+    2,
+    (a, b) =>
+      running(`paths:\n  - path: /pete # mine\n    servers: [${a.address}]\n    health: off\n`, async (lb) => {
+        const pete = "/services/%2Fpete";
+        assert.equal((await ask(lb, `PATCH ${pete}`, { servers: [b.address] })).status, 200);
+        assert.equal(await body(lb.port, "/pete"), "s1");
+        assert.equal((await ask(lb, `PUT ${pete}`, { servers: [a.address, b.address], health: "off" })).status, 200);
+        assert.equal(await answers(lb.port, 2, "/pete"), "s0 s1");
+        assert.equal((await ask(lb, `PATCH ${pete}`, { path: "/other" })).status, 400);
+        assert.equal((await ask(lb, `PUT ${pete}/servers/${a.address}/state`, { state: "drain" })).status, 200);
+        assert.equal(await body(lb.port, "/pete"), "s1");
+        assert.match(file(lb), /- path: \/pete # mine\n {4}servers: \[/);
+      }),
+  ));
+
+// ─── The whole config ───
+
+test("ETag and If-Match: who has not seen the latest state changes nothing", () =>
+  serving(2, (a, b) =>
+    running(over(a, b), async (lb) => {
+      const seen = (await ask(lb, "GET /services/shop")).headers.get("etag")!;
+      const patch = (retries: number, match: string) =>
+        ask(lb, "PATCH /services/shop", { retries }, { "if-match": match });
+      const first = await patch(2, seen);
+      assert.equal(first.status, 200);
+      assert.equal((await patch(3, seen)).status, 412);
+      assert.equal((await patch(3, `"other", ${first.headers.get("etag")}`)).status, 200);
+      assert.equal((await patch(4, "*")).status, 200);
+      assert.equal((await ask(lb, "PUT /services/new", { servers: ["a:1"] }, { "if-match": "*" })).status, 412);
+      const config = await ask(lb, "GET /config");
+      assert.equal((await ask(lb, "PUT /config", config.text, { "content-type": "text/yaml" })).status, 428);
+      const put = (text: string, match: string) =>
+        ask(lb, "PUT /config", text, { "content-type": "text/yaml", "if-match": match });
+      assert.equal((await put(`${config.text}log: json\n`, config.headers.get("etag")!)).status, 200);
+      assert.equal((await put(`${config.text}log: off\n`, config.headers.get("etag")!)).status, 412);
+      assert.match(file(lb), /retries: 4\n[^]*log: json\n$/);
+    })));
+
+test("the config is read, replaced and changed as YAML or JSON; comments and variables survive, secrets are not shown", () =>
+  serving(1, async (a) => {
+    process.env.LB_TEST_PORT = `${a.port}`;
+    process.env.LB_TEST_TOKEN = TOKEN;
+    const text = `# mine
+services:
+  shop: { servers: ["127.0.0.1:\${LB_TEST_PORT}"], health: { headers: { authorization: s3cret } } }   # one
+admin: { token: "\${LB_TEST_TOKEN}" }
+default: { service: shop }
+`;
+    await running(text, async (lb) => {
+      const mine = (what: string, body?: unknown, headers = {}) =>
+        ask(lb, what, body, { ...bearer(TOKEN), ...headers });
+      const yaml = await mine("GET /config");
+      assert.equal(yaml.headers.get("content-type"), "application/yaml");
+      assert.equal(yaml.text, text.replace("s3cret", '"***"'));
+      const json = await mine("GET /config", undefined, { accept: "application/json" });
+      assert.equal(json.json.admin.token, "${LB_TEST_TOKEN}");
+      assert.equal(json.json.services.shop.health.headers.authorization, "***");
+      for (const path of ["/services", "/services/shop", "/routes"]) {
+        assert.ok(!/s3cret|the-operators/.test((await mine(`GET ${path}`)).text), path);
+      }
+      const masked = await mine("PUT /config", yaml.text, { "content-type": "application/yaml", "if-match": "*" });
+      assert.equal(masked.status, 400);
+      assert.equal(masked.json.mistakes[0].path, "services.shop.health.headers.authorization");
+      assert.match(masked.json.detail, /\*\*\* stands for a secret/);
+      assert.equal((await mine("PATCH /config", { log: "json", retries: null })).status, 200);
+      assert.equal(file(lb), `${text}log: json\n`);
+      assert.equal((await mine("PATCH /config", { log: null })).status, 200);
+      assert.equal(file(lb), text);
+      const { admin, ...rest } = json.json;
+      rest.services.shop.health.headers.authorization = "0ther";
+      const replaced = await mine("PUT /config", { ...rest, admin, trust: ["10.0.0.0/8"] }, { "if-match": "*" });
+      assert.equal(replaced.status, 200, replaced.text);
+      assert.equal(file(lb), `${text.replace("s3cret", "0ther")}trust: [10.0.0.0/8]\n`);
+      assert.equal((await mine("POST /config/check", { log: "jso" })).status, 400);
+      const fine = await mine("POST /config/check", file(lb), { "content-type": "application/yaml" });
+      assert.deepEqual([fine.status, fine.json.services], [200, 1]);
+      assert.ok(!/s3cret|0ther|the-operators-token/.test(lb.output()), lb.output());
+      assert.match(lb.output(), /admin: 127\.0\.0\.1 with the token: PATCH "\/config": log: json/);
+    });
+  }));
+
+test("a token that is taken out of the file still has to be shown; another one counts at once", () =>
+  running(WITH_TOKENS, async (lb) => {
+    const put = (text: string, token: string) =>
+      ask(lb, "PUT /config", text, { ...bearer(token), "content-type": "text/yaml", "if-match": "*" });
+    const next = "another-operators-token";
+    assert.equal((await put(`${SHOP}admin: { token: ${next} }\n`, TOKEN)).status, 200);
+    assert.equal((await ask(lb, "GET /services", undefined, bearer(TOKEN))).status, 401);
+    assert.equal((await put(SHOP, next)).status, 200);
+    assert.equal((await ask(lb, "GET /services")).status, 401);
+    assert.equal((await ask(lb, "GET /services", undefined, bearer(next))).status, 200);
+  }));
+
+// ─── What must not come in ───
+
+const BOMB = `a: &a [x, x, x, x, x, x, x, x, x]\n${
+  "bcdefgh".split("").map((name, i) => `${name}: &${name} [${`*${"abcdefg"[i]}, `.repeat(9)}]`).join("\n")
+}\n`;
+const DEFAULT = "default: { servers: [127.0.0.1:1] }\n";
+const BAD_CONFIGS: [what: string, body: string, status: number, path: string | RegExp, type?: string][] = [
+  ["JSON that is none", '{"services": ', 400, /JSON/, "application/json"],
+  ["YAML that is none", "a: [", 400, ""],
+  ["nothing", "", 400, /body/],
+  ["more than 1 MiB", `${DEFAULT}# ${"x".repeat(10_000_000)}`, 413, /1 MiB/],
+  ["an unknown key", `${DEFAULT}listn: 80`, 400, "listn"],
+  ["an alias bomb", `${BOMB}${DEFAULT}`, 400, ""],
+  ["a key that stands twice", `${DEFAULT}log: off\nlog: json`, 400, "log"],
+  ["a key that stands twice in JSON", '{"log": "off", "log": "json"}', 400, "log", "application/json"],
+  ["__proto__", `${DEFAULT}__proto__: { log: off }`, 400, "__proto__"],
+  ["constructor", '{"constructor": {"prototype": {"x": 1}}}', 400, "constructor", "application/json"],
+  ["a server that is a file", "default: { servers: ['file:///etc/passwd'] }", 400, "default.servers[0]"],
+  ["a server that is data", "default: { servers: ['data:text/plain,x'] }", 400, "default.servers[0]"],
+  ["a server with a password", "default: { servers: ['http://me:s3cret@a:1'] }", 400, "default.servers[0]"],
+  ["a server without a host", "default: { servers: ['http://:80'] }", 400, "default.servers[0]"],
+  ["a body of another kind", DEFAULT, 415, /neither JSON nor YAML/, "image/png"],
+];
+test("a config that cannot be is refused with its places, and the old one keeps serving", () =>
+  serving(1, (a) =>
+    running(over(a), async (lb) => {
+      for (const [what, text, status, where, type = "application/yaml"] of BAD_CONFIGS) {
+        for (const operation of ["PUT /config", "POST /config/check"]) {
+          const said = await ask(lb, operation, text, { "content-type": type, "if-match": "*" });
+          assert.equal(said.status, status, `${what}: ${said.text}`);
+          if (typeof where === "string") {
+            const paths = said.json.mistakes.map((one: { path: string }) => one.path);
+            assert.ok(paths.includes(where), `${what}: ${said.text}`);
+          } else assert.match(said.json.detail, where, what);
+          assert.ok(!said.text.includes("s3cret"), said.text);
+        }
+        assert.equal(await body(lb.port), "s0", what);
+      }
+      assert.equal(file(lb), over(a));
+      assert.ok(!existsSync(`${lb.file}.new`));
+    })));
+
+test("no pattern in a route is slow for a long path", () =>
+  serving(1, (a) =>
+    running(over(a), async (lb) => {
+      const routes = [{ path: { regex: "^/(a+)+$" }, respond: { body: "matched" } }];
+      assert.equal((await ask(lb, "PATCH /config", { routes })).status, 200);
+      assert.equal(await body(lb.port, `/${"a".repeat(8_000)}`), "matched");
+      assert.equal(await body(lb.port, `/${"a".repeat(8_000)}!`), "s0");
+    })));
+
+test("nothing changes by GET, and the read token changes nothing", () =>
+  running(WITH_TOKENS, async (lb) => {
+    const all = (await ask(lb, "GET /openapi.json")).json.paths as Record<string, Record<string, unknown>>;
+    let changes = 0;
+    for (const [path, methods] of Object.entries(all)) {
+      const place = path.replace("{service}", "shop").replace("{server}", "127.0.0.1:1");
+      for (const method of Object.keys(methods).filter((method) => method !== "get")) {
+        changes++;
+        const said = await ask(lb, `${method.toUpperCase()} ${place}`, { state: "drain" }, bearer(READ_TOKEN));
+        assert.equal(said.status, 403, `${method} ${path}`);
+      }
+      if (methods.get || path === "/") continue;
+      const got = await ask(lb, `GET ${place}?state=drain`, undefined, bearer(TOKEN));
+      assert.equal(got.status, 405, path);
+      assert.match(got.headers.get("allow") ?? "", /^P(UT|OST)/);
+    }
+    assert.ok(changes > 10);
+    assert.equal(file(lb), WITH_TOKENS);
+  }));
+
+// ─── The file ───
+
+test("saving is no reason to read the file again; somebody else's change is", () =>
+  serving(2, (a, b) =>
+    running(over(a, b), async (lb) => {
+      const reloads = () => lb.output().split("is in force again").length - 1;
+      for (const retries of [2, 3, 4]) {
+        assert.equal((await ask(lb, "PATCH /services/shop", { retries })).status, 200);
+        await sleep(300); // longer than the file may stay unseen, all in all
+      }
+      assert.equal(reloads(), 0);
+      writeFileSync(lb.file, over(b));
+      await until("the other file is in force", () => reloads() === 1, 20_000);
+      assert.equal(await body(lb.port), "s0".replace("0", "1"));
+    })));
+
+test("while the file on disk is not what is in force, nothing is changed and nothing overwritten", () =>
+  serving(2, (a, b) =>
+    running(over(a, b), async (lb) => {
+      const change = (retries: number) => ask(lb, "PATCH /services/shop", { retries });
+      const failed = () => lb.output().split("the old config stays in force").length - 1;
+      writeFileSync(lb.file, "services: { shop: { ser");
+      const refused = await change(2);
+      assert.equal(refused.status, 409);
+      assert.match(refused.json.detail, /changed by somebody else/);
+      await until("the half file is reported", () => failed() === 1, 20_000);
+      assert.equal((await change(2)).status, 409);
+      assert.equal(file(lb), "services: { shop: { ser");
+      assert.equal(await answers(lb.port, 2), "s0 s1");
+      rmSync(lb.file);
+      await until("the missing file is reported", () => failed() === 2, 20_000);
+      assert.equal(await answers(lb.port, 2), "s0 s1");
+      mkdirSync(lb.file);
+      await until("what is no file is reported", () => failed() === 3, 20_000);
+      rmSync(lb.file, { recursive: true });
+      writeFileSync(lb.file, over(a, b));
+      await until("the file is in force again", () => lb.output().includes("is in force again"), 20_000);
+      assert.equal((await change(2)).status, 200);
+    })));
+
+test("what cannot be saved is not put in force: 500 with the reason, and the file as it was", () =>
+  serving(2, (a, b) =>
+    running(over(a, b), async (lb) => {
+      mkdirSync(`${lb.file}.new`); // in the way of what is written first
+      const said = await ask(lb, `PUT /services/shop/servers/${a.address}/state`, { state: "drain" });
+      assert.equal(said.status, 500);
+      assert.match(said.json.detail, /routes\.yml\S* cannot be written: /);
+      assert.equal(await answers(lb.port, 2), "s0 s1");
+      assert.equal(file(lb), over(a, b));
+      rmSync(`${lb.file}.new`, { recursive: true });
+      assert.equal((await ask(lb, `PUT /services/shop/servers/${a.address}/state`, { state: "drain" })).status, 200);
+      assert.equal(await answers(lb.port, 2), "s1 s1");
+    })));
+
+test("1,000 changes under load: not one request fails, each change is in force when it is answered, in their order", () =>
+  serving(4, (...servers) =>
+    running(over(servers[0]!, servers[1]!), async (lb) => {
+      let over = false, requests = 0;
+      const failures: string[] = [];
+      const client = async () => {
+        while (!over) {
+          const said = await body(lb.port).catch(String);
+          if (!/^s[0-3]$/.test(said)) failures.push(said);
+          if (++requests % 10 === 0) await sleep(5); // the changes want to get on, too
+        }
+      };
+      const clients = Array.from({ length: 8 }, client);
+      for (let i = 0; i < 1_000; i++) {
+        const [one, two] = [servers[i % 4]!, servers[(i + 1 + i % 3) % 4]!];
+        const pool = [one, two].map(({ port }) => ({ addr: "127.0.0.1", port }));
+        const { status, json } = await ask(lb, "POST /", { servers: pool });
+        assert.equal(status, 200);
+        assert.deepEqual(
+          json.servers.map((server: { name: string }) => server.name),
+          [one.address, two.address],
+          `${i}`,
+        );
+      }
+      over = true;
+      await Promise.all(clients);
+      assert.deepEqual(failures, []);
+      assert.ok(requests > 100, `${requests}`);
+      assert.equal((await ask(lb, "GET /connections")).json.in_flight, 0);
+    })));
+
+test("changes that come at once are made one after the other: none is lost", () =>
+  serving(1, (a) =>
+    running(over(a), async (lb) => {
+      const names = Array.from({ length: 40 }, (_, i) => `s${i}`);
+      const made = await Promise.all(
+        names.map((name) => ask(lb, `POST /services/${name}`, { servers: ["127.0.0.1:1"] })),
+      );
+      assert.deepEqual(new Set(made.map(({ status }) => status)), new Set([201]));
+      const { json } = await ask(lb, "GET /services");
+      assert.deepEqual(json.services.map((one: { name: string }) => one.name).sort(), ["shop", ...names].sort());
+      const same = await Promise.all(names.map(() => ask(lb, "POST /services/same", { servers: ["127.0.0.1:1"] })));
+      assert.equal(same.filter(({ status }) => status === 201).length, 1);
+      for (const name of names) assert.match(file(lb), new RegExp(`^  ${name}: `, "m"));
+    })));
+
+// ─── Looking ───
+
+test("/explain says which route, which servers and why not the others, and who would take it, and changes nothing", () =>
+  running({
+    services: {
+      shop: {
+        servers: ["a:1", { url: "b:1", weight: 0 }, { url: "c:1", backup: true }, { url: "d:1", state: "drain" }],
+        health: "off",
+        strategy: "random",
+      },
+      blog: { servers: ["e:1", "f:1"], health: "off" },
+    },
+    routes: [
+      { path: "/blog", methods: ["GET"], service: "blog", strip: true },
+      { path: "/half", split: { shop: 1, blog: 3 } },
+      { path: "/gone", respond: { status: 410 } },
+    ],
+    default: { service: "shop" },
+  }, async (lb) => {
+    const explain = async (url: string, method = "GET") =>
+      (await ask(lb, `GET /explain?method=${method}&url=${encodeURIComponent(url)}`)).json;
+    const before = (await ask(lb, "GET /services")).json;
+    const shop = await explain("http://x/");
+    assert.deepEqual([shop.route, shop.target, shop.services[0].takes], ["default", "GET /", "a:1"]);
+    assert.deepEqual(shop.services[0].servers, [
+      { server: "a:1", asked: true },
+      { server: "b:1", asked: false, why: "its weight is 0" },
+      { server: "c:1", asked: false, why: "a backup" },
+      { server: "d:1", asked: false, why: "it drains" },
+    ]);
+    for (let i = 0; i < 3; i++) {
+      const blog = await explain("http://x/blog/a?b=c");
+      assert.deepEqual([blog.target, blog.services[0].takes], ["GET /a?b=c", "e:1"]);
+    }
+    assert.deepEqual((await explain("http://x/half")).services.map((one: { weight: number }) => one.weight), [1, 3]);
+    assert.deepEqual((await explain("http://x/gone")).status, 410);
+    const posted = await explain("http://x/blog", "POST");
+    assert.deepEqual([posted.failure, posted.allow], ["bad-method", ["GET"]]);
+    assert.equal((await ask(lb, "GET /explain?url=x")).status, 400);
+    assert.equal((await ask(lb, "GET /explain?url=http://x/&method=TRACE")).status, 400);
+    await ask(lb, "PUT /services/blog/servers/e:1/health", { health: "down" });
+    const down = await explain("http://x/blog");
+    assert.deepEqual([down.services[0].takes, down.services[0].servers[0].why], ["f:1", "down"]);
+    await ask(lb, "PUT /services/blog/servers/e:1/health", { health: "up" });
+    const still = (await ask(lb, "GET /services")).json;
+    const turns = ({ services }: typeof before) => services.map((one: { requests: number }) => one.requests);
+    assert.deepEqual(turns(still), turns(before));
+    const routes = (await ask(lb, "GET /routes")).json;
+    assert.deepEqual(routes.map((one: { name: string }) => one.name), ["/blog", "/half", "/gone", "default"]);
+    assert.deepEqual(routes[1].services, [{ service: "shop", weight: 1 }, { service: "blog", weight: 3 }]);
+  }));
+
+test("the API describes itself, without a token and without a request to anybody else", () =>
+  running(WITH_TOKENS, async (lb) => {
+    const { json, status } = await ask(lb, "GET /openapi.json");
+    assert.equal(status, 200);
+    assert.match(json.openapi, /^3\.1/);
+    const { headers, text } = await ask(lb, "GET /docs");
+    assert.match(headers.get("content-security-policy") ?? "", /^default-src 'none'; style-src 'nonce-/);
+    assert.ok(!/(src|href|action)="?(https?:)?\/\//.test(text), "an address of somebody else");
+    const refs = [...JSON.stringify(json).matchAll(/"\$ref":"#\/([^"]+)"/g)].map(([, path]) => path!.split("/"));
+    for (const path of refs) assert.ok(path.reduce((value, key) => value?.[key], json), path.join("/"));
+    for (const [path, methods] of Object.entries<Record<string, { summary: string }>>(json.paths)) {
+      for (const [method, { summary }] of Object.entries(methods)) {
+        assert.ok(text.includes(`<code>${method.toUpperCase()} ${path}</code> ${summary}`), `${method} ${path}`);
+        const asked = path.replace("{service}", "shop").replace("{server}", "127.0.0.1:1");
+        const said = await ask(lb, `${method.toUpperCase()} ${asked}`, undefined, bearer(TOKEN));
+        assert.ok(![404, 405, 500].includes(said.status), `${method} ${path}: ${said.text}`);
+      }
+    }
+  }));
+
+// ─── As a library ───
+
+test("createAdmin is an app to be mounted; without a file changes are in force and nothing is written", async () => {
+  const lb = createLoadBalancer(parseConfig(SHOP)), lines: string[] = [];
+  lb.balancer.effects.report = (_, text) => void lines.push(text);
+  const app = new Hono().route("/ops", createAdmin(lb, { hosts: ["ops.example.com"] }));
+  const asked = (path: string, init?: RequestInit, host = "ops.example.com") =>
+    app.fetch(new Request(`http://${host}/ops${path}`, { ...init, headers: { host, ...init?.headers } }));
+  assert.equal((await asked("/health/live")).status, 200);
+  assert.equal((await asked("/services", {}, "other.example.com")).status, 403);
+  const state = "/services/shop/servers/127.0.0.1:1/state";
+  const put = await asked(state, {
+    method: "PUT",
+    body: '{"state":"maint"}',
+    headers: { "content-type": "application/json" },
+  });
+  assert.deepEqual([put.status, (await put.json()).state], [200, "maint"]);
+  assert.equal(lb.balancer.table.services.get("shop")!.servers[0]!.state, "maint");
+  assert.match(lb.balancer.table.config.text, /\{ url: 127\.0\.0\.1:1, state: maint \}/);
+  assert.equal((await asked(state)).status, 405);
+  assert.ok(lines.some((line) => line.startsWith("admin: ") && line.includes("state: maint")), lines.join("\n"));
+});
+
+test("a clock that jumps an hour ejects nobody", async () => {
+  let [now, hours] = [0, 0];
+  const lb = createLoadBalancer(parseConfig(SHOP), {
+    now: () => now,
+    date: () => new Date(Date.UTC(2026, 0, 1, hours)),
+    fetch: (_, attempt) => {
+      attempt.ended(200, 2, undefined);
+      return Promise.resolve(new Response("ok"));
+    },
+    write: () => {},
+    client: () => ({ address: "127.0.0.1", scheme: "http", headers: ["host", "a.test"] }),
+  });
+  for (const jump of [1, -1, 24]) {
+    hours += jump;
+    now += 1;
+    assert.equal((await lb.request("http://a.test/", { headers: { host: "a.test" } })).status, 200);
+    const servers = lb.balancer.table.services.get("shop")!.servers;
+    assert.ok(servers.every((server) => server.up && server.until === 0));
+  }
 });
