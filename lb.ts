@@ -4669,6 +4669,7 @@ async function sendCopy(balancer: Balancer, exchange: Exchange, destination: Des
   const copy: Exchange = { ...exchange, request, destination, tried: [], choices: undefined };
   const server = pickServer(copy, effects, effects.now());
   if (server === undefined) return void service.copies.skipped++;
+  if (server.trying) onTried(service, server, "undecided", effects); // a copy tries nobody out
   let problem: Failure | undefined;
   const outcome = await forward(balancer, copy, server, (_status, _bytes, why) => {
     problem = why;

@@ -86,6 +86,14 @@ test("what is copied is counted apart: not in the log, nor among the service's r
   assert.equal(lb.balancer.inFlight, 0);
 });
 
+test("a copy tries no server out that has been ejected: the next request does", async () => {
+  const { ask, next, lb } = setUp("", () => new Promise(() => {}));
+  Object.assign(next.servers[0]!, { until: -1, slow: true });
+  await ask();
+  assert.deepEqual([next.copies.inFlight, next.servers[0]!.trying, next.servers[0]!.until], [1, false, -1]);
+  assert.equal(lb.balancer.inFlight, 0);
+});
+
 test("the client has its answer long before the copy has one, and at most a hundred wait for one", async () => {
   const hanging: Attempt[] = [];
   const { ask, next } = setUp("", (attempt) => {
