@@ -2,7 +2,7 @@
 // Prometheus makes of it.
 
 import assert from "node:assert/strict";
-import { readFileSync } from "node:fs";
+import { readFileSync, writeFileSync } from "node:fs";
 import { test } from "node:test";
 import {
   type Attempt,
@@ -17,7 +17,7 @@ import {
   totalOf,
   WireError,
 } from "../lb.ts";
-import { answer, get, rawRequest, scriptedServer, startProgram } from "./rig.ts";
+import { answer, get, rawRequest, scriptedServer, startProgram, until } from "./rig.ts";
 
 /** What an attempt meets: a status, a failure before there is an answer, or one in its middle (`200 idle`). */
 type Manner = number | Failure | `${number} ${Failure}`;
@@ -366,6 +366,9 @@ test(
       const seconds = of("lb_service_request_duration_seconds_sum", { method: "POST" })!;
       assert.ok(seconds > 0 && seconds < 60, `${seconds}`);
       assert.ok(Math.abs(valueOf(families, "process_start_time_seconds")! - Date.now() / 1_000) < 600);
+      writeFileSync(lb.file, "nonsense: [");
+      await until("the file is refused", () => /the old config stays in force/.test(lb.output()));
+      assert.equal(valueOf(await shown(), "lb_config_last_reload_success"), 0);
     } finally {
       await lb.stop();
       await server.close();
