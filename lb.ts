@@ -339,6 +339,11 @@ const EjectMap = map({
 const Eject = or("off", { failures: Infinity, for: 0, slow: Infinity, at_most: 0 }, EjectMap);
 const QueueMap = map({ size: opt(whole(1, 100_000), 100), timeout: opt(Duration, "5s") });
 const Quantile = word("a share such as p95, from p50 to p99", /^p([5-9]\d)$/, (_, percent) => Number(percent) / 100);
+const AUTO = 0; // max_in_flight: what each server can bear is found out
+const InFlight = v.pipe(
+  either("auto, none or a whole number from 1 to 1000000", v.literal("auto"), Limit),
+  v.transform((limit) => limit === "auto" ? AUTO : limit),
+);
 const Hedge = or("off", 0, Quantile, "a share such as p95, from p50 to p99");
 const Queue = or("off", { size: 0, timeout: 0 }, QueueMap);
 const Timeouts = map({ connect: opt(Duration, "3s"), response: opt(Duration, "60s"), idle: opt(Duration, "5m") });
@@ -381,7 +386,7 @@ const settings = {
   panic: key(Percent, "fewer servers than this may be asked: ask them all rather than none", "50%"),
   retry_budget: key(Percent, "retries at most, of the requests; at least 3 a second", "20%"),
   hedge: key(Hedge, "off, or p95: who waits longer than so many percent do is tried at another server too", "off"),
-  max_in_flight: key(Limit, "per server", "none"),
+  max_in_flight: key(InFlight, "per server; auto: as many as leave its latency as it is", "none"),
   queue: key(Queue, "off, or how many requests wait where all servers are full, and how long", v.getDefaults(QueueMap)),
   fallback: key(
     or("none", "", ServiceName, "a name"),
@@ -512,7 +517,7 @@ const tcpSettings = {
   health: settings.health,
   eject: settings.eject,
   panic: settings.panic,
-  max_in_flight: settings.max_in_flight,
+  max_in_flight: key(Limit, "per server", "none"),
   retries: key(whole(0, 10), "further servers, where one cannot be reached", 1),
   timeouts: key(TcpTimeouts, "until connected, and while nothing passes", v.getDefaults(TcpTimeouts)),
 };
@@ -1038,6 +1043,8 @@ export type Server = ServerConfig & {
   slow: boolean; // why it was ejected: the others were faster
   pausedUntil: number; // what it has said itself with Retry-After
   effective: number; // its weight as of now: less during slow start
+  limit: number; // requests in flight at most: its `max`, `max_in_flight`, or what `auto` has found
+  pulse: Pulse;
   failures: number; // consecutive failures of requests
   ejections: number; // consecutive ejections: each makes the next longer
   passes: number; // consecutive probes passed while down
@@ -1071,6 +1078,16 @@ export type Server = ServerConfig & {
   recentAt: number;
 };
 
+/** What `max_in_flight: auto` has felt of a server: its latency in calm times, and what is in the window that is open. */
+export interface Pulse {
+  calm: number; // mean milliseconds to the head of an answer while it was not near its limit; 0: not known
+  since: number; // when the window was opened
+  answers: number;
+  sum: number; // of their milliseconds
+  most: number; // requests in flight
+  refused: boolean; // a 429, a 503 or a failure came
+}
+
 /** Never empty: who cannot be asked has been left out, and where nobody is left no strategy is asked. */
 export type Candidates = readonly [Server, ...Server[]];
 
@@ -1099,6 +1116,7 @@ export interface Verdict {
   asked: boolean; // whether it may be
   why?: string; // what speaks against it, or for it
   score?: number; // where its strategy has one
+  limit?: number; // requests in flight at most, where that is found out (`max_in_flight: auto`)
 }
 
 /** One choice among the servers of a service. */
@@ -1490,6 +1508,8 @@ const newServer = (config: ServerConfig, service: string, tls: Server["tls"]): S
   slow: false,
   pausedUntil: 0,
   effective: config.weight,
+  limit: Infinity,
+  pulse: { calm: 0, since: 0, answers: 0, sum: 0, most: 0, refused: false },
   failures: 0,
   ejections: 0,
   passes: 0,
@@ -1829,6 +1849,8 @@ function least(candidates: Candidates, score: (server: Server) => number, start 
 
 const busyness = (server: Server): number => server.inFlight / server.effective;
 
+const withOneMore = (server: Server): number => (server.inFlight + 1) / server.effective;
+
 /** Draws by weight without a sum: a server is accepted as often as its weight stands to the heaviest. */
 function draw(candidates: Candidates, random: () => number, except?: Server): Server {
   const { heaviest } = weightsOf(candidates);
@@ -1919,7 +1941,7 @@ export const strategies = {
     if (candidates.length <= 8) return least(candidates, busyness, candidates.indexOf(one));
     return least([one, draw(candidates, random, one)], busyness);
   },
-  "least-connections": (candidates) => least(candidates, busyness),
+  "least-connections": (candidates) => least(candidates, withOneMore),
   "least-response-time": (candidates) => {
     const fastest = least(candidates, (server) => server.latency).latency;
     return least(candidates, (server) => server.latency > fastest ? Infinity : server.picks / server.effective);
@@ -1932,7 +1954,7 @@ export const strategies = {
 /** The scores of those that go by one. */
 const SCORES: Record<string, Score> = {
   "two-choices": busyness,
-  "least-connections": busyness,
+  "least-connections": withOneMore,
   "least-response-time": ({ latency }) => latency,
   "peak-ewma": (server, candidates, { now }) =>
     costOf(server, now, Math.min(...candidates.map((one) => paceOf(one, now)))),
@@ -2008,11 +2030,37 @@ function nextChange(server: Server, slowStart: number, now: number): number {
   return Math.min(...times.filter((time) => time > now));
 }
 
-/** The servers of a service that may take one more request: `max` and `max_in_flight` are read at every pick. */
+/** The servers of a service that may take one more request: that is read at every pick. */
 function withRoom(service: Service, servers: readonly Server[]): readonly Server[] {
-  const limit = service.config.max_in_flight;
-  if (!service.bounded) return servers;
-  return servers.filter((server) => server.inFlight < Math.min(server.max, limit));
+  return service.bounded ? servers.filter((server) => server.inFlight < server.limit) : servers;
+}
+
+const FIRST_LIMIT = 8; // for a server of which nothing is known
+const LEAST_LIMIT = 2;
+const TOLERANCE = 1.5; // times the calm latency
+const PULSE = { time: 250, answers: 10 }; // at least, until the limit is thought over
+
+/**
+ * Finds the limit of a server for `max_in_flight: auto`, by the gradient of its latency as in Netflix's
+ * concurrency-limits: as long as that is what it is in calm times there is room for a few more, the root of the limit;
+ * where it is worse, the limit shrinks by as much. At its least, a server is as calm as it will ever be.
+ */
+function findLimit(server: Server, milliseconds: number, refused: boolean, now: number): void {
+  const { pulse, limit } = server;
+  pulse.answers++;
+  pulse.sum += milliseconds;
+  pulse.most = Math.max(pulse.most, server.inFlight);
+  pulse.refused ||= refused;
+  if (now - pulse.since < PULSE.time || pulse.answers < PULSE.answers) return;
+  const mean = Math.max(pulse.sum / pulse.answers, LEAST_TIME), busy = pulse.most >= limit / 2;
+  const isCalm = !busy || limit <= LEAST_LIMIT || mean < pulse.calm;
+  const calm = !pulse.calm ? mean : isCalm ? pulse.calm + 0.1 * (mean - pulse.calm) : pulse.calm;
+  if (busy) {
+    const gradient = Math.min(1, Math.max(0.5, TOLERANCE * calm / mean));
+    const next = pulse.refused ? 0.9 * limit : limit * gradient + Math.sqrt(limit);
+    server.limit = Math.min(server.max, Math.max(LEAST_LIMIT, next));
+  }
+  server.pulse = { calm, since: now, answers: 0, sum: 0, most: 0, refused: false };
 }
 
 /** A request is on its way to a server: until `onHeard` it waits. */
@@ -2103,6 +2151,7 @@ const MEMORY = 64; // attempts: older ones fade
 
 /** What an attempt says about a server: how long it took, and whether that was good. */
 function note(service: Service, server: Server, good: boolean, milliseconds: number, now: number): void {
+  if (service.config.max_in_flight === AUTO) findLimit(server, milliseconds, !good, now);
   server.judged++;
   server.failing += (Number(!good) - server.failing) / Math.min(server.judged, MEMORY);
   if (!good) return noteTime(server, asSlow(service, milliseconds), now);
@@ -2127,8 +2176,10 @@ function onHead(service: Service, server: Server, status: number, began: number,
     onTried(service, server, status >= 500 || still ? { why } : "back", effects);
   }
   if (server.until !== 0) return;
-  if (status === 429) noteTime(server, asSlow(service, milliseconds), now);
-  else note(service, server, status < 500, milliseconds, now);
+  if (status === 429) {
+    noteTime(server, asSlow(service, milliseconds), now);
+    if (service.config.max_in_flight === AUTO) findLimit(server, milliseconds, true, now);
+  } else note(service, server, status < 500, milliseconds, now);
 }
 
 /** No answer has come, and that is the server's fault. */
@@ -4215,7 +4266,10 @@ const FAMILIES = {
   lb_server_retries_total: ["counter", "Attempts that came here because another had failed"],
   lb_server_picks_total: ["counter", "How often the strategy in force, or one before it, took the server"],
   lb_server_requests_in_flight: ["gauge", "Attempts in flight"],
-  lb_server_ejections_total: ["counter", "How often failures in a row ejected the server"],
+  lb_server_ejections_total: [
+    "counter",
+    "How often requests ejected the server: by failures, or by falling behind the others",
+  ],
   lb_server_probes_total: ["counter", "Probes by their result"],
   lb_config_reloads_total: ["counter", "Reloads that put a config in force"],
   lb_config_last_reload_success: ["gauge", "1: the last reload succeeded; 0: the old config stayed in force"],
@@ -4327,10 +4381,10 @@ const METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8";
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What speaks against asking a server, and where it may be asked all the same, why that is. */
-function whyNot(service: Service, server: Server, may: boolean, { tried, now }: Exchange): string {
+function whyNot(server: Server, may: boolean, { tried, now }: Exchange): string {
   const { state, weight, inFlight, up, probeProblem, until, trying, pausedUntil, backup } = server;
   const left = (time: number) => Math.ceil((time - now) / 1_000);
-  const room = Math.min(server.max, service.config.max_in_flight);
+  const room = Math.floor(server.limit);
   if (state !== "ready") return state === "drain" ? "it drains" : "in maintenance";
   if (weight === 0) return "its weight is 0";
   if (tried.includes(server)) return "tried before";
@@ -4355,10 +4409,11 @@ function choiceOf(
   const before = config.sticky.cookie ? serverBefore(service, exchange, effects) : undefined;
   const servers = service.servers.map((server): Verdict => {
     const asked = candidates.includes(server), named = server === before && "the cookie names it";
-    const why = [whyNot(service, server, asked, exchange), named].filter(Boolean).join("; ");
+    const why = [whyNot(server, asked, exchange), named].filter(Boolean).join("; ");
     const points = asked ? score?.(server, candidates as Candidates, exchange) : undefined;
     const short = points !== undefined && { score: Number(points.toPrecision(4)) };
-    return { server: server.name, asked, ...(why && { why }), ...short };
+    const auto = config.max_in_flight === AUTO && { limit: Math.floor(server.limit) };
+    return { server: server.name, asked, ...(why && { why }), ...short, ...auto };
   });
   return { service: name, strategy: config.strategy.name, takes: taker?.name ?? null, servers };
 }
@@ -5663,6 +5718,10 @@ export interface LoadBalancer extends Hono {
   balancer: Balancer;
 }
 
+/** What `auto` has found stays found. */
+const limitFor = ({ max_in_flight }: ServiceConfig, { limit }: Server, before: ServiceConfig | undefined): number =>
+  max_in_flight !== AUTO ? max_in_flight : before?.max_in_flight === AUTO ? limit : FIRST_LIMIT;
+
 /**
  * Services that stay, by name, and their servers that stay, by URL, stay the same records: what is known of them is kept
  * over a reload, and what requests in flight find out is not lost.
@@ -5680,6 +5739,7 @@ function buildService(
     const isNew = previous && before?.state !== "ready" && wanted.state === "ready";
     const server = Object.assign(before ?? newServer(wanted, name, config.tls), wanted, { tls: config.tls, since });
     if (isNew) server.back = now;
+    server.limit = Math.min(server.max, limitFor(config, server, previous?.config));
     if (config.health.kind === "off" && previous?.config.health.kind !== "off") server.up = true; // nobody would find out
     if (config.eject.failures === Infinity) Object.assign(server, { until: 0, trying: false });
     return server;
@@ -5693,7 +5753,7 @@ function buildService(
     hedge: config.sticky.cookie ? 0 : config.hedge, // no other server knows the client
     times: !config.hedge ? NO_TIMES : previous?.times.length ? previous.times : new Float64Array(SAMPLES),
     measured: config.hedge ? previous?.measured ?? 0 : 0,
-    bounded: servers.some((server) => Math.min(server.max, config.max_in_flight) < Infinity),
+    bounded: servers.some((server) => server.limit < Infinity),
     candidatesUntil: 0,
     compareAt: config.eject.failures === Infinity ? Infinity : 0,
   });
@@ -6105,6 +6165,7 @@ const serverView = (server: Server, now: number) => ({
   effective_weight: Math.round(server.effective * 1_000) / 1_000, // less during slow start
   backup: server.backup,
   max: Number.isFinite(server.max) ? server.max : null,
+  limit: Number.isFinite(server.limit) ? Math.floor(server.limit) : null, // in flight, whatever it comes from
   up: server.up,
   ejected_for: seconds(server.until - now),
   paused_for: seconds(server.pausedUntil - now), // as it has asked for
@@ -7134,7 +7195,7 @@ const DEEDS = {
   maint: () => "Neither requests nor probes go to it.",
   weight: () => "Its share of new requests, from 0 (none) to 256.",
 };
-const SIGNS = { up: "●", drain: "◐", maint: "◇", ejected: "▲", down: "✕" };
+const SIGNS = { up: "●", trial: "△", paused: "○", drain: "◐", maint: "◇", ejected: "▲", down: "✕" };
 const COLUMNS = {
   "Server": (one) => [one.name, one.backup ? "backup" : ""],
   "State": (one) => [SIGNS[one.status] + " " + one.status, "for " + ago(one.status_for)],
@@ -8047,10 +8108,10 @@ function explained(config: Config, text: string): string {
       `service  ${service}${
         fallback ? " (fallback)" : weight < found.weight ? ` (${weight} of ${found.weight})` : ""
       }: ${strategy}`,
-      ...servers.map(({ server, asked, why, score }) =>
+      ...servers.map(({ server, asked, why, score, limit }) =>
         `server   ${server}: ${asked ? "may be asked" : "is not asked"}${why ? `: ${why}` : ""}${
           score === undefined ? "" : `; score ${score}`
-        }`
+        }${limit === undefined ? "" : `; at most ${limit} in flight`}`
       ),
     ]),
   ].join("\n");

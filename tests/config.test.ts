@@ -418,6 +418,7 @@ const WRONG_KEYS: [keys: string, ...expected: string[]][] = [
   ["queue: 100", "35: queue: 100 is not off or a map"],
   ["queue: { size: 0 }", "43: queue.size: 0 is not a whole number from 1 to 100000"],
   ["max_in_flight: 0", "43: max_in_flight: 0 is not a whole number from 1 to 1000000"],
+  ["max_in_flight: car", '43: max_in_flight: "car" is not auto, none or a whole number from 1 to 1000000'],
   ["host_header: a b", '41: host_header: "a b" is not a host such as www.example.com'],
   [
     "strategy: robin",

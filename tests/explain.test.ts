@@ -77,8 +77,8 @@ test("who shows a token of the admin API learns which server was taken, and why 
       service: "shop",
       strategy: "least-connections",
       servers: [
-        { server: "a:1", asked: true, score: 0 },
-        { server: "b:1", asked: true, score: 3 },
+        { server: "a:1", asked: true, score: 1 },
+        { server: "b:1", asked: true, score: 4 },
         { server: "c:1", asked: false, why: "down: status 500" },
         { server: "d:1", asked: false, why: "ejected for another 13 s" },
         { server: "e:1", asked: false, why: "full: 9 of 9" },

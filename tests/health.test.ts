@@ -7,6 +7,7 @@ import {
   createLoadBalancer,
   type Failure,
   parseConfig,
+  snapshotOf,
   type Strategies,
   type Strategy,
   WireError,
@@ -736,6 +737,67 @@ test("Retry-After: no retry goes to who has said it, and where nobody else is le
   for (let i = 0; i < 80; i++) await undefined, two.advance(20);
   await answer;
   assert.equal(asked.join(""), "abbb");
+});
+
+// ─── What a server can bear ───
+
+/** A server that works on so many requests at a time, and always has so many clients; its limit after so many seconds. */
+function saturate({ answers, clock, ask, service }: ReturnType<typeof setUp>) {
+  const queue: (() => void)[] = [], waiting = new Set<Promise<string>>();
+  answers.a = (attempt) => new Promise((resolve) => queue.push(() => resolve(answered(attempt, 200))));
+  return async (clients: number, workers: number, seconds: number, takes = 10) => {
+    for (const end = clock.now + seconds * 1000; clock.now < end;) {
+      while (waiting.size < clients) {
+        const one = ask();
+        waiting.add(one);
+        void one.then(() => waiting.delete(one));
+      }
+      clock.now += takes;
+      for (const answer of queue.splice(0, workers)) answer();
+      for (let i = 0; i < 20; i++) await undefined;
+    }
+    return service.servers[0]!.limit;
+  };
+}
+
+test("max_in_flight: auto finds what a server can bear, and finds it again when that changes", async () => {
+  const all = setUp("health: off, queue: { size: 1000, timeout: 1d }, max_in_flight: auto", "[a:1]");
+  const run = saturate(all), server = all.service.servers[0]!;
+  assert.equal(server.limit, 8, "nothing is known yet");
+  assert.equal(await run(3, 4, 10), 8, "who is not busy stays as it is");
+  for (
+    const [workers, takes, least, most] of [[4, 10, 4, 16], [16, 10, 16, 60], [4, 10, 4, 20], [4, 30, 2, 20]] as const
+  ) {
+    const limit = await run(2 * most, workers, 20, takes);
+    assert.ok(limit >= least && limit <= most, `${workers} at a time, ${takes} ms: ${limit}`);
+  }
+  const found = server.limit;
+  all.reload("health: off, max_in_flight: auto", "[{url: a:1, weight: 2}]");
+  assert.equal(server.limit, found, "a reload forgets nothing");
+  all.reload("health: off, max_in_flight: auto", "[{url: a:1, max: 1}]");
+  assert.equal(server.limit, 1);
+  all.reload("health: off, max_in_flight: 9", "[a:1]");
+  assert.equal(server.limit, 9);
+  all.reload("health: off", "[a:1]");
+  assert.equal(server.limit, Infinity);
+});
+
+test("max_in_flight: auto takes a 429, a 5xx or a failure for too much", async () => {
+  for (const manner of [429, 503, 500, "reset"] as const) {
+    const { answers, times, clock, service } = setUp("health: off, eject: off, max_in_flight: auto", "[a:1]");
+    const server = service.servers[0]!;
+    server.inFlight = 6; // others, that take long
+    answers.a = manner;
+    await times(10);
+    clock.now += 250;
+    await times(10);
+    assert.equal(server.limit, 8 * 0.9, `${manner}`);
+  }
+});
+
+test("max_in_flight: auto is shown to those who look", () => {
+  const { lb } = setUp("health: off, max_in_flight: auto", "[a:1]");
+  assert.equal(snapshotOf(lb.balancer).services[0]!.servers[0]!.limit, 8);
 });
 
 const PANIC: [servers: string, panic: string, down: string, asked: string][] = [

@@ -754,7 +754,7 @@ test("only safe requests without a body are tried twice, and only where another 
         service.candidatesUntil = 0;
       }],
       ["others are full", {}, ({ service }) => {
-        for (const server of service.servers.slice(1)) server.max = 0;
+        for (const server of service.servers.slice(1)) server.limit = 0;
       }, "strategy: first, max_in_flight: 5"],
       ["sticky", {}, () => {}, "sticky: { secret: abcdefghijklmnopqrstuvwxyz0123456789 }"],
     ];

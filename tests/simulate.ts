@@ -61,6 +61,7 @@ const exponential = (mean: number, random: () => number): Work => ({
   status: 200,
   takes: -mean * Math.log(1 - random()),
 });
+const exponentially = ({ random }: Asked): Work => exponential(10, random);
 const usual = ({ random }: Asked): Work => ({ status: 200, takes: 5 + 5 * random() });
 const failing: Work = { status: 503, takes: 0 };
 /** The first server is the one with the fault, for the middle third of the time: ties are broken by order in its favour. */
@@ -79,7 +80,7 @@ const restarted = ({ share, at, server, random }: Asked, seconds: number): Work 
 };
 
 export const scenarios: Record<string, Scenario> = {
-  "equal": { ...busy, about: "10 equal servers, two thirds busy", work: ({ random }) => exponential(10, random) },
+  "equal": { ...busy, about: "10 equal servers, two thirds busy", work: exponentially },
   "slow": { ...eleven, about: "one of 11 takes 2 s", work: withFault(() => ({ status: 200, takes: 2000 })) },
   "slower": {
     ...eleven,
@@ -110,6 +111,14 @@ export const scenarios: Record<string, Scenario> = {
     about: "the same with slow_start: 10s",
     work: (asked) => restarted(asked, 40),
   },
+  "overload": { ...busy, rate: 2600, about: "10 equal servers get 30 % more than they can bear", work: exponentially },
+  "auto limits": {
+    ...busy,
+    rate: 2600,
+    keys: "max_in_flight: auto",
+    about: "the same with max_in_flight: auto",
+    work: exponentially,
+  },
   "thousand": {
     ...busy,
     servers: 1000,
@@ -117,13 +126,13 @@ export const scenarios: Record<string, Scenario> = {
     rate: 65_000,
     seconds: 1,
     about: "1,000 equal servers, two thirds busy",
-    work: ({ random }) => exponential(10, random),
+    work: exponentially,
   },
   "ten balancers": {
     ...busy,
     balancers: 10,
     about: "10 equal servers, two thirds busy, behind 10 balancers that know nothing of each other",
-    work: ({ random }) => exponential(10, random),
+    work: exponentially,
   },
 };
 
