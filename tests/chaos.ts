@@ -102,10 +102,11 @@ interface Tally {
   whole: number;
   wrong: string[]; // answers whose bytes or status are not what they have to be
   cut: number; // answers that began and did not end
+  broken: number; // connections that ended without an answer
 }
 
 /** One request; its answer is compared byte for byte. */
-function ask(agent: Agent, port: number, method: string, number: number, tally: Tally): Promise<void> {
+function ask(agent: Agent | false, port: number, method: string, number: number, tally: Tally): Promise<void> {
   return new Promise((resolve) => {
     const sent = request({ port, agent, method, path: `/x/${number}`, host: "127.0.0.1", headers: { host: "a.test" } });
     let begun = false, done = false;
@@ -134,7 +135,8 @@ function ask(agent: Agent, port: number, method: string, number: number, tally: 
     sent.on("error", (error: Error & { code?: string }) =>
       end(() => {
         if (begun) tally.cut++;
-        else if (method === "GET" && !sent.reusedSocket) tally.wrong.push(`${method} ${number}: ${error.code}`);
+        else if (/ECONNRESET|EPIPE/.test(error.code ?? "")) tally.broken++;
+        else tally.wrong.push(`${method} ${number}: ${error.code}`);
       }));
     sent.end(method === "POST" ? "a body" : undefined);
   });
@@ -164,6 +166,7 @@ export async function chaos({ seconds, seed, workers = 1 }: Chaos) {
       file,
       JSON.stringify({
         log: "off",
+        admin: { listen: "127.0.0.1:0" },
         default: {
           servers: backends.map(({ port }) => ({ url: `127.0.0.1:${port}`, weight: 1 + Math.floor(random() * 3) })),
           health: { path: "/x/0", interval: "500ms", timeout: "500ms", rise: 1, fall: 2 },
@@ -179,19 +182,23 @@ export async function chaos({ seconds, seed, workers = 1 }: Chaos) {
   let err = "", over = false;
   program.stderr.on("data", (bytes: Buffer) => err += bytes);
   program.on("exit", () => over = true);
-  const counts = { kill: 0, pause: 0, slow: 0, reset: 0, reload: 0 };
-  const tally: Tally = { whole: 0, wrong: [], cut: 0 };
+  const counts = { kill: 0, pause: 0, slow: 0, reset: 0, reload: 0, worker: 0 };
+  const tally: Tally = { whole: 0, wrong: [], cut: 0, broken: 0 };
   try {
     const port = await until("lb.ts listens", () => Number(/listening on http:\/\/\S+:(\d+)/.exec(err)?.[1]), 30_000);
     const agent = new Agent({ keepAlive: true, maxSockets: CLIENTS });
     let running = true, number = 0;
     const client = async () => {
-      while (running) await ask(agent, port, random() < 0.2 ? "POST" : "GET", ++number, tally);
+      while (running) {
+        if (random() < 0.8) await ask(agent, port, "GET", ++number, tally);
+        else await ask(false, port, "POST", ++number, tally); // over a kept connection Deno and Bun send one again by themselves
+      }
     };
     const clients = Array.from({ length: CLIENTS }, client);
     await sleep(2_000);
     const before = held(program.pid!);
 
+    const admin = /admin on (\S+)/.exec(err)![1];
     const manner = (backend: Backend, one: Manner) =>
       fetch(`http://127.0.0.1:${backend.port}/manner/${encodeURIComponent(JSON.stringify(one))}`, {
         signal: AbortSignal.timeout(2_000),
@@ -222,8 +229,14 @@ export async function chaos({ seconds, seed, workers = 1 }: Chaos) {
         if (random() < 0.5) process.kill(program.pid!, "SIGHUP");
         await sleep(100);
       },
+      async worker() {
+        const [first] = await (await fetch(`${admin}/workers`)).json() as { id: number }[];
+        await (await fetch(`${admin}/workers/${first!.id}`, { method: "DELETE" })).text();
+        await until("another one serves", () => err.includes("a worker has ended"));
+        await sleep(1_500);
+      },
     };
-    const names = Object.keys(EVENTS) as (keyof typeof counts)[];
+    const names = (Object.keys(EVENTS) as (keyof typeof counts)[]).filter((name) => workers > 1 || name !== "worker");
     for (const end = Date.now() + seconds * 1_000; Date.now() < end;) {
       const name = names[Math.floor(random() * names.length)]!;
       const backend = backends[Math.floor(random() * SERVERS)]!;
@@ -253,12 +266,15 @@ export async function chaos({ seconds, seed, workers = 1 }: Chaos) {
   }
 }
 
-/** What has to hold afterwards. Bodies may end early only where a server has cut them off, or was killed or paused over them. */
+/** What has to hold afterwards. Answers may end early, or not come, only where a server or a worker was ended over them. */
 export function judge(
-  { counts, whole, wrong, cut, heard, before, after, err }: Awaited<ReturnType<typeof chaos>>,
+  { counts, whole, wrong, cut, broken, heard, before, after, err }: Awaited<ReturnType<typeof chaos>>,
 ): void {
   const twice = [...heard.posts].filter(([, times]) => times > 1).map(([number]) => number);
-  const line = `${JSON.stringify(counts)}: ${whole} answers whole, ${cut} cut off (servers cut ${heard.cuts}), ` +
+  const line =
+    `${
+      JSON.stringify(counts)
+    }: ${whole} answers whole, ${cut} cut off (servers cut ${heard.cuts}), ${broken} connections broken, ` +
     `memory ${before.memory.toFixed(0)} to ${
       after.memory.toFixed(0)
     } MiB, open files ${before.files} to ${after.files}`;
@@ -267,9 +283,10 @@ export function judge(
   assert.equal(heard.said, "", "what the servers say is wrong");
   assert.deepEqual(wrong, [], "answers that are wrong");
   assert.deepEqual(twice, [], "POSTs that came twice");
-  assert.ok(cut <= heard.cuts + CLIENTS * (counts.kill + counts.pause), line);
+  assert.ok(cut <= heard.cuts + CLIENTS * (counts.kill + counts.pause + counts.worker), line);
+  assert.ok(broken <= CLIENTS * counts.worker, line);
   assert.match(err, /requests in flight: 0\n/, "in flight at the end");
-  assert.doesNotMatch(err, /error: /, "what the program reports");
+  assert.doesNotMatch(err.replaceAll(/error: a worker has ended.*/g, ""), /error: /, "what the program reports");
   assert.ok(after.files <= before.files + 4, line);
   assert.ok(after.memory < before.memory + 150, line);
 }

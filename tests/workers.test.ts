@@ -1,6 +1,8 @@
 // Many cores: threads that share the port and a main thread that decides for them.
 
 import assert from "node:assert/strict";
+import { Agent, request } from "node:http";
+import process from "node:process";
 import nodeTest from "node:test";
 import {
   answer,
@@ -9,6 +11,7 @@ import {
   rawRequest,
   type Script,
   scriptedServer,
+  sleep,
   startProgram,
   status,
   until,
@@ -148,3 +151,76 @@ test("a wrong number of workers is refused", async () => {
     );
   }
 });
+
+// ─── The end of a process under load ───
+
+interface Tally {
+  whole: number;
+  failed: string[];
+}
+
+/** Asks without a pause, over connections that are kept or over a fresh one each time, until it is told to stop. */
+function load(port: number, clients: number, keepAlive: boolean) {
+  const tally: Tally = { whole: 0, failed: [] }, agent = new Agent({ keepAlive, maxSockets: clients });
+  let running = true;
+  const one = () =>
+    new Promise<void>((resolve) => {
+      const failed = (what: unknown) => (tally.failed.push(String(what)), resolve());
+      const sent = request({ port, host: "127.0.0.1", agent, headers: { host: "a.test" } }, (answer) => {
+        answer.resume();
+        answer.on("error", failed);
+        answer.on("end", () => answer.statusCode === 200 ? (tally.whole++, resolve()) : failed(answer.statusCode));
+      });
+      sent.on("error", failed).end();
+    });
+  const client = async () => {
+    while (running) await one();
+  };
+  const all = Promise.all(Array.from({ length: clients }, client));
+  const stop = async () => {
+    running = false;
+    await all;
+    agent.destroy();
+    return tally;
+  };
+  return { tally, stop };
+}
+
+/** Answers after a while, so that something is always in flight. */
+const slow: Script = async (visit) => {
+  await sleep(Math.random() * 20);
+  visit.send(answer("slow"));
+};
+
+for (const workers of ["1", "2"]) {
+  test(`a process that takes the port over leaves no request unanswered, workers: ${workers}`, async () => {
+    const server = await scriptedServer(slow);
+    const config = { log: "off", default: { servers: [server.address] } };
+    const args = ["--reuse-port", "--workers", workers, "--drain", "5s"];
+    let lb = await startProgram(config, args);
+    const at = ["--listen", `127.0.0.1:${lb.port}`];
+    const loads = [load(lb.port, 8, true), load(lb.port, 4, false)];
+    try {
+      for (let i = 0; i < 2; i++) {
+        const seen = loads.map(({ tally }) => tally.whole);
+        await until("both have been served", () => loads.every(({ tally }, i) => tally.whole > seen[i]! + 50), 20_000);
+        const next = await startProgram(config, [...args, ...at]);
+        process.kill(lb.pid, "SIGTERM");
+        await until("the first one has drained", () => /info: drained\n$/.test(lb.output()), 20_000);
+        await lb.stop();
+        lb = next;
+      }
+      const [kept, fresh] = await Promise.all(loads.map((one) => one.stop()));
+      assert.deepEqual(kept!.failed, []);
+      // the system resets what the first process has not yet accepted, and Deno what it has not yet read (README)
+      assert.ok(
+        fresh!.failed.length <= fresh!.whole / 50,
+        `${fresh!.failed.length} of ${fresh!.whole}: ${fresh!.failed}`,
+      );
+      assert.ok(fresh!.failed.every((error) => /ECONNRESET|socket hang up|closed/.test(error)), `${fresh!.failed}`);
+    } finally {
+      await lb.stop();
+      await server.close();
+    }
+  });
+}
