@@ -4754,7 +4754,8 @@ function complain(service: Service, server: Server, detail: string, effects: Eff
 function judge(exchange: Exchange, server: Server, outcome: Outcome, effects: Effects): void {
   const { destination, attempt, upgrade } = exchange, { service } = destination!;
   if (outcome.kind === "answer") {
-    const { status, headers } = outcome.response, wait = TOO_MUCH.has(status) && headers.get("retry-after");
+    const { response } = outcome; // whose headers are read only where they have to be: that costs, on Node more than time
+    const wait = TOO_MUCH.has(response.status) && response.headers.get("retry-after");
     if (wait) onRetryAfter(service, server, wait, effects);
     onHead(service, server, status, attempt!.startedAt, attempt!.headAt, effects);
     if (upgrade?.response) onAnswered(service, server, effects); // its end may be hours away
@@ -5308,10 +5309,10 @@ function clientOf(request: Request, address: string | undefined, raw?: readonly 
 
 /**
  * Node's server takes several values as a list, and only where headers are a record adds no Content-Type of its own;
- * middleware needs them as the standard has them.
+ * whoever looks at them, middleware say, needs them as the standard has them.
  */
 function nodeResponse(body: BodyInit | null, status: number, headers: readonly string[], wrapped: boolean): Response {
-  if (wrapped) return new Response(body, { status, headers: pairs(headers) });
+  if (wrapped || TOO_MUCH.has(status)) return new Response(body, { status, headers: pairs(headers) });
   const record: Record<string, string | string[]> = {};
   for (let i = 0; i < headers.length; i += 2) {
     const [name, value] = [headers[i]!, headers[i + 1]!];
