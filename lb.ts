@@ -4757,7 +4757,7 @@ function judge(exchange: Exchange, server: Server, outcome: Outcome, effects: Ef
     const { response } = outcome; // whose headers are read only where they have to be: that costs, on Node more than time
     const wait = TOO_MUCH.has(response.status) && response.headers.get("retry-after");
     if (wait) onRetryAfter(service, server, wait, effects);
-    onHead(service, server, status, attempt!.startedAt, attempt!.headAt, effects);
+    onHead(service, server, response.status, attempt!.startedAt, attempt!.headAt, effects);
     if (upgrade?.response) onAnswered(service, server, effects); // its end may be hours away
     return;
   }
