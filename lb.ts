@@ -1431,6 +1431,8 @@ export interface Effects {
   upgrade(request: Request, env: unknown): Switch | undefined;
   /** Tells other threads what a probe has found: what is wrong with the server, or undefined. */
   probed(service: Service, server: Server, problem: string | undefined): void;
+  /** Hears what an operator says of a server. */
+  told(service: Service, server: Server, up: boolean): void;
   /** One line of the access log. */
   write(line: string): void;
   /** One line for the operator. */
@@ -2323,7 +2325,8 @@ function onProbed(service: Service, server: Server, problem: string | undefined,
 const untimed = { startedAt: 0, connectedAt: 0, headAt: 0, uploaded: 0 };
 
 /** What an operator says of a server. It holds until probes say otherwise. */
-function onTold(service: Service, server: Server, up: boolean): void {
+function onTold(service: Service, server: Server, up: boolean, effects: Effects): void {
+  effects.told(service, server, up);
   Object.assign(server, { up, passes: 0, fails: 0, failures: 0 }, up && { until: 0, ejections: 0 });
   service.candidatesUntil = 0;
 }
@@ -5699,6 +5702,7 @@ function defaultEffects(): Effects {
     client: runtime.client,
     upgrade: runtime.upgrade,
     probed: () => {},
+    told: () => {},
     write: (line) => console.log(line),
     report: (level, text) =>
       console.error(`${here === "edge" ? "" : `${new Date().toISOString()} `}${level}: ${oneLine(text)}`),
@@ -5711,8 +5715,8 @@ function defaultEffects(): Effects {
 
 /** A Hono app that balances, to be served, mounted or wrapped. */
 export interface LoadBalancer extends Hono {
-  /** Puts another config in force. Requests in flight finish on the old one; what is known of servers that stay is kept. */
-  reload(config: Config): void;
+  /** Puts another config in force. Requests in flight finish on the old one; what is known of servers that stay is kept. With workers it resolves when all of them have it. */
+  reload(config: Config): void | Promise<unknown>;
   /** Probes the servers that are due. Call it in an interval; `serve` does. */
   probe(): Promise<void>;
   /** What is in force and in flight, to be read. */
@@ -6378,7 +6382,7 @@ function changesOf(lb: LoadBalancer, parse: Parse, file?: string): Change {
     const text = edit(after, config) ?? rewrite(config.text, after, before), next = parse(text);
     if (text === config.text) return;
     if (file) await saveFile(file, config.text, text);
-    lb.reload(next);
+    await lb.reload(next);
     reportChange(context, balancer.effects, differences(before, writtenOf(next)));
     if (needsRestart(config, next)) balancer.effects.report("warn", NEEDS_RESTART);
   };
@@ -6494,13 +6498,17 @@ function serverOf(asked: Asked): Server {
   return server;
 }
 
+const COUNTING = 200; // milliseconds between two times that a worker says what it has counted
+
 /** Makes a change after which a server gets no more requests, and waits for those in flight as long as `?wait=` says. */
 async function leave({ context: { req }, lb }: Asked, server: Server, change: () => Promise<void>): Promise<void> {
   const { effects } = lb.balancer, sent = req.query("wait") ?? "0", wait = v.safeParse(duration(0), sent);
   if (!wait.success) throw invalid([{ path: "wait", message: `${quote(sent)} is not a duration such as 30s` }]);
   await change();
-  const end = effects.now() + wait.output;
-  while (server.inFlight > 0 && effects.now() < end && !req.raw.signal.aborted) await effects.sleep(20);
+  const now = effects.now(), end = now + wait.output;
+  const heard = lb.balancer.workers.size > 0 ? now + 2 * COUNTING : now; // from all workers what is in flight there
+  const isBusy = () => server.inFlight > 0 || effects.now() < heard;
+  while (isBusy() && effects.now() < end && !req.raw.signal.aborted) await effects.sleep(20);
 }
 
 // Services and their servers.
@@ -6582,9 +6590,10 @@ async function patchServer(asked: Asked, patch: Raw): Promise<Response> {
   return answerServer(asked, server, server.state === "ready" ? 200 : stillBusy(server));
 }
 
+/** Takes a server out; who wants to wait for what is in flight there drains it first. */
 async function deleteServer(asked: Asked): Promise<Response> {
   const server = serverOf(asked);
-  await leave(asked, server, () => editServer(asked, () => undefined));
+  await editServer(asked, () => undefined);
   return answerServer(asked, server, stillBusy(server));
 }
 
@@ -6605,7 +6614,7 @@ async function postServer(asked: Asked): Promise<Response> {
 /** Marks a server by hand. This is no change of the config: probes have the last word. */
 async function tellHealth(asked: Asked): Promise<Response> {
   const { health } = await checkedBody(asked.context, Told), server = serverOf(asked), { effects } = asked.lb.balancer;
-  onTold(serviceOf(asked), server, health === "up");
+  onTold(serviceOf(asked), server, health === "up", effects);
   reportChange(asked.context, effects, [health]);
   return answerServer(asked, server, 200);
 }
@@ -6729,8 +6738,7 @@ const OPERATIONS: Record<string, Operation> = {
     run: async (asked) => patchServer(asked, record((await bodyOf(asked.context)).value)),
   },
   "DELETE /services/:service/servers/:server": {
-    does: "Takes a server out; requests in flight there finish",
-    asks: WAIT,
+    does: "Takes a server out; requests in flight there finish (drain it first to wait for them)",
     gives: [202],
     run: deleteServer,
   },
@@ -7891,10 +7899,12 @@ interface Task {
 type Order =
   | { kind: "config"; config: string }
   | { kind: "probed"; service: string; url: string; problem: string | undefined }
+  | { kind: "told"; service: string; url: string; up: boolean }
   | { kind: "drain"; grace: number };
 /** What a worker says. */
 type Word =
   | { kind: "listening"; addresses: string[] }
+  | { kind: "applied" }
   | { kind: "failed"; reason: string }
   | { kind: "lines"; lines: string[] }
   | { kind: "report"; level: "info" | "warn" | "error"; text: string }
@@ -7910,8 +7920,6 @@ function divided(config: Config, workers: number): Config {
   }
   return config;
 }
-
-const COUNTING = 200; // milliseconds between two times that a worker says what it has counted
 
 /** What a worker has counted, by names that its main thread has too. */
 const countsOf = ({ table, requests, inFlight, entrypoints, failures, effects }: Balancer) => ({
@@ -7989,8 +7997,13 @@ async function work({ config, listen, workers, secret, down }: Task): Promise<vo
   const seats = await listenAll(lb, listen, true).catch((error) => say({ kind: "failed", reason: error.message }));
   if (!seats) return;
   parentPort!.on("message", async (order: Order) => {
-    if (order.kind === "config") lb.reload(read(order.config));
-    else if (order.kind === "probed") {
+    if (order.kind === "config") {
+      lb.reload(read(order.config));
+      say({ kind: "applied" });
+    } else if (order.kind === "told") {
+      const [service, server] = found(order.service, order.url);
+      if (server) onTold(service, server, order.up, effects);
+    } else if (order.kind === "probed") {
       const [service, server] = found(order.service, order.url);
       if (!server) return;
       onProbed(service, server, order.problem, { ...effects, report: () => {} }); // the main thread has said it
@@ -8010,6 +8023,7 @@ async function work({ config, listen, workers, secret, down }: Task): Promise<vo
   say({ kind: "listening", addresses: seats.addresses });
 }
 
+const APPLYING = 5_000; // milliseconds that a worker may take to put a config in force before it is not waited for
 const COME_BACK = 500; // milliseconds until a worker that has died is replaced
 
 /** The next word of a kind that a worker says; undefined when it takes too long, or dies. */
@@ -8072,7 +8086,14 @@ async function startFleet(lb: LoadBalancer, count: number, listen: Config["liste
   const addresses = await start();
   listen = listen.map((one, i) => ({ ...one, port: Number(/\d+$/.exec(addresses[i]!)) }));
   for (let i = 1; i < count; i++) await start();
-  lb.reload = (config) => (reload(config), tell({ kind: "config", config: spelled() }), show());
+  lb.reload = (config) => {
+    reload(config);
+    const applied = [...workers.keys()].map((worker) => nextWord(worker, "applied", APPLYING));
+    tell({ kind: "config", config: spelled() });
+    show();
+    return Promise.all(applied);
+  };
+  effects.told = ({ name }, { url }, up) => tell({ kind: "told", service: name, url, up });
   effects.probed = ({ name }, { url }, problem) => tell({ kind: "probed", service: name, url, problem });
   return {
     addresses,
