@@ -5715,7 +5715,10 @@ function defaultEffects(): Effects {
 
 /** A Hono app that balances, to be served, mounted or wrapped. */
 export interface LoadBalancer extends Hono {
-  /** Puts another config in force. Requests in flight finish on the old one; what is known of servers that stay is kept. With workers it resolves when all of them have it. */
+  /**
+   * Puts another config in force. Requests in flight finish on the old one; what is known of servers that stay is kept.
+   * With workers it resolves when all of them have it.
+   */
   reload(config: Config): void | Promise<unknown>;
   /** Probes the servers that are due. Call it in an interval; `serve` does. */
   probe(): Promise<void>;
@@ -8039,9 +8042,24 @@ const nextWord = <K extends Word["kind"]>(worker: Worker, kind: K, patience: num
     worker.on("message", hear).on("exit", end);
   });
 
-/** Starts the workers, one after the other, and keeps as many. What is changed or found here, they hear at once. */
+/** What is changed or found here, the workers hear at once; a config is waited for until all of them have it. */
+function passOn(lb: LoadBalancer, workers: Map<Worker, unknown>, show: () => void): void {
+  const { balancer } = lb, { effects } = balancer, { reload } = lb;
+  const tell = (order: Order) => workers.forEach((_, worker) => worker.postMessage(order));
+  lb.reload = (config) => {
+    reload(config);
+    const applied = [...workers.keys()].map((worker) => nextWord(worker, "applied", APPLYING));
+    tell({ kind: "config", config: printConfig(balancer.table.config, false) });
+    show();
+    return Promise.all(applied);
+  };
+  effects.told = ({ name }, { url }, up) => tell({ kind: "told", service: name, url, up });
+  effects.probed = ({ name }, { url }, problem) => tell({ kind: "probed", service: name, url, problem });
+}
+
+/** Starts the workers, one after the other, and keeps as many. */
 async function startFleet(lb: LoadBalancer, count: number, listen: Config["listen"]): Promise<Seats> {
-  const { balancer } = lb, { effects } = balancer, reload = lb.reload;
+  const { balancer } = lb, { effects } = balancer;
   const workers = new Map<Worker, Counts | undefined>(), spelled = () => printConfig(balancer.table.config, false);
   const tell = (order: Order) => workers.forEach((_, worker) => worker.postMessage(order));
   let [id, gone]: [number, Counts | undefined] = [0, undefined];
@@ -8086,15 +8104,7 @@ async function startFleet(lb: LoadBalancer, count: number, listen: Config["liste
   const addresses = await start();
   listen = listen.map((one, i) => ({ ...one, port: Number(/\d+$/.exec(addresses[i]!)) }));
   for (let i = 1; i < count; i++) await start();
-  lb.reload = (config) => {
-    reload(config);
-    const applied = [...workers.keys()].map((worker) => nextWord(worker, "applied", APPLYING));
-    tell({ kind: "config", config: spelled() });
-    show();
-    return Promise.all(applied);
-  };
-  effects.told = ({ name }, { url }, up) => tell({ kind: "told", service: name, url, up });
-  effects.probed = ({ name }, { url }, problem) => tell({ kind: "probed", service: name, url, problem });
+  passOn(lb, workers, show);
   return {
     addresses,
     close: () => Promise.resolve(tell({ kind: "drain", grace: 0 })),
