@@ -6190,8 +6190,8 @@ const serverView = (server: Server, now: number) => ({
 /** A service as the API shows it. */
 function serviceView(service: Service, now: number) {
   const candidates = candidatesOf(service, now), asked = new Set(candidates);
-  const sum = candidates.reduce((sum, server) => sum + server.weight, 0);
-  const share = (server: Server) => asked.has(server) ? server.weight / sum : 0; // of what may be asked
+  const sum = candidates.reduce((sum, server) => sum + server.effective, 0);
+  const share = (server: Server) => asked.has(server) ? server.effective / sum : 0; // of what may be asked
   return {
     name: service.name,
     strategy: service.config.strategy.name,
@@ -7038,7 +7038,7 @@ h1, h2, b, summary, tbody th { font-weight: 600; }
 #verdict, b { flex: 1; font-size: 22px; font-weight: 600; }
 #link, small, thead th { color: var(--dim); font-size: 12px; }
 .up td:nth-child(2), .good { color: var(--good); }
-:is(.drain, .maint) td:nth-child(2), .warn { color: var(--warn); }
+:is(.drain, .maint, .trial, .paused) td:nth-child(2), .warn { color: var(--warn); }
 :is(.down, .ejected) td:nth-child(2), .bad { color: var(--bad); }
 ul { list-style: none; }
 #charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 16px; }
@@ -7210,7 +7210,8 @@ const DEEDS = {
 const SIGNS = { up: "●", trial: "△", paused: "○", drain: "◐", maint: "◇", ejected: "▲", down: "✕" };
 const COLUMNS = {
   "Server": (one) => [one.name, one.backup ? "backup" : ""],
-  "State": (one) => [SIGNS[one.status] + " " + one.status, "for " + ago(one.status_for)],
+  "State": ({ status, status_for, paused_for }) =>
+    [SIGNS[status] + " " + status, "for " + (status === "paused" ? "another " + ago(paused_for) : ago(status_for))],
   "Last check": ({ check: last }) =>
     last ? [last.problem || "passed", ago(last.ago) + " ago, took " + time(1e3 * last.took)] : ["–"],
   "Weight": (one) => [one.weight, percent(one.share)],
@@ -7285,7 +7286,7 @@ const showService = (section, service) => {
 const MOST = 8; // lines about it
 const troublesOf = (section, service) => {
   const { name, servers, askable, panicking } = service, share = failing(recent(service));
-  const out = section.rows.filter(({ server }) => ["down", "ejected"].includes(server.status));
+  const out = section.rows.filter(({ server }) => server.state === "ready" && !isUp(server));
   const wrong = (level, text, { id } = section) => ({ name: name + ": " + text, level, id });
   return [
     ...(askable || !servers.length ? [] : [wrong("bad", "no server may be asked")]),
@@ -7970,7 +7971,8 @@ function showCounts(balancer: Balancer, { services, entrypoints, ...own }: Count
     Object.assign(service, counts, { waiting: new Set(Array.from({ length: queued }, () => () => false)) });
     for (const server of service.servers) {
       const { spent = 0, ejectedFor = 0, answers = 0, ...counts } = servers?.get(server.url) ?? {};
-      const until = ejectedFor && balancer.effects.now() + ejectedFor;
+      const now = balancer.effects.now(), until = ejectedFor && now + ejectedFor;
+      if (!until !== !server.until) server.since = now;
       Object.assign(server, counts, { answers, until, latency: spent / (answers || 1) });
     }
   }

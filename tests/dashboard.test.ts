@@ -12,6 +12,7 @@ import {
   type Script,
   type ScriptedServer,
   scriptedServer,
+  sleep,
   startProgram,
   status,
 } from "./rig.ts";
@@ -38,15 +39,15 @@ interface Opened {
 async function looking(
   config: unknown,
   use: (opened: Opened) => Promise<void>,
-  options: { width?: number; height?: number; dark?: boolean } = {},
+  options: { dark?: boolean; args?: string[] } = {},
 ) {
-  const { width = 1400, height = 900, dark = false } = options;
+  const { dark = false, args = [] } = options;
   browser ??= chromium.launch({ executablePath: "/usr/bin/chromium", args: FLAGS.split(" ") });
   const context = await (await browser).newContext({
-    viewport: { width, height },
+    viewport: { width: 1400, height: 900 },
     colorScheme: dark ? "dark" : "light",
   });
-  const lb = await startProgram(config, ADMIN);
+  const lb = await startProgram(config, [...ADMIN, ...args]);
   try {
     const page = await context.newPage(), wrong: string[] = [], origin = `http://127.0.0.1:${lb.admin}`;
     page.on("console", (message) => void wrong.push(`${message.type()}: ${message.text()}`));
@@ -119,6 +120,29 @@ test("it shows the routes, the services, their servers, and what is wrong, in wo
         "Requests that failed",
         "Latency: p50, p99",
       ]);
+    });
+  }));
+
+test("a server that is ejected, and then tried out, or that wants to be left alone, is said to be so", () =>
+  withServers(3, async (servers) => {
+    const [ill, , calm] = servers, [one, , three] = servers.map(({ address }) => address) as [string, string, string];
+    const eject = { failures: 1, for: "2s" };
+    const config = {
+      services: { shop: { servers: servers.map(({ address }) => address), health: "off", eject, retries: 2 } },
+      default: { service: "shop" },
+    };
+    await looking(config, async ({ page, lb }) => {
+      ill!.reset((visit) => visit.send(answer("no", "", "503 No")));
+      await send(lb, 3);
+      await figure(page, one, "State", /▲ ejected/);
+      await reads(page, "#troubles", `shop: ${one} is ejected`);
+      await figure(page, one, "State", /△ trial/);
+      ill!.reset(hello);
+      await send(lb, 3);
+      await figure(page, one, "State", /● up/);
+      calm!.reset((visit) => visit.send(answer("no", "Retry-After: 60\r\n", "429 No")));
+      await Promise.all(Array.from({ length: 3 }, () => rawRequest(lb.port, get("/"))));
+      await figure(page, three, "State", /○ paused/);
     });
   }));
 
@@ -262,6 +286,28 @@ test("it works by keyboard: what has the focus is seen, a dialog gives it back",
     await page.keyboard.press("Tab");
     await page.keyboard.press("Enter");
     await figure(page, REFUSED, "State", /◇ maint/);
+  }));
+
+test("with many workers it shows what they do together, and what is changed there holds for all", () =>
+  withServers(2, async (servers) => {
+    const [one, two] = servers.map(({ address }) => address) as [string, string];
+    const config = { default: { servers: [one, two], health: "off", eject: { failures: 1 } } };
+    await looking(config, async ({ page, lb }) => {
+      await reads(page, "#verdict", "All servers are up: 2");
+      await press(page, one, "drain");
+      await figure(page, one, "State", /◐ drain/);
+      await sleep(500); // until the workers have heard it
+      await send(lb, 12);
+      await figure(page, two, "Requests", /^12$/);
+      assert.equal(servers[0]!.requests.length, 0);
+      await press(page, one, "ready");
+      servers[1]!.reset((visit) => visit.send(answer("no", "", "503 No")));
+      await figure(page, one, "State", /● up/);
+      await sleep(500);
+      await Promise.all(Array.from({ length: 6 }, () => rawRequest(lb.port, get("/"))));
+      await figure(page, two, "State", /▲ ejected/);
+      assert.match(await cell(page, two, "State").innerText(), /for \d s/);
+    }, { args: ["--workers", "2"] });
   }));
 
 for (const dark of [false, true]) {

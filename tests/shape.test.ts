@@ -270,7 +270,7 @@ test("no function is longer than a screen", () => {
   }
 });
 
-test("a use of what stands below is found in every section of the file", () => {
+test("a use of what stands below is found in every section of the file", { timeout: 60_000 }, () => {
   const lines = SOURCE.split("\n");
   const sections = sectionsOf(SOURCE).slice(0, -1);
   for (const { name, line } of sections) {
