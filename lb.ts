@@ -6476,7 +6476,7 @@ async function checkedBody<S extends Schema>(context: AdminContext, schema: S): 
 }
 
 const jsonOf = (value: unknown, status = 200, headers: Record<string, string> = {}): Response =>
-  Response.json(value, { status, headers });
+  new Response(`${JSON.stringify(value)}\n`, { status, headers: { "content-type": "application/json", ...headers } });
 
 /** The service that a change without a name means: the default, or the only one. */
 function meantService({ routes, services }: Config): string {
