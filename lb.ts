@@ -530,10 +530,15 @@ const Tcp = map({
   deny: changes.deny,
   ...tcpSettings,
 });
+const Limits = map({
+  requests: key(Limit, "in flight, of all clients: 503 beyond", "none"),
+  per_client: key(Limit, "in flight, of one address (an IPv6 /64): 429 beyond", "none"),
+});
 const RoutesFile = map({
   listen: key(many(Listen, "a port or an address"), "where clients connect", 8080),
   admin: key(Admin, "the API and the pages for operators: listen, token, read_token (may only look)"),
   trust: key(Networks, "peers whose X-Forwarded-* and Forwarded are believed", []),
+  limits: key(Limits, "how much at once, against abuse", {}),
   log: key(Log, "combined, json or off; or {format, sample}: a share of what succeeds", "combined"),
   name_routes: key(Bool, "true: every service answers under /<its name>/..., prefix stripped", false),
   defaults: key(map(settings), "any key of a service, for all services", {}),
@@ -566,7 +571,7 @@ type Carried = Fields<typeof conditions> & Fields<typeof changes>;
 type Made = { hosts: string[]; paths: PathRule[]; action: Action; policy: Policy; fallback: boolean };
 /** A route in the general form, as it is parsed. */
 export type RouteConfig = Carried & Made;
-type Top = Pick<Out<typeof RoutesFile>, "listen" | "admin" | "trust" | "log" | "name_routes">;
+type Top = Pick<Out<typeof RoutesFile>, "listen" | "admin" | "trust" | "limits" | "log" | "name_routes">;
 /** Listeners whose connections go to one service as they are. */
 export type TcpConfig = Pick<Out<typeof Tcp>, "listen" | "name" | "proxy_protocol" | "allow" | "deny">;
 /**
@@ -874,7 +879,7 @@ const unique = (name: string, taken: { has(name: string): boolean }) => {
 const Carried = v.object({ ...conditions, ...changes }), Leading = v.object({ ...place, ...actions });
 /** Every entry in the general form, and a service for each that lists servers. */
 function expand(source: Raw, text: string): Config {
-  const { listen, admin, trust, log, name_routes, tcp } = v.parse(RoutesFile, source);
+  const { listen, admin, trust, limits, log, name_routes, tcp } = v.parse(RoutesFile, source);
   const services = new Map(mapsIn(source, "services").map(([[, name], own]) => [plain(String(name)), own]));
   const written = entriesOf(source).map(([, entry]) => entry), last = topMap(source, "default").length;
   const names = new Set(written.map((entry) => entry.name));
@@ -910,7 +915,7 @@ function expand(source: Raw, text: string): Config {
     [...mapsIn(source, "services", "tcp"), ...entriesOf(source)].map(([path, own]) => [own, path]),
   );
   const places = new Map([...services].map(([name, own]) => [name, stands.get(own)!]));
-  return { listen, admin, trust, log, name_routes, services: parsed, routes, tcp, source, text, places };
+  return { listen, admin, trust, limits, log, name_routes, services: parsed, routes, tcp, source, text, places };
 }
 
 /** What is found wrong with a text, and where; `end` throws if there is anything. */
@@ -1251,6 +1256,7 @@ export interface Exchange extends Draw {
   tried: Server[];
   choices: Choice[] | undefined; // so far, where an operator asks for them
   cookie: string; // Set-Cookie for a client that is new to its server, or empty
+  counted: string; // the client, where it may have only so many requests in flight
   quota: readonly string[]; // what the answer says about the client's rate: name, value, ...
   attempt: Attempt | undefined; // the latest
   trace: string; // 32 digits, from the client or begun by us; empty: not asked for yet
@@ -1393,6 +1399,7 @@ export interface Balancer {
   requests: number;
   inFlight: number; // requests, WebSockets, and connections that are not HTTP
   entrypoints: Map<string, Entrypoint>; // by name
+  clients: Map<string, number>; // requests in flight, where `limits` bounds them
   tunnels: Set<Tunnel>; // WebSockets that are open
   relays: Set<() => void>; // connections that are not HTTP: a call ends one
   workers: Map<number, { since: Date; end(): void }>; // threads that serve for this one, where there are some
@@ -3779,6 +3786,8 @@ function hand(tunnel: Tunnel, side: MessageSide, opcode: number, payload: Bytes)
 type Denial =
   | "denied"
   | "no-route"
+  | "busy"
+  | "client-busy"
   | "rate"
   | "no-server"
   | "queue-full"
@@ -3799,6 +3808,7 @@ export const FAILURES = {
   "client-timeout": { status: 408, text: "the request's body did not arrive in time" },
   "body-too-large": { status: 413, text: "the request's body is too large" },
   "uri-too-long": { status: 414, text: "the request's target is too long" },
+  "client-busy": { status: 429, text: "too many requests at once" },
   "rate": { status: 429, text: "too many requests" },
   "headers-too-large": { status: 431, text: "the request's headers are too large" },
   "client-left": { status: 499, text: "the client has left" },
@@ -3806,6 +3816,7 @@ export const FAILURES = {
   "connect": { status: 502, text: "the server cannot be reached" },
   "reset": { status: 502, text: "the server closed the connection" },
   "invalid-answer": { status: 502, text: "the server's answer is not valid" },
+  "busy": { status: 503, text: "too many requests at once" },
   "no-server": { status: 503, text: "no server may be asked" },
   "queue-full": { status: 503, text: "all servers are busy, and too many requests wait" },
   "queue-timeout": { status: 503, text: "all servers were busy for too long" },
@@ -3832,7 +3843,7 @@ function refusal(kind: FailureName, accept = "", id = ""): Response {
       "content-length": `${body.length}`,
       "cache-control": "no-store",
       "x-lb-failure": kind,
-      ...(status === 503 && { "retry-after": "1" }),
+      ...((status === 503 || kind === "client-busy") && { "retry-after": "1" }),
       ...(CLOSING.has(status) && { connection: "close" }),
     },
   });
@@ -3885,8 +3896,9 @@ const networkOf = memo((address) => ipaddr.parse(address).toByteArray().slice(0,
 function bucketOf({ client, request }: Exchange, { by }: Rate): string {
   const value = by && request.headers.get(by);
   if (value) return `=${value.length > 100 ? `${hash(value)} ${value.slice(-80)}` : value}`;
-  return isIPv6(client) ? networkOf(client) : client;
+  return clientNetwork(client);
 }
+const clientNetwork = (client: string): string => isIPv6(client) ? networkOf(client) : client;
 
 /** When a bucket is full again. A bucket that nobody has drawn from for as long as it takes to fill need not be kept. */
 function fullAt(buckets: Buckets, bucket: string, now: number): number {
@@ -4490,6 +4502,7 @@ function newExchange(balancer: Balancer, request: Request, from: Client, wrapped
     tried: [],
     choices: undefined,
     cookie: "",
+    counted: "",
     quota: NO_HEADERS,
     attempt: undefined,
     trace: "",
@@ -4513,7 +4526,7 @@ function balance(balancer: Balancer, request: Request, env: unknown, wrapped: bo
   balancer.inFlight++;
   exchange.entrypoint.inFlight++;
   try {
-    const refusal = admit(exchange) ?? loop(balancer, request);
+    const refusal = admit(exchange) ?? loop(balancer, request) ?? crowd(balancer, exchange);
     if (exchange.table.config.admin?.token && isOperator(balancer, exchange)) exchange.choices = [];
     if (refusal) return refuse(balancer, exchange, refusal);
     const how = asksForWebSocket(exchange) ? balancer.effects.upgrade(request, env) : undefined;
@@ -4551,6 +4564,22 @@ function ownOptions({ methods }: Route): Response {
 async function layered(balancer: Balancer, exchange: Exchange, around: Around, answer: () => Promise<Response>) {
   const response = await around.fetch(exchange.request, { answer });
   return exchange.status ? response : conclude(balancer, exchange, response, true);
+}
+
+/** Whether too much is in flight: of all clients, or of this one. */
+function crowd(balancer: Balancer, exchange: Exchange): FailureName | undefined {
+  const { requests, per_client } = exchange.table.config.limits;
+  if (balancer.inFlight > requests) return "busy";
+  if (per_client === Infinity) return undefined;
+  const client = exchange.counted = clientNetwork(exchange.client), inFlight = balancer.clients.get(client) ?? 0;
+  balancer.clients.set(client, inFlight + 1);
+  return inFlight < per_client ? undefined : "client-busy";
+}
+
+function leaveCrowd({ clients }: Balancer, client: string): void {
+  const left = clients.get(client)! - 1;
+  if (left) clients.set(client, left);
+  else clients.delete(client);
 }
 
 /** A request that has been here before, or that has passed too many proxies. */
@@ -4963,6 +4992,7 @@ function finished(balancer: Balancer, exchange: Exchange): void {
   const failed = status >= 500 || problem !== "" && !BLAMELESS.has(problem) && status < 400;
   const [milliseconds, received] = [endedAt - started, receivedBy(exchange)];
   balancer.inFlight--;
+  if (exchange.counted) leaveCrowd(balancer, exchange.counted);
   entrypoint.inFlight--;
   count(tallyOf(entrypoint.tallies, exchange), milliseconds, received, bytes, failed);
   if (destination) {
@@ -5905,6 +5935,7 @@ export function createLoadBalancer(
     requests: 0,
     inFlight: 0,
     entrypoints: new Map(),
+    clients: new Map(),
     relays: new Set(),
     draining: false,
     guesses: newBuckets({ requests: 1, per: 1_000, burst: 5, by: "" }),

@@ -384,6 +384,8 @@ const CAUSES: Record<FailureName, Cause | "the runtime's own parser" | "limits.t
     servers: "[a:1]",
     before: 1,
   },
+  "busy": "limits.test.ts",
+  "client-busy": "limits.test.ts",
   "rate": "limits.test.ts",
   "queue-full": "limits.test.ts",
   "queue-timeout": "limits.test.ts",

@@ -1095,3 +1095,37 @@ test("through the program: a request that a server keeps waiting is answered by 
     await Promise.all([quick.close(), moody.close()]);
   }
 });
+
+test("through the program: so many requests in flight of one client, so many of all", async () => {
+  const { held, ask, stop } = await running(({ address }) => ({
+    log: "off",
+    trust: ["127.0.0.1"],
+    limits: { per_client: 2, requests: 3 },
+    default: { servers: [address], health: "off" },
+  }));
+  const by = (client: string) => ask("/", `X-Forwarded-For: ${client}\r\n`);
+  const refusal = async (client: string) => {
+    const { answers: [one] } = await by(client);
+    return [status(one!), value(one!, "x-lb-failure"), value(one!, "retry-after")];
+  };
+  try {
+    const sent = [by("192.0.2.1"), by("192.0.2.1")];
+    await until("two are asked", () => held.length === 2);
+    assert.deepEqual(await refusal("192.0.2.1"), [429, "client-busy", "1"]);
+    sent.push(by("2001:db8::1"));
+    await until("three are asked", () => held.length === 3);
+    assert.deepEqual(await refusal("192.0.2.3"), [503, "busy", "1"]);
+    await held[0]!.give();
+    await sent[0];
+    sent.push(by("2001:db8::2"));
+    await until("a fourth is asked", () => held.length === 4);
+    await held[2]!.give();
+    await sent[2];
+    sent.push(by("2001:db8::3"));
+    await until("a fifth is asked", () => held.length === 5);
+    for (const one of held) await one.give();
+    for (const one of sent) assert.equal(status((await one).answers[0]!), 200);
+  } finally {
+    await stop();
+  }
+});
