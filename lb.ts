@@ -5407,10 +5407,13 @@ function switchedHeaders(tunnel: Tunnel): Headers {
   return headers;
 }
 
-/** Deno has messages only, and answers pings itself. It asks a client that is silent, too, and ends one that has gone. */
+/**
+ * Deno has messages only, and answers pings itself. It also asks a client that is silent for half of `idleTimeout`, and
+ * ends it after all of it; so that long, too, does it keep the memory of one that has broken off.
+ */
 function denoAccept(request: Request, tunnel: Tunnel): Response {
   const { protocol, idle } = tunnel;
-  const options = { ...(protocol && { protocol }), idleTimeout: idle < Infinity ? idle / 500 : 0 };
+  const options = { ...(protocol && { protocol }), idleTimeout: Math.min(60, idle / 500) };
   const { response, socket } = globals.Deno!.upgradeWebSocket(request, options);
   const headers = switchedHeaders(tunnel);
   headers.delete("sec-websocket-protocol");
