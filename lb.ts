@@ -1330,7 +1330,6 @@ export interface Switch {
 export interface Tunnel {
   readonly server: Socket;
   readonly headers: readonly string[]; // of the server's 101, for the client's
-  readonly protocol: string; // the subprotocol, or empty
   readonly idle: number; // milliseconds of silence after which it is closed
   readonly up: Frames; // what goes to the server
   readonly down: Frames; // what comes from it
@@ -1350,7 +1349,7 @@ export interface Tunnel {
 
 /** The client's side of a tunnel, as the runtime has it. */
 export interface ClientSide {
-  /** Takes bytes of the server's frames; false: no more until `roomForClient`. */
+  /** Takes bytes of the server's frames; false: it has enough, and resumes the server when there is room again. */
   deliver(bytes: Bytes): boolean;
   /** Ends it after what has been delivered, with a close frame of this code; 0: without a word. */
   close(code: number): void;
@@ -1434,7 +1433,7 @@ export interface Effects {
   sleep(milliseconds: number, signal?: AbortSignal): Promise<void>;
   /** Who asks; `env` is what the runtime hands over beside the request. */
   client(request: Request, env: unknown): Client;
-  /** How this request can become a WebSocket; undefined: it cannot. `accept` switches the client's side over. */
+  /** How this request can become a WebSocket; undefined: it cannot. */
   upgrade(request: Request, env: unknown): Switch | undefined;
   /** Tells other threads what a probe has found: what is wrong with the server, or undefined. */
   probed(service: Service, server: Server, problem: string | undefined): void;
@@ -2997,8 +2996,8 @@ function open(wire: Wire, transfer: Transfer): void {
   socket.on("data", (data: Bytes) => {
     try {
       onData(wire, connection, data);
-    } catch (error) { // what the runtime's Response does not take
-      fail(wire, connection, "invalid-answer", String(error));
+    } catch (error) { // what the runtime's Response does not take, or its client
+      fail(wire, connection, error instanceof WireError ? error.kind : "invalid-answer", String(error));
     }
   });
   socket.on("drain", () => (connection.taker ?? connection.transfer)?.drained?.());
@@ -3466,12 +3465,15 @@ const upgradeOf = ({ tunnels }: Balancer, asked: readonly string[], { raw, accep
     const tunnel: Tunnel = {
       server,
       headers: attempt.inbound(head.headers),
-      protocol: valueIn(head.headers, "sec-websocket-protocol"),
       idle: attempt.timeouts.idle,
       ...{ up: newFrames(), down: newFrames(), bytesUp: 0, bytesDown: 0, seen: -1, since: 0 },
       ...{ client: undefined, early: [], said: false, left: false, closing: false, over: false, problem: undefined },
     };
-    this.response = accept(tunnel);
+    try {
+      this.response = accept(tunnel);
+    } catch (error) {
+      throw new WireError("client-left", true, String(error));
+    }
     tunnels.add(tunnel);
     return {
       data: (bytes) => fromServer(tunnel, bytes),
@@ -3628,10 +3630,10 @@ function frameOf(opcode: number, payload: Uint8Array, masked: boolean): Bytes {
   frame[1] = (masked ? 0x80 : 0) | (long === 8 ? 127 : long === 2 ? 126 : length);
   if (long === 2) frame.writeUInt16BE(length, 2);
   if (long === 8) frame.writeBigUInt64BE(BigInt(length), 2);
-  frame.set(payload, start);
-  if (!masked) return frame;
-  randomFillSync(frame, start - 4, 4);
-  for (let i = 0; i < length; i++) frame[start + i]! ^= frame[start - 4 + (i & 3)]!;
+  if (masked) {
+    const key = randomFillSync(frame, start - 4, 4).subarray(start - 4, start);
+    for (let i = 0; i < length; i++) frame[start + i] = payload[i]! ^ key[i & 3]!;
+  } else frame.set(payload, start);
   return frame;
 }
 
@@ -5280,7 +5282,7 @@ interface Globals {
     stdout: { write(bytes: Uint8Array): Promise<number> };
     upgradeWebSocket(
       request: Request,
-      options: { protocol?: string; idleTimeout: number },
+      options: { idleTimeout: number },
     ): { response: Response; socket: WebSocket };
   };
   Bun?: { serve(options: Record<string, unknown>): BunServer };
@@ -5412,12 +5414,9 @@ function switchedHeaders(tunnel: Tunnel): Headers {
  * ends it after all of it; so that long, too, does it keep the memory of one that has broken off.
  */
 function denoAccept(request: Request, tunnel: Tunnel): Response {
-  const { protocol, idle } = tunnel;
-  const options = { ...(protocol && { protocol }), idleTimeout: Math.min(60, idle / 500) };
-  const { response, socket } = globals.Deno!.upgradeWebSocket(request, options);
-  const headers = switchedHeaders(tunnel);
-  headers.delete("sec-websocket-protocol");
-  headers.forEach((value, name) => response.headers.append(name, value));
+  const idleTimeout = Math.min(60, tunnel.idle / 500); // seconds
+  const { response, socket } = globals.Deno!.upgradeWebSocket(request, { idleTimeout });
+  switchedHeaders(tunnel).forEach((value, name) => response.headers.append(name, value));
   let events: MessageEvents | undefined;
   socket.binaryType = "arraybuffer";
   socket.onopen = () => void (events = joinMessages(tunnel, denoSide(socket, () => events?.drained())));

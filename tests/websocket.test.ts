@@ -309,14 +309,14 @@ test("a ping of a server is answered, by the client where the runtime can ask it
 
 test("the handshake passes with its headers, both ways, and names those that it came through", async () => {
   own.answer = () =>
-    "Sec-WebSocket-Protocol: chat\r\nSet-Cookie: a=1\r\nSet-Cookie: b=2\r\nX-Own: \xe9\r\nConnection: x-hop\r\nX-Hop: 1\r\n";
+    "Sec-WebSocket-Protocol: chat\r\nSet-Cookie: a=1\r\nSet-Cookie: b=2\r\nX-Own: \xe9\r\nConnection: x-hop\r\nX-Hop: 1\r\nDate: then\r\n";
   try {
     const headers =
-      "Origin: https://x.test\r\nCookie: c=3\r\nSec-WebSocket-Protocol: soap, chat\r\nX-Forwarded-For: 6.6.6.6\r\n";
+      "Origin: https://x.test\r\nCookie: c=3\r\nSec-WebSocket-Protocol: soap,chat\r\nX-Forwarded-For: 6.6.6.6\r\n";
     const { client, head } = await open("/own/room?id=1", headers);
     assert.match(head, /^GET \/own\/room\?id=1 HTTP\/1\.1\r\n/);
     for (
-      const line of ["host: a.test", "origin: https://x.test", "cookie: c=3", "sec-websocket-protocol: soap, chat"]
+      const line of ["host: a.test", "origin: https://x.test", "cookie: c=3", "sec-websocket-protocol: soap,chat"]
     ) {
       assert.ok(head.toLowerCase().includes(`${line}\r\n`), line);
     }
@@ -331,6 +331,7 @@ test("the handshake passes with its headers, both ways, and names those that it 
       client.head,
     );
     assert.doesNotMatch(client.head, /x-hop/i);
+    assert.equal(client.head.match(/^date:/gim)?.length, 1, client.head);
     client.socket.destroy();
   } finally {
     own.answer = () => "";
