@@ -6534,17 +6534,13 @@ function serverOf(asked: Asked): Server {
   return server;
 }
 
-const COUNTING = 200; // milliseconds between two times that a worker says what it has counted
-
 /** Makes a change after which a server gets no more requests, and waits for those in flight as long as `?wait=` says. */
 async function leave({ context: { req }, lb }: Asked, server: Server, change: () => Promise<void>): Promise<void> {
   const { effects } = lb.balancer, sent = req.query("wait") ?? "0", wait = v.safeParse(duration(0), sent);
   if (!wait.success) throw invalid([{ path: "wait", message: `${quote(sent)} is not a duration such as 30s` }]);
   await change();
-  const now = effects.now(), end = now + wait.output;
-  const heard = lb.balancer.workers.size > 0 ? now + 2 * COUNTING : now; // from all workers what is in flight there
-  const isBusy = () => server.inFlight > 0 || effects.now() < heard;
-  while (isBusy() && effects.now() < end && !req.raw.signal.aborted) await effects.sleep(20);
+  const end = effects.now() + wait.output;
+  while (server.inFlight > 0 && effects.now() < end && !req.raw.signal.aborted) await effects.sleep(20);
 }
 
 // Services and their servers.
@@ -7958,6 +7954,8 @@ function divided(config: Config, workers: number): Config {
   return config;
 }
 
+const COUNTING = 200; // milliseconds between two times that a worker says what it has counted
+
 /** What a worker has counted, by names that its main thread has too. */
 const countsOf = ({ table, requests, inFlight, entrypoints, failures, effects }: Balancer) => ({
   ...{ requests, inFlight, failures },
@@ -8037,6 +8035,7 @@ async function work({ config, listen, workers, secret, down }: Task): Promise<vo
   parentPort!.on("message", async (order: Order) => {
     if (order.kind === "config") {
       lb.reload(read(order.config));
+      say({ kind: "counts", counts: countsOf(balancer) }); // what is in flight where nothing new goes any more
       say({ kind: "applied" });
     } else if (order.kind === "told") {
       const [service, server] = found(order.service, order.url);

@@ -706,11 +706,12 @@ test("all workers have a change when it is answered, a drain waits for what is i
         await ask(lb, "POST /", { servers: [{ addr: "127.0.0.1", port: server.port }] });
         assert.deepEqual([...await many(8)], [server === a ? "s0" : server === b ? "s1" : "s9"]);
       }
+      await ask(lb, "POST /services/shop/servers", { url: b.address, backup: true });
       const asked = body(lb.port, "/slow");
       await until("it is there", () => slow.requests.some((request) => target(request) === "/slow"));
-      await ask(lb, "POST /services/shop/servers", { url: b.address });
       const state = `/services/shop/servers/${slow.address}/state`;
-      assert.equal((await ask(lb, `PUT ${state}?wait=1s`, { state: "drain" })).status, 202);
+      const drained = await ask(lb, `PUT ${state}`, { state: "drain" });
+      assert.deepEqual([drained.status, drained.json.in_flight], [202, 1]);
       finish();
       assert.equal((await ask(lb, `PUT ${state}?wait=20s`, { state: "drain" })).status, 200);
       assert.equal(await asked, "slow");
