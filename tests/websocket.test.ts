@@ -176,6 +176,7 @@ after(async () => {
 
 test(
   `${cases.length} recorded cases of RFC 6455 come out as the standard says`,
+  { timeout: 60_000 },
   async () => {
     const wrong: string[] = [], left = [...cases];
     await Promise.all(Array.from({ length: 24 }, async () => {
@@ -413,13 +414,16 @@ test("a server that has gone takes the client's connection with it, behind all t
 test("silence ends a WebSocket with 1001 on both sides; whoever speaks stays", async () => {
   const [silent, lively] = [await open("/brief"), await open("/brief")];
   const talk = setInterval(() => lively.client.send(TEXT, "I am here"), 50);
-  assert.deepEqual(await silent.client.closed(), [1001, ""]);
-  assert.deepEqual(await silent.server.closed(), [1001, ""]);
-  silent.client.close(1001); // as a client does
-  await until("both ends are over", () => silent.client.over && silent.server.over);
-  clearInterval(talk);
-  assert.deepEqual([lively.client.over, lively.server.over], [false, false]);
-  lively.client.socket.destroy();
+  try {
+    assert.deepEqual(await silent.client.closed(), [1001, ""]);
+    assert.deepEqual(await silent.server.closed(), [1001, ""]);
+    silent.client.close(1001); // as a client does
+    await until("both ends are over", () => silent.client.over && silent.server.over);
+    assert.deepEqual([lively.client.over, lively.server.over], [false, false]);
+  } finally {
+    clearInterval(talk);
+    lively.client.socket.destroy();
+  }
 });
 
 test("frames of a server that are against the RFC end both sides where frames are read, and else are the client's matter", async () => {
