@@ -3455,6 +3455,8 @@ function mistakeOf({ headers, upgrade }: Switched, asked: readonly string[], raw
   return undefined;
 }
 
+const OURS_AT_101 = new Set(["connection", "upgrade"]);
+
 /** What makes a WebSocket of a request as soon as a server has agreed. */
 const upgradeOf = ({ tunnels }: Balancer, asked: readonly string[], { raw, accept }: Switch): Upgrade => ({
   raw,
@@ -3464,7 +3466,7 @@ const upgradeOf = ({ tunnels }: Balancer, asked: readonly string[], { raw, accep
     if (mistake) return mistake;
     const tunnel: Tunnel = {
       server,
-      headers: attempt.inbound(head.headers),
+      headers: without(attempt.inbound(head.headers), OURS_AT_101),
       idle: attempt.timeouts.idle,
       ...{ up: newFrames(), down: newFrames(), bytesUp: 0, bytesDown: 0, seen: -1, since: 0 },
       ...{ client: undefined, early: [], said: false, left: false, closing: false, over: false, problem: undefined },

@@ -706,6 +706,11 @@ test("draining leaves WebSockets their time, and then ends them with 1001", asyn
   const server = await until("the server's end is open", () => own.peers[before]);
   process.kill(lb.pid, "SIGTERM");
   await until("it drains", () => lb.output().includes("draining"));
+  if (runtime() === "deno") { // which takes connections as long as WebSockets are open
+    const late = await openWebSocket(lb.port);
+    assert.doesNotMatch(late.head, /^connection: close/im);
+    late.socket.destroy();
+  }
   client.send(TEXT, "still here");
   assert.equal((await server.frame(0)).payload.toString(), "still here");
   assert.deepEqual(await client.closed(), [1001, ""]);
