@@ -2168,7 +2168,6 @@ function note(service: Service, server: Server, good: boolean, milliseconds: num
   const part = Math.max(first, Math.min(1 / MEMORY, 1 - Math.exp((server.recentAt - now) / DECAY)));
   server.typical = first === 1 ? sample : server.typical * (sample / server.typical) ** part;
   service.usual += (milliseconds - service.usual) / (service.usual ? MEMORY : 1);
-  if (service.hedge) learnPatience(service, milliseconds);
   noteTime(server, milliseconds, now);
 }
 
@@ -4793,7 +4792,9 @@ function judge(exchange: Exchange, server: Server, outcome: Outcome, effects: Ef
     const { response } = outcome; // whose headers are read only where they have to be: that costs, on Node more than time
     const wait = TOO_MUCH.has(response.status) && response.headers.get("retry-after");
     if (wait) onRetryAfter(service, server, wait, effects);
-    onHead(service, server, response.status, attempt!.startedAt, attempt!.headAt, effects);
+    const { startedAt, headAt } = attempt!, lost = exchange.stop?.aborted;
+    onHead(service, server, response.status, startedAt, headAt, effects);
+    if (service.hedge && !lost && response.status < 500) learnPatience(service, headAt - startedAt);
     if (upgrade?.response) onAnswered(service, server, effects); // its end may be hours away
     return;
   }

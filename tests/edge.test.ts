@@ -666,7 +666,9 @@ test("a request that a server keeps waiting is answered by another one at the ed
     await server(t, (visit, request) => target(request) === "/slow" ? held.push(visit) : visit.send(answer("a"))),
     await server(t, (visit) => visit.send(answer("b"))),
   ];
-  const lb = await edge(t, { default: { servers: over(a, b), strategy: "first", hedge: "p95", max_in_flight: 20 } });
+  const lb = await edge(t, {
+    default: { servers: over(a, b), strategy: "first", hedge: "p95", max_in_flight: 2, queue: { size: 100 } },
+  });
   for (let i = 0; i < 12; i++) await Promise.all(Array.from({ length: 10 }, () => lb.ask("/")));
   for (let i = 0; i < 3; i++) assert.equal(body(await lb.ask("/slow")), "b");
   assert.equal(held.length, 3);

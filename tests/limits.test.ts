@@ -828,6 +828,19 @@ test("the attempt that is given up counts neither as a failure nor as an answer;
   assert.equal(server.waiting, 0);
 });
 
+test("what is usual is learned from the answers that clients get: one that comes too late does not count", async () => {
+  const { send, asked, clock, service } = await hedging();
+  const { measured } = service;
+  const sent = send();
+  await clock.advance(20);
+  await asked[1]!.finish();
+  await sent;
+  await clock.advance(20);
+  await asked[0]!.finish(); // before it was given up
+  await clock.advance(100);
+  assert.equal(service.measured, measured + 1);
+});
+
 test("a client that leaves during two attempts ends both", async () => {
   const { send, asked, clock, lines, service } = await hedging();
   const leaving = new AbortController();

@@ -196,8 +196,13 @@ function newServers({ servers, workers, seconds, work }: Scenario, timeline: Tim
     if (done === "refused") return Promise.reject(new WireError("connect", false, "refused"));
     const { promise, resolve, reject } = Promise.withResolvers<Response>();
     const deadline = at + attempt.timeouts.response;
+    let given = false; // up, because another attempt has won
+    attempt.stop?.addEventListener("abort", () => {
+      given = true;
+      reject(new WireError("client-left", true, "given up"));
+    });
     const answer = () => {
-      if (timeline.now > deadline) return; // nobody waits for it any more
+      if (given || timeline.now > deadline) return; // nobody waits for it any more
       attempt.ended(done.status, 0, undefined);
       resolve(answerOf(done.status));
     };
