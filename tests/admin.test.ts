@@ -578,7 +578,7 @@ test("nothing changes by GET, and the read token changes nothing", () =>
       if (methods.get || path === "/") continue;
       const got = await ask(lb, `GET ${place}?state=drain`, undefined, bearer(TOKEN));
       assert.equal(got.status, 405, path);
-      assert.match(got.headers.get("allow") ?? "", /^P(UT|OST)/);
+      assert.match(got.headers.get("allow") ?? "", /^(PUT|POST|DELETE)/);
     }
     assert.ok(changes > 10);
     assert.equal(file(lb), WITH_TOKENS);
@@ -788,7 +788,8 @@ test("the API describes itself, without a token and without a request to anybody
         assert.ok(text.includes(`<code>${method.toUpperCase()} ${path}</code> ${summary}`), `${method} ${path}`);
         const asked = path.replace("{service}", "shop").replace("{server}", "127.0.0.1:1");
         const said = await ask(lb, `${method.toUpperCase()} ${asked}`, undefined, bearer(TOKEN));
-        assert.ok(![404, 405, 500].includes(said.status), `${method} ${path}: ${said.text}`);
+        const missing = path.includes("{worker}") ? 404 : 0; // there are none, without --workers
+        assert.ok(said.status === missing || ![404, 405, 500].includes(said.status), `${method} ${path}: ${said.text}`);
       }
     }
   }));
