@@ -6970,7 +6970,7 @@ const keysIn = ({ properties, anyOf = [] }: Shape): [string, Shape][] =>
 
 const usualValue = (value: unknown) =>
   value === undefined ? "" : html`
-    Default <code>${JSON.stringify(value)}</code>
+    <br>default <code>${JSON.stringify(value)}</code>
   `;
 const bodyKeys = (shape: Shape) =>
   keysIn(shape).map(([key, one]) =>
