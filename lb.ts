@@ -2189,6 +2189,16 @@ function onHead(service: Service, server: Server, status: number, began: number,
   } else note(service, server, status < 500, milliseconds, now);
 }
 
+/** An attempt was given up, because another one was faster: its server takes at least as long as it has taken so far. */
+function onGivenUp(service: Service, server: Server, began: number, effects: Effects): void {
+  const now = effects.now(), milliseconds = now - began;
+  if (server.until === 0) {
+    if (milliseconds > server.typical) note(service, server, true, milliseconds, now);
+  } else if (isTrial(server, began) && server.slow && isSlow(service, milliseconds)) {
+    onTried(service, server, { why: `because it still takes more than ${Math.round(milliseconds)} ms` }, effects);
+  }
+}
+
 /** No answer has come, and that is the server's fault. */
 function onSilence(service: Service, server: Server, began: number, now: number, effects: Effects): void {
   if (server.until === 0) note(service, server, false, now - began, now);
@@ -4636,6 +4646,12 @@ async function attempts(balancer: Balancer, exchange: Exchange, first: Destinati
   }
 }
 
+/** What goes on when the answer has been given: copies, and attempts that have lost. The edge has to wait for it. */
+const goingOn = new WeakMap<Request, Promise<unknown>>();
+function goOn({ request }: Exchange, work: Promise<void>): void {
+  goingOn.set(request, Promise.all([goingOn.get(request), work]));
+}
+
 /** One attempt; its end comes to `settle`, what it says before that to `judge`. */
 const ask = (balancer: Balancer, exchange: Exchange, server: Server): Promise<Outcome> =>
   forward(
@@ -4664,6 +4680,7 @@ function launch(balancer: Balancer, exchange: Exchange, server: Server): Leg {
 }
 
 const SAFE = new Set(["GET", "HEAD", "OPTIONS"]);
+const MOST_GRACE = 1_000; // milliseconds that an attempt may run on that has lost
 
 /** Whether a second server may be asked while the first is still busy: nobody notices that a safe request came twice. */
 const mayHedge = ({ method, length, upgrade }: Exchange, { hedge, measured }: Service): boolean =>
@@ -4687,7 +4704,7 @@ async function askTwo(balancer: Balancer, exchange: Exchange, server: Server): P
   const outcome = await ahead.outcome;
   const good = outcome.kind === "answer" && outcome.response.status < 500 && !retryOn.has(outcome.response.status);
   const [winner, loser] = good ? [ahead, behind] : [behind, ahead];
-  void lose(loser, effects);
+  goOn(exchange, lose(loser, effects));
   await winner.outcome;
   service.retrying--;
   service.hedges++;
@@ -4704,12 +4721,16 @@ function win(exchange: Exchange, leg: Leg): Promise<Outcome> {
   return leg.outcome;
 }
 
-/** An attempt whose answer nobody gets. It says of its server at least how long it has taken so far. */
+/**
+ * An attempt whose answer nobody gets. It may run as long again as it already has: a server that was only a little late
+ * says so, and one that hangs shows that it is not just late. Then it is given up.
+ */
 async function lose({ server, exchange, stop, outcome }: Leg, effects: Effects): Promise<void> {
-  const { now } = effects, elapsed = now() - exchange.attempt!.startedAt;
+  const { service } = exchange.destination!, { startedAt } = exchange.attempt!;
+  await Promise.race([outcome, effects.sleep(Math.min(MOST_GRACE, effects.now() - startedAt))]);
   stop.abort();
-  if (elapsed > server.recent) noteTime(server, elapsed, now());
   const late = await outcome;
+  if (late.kind === "client-left") onGivenUp(service, server, startedAt, effects);
   judge(exchange, server, late, effects);
   if (late.kind === "answer") await late.response.body?.cancel().catch(() => {});
 }
@@ -4727,15 +4748,12 @@ function pickSecond(exchange: Exchange, first: Leg, effects: Effects): Server | 
     if (exchange.choices) noteChoice(exchange, others, effects, server);
     return picked(exchange, server);
   } catch (error) { // a strategy's: the first attempt is nobody's any more
-    void lose(first, effects);
+    goOn(exchange, lose(first, effects));
     throw error;
   }
 }
 
 const MOST_COPIES = 100; // in flight to one service: what comes then is not copied
-
-/** Copies that are on their way. */
-const copying = new WeakMap<Request, Promise<void>>();
 
 /**
  * Has a copy of a request sent to another service, behind the request itself. Nobody waits for it; where the body is a
@@ -4749,7 +4767,7 @@ function mirror(balancer: Balancer, exchange: Exchange, destination: Destination
   const sent = Promise.resolve().then(() => sendCopy(balancer, exchange, destination)).catch((error) =>
     effects.report("error", error instanceof Error ? error.stack ?? error.message : String(error))
   ).finally(() => copies.inFlight--);
-  copying.set(exchange.request, sent);
+  goOn(exchange, sent);
 }
 
 /** Asks once, and throws the answer away. What comes of it says nothing about the server, and takes nothing but its room. */
@@ -8348,8 +8366,8 @@ function edge() {
   return {
     fetch(request: Request, env: unknown, context: { waitUntil(promise: Promise<unknown>): void }) {
       const answer = Promise.resolve(lb().fetch(request, env as object));
-      const copied = answer.then(() => copying.get(request));
-      context.waitUntil(Promise.all([answer, copied, lb().probe()])); // else a client that leaves would stay in flight for ever
+      const behind = answer.then(() => goingOn.get(request));
+      context.waitUntil(Promise.all([answer, behind, lb().probe()])); // else a client that leaves would stay in flight for ever
       return answer;
     },
     scheduled: () => lb().probe(),

@@ -682,8 +682,12 @@ test("a request that takes longer than usual is tried at another server too; the
     const [winner, loser] = slow ? [asked[1]!, asked[0]!] : [asked[0]!, asked[1]!];
     const end = await winner.begin();
     assert.equal((await sent).status, 200);
-    assert.deepEqual([winner.attempt.stop?.aborted, loser.attempt.stop?.aborted], [false, true]);
     assert.deepEqual([service.retrying, lines.length], [0, 0], "the body has not ended");
+    const taken = clock.now - loser.attempt.startedAt;
+    await clock.advance(taken - 0.1);
+    assert.equal(loser.attempt.stop?.aborted, false, "it may take as long again");
+    await clock.advance(0.2);
+    assert.deepEqual([winner.attempt.stop?.aborted, loser.attempt.stop?.aborted], [false, true]);
     await clock.advance(60);
     assert.deepEqual(service.servers.map(({ inFlight }) => inFlight).sort(), [0, 0, 1]);
     await end();
@@ -821,11 +825,44 @@ test("the attempt that is given up counts neither as a failure nor as an answer;
   const { answers, failures, latency } = server;
   await winner.finish();
   await sent;
+  await clock.advance(29);
+  assert.equal(server.latency, latency, "it may still answer");
   await clock.advance(100);
-  assert.deepEqual([server.answers, server.failures, server.latency, server.until], [answers, failures, latency, 0]);
-  assert.ok(server.recent >= 29 && other.recent < 29, `${server.recent} ms and ${other.recent} ms`);
+  assert.deepEqual([server.answers, server.failures, server.until, server.waiting], [answers, failures, 0, 0]);
+  assert.ok(server.latency > latency, `${server.latency} ms in the mean`);
+  assert.ok(server.recent >= 60 && other.recent < 30, `${server.recent} ms and ${other.recent} ms`);
   assert.deepEqual(reports, []);
-  assert.equal(server.waiting, 0);
+  const known = { typical: 500, recent: 500, latency: 500 };
+  for (const one of service.servers) Object.assign(one, known);
+  const next = send();
+  await clock.advance(30);
+  await asked[3]!.finish();
+  await next;
+  await clock.advance(100);
+  const { typical } = service.servers.find(({ name }) => name[0] === asked[2]!.server)!;
+  assert.equal(typical, 500, "60 ms and more is nothing new of a server that takes 500 ms");
+});
+
+test("a server that hangs is ejected as slow, although each of its attempts is given up, and fails its trials", async () => {
+  const { send, asked, clock, service, reports } = await hedging("eject: { for: 5s }, retry_budget: 100%");
+  const [hung] = service.servers;
+  const pass = async (requests: number) => {
+    for (let i = 0; i < requests; i++) {
+      const sent = send(), from = asked.length;
+      for (let ms = 0; ms < 100 && service.inFlight > 0; ms += 10) {
+        await clock.advance(10);
+        for (const one of asked.slice(from - 1)) if (one.server !== hung!.name[0]) void one.finish();
+        await settled();
+      }
+      assert.equal((await sent).status, 200);
+      await clock.advance(90);
+    }
+  };
+  await pass(120);
+  assert.ok(hung!.until > 0, `${hung!.typical} ms are typical of it`);
+  assert.match(reports[0]!, /a:1 is ejected/);
+  await pass(120);
+  assert.match(reports.slice(1).join("\n"), /because it still takes more than \d+ ms/);
 });
 
 test("what is usual is learned from the answers that clients get: one that comes too late does not count", async () => {
