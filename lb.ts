@@ -2241,7 +2241,8 @@ function compare(service: Service, now: number, effects: Effects): void {
     server.picksThen = server.picks;
   }
   const some = service.servers.filter((server) => server.until === 0 && server.up && isEnabled(server));
-  ejectSlow(service, some, now, effects);
+  const warm = some.filter((server) => now - server.back >= service.config.slow_start); // that is what it is for
+  ejectSlow(service, warm, now, effects);
   ejectFailing(service, some.filter((server) => server.until === 0 && server.judged >= MEMORY), effects);
 }
 
@@ -4949,13 +4950,21 @@ function earn(service: Service): void {
   service.saved = Math.min(MOST_SAVED, service.saved + service.config.retry_budget);
 }
 
-/** Takes one retry out of the budget; false where there is none left. Where hardly anybody comes, some are lent each second. */
+/**
+ * Takes one retry out of the budget; false where there is none left. The first few of a second are lent, and what has not
+ * been paid back after it is forgiven: that is for those to whom hardly anybody comes.
+ */
 function spendRetry(service: Service, retries: number, now: number): boolean {
   const lent = Math.max(LEAST_RETRIES, retries);
-  if (now - service.secondAt >= 1_000) [service.secondAt, service.retried] = [now, 0];
-  if (service.saved < 1 - 1e-9 && service.retried >= lent) return false; // five times 0.2 is a little less than 1
+  if (now - service.secondAt >= 1_000) {
+    service.secondAt = now;
+    service.retried = 0;
+    service.saved = Math.max(service.saved, 0);
+  }
+  const mayOwe = service.retried < lent && service.saved >= 1 - lent;
+  if (service.saved < 1 - 1e-9 && !mayOwe) return false; // five times 0.2 is a little less than 1
   service.retried++;
-  service.saved = Math.max(service.saved - 1, -lent);
+  service.saved--;
   return true;
 }
 

@@ -3,6 +3,7 @@
 
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import process from "node:process";
+import { createInterface } from "node:readline";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import {
@@ -97,6 +98,12 @@ export const scenarios: Record<string, Scenario> = {
     ...eleven,
     about: "one of 11 refuses connections for 2 s out of 4",
     work: withFault((asked) => asked.at % 4000 < 2000 ? "refused" : usual(asked)),
+  },
+  "all failing": {
+    ...busy,
+    rate: 1000,
+    about: "all of 10 servers answer 503 at once: what retries add to it",
+    work: () => failing,
   },
   "restart": {
     ...busy,
@@ -327,14 +334,12 @@ function scenarioTable(results: Map<string, Figures>): string {
   return table(head, rows);
 }
 
-/** The two figures that tell strategies apart, for all scenarios at once. */
+/** What tells strategies apart, for all scenarios at once: p99.9, or where too few answers came in time, how many did. */
 function overview(results: Results): string {
-  const names = [...results.keys()], rows = [...results.values()][0]?.keys() ?? [];
-  const cell = (one: Figures | undefined) => one ? `${percent(one.success, 2)}, ${milliseconds(one.p999)}` : "";
-  return table(
-    ["within 1 s, p99.9 ms", ...names],
-    [...rows].map((strategy) => [`\`${strategy}\``, ...names.map((name) => cell(results.get(name)!.get(strategy)))]),
-  );
+  const strategies = [...[...results.values()][0]?.keys() ?? []];
+  const cell = ({ success, p999 }: Figures) => success < 0.9999 ? `**${percent(success, 2)}**` : milliseconds(p999);
+  const rows = [...results].map(([name, one]) => [name, ...strategies.map((strategy) => cell(one.get(strategy)!))]);
+  return table(["", ...strategies.map((name) => `\`${name}\``)], rows);
 }
 
 const detailed = (results: Results) =>
@@ -351,6 +356,7 @@ const USAGE = `Usage: deno task simulate [options]
   --keys TEXT      more keys of the service, such as 'eject: off, retries: 0'
   --seed N         another course of chance; default 1
   --readme         also replaces the block between <!-- simulate --> and <!-- /simulate --> in README.md
+  --lines          reads orders from standard input, a line of JSON each, and answers with figures
   --help`;
 
 function chosen(option: string, list: string | undefined, known: string[]): string[] {
@@ -360,11 +366,29 @@ function chosen(option: string, list: string | undefined, known: string[]): stri
   return names;
 }
 
+/** One run, as a line of JSON asks for it; `change` are other figures for the scenario. */
+export interface Order {
+  scenario: string;
+  strategy: string;
+  change?: Partial<Scenario>;
+  keys?: string;
+  seed?: number;
+}
+
+/** A line of figures for each line of an order, for who wants them in a process of their own. */
+async function serveLines(): Promise<void> {
+  for await (const line of createInterface({ input: process.stdin })) {
+    const { scenario, strategy, change, keys, seed } = JSON.parse(line) as Order;
+    console.log(JSON.stringify(await simulate({ ...scenarios[scenario]!, ...change }, strategy, keys, seed)));
+  }
+}
+
 async function main(args: string[]): Promise<void> {
   const text = { type: "string" } as const, flag = { type: "boolean", default: false } as const;
-  const options = { scenario: text, strategy: text, keys: text, seed: text, readme: flag, help: flag };
+  const options = { scenario: text, strategy: text, keys: text, seed: text, readme: flag, lines: flag, help: flag };
   const { values } = parseArgs({ args: args.filter((arg) => arg !== "--"), options, strict: true });
   if (values.help) return console.log(USAGE);
+  if (values.lines) return await serveLines();
   const results: Results = new Map();
   for (const name of chosen("scenario", values.scenario, Object.keys(scenarios))) {
     const row = new Map<string, Figures>();

@@ -45,7 +45,14 @@ export type Figures = {
 
 export type Pace = { warmUp: number; seconds: number };
 
-export type Variant = { title: string; servers: number; strategy: Strategy; routes: number; fault?: string };
+export type Variant = {
+  title: string;
+  servers: number;
+  strategy: Strategy;
+  routes: number;
+  keys?: object; // of the service, which only lb.ts has
+  fault?: string;
+};
 
 export type Case = {
   name: string;
@@ -293,11 +300,21 @@ export const CASES: Case[] = [
   {
     name: "tail",
     about: "11 servers, 500 requests per second in an open loop; the first server misbehaves for a third of the time",
-    variants: ["slow", "failing", "failing half", "30 ms slower"].flatMap((fault) =>
-      (["round-robin", "two-choices", "least-connections"] as const).map((strategy) => (
+    variants: ["slow", "failing", "failing half", "30 ms slower"].flatMap((fault) => [
+      ...(["round-robin", "two-choices", "least-connections", "peak-ewma"] as const).map((strategy) => (
         { ...plain, title: `${fault}, ${strategy}`, servers: 11, strategy, fault }
-      ))
-    ),
+      )),
+      {
+        ...{
+          ...plain,
+          title: `${fault}, peak-ewma and hedge: p95`,
+          servers: 11,
+          strategy: "peak-ewma" as const,
+          fault,
+        },
+        keys: { hedge: "p95" },
+      },
+    ]),
     takes: (contestant, variant) =>
       contestant.kind !== "hono" && contestant.kind !== "npm" && hasStrategy(contestant, variant),
     measure: measureTail,

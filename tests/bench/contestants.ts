@@ -13,12 +13,16 @@ export const STRATEGIES = [
   "two-choices",
   "least-connections",
   "least-response-time",
+  "peak-ewma",
   "ip-hash",
 ] as const;
 export type Strategy = typeof STRATEGIES[number];
 
-/** What a contestant is to do. `servers` are host:port; `routes` hosts h0.test... and paths /p0..., 0: everything. */
-export type Setup = { port: number; servers: string[]; strategy: Strategy; routes: number };
+/**
+ * What a contestant is to do. `servers` are host:port; `routes` hosts h0.test... and paths /p0..., 0: everything; `keys`
+ * are more keys of lb.ts's service.
+ */
+export type Setup = { port: number; servers: string[]; strategy: Strategy; routes: number; keys?: object };
 
 export type Contestant = {
   name: string;
@@ -80,8 +84,8 @@ function lb(runtime: Runtime): Contestant {
 }
 
 /** JSON is YAML. */
-const lbConfig = ({ servers, strategy, routes }: Setup) => ({
-  services: { bench: { servers, strategy } },
+const lbConfig = ({ servers, strategy, routes, keys }: Setup) => ({
+  services: { bench: { servers, strategy, ...keys } },
   ...(routes === 0 ? { default: { service: "bench" } } : {
     hosts: upTo(routes).map((index) => ({ host: `h${index}.test`, service: "bench" })),
     paths: upTo(routes).map((index) => ({ path: `/p${index}`, service: "bench" })),
