@@ -766,7 +766,7 @@ function numbers(seed: number) {
   return (n: number) => Math.floor((seed = (seed * 1664525 + 1013904223) % 2 ** 32) / 2 ** 32 * n);
 }
 
-test("any times, shares, sizes and texts survive printing and reading", () => {
+test("any times, shares, sizes and texts survive printing and reading", { timeout: 60_000 }, () => {
   const below = numbers(1);
   const characters = [..."ab1 -:#'\"{}[]$\\\n\t*&!|>%@`,?é😀~", "${", "true", "null", "0x1"];
   for (let run = 0; run < 200; run++) {
