@@ -46,7 +46,7 @@
  * @module
  */
 
-import { createHash, createHmac, randomBytes, randomFillSync } from "node:crypto";
+import { createHash, createHmac, createPrivateKey, randomBytes, randomFillSync, X509Certificate } from "node:crypto";
 import {
   chmodSync,
   chownSync,
@@ -65,10 +65,17 @@ import {
   writeFileSync,
   writeSync,
 } from "node:fs";
-import type { IncomingMessage, ServerResponse } from "node:http";
+import type { IncomingMessage, RequestListener, ServerResponse } from "node:http";
+import type { ServerHttp2Session } from "node:http2";
 import { type AddressInfo, connect as netConnect, createServer, isIP, type Socket } from "node:net";
 import process from "node:process";
-import { connect as tlsConnect } from "node:tls";
+import {
+  connect as tlsConnect,
+  createSecureContext,
+  type SecureContext,
+  type SecureContextOptions,
+  type TLSSocket,
+} from "node:tls";
 import { availableParallelism } from "node:os";
 import { isDeepStrictEqual, parseArgs, promisify } from "node:util";
 import { isMainThread, parentPort, Worker, workerData } from "node:worker_threads";
@@ -464,6 +471,7 @@ const place = {
   strip: key(Bool, "true: the server sees the rest of the path", false),
 };
 const conditions = {
+  scheme: key(oneOf("http", "https", ""), "that the client speaks; asked before all routes that leave it open", ""),
   methods: key(Methods, "any when empty", []),
   headers: key(tests(HeaderName), "all must hold: the value, {regex: ...} or {present: true}", {}),
   query: key(tests(Text), "all must hold: the value, {regex: ...} or {present: true}", {}),
@@ -534,8 +542,27 @@ const Limits = map({
   requests: key(Limit, "in flight, of all clients: 503 beyond", "none"),
   per_client: key(Limit, "in flight, of one address (an IPv6 /64): 429 beyond", "none"),
 });
+// Where clients connect.
+const PemFile = v.pipe(Text, v.nonEmpty("the name of the file is empty"));
+const Certificate = map({ cert: need(PemFile, "PEM: it, and those that sign it"), key: need(PemFile, "PEM") });
+const FrontMap = map({
+  address: need(Listen, "a port or an address"),
+  tls: key(
+    many(Certificate, "a map with cert and key"),
+    "certificates; by the name that is asked for, else the first",
+    [],
+  ),
+  client_ca: key(Text, "PEM: clients have to show a certificate that one of these has signed", ""),
+});
+const Front = v.pipe(
+  either("a port or an address, or a map with address and tls", Listen, FrontMap),
+  v.transform((at) =>
+    "port" in at ? { ...at, tls: [], client_ca: "" } : { ...at.address, tls: at.tls, client_ca: at.client_ca }
+  ),
+  v.check((at) => !at.client_ca || at.tls.length > 0, "client_ca needs tls"),
+);
 const RoutesFile = map({
-  listen: key(many(Listen, "a port or an address"), "where clients connect", 8080),
+  listen: key(many(Front, "a port or an address"), "where clients connect; over TLS, as {address, tls}", 8080),
   admin: key(Admin, "the API and the pages for operators: listen, token, read_token (may only look)"),
   trust: key(Networks, "peers whose X-Forwarded-* and Forwarded are believed", []),
   limits: key(Limits, "how much at once, against abuse", {}),
@@ -567,6 +594,8 @@ export type Target = { service: string; weight: number; policy: Policy; fallback
 export type Action = { kind: "forward"; targets: Target[] } | Out<typeof Redirect> | Out<typeof Respond>;
 /** How often a client may ask: by its address, or by a header where `by` names one. */
 export type Rate = Out<typeof RateMap>;
+/** Where clients connect: without `tls` over plain TCP. */
+export type FrontConfig = Out<typeof Front>;
 type Carried = Fields<typeof conditions> & Fields<typeof changes>;
 type Made = { hosts: string[]; paths: PathRule[]; action: Action; policy: Policy; fallback: boolean };
 /** A route in the general form, as it is parsed. */
@@ -576,7 +605,7 @@ type Top = Pick<Out<typeof RoutesFile>, "listen" | "admin" | "trust" | "limits" 
 export type TcpConfig = Pick<Out<typeof Tcp>, "listen" | "name" | "proxy_protocol" | "allow" | "deny">;
 /**
  * A whole file, as it is parsed: nothing is optional any more. `source` is the file with all defaults written in, `text`
- * the file itself, and `places` say where in it each service stands.
+ * and `file` the file itself, and `places` say where in it each service stands.
  */
 export type Config = Top & {
   services: Map<string, ServiceConfig>;
@@ -584,6 +613,7 @@ export type Config = Top & {
   tcp: TcpConfig[];
   source: Raw;
   text: string;
+  file: string;
   places: Map<string, Keys>;
 };
 
@@ -877,8 +907,22 @@ const unique = (name: string, taken: { has(name: string): boolean }) => {
   return free;
 };
 const Carried = v.object({ ...conditions, ...changes }), Leading = v.object({ ...place, ...actions });
+/** Files that routes.yml names lie beside it, unless their names begin at the root. */
+const beside = (file: string, name: string): string =>
+  !name || /^(?:[a-z]:)?[/\\]/i.test(name) ? name : file.replace(/[^/\\]*$/, "") + name;
+function locate(file: string, listen: FrontConfig[], services: Iterable<ServiceConfig>): FrontConfig[] {
+  for (const service of services) {
+    const { ca, cert, key } = service.tls;
+    service.tls = { ...service.tls, ca: beside(file, ca), cert: beside(file, cert), key: beside(file, key) };
+  }
+  return listen.map((at) => ({
+    ...at,
+    tls: at.tls.map(({ cert, key }) => ({ cert: beside(file, cert), key: beside(file, key) })),
+    client_ca: beside(file, at.client_ca),
+  }));
+}
 /** Every entry in the general form, and a service for each that lists servers. */
-function expand(source: Raw, text: string): Config {
+function expand(source: Raw, text: string, file: string): Config {
   const { listen, admin, trust, limits, log, name_routes, tcp } = v.parse(RoutesFile, source);
   const services = new Map(mapsIn(source, "services").map(([[, name], own]) => [plain(String(name)), own]));
   const written = entriesOf(source).map(([, entry]) => entry), last = topMap(source, "default").length;
@@ -915,7 +959,9 @@ function expand(source: Raw, text: string): Config {
     [...mapsIn(source, "services", "tcp"), ...entriesOf(source)].map(([path, own]) => [own, path]),
   );
   const places = new Map([...services].map(([name, own]) => [name, stands.get(own)!]));
-  return { listen, admin, trust, limits, log, name_routes, services: parsed, routes, tcp, source, text, places };
+  const fronts = locate(file, listen, parsed.values()),
+    top = { listen: fronts, admin, trust, limits, log, name_routes };
+  return { ...top, services: parsed, routes, tcp, source, text, file, places };
 }
 
 /** What is found wrong with a text, and where; `end` throws if there is anything. */
@@ -950,7 +996,7 @@ export function parseConfig(text: string, env: Env = {}, file = "routes.yml", mo
     if (isRecord(raw)) check(raw, more, sayMore);
   }
   end();
-  return expand(spellOut(raw as Raw), text);
+  return expand(spellOut(raw as Raw), text, file);
 }
 
 /**
@@ -1179,7 +1225,17 @@ export interface Destination {
   fallback: Destination | undefined; // where it goes when no server here may be asked
 }
 
-type RouteKeys = "name" | "hosts" | "paths" | "methods" | "rewrite" | "request" | "response" | "body_limit" | "action";
+type RouteKeys =
+  | "name"
+  | "scheme"
+  | "hosts"
+  | "paths"
+  | "methods"
+  | "rewrite"
+  | "request"
+  | "response"
+  | "body_limit"
+  | "action";
 
 /** Hono's own middleware around an answer, which it gets through its env. */
 export type Around = Hono<{ Bindings: { answer: () => Promise<Response> } }>;
@@ -1218,6 +1274,7 @@ export interface Table {
   config: Config;
   services: Map<string, Service>;
   hosts: HostTable;
+  schemes: Map<string, HostTable>; // of the routes for one of them
   fallback: Route | undefined; // `default`
   buckets: Map<string, Buckets>; // by route and rule
   tcp: Map<string, TcpRoute>; // by host:port, as the file has them
@@ -1229,6 +1286,7 @@ export interface Client {
   address: string;
   scheme: string;
   headers: readonly string[];
+  authority?: string; // what stands for Host over HTTP/2
 }
 
 /** One request's life, from the gate to the end of the answer's body. */
@@ -1245,6 +1303,7 @@ export interface Exchange extends Draw {
   peer: string; // who is connected; `client` is who asks through it
   told: Map<string, string> | undefined; // what the peer tells about the client, where the peer is trusted
   scheme: string; // that the peer speaks
+  authority: string | undefined; // of a request over HTTP/2
   headers: readonly string[]; // of the request: name, value, ...
   length: number; // of the request's body in bytes; -1: unknown
   body: Body;
@@ -1609,7 +1668,7 @@ function admit(exchange: Exchange): Refusal | undefined {
   const { request } = exchange;
   const { method, url, headers } = request;
   if (!METHOD.test(method) || REFUSED_METHODS.has(method)) return "bad-method";
-  const host = exchange.host = headers.get("host") ?? "";
+  const host = exchange.host = headers.get("host") ?? exchange.authority ?? "";
   if (!hostIsValid(host)) return "bad-host";
   const authority = url.indexOf("://") + 3;
   const start = url.indexOf("/", authority);
@@ -1696,13 +1755,20 @@ function compileHosts(routes: Route[]): HostTable {
 
 /** The route that a request belongs to, in Gateway API's order (README, "Which route wins"). */
 function matchRoute(table: Table, exchange: Exchange): Route | undefined {
-  const { hosts } = table;
+  const own = table.schemes.size > 0 ? table.schemes.get(schemeOf(exchange)) : undefined;
+  return (own && matchHost(own, exchange)) ?? matchHost(table.hosts, exchange) ??
+    (exchange.allow === undefined ? table.fallback : undefined);
+}
+
+/** What the client speaks, as a trusted peer tells it, or as it is spoken here. */
+const schemeOf = ({ told, scheme }: Exchange): string => told?.get("x-forwarded-proto") ?? scheme;
+
+function matchHost(hosts: HostTable, exchange: Exchange): Route | undefined {
   const host = hostName(exchange.host);
   const exact = hosts.exact.get(host);
   return (exact && matchPath(exact, exchange)) ??
     (hosts.wildcard.size > 0 ? matchWildcard(hosts.wildcard, host, exchange) : undefined) ??
-    matchPath(hosts.any, exchange) ??
-    (exchange.allow === undefined ? table.fallback : undefined);
+    matchPath(hosts.any, exchange);
 }
 
 /** The longer wildcard wins: labels are taken off from the left. */
@@ -4054,7 +4120,7 @@ function cookieFor(service: Service, server: Server, exchange: Exchange, effects
   );
   const at = values.findIndex((value) => signedServers(service, effects).has(value));
   values.splice(at < 0 ? values.length : at, 1, valueFor(service, server, effects));
-  const https = (exchange.told?.get("x-forwarded-proto") ?? exchange.scheme) === "https";
+  const https = schemeOf(exchange) === "https";
   const age = max_age ? `; Max-Age=${Math.ceil(max_age / 1_000)}` : "";
   return `${cookie}=${values.join(".")}; Path=/${age}; HttpOnly; SameSite=Lax${https ? "; Secure" : ""}`;
 }
@@ -4104,6 +4170,7 @@ interface AccessRecord {
   time: Date;
   client: string;
   method: string;
+  protocol: "HTTP/1.1" | "HTTP/2.0" | "-";
   scheme: string;
   host: string | undefined;
   url: string | undefined; // where there is no path: it was refused before, or is a connection
@@ -4136,6 +4203,7 @@ function accessRecord(balancer: Balancer, exchange: Exchange): AccessRecord {
     time: balancer.effects.date(),
     client: exchange.client,
     method: exchange.method,
+    protocol: exchange.authority === undefined ? "HTTP/1.1" : "HTTP/2.0",
     scheme: exchange.scheme,
     host: hostName(exchange.host),
     url: path ? undefined : exchange.request.url,
@@ -4171,8 +4239,7 @@ const oneWord = (text: string | undefined): string => logged(text).replaceAll(" 
 const ACCESS_LINES = {
   combined(r: AccessRecord): string {
     const target = r.url ?? (r.query ? `${r.path}?${r.query}` : r.path);
-    const protocol = r.method === "TCP" ? "-" : "HTTP/1.1";
-    const line = `"${r.method} ${logged(target)} ${protocol}" ${r.status} ${r.bytes}`;
+    const line = `"${r.method} ${logged(target)} ${r.protocol}" ${r.status} ${r.bytes}`;
     const client = `${r.client} - - [${clfTime(r.time)}] ${line}`;
     const asked = `${oneWord(r.service)} ${r.server ?? "-"} ${r.attempts}`;
     const times = `${r.connected ?? "-"}/${r.head ?? "-"}/${r.ended}`;
@@ -4505,6 +4572,7 @@ function newExchange(balancer: Balancer, request: Request, from: Client, wrapped
     peer: from.address,
     told,
     scheme: from.scheme,
+    authority: from.authority,
     headers: from.headers,
     length: 0,
     body: null,
@@ -5234,7 +5302,14 @@ function tcpRecord(relay: Relay, effects: Effects): AccessRecord {
   const { route: { service: { name } }, tried, started, connectedAt, problem } = relay;
   const rounded = (milliseconds: number) => Math.round(milliseconds * 1_000) / 1_000;
   return {
-    ...{ time: effects.date(), client: relay.client, method: "TCP", scheme: "tcp", url: `tcp://${relay.target}` },
+    ...{
+      time: effects.date(),
+      client: relay.client,
+      method: "TCP",
+      protocol: "-",
+      scheme: "tcp",
+      url: `tcp://${relay.target}`,
+    },
     ...{ host: undefined, path: undefined, query: undefined, referer: undefined, agent: undefined },
     ...{ trace: undefined, span: undefined, head: undefined, route: name, service: name },
     ...{ id: relay.id, received: relay.received, bytes: relay.bytes },
@@ -5247,13 +5322,14 @@ function tcpRecord(relay: Relay, effects: Effects): AccessRecord {
   };
 }
 
-/** Opens one listener; what connects goes where the table in force says. */
-function openTcp(
-  balancer: Balancer,
-  address: string,
-  { host, port }: TcpRoute["at"],
-  reusePort: boolean,
-): Promise<Listener> {
+/**
+ * Opens a listener for connections that are not HTTP. They go where the table in force says.
+ * @param address of `tcp` in the table
+ * @param shared with other threads and processes that say so too
+ * @param given the port, where it shall not be the table's
+ */
+export function openTcp(balancer: Balancer, address: string, shared = false, given?: number): Promise<Listener> {
+  const { at } = balancer.table.tcp.get(address)!, { host } = at, port = given ?? at.port;
   let target = shown(host, port);
   const server = createServer({ allowHalfOpen: true, noDelay: true }, (near) => {
     const route = balancer.table.tcp.get(address);
@@ -5263,39 +5339,11 @@ function openTcp(
   const close = () => new Promise<void>((resolve) => server.close(() => resolve()));
   return new Promise((resolve, reject) => {
     server.on("error", (error) => reject(new Error(`cannot listen on ${target}: ${error.message}`)));
-    server.listen({ port, reusePort, ...(host && { host: bare(host) }) }, () => {
+    server.listen({ port, reusePort: shared, ...(host && { host: bare(host) }) }, () => {
       target = shown(host, (server.address() as AddressInfo).port);
       resolve({ address: target, close });
     });
   });
-}
-
-/**
- * Opens and closes listeners until they are those of the table in force. Connections that are open stay so.
- * @param open what the last call has opened, by address
- * @param shared with other threads and processes that say so too
- * @throws {Error} where one cannot be opened; the others are open
- */
-export async function listenTcp(
-  balancer: Balancer,
-  open: Map<string, Promise<Listener>>,
-  shared = false,
-): Promise<void> {
-  const { tcp } = balancer.table;
-  for (const [address, listener] of open) {
-    if (tcp.has(address)) continue;
-    open.delete(address);
-    void (await listener).close();
-  }
-  const fresh: Promise<Listener>[] = [];
-  for (const [address, { at }] of tcp) {
-    if (open.has(address)) continue;
-    const listener = openTcp(balancer, address, at, shared);
-    fresh.push(listener);
-    open.set(address, listener);
-    listener.catch(() => open.delete(address));
-  }
-  for (const listener of fresh) balancer.effects.report("info", `listening on tcp://${(await listener).address}`);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -5306,9 +5354,11 @@ export async function listenTcp(
 interface Globals {
   Deno?: {
     serve(
-      options: { hostname?: string; port: number; reusePort: boolean; onListen(): void },
+      options: { hostname?: string; port: number; reusePort: boolean; onListen(): void; cert?: string; key?: string },
       handler: Serve,
-    ): { addr: { port: number }; shutdown(): Promise<void> };
+    ): DenoServer;
+    listenTls(options: Record<string | symbol, unknown>): DenoTlsListener;
+    internal: symbol;
     stdout: { write(bytes: Uint8Array): Promise<number> };
     upgradeWebSocket(
       request: Request,
@@ -5317,6 +5367,16 @@ interface Globals {
   };
   Bun?: { serve(options: Record<string, unknown>): BunServer };
   navigator?: { userAgent?: string };
+}
+interface DenoServer {
+  addr: { port: number };
+  finished: Promise<void>;
+  shutdown(): Promise<void>;
+}
+interface DenoTlsListener {
+  addr: { port: number };
+  accept(): Promise<unknown>;
+  close(): void;
 }
 interface BunSocket {
   data: BunTunnel;
@@ -5335,7 +5395,7 @@ interface BunServer {
   requestIP(request: Request): { address: string } | null;
   stop(): Promise<void>;
 }
-const globals = globalThis as Globals;
+const globals = globalThis as unknown as Globals;
 
 /** What answers requests; `env` is what the runtime hands over beside them. */
 export type Serve = (request: Request, env?: unknown) => Response | Promise<Response>;
@@ -5344,13 +5404,116 @@ export type Serve = (request: Request, env?: unknown) => Response | Promise<Resp
 export interface Listener {
   address: string; // host:port
   /** Takes no more connections, and resolves when those that are open have ended. */
-  close(tunnels?: ReadonlySet<Tunnel>): Promise<void>;
+  close(tunnels?: ReadonlySet<Tunnel>): Promise<unknown>;
+  /** Shows other certificates to those who connect from now on. Where it throws the old ones stay. */
+  swap?: ((secure: Secure) => void) | undefined;
+}
+
+/** A certificate with its key, as texts, and the names that it is for. */
+interface Pair {
+  cert: string;
+  key: string;
+  names: string[];
+}
+/** What a listener over TLS shows, the first where nobody asks for another, and what it asks of clients. */
+interface Secure {
+  pairs: [Pair, ...Pair[]];
+  clientCa: string; // or empty
+}
+
+const TLS_1_2 = { minVersion: "TLSv1.2" } as const;
+
+function readPem(file: string): string {
+  try {
+    return readFileSync(file, "utf8");
+  } catch (error) {
+    throw new Error(`${file} cannot be read: ${(error as Error).message}`);
+  }
+}
+
+/** What is in a file, or an error that says what is not. */
+function parsed<T>(file: string, what: string, parse: (text: string) => T): T {
+  const text = readPem(file);
+  try {
+    return parse(text);
+  } catch {
+    throw new Error(`${file} holds no ${what} (PEM)`);
+  }
+}
+
+const readCertificate = (file: string): X509Certificate =>
+  parsed(file, "certificate", (text) => new X509Certificate(text));
+
+/** @throws {Error} with the file and what is wrong with it */
+function readPair({ cert, key }: FrontConfig["tls"][number]): Pair {
+  const certificate = readCertificate(cert);
+  const own = certificate.checkPrivateKey(parsed(key, "private key without a password", createPrivateKey));
+  if (!own) throw new Error(`${key} is not the key of ${cert}`);
+  const { subjectAltName = "", subject } = certificate;
+  const names = [...subjectAltName.matchAll(/DNS:([^\s,"]+)/g)].map(([, name]) => lower(name!));
+  const common = /^CN=(\S+)$/m.exec(subject)?.[1];
+  return { cert: readPem(cert), key: readPem(key), names: names.length || !common ? names : [lower(common)] };
+}
+
+/** @throws {Error} with the file and what is wrong with it */
+function readSecure({ tls, client_ca }: Pick<FrontConfig, "tls" | "client_ca">): Secure {
+  if (client_ca) readCertificate(client_ca);
+  return { pairs: tls.map(readPair) as Secure["pairs"], clientCa: client_ca && readPem(client_ca) };
+}
+
+/** The certificate for a name; one for `*.example.com` has any label in place of the star (RFC 6125 section 6.4.3). */
+function pairFor<P extends { names: string[] }>(pairs: readonly [P, ...P[]], name: string): P {
+  const asked = lower(name), wildcard = asked.replace(/^[^.]*/, "*");
+  return pairs.find(({ names }) => names.includes(asked)) ?? pairs.find(({ names }) => names.includes(wildcard)) ??
+    pairs[0];
+}
+
+/** A listener of a runtime. */
+interface Door {
+  port: number;
+  leave(): unknown; // takes no more connections
+  close: Listener["close"];
+}
+
+/**
+ * A listener whose certificates change in that another one takes its place at the same port. Connections that are open
+ * stay with the one that has them.
+ */
+function replaceable(
+  host: string,
+  port: number,
+  secure: Secure,
+  open: (port: number, secure: Secure) => Door,
+): Listener {
+  const doors = [open(port, secure)];
+  const address = shown(host, doors[0]!.port);
+  return {
+    address,
+    swap(next) {
+      const before = doors.at(-1)!;
+      doors.push(open(before.port, next));
+      before.leave();
+    },
+    close: (tunnels) => Promise.all(doors.map((door) => door.close(tunnels))),
+  };
+}
+
+/** That nobody else listens there: listeners that are going to be replaced share their port, and would not notice. */
+async function unused(host: string, port: number): Promise<void> {
+  const server = createServer();
+  await new Promise<void>((resolve, reject) => {
+    server.on("error", reject);
+    server.listen({ port, ...(host && { host: bare(host) }) }, resolve);
+  });
+  await new Promise((resolve) => server.close(resolve));
 }
 
 /** What differs between runtimes. */
 interface Runtime {
   /** `shared`: with other threads and processes that say so too; the system gives each of them its part. */
-  serve(fetch: Serve, host: string, port: number, shared?: boolean): Promise<Listener>;
+  serve(fetch: Serve, host: string, port: number, shared: boolean, secure?: Secure): Promise<Listener>;
+  /** Whether it can ask clients for a certificate. */
+  asksClients: boolean;
   client(request: Request, env: unknown): Client;
   upgrade: Effects["upgrade"];
   transport(): Pick<Effects, "fetch" | "connect">;
@@ -5542,6 +5705,75 @@ const bunSide = (socket: BunSocket): MessageSide => ({
   resume: () => socket.resume(),
 });
 
+/** `shutdown` would end WebSockets at once. */
+async function withoutTunnels(tunnels: ReadonlySet<Tunnel> | undefined): Promise<void> {
+  while (tunnels?.size) await new Promise((resolve) => setTimeout(resolve, 20));
+}
+
+const denoDoor = (server: DenoServer): Door => ({
+  port: server.addr.port,
+  leave: () => server.shutdown(),
+  close: (tunnels) => withoutTunnels(tunnels).then(() => server.shutdown()),
+});
+
+type ServeConnection = (connection: unknown, stop: AbortSignal, ...handlers: unknown[]) => DenoServer;
+
+/**
+ * Deno.serve over TLS has one certificate, and ends its connections with its listener. What it does with each connection
+ * can be had without it; where another Deno does not have this name there is Deno.serve.
+ */
+function denoTlsDoor(fetch: Serve, where: { hostname?: string; port: number }, { pairs }: Secure): Door {
+  const Deno = globals.Deno!, { cert, key } = pairs[0], options = { ...where, reusePort: true };
+  const inside = (Deno as unknown as Record<symbol, { serveHttpOnConnection?: ServeConnection }>)[Deno.internal];
+  const serve = inside?.serveHttpOnConnection;
+  if (!serve && pairs.length > 1) throw new Error("this Deno shows one certificate at each address, not several");
+  if (!serve) return denoDoor(Deno.serve({ ...options, cert, key, onListen() {} }, fetch));
+  const find = (name: string) => Promise.resolve(pairFor(pairs, name));
+  const shown = pairs.length > 1 ? { [Symbol.for("unstableSniResolver")]: find } : { cert, key };
+  const listener = Deno.listenTls({ ...options, alpnProtocols: ["h2", "http/1.1"], ...shown });
+  const connections = new Set<DenoServer>(), failed = () => refusal("internal");
+  let open = true;
+  const leave = () => {
+    if (open) listener.close();
+    open = false;
+  };
+  const take = async () => {
+    const connection = await listener.accept();
+    const server = serve(connection, new AbortController().signal, fetch, failed, () => {});
+    connections.add(server);
+    server.finished.catch(() => {}).then(() => connections.delete(server)); // a handshake that fails is nobody's error
+  };
+  const takeAll = async () => {
+    while (open) await take().catch(() => new Promise((resolve) => setTimeout(resolve, 10))); // no more handles, say
+  };
+  void takeAll();
+  const close = async (tunnels?: ReadonlySet<Tunnel>) => {
+    leave();
+    await withoutTunnels(tunnels);
+    await Promise.all([...connections].map((server) => server.shutdown()));
+  };
+  return { port: listener.addr.port, leave, close };
+}
+
+/** Bun finds the certificate for a name by itself; an entry without a name is for all others. */
+const bunTls = ({ pairs, clientCa }: Secure) =>
+  pairs.flatMap(({ cert, key, names }, i) => {
+    const own = { cert, key, ...(clientCa && { ca: clientCa, requestCert: true, rejectUnauthorized: true }) };
+    return [...(i === 0 ? [own] : []), ...names.map((serverName) => ({ ...own, serverName }))];
+  });
+
+/** Headers over HTTP/2: those that begin with a colon are the request line, and cookies come in crumbs (RFC 9113 section 8.2.3). */
+function fromHttp2(raw: readonly string[]): string[] {
+  const headers: string[] = [], crumbs: string[] = [];
+  for (let i = 0; i < raw.length; i += 2) {
+    const [name, value] = [raw[i]!, raw[i + 1]!];
+    if (name === "cookie") crumbs.push(value);
+    else if (!name.startsWith(":")) headers.push(name, value);
+  }
+  if (crumbs.length) headers.push("cookie", crumbs.join("; "));
+  return headers;
+}
+
 const HOP = Object.keys(ROLES).filter((name) => name !== "content-length"); // what ends at this hop
 
 /** The platform answers in place of a server that it cannot reach: its statuses, and what they mean here. */
@@ -5601,20 +5833,105 @@ const printed = (bytes: Uint8Array): Promise<number> =>
     });
   });
 
+/** Node's server: HTTP/1.1, and over TLS HTTP/2 as well. */
+async function nodeServer(fetch: Serve, secure: Secure | undefined) {
+  const { getRequestListener } = await import("@hono/node-server");
+  const { createServer: createHttpServer, ServerResponse } = await import("node:http");
+  /** Flushes a head as latin1, as it came; Node's own does it as UTF-8. */
+  class Latin1Response extends ServerResponse {
+    override flushHeaders() {
+      const inside = this as unknown as {
+        _header: string | null;
+        _implicitHeader(): void;
+        _send(data: string, encoding: string): void;
+      };
+      if (!inside._header) inside._implicitHeader();
+      inside._send("", "latin1");
+    }
+  }
+  const listener = getRequestListener(fetch, { errorHandler: () => refusal("bad-request") });
+  const latest = new WeakMap<Socket, InstanceType<typeof ServerResponse>>();
+  const limits = {
+    ...{ requestTimeout: 0, maxHeaderSize: 65_536, requireHostHeader: false },
+    shouldUpgradeCallback: ({ headers }: IncomingMessage) => /^websocket$/i.test(headers.upgrade ?? ""),
+  };
+  const tls = secure && await nodeTls(secure, { ...limits, Http1ServerResponse: Latin1Response });
+  const server = tls?.server ?? createHttpServer({ ...limits, ServerResponse: Latin1Response });
+  Object.assign(server, { ...limits, maxHeadersCount: 0 }); // where the one for both does not take them as options
+  server.on("request", listener as RequestListener);
+  server.on("clientError", (error: Error & { code?: string }, socket: Socket) => {
+    const answer = latest.get(socket);
+    const answered = answer?.headersSent && !answer.req.complete; // the error is in the body of what was answered
+    if (answered || !socket.writable) socket.destroy();
+    else socket.end(rawRefusal(PARSER_ERRORS[error.code ?? ""] ?? "bad-request"));
+  });
+  server.on("request", (request: IncomingMessage, response: ServerResponse) => latest.set(request.socket, response));
+  server.on("upgrade", (request: IncomingMessage, socket: Socket, early: Bytes) => {
+    const response = new Latin1Response(request);
+    latest.set(socket, response);
+    awaitUpgrade(request, response, [early]);
+    listener(request, response);
+  });
+  server.on("connect", (_request: IncomingMessage, socket: Socket) => socket.end(rawRefusal("bad-method")));
+  const close = () =>
+    new Promise<void>((resolve) => {
+      server.close(() => resolve());
+      if ("closeIdleConnections" in server) server.closeIdleConnections();
+      tls?.leave();
+    });
+  return { server, close, swap: tls?.swap };
+}
+
+/** A server that speaks HTTP/2 and HTTP/1.1, and whose certificates can be changed. */
+async function nodeTls(secure: Secure, options: Record<string, unknown>) {
+  const { createSecureServer } = await import("node:http2");
+  const contexts = ({ pairs, clientCa }: Secure) =>
+    pairs.map(({ names, cert, key }) => {
+      const own = { cert, key, ...TLS_1_2, ...(clientCa && { ca: clientCa }) };
+      return { names, own, context: createSecureContext(own) };
+    }) as [Known, ...Known[]];
+  type Known = { names: string[]; own: SecureContextOptions; context: SecureContext };
+  let known = contexts(secure);
+  const server = createSecureServer({
+    ...options,
+    ...known[0].own,
+    allowHTTP1: true,
+    requestCert: secure.clientCa !== "",
+    SNICallback: (name, done) => done(null, pairFor(known, name).context),
+  });
+  const sessions = new Set<ServerHttp2Session>();
+  server.on("session", (session) => {
+    sessions.add(session);
+    session.on("close", () => sessions.delete(session));
+  });
+  const swap = (next: Secure) => {
+    known = contexts(next);
+    server.setSecureContext(known[0].own);
+    Object.assign(server, { requestCert: next.clientCa !== "" }); // read for each connection
+  };
+  return { server, swap, leave: () => sessions.forEach((session) => session.close()) };
+}
+
 const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
   deno: {
-    serve(fetch, host, port, reusePort = false) {
-      const options = { ...(host && { hostname: bare(host) }), port, reusePort, onListen() {} };
-      const server = globals.Deno!.serve(options, fetch);
-      const close: Listener["close"] = async (tunnels) => {
-        while (tunnels?.size) await new Promise((resolve) => setTimeout(resolve, 20)); // which shutdown would end at once
-        await server.shutdown();
-      };
-      return Promise.resolve({ address: shown(host, server.addr.port), close });
+    async serve(fetch, host, port, shared, secure) {
+      const where = { ...(host && { hostname: bare(host) }), port };
+      if (secure) {
+        if (!shared) await unused(host, port);
+        return replaceable(host, port, secure, (port, secure) => denoTlsDoor(fetch, { ...where, port }, secure));
+      }
+      const door = denoDoor(globals.Deno!.serve({ ...where, reusePort: shared, onListen() {} }, fetch));
+      return { address: shown(host, door.port), close: door.close };
     },
+    asksClients: false,
     client(request, env) {
       request.signal; // a signal that is first read after the client has left never says so
-      return clientOf(request, (env as { remoteAddr?: { hostname?: string } } | undefined)?.remoteAddr?.hostname);
+      const { url, headers } = request;
+      const from = clientOf(request, (env as { remoteAddr?: { hostname?: string } } | undefined)?.remoteAddr?.hostname);
+      // over HTTP/2 there is no Host, and nothing says that this is HTTP/2
+      return from.scheme === "http" || headers.has("host")
+        ? from
+        : { ...from, authority: hostOf(url).split("/", 1)[0]! };
     },
     upgrade: (request, env) =>
       (env as { remoteAddr?: unknown } | undefined)?.remoteAddr
@@ -5624,17 +5941,21 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
     print: (bytes) => globals.Deno!.stdout.write(bytes).catch(() => bytes.length), // its node:fs would hold up everything
   },
   bun: {
-    serve(fetch, host, port, reusePort = false) {
-      const options = {
-        ...(host && { hostname: bare(host) }),
-        port,
-        reusePort,
-        idleTimeout: 0,
-        maxRequestBodySize: Infinity,
+    async serve(fetch, host, port, shared, secure) {
+      const limits = { idleTimeout: 0, maxRequestBodySize: Infinity };
+      const options = { ...(host && { hostname: bare(host) }), ...limits, development: false, fetch, websocket };
+      const open = (port: number, reusePort: boolean, tls = {}): Door => {
+        const server = globals.Bun!.serve({ ...options, port, reusePort, ...tls });
+        return { port: server.port, leave: () => server.stop(), close: () => server.stop() };
       };
-      const server = globals.Bun!.serve({ ...options, development: false, fetch, websocket });
-      return Promise.resolve({ address: shown(host, server.port), close: () => server.stop() });
+      if (secure) {
+        if (!shared) await unused(host, port);
+        return replaceable(host, port, secure, (port, secure) => open(port, true, { tls: bunTls(secure) }));
+      }
+      const door = open(port, shared);
+      return { address: shown(host, door.port), close: door.close };
     },
+    asksClients: true,
     client: (request, env) => clientOf(request, (env as BunServer | undefined)?.requestIP?.(request)?.address),
     upgrade(request, env) {
       const server = env as BunServer | undefined;
@@ -5652,59 +5973,22 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
     print: printed,
   },
   node: {
-    async serve(fetch, host, port, reusePort = false) {
-      const { getRequestListener } = await import("@hono/node-server");
-      const { createServer: createHttpServer, ServerResponse } = await import("node:http");
-      /** Flushes a head as latin1, as it came; Node's own does it as UTF-8. */
-      class Latin1Response extends ServerResponse {
-        override flushHeaders() {
-          const inside = this as unknown as {
-            _header: string | null;
-            _implicitHeader(): void;
-            _send(data: string, encoding: string): void;
-          };
-          if (!inside._header) inside._implicitHeader();
-          inside._send("", "latin1");
-        }
-      }
-      const listener = getRequestListener(fetch, { errorHandler: () => refusal("bad-request") });
-      const latest = new WeakMap<Socket, InstanceType<typeof ServerResponse>>();
-      const server = createHttpServer(
-        {
-          ...{ requestTimeout: 0, maxHeaderSize: 65_536, requireHostHeader: false, ServerResponse: Latin1Response },
-          ...{ shouldUpgradeCallback: ({ headers }: IncomingMessage) => /^websocket$/i.test(headers.upgrade ?? "") },
-        },
-        listener,
-      );
-      server.maxHeadersCount = 0;
-      server.on("clientError", (error: Error & { code?: string }, socket: Socket) => {
-        const answer = latest.get(socket);
-        const answered = answer?.headersSent && !answer.req.complete; // the error is in the body of what was answered
-        if (answered || !socket.writable) socket.destroy();
-        else socket.end(rawRefusal(PARSER_ERRORS[error.code ?? ""] ?? "bad-request"));
-      });
-      server.on("request", (request, response) => latest.set(request.socket, response));
-      server.on("upgrade", (request: IncomingMessage, socket: Socket, early: Bytes) => {
-        const response = new Latin1Response(request);
-        latest.set(socket, response);
-        awaitUpgrade(request, response, [early]);
-        listener(request, response);
-      });
-      server.on("connect", (_request, socket: Socket) => socket.end(rawRefusal("bad-method")));
+    async serve(fetch, host, port, reusePort, secure) {
+      const { server, close, swap } = await nodeServer(fetch, secure);
       await new Promise<void>((resolve, reject) => {
         server.on("error", reject);
         server.listen({ port, reusePort, ...(host && { host: bare(host) }) }, resolve);
       });
-      const close = () =>
-        new Promise<void>((resolve) => {
-          server.close(() => resolve());
-          server.closeIdleConnections();
-        });
-      return { address: shown(host, (server.address() as AddressInfo).port), close };
+      return { address: shown(host, (server.address() as AddressInfo).port), close, swap };
     },
+    asksClients: true,
     client(request, env) {
-      const { incoming } = (env ?? {}) as { incoming?: IncomingMessage };
-      return clientOf(request, incoming?.socket.remoteAddress, incoming?.rawHeaders);
+      const { incoming } = (env ?? {}) as { incoming?: IncomingMessage & { authority?: string } };
+      const from = clientOf(request, incoming?.socket.remoteAddress, incoming?.rawHeaders);
+      if (!incoming || !(incoming.socket as TLSSocket).encrypted) return from;
+      const scheme = "https"; // whatever :scheme says
+      if (incoming.httpVersionMajor < 2) return { ...from, scheme };
+      return { ...from, scheme, headers: fromHttp2(incoming.rawHeaders), authority: incoming.authority ?? "" };
     },
     upgrade(_request, env) {
       const { incoming } = (env ?? {}) as { incoming?: IncomingMessage };
@@ -5724,6 +6008,7 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
   },
   edge: {
     serve: () => Promise.reject(new Error("at the edge the platform listens")),
+    asksClients: false,
     client: (request) => clientOf(request, request.headers.get("cf-connecting-ip") ?? undefined),
     upgrade: () => ({ raw: true, accept: () => new Response(null) }), // the platform's fetch has both ends
     transport: () => ({ fetch: nativeFetch, connect: () => Promise.reject(new Error("not at the edge")) }),
@@ -5739,6 +6024,56 @@ const here: keyof typeof runtimes = globals.navigator?.userAgent === "Cloudflare
   : globals.Bun
   ? "bun"
   : "node";
+
+/** What changes with a file, also when an editor puts another one in its place. */
+function fileStamp(file: string): string {
+  const { mtimeMs, size, ino } = statSync(file, { throwIfNoEntry: false }) ?? { mtimeMs: 0, size: 0, ino: 0 };
+  return `${mtimeMs} ${size} ${ino}`;
+}
+
+/** @throws {Error} with the file and what is wrong with it, or what cannot be here */
+function secureOf(at: Pick<FrontConfig, "tls" | "client_ca">): Secure {
+  if (!at.client_ca || runtimes[here].asksClients) return readSecure(at);
+  throw new Error(`client_ca: ${here} cannot ask clients for a certificate; bun and node can`);
+}
+
+/** What changes with the certificates of a listener. */
+const stampOf = ({ tls, client_ca }: FrontConfig): string =>
+  [...tls.flatMap(({ cert, key }) => [cert, key]), client_ca].filter(Boolean).map((file) => file + fileStamp(file))
+    .join();
+
+/** Certificates that clients do not accept, for their dates. As nginx and Caddy do, they are shown all the same. */
+function outdated({ tls }: Pick<FrontConfig, "tls">, now: Date): string[] {
+  return tls.flatMap(({ cert }) => {
+    const { validFrom, validTo } = readCertificate(cert), [from, to] = [new Date(validFrom), new Date(validTo)];
+    const day = (date: Date) => date.toISOString().slice(0, 10);
+    return now > to
+      ? [`${cert} has expired on ${day(to)}`]
+      : now < from
+      ? [`${cert} is not valid before ${day(from)}`]
+      : [];
+  });
+}
+
+/** What is wrong with the files that a config names. */
+function problemsOf({ listen, services }: Config, now: Date): string[] {
+  const problems: string[] = [];
+  const attempt = (where: string, read: () => string[]) => {
+    try {
+      problems.push(...read().map((one) => `${where}: ${one}`));
+    } catch (error) {
+      problems.push(`${where}: ${(error as Error).message}`);
+    }
+  };
+  for (const [i, at] of listen.entries()) {
+    attempt(`listen[${i}]`, () => (at.tls.length && secureOf(at), outdated(at, now)));
+  }
+  for (const [name, { tls: { ca, cert, key } }] of services) {
+    if (ca) attempt(`${name}: tls`, () => (readCertificate(ca), []));
+    if (cert) attempt(`${name}: tls`, () => (readPair({ cert, key }), outdated({ tls: [{ cert, key }] }, now)));
+  }
+  return problems;
+}
 
 /** A report in which nothing that a server or a client has said begins a line, or reaches a terminal as a command. */
 const oneLine = (text: string): string =>
@@ -5882,14 +6217,15 @@ function mirrorTo({ service, percent }: RouteConfig["mirror"], services: Map<str
 }
 
 function buildRoute(config: RouteConfig, services: Map<string, Service>, buckets: Table["buckets"]): Route {
-  const { name, hosts, paths, methods, rewrite, request, response, body_limit, action, headers, query } = config;
+  const { name, scheme, hosts, paths, methods, rewrite, request, response, body_limit, action, headers, query } =
+    config;
   const preflight = methods.length > 0 && config.policy.cors.origin.length > 0 && !methods.includes("OPTIONS");
   const destinations = action.kind === "forward"
     ? action.targets.map((target) => destinationOf(target, services, layersOf(target.policy)))
     : [];
   return {
     methods: preflight ? [...methods, "OPTIONS"] : methods,
-    ...{ name, hosts, paths, rewrite, request, response, body_limit, action, destinations },
+    ...{ name, scheme, hosts, paths, rewrite, request, response, body_limit, action, destinations },
     weight: destinations.reduce((sum, one) => sum + one.weight, 0),
     sticky: destinations.length > 1 && destinations.every((one) => !one.weight || one.service.config.sticky.cookie),
     rank: (methods.length ? 1e6 : 0) + headers.length * 1e3 + query.length,
@@ -5934,11 +6270,16 @@ export function buildTable(config: Config, strategies: Strategies, previous?: Ta
     route: buildRoute(route, services, buckets),
     fallback: route.fallback,
   }));
+  const ofScheme = Map.groupBy(
+    routes.filter(({ fallback }) => !fallback).map(({ route }) => route),
+    (one) => one.scheme,
+  );
   return {
     config,
     services,
     buckets,
-    hosts: compileHosts(routes.filter(({ fallback }) => !fallback).map(({ route }) => route)),
+    hosts: compileHosts(ofScheme.get("") ?? []),
+    schemes: new Map([...ofScheme].filter(([scheme]) => scheme).map(([scheme, own]) => [scheme, compileHosts(own)])),
     fallback: routes.find(({ fallback }) => fallback)?.route,
     tcp: tcpRoutes(config, services),
     trusts: memo(addressMatcher(config.trust)),
@@ -6345,7 +6686,7 @@ function explainService({ service: found, weight }: Destination, exchange: Excha
 function explain(balancer: Balancer, method: string, url: string) {
   const effects = { ...balancer.effects, random: Math.random };
   const request = new Request(url, { method, headers: { host: new URL(url).host } });
-  const from = { address: "127.0.0.1", scheme: "http", headers: [] };
+  const from = { address: "127.0.0.1", scheme: new URL(url).protocol.slice(0, -1), headers: [] };
   const exchange = newExchange({ ...balancer, effects, entrypoints: new Map() }, request, from);
   const refusal = admit(exchange), route = refusal ? undefined : matchRoute(balancer.table, exchange);
   if (!route) {
@@ -6423,9 +6764,9 @@ function reportChange({ req, get }: AdminContext, { report }: Effects, changes: 
   report("info", `admin: ${who}: ${req.method} ${quote(req.path)}: ${what}${more}`);
 }
 
-const NEEDS_RESTART = "listen has changed: that takes effect with the next start";
+const NEEDS_RESTART = "admin.listen has changed: that takes effect with the next start";
 const needsRestart = (...configs: Config[]): boolean =>
-  new Set(configs.map(({ listen, admin }) => JSON.stringify([listen, admin?.listen]))).size > 1;
+  new Set(configs.map(({ admin }) => JSON.stringify(admin?.listen))).size > 1;
 
 /** What has changed, for `If-Match`. */
 type Versioned = (config: Config) => unknown;
@@ -7803,7 +8144,7 @@ function readWorkers(text: string): number {
 function load(call: Call, text = readText(call.file)): Config {
   const config = parseConfig(text, call.env, call.file);
   if (call.listen !== undefined) {
-    const address = v.safeParse(Listen, call.listen);
+    const address = v.safeParse(Front, call.listen);
     const from = "--listen, --port, LB_LISTEN or LB_PORT";
     if (!address.success) {
       throw new UsageError(`${from}: "${call.listen}" is not a port, or an address such as 127.0.0.1:8080`);
@@ -7874,46 +8215,143 @@ function lineWriter(report: Effects["report"]): (line: string) => void {
 
 /** What a thread, or all of them, listens with. */
 interface Seats {
-  addresses: string[]; // of HTTP
+  opened: Map<string, string>; // host:port, by the names of fronts
   /** Takes no more connections, and lets those that are open end. */
   close(): Promise<unknown>;
   /** Ends the work, and gives how much had to be cut off. */
   drain(grace: number): Promise<{ requests: number; connections: number }>;
 }
 
-const FOLLOW_TICK = 100; // milliseconds between two looks at whether the listeners of `tcp` have changed
+/** What is listened on, by what is spoken there and where. */
+type Fronts = Map<string, Front>;
+interface Front {
+  listener: Promise<Listener>;
+  stamp: string; // of the certificates' files, as they are in force
+  seen: string; // the same, as they were when last looked at
+}
+/** How a thread listens. */
+interface Post {
+  lb: LoadBalancer;
+  shared: boolean; // with other threads and processes
+  ports: ReadonlyMap<string, number>; // that others have been given, by the names of fronts
+  report: Effects["report"];
+}
 
-/** Opens the listeners of a balancer, and keeps those of `tcp` at what is in force; `at` are the addresses of HTTP. */
-async function listenAll(lb: LoadBalancer, at: Config["listen"], shared: boolean): Promise<Seats> {
-  const { balancer } = lb, open: Listener[] = [], tcp = new Map<string, Promise<Listener>>();
-  for (const one of at) open.push(await openListener((request, env) => lb.fetch(request, env), one, shared));
-  await listenTcp(balancer, tcp, shared).catch((error: Error) => {
-    throw new StartError(error.message);
+/** Where a config listens for HTTP, by the names that fronts have. */
+function frontsOf({ listen }: Config): Map<string, FrontConfig> {
+  const fronts = new Map<string, FrontConfig>();
+  for (const at of listen) {
+    const scheme = at.tls.length ? "https" : "http";
+    fronts.set(unique(`${scheme}://${shown(at.host, at.port)}`, fronts), at);
+  }
+  return fronts;
+}
+
+/** What the table in force wants to be listened on, and how that is opened. */
+function openersOf({ lb, shared, ports }: Post): Map<string, () => Promise<Listener>> {
+  const { balancer } = lb, { config, tcp } = balancer.table;
+  const serve: Handler = (request, env) => lb.fetch(request, env);
+  const http = [...frontsOf(config)].map(([name, at]) => {
+    const port = ports.get(name) ?? at.port;
+    return [name, () => openListener(serve, { ...at, port }, shared)] as const;
   });
+  const others = [...tcp.keys()].map((address) => {
+    const name = `tcp://${address}`;
+    return [name, () => openTcp(balancer, address, shared, ports.get(name))] as const;
+  });
+  return new Map([...http, ...others]);
+}
+
+/**
+ * Opens and closes listeners until they are those of the table in force. Connections that are open stay so. Gives the
+ * addresses of what was opened, by name, and what went wrong.
+ */
+async function tend(post: Post, fronts: Fronts): Promise<[opened: Map<string, string>, problems: string[]]> {
+  const wanted = openersOf(post), http = frontsOf(post.lb.balancer.table.config);
+  for (const [name, { listener }] of fronts) {
+    if (wanted.has(name)) continue;
+    fronts.delete(name);
+    listener.then((one) => one.close(), () => {});
+  }
+  const fresh = [...wanted].filter(([name]) => !fronts.has(name));
+  const done = await Promise.all(fresh.map(async ([name, open]) => {
+    const at = http.get(name), stamp = at ? stampOf(at) : "", listener = open();
+    fronts.set(name, { listener, stamp, seen: stamp });
+    try {
+      return [name, (await listener).address] as const;
+    } catch (error) {
+      fronts.delete(name); // the next reload tries again
+      return (error as Error).message;
+    }
+  }));
+  return [new Map(done.filter((one) => typeof one !== "string")), done.filter((one) => typeof one === "string")];
+}
+
+const sayOpened = (opened: Map<string, string>, report: Effects["report"]): void =>
+  opened.forEach((address, name) => {
+    report("info", `lb.ts ${VERSION} listening on ${name.slice(0, name.indexOf(":"))}://${address}`);
+  });
+
+/** Puts certificates in force that have changed on disk, or by another config, and stood still since the last look. */
+function renewAll({ lb: { balancer: { table, effects } }, report }: Post, fronts: Fronts): void {
+  for (const [name, at] of frontsOf(table.config)) {
+    const front = fronts.get(name), stamp = stampOf(at), still = front?.seen === stamp;
+    if (!front) continue;
+    front.seen = stamp;
+    if (!still || front.stamp === stamp) continue;
+    front.stamp = stamp;
+    void renew(name, front, at, report, effects.date());
+  }
+}
+
+async function renew(name: string, { listener }: Front, at: FrontConfig, report: Effects["report"], now: Date) {
+  try {
+    (await listener).swap?.(secureOf(at));
+    report("info", `${name}: other certificates are in force`);
+    for (const one of outdated(at, now)) report("error", `${name}: ${one}`);
+  } catch (error) {
+    report("error", `${name}: the old certificates stay in force: ${(error as Error).message}`);
+  }
+}
+
+const FOLLOW_TICK = 100; // milliseconds between two looks at whether another table is in force
+const RENEW_TICK = 500; // milliseconds between two looks at the files of certificates
+
+/** Opens the listeners of a balancer, and keeps them, and their certificates, at what is in force. */
+async function listenAll(post: Post): Promise<Seats> {
+  const { lb: { balancer }, report } = post, fronts: Fronts = new Map();
+  const [opened, problems] = await tend(post, fronts);
+  if (problems.length) throw new StartError(problems.join("\n"));
   let { table } = balancer;
-  const following = setInterval(() => {
+  const following = setInterval(async () => {
     if (table === (table = balancer.table)) return; // whoever has changed it, the file or an operator
-    listenTcp(balancer, tcp, shared).catch((error: Error) => balancer.effects.report("error", error.message));
+    const [opened, problems] = await tend(post, fronts);
+    sayOpened(opened, report);
+    for (const problem of problems) report("error", problem);
   }, FOLLOW_TICK);
-  const closeTcp = async () => {
-    clearInterval(following);
-    await Promise.all([...tcp.values()].map(async (listener) => (await listener).close()));
+  const renewing = setInterval(() => renewAll(post, fronts), RENEW_TICK);
+  const close = (tcp: boolean) => {
+    for (const timer of [following, renewing]) clearInterval(timer);
+    const some = [...fronts].filter(([name]) => name.startsWith("tcp:") === tcp);
+    return Promise.all(some.map(async ([, { listener }]) => (await listener).close(balancer.tunnels)));
   };
-  const closeHttp = () => Promise.all(open.map((listener) => listener.close(balancer.tunnels)));
   return {
-    addresses: open.map(({ address }) => address),
-    close: () => Promise.all([closeTcp(), closeHttp()]),
+    opened,
+    close: () => Promise.all([close(true), close(false)]),
     drain(grace) {
-      const closed = closeTcp();
-      return drain(balancer, () => Promise.all([closed, closeHttp()]), grace);
+      const closed = close(true);
+      return drain(balancer, () => Promise.all([closed, close(false)]), grace);
     },
   };
 }
 
 type Handler = (request: Request, env: object) => ReturnType<Serve>;
-async function openListener(fetch: Handler, { host, port }: Config["listen"][number], shared = false) {
+type Address = Pick<FrontConfig, "host" | "port"> & Partial<FrontConfig>;
+async function openListener(fetch: Handler, at: Address, shared = false): Promise<Listener> {
+  const { host, port, tls = [], client_ca = "" } = at;
   try {
-    return await runtimes[here].serve((request, env) => fetch(request, env as object), host, port, shared);
+    const secure = tls.length ? secureOf({ tls, client_ca }) : undefined;
+    return await runtimes[here].serve((request, env) => fetch(request, env as object), host, port, shared, secure);
   } catch (error) {
     throw new StartError(`cannot listen on ${shown(host, port)}: ${(error as Error).message}`);
   }
@@ -7953,7 +8391,9 @@ const WORKER = "lb.ts worker";
 interface Task {
   role: typeof WORKER; // somebody else's threads may have imported this file
   config: string; // in force, with nothing hidden
-  listen: Config["listen"]; // with the ports that the first worker was given
+  file: string; // its name
+  ports: ReadonlyMap<string, number>; // that the first worker was given, by the names of fronts
+  speaks: boolean; // for all: it reports what each of them finds
   workers: number; // that divide the limits
   secret: string; // of sticky cookies
   down: [service: string, url: string][]; // what probes have found so far
@@ -7966,7 +8406,7 @@ type Order =
   | { kind: "drain"; grace: number };
 /** What a worker says. */
 type Word =
-  | { kind: "listening"; addresses: string[] }
+  | { kind: "listening"; opened: Seats["opened"] }
   | { kind: "applied" }
   | { kind: "failed"; reason: string }
   | { kind: "lines"; lines: string[] }
@@ -8040,9 +8480,9 @@ function showCounts(balancer: Balancer, { services, entrypoints, ...own }: Count
 }
 
 /** A worker's whole life: it serves, and does what the main thread says. */
-async function work({ config, listen, workers, secret, down }: Task): Promise<void> {
+async function work({ config, file, ports, speaks, workers, secret, down }: Task): Promise<void> {
   const say = (word: Word) => parentPort!.postMessage(word);
-  const read = (text: string) => divided(parseConfig(text), workers);
+  const read = (text: string) => divided(parseConfig(text, {}, file), workers);
   let lines: string[] = [];
   const flush = () => (say({ kind: "lines", lines }), lines = []);
   const lb = createLoadBalancer(read(config), {
@@ -8060,7 +8500,8 @@ async function work({ config, listen, workers, secret, down }: Task): Promise<vo
     const [, server] = found(name, url);
     if (server) server.up = false;
   }
-  const seats = await listenAll(lb, listen, true).catch((error) => say({ kind: "failed", reason: error.message }));
+  const post = { lb, shared: true, ports, report: speaks ? effects.report : () => {} };
+  const seats = await listenAll(post).catch((error) => say({ kind: "failed", reason: error.message }));
   if (!seats) return;
   parentPort!.on("message", async (order: Order) => {
     if (order.kind === "config") {
@@ -8087,7 +8528,7 @@ async function work({ config, listen, workers, secret, down }: Task): Promise<vo
     if (seen !== requests) say({ kind: "counts", counts: countsOf(balancer) });
     seen = inFlight > 0 ? -1 : requests;
   }, COUNTING);
-  say({ kind: "listening", addresses: seats.addresses });
+  say({ kind: "listening", opened: seats.opened });
 }
 
 const APPLYING = 5_000; // milliseconds that a worker may take to put a config in force before it is not waited for
@@ -8121,22 +8562,35 @@ function passOn(lb: LoadBalancer, workers: Map<Worker, unknown>, show: () => voi
   effects.probed = ({ name }, { url }, problem) => tell({ kind: "probed", service: name, url, problem });
 }
 
+/** What a worker needs at its start. */
+function taskOf(
+  { table: { config, services }, effects }: Balancer,
+  more: Pick<Task, "ports" | "speaks" | "workers">,
+): Task {
+  const down = [...services.values()].flatMap(({ name, servers }) =>
+    servers.filter(({ up }) => !up).map(({ url }): [string, string] => [name, url])
+  );
+  const known = { config: printConfig(config, false), file: config.file, secret: effects.secret(), down };
+  return { role: WORKER, ...known, ...more };
+}
+
 /** Starts the workers, one after the other, and keeps as many. */
-async function startFleet(lb: LoadBalancer, count: number, listen: Config["listen"]): Promise<Seats> {
+async function startFleet(lb: LoadBalancer, count: number): Promise<Seats> {
   const { balancer } = lb, { effects } = balancer;
   const workers = new Map<Worker, Counts | undefined>(), spelled = () => printConfig(balancer.table.config, false);
   const tell = (order: Order) => workers.forEach((_, worker) => worker.postMessage(order));
-  let [id, gone]: [number, Counts | undefined] = [0, undefined];
+  let [id, speaker, gone]: [number, number, Counts | undefined] = [0, 0, undefined];
+  let ports = new Map<string, number>();
   const together = (one: Counts | undefined, other: Counts | undefined) =>
     one && other ? summed(one, other, added) : one ?? other;
   const show = () => {
     const total = [...workers.values()].reduce(together, gone);
     if (total) showCounts(balancer, total);
   };
-  const start = async (): Promise<string[]> => {
-    const servers = [...balancer.table.services.values()].flatMap(({ servers }) => servers);
-    const down = servers.filter(({ up }) => !up).map(({ service, url }): [string, string] => [service, url]);
-    const task: Task = { role: WORKER, config: spelled(), listen, workers: count, secret: effects.secret(), down };
+  const start = async (): Promise<Seats["opened"]> => {
+    const own = ++id;
+    speaker ||= own;
+    const task = taskOf(balancer, { ports, speaks: speaker === own, workers: count });
     const worker = new Worker(new URL(import.meta.url), { workerData: task });
     let failed = "it was ended";
     worker.on("message", (word: Word) => {
@@ -8146,8 +8600,8 @@ async function startFleet(lb: LoadBalancer, count: number, listen: Config["liste
       if (word.kind === "failed") failed = word.reason;
     });
     worker.on("error", (error: Error) => failed = String(error));
-    const own = ++id;
     worker.on("exit", () => {
+      if (speaker === own) speaker = 0;
       const counts = workers.get(worker);
       gone = together(gone, counts && finalCounts(counts));
       balancer.workers.delete(own);
@@ -8158,19 +8612,19 @@ async function startFleet(lb: LoadBalancer, count: number, listen: Config["liste
     workers.set(worker, undefined);
     balancer.workers.set(own, { since: effects.date(), end: () => void worker.terminate() });
     worker.postMessage({ kind: "config", config: spelled() } satisfies Order); // it may have changed meanwhile
-    return heard.addresses;
+    return heard.opened;
   };
   const replace = (reason: string) => {
     if (balancer.draining) return;
     effects.report("error", `a worker has ended and is replaced: ${reason}`);
     setTimeout(() => start().catch((error) => replace(error.message)), COME_BACK);
   };
-  const addresses = await start();
-  listen = listen.map((one, i) => ({ ...one, port: Number(/\d+$/.exec(addresses[i]!)) }));
+  const opened = await start();
+  ports = new Map([...opened].map(([name, address]) => [name, Number(/\d+$/.exec(address))]));
   for (let i = 1; i < count; i++) await start();
   passOn(lb, workers, show);
   return {
-    addresses,
+    opened,
     close: () => Promise.resolve(tell({ kind: "drain", grace: 0 })),
     async drain(grace) {
       const drained = [...workers.keys()].map((worker) => nextWord(worker, "drained", grace + 2 * LINGER));
@@ -8220,6 +8674,7 @@ async function demo(): Promise<string> {
       (request) => new Response(`hello from ${name}: ${request.method} ${new URL(request.url).pathname}\n`),
       "127.0.0.1",
       0,
+      false,
     );
   const servers = await Promise.all(["one", "two", "three"].map(open));
   return `services: {demo: {servers: [${
@@ -8234,7 +8689,7 @@ async function run(call: Call): Promise<void> {
   const config = load(call, text);
   const lb = createLoadBalancer(config, { write: lineWriter(defaultEffects().report) });
   const { effects } = lb.balancer;
-  const seats = await takeSeats(lb, call, config);
+  const seats = await takeSeats(lb, call);
   if (config.admin) {
     const file = text === undefined ? { file: call.file } : {};
     const admin = createAdmin(lb, { ...file, parse: (text) => load(call, text) });
@@ -8252,17 +8707,18 @@ async function run(call: Call): Promise<void> {
   process.stderr.on("error", () => {}); // nobody reads it any more: reporting that would go round in circles
   process.on("uncaughtException", (error) => effects.report("error", `internal: ${error.stack ?? error}`)); // serve on
   for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => void quit(lb, seats, call.drain));
-  for (const address of seats.addresses) effects.report("info", `lb.ts ${VERSION} listening on http://${address}`);
+  sayOpened(seats.opened, effects.report);
   if (call.workers > 1) effects.report("info", `workers: ${call.workers}`);
   announce(lb);
 }
 
 /** Opens the listeners: here, or in workers. That the port is nobody else's is tried first, as workers share it. */
-async function takeSeats(lb: LoadBalancer, call: Call, { listen }: Config): Promise<Seats> {
-  const shared = call.options["reuse-port"] ?? false;
-  if (call.workers === 1) return await listenAll(lb, listen, shared);
-  if (!shared) await (await listenAll(lb, listen, false)).close();
-  return await startFleet(lb, call.workers, listen);
+async function takeSeats(lb: LoadBalancer, call: Call): Promise<Seats> {
+  const shared = call.options["reuse-port"] ?? false, { report } = lb.balancer.effects;
+  const here = (shared: boolean) => listenAll({ lb, shared, ports: new Map(), report });
+  if (call.workers === 1) return await here(shared);
+  if (!shared) await (await here(false)).close();
+  return await startFleet(lb, call.workers);
 }
 
 /** The end after a signal; a second one ends at once. */
@@ -8289,17 +8745,12 @@ function isInForce(file: string, { balancer: { table, reloadFailed } }: LoadBala
   }
 }
 
-/** What changes with a file, also when an editor puts another one in its place. */
-function fileStamp(file: string): string {
-  const { mtimeMs, size, ino } = statSync(file, { throwIfNoEntry: false }) ?? { mtimeMs: 0, size: 0, ino: 0 };
-  return `${mtimeMs} ${size} ${ino}`;
-}
-
 const WATCH_TICK = 500; // milliseconds between two looks at the file
 const PROBE_TICK = 100; // milliseconds between two looks at which probes are due
 
-/** Says what is balanced. */
+/** Says what is balanced, and which files that are named cannot be used. */
 function announce({ balancer: { table, effects } }: LoadBalancer): void {
+  for (const problem of problemsOf(table.config, effects.date())) effects.report("error", problem);
   const services = [...table.services.values()];
   for (const { name, servers, config } of services.slice(0, 20)) {
     effects.report("info", `${name}: ${config.strategy.name} over ${servers.map((server) => server.name).join(", ")}`);
@@ -8330,7 +8781,7 @@ async function main(args: string[], env: Call["env"]): Promise<number | undefine
     if (options.help) return print(USAGE);
     if (options.version) return print(VERSION);
     if (options.schema) return print(JSON.stringify(jsonSchema(), null, 2));
-    if (options.check) return print(`${call.file} is fine: ${summary(load(call))}`);
+    if (options.check) return print(checked(call));
     if (options["print-config"]) return print(printConfig(load(call)));
     if (options.explain !== undefined) return print(explained(load(call), options.explain));
     await run(call);
@@ -8340,6 +8791,13 @@ async function main(args: string[], env: Call["env"]): Promise<number | undefine
     if (error instanceof UsageError) console.error("lb.ts --help lists the options");
     return error instanceof UsageError ? 2 : 1;
   }
+}
+
+/** @throws {StartError} with what is wrong with other files than routes.yml */
+function checked(call: Call): string {
+  const config = load(call), problems = problemsOf(config, new Date());
+  if (problems.length) throw new StartError(problems.map((one) => `${call.file}: ${one}`).join("\n"));
+  return `${call.file} is fine: ${summary(config)}`;
 }
 
 const summary = ({ services, routes }: Config): string => `services: ${services.size}, routes: ${routes.length}`;

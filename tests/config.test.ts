@@ -20,6 +20,9 @@ const service = (keys: string, servers = "[a:1]") =>
   parseConfig(`default:\n  servers: ${servers}\n${keys.replace(/^/gm, "  ")}`).services.get("default")!;
 const route = (yaml: string) => parseConfig(`${SHOP}routes: [ ${yaml} ]`).routes[0]!;
 
+/** A listener without TLS. */
+const plain = (host: string, port: number) => ({ host, port, tls: [], client_ca: "" });
+
 test("Whirlwind's own file works as it is", () => {
   const { services, routes } = parseConfig(`
 hosts:
@@ -47,7 +50,7 @@ test("what is left out has the documented default", () => {
   const config = parseConfig(ROUTE);
   const { listen, trust, log, name_routes } = config;
   assert.deepEqual({ listen, trust, log, name_routes }, {
-    listen: [{ host: "", port: 8080 }],
+    listen: [plain("", 8080)],
     trust: [],
     log: { format: "combined", sample: 1 },
     name_routes: false,
@@ -126,7 +129,7 @@ paths: [{ path: /p, servers: [b:1] }, { path: /q, service: /p }]`);
 
 test("JSON is read as well, also with tabs", () => {
   const { listen } = parseConfig('{\n\t"listen": [80, "[::1]:81"],\n\t"default": {"servers": ["a:1"]}\n}');
-  assert.deepEqual(listen, [{ host: "", port: 80 }, { host: "[::1]", port: 81 }]);
+  assert.deepEqual(listen, [plain("", 80), plain("[::1]", 81)]);
 });
 
 test("defaults lie under a service key by key, and the route's own keys over both", () => {
@@ -318,7 +321,7 @@ listen: ["\${PORT}", "\${HOST}:\${PORT}"]
 name_routes: \${YES}
 default: { respond: { body: "$\${HOST} $5 $\${PORT}" } }`;
   const { listen, name_routes, routes } = parseConfig(text, { PORT: "80", HOST: "h", YES: "true" });
-  assert.deepEqual(listen, [{ host: "", port: 80 }, { host: "h", port: 80 }]);
+  assert.deepEqual(listen, [plain("", 80), plain("h", 80)]);
   assert.equal(name_routes, true);
   assert.deepEqual(routes[0]!.action.kind === "respond" && routes[0]!.action.body, "${HOST} $5 ${PORT}");
 });
@@ -330,7 +333,7 @@ test("variables need no quotes in lists and maps, and bring in no YAML", () => {
       ...{ A: "80", B: "x, status: 500 }\n# " },
     },
   );
-  assert.deepEqual(listen, [{ host: "", port: 80 }, { host: "h", port: 80 }]);
+  assert.deepEqual(listen, [plain("", 80), plain("h", 80)]);
   const headers = new Map([["a", "${A}"]]);
   assert.deepEqual(routes[0]!.action, { kind: "respond", status: 200, body: "x, status: 500 }\n# ", headers });
 });
@@ -489,6 +492,14 @@ const WRONG: [text: string, ...expected: string[]][] = [
   ],
   [`${ROUTE}listen: 65536`, "2:9: listen: 65536 is not a port, or an address such as 127.0.0.1:8080 or [::]:8080"],
   [`${ROUTE}listen: []`, "2:9: listen: is empty: nobody could ask"],
+  [`${ROUTE}listen: { address: 1, tls: { cert: c } }`, "2:28: listen.tls: key is missing"],
+  [
+    `${ROUTE}listen: [80, { address: 1, clientca: x }]`,
+    '2:28: listen[1].clientca: unknown key; did you mean "client_ca"?',
+  ],
+  [`${ROUTE}listen: { address: 1, client_ca: c }`, "2:9: listen: client_ca needs tls"],
+  [`${ROUTE}listen: { address: 1, tls: { cert: "", key: k } }`, "2:36: listen.tls.cert: the name of the file is empty"],
+  [`${ROUTE}routes: [{ scheme: ftp, respond: {} }]`, '2:20: routes[0].scheme: "ftp" is not one of http, https'],
   [
     `${ROUTE}trust: [10.0.0.0/33, 1.2.3, "fe80::1%eth0"]`,
     '2:9: trust[0]: "10.0.0.0/33" is not an address or a network such as 10.0.0.0/8',
@@ -700,7 +711,7 @@ test("the error carries its mistakes and the name of the file", () => {
 });
 
 const FULL = `
-listen: [8080, "[::1]:81"]
+listen: [8080, "[::1]:81", { address: 8443, tls: { cert: c.pem, key: k.pem }, client_ca: ca.pem }]
 trust: [10.0.0.0/8, "::1"]
 log: json
 name_routes: true

@@ -368,14 +368,26 @@ const ROOT = fileURLToPath(new URL("..", import.meta.url));
 const COMMAND: Record<Runtime, string[]> = { deno: ["run", "-A", "lb.ts"], bun: ["lb.ts"], node: ["lb.ts"] };
 
 /**
- * Starts lb.ts on the runtime that runs this, with a free port and this config (JSON is YAML; a text stays as it is), and
- * waits until it listens.
+ * Starts lb.ts on the runtime that runs this, and waits until it listens: with this config (JSON is YAML; a text stays as
+ * it is) and these files beside it; on a free port where an object does not say where.
  */
-export async function startProgram(config: unknown, args: string[] = []): Promise<Program> {
+export async function startProgram(
+  config: unknown,
+  args: string[] = [],
+  beside: Record<string, string> = {},
+): Promise<Program> {
   const folder = mkdtempSync(join(tmpdir(), "lb-"));
   const file = join(folder, "routes.yml");
+  for (const [name, content] of Object.entries(beside)) writeFileSync(join(folder, name), content);
+  const own = typeof config === "object" && config !== null && "listen" in config;
   writeFileSync(file, typeof config === "string" ? config : JSON.stringify(config, null, 1));
-  const child = spawn(process.execPath, [...COMMAND[runtime()], "-c", file, "--listen", "127.0.0.1:0", ...args], {
+  const child = spawn(process.execPath, [
+    ...COMMAND[runtime()],
+    "-c",
+    file,
+    ...own ? [] : ["--listen", "127.0.0.1:0"],
+    ...args,
+  ], {
     cwd: ROOT,
     stdio: ["ignore", "pipe", "pipe"],
   });
@@ -409,7 +421,7 @@ export async function startProgram(config: unknown, args: string[] = []): Promis
   };
   try {
     const admin = () => Number(/admin on http:\/\/127\.0\.0\.1:(\d+)/.exec(output)?.[1] ?? 0);
-    const address = () => /listening on http:\/\/127\.0\.0\.1:(\d+)/.exec(output)?.[1];
+    const address = () => /listening on https?:\/\/127\.0\.0\.1:(\d+)/.exec(output)?.[1];
     await until("lb.ts listens or ends", () => exited || address(), 30_000);
     assert.ok(address(), `lb.ts ended instead of listening:\n${output}`);
     return { port: Number(address()), admin: admin(), file, pid: child.pid ?? 0, output: () => output, reload, stop };

@@ -8,7 +8,7 @@ import { writeFileSync } from "node:fs";
 import { type AddressInfo, connect, createServer, type Socket } from "node:net";
 import process from "node:process";
 import nodeTest from "node:test";
-import { ConfigError, createLoadBalancer, type Draw, listenTcp, parseConfig, type Strategy } from "../lb.ts";
+import { ConfigError, createLoadBalancer, type Draw, openTcp, parseConfig, type Strategy } from "../lb.ts";
 import { type Program, sleep, startProgram, until } from "./rig.ts";
 
 // bun test gives a test five seconds unless it says otherwise
@@ -104,7 +104,8 @@ async function running(
     ],
   );
   try {
-    await use(lb, portsOf(lb));
+    const ports = await until("all are open", () => portsOf(lb).length === tcp.length && portsOf(lb));
+    await use(lb, ports);
   } finally {
     process.kill(lb.pid, "SIGTERM"); // not child.kill: after it Deno reports the signal as the end
     await until("lb.ts ends", () => /info: drained(; connections ended: \d+)?\n/.test(lb.output()));
@@ -391,7 +392,7 @@ test("a reload changes servers and listeners, and leaves open connections alone"
 test("a drain lets open connections finish, takes no more, and ends those that are left", async () => {
   const a = await backend("a", (visit) => visit.socket.on("end", () => visit.socket.end("bye")));
   const lb = await startProgram({ tcp: [{ listen: "127.0.0.1:0", servers: [a.address] }] }, ["--drain", "2s"]);
-  const [port] = portsOf(lb);
+  const [port] = await until("it is open", () => portsOf(lb).length > 0 && portsOf(lb));
   const [one, two] = [await visit(port!), await visit(port!)];
   await says(one, "a");
   await says(two, "a");
@@ -430,9 +431,7 @@ async function inProcess(config: Record<string, unknown>, own: Record<string, St
     write: NEVER,
     report: (level, text) => void reports.push(`${level}: ${text}`),
   }, own);
-  const open = new Map();
-  await listenTcp(lb.balancer, open);
-  const [listener] = await Promise.all(open.values());
+  const listener = await openTcp(lb.balancer, "127.0.0.1:0");
   const service = lb.balancer.table.services.get("db")!;
   const settled = () =>
     until(
