@@ -541,6 +541,9 @@ const Tcp = map({
 const Limits = map({
   requests: key(Limit, "in flight, of all clients: 503 beyond", "none"),
   per_client: key(Limit, "in flight, of one address (an IPv6 /64): 429 beyond", "none"),
+  connections: key(Limit, "open, of one thread; on Node alone: 503 beyond", "none"),
+  header: key(Duration, "until the head of a request is there; on Node alone: 408 beyond", "10s"),
+  keep_alive: key(Duration, "until a connection without a request is closed; on Node alone", "75s"),
 });
 // Where clients connect.
 const PemFile = v.pipe(Text, v.nonEmpty("the name of the file is empty"));
@@ -5508,10 +5511,13 @@ async function unused(host: string, port: number): Promise<void> {
   await new Promise((resolve) => server.close(resolve));
 }
 
+/** How much connections may be and take; what Deno and Bun do with theirs cannot be told. */
+type Bounds = Pick<Config["limits"], "connections" | "header" | "keep_alive">;
+
 /** What differs between runtimes. */
 interface Runtime {
   /** `shared`: with other threads and processes that say so too; the system gives each of them its part. */
-  serve(fetch: Serve, host: string, port: number, shared: boolean, secure?: Secure): Promise<Listener>;
+  serve(fetch: Serve, host: string, port: number, shared: boolean, secure?: Secure, bounds?: Bounds): Promise<Listener>;
   /** Whether it can ask clients for a certificate. */
   asksClients: boolean;
   client(request: Request, env: unknown): Client;
@@ -5834,7 +5840,8 @@ const printed = (bytes: Uint8Array): Promise<number> =>
   });
 
 /** Node's server: HTTP/1.1, and over TLS HTTP/2 as well. */
-async function nodeServer(fetch: Serve, secure: Secure | undefined) {
+async function nodeServer(fetch: Serve, secure: Secure | undefined, bounds: Bounds) {
+  const { connections, header, keep_alive } = bounds;
   const { getRequestListener } = await import("@hono/node-server");
   const { createServer: createHttpServer, ServerResponse } = await import("node:http");
   /** Flushes a head as latin1, as it came; Node's own does it as UTF-8. */
@@ -5853,11 +5860,18 @@ async function nodeServer(fetch: Serve, secure: Secure | undefined) {
   const latest = new WeakMap<Socket, InstanceType<typeof ServerResponse>>();
   const limits = {
     ...{ requestTimeout: 0, maxHeaderSize: 65_536, requireHostHeader: false },
+    ...{ headersTimeout: header, keepAliveTimeout: keep_alive, connectionsCheckingInterval: 1_000 },
     shouldUpgradeCallback: ({ headers }: IncomingMessage) => /^websocket$/i.test(headers.upgrade ?? ""),
   };
   const tls = secure && await nodeTls(secure, { ...limits, Http1ServerResponse: Latin1Response });
   const server = tls?.server ?? createHttpServer({ ...limits, ServerResponse: Latin1Response });
   Object.assign(server, { ...limits, maxHeadersCount: 0 }); // where the one for both does not take them as options
+  let open = 0;
+  server.on("connection", (socket: Socket) => {
+    if (open >= connections) return void socket.end(secure ? "" : rawRefusal("busy"));
+    open++;
+    socket.on("close", () => open--);
+  });
   server.on("request", listener as RequestListener);
   server.on("clientError", (error: Error & { code?: string }, socket: Socket) => {
     const answer = latest.get(socket);
@@ -5973,8 +5987,8 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
     print: printed,
   },
   node: {
-    async serve(fetch, host, port, reusePort, secure) {
-      const { server, close, swap } = await nodeServer(fetch, secure);
+    async serve(fetch, host, port, reusePort, secure, bounds = v.parse(Limits, {})) {
+      const { server, close, swap } = await nodeServer(fetch, secure, bounds);
       await new Promise<void>((resolve, reject) => {
         server.on("error", reject);
         server.listen({ port, reusePort, ...(host && { host: bare(host) }) }, resolve);
@@ -8253,7 +8267,7 @@ function openersOf({ lb, shared, ports }: Post): Map<string, () => Promise<Liste
   const serve: Handler = (request, env) => lb.fetch(request, env);
   const http = [...frontsOf(config)].map(([name, at]) => {
     const port = ports.get(name) ?? at.port;
-    return [name, () => openListener(serve, { ...at, port }, shared)] as const;
+    return [name, () => openListener(serve, { ...at, port, bounds: config.limits }, shared)] as const;
   });
   const others = [...tcp.keys()].map((address) => {
     const name = `tcp://${address}`;
@@ -8346,12 +8360,19 @@ async function listenAll(post: Post): Promise<Seats> {
 }
 
 type Handler = (request: Request, env: object) => ReturnType<Serve>;
-type Address = Pick<FrontConfig, "host" | "port"> & Partial<FrontConfig>;
+type Address = Pick<FrontConfig, "host" | "port"> & Partial<FrontConfig> & { bounds?: Bounds };
 async function openListener(fetch: Handler, at: Address, shared = false): Promise<Listener> {
-  const { host, port, tls = [], client_ca = "" } = at;
+  const { host, port, tls = [], client_ca = "", bounds } = at;
   try {
     const secure = tls.length ? secureOf({ tls, client_ca }) : undefined;
-    return await runtimes[here].serve((request, env) => fetch(request, env as object), host, port, shared, secure);
+    return await runtimes[here].serve(
+      (request, env) => fetch(request, env as object),
+      host,
+      port,
+      shared,
+      secure,
+      bounds,
+    );
   } catch (error) {
     throw new StartError(`cannot listen on ${shown(host, port)}: ${(error as Error).message}`);
   }

@@ -10,6 +10,7 @@ import {
   get,
   type Message,
   rawRequest,
+  runtime,
   type ScriptedServer,
   scriptedServer,
   seeded,
@@ -1177,5 +1178,27 @@ test("through the program: so many requests in flight of one client, so many of 
     for (const one of sent) assert.equal(status((await one).answers[0]!), 200);
   } finally {
     await stop();
+  }
+});
+
+nodeTest("through the program on Node: so many connections, and no longer than so for the head of a request", {
+  skip: runtime() !== "node",
+}, async () => {
+  const server = await scriptedServer((visit) => visit.send(answer("here")));
+  const limits = { connections: 2, header: "1s", keep_alive: "1s" };
+  const lb = await startProgram({ log: "off", limits, default: { servers: [server.address] } });
+  try {
+    const slow = rawRequest(lb.port, "GET / HTTP/1.1\r\nHost: a.test\r\n"); // and never the end of it
+    const kept = rawRequest(lb.port, "GET / HTTP/1.1\r\nHost: a.test\r\n\r\n");
+    await until("the second is asked", () => server.requests.length === 1);
+    const { answers: [refused] } = await rawRequest(lb.port, get("/"));
+    assert.deepEqual([status(refused!), value(refused!, "x-lb-failure")], [503, "busy"]);
+    const late = await slow;
+    assert.deepEqual([status(late.answers[0]!), value(late.answers[0]!, "x-lb-failure")], [408, "client-timeout"]);
+    assert.equal(value((await kept).answers[0]!, "keep-alive"), "timeout=1");
+    assert.equal(status((await rawRequest(lb.port, get("/"))).answers[0]!), 200);
+  } finally {
+    await lb.stop();
+    await server.close();
   }
 });
