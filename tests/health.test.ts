@@ -586,11 +586,14 @@ test("a trial that fails ejects again, whatever a failure was before: a reset, a
 });
 
 test("a trial whose client leaves decides nothing: the next request is one", async () => {
-  const { answers, times } = await onTrial();
-  answers.a = "client-left";
-  assert.equal((await times(12)).match(/a/g)!.length, 3);
-  answers.a = "reset";
-  assert.equal((await times(12)).match(/a/g)!.length, 1);
+  for (const stuck of [false, true]) { // whether the server still has a request from before
+    const { answers, times, service } = await onTrial();
+    if (stuck) service.servers[0]!.inFlight++;
+    answers.a = "client-left";
+    assert.equal((await times(12)).match(/a/g)!.length, 3);
+    answers.a = "reset";
+    assert.equal((await times(12)).match(/a/g)!.length, 1);
+  }
 });
 
 test("a retry is no trial", async () => {
