@@ -1567,6 +1567,9 @@ const newService = (name: string) => ({
   compareAt: 0,
 });
 
+/** What is known of a server of which nothing is known. */
+const unheard = { samples: 0, latency: 0, typical: 0, judged: 0, failing: 0, recent: 0 };
+
 const newServer = (config: ServerConfig, service: string, tls: Server["tls"]): Server => ({
   ...config,
   service,
@@ -1600,16 +1603,11 @@ const newServer = (config: ServerConfig, service: string, tls: Server["tls"]): S
   probesFailed: 0,
   retries: 0,
   counters: newCounters(),
+  ...unheard,
   picksThen: 0,
   load: 0,
-  samples: 0,
-  latency: 0,
-  typical: 0,
-  judged: 0,
-  failing: 0,
   waiting: 0,
   waitingSince: 0,
-  recent: 0,
   recentAt: 0,
 });
 
@@ -2170,13 +2168,7 @@ function eject(service: Service, server: Server, why: string, effects: Effects):
   server.ejected++;
   server.since = now;
   server.failures = failures - 1; // so that a trial whose body breaks off is the last straw
-  server.samples =
-    server.latency =
-    server.typical =
-    server.judged =
-    server.failing =
-    server.recent =
-      0;
+  Object.assign(server, unheard);
   service.candidatesUntil = 0;
   const seconds = unit * server.ejections / 1_000;
   effects.report("warn", `${service.name}: ${server.name} is ejected for ${seconds} s ${why}`);
@@ -2301,7 +2293,7 @@ function medianOf(numbers: number[]): number {
 
 /** Once a second, beside a request: who is much slower than the others, or fails more often, is ejected. */
 function compare(service: Service, now: number, effects: Effects): void {
-  const seconds = (now - service.comparedAt) / 1_000;
+  const seconds = Math.max(now - service.comparedAt, 1) / 1_000; // a reload may have it done again at once
   service.comparedAt = now;
   service.compareAt = now + 1_000;
   for (const server of service.servers) {

@@ -523,6 +523,18 @@ test("a server whose success rate is out of line with that of the others is ejec
   }
 });
 
+test("a reload in the middle of it does not confuse the comparison", async () => {
+  const { answers, times, takes, clock, reload } = setUp(TURNS, FOUR);
+  answers.a = takes(100);
+  answers.b = answers.c = answers.d = takes(10);
+  for (let i = 0; i < 20; i++) {
+    reload(TURNS, FOUR);
+    await times(4);
+  }
+  clock.now += 1000;
+  assert.equal((await times(8)).includes("a"), false);
+});
+
 test("servers are compared once a second at most", async () => {
   const { service, times, clock, lb } = setUp(TURNS, FOUR);
   const at: number[] = [];
