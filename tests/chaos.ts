@@ -125,7 +125,10 @@ function ask(agent: Agent | false, port: number, method: string, number: number,
           const body = Buffer.concat(pieces), want = bodyOf(number), status = answer.statusCode!;
           const same = (one: Buffer) => createHash("sha1").update(one).digest("hex");
           if (status !== 200) {
-            if (method === "GET") tally.wrong.push(`${method} ${number}: ${status} ${answer.headers["x-lb-failure"]}`);
+            if (status === 503 && !answer.headers["x-lb-failure"]) tally.broken++; // Bun's own, from a worker that is ended
+            else if (method === "GET") {
+              tally.wrong.push(`${method} ${number}: ${status} ${answer.headers["x-lb-failure"]}`);
+            }
           } else if (!answer.complete && body.equals(want.subarray(0, body.length))) tally.cut++;
           else if (same(body) !== same(want)) {
             tally.wrong.push(`${method} ${number}: ${body.length} of ${want.length} bytes`);
