@@ -31,17 +31,18 @@
  *    18. Metrics     what has been counted
  *    19. Explain     which server was taken, and why not the others
  *    20. Balance     the request path
- *    21. Tcp         connections that are not HTTP
- *    22. Runtimes    where it runs
- *    23. Assemble    one balancer from one config
- *    24. Save        the file after a change
- *    25. Operate     looking at it and changing it
- *    26. Docs        the description of the API
- *    27. Dashboard   the page for people
- *    28. Admin       who may do that, and through which door
- *    29. Call        what the command line and the environment ask for
- *    30. Workers     many cores
- *    31. Main        as a program
+ *    21. Tls         what is shown to those who connect over TLS
+ *    22. Tcp         connections that are not HTTP
+ *    23. Runtimes    where it runs
+ *    24. Assemble    one balancer from one config
+ *    25. Save        the file after a change
+ *    26. Operate     looking at it and changing it
+ *    27. Docs        the description of the API
+ *    28. Dashboard   the page for people
+ *    29. Admin       who may do that, and through which door
+ *    30. Call        what the command line and the environment ask for
+ *    31. Workers     many cores
+ *    32. Main        as a program
  *
  * @module
  */
@@ -72,8 +73,11 @@ import process from "node:process";
 import {
   connect as tlsConnect,
   createSecureContext,
+  createServer as createTlsServer,
   type SecureContext,
   type SecureContextOptions,
+  type Server as TlsServer,
+  type TlsOptions,
   type TLSSocket,
 } from "node:tls";
 import { availableParallelism } from "node:os";
@@ -518,33 +522,6 @@ const Log = v.pipe(
   either("combined, json or off, or a map with format and sample", LogFormat, LogMap),
   v.transform((log): Out<typeof LogMap> => typeof log === "string" ? { format: log, sample: 1 } : log),
 );
-// Connections that are not HTTP.
-const TcpTimeouts = map({ connect: opt(Duration, "3s"), idle: opt(Duration, "5m") });
-const tcpSettings = {
-  strategy: settings.strategy,
-  health: settings.health,
-  eject: settings.eject,
-  panic: settings.panic,
-  max_in_flight: key(Limit, "per server", "none"),
-  retries: key(whole(0, 10), "further servers, where one cannot be reached", 1),
-  timeouts: key(TcpTimeouts, "until connected, and while nothing passes", v.getDefaults(TcpTimeouts)),
-};
-const Tcp = map({
-  listen: need(many(Listen, "a port or an address", 1), "where clients connect"),
-  name: key(changes.name, "of its service; else tcp: and its port", ""),
-  servers: need(Servers, "host:port, or {url, weight, backup, max, state}"),
-  proxy_protocol: key(Bool, "true: servers are told the client's address (PROXY protocol, version 2)", false),
-  allow: changes.allow,
-  deny: changes.deny,
-  ...tcpSettings,
-});
-const Limits = map({
-  requests: key(Limit, "in flight, of all clients: 503 beyond", "none"),
-  per_client: key(Limit, "in flight, of one address (an IPv6 /64): 429 beyond", "none"),
-  connections: key(Limit, "open, of one thread; on Node alone: 503 beyond", "none"),
-  header: key(Duration, "until the head of a request is there; on Node alone: 408 beyond", "10s"),
-  keep_alive: key(Duration, "until a connection without a request is closed; on Node alone", "75s"),
-});
 // Where clients connect.
 const PemFile = v.pipe(Text, v.nonEmpty("the name of the file is empty"));
 const Certificate = map({ cert: need(PemFile, "PEM: it, and those that sign it"), key: need(PemFile, "PEM") });
@@ -564,6 +541,33 @@ const Front = v.pipe(
   ),
   v.check((at) => !at.client_ca || at.tls.length > 0, "client_ca needs tls"),
 );
+// Connections that are not HTTP.
+const TcpTimeouts = map({ connect: opt(Duration, "3s"), idle: opt(Duration, "5m") });
+const tcpSettings = {
+  strategy: settings.strategy,
+  health: settings.health,
+  eject: settings.eject,
+  panic: settings.panic,
+  max_in_flight: key(Limit, "per server", "none"),
+  retries: key(whole(0, 10), "further servers, where one cannot be reached", 1),
+  timeouts: key(TcpTimeouts, "until connected, and while nothing passes", v.getDefaults(TcpTimeouts)),
+};
+const Tcp = map({
+  listen: need(many(Front, "a port or an address", 1), "where clients connect; over TLS, as {address, tls}"),
+  name: key(changes.name, "of its service; else tcp: and its port", ""),
+  servers: need(Servers, "host:port, or {url, weight, backup, max, state}"),
+  proxy_protocol: key(Bool, "true: servers are told the client's address (PROXY protocol, version 2)", false),
+  allow: changes.allow,
+  deny: changes.deny,
+  ...tcpSettings,
+});
+const Limits = map({
+  requests: key(Limit, "in flight, of all clients: 503 beyond", "none"),
+  per_client: key(Limit, "in flight, of one address (an IPv6 /64): 429 beyond", "none"),
+  connections: key(Limit, "open, of one thread; on Node alone: 503 beyond", "none"),
+  header: key(Duration, "until the head of a request is there; on Node alone: 408 beyond", "10s"),
+  keep_alive: key(Duration, "until a connection without a request is closed; on Node alone", "75s"),
+});
 const RoutesFile = map({
   listen: key(many(Front, "a port or an address"), "where clients connect; over TLS, as {address, tls}", 8080),
   admin: key(Admin, "the API and the pages for operators: listen, token, read_token (may only look)"),
@@ -858,7 +862,8 @@ function check(file: Raw, more: string[], say: Say) {
 /** What a TCP service may not be: the strategies that look at requests, servers over TLS, another one's name or port. */
 function checkTcp(file: Raw, say: Say) {
   const names = new Set<unknown>(Object.keys(record(file.services)).map(plain));
-  const ports = new Set([file.listen ?? []].flat().map(String));
+  const addressOf = (at: unknown) => String(isRecord(at) ? at.address : at);
+  const ports = new Set([file.listen ?? []].flat().map(addressOf));
   for (const [path, { name, listen, servers, strategy }] of mapsIn(file, "tcp")) {
     if (isRecord(strategy) && !record(strategy.hash).client) {
       say([...path, "strategy"], "there is no request whose parts could be hashed; {hash: {client: true}} works");
@@ -870,12 +875,10 @@ function checkTcp(file: Raw, say: Say) {
     }
     if (name && names.has(name)) say([...path, "name"], `${quote(name)} names another service already`);
     names.add(name);
-    for (const [i, address] of [listen ?? []].flat().entries()) {
-      const at = Array.isArray(listen) ? [...path, "listen", i] : [...path, "listen"];
-      if (ports.has(String(address)) && !/^(.*:)?0$/.test(String(address))) {
-        say(at, `${address} is listened on already`);
-      }
-      ports.add(String(address));
+    for (const [i, one] of [listen ?? []].flat().entries()) {
+      const at = Array.isArray(listen) ? [...path, "listen", i] : [...path, "listen"], address = addressOf(one);
+      if (ports.has(address) && !/^(.*:)?0$/.test(address)) say(at, `${address} is listened on already`);
+      ports.add(address);
     }
   }
 }
@@ -913,16 +916,15 @@ const Carried = v.object({ ...conditions, ...changes }), Leading = v.object({ ..
 /** Files that routes.yml names lie beside it, unless their names begin at the root. */
 const beside = (file: string, name: string): string =>
   !name || /^(?:[a-z]:)?[/\\]/i.test(name) ? name : file.replace(/[^/\\]*$/, "") + name;
-function locate(file: string, listen: FrontConfig[], services: Iterable<ServiceConfig>): FrontConfig[] {
+function locate(file: string, services: Iterable<ServiceConfig>, ...fronts: FrontConfig[][]): void {
   for (const service of services) {
     const { ca, cert, key } = service.tls;
     service.tls = { ...service.tls, ca: beside(file, ca), cert: beside(file, cert), key: beside(file, key) };
   }
-  return listen.map((at) => ({
-    ...at,
-    tls: at.tls.map(({ cert, key }) => ({ cert: beside(file, cert), key: beside(file, key) })),
-    client_ca: beside(file, at.client_ca),
-  }));
+  for (const at of fronts.flat()) {
+    at.tls = at.tls.map(({ cert, key }) => ({ cert: beside(file, cert), key: beside(file, key) }));
+    at.client_ca = beside(file, at.client_ca);
+  }
 }
 /** Every entry in the general form, and a service for each that lists servers. */
 function expand(source: Raw, text: string, file: string): Config {
@@ -962,8 +964,8 @@ function expand(source: Raw, text: string, file: string): Config {
     [...mapsIn(source, "services", "tcp"), ...entriesOf(source)].map(([path, own]) => [own, path]),
   );
   const places = new Map([...services].map(([name, own]) => [name, stands.get(own)!]));
-  const fronts = locate(file, listen, parsed.values()),
-    top = { listen: fronts, admin, trust, limits, log, name_routes };
+  locate(file, parsed.values(), listen, ...tcp.map((one) => one.listen));
+  const top = { listen, admin, trust, limits, log, name_routes };
   return { ...top, services: parsed, routes, tcp, source, text, file, places };
 }
 
@@ -5117,7 +5119,114 @@ function refuse(balancer: Balancer, exchange: Exchange, kind: FailureName): Resp
 const ANY_METHOD = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 21. Tcp: connections that are not HTTP. The same services and servers, with bytes in place of requests.
+// 21. Tls: what is shown to those who connect over TLS. Read from files, and again when these change.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** A certificate with its key, as texts, and the names that it is for. */
+interface Pair {
+  cert: string;
+  key: string;
+  names: string[];
+}
+/** What a listener over TLS shows, the first where nobody asks for another, and what it asks of clients. */
+interface Secure {
+  pairs: [Pair, ...Pair[]];
+  clientCa: string; // or empty
+}
+
+function readPem(file: string): string {
+  try {
+    return readFileSync(file, "utf8");
+  } catch (error) {
+    throw new Error(`${file} cannot be read: ${(error as Error).message}`);
+  }
+}
+
+/** What is in a file, or an error that says what is not. */
+function parsed<T>(file: string, what: string, parse: (text: string) => T): T {
+  const text = readPem(file);
+  try {
+    return parse(text);
+  } catch {
+    throw new Error(`${file} holds no ${what} (PEM)`);
+  }
+}
+
+const readCertificate = (file: string): X509Certificate =>
+  parsed(file, "certificate", (text) => new X509Certificate(text));
+
+/** @throws {Error} with the file and what is wrong with it */
+function readPair({ cert, key }: FrontConfig["tls"][number]): Pair {
+  const certificate = readCertificate(cert);
+  const own = certificate.checkPrivateKey(parsed(key, "private key without a password", createPrivateKey));
+  if (!own) throw new Error(`${key} is not the key of ${cert}`);
+  const { subjectAltName = "", subject } = certificate;
+  const names = [...subjectAltName.matchAll(/DNS:([^\s,"]+)/g)].map(([, name]) => lower(name!));
+  const common = /^CN=(\S+)$/m.exec(subject)?.[1];
+  return { cert: readPem(cert), key: readPem(key), names: names.length || !common ? names : [lower(common)] };
+}
+
+/** @throws {Error} with the file and what is wrong with it */
+function readSecure({ tls, client_ca }: Pick<FrontConfig, "tls" | "client_ca">): Secure {
+  if (client_ca) readCertificate(client_ca);
+  return { pairs: tls.map(readPair) as Secure["pairs"], clientCa: client_ca && readPem(client_ca) };
+}
+
+/** The certificate for a name; one for `*.example.com` has any label in place of the star (RFC 6125 section 6.4.3). */
+function pairFor<P extends { names: string[] }>(pairs: readonly [P, ...P[]], name: string): P {
+  const asked = lower(name), wildcard = asked.replace(/^[^.]*/, "*");
+  return pairs.find(({ names }) => names.includes(asked)) ?? pairs.find(({ names }) => names.includes(wildcard)) ??
+    pairs[0];
+}
+
+/** What a server of node:tls shows for each name, and how that is changed. */
+function showing(secure: Secure) {
+  const contextsOf = ({ pairs, clientCa }: Secure) =>
+    pairs.map(({ names, cert, key }) => {
+      const own = { cert, key, minVersion: "TLSv1.2" as const, ...(clientCa && { ca: clientCa }) };
+      return { names, own, context: createSecureContext(own) };
+    }) as [Shown, ...Shown[]];
+  type Shown = { names: string[]; own: SecureContextOptions; context: SecureContext };
+  let contexts = contextsOf(secure);
+  const options: TlsOptions = {
+    ...contexts[0].own,
+    requestCert: secure.clientCa !== "",
+    SNICallback: (name, done) => done(null, pairFor(contexts, name).context),
+  };
+  const swapOf = (server: TlsServer) => (next: Secure) => {
+    contexts = contextsOf(next);
+    server.setSecureContext(contexts[0].own);
+    Object.assign(server, { requestCert: next.clientCa !== "" }); // read for each connection
+  };
+  return { options, swapOf };
+}
+
+/** What changes with a file, also when an editor puts another one in its place. */
+function fileStamp(file: string): string {
+  const { mtimeMs, size, ino } = statSync(file, { throwIfNoEntry: false }) ?? { mtimeMs: 0, size: 0, ino: 0 };
+  return `${mtimeMs} ${size} ${ino}`;
+}
+
+/** What changes with the certificates of a listener. */
+const stampOf = ({ tls, client_ca }: FrontConfig): string =>
+  [...tls.flatMap(({ cert, key }) => [cert, key]), client_ca].filter(Boolean).map((file) => file + fileStamp(file))
+    .join();
+
+/** Certificates that clients do not accept, for their dates. As nginx and Caddy do, they are shown all the same. */
+function outdated({ tls }: Pick<FrontConfig, "tls">, now: Date): string[] {
+  return tls.flatMap(({ cert }) => {
+    const { validFrom, validTo } = readCertificate(cert), [from, to] = [new Date(validFrom), new Date(validTo)];
+    const day = (date: Date) => date.toISOString().slice(0, 10);
+    return now > to
+      ? [`${cert} has expired on ${day(to)}`]
+      : now < from
+      ? [`${cert} is not valid before ${day(from)}`]
+      : [];
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 22. Tcp: connections that are not HTTP. The same services and servers, with bytes in place of requests.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** One connection's life, from its listener to its last byte. A Draw, so that strategies can choose its server. */
@@ -5279,8 +5388,9 @@ async function watch(relay: Relay, effects: Effects, over: AbortSignal): Promise
   }
 }
 
-/** A reset, for the end of a stream would say that all of it has come. */
-const breakOff = (socket: Socket): unknown => socket.destroyed || socket.resetAndDestroy();
+/** A reset, for the end of a stream would say that all of it has come; over TLS it does not say so without a last word. */
+const breakOff = (socket: Socket): unknown =>
+  socket.destroyed || ("encrypted" in socket ? socket.destroy() : socket.resetAndDestroy());
 
 const PROXY_SIGNATURE = [0x0d, 0x0a, 0x0d, 0x0a, 0x00, 0x0d, 0x0a, 0x51, 0x55, 0x49, 0x54, 0x0a];
 
@@ -5323,26 +5433,38 @@ function tcpRecord(relay: Relay, effects: Effects): AccessRecord {
  * @param shared with other threads and processes that say so too
  * @param given the port, where it shall not be the table's
  */
-export function openTcp(balancer: Balancer, address: string, shared = false, given?: number): Promise<Listener> {
+export async function openTcp(
+  balancer: Balancer,
+  address: string,
+  shared = false,
+  given?: number,
+): Promise<Listener> {
   const { at } = balancer.table.tcp.get(address)!, { host } = at, port = given ?? at.port;
   let target = shown(host, port);
-  const server = createServer({ allowHalfOpen: true, noDelay: true }, (near) => {
+  const accept = (near: Socket) => {
     const route = balancer.table.tcp.get(address);
     if (route) void carry(balancer, newRelay(balancer, route, target, near));
     else near.destroy();
-  });
-  const close = () => new Promise<void>((resolve) => server.close(() => resolve()));
-  return new Promise((resolve, reject) => {
-    server.on("error", (error) => reject(new Error(`cannot listen on ${target}: ${error.message}`)));
-    server.listen({ port, reusePort: shared, ...(host && { host: bare(host) }) }, () => {
-      target = shown(host, (server.address() as AddressInfo).port);
-      resolve({ address: target, close });
+  };
+  const options = { allowHalfOpen: true, noDelay: true };
+  try {
+    const secure = at.tls.length ? showing(readSecure(at)) : undefined;
+    const tls = secure && createTlsServer({ ...options, ...secure.options }, accept);
+    const server = tls ?? createServer(options, accept);
+    await new Promise<void>((resolve, reject) => {
+      server.on("error", reject);
+      server.listen({ port, reusePort: shared, ...(host && { host: bare(host) }) }, resolve);
     });
-  });
+    target = shown(host, (server.address() as AddressInfo).port);
+    const close = () => new Promise<void>((resolve) => server.close(() => resolve()));
+    return { address: target, close, swap: tls && secure.swapOf(tls) };
+  } catch (error) {
+    throw new Error(`cannot listen on ${target}: ${(error as Error).message}`);
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 22. Runtimes: where it runs. They differ in this table and nowhere else.
+// 23. Runtimes: where it runs. They differ in this table and nowhere else.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What Deno and Bun offer beyond the standard, as far as it is used here. */
@@ -5404,65 +5526,6 @@ export interface Listener {
   swap?: ((secure: Secure) => void) | undefined;
 }
 
-/** A certificate with its key, as texts, and the names that it is for. */
-interface Pair {
-  cert: string;
-  key: string;
-  names: string[];
-}
-/** What a listener over TLS shows, the first where nobody asks for another, and what it asks of clients. */
-interface Secure {
-  pairs: [Pair, ...Pair[]];
-  clientCa: string; // or empty
-}
-
-const TLS_1_2 = { minVersion: "TLSv1.2" } as const;
-
-function readPem(file: string): string {
-  try {
-    return readFileSync(file, "utf8");
-  } catch (error) {
-    throw new Error(`${file} cannot be read: ${(error as Error).message}`);
-  }
-}
-
-/** What is in a file, or an error that says what is not. */
-function parsed<T>(file: string, what: string, parse: (text: string) => T): T {
-  const text = readPem(file);
-  try {
-    return parse(text);
-  } catch {
-    throw new Error(`${file} holds no ${what} (PEM)`);
-  }
-}
-
-const readCertificate = (file: string): X509Certificate =>
-  parsed(file, "certificate", (text) => new X509Certificate(text));
-
-/** @throws {Error} with the file and what is wrong with it */
-function readPair({ cert, key }: FrontConfig["tls"][number]): Pair {
-  const certificate = readCertificate(cert);
-  const own = certificate.checkPrivateKey(parsed(key, "private key without a password", createPrivateKey));
-  if (!own) throw new Error(`${key} is not the key of ${cert}`);
-  const { subjectAltName = "", subject } = certificate;
-  const names = [...subjectAltName.matchAll(/DNS:([^\s,"]+)/g)].map(([, name]) => lower(name!));
-  const common = /^CN=(\S+)$/m.exec(subject)?.[1];
-  return { cert: readPem(cert), key: readPem(key), names: names.length || !common ? names : [lower(common)] };
-}
-
-/** @throws {Error} with the file and what is wrong with it */
-function readSecure({ tls, client_ca }: Pick<FrontConfig, "tls" | "client_ca">): Secure {
-  if (client_ca) readCertificate(client_ca);
-  return { pairs: tls.map(readPair) as Secure["pairs"], clientCa: client_ca && readPem(client_ca) };
-}
-
-/** The certificate for a name; one for `*.example.com` has any label in place of the star (RFC 6125 section 6.4.3). */
-function pairFor<P extends { names: string[] }>(pairs: readonly [P, ...P[]], name: string): P {
-  const asked = lower(name), wildcard = asked.replace(/^[^.]*/, "*");
-  return pairs.find(({ names }) => names.includes(asked)) ?? pairs.find(({ names }) => names.includes(wildcard)) ??
-    pairs[0];
-}
-
 /** A listener of a runtime. */
 interface Door {
   port: number;
@@ -5510,8 +5573,8 @@ type Bounds = Pick<Config["limits"], "connections" | "header" | "keep_alive">;
 interface Runtime {
   /** `shared`: with other threads and processes that say so too; the system gives each of them its part. */
   serve(fetch: Serve, host: string, port: number, shared: boolean, secure?: Secure, bounds?: Bounds): Promise<Listener>;
-  /** Whether it can ask clients for a certificate. */
-  asksClients: boolean;
+  /** Whether it can ask clients for a certificate, and speak TLS with those that do not speak HTTP. */
+  fullTls: boolean;
   client(request: Request, env: unknown): Client;
   upgrade: Effects["upgrade"];
   transport(): Pick<Effects, "fetch" | "connect">;
@@ -5891,31 +5954,14 @@ async function nodeServer(fetch: Serve, secure: Secure | undefined, bounds: Boun
 /** A server that speaks HTTP/2 and HTTP/1.1, and whose certificates can be changed. */
 async function nodeTls(secure: Secure, options: Record<string, unknown>) {
   const { createSecureServer } = await import("node:http2");
-  const contexts = ({ pairs, clientCa }: Secure) =>
-    pairs.map(({ names, cert, key }) => {
-      const own = { cert, key, ...TLS_1_2, ...(clientCa && { ca: clientCa }) };
-      return { names, own, context: createSecureContext(own) };
-    }) as [Known, ...Known[]];
-  type Known = { names: string[]; own: SecureContextOptions; context: SecureContext };
-  let known = contexts(secure);
-  const server = createSecureServer({
-    ...options,
-    ...known[0].own,
-    allowHTTP1: true,
-    requestCert: secure.clientCa !== "",
-    SNICallback: (name, done) => done(null, pairFor(known, name).context),
-  });
+  const shown = showing(secure);
+  const server = createSecureServer({ ...options, ...shown.options, allowHTTP1: true });
   const sessions = new Set<ServerHttp2Session>();
   server.on("session", (session) => {
     sessions.add(session);
     session.on("close", () => sessions.delete(session));
   });
-  const swap = (next: Secure) => {
-    known = contexts(next);
-    server.setSecureContext(known[0].own);
-    Object.assign(server, { requestCert: next.clientCa !== "" }); // read for each connection
-  };
-  return { server, swap, leave: () => sessions.forEach((session) => session.close()) };
+  return { server, swap: shown.swapOf(server), leave: () => sessions.forEach((session) => session.close()) };
 }
 
 const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
@@ -5929,7 +5975,7 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
       const door = denoDoor(globals.Deno!.serve({ ...where, reusePort: shared, onListen() {} }, fetch));
       return { address: shown(host, door.port), close: door.close };
     },
-    asksClients: false,
+    fullTls: false,
     client(request, env) {
       request.signal; // a signal that is first read after the client has left never says so
       const { url, headers } = request;
@@ -5961,7 +6007,7 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
       const door = open(port, shared);
       return { address: shown(host, door.port), close: door.close };
     },
-    asksClients: true,
+    fullTls: true,
     client: (request, env) => clientOf(request, (env as BunServer | undefined)?.requestIP?.(request)?.address),
     upgrade(request, env) {
       const server = env as BunServer | undefined;
@@ -5987,7 +6033,7 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
       });
       return { address: shown(host, (server.address() as AddressInfo).port), close, swap };
     },
-    asksClients: true,
+    fullTls: true,
     client(request, env) {
       const { incoming } = (env ?? {}) as { incoming?: IncomingMessage & { authority?: string } };
       const from = clientOf(request, incoming?.socket.remoteAddress, incoming?.rawHeaders);
@@ -6014,7 +6060,7 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
   },
   edge: {
     serve: () => Promise.reject(new Error("at the edge the platform listens")),
-    asksClients: false,
+    fullTls: false,
     client: (request) => clientOf(request, request.headers.get("cf-connecting-ip") ?? undefined),
     upgrade: () => ({ raw: true, accept: () => new Response(null) }), // the platform's fetch has both ends
     transport: () => ({ fetch: nativeFetch, connect: () => Promise.reject(new Error("not at the edge")) }),
@@ -6031,38 +6077,15 @@ const here: keyof typeof runtimes = globals.navigator?.userAgent === "Cloudflare
   ? "bun"
   : "node";
 
-/** What changes with a file, also when an editor puts another one in its place. */
-function fileStamp(file: string): string {
-  const { mtimeMs, size, ino } = statSync(file, { throwIfNoEntry: false }) ?? { mtimeMs: 0, size: 0, ino: 0 };
-  return `${mtimeMs} ${size} ${ino}`;
-}
-
 /** @throws {Error} with the file and what is wrong with it, or what cannot be here */
-function secureOf(at: Pick<FrontConfig, "tls" | "client_ca">): Secure {
-  if (!at.client_ca || runtimes[here].asksClients) return readSecure(at);
-  throw new Error(`client_ca: ${here} cannot ask clients for a certificate; bun and node can`);
-}
-
-/** What changes with the certificates of a listener. */
-const stampOf = ({ tls, client_ca }: FrontConfig): string =>
-  [...tls.flatMap(({ cert, key }) => [cert, key]), client_ca].filter(Boolean).map((file) => file + fileStamp(file))
-    .join();
-
-/** Certificates that clients do not accept, for their dates. As nginx and Caddy do, they are shown all the same. */
-function outdated({ tls }: Pick<FrontConfig, "tls">, now: Date): string[] {
-  return tls.flatMap(({ cert }) => {
-    const { validFrom, validTo } = readCertificate(cert), [from, to] = [new Date(validFrom), new Date(validTo)];
-    const day = (date: Date) => date.toISOString().slice(0, 10);
-    return now > to
-      ? [`${cert} has expired on ${day(to)}`]
-      : now < from
-      ? [`${cert} is not valid before ${day(from)}`]
-      : [];
-  });
+function secureOf(at: Pick<FrontConfig, "tls" | "client_ca">, isHttp: boolean): Secure {
+  if (runtimes[here].fullTls || isHttp && !at.client_ca) return readSecure(at);
+  if (isHttp) throw new Error(`client_ca: ${here} cannot ask clients for a certificate; bun and node can`);
+  throw new Error(`${here} loses the end of what it reads over TLS, where that is not HTTP; bun and node do not`);
 }
 
 /** What is wrong with the files that a config names. */
-function problemsOf({ listen, services }: Config, now: Date): string[] {
+function problemsOf({ listen, tcp, services }: Config, now: Date): string[] {
   const problems: string[] = [];
   const attempt = (where: string, read: () => string[]) => {
     try {
@@ -6072,7 +6095,10 @@ function problemsOf({ listen, services }: Config, now: Date): string[] {
     }
   };
   for (const [i, at] of listen.entries()) {
-    attempt(`listen[${i}]`, () => (at.tls.length && secureOf(at), outdated(at, now)));
+    attempt(`listen[${i}]`, () => (at.tls.length && secureOf(at, true), outdated(at, now)));
+  }
+  for (const { name, listen } of tcp) {
+    for (const at of listen) attempt(name, () => (at.tls.length && secureOf(at, false), outdated(at, now)));
   }
   for (const [name, { tls: { ca, cert, key } }] of services) {
     if (ca) attempt(`${name}: tls`, () => (readCertificate(ca), []));
@@ -6113,7 +6139,7 @@ function defaultEffects(): Effects {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 23. Assemble: one balancer from one config.
+// 24. Assemble: one balancer from one config.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** A Hono app that balances, to be served, mounted or wrapped. */
@@ -6354,7 +6380,7 @@ export function createLoadBalancer(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 24. Save: the file after a change. Its comments and order stay, and what is on disk is always whole.
+// 25. Save: the file after a change. Its comments and order stay, and what is on disk is always whole.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** Why a file cannot be changed: somebody else's doing (409), or the disk's (500). */
@@ -6548,7 +6574,7 @@ export async function saveFile(file: string, before: string, text: string): Prom
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 25. Operate: looking at it and changing it. What is shown is plain JSON, and every change is a change of the file.
+// 26. Operate: looking at it and changing it. What is shown is plain JSON, and every change is a change of the file.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** How a server stands, in one word. */
@@ -7232,7 +7258,7 @@ const OPERATIONS: Record<string, Operation> = {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 26. Docs: the description of the API. OpenAPI from the schemas that check it.
+// 27. Docs: the description of the API. OpenAPI from the schemas that check it.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const problemSchema = {
@@ -7421,7 +7447,7 @@ function docs(): Hono<AdminEnv> {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 27. Dashboard: the page for people. One page, no script from anywhere else.
+// 28. Dashboard: the page for people. One page, no script from anywhere else.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const STYLE = `
@@ -7909,7 +7935,7 @@ export function dashboard(look: () => Snapshot | Promise<Snapshot>, gate: Gateke
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 28. Admin: who may do that, and through which door. Hosts, sites and tokens are checked before anything is looked at.
+// 29. Admin: who may do that, and through which door. Hosts, sites and tokens are checked before anything is looked at.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What every answer says to browsers, and to what is between them and us. */
@@ -8051,7 +8077,7 @@ export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 29. Call: what the command line and the environment ask for.
+// 30. Call: what the command line and the environment ask for.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const USAGE = `lb.ts ${VERSION}: a load balancer for HTTP in one file
@@ -8192,7 +8218,7 @@ function readText(file: string): string {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 30. Workers: many cores. One main thread decides, and threads that share the port serve.
+// 31. Workers: many cores. One main thread decides, and threads that share the port serve.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const MOST_WAITING = 100_000; // lines that wait for a reader of the log
@@ -8243,29 +8269,24 @@ interface Post {
   report: Effects["report"];
 }
 
-/** Where a config listens for HTTP, by the names that fronts have. */
-function frontsOf({ listen }: Config): Map<string, FrontConfig> {
-  const fronts = new Map<string, FrontConfig>();
-  for (const at of listen) {
-    const scheme = at.tls.length ? "https" : "http";
-    fronts.set(unique(`${scheme}://${shown(at.host, at.port)}`, fronts), at);
+/** Where a table has listeners, by the names that fronts have: what is spoken there, and the address in the file. */
+function frontsOf({ config, tcp }: Table): Map<string, FrontConfig> {
+  const fronts = new Map<string, FrontConfig>(), secured = ({ tls }: FrontConfig) => tls.length > 0;
+  for (const at of config.listen) {
+    fronts.set(unique(`${secured(at) ? "https" : "http"}://${shown(at.host, at.port)}`, fronts), at);
   }
+  for (const [address, { at }] of tcp) fronts.set(`${secured(at) ? "tls" : "tcp"}://${address}`, at);
   return fronts;
 }
+const isHttp = (name: string): boolean => name.startsWith("http");
 
-/** What the table in force wants to be listened on, and how that is opened. */
-function openersOf({ lb, shared, ports }: Post): Map<string, () => Promise<Listener>> {
-  const { balancer } = lb, { config, tcp } = balancer.table;
-  const serve: Handler = (request, env) => lb.fetch(request, env);
-  const http = [...frontsOf(config)].map(([name, at]) => {
-    const port = ports.get(name) ?? at.port;
-    return [name, () => openListener(serve, { ...at, port, bounds: config.limits }, shared)] as const;
-  });
-  const others = [...tcp.keys()].map((address) => {
-    const name = `tcp://${address}`;
-    return [name, () => openTcp(balancer, address, shared, ports.get(name))] as const;
-  });
-  return new Map([...http, ...others]);
+async function openFront({ lb, shared, ports }: Post, name: string, at: FrontConfig): Promise<Listener> {
+  const { balancer } = lb, port = ports.get(name) ?? at.port, bounds = balancer.table.config.limits;
+  if (isHttp(name)) {
+    return await openListener((request, env) => lb.fetch(request, env), { ...at, port, bounds }, shared);
+  }
+  if (at.tls.length) secureOf(at, false);
+  return await openTcp(balancer, name.slice(name.indexOf("//") + 2), shared, port);
 }
 
 /**
@@ -8273,15 +8294,15 @@ function openersOf({ lb, shared, ports }: Post): Map<string, () => Promise<Liste
  * addresses of what was opened, by name, and what went wrong.
  */
 async function tend(post: Post, fronts: Fronts): Promise<[opened: Map<string, string>, problems: string[]]> {
-  const wanted = openersOf(post), http = frontsOf(post.lb.balancer.table.config);
+  const wanted = frontsOf(post.lb.balancer.table);
   for (const [name, { listener }] of fronts) {
     if (wanted.has(name)) continue;
     fronts.delete(name);
     listener.then((one) => one.close(), () => {});
   }
   const fresh = [...wanted].filter(([name]) => !fronts.has(name));
-  const done = await Promise.all(fresh.map(async ([name, open]) => {
-    const at = http.get(name), stamp = at ? stampOf(at) : "", listener = open();
+  const done = await Promise.all(fresh.map(async ([name, at]) => {
+    const stamp = stampOf(at), listener = openFront(post, name, at);
     fronts.set(name, { listener, stamp, seen: stamp });
     try {
       return [name, (await listener).address] as const;
@@ -8300,7 +8321,7 @@ const sayOpened = (opened: Map<string, string>, report: Effects["report"]): void
 
 /** Puts certificates in force that have changed on disk, or by another config, and stood still since the last look. */
 function renewAll({ lb: { balancer: { table, effects } }, report }: Post, fronts: Fronts): void {
-  for (const [name, at] of frontsOf(table.config)) {
+  for (const [name, at] of frontsOf(table)) {
     const front = fronts.get(name), stamp = stampOf(at), still = front?.seen === stamp;
     if (!front) continue;
     front.seen = stamp;
@@ -8312,7 +8333,7 @@ function renewAll({ lb: { balancer: { table, effects } }, report }: Post, fronts
 
 async function renew(name: string, { listener }: Front, at: FrontConfig, report: Effects["report"], now: Date) {
   try {
-    (await listener).swap?.(secureOf(at));
+    (await listener).swap?.(secureOf(at, isHttp(name)));
     report("info", `${name}: other certificates are in force`);
     for (const one of outdated(at, now)) report("error", `${name}: ${one}`);
   } catch (error) {
@@ -8338,7 +8359,7 @@ async function listenAll(post: Post): Promise<Seats> {
   const renewing = setInterval(() => renewAll(post, fronts), RENEW_TICK);
   const close = (tcp: boolean) => {
     for (const timer of [following, renewing]) clearInterval(timer);
-    const some = [...fronts].filter(([name]) => name.startsWith("tcp:") === tcp);
+    const some = [...fronts].filter(([name]) => isHttp(name) !== tcp);
     return Promise.all(some.map(async ([, { listener }]) => (await listener).close(balancer.tunnels)));
   };
   return {
@@ -8356,15 +8377,9 @@ type Address = Pick<FrontConfig, "host" | "port"> & Partial<FrontConfig> & { bou
 async function openListener(fetch: Handler, at: Address, shared = false): Promise<Listener> {
   const { host, port, tls = [], client_ca = "", bounds } = at;
   try {
-    const secure = tls.length ? secureOf({ tls, client_ca }) : undefined;
-    return await runtimes[here].serve(
-      (request, env) => fetch(request, env as object),
-      host,
-      port,
-      shared,
-      secure,
-      bounds,
-    );
+    const secure = tls.length ? secureOf({ tls, client_ca }, true) : undefined;
+    const serve = (request: Request, env: unknown) => fetch(request, env as object);
+    return await runtimes[here].serve(serve, host, port, shared, secure, bounds);
   } catch (error) {
     throw new StartError(`cannot listen on ${shown(host, port)}: ${(error as Error).message}`);
   }
@@ -8649,7 +8664,7 @@ async function startFleet(lb: LoadBalancer, count: number): Promise<Seats> {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 31. Main: as a program.
+// 32. Main: as a program.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** The same as text, for a balancer that has just started. */

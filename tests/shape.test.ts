@@ -9,7 +9,18 @@ import test from "node:test";
 
 const MOST_LINES = { function: 60, section: 600, file: 6000 };
 const RUNTIME_NAMES = new Set(["Deno", "Bun", "process", "navigator"]);
-const NODE_SECTIONS = new Set(["Wire", "Pool", "Upgrade", "Tcp", "Runtimes", "Save", "Call", "Workers", "Main"]);
+const NODE_SECTIONS = new Set([
+  "Wire",
+  "Pool",
+  "Upgrade",
+  "Tls",
+  "Tcp",
+  "Runtimes",
+  "Save",
+  "Call",
+  "Workers",
+  "Main",
+]);
 
 interface Token {
   text: string;

@@ -591,6 +591,8 @@ for (
   });
 }
 
+const plain = (host: string, port: number) => ({ host, port, tls: [], client_ca: "" });
+
 test("defaults hold for tcp as far as they fit, and who has only tcp needs no other listener", () => {
   const { services, tcp, listen, source } = parseConfig(`
 defaults: { retries: 4, compress: true, timeouts: { response: 1s, idle: 9s }, strategy: { hash: { header: x } } }
@@ -603,11 +605,11 @@ tcp:
     tcp,
     [
       {
-        ...{ listen: [{ host: "", port: 5432 }, { host: "[::1]", port: 5432 }], name: "tcp:5432" },
+        ...{ listen: [plain("", 5432), plain("[::1]", 5432)], name: "tcp:5432" },
         ...{ proxy_protocol: false, allow: [], deny: [] },
       },
       {
-        listen: [{ host: "127.0.0.1", port: 5432 }],
+        listen: [plain("127.0.0.1", 5432)],
         name: "db",
         proxy_protocol: true,
         allow: ["10.0.0.0/8"],

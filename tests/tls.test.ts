@@ -6,7 +6,7 @@ import { execFile } from "node:child_process";
 import { randomBytes } from "node:crypto";
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { type ClientHttp2Session, connect as connectHttp2 } from "node:http2";
-import { connect } from "node:net";
+import { type AddressInfo, connect, createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import process from "node:process";
@@ -30,7 +30,7 @@ import {
 // bun test gives a test five seconds unless it says otherwise
 const test = (name: string, body: () => Promise<void>, skip = false) => nodeTest(name, { timeout: 60_000, skip }, body);
 const HTTP2 = runtime() !== "bun"; // Bun.serve has none
-const MUTUAL = runtime() !== "deno";
+const FULL = runtime() !== "deno";
 
 const FILES = { "a.pem": A, "a.key": KEY, "b.pem": B, "b.key": OTHER_KEY, "ca.pem": CA };
 const FIRST = { cert: "a.pem", key: "a.key" }, SECOND = { cert: "b.pem", key: "b.key" };
@@ -329,7 +329,7 @@ test("certificates that change on disk are shown from then on; open connections 
     answer();
     assert.match(await late, /^HTTP\/1\.1 200/);
     server.reset(echo);
-    if (runtime() === "node") assert.match(await ask(waiting), /^HTTP\/1\.1 200/); // the others close what is idle
+    if (runtime() !== "bun") assert.match(await ask(waiting), /^HTTP\/1\.1 200/); // Bun closes what is idle
     write(A, OTHER_KEY);
     await until(
       "it refuses them",
@@ -391,8 +391,75 @@ test(
       }
       assert.equal(server.requests.length, 2);
     }),
-  !MUTUAL,
+  !FULL,
 );
+
+// ─── Other connections ───
+
+/** The program with a TCP service that echoes, over TLS, while `use` lasts. */
+async function runningTcp(
+  front: Record<string, unknown>,
+  use: (port: number, lb: Program) => Promise<void>,
+  args: string[] = [],
+) {
+  const server = createServer({ allowHalfOpen: true }, (socket) => {
+    const got: Buffer[] = [];
+    socket.on("data", (bytes) => got.push(bytes));
+    socket.on("end", () => socket.end(Buffer.concat(got)));
+    socket.on("error", () => {});
+  });
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  const servers = [`127.0.0.1:${(server.address() as AddressInfo).port}`];
+  const lb = await startProgram({ tcp: [{ listen: { address: LOCAL, tls: FIRST, ...front }, servers }] }, args, FILES);
+  try {
+    const port = () => Number(/listening on tls:\/\/\S+:(\d+)$/m.exec(lb.output())?.[1]);
+    await use(await until("it is open", port), lb);
+  } finally {
+    await lb.stop();
+    server.close();
+  }
+}
+
+test(
+  "connections that are not HTTP come over TLS too, by name, with half-close, and with other certificates",
+  () =>
+    runningTcp({ tls: [FIRST, SECOND] }, async (port, lb) => {
+      for (const [name, shown] of [["a.test", "a"], ["x.b.test", "b"], ["other", "a"]] as const) {
+        const socket = await dial(port, { servername: name, allowHalfOpen: true } as ConnectionOptions);
+        assert.equal(socket.getPeerCertificate().subject.CN, shown);
+        const got: Buffer[] = [], sent = randomBytes(1_000_000);
+        socket.on("data", (bytes) => got.push(bytes));
+        socket.end(sent);
+        await until("all of it comes back", () => Buffer.concat(got).equals(sent));
+        socket.destroy();
+      }
+      writeFileSync(join(dirname(lb.file), "a.pem"), RENEWED);
+      writeFileSync(join(dirname(lb.file), "a.key"), OTHER_KEY);
+      await until("it says so", () => lb.output().includes("tls://127.0.0.1:0: other certificates are in force"));
+      assert.equal(await shownTo(port, "a.test"), "renewed");
+    }),
+  !FULL,
+);
+
+test("client_ca holds for connections that are not HTTP", () =>
+  runningTcp({ client_ca: "ca.pem" }, async (port) => {
+    /** What comes back to a client with this certificate. */
+    const echoed = async (own: ConnectionOptions) => {
+      const socket = connectTls({ port, host: "127.0.0.1", ca: CA, servername: "a.test", ...own });
+      const got: Buffer[] = [];
+      let over = false;
+      for (const event of ["close", "end", "error"]) socket.on(event, () => over = true);
+      socket.on("data", (bytes) => got.push(bytes));
+      socket.on("secureConnect", () => socket.end("hello"));
+      await until("the connection is over", () => over);
+      socket.destroy();
+      return Buffer.concat(got).toString();
+    };
+    assert.equal(await echoed({ cert: CLIENT, key: OTHER_KEY }), "hello");
+    for (const own of [{}, { cert: STRANGER, key: KEY }, { cert: EXPIRED, key: KEY }]) {
+      assert.equal(await echoed(own), "");
+    }
+  }), !FULL);
 
 // ─── What cannot be ───
 
@@ -462,7 +529,14 @@ test("client_ca is refused where the runtime cannot ask for certificates", async
   const reason = /client_ca: deno cannot ask clients for a certificate; bun and node can/;
   await assert.rejects(start({ listen }), reason);
   assert.match((await checked({ listen, default: { servers: ["a:1"] } }, FILES)).said, reason);
-}, MUTUAL);
+}, FULL);
+
+test("TLS in front of what is not HTTP is refused where the runtime would lose the end of it", async () => {
+  const tcp = [{ listen: { address: LOCAL, tls: FIRST }, servers: ["a:1"] }];
+  const reason = /deno loses the end of what it reads over TLS, where that is not HTTP; bun and node do not/;
+  await assert.rejects(start({ tcp }), reason);
+  assert.match((await checked({ tcp }, FILES)).said, reason);
+}, FULL);
 
 // ─── From http to https ───
 
