@@ -3,7 +3,7 @@
 // A runtime on which a file's tests did not run counts as failed: silence is not success.
 
 const ROOT = new URL("..", import.meta.url).pathname;
-const AT_ONCE = 2; // jobs; each of them mostly waits
+const AT_ONCE = 3; // jobs; each of them mostly waits
 const PATIENCE = 240_000; // milliseconds for one job; one that takes longer hangs
 const EDGE = "edge.test.ts"; // starts workerd, and is itself run by Node
 const BROWSER = "/usr/bin/chromium";
