@@ -1,6 +1,7 @@
 // The test command, `deno task test`: what all tests say on Deno, Bun, Node and workerd, after formatter, linter and
 // type checker. It needs only npm to begin with, and root for apt-get where there is no chromium. Words after it choose runtimes and files: `deno task test node gate`.
-// A runtime on which a file's tests did not run counts as failed: silence is not success.
+// A runtime on which a file's tests did not run counts as failed: silence is not success. A file that fails beside others
+// is run once more by itself, and that counts; what it said the first time stays in the output.
 
 const ROOT = new URL("..", import.meta.url).pathname;
 const AT_ONCE = 3; // jobs; each of them mostly waits
@@ -170,6 +171,20 @@ async function runAll(jobs: Job[]): Promise<Result[]> {
   return results;
 }
 
+/** Runs once more, by itself, what has failed while other jobs kept the machine busy. */
+async function againAlone(results: Result[]): Promise<Result[]> {
+  const settled: Result[] = [];
+  for (const one of results) {
+    const failed = one.report && one.tests.some(({ outcome }) => outcome === "failed");
+    if (failed) console.log(`${one.runtime.padEnd(8)} ${one.name}: once more, alone`);
+    if (failed) await Deno.remove(one.report!).catch(() => {});
+    const last = failed ? await runJob(one) : one;
+    if (failed) show(last);
+    settled.push(last);
+  }
+  return settled;
+}
+
 // ─── What there is to run ───
 
 interface Package {
@@ -287,7 +302,7 @@ async function main(args: string[]): Promise<number> {
     await install();
     await installBrowser();
     console.log(await versions());
-    results = await runAll(await jobsFor(args.filter((word) => word !== "--only"), reports));
+    results = await againAlone(await runAll(await jobsFor(args.filter((word) => word !== "--only"), reports)));
     const lost = missing(results);
     lost.forEach(show);
     results.push(...lost);
