@@ -280,7 +280,7 @@ const ORIGIN = /^(?:(https?):\/\/)?(\[[^\]]*\]|[^:[\]/?#@]*)(?::(\d{1,5}))?\/?$/
 const SERVER = "a server such as localhost:8081 or http://localhost (no user, no path)";
 const Url = word(SERVER, ORIGIN, (_, scheme = "", host, port) => {
   const number = Number(port ?? { http: 80, https: 443 }[lower(scheme)]), name = `${lower(host)}:${number}`;
-  const fits = isHost(host) && number > 0 && number < 65536;
+  const fits = isHost(host) && number > 0 && number < 65536 && URL.canParse(`http://${name}`);
   return fits && { name, url: new URL(`${scheme || "http"}://${name}`).origin };
 });
 const also = {
@@ -1473,6 +1473,7 @@ export interface Balancer {
   reloads: number;
   reloadedAt: Date; // when the table in force became it
   reloadFailed: boolean; // a newer file could not be put in force
+  tokens: { token?: string | undefined; read_token?: string | undefined }; // of the admin API; those of before where there are none any more
 }
 
 /** Strategies by the names that `strategy:` may say. */
@@ -1524,6 +1525,19 @@ function hash(text: string): number {
   let h = 0x811c9dc5;
   for (let i = 0; i < text.length; i++) h = Math.imul(h ^ text.charCodeAt(i), 0x01000193);
   return mix(h);
+}
+
+/** Remembers what it has worked out for up to 1,000 short texts: the same few come again and again. */
+function memo<T>(work: (text: string) => T, longest = 100): (text: string) => T {
+  const known = new Map<string, T>();
+  return (text) => {
+    const found = known.get(text);
+    if (found !== undefined) return found;
+    if (known.size >= 1_000) known.clear();
+    const fresh = work(text);
+    if (text.length <= longest) known.set(text, fresh);
+    return fresh;
+  };
 }
 
 const VERSION = "0.1.0";
@@ -1629,16 +1643,16 @@ const MAX_TARGET = 16_384; // bytes of path and query
 export type Refusal = "bad-request" | "bad-host" | "bad-method" | "uri-too-long";
 
 /** `a.example:80`, `A.example` and `a.example.` are one host: ports are not part of what routes match. */
-const hostName = (host: string): string => {
+const hostName = memo((host) => {
   const colon = host.lastIndexOf(":");
   const name = colon > host.lastIndexOf("]") ? host.slice(0, colon) : host;
   return (name.endsWith(".") ? name.slice(0, -1) : name).toLowerCase();
-};
+});
 
-function hostIsValid(host: string): boolean {
+const hostIsValid = memo((host) => {
   const parts = HOST.exec(host);
   return parts !== null && Number(parts[1] ?? 0) <= 65_535;
-}
+});
 
 /** Removes dot segments, also encoded ones (RFC 3986 section 5.2.4). `%2F` is not a slash. */
 function removeDots(path: string): string {
@@ -1854,19 +1868,6 @@ export function addressMatcher(networks: string[]): (address: string) => boolean
     if (!parsed.length || !isAddress(address)) return false;
     const ip = ipaddr.process(address);
     return parsed.some(([network, bits]) => ip.kind() === network.kind() && ip.match(network, bits));
-  };
-}
-
-/** Remembers what it has worked out for up to 1,000 short texts: the same few come again and again. */
-function memo<T>(work: (text: string) => T, longest = 100): (text: string) => T {
-  const known = new Map<string, T>();
-  return (text) => {
-    const found = known.get(text);
-    if (found !== undefined) return found;
-    if (known.size >= 1_000) known.clear();
-    const fresh = work(text);
-    if (text.length <= longest) known.set(text, fresh);
-    return fresh;
   };
 }
 
@@ -2878,8 +2879,7 @@ function onData(wire: Wire, connection: Connection, data: Bytes): void {
   const { transfer } = connection;
   if (connection.taker) return connection.taker.data(data);
   if (transfer === undefined) return void connection.socket.destroy(); // nobody asked for that
-  wire.time = wire.now();
-  if (transfer.head) transfer.since = wire.time; // until then `response` is a deadline, whatever trickles in
+  if (transfer.head) transfer.since = wire.time = wire.now(); // until then `response` is a deadline, whatever trickles in
   const bytes = transfer.rest === undefined ? data : Buffer.concat([transfer.rest, data]);
   transfer.rest = undefined;
   const body = transfer.head ? bytes : takeHead(transfer, bytes, transfer.attempt.method);
@@ -2912,7 +2912,10 @@ function onBody(wire: Wire, connection: Connection, transfer: Transfer, bytes: B
     return transfer.resolve(response);
   }
   if (typeof ended === "string") return fail(wire, connection, "invalid-answer", ended);
-  if (transfer.sink === undefined) transfer.resolve(respond(wire, transfer, bodyStream(wire, connection, transfer)));
+  if (transfer.sink === undefined) {
+    transfer.since = wire.time = wire.now();
+    transfer.resolve(respond(wire, transfer, bodyStream(wire, connection, transfer)));
+  }
   const sink = transfer.sink!;
   for (const piece of out) sink.enqueue(piece);
   if (ended) {
@@ -3121,9 +3124,10 @@ function whatIsLate({ connected }: Connection, transfer: Transfer, silence: numb
   const { request, stop, timeouts: { connect, response, idle } } = transfer.attempt;
   if (stop?.aborted || request.signal.aborted) return "client-left";
   if (!connected) return silence < connect ? undefined : "connect-timeout";
-  if (transfer.head) return silence < idle ? undefined : transfer.paused ? "client-timeout" : "idle";
-  if (transfer.sent) return silence < response ? undefined : "timeout";
-  return silence < idle ? undefined : transfer.drained ? "timeout" : "client-timeout";
+  if (transfer.sent && !transfer.head) return silence < response ? undefined : "timeout";
+  if (silence < idle) return undefined;
+  if (transfer.paused || !transfer.sent && !transfer.drained) return "client-timeout"; // it is the client's turn
+  return transfer.head ? "idle" : "timeout";
 }
 
 /** Hands a transfer to the newest idle connection, or opens one. */
@@ -3144,8 +3148,11 @@ const TARGET = /^[\x21-\x7e\x80-\xff]+$/;
 const VALUE = /^[\t\x20-\x7e\x80-\xff]*$/;
 
 /** A line break would begin another header, or another request. None can get here; if one does, nothing is sent. */
-const isSafe = (target: string, { method, headers }: Attempt): boolean =>
-  TOKEN.test(method) && TARGET.test(target) && headers.every((text, i) => i % 2 ? VALUE.test(text) : TOKEN.test(text));
+function isSafe(target: string, { method, headers }: Attempt): boolean {
+  for (let i = 0; i < headers.length; i += 2) if (!isToken(headers[i]!) || !VALUE.test(headers[i + 1]!)) return false;
+  return isToken(method) && TARGET.test(target);
+}
+const isToken = memo((text) => TOKEN.test(text));
 
 /** The transport of Deno, Bun and Node: `fetch` over pooled sockets, and a plain connect for probes. */
 export function createWire(
@@ -3349,6 +3356,10 @@ function applyRules(headers: readonly string[], { set, add, remove }: Rules): st
 
 const unchanged = (headers: readonly string[]): readonly string[] => headers;
 
+/** JSON in ASCII: as many bytes as letters, and good for a header or a line. */
+const asciiJson = (value: unknown, replace?: (key: string, value: unknown) => unknown): string =>
+  JSON.stringify(value, replace).replace(/[^\x20-\x7e]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
+
 /** Of what x-lb-explain says: enough to see why, and never more than a client's parser takes. */
 const SHOWN = { choices: 3, servers: 16, letters: 100 };
 
@@ -3360,9 +3371,8 @@ function choiceHeaders({ route, choices }: Exchange): readonly string[] {
     const more = servers.length - SHOWN.servers;
     return { ...choice, servers: servers.slice(0, SHOWN.servers), ...(more > 0 && { more }) };
   });
-  const json = JSON.stringify({ route: route?.name ?? "", choices: last }, brief);
-  const ascii = json.replace(/[^\x20-\x7e]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
-  return ["x-lb-explain", ascii, "cache-control", "no-store"];
+  const json = asciiJson({ route: route?.name ?? "", choices: last }, brief);
+  return ["x-lb-explain", json, "cache-control", "no-store"];
 }
 
 /** In the answers of a balancer that drains: the client's next request goes over another connection, perhaps elsewhere. */
@@ -3468,6 +3478,7 @@ async function forward(
   const headers = outbound(exchange, balancer);
   headers[1] = hostFor(exchange, server);
   const attempt: Attempt = exchange.attempt = {
+    ...untimed, // first, where a spread costs least
     method,
     headers: route.hasRules ? applyRules(headers, route.request.headers) : headers,
     body,
@@ -3480,15 +3491,12 @@ async function forward(
     upgrade: exchange.upgrade,
     inbound: inboundOf(exchange, route, balancer.draining),
     ended,
-    startedAt: effects.now(),
-    connectedAt: 0,
-    headAt: 0,
-    uploaded: 0,
+    startedAt: exchange.now,
   };
   onAsked(server, attempt.startedAt);
   try {
     const response = await effects.fetch(url, attempt);
-    attempt.headAt = effects.now();
+    attempt.headAt = exchange.ended ? exchange.endedAt : effects.now(); // a short answer has come whole by then
     return { kind: "answer", response, milliseconds: attempt.headAt - attempt.startedAt };
   } catch (error) {
     if (error instanceof WireError) return { kind: error.kind, sent: error.sent, detail: error.message };
@@ -3912,7 +3920,7 @@ function refusal(kind: FailureName, accept = "", id = ""): Response {
   const { status, text } = FAILURES[kind];
   const json = /[/+]json/.test(accept);
   const problem = { type: "about:blank", title: text, status, failure: kind, request: id };
-  const body = json ? JSON.stringify(problem) + "\n" : `${status}: ${text}\n`;
+  const body = json ? asciiJson(problem) + "\n" : `${status}: ${text}\n`;
   return new Response(body, {
     status,
     headers: {
@@ -4245,7 +4253,7 @@ const ACCESS_LINES = {
   },
   /** OpenTelemetry's semantic conventions, and `lb.` before what has no name there. What is undefined is left out. */
   json(r: AccessRecord): string {
-    const line = JSON.stringify({
+    return asciiJson({
       "timestamp": isoTime(r.time),
       "client.address": r.client,
       "http.request.method": r.method,
@@ -4271,7 +4279,6 @@ const ACCESS_LINES = {
       "lb.head_ms": r.head,
       "lb.ended_ms": r.ended,
     });
-    return line.replace(/[^\x20-\x7e]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
   },
 };
 
@@ -4680,11 +4687,12 @@ function drawDestination(route: Route, exchange: Exchange, effects: Effects): De
 async function attempts(balancer: Balancer, exchange: Exchange, first: Destination): Promise<Response> {
   const { effects } = balancer;
   try {
-    const refusal = exchange.length === 0 ? undefined : await takeRequestBody(exchange, first, effects);
+    const waited = exchange.length !== 0; // for its body, however that turned out
+    const refusal = waited ? await takeRequestBody(exchange, first, effects) : undefined;
     if (refusal) return refuse(balancer, exchange, refusal);
     let failure: FailureName = "no-server"; // what the client is told when there is nobody to ask
     for (let retry = 0;; retry++) {
-      const now = retry > 0 ? effects.now() : exchange.started;
+      const now = retry > 0 || waited ? effects.now() : exchange.started;
       const server: Server | FailureName = pickNow(exchange, effects, now) ??
         await laterOrElsewhere(exchange, failure, effects);
       if (typeof server === "string") return refuse(balancer, exchange, server);
@@ -5203,8 +5211,12 @@ function showing(secure: Secure) {
 
 /** What changes with a file, also when an editor puts another one in its place. */
 function fileStamp(file: string): string {
-  const { mtimeMs, size, ino } = statSync(file, { throwIfNoEntry: false }) ?? { mtimeMs: 0, size: 0, ino: 0 };
-  return `${mtimeMs} ${size} ${ino}`;
+  try {
+    const { mtimeMs, size, ino } = statSync(file);
+    return `${mtimeMs} ${size} ${ino}`;
+  } catch { // it is not there, or in a folder that may not be read
+    return "";
+  }
 }
 
 /** What changes with the certificates of a listener. */
@@ -5927,14 +5939,17 @@ async function nodeServer(fetch: Serve, secure: Secure | undefined, bounds: Boun
     open++;
     socket.on("close", () => open--);
   });
-  server.on("request", listener as RequestListener);
   server.on("clientError", (error: Error & { code?: string }, socket: Socket) => {
     const answer = latest.get(socket);
     const answered = answer?.headersSent && !answer.req.complete; // the error is in the body of what was answered
     if (answered || !socket.writable) socket.destroy();
     else socket.end(rawRefusal(PARSER_ERRORS[error.code ?? ""] ?? "bad-request"));
   });
-  server.on("request", (request: IncomingMessage, response: ServerResponse) => latest.set(request.socket, response));
+  server.on("request", (request: IncomingMessage, response: ServerResponse) => {
+    if (!request.socket.writable) return; // its connection was one too many
+    latest.set(request.socket, response);
+    (listener as RequestListener)(request, response);
+  });
   server.on("upgrade", (request: IncomingMessage, socket: Socket, early: Bytes) => {
     const response = new Latin1Response(request);
     latest.set(socket, response);
@@ -6355,6 +6370,7 @@ export function createLoadBalancer(
     reloadFailed: false,
     tunnels: new Set(),
     workers: new Map(),
+    tokens: { ...config.admin },
   };
   const app = new Hono();
   app.all("*", ({ req, env }) => balance(balancer, req.raw, env, true));
@@ -6367,6 +6383,7 @@ export function createLoadBalancer(
     balancer,
     reload(next: Config) {
       balancer.table = buildTable(next, known, balancer.table, all.now());
+      if (next.admin?.token) balancer.tokens = next.admin;
       balancer.reloads++;
       balancer.reloadedAt = all.date();
       balancer.reloadFailed = false;
@@ -6992,7 +7009,7 @@ const USUAL: Raw = v.getDefaults(v.object(also));
 /** As short as it can be said: what has its default again is left out, and a URL alone is no map. */
 function shortest(entry: Raw, ...changed: string[]): unknown {
   const said = Object.entries(entry).filter(([key, value]) => !(changed.includes(key) && value === USUAL[key]));
-  return said.length === 1 ? entry.url : Object.fromEntries(said);
+  return said.length === 1 && said[0]![0] === "url" ? entry.url : Object.fromEntries(said);
 }
 
 /** Where in a service's entry its servers are listed, and which is at which place: one that is repeated at several. */
@@ -7957,7 +7974,7 @@ export interface AdminOptions {
   hosts?: string[];
 }
 type Gatekeeper = MiddlewareHandler<AdminEnv>;
-type Tokens = Pick<NonNullable<Config["admin"]>, "token" | "read_token">;
+type Tokens = Balancer["tokens"];
 
 /** No page of another site gets in through a browser: neither by a name of its own (DNS rebinding), nor by a form (CSRF). */
 const sameSite = (hosts: string[], tokens: () => Tokens): Gatekeeper => async ({ req }, next) => {
@@ -8043,8 +8060,7 @@ function failed({ effects }: Balancer, error: Error): Response {
 export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<AdminEnv> {
   const { file, parse = (text: string) => parseConfig(text, {}, file), hosts = [] } = options;
   const { balancer } = lb, app = new Hono<AdminEnv>(), change = changesOf(lb, parse, file);
-  let last: Tokens = {};
-  const tokens = () => last = balancer.table.config.admin?.token ? balancer.table.config.admin : last;
+  const tokens = () => balancer.tokens;
   app.notFound(({ req }) => problem(404, `there is no ${req.path}`));
   app.onError((error, context) => refused(error, context.req.method) ?? failed(balancer, error));
   app.use(async (context, next) => {
@@ -8459,13 +8475,14 @@ const countsOf = ({ table, requests, inFlight, entrypoints, failures, effects }:
   ...{ requests, inFlight, failures },
   entrypoints: new Map([...entrypoints].map(([name, { inFlight, tallies }]) => [name, { inFlight, tallies }])),
   services: new Map([...table.services].map(([name, service]) => {
-    const { turn, inFlight, retrying, retries, copies, tallies, waiting } = service;
+    const { turn, inFlight, retrying, retries, hedges, hedgesWon, copies, tallies, waiting } = service;
     const servers = new Map(service.servers.map((server) => {
       const { url, inFlight, picks, answers, retries, ejected, counters, latency, until } = server;
       const more = { spent: latency * answers, ejectedFor: Math.max(0, until - effects.now()) };
       return [url, { inFlight, picks, answers, retries, ejected, counters, ...more }];
     }));
-    return [name, { turn, inFlight, retrying, retries, copies, tallies, queued: waiting.size, servers }];
+    const own = { turn, inFlight, retrying, retries, hedges, hedgesWon, copies, tallies };
+    return [name, { ...own, queued: waiting.size, servers }];
   })),
 });
 type Counts = ReturnType<typeof countsOf>;
@@ -8625,7 +8642,7 @@ async function startFleet(lb: LoadBalancer, count: number): Promise<Seats> {
       if (word.kind === "lines") { for (const line of word.lines) effects.write(line); }
       if (word.kind === "counts" && workers.has(worker)) workers.set(worker, word.counts), show();
       if (word.kind === "report") effects.report(word.level, word.text);
-      if (word.kind === "failed") failed = word.reason;
+      if (word.kind === "failed") failed = word.reason, void worker.terminate();
     });
     worker.on("error", (error: Error) => failed = String(error));
     worker.on("exit", () => {
@@ -8636,7 +8653,10 @@ async function startFleet(lb: LoadBalancer, count: number): Promise<Seats> {
       if (workers.delete(worker)) replace(failed);
     });
     const heard = await nextWord(worker, "listening", 30_000);
-    if (!heard) throw new StartError(failed);
+    if (!heard) {
+      void worker.terminate();
+      throw new StartError(failed);
+    }
     workers.set(worker, undefined);
     balancer.workers.set(own, { since: effects.date(), end: () => void worker.terminate() });
     worker.postMessage({ kind: "config", config: spelled() } satisfies Order); // it may have changed meanwhile
