@@ -817,6 +817,27 @@ test("createAdmin is an app to be mounted; without a file changes are in force a
   assert.ok(lines.some((line) => line.startsWith("admin: ") && line.includes("state: maint")), lines.join("\n"));
 });
 
+test("a token stays in force when it leaves the file, also where nobody has asked in between", async () => {
+  const withToken = (line: string) => parseConfig(`${SHOP}${line}`);
+  const lb = createLoadBalancer(withToken("admin: { token: the-first-token }\n"), { report: () => {} });
+  const admin = createAdmin(lb);
+  const asked = async (token?: string) => {
+    const headers = { host: "127.0.0.1", ...(token && { authorization: `Bearer ${token}` }) };
+    return (await admin.fetch(new Request("http://127.0.0.1/services", { headers }))).status;
+  };
+  await lb.reload(withToken("admin: { token: the-second-token }\n"));
+  await lb.reload(withToken(""));
+  assert.deepEqual([await asked(), await asked("the-first-token"), await asked("the-second-token")], [401, 401, 200]);
+});
+
+test("a server whose URL is taken out by a patch stays: a change that cannot be is none", () =>
+  running(SHOP.replace("127.0.0.1:1", "{ url: 127.0.0.1:1, weight: 2 }"), async (lb) => {
+    const before = file(lb);
+    const patched = await ask(lb, "PATCH /services/shop/servers/127.0.0.1:1", { url: null });
+    assert.equal(patched.status, 400, patched.text);
+    assert.equal(file(lb), before);
+  }));
+
 test("a clock that jumps an hour ejects nobody", async () => {
   let [now, hours] = [0, 0];
   const lb = createLoadBalancer(parseConfig(SHOP), {

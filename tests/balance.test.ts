@@ -396,6 +396,15 @@ const CAUSES: Record<FailureName, Cause | "the runtime's own parser" | "limits.t
   "loop": { ask: { headers: { via: Array(21).fill("1.1 x").join() } } },
 };
 
+test("an answer of our own in JSON is as long as it says, whatever a trusted peer calls the request", async () => {
+  const { ask } = setUp("", [], { yaml: "trust: [192.0.2.9]\nroutes: [{ path: /a, respond: {} }]" });
+  const { status, headers, text } = await ask(undefined, {
+    headers: { "accept": "application/json", "x-request-id": "\xe9\xe9" },
+  });
+  assert.deepEqual([status, JSON.parse(text).request], [404, "\xe9\xe9"]);
+  assert.equal(headers.get("content-length"), `${new TextEncoder().encode(text).length}`);
+});
+
 for (const [kind, { status, text }] of Object.entries(FAILURES)) {
   const cause = CAUSES[kind as FailureName];
   if (typeof cause === "string") continue;

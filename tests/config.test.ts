@@ -480,7 +480,17 @@ const WRONG: [text: string, ...expected: string[]][] = [
     "1:21: default.servers: http://a:1 stands twice with different host, backup, max or state",
   ],
   ...[
-    ...["localhost", ":80", "http://", "10.0.0.999:80", "data:x,y", "a:0", "a:65536", "file:///etc/passwd"],
+    ...[
+      "localhost",
+      ":80",
+      "http://",
+      "10.0.0.999:80",
+      "data:x,y",
+      "a:0",
+      "a:65536",
+      "foo.0x4:80",
+      "file:///etc/passwd",
+    ],
     ...["http://a:1/path", "http://a:1?x", "[10.0.0.1]:80", "me:s/e@a:1", "http://me:secret@a:1"],
   ].map((server): [string, string] => [
     `default: { servers: ["${server}"] }`,
