@@ -8365,12 +8365,14 @@ async function listenAll(post: Post): Promise<Seats> {
   const { lb: { balancer }, report } = post, fronts: Fronts = new Map();
   const [opened, problems] = await tend(post, fronts);
   if (problems.length) throw new StartError(problems.join("\n"));
-  let { table } = balancer;
+  let { table } = balancer, failed = "", said = "";
   const following = setInterval(async () => {
-    if (table === (table = balancer.table)) return; // whoever has changed it, the file or an operator
-    const [opened, problems] = await tend(post, fronts);
+    if (table === (table = balancer.table) && !failed) return; // whoever has changed it, the file or an operator
+    const [opened, problems] = await tend(post, fronts), before = failed;
+    failed = problems.join("\n"); // and is tried again: the port may be that of a listener that is just being closed
     sayOpened(opened, report);
-    for (const problem of problems) report("error", problem);
+    if (failed && failed === before && failed !== said) report("error", failed);
+    said = failed === before ? failed : "";
   }, FOLLOW_TICK);
   const renewing = setInterval(() => renewAll(post, fronts), RENEW_TICK);
   const close = (tcp: boolean) => {
@@ -8653,10 +8655,8 @@ async function startFleet(lb: LoadBalancer, count: number): Promise<Seats> {
       if (workers.delete(worker)) replace(failed);
     });
     const heard = await nextWord(worker, "listening", 30_000);
-    if (!heard) {
-      void worker.terminate();
-      throw new StartError(failed);
-    }
+    if (!heard) await worker.terminate();
+    if (!heard) throw new StartError(failed);
     workers.set(worker, undefined);
     balancer.workers.set(own, { since: effects.date(), end: () => void worker.terminate() });
     worker.postMessage({ kind: "config", config: spelled() } satisfies Order); // it may have changed meanwhile

@@ -389,6 +389,18 @@ test("a reload changes servers and listeners, and leaves open connections alone"
   await Promise.all([a.close(), b.close()]);
 });
 
+test("a listener takes the port of one that a reload closes", async () => {
+  const a = await backend("a"), free = Number((await nobody()).split(":")[1]);
+  const at = (listen: unknown) => ({ listen, servers: [a.address], health: "off" });
+  await running([at(`127.0.0.1:${free}`)], async (lb) => {
+    await says(await visit(free), "a");
+    writeFileSync(lb.file, JSON.stringify({ tcp: [at(free)], listen: "127.0.0.1:0" }));
+    await until("the other one is open", () => lb.output().includes(`0.0.0.0:${free}`));
+    await says(await visit(free), "a");
+  });
+  await a.close();
+});
+
 test("a drain lets open connections finish, takes no more, and ends those that are left", async () => {
   const a = await backend("a", (visit) => visit.socket.on("end", () => visit.socket.end("bye")));
   const lb = await startProgram({ tcp: [{ listen: "127.0.0.1:0", servers: [a.address] }] }, ["--drain", "2s"]);
