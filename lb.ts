@@ -12,37 +12,45 @@
  * Each section uses only the sections above it:
  *
  *     1. Words       what a value may be
- *     2. Schema      what routes.yml may say
- *     3. Config      from a text to a Config, or to every mistake in it
- *     4. State       what the balancer remembers
- *     5. Gate        what may come in
- *     6. Routing     which route a request belongs to
- *     7. Strategies  which server takes a request
- *     8. Health      which servers may be asked
- *     9. Messages    HTTP/1.1 as bytes
- *    10. Wire        one request and its answer over one connection
- *    11. Pool        connections that wait for the next request
- *    12. Forward     one attempt at one server
- *    13. Upgrade     one attempt, both ways
- *    14. Answers     what the balancer says by itself
- *    15. Limits      who has to wait, or to come back later
- *    16. Sticky      which server a client had before
- *    17. Log         what is written down
- *    18. Metrics     what has been counted
- *    19. Explain     which server was taken, and why not the others
- *    20. Balance     the request path
- *    21. Tls         what is shown to those who connect over TLS
- *    22. Tcp         connections that are not HTTP
- *    23. Runtimes    where it runs
- *    24. Assemble    one balancer from one config
- *    25. Save        the file after a change
- *    26. Operate     looking at it and changing it
- *    27. Docs        the description of the API
- *    28. Dashboard   the page for people
- *    29. Admin       who may do that, and through which door
- *    30. Call        what the command line and the environment ask for
- *    31. Workers     many cores
- *    32. Main        as a program
+ *     2. Services    what a service may say
+ *     3. Schema      what routes.yml may say
+ *     4. Reading     from a text to plain values, or to every mistake in it
+ *     5. Config      from plain values to a Config
+ *     6. State       what the balancer remembers
+ *     7. Exchange    one request from the gate to its last byte
+ *     8. Gate        what may come in
+ *     9. Routing     which route a request belongs to
+ *    10. Strategies  which server takes a request
+ *    11. Health      which servers may be asked
+ *    12. Probes      asking servers how they are
+ *    13. Messages    HTTP/1.1 as bytes
+ *    14. Wire        one request and its answer over one connection
+ *    15. Pool        connections that wait for the next request
+ *    16. Headers     what passes to a server and back
+ *    17. Forward     one attempt at one server
+ *    18. Upgrade     one attempt, both ways
+ *    19. Answers     what the balancer says by itself
+ *    20. Limits      who has to wait, or to come back later
+ *    21. Sticky      which server a client had before
+ *    22. Log         what is written down
+ *    23. Metrics     what has been counted
+ *    24. Explain     which server was taken, and why not the others
+ *    25. Balance     the request path
+ *    26. Tls         what is shown to those who connect over TLS
+ *    27. Tcp         connections that are not HTTP
+ *    28. Runtimes    where it runs
+ *    29. Assemble    one balancer from one config
+ *    30. Save        the file after a change
+ *    31. Views       what there is to see
+ *    32. Changes     operating it
+ *    33. Operations  the API
+ *    34. Docs        the description of the API
+ *    35. Dashboard   the page for people
+ *    36. Admin       who may do that, and through which door
+ *    37. Call        what the command line and the environment ask for
+ *    38. Listeners   where clients come in
+ *    39. Workers     many cores
+ *    40. Main        as a program
  *
  * @module
  */
@@ -272,7 +280,7 @@ const Regex = word("a regular expression (RE2)", /^[^]*$/, (text) => {
 });
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 2. Schema: what routes.yml may say. One schema gives types, defaults, bounds, messages and the JSON Schema.
+// 2. Services: what a service may say. One schema gives types, defaults, bounds, messages and the JSON Schema.
 // ---------------------------------------------------------------------------------------------------------------------
 
 // A service.
@@ -412,6 +420,10 @@ const settings = {
   tls: key(Tls, "PEM files; the name to verify; insecure: any will do", v.getDefaults(TlsMap)),
   ...policy,
 };
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 3. Schema: what routes.yml may say: routes, listeners, and the file as a whole.
+// ---------------------------------------------------------------------------------------------------------------------
 
 // A route.
 const Test = v.pipe(
@@ -625,7 +637,7 @@ export type Config = Top & {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 3. Config: from a text to a Config, or to every mistake in it with its place.
+// 4. Reading: from a text to plain values, or to every mistake in it with its place.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** One thing that is wrong with a file, and where. */
@@ -749,6 +761,10 @@ function readYaml(
     say([], /call stack/.test(error.message) ? `nested deeper than ${MOST.depth} levels` : error.message);
   }
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 5. Config: from plain values to a Config. What the schema says is checked, and what holds between two places of the file.
+// ---------------------------------------------------------------------------------------------------------------------
 
 // Checking: what the schema says, and what holds between two places of the file.
 type Issue = v.BaseIssue<unknown>;
@@ -1051,7 +1067,7 @@ export const printConfig = ({ source }: Config, hide = true): string => {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 4. State: what the balancer remembers. Plain records; what changes while serving stands together at the end of each.
+// 6. State: what the balancer remembers. Plain records; what changes while serving stands together at the end of each.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** Upper bounds of the classes of durations, in milliseconds: Traefik's 0.1, 0.3, 1.2 and 5 s, and finer ones. */
@@ -1285,6 +1301,10 @@ export interface Table {
   tcp: Map<string, TcpRoute>; // by host:port, as the file has them
   trusts: (peer: string) => boolean;
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 7. Exchange: one request from the gate to its last byte, and what carries it: attempts, tunnels, the balancer, its effects.
+// ---------------------------------------------------------------------------------------------------------------------
 
 /** Who asks, as the runtime knows it. `headers`: name, value, name, value, ... in the order of the wire. */
 export interface Client {
@@ -1628,7 +1648,7 @@ const newServer = (config: ServerConfig, service: string, tls: Server["tls"]): S
 });
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 5. Gate: what may come in. One normalised path is both matched and forwarded, so that no rule can be talked around.
+// 8. Gate: what may come in. One normalised path is both matched and forwarded, so that no rule can be talked around.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const METHOD = /^[A-Z][A-Z0-9-]{0,31}$/;
@@ -1716,7 +1736,7 @@ function sameAuthority(authority: string, host: string): boolean {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 6. Routing: which route a request belongs to. Compiled once per table: a thousand routes cost what one costs.
+// 9. Routing: which route a request belongs to. Compiled once per table: a thousand routes cost what one costs.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** The routes of one host name, by kind of path. Within one path those with more conditions stand first. */
@@ -1887,7 +1907,7 @@ function rewritePath({ rewrite }: Route, path: string, matched: string | RE2JS):
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 7. Strategies: which server takes a request. One function each, in one table that users may add to.
+// 10. Strategies: which server takes a request. One function each, in one table that users may add to.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const known = new WeakMap<Candidates, { even: boolean; heaviest: number }>();
@@ -2057,7 +2077,7 @@ function keyOf({ by, key }: ServiceConfig["strategy"]): Service["key"] {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 8. Health: which servers may be asked. Enabled is not healthy: requests eject for a time, probes take out and bring back.
+// 11. Health: which servers may be asked. Enabled is not healthy: requests eject for a time, probes take out and bring back.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** Whether a server is meant to be asked at all. One that drains still finishes what it has. */
@@ -2380,6 +2400,10 @@ function learnPatience(service: Service, milliseconds: number): void {
   service.patience = sorted[Math.floor(hedge * sorted.length)]!;
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// 12. Probes: asking servers how they are.
+// ---------------------------------------------------------------------------------------------------------------------
+
 /** Counts a probe's verdict: `rise` or `fall` of them in a row flip the server, and each flip is reported once. */
 function onProbed(service: Service, server: Server, problem: string | undefined, effects: Effects): void {
   const { rise, fall } = service.config.health;
@@ -2472,7 +2496,7 @@ export async function probeDue(table: Table, effects: Effects): Promise<void> {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 9. Messages: HTTP/1.1 as bytes. Strict on what comes from servers: what could mean two things is refused.
+// 13. Messages: HTTP/1.1 as bytes. Strict on what comes from servers: what could mean two things is refused.
 // ---------------------------------------------------------------------------------------------------------------------
 
 type Bytes = Buffer<ArrayBuffer>;
@@ -2707,7 +2731,7 @@ function takeLine(reading: Reading, line: string): string | undefined {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 10. Wire: one request and its answer over one connection. The runtimes' own fetch is slow for a proxy and changes what passes.
+// 14. Wire: one request and its answer over one connection. The runtimes' own fetch is slow for a proxy and changes what passes.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** Why there is no answer, or no whole answer. FAILURES says what the client is told. */
@@ -3015,7 +3039,7 @@ function fail(wire: Wire, connection: Connection, kind: Failure, detail: string)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 11. Pool: connections that wait for the next request, and the one clock that looks at all of them.
+// 15. Pool: connections that wait for the next request, and the one clock that looks at all of them.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** A socket to a server; the addresses of a name are tried one after another (RFC 8305). */
@@ -3192,7 +3216,7 @@ export function createWire(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 12. Forward: one attempt at one server. What belongs to the client's hop stays there; what is ours is set anew.
+// 16. Headers: what passes to a server and back. What belongs to the client's hop stays there; what is ours is set anew.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What became of one attempt. `sent`: the server may have seen some of the request. */
@@ -3406,6 +3430,10 @@ function hostFor(exchange: Exchange, server: Server): string {
   return host_header === "keep" ? exchange.host : host_header === "server" ? hostOf(server.url) : host_header;
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// 17. Forward: one attempt at one server.
+// ---------------------------------------------------------------------------------------------------------------------
+
 const KEPT = 65_536; // bytes: a body up to this size is read first, and kept for another attempt
 
 /** Reads a small body, so that it can be sent twice; a larger one stays a stream, held to the route's limit. */
@@ -3507,7 +3535,7 @@ async function forward(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 13. Upgrade: one attempt, both ways. WebSockets, from the handshake to the last frame.
+// 18. Upgrade: one attempt, both ways. WebSockets, from the handshake to the last frame.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const [GOING_AWAY, BAD_GATEWAY] = [1001, 1014]; // close codes: section 7.4.1, and IANA's WebSocket registry
@@ -3864,7 +3892,7 @@ function hand(tunnel: Tunnel, side: MessageSide, opcode: number, payload: Bytes)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 14. Answers: what the balancer says by itself.
+// 19. Answers: what the balancer says by itself.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** Why the balancer refuses what has passed the gate. */
@@ -3966,7 +3994,7 @@ function respondLiterally(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 15. Limits: who has to wait, or to come back later. Queues, rates and the service's own measure of too much.
+// 20. Limits: who has to wait, or to come back later. Queues, rates and the service's own measure of too much.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const MOST_BUCKETS = 100_000; // that a rule remembers
@@ -4083,7 +4111,7 @@ async function inQueue(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 16. Sticky: which server a client had before. A signed cookie says it.
+// 21. Sticky: which server a client had before. A signed cookie says it.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /**
@@ -4143,7 +4171,7 @@ function withoutCookie(headers: readonly string[], name: string): readonly strin
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 17. Log: what is written down of each request, one line when its last byte has passed.
+// 22. Log: what is written down of each request, one line when its last byte has passed.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split(" ");
@@ -4283,7 +4311,7 @@ const ACCESS_LINES = {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 18. Metrics: what has been counted. Numbers that add up over workers, and their text for Prometheus.
+// 23. Metrics: what has been counted. Numbers that add up over workers, and their text for Prometheus.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const METHODS = [
@@ -4477,7 +4505,7 @@ export function renderMetrics(samples: ReadonlyMap<string, number>): string {
 const METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8";
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 19. Explain: which server was taken, and why not the others. In the same words wherever an operator asks.
+// 24. Explain: which server was taken, and why not the others. In the same words wherever an operator asks.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What speaks against asking a server, and where it may be asked all the same, why that is. */
@@ -4535,7 +4563,7 @@ function isOperator({ effects, guesses }: Balancer, exchange: Exchange): boolean
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 20. Balance: the request path. gate -> matchRoute -> pickServer -> forward -> settle -> (retry, minus those tried) -> response
+// 25. Balance: the request path. gate -> matchRoute -> pickServer -> forward -> settle -> (retry, minus those tried) -> response
 // ---------------------------------------------------------------------------------------------------------------------
 
 const BACK_OFF = 25; // milliseconds before the second retry at most; doubled for each further one, up to a second
@@ -5127,7 +5155,7 @@ function refuse(balancer: Balancer, exchange: Exchange, kind: FailureName): Resp
 const ANY_METHOD = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 21. Tls: what is shown to those who connect over TLS. Read from files, and again when these change.
+// 26. Tls: what is shown to those who connect over TLS. Read from files, and again when these change.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** A certificate with its key, as texts, and the names that it is for. */
@@ -5238,7 +5266,7 @@ function outdated({ tls }: Pick<FrontConfig, "tls">, now: Date): string[] {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 22. Tcp: connections that are not HTTP. The same services and servers, with bytes in place of requests.
+// 27. Tcp: connections that are not HTTP. The same services and servers, with bytes in place of requests.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** One connection's life, from its listener to its last byte. A Draw, so that strategies can choose its server. */
@@ -5476,7 +5504,7 @@ export async function openTcp(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 23. Runtimes: where it runs. They differ in this table and nowhere else.
+// 28. Runtimes: where it runs. They differ in this table and nowhere else.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What Deno and Bun offer beyond the standard, as far as it is used here. */
@@ -6154,7 +6182,7 @@ function defaultEffects(): Effects {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 24. Assemble: one balancer from one config.
+// 29. Assemble: one balancer from one config.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** A Hono app that balances, to be served, mounted or wrapped. */
@@ -6397,7 +6425,7 @@ export function createLoadBalancer(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 25. Save: the file after a change. Its comments and order stay, and what is on disk is always whole.
+// 30. Save: the file after a change. Its comments and order stay, and what is on disk is always whole.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** Why a file cannot be changed: somebody else's doing (409), or the disk's (500). */
@@ -6591,7 +6619,7 @@ export async function saveFile(file: string, before: string, text: string): Prom
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 26. Operate: looking at it and changing it. What is shown is plain JSON, and every change is a change of the file.
+// 31. Views: what there is to see. Plain JSON.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** How a server stands, in one word. */
@@ -6660,6 +6688,29 @@ function serviceView(service: Service, now: number) {
   };
 }
 
+/** A route as the API shows it. */
+const routeView = ({ name, hosts, paths, methods, headers, query, action, fallback }: RouteConfig) => ({
+  ...{ name, default: fallback, hosts, methods },
+  paths: paths.map((rule) => ({ [rule.kind]: rule.kind === "regex" ? rule.source : rule.path || "/" })),
+  headers: headers.map((condition) => condition.name),
+  query: query.map((condition) => condition.name),
+  ...(action.kind === "forward"
+    ? { services: action.targets.map(({ service, weight }) => ({ service, weight })) }
+    : { [action.kind]: action.status }),
+});
+
+/** Services and servers with what is in flight there. */
+function connections({ table, entrypoints, inFlight }: Balancer) {
+  return {
+    in_flight: inFlight,
+    entrypoints: [...entrypoints.values()].map((one) => ({ name: one.name, in_flight: one.inFlight })),
+    services: [...table.services.values()].map(({ name, inFlight, retrying, waiting, servers }) => ({
+      ...{ name, in_flight: inFlight, retrying, waiting: waiting.size },
+      servers: servers.map((server) => ({ name: server.name, in_flight: server.inFlight })),
+    })),
+  };
+}
+
 /** Everything that there is to see at this moment, as plain JSON. Times are seconds. */
 export function snapshotOf({ table, effects, requests, inFlight, draining, entrypoints }: Balancer) {
   const now = effects.now(), services = [...table.services.values()];
@@ -6720,6 +6771,10 @@ class Refused extends Error {
 }
 const invalid = (mistakes: Pick<Mistake, "path" | "message">[]) =>
   new Refused(400, mistakes.map(({ path, message }) => path ? `${path}: ${message}` : message).join("; "), mistakes);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 32. Changes: operating it. Every change is a change of the file.
+// ---------------------------------------------------------------------------------------------------------------------
 
 // Explaining: what would become of a request, without asking anybody and without changing anything.
 
@@ -6963,6 +7018,10 @@ async function leave({ context: { req }, lb }: Asked, server: Server, change: ()
   while (server.inFlight > 0 && effects.now() < end && !req.raw.signal.aborted) await effects.sleep(20);
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// 33. Operations: the API, one operation a row.
+// ---------------------------------------------------------------------------------------------------------------------
+
 // Services and their servers.
 
 const serviceKeys = new Set(Object.keys(Service.entries));
@@ -7101,29 +7160,6 @@ function answerConfig(context: AdminContext, { balancer: { table: { config } } }
   const headers = { etag: tagOf(config.text)! }, shown = shownConfig(config);
   if (wantsJson(context)) return jsonOf(unveiled(shown), 200, headers);
   return new Response(rewrite(config.text, shown), { headers: { ...headers, "content-type": "application/yaml" } });
-}
-
-/** A route as the API shows it. */
-const routeView = ({ name, hosts, paths, methods, headers, query, action, fallback }: RouteConfig) => ({
-  ...{ name, default: fallback, hosts, methods },
-  paths: paths.map((rule) => ({ [rule.kind]: rule.kind === "regex" ? rule.source : rule.path || "/" })),
-  headers: headers.map((condition) => condition.name),
-  query: query.map((condition) => condition.name),
-  ...(action.kind === "forward"
-    ? { services: action.targets.map(({ service, weight }) => ({ service, weight })) }
-    : { [action.kind]: action.status }),
-});
-
-/** Services and servers with what is in flight there. */
-function connections({ table, entrypoints, inFlight }: Balancer) {
-  return {
-    in_flight: inFlight,
-    entrypoints: [...entrypoints.values()].map((one) => ({ name: one.name, in_flight: one.inFlight })),
-    services: [...table.services.values()].map(({ name, inFlight, retrying, waiting, servers }) => ({
-      ...{ name, in_flight: inFlight, retrying, waiting: waiting.size },
-      servers: servers.map((server) => ({ name: server.name, in_flight: server.inFlight })),
-    })),
-  };
 }
 
 const WAIT = { wait: "how long the answer may wait for requests in flight there, such as 30s; then 202" };
@@ -7275,7 +7311,7 @@ const OPERATIONS: Record<string, Operation> = {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 27. Docs: the description of the API. OpenAPI from the schemas that check it.
+// 34. Docs: the description of the API. OpenAPI from the schemas that check it.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const problemSchema = {
@@ -7464,7 +7500,7 @@ function docs(): Hono<AdminEnv> {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 28. Dashboard: the page for people. One page, no script from anywhere else.
+// 35. Dashboard: the page for people. One page, no script from anywhere else.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const STYLE = `
@@ -7952,7 +7988,7 @@ export function dashboard(look: () => Snapshot | Promise<Snapshot>, gate: Gateke
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 29. Admin: who may do that, and through which door. Hosts, sites and tokens are checked before anything is looked at.
+// 36. Admin: who may do that, and through which door. Hosts, sites and tokens are checked before anything is looked at.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What every answer says to browsers, and to what is between them and us. */
@@ -8093,7 +8129,7 @@ export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 30. Call: what the command line and the environment ask for.
+// 37. Call: what the command line and the environment ask for.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const USAGE = `lb.ts ${VERSION}: a load balancer for HTTP in one file
@@ -8234,7 +8270,7 @@ function readText(file: string): string {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 31. Workers: many cores. One main thread decides, and threads that share the port serve.
+// 38. Listeners: where clients come in. They are opened, kept at what is in force, and drained.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const MOST_WAITING = 100_000; // lines that wait for a reader of the log
@@ -8431,6 +8467,10 @@ async function drain(balancer: Balancer, close: Seats["close"], grace: number): 
   await effects.sleep(50); // for the last lines of the log
   return { requests: balancer.inFlight, connections };
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 39. Workers: many cores. One main thread decides, and threads that share the port serve.
+// ---------------------------------------------------------------------------------------------------------------------
 
 const WORKER = "lb.ts worker";
 /** What a worker has to know when it starts. All of it can be copied from thread to thread. */
@@ -8684,7 +8724,7 @@ async function startFleet(lb: LoadBalancer, count: number): Promise<Seats> {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 32. Main: as a program.
+// 40. Main: as a program.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** The same as text, for a balancer that has just started. */

@@ -13,6 +13,7 @@ const NODE_SECTIONS = new Set([
   "Wire",
   "Pool",
   "Upgrade",
+  "Listeners",
   "Tls",
   "Tcp",
   "Runtimes",
