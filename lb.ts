@@ -35,22 +35,24 @@
  *    22. Log         what is written down
  *    23. Metrics     what has been counted
  *    24. Explain     which server was taken, and why not the others
- *    25. Balance     the request path
- *    26. Tls         what is shown to those who connect over TLS
- *    27. Tcp         connections that are not HTTP
- *    28. Runtimes    where it runs
- *    29. Assemble    one balancer from one config
- *    30. Save        the file after a change
- *    31. Views       what there is to see
- *    32. Changes     operating it
- *    33. Operations  the API
- *    34. Docs        the description of the API
- *    35. Dashboard   the page for people
- *    36. Admin       who may do that, and through which door
- *    37. Call        what the command line and the environment ask for
- *    38. Listeners   where clients come in
- *    39. Workers     many cores
- *    40. Main        as a program
+ *    25. Retry       whether a request may be tried again, and at whom
+ *    26. Pick        who takes the next attempt
+ *    27. Balance     the request path
+ *    28. Tls         what is shown to those who connect over TLS
+ *    29. Tcp         connections that are not HTTP
+ *    30. Runtimes    where it runs
+ *    31. Assemble    one balancer from one config
+ *    32. Save        the file after a change
+ *    33. Views       what there is to see
+ *    34. Changes     operating it
+ *    35. Operations  the API
+ *    36. Docs        the description of the API
+ *    37. Dashboard   the page for people
+ *    38. Admin       who may do that, and through which door
+ *    39. Call        what the command line and the environment ask for
+ *    40. Listeners   where clients come in
+ *    41. Workers     many cores
+ *    42. Main        as a program
  *
  * @module
  */
@@ -4563,16 +4565,13 @@ function isOperator({ effects, guesses }: Balancer, exchange: Exchange): boolean
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 25. Balance: the request path. gate -> matchRoute -> pickServer -> forward -> settle -> (retry, minus those tried) -> response
+// 25. Retry: whether a request may be tried again, and at whom.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const BACK_OFF = 25; // milliseconds before the second retry at most; doubled for each further one, up to a second
-const MAX_HOPS = 20; // entries of Via
 const LEAST_RETRIES = 3; // a second, that the budget always allows
 const MOST_SAVED = 100; // retries that can be saved up
-const TOO_MUCH = new Set([429, 503]); // that Retry-After is believed with
-const GATEWAY_ERRORS = new Set([502, 503, 504]); // an answer that counts against its server
-const BLAMELESS = new Set<string>(["client-left", "client-timeout", "bad-body", "body-too-large"]);
+
 const RETRIED_AS: Partial<Record<Failure, string | number>> = {
   "connect": "connect",
   "connect-timeout": "connect",
@@ -4580,6 +4579,166 @@ const RETRIED_AS: Partial<Record<Failure, string | number>> = {
   "invalid-answer": 502,
   "timeout": 504,
 };
+
+/**
+ * Who may be asked again: untried and healthy ones, untried backups; and where no other service can be asked, untried
+ * ones, and where all have been tried anybody. A retry is no trial, and leaves alone who has asked for that.
+ */
+function forRetry(service: Service, candidates: readonly Server[], tried: Server[], now: number): readonly Server[] {
+  const calm = candidates.filter((server) => now >= server.pausedUntil);
+  const untried = calm.filter((server) => !tried.includes(server));
+  const healthy = untried.filter((server) => server.up && server.until === 0);
+  if (healthy.length) return healthy;
+  const backups = service.servers.filter((server) => server.backup && isEnabled(server) && !tried.includes(server));
+  const ready = withRoom(service, backups).filter((server) => isHealthy(server, now) && now >= server.pausedUntil);
+  if (ready.length || service.config.fallback) return ready;
+  return untried.length ? untried : calm;
+}
+
+/**
+ * Whether another attempt may be made: the policy names what happened; repeating it does no harm, because no server has
+ * seen the request or it is idempotent and its body is at hand; somebody is left who has not asked to be left alone; and
+ * the budget has room. A connection that never stood put no load on any server, and so costs no budget.
+ */
+function mayRetry(
+  exchange: Exchange,
+  { policy, retryOn, service, fallback }: Destination,
+  outcome: Outcome,
+  retry: number,
+  effects: Effects,
+): boolean {
+  if (retry >= policy.retries) return false;
+  const what = outcome.kind === "answer" ? outcome.response.status : RETRIED_AS[outcome.kind];
+  if (what === undefined || !retryOn.has(what)) return false;
+  if (exchange.request.signal.aborted) return false;
+  const sent = outcome.kind === "answer" || outcome.sent;
+  if (sent && !mayRepeat(exchange)) return false;
+  const now = effects.now(), { candidates } = service;
+  if (!fallback && candidates.length > 0 && forRetry(service, candidates, exchange.tried, now).length === 0) {
+    return false;
+  }
+  if (!sent) return true;
+  if (retry === 0) earn(service);
+  return spendRetry(service, policy.retries, now);
+}
+
+/**
+ * Every request earns its share of a retry: one that wants it when it asks, a good one when it ends. What those have saved
+ * up is for the many that a server which dies takes with it at once.
+ */
+function earn(service: Service): void {
+  service.saved = Math.min(MOST_SAVED, service.saved + service.config.retry_budget);
+}
+
+/**
+ * Takes one retry out of the budget; false where there is none left. The first few of a second are lent, and what has not
+ * been paid back after it is forgiven: that is for those to whom hardly anybody comes.
+ */
+function spendRetry(service: Service, retries: number, now: number): boolean {
+  const lent = Math.max(LEAST_RETRIES, retries);
+  if (now - service.secondAt >= 1_000) {
+    service.secondAt = now;
+    service.retried = 0;
+    service.saved = Math.max(service.saved, 0);
+  }
+  const mayOwe = service.retried < lent && service.saved >= 1 - lent;
+  if (service.saved < 1 - 1e-9 && !mayOwe) return false; // five times 0.2 is a little less than 1
+  service.retried++;
+  service.saved--;
+  return true;
+}
+
+/** A pause before the second retry and those after it. */
+const backOff = (retry: number, { random, sleep }: Effects): Promise<void> =>
+  sleep(random() * Math.min(1_000, BACK_OFF * 2 ** (retry - 1)));
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 26. Pick: who takes the next attempt: now, later, or elsewhere.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** What the service's strategy says. */
+function choose(service: Service, candidates: Candidates, exchange: Exchange): Server {
+  if (!exchange.tried.length) exchange.turn = service.turn++;
+  exchange.key = service.key(exchange);
+  return service.strategy(candidates, exchange);
+}
+
+/** The server that the client had before, as long as it may be asked; else another one, and a cookie that says so. */
+function pickSticky(service: Service, candidates: Candidates, exchange: Exchange, effects: Effects): Server {
+  const before = serverBefore(service, exchange, effects);
+  const stays = before !== undefined && candidates.includes(before);
+  const server = stays ? before : choose(service, candidates, exchange);
+  exchange.headers = withoutCookie(exchange.headers, service.config.sticky.cookie);
+  exchange.cookie = server === before ? "" : cookieFor(service, server, exchange, effects);
+  return server;
+}
+
+/** Remembers a choice for the operator who asks. Of a request that waits the latest is enough. */
+function noteChoice(exchange: Exchange, candidates: readonly Server[], effects: Effects, taker?: Server): undefined {
+  const { service } = exchange.destination!, choices = exchange.choices!, last = choices.at(-1);
+  if (last?.service === service.name && !last.takes) choices.pop();
+  choices.push(choiceOf(service, candidates, exchange, effects, taker));
+}
+
+function picked({ tried, destination, now }: Exchange, server: Server): Server {
+  onPicked(destination!.service, server, now);
+  tried.push(server);
+  return server;
+}
+
+/** The server that takes the next attempt. It is picked for it: in flight from here on, until `judge` or `settle`. */
+function pickServer(exchange: Exchange, effects: Effects, now: number): Server | undefined {
+  const { tried } = exchange, { service } = exchange.destination!;
+  exchange.now = now;
+  if (now >= service.compareAt) compare(service, now, effects);
+  let candidates = withRoom(service, candidatesOf(service, now));
+  if (tried.length) candidates = forRetry(service, candidates, tried, now);
+  if (candidates.length === 0) return exchange.choices && noteChoice(exchange, candidates, effects);
+  const server = service.config.sticky.cookie
+    ? pickSticky(service, candidates as Candidates, exchange, effects)
+    : choose(service, candidates as Candidates, exchange);
+  if (exchange.choices) noteChoice(exchange, candidates, effects, server);
+  return picked(exchange, server);
+}
+
+/** The same for who has just come: nobody overtakes those who wait. */
+function pickNow(exchange: Exchange, effects: Effects, now: number): Server | undefined {
+  const { service } = exchange.destination!;
+  if (service.waiting.size > 0) wake(service);
+  return pickServer(exchange, effects, now);
+}
+
+/** Where all who may be asked are full, a server later; where there is nobody to ask, the failure so far. */
+function waitForServer(exchange: Exchange, failure: FailureName, effects: Effects) {
+  const { service, fallback } = exchange.destination!, { tried, request } = exchange;
+  if (candidatesOf(service, effects.now()).length === 0 || fallback && tried.length > 0) return failure;
+  return inQueue(service, request.signal, effects, () => pickServer(exchange, effects, effects.now()));
+}
+
+/** A server later, or where that is in vain, one of the service that falls in; or why there is none. */
+async function laterOrElsewhere(exchange: Exchange, failure: FailureName, effects: Effects) {
+  for (;;) {
+    const server = await waitForServer(exchange, failure, effects);
+    const { service, fallback } = exchange.destination!;
+    if (typeof server !== "string" || server === "client-left" || !fallback) return server;
+    service.inFlight--;
+    fallback.service.inFlight++;
+    exchange.destination = fallback;
+    exchange.cookie = "";
+    const other = pickNow(exchange, effects, effects.now());
+    if (other) return other;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 27. Balance: the request path. gate -> matchRoute -> pickServer -> forward -> settle -> (retry, minus those tried) -> response
+// ---------------------------------------------------------------------------------------------------------------------
+
+const MAX_HOPS = 20; // entries of Via
+
+const TOO_MUCH = new Set([429, 503]); // that Retry-After is believed with
+const GATEWAY_ERRORS = new Set([502, 503, 504]); // an answer that counts against its server
+const BLAMELESS = new Set<string>(["client-left", "client-timeout", "bad-body", "body-too-large"]);
 
 /** The record of a request that has just come in. */
 function newExchange(balancer: Balancer, request: Request, from: Client, wrapped = false): Exchange {
@@ -4893,9 +5052,6 @@ async function sendCopy(balancer: Balancer, exchange: Exchange, destination: Des
   }
   service.copies[problem ? "failed" : "answered"]++;
 }
-/** A pause before the second retry and those after it. */
-const backOff = (retry: number, { random, sleep }: Effects): Promise<void> =>
-  sleep(random() * Math.min(1_000, BACK_OFF * 2 ** (retry - 1)));
 
 /** Reports what is wrong with a server, once a second at most: the access log has every request. */
 function complain(service: Service, server: Server, detail: string, effects: Effects): void {
@@ -4925,148 +5081,6 @@ function judge(exchange: Exchange, server: Server, outcome: Outcome, effects: Ef
     onSilence(service, server, began, now, effects);
   } else if (server.until !== 0 && isTrial(server, began)) onTried(service, server, "undecided", effects);
   release(service, server);
-}
-
-/** The server that takes the next attempt. It is picked for it: in flight from here on, until `judge` or `settle`. */
-function pickServer(exchange: Exchange, effects: Effects, now: number): Server | undefined {
-  const { tried } = exchange, { service } = exchange.destination!;
-  exchange.now = now;
-  if (now >= service.compareAt) compare(service, now, effects);
-  let candidates = withRoom(service, candidatesOf(service, now));
-  if (tried.length) candidates = forRetry(service, candidates, tried, now);
-  if (candidates.length === 0) return exchange.choices && noteChoice(exchange, candidates, effects);
-  const server = service.config.sticky.cookie
-    ? pickSticky(service, candidates as Candidates, exchange, effects)
-    : choose(service, candidates as Candidates, exchange);
-  if (exchange.choices) noteChoice(exchange, candidates, effects, server);
-  return picked(exchange, server);
-}
-
-function picked({ tried, destination, now }: Exchange, server: Server): Server {
-  onPicked(destination!.service, server, now);
-  tried.push(server);
-  return server;
-}
-
-/** Remembers a choice for the operator who asks. Of a request that waits the latest is enough. */
-function noteChoice(exchange: Exchange, candidates: readonly Server[], effects: Effects, taker?: Server): undefined {
-  const { service } = exchange.destination!, choices = exchange.choices!, last = choices.at(-1);
-  if (last?.service === service.name && !last.takes) choices.pop();
-  choices.push(choiceOf(service, candidates, exchange, effects, taker));
-}
-
-/** The same for who has just come: nobody overtakes those who wait. */
-function pickNow(exchange: Exchange, effects: Effects, now: number): Server | undefined {
-  const { service } = exchange.destination!;
-  if (service.waiting.size > 0) wake(service);
-  return pickServer(exchange, effects, now);
-}
-
-/** Where all who may be asked are full, a server later; where there is nobody to ask, the failure so far. */
-function waitForServer(exchange: Exchange, failure: FailureName, effects: Effects) {
-  const { service, fallback } = exchange.destination!, { tried, request } = exchange;
-  if (candidatesOf(service, effects.now()).length === 0 || fallback && tried.length > 0) return failure;
-  return inQueue(service, request.signal, effects, () => pickServer(exchange, effects, effects.now()));
-}
-
-/** A server later, or where that is in vain, one of the service that falls in; or why there is none. */
-async function laterOrElsewhere(exchange: Exchange, failure: FailureName, effects: Effects) {
-  for (;;) {
-    const server = await waitForServer(exchange, failure, effects);
-    const { service, fallback } = exchange.destination!;
-    if (typeof server !== "string" || server === "client-left" || !fallback) return server;
-    service.inFlight--;
-    fallback.service.inFlight++;
-    exchange.destination = fallback;
-    exchange.cookie = "";
-    const other = pickNow(exchange, effects, effects.now());
-    if (other) return other;
-  }
-}
-
-/** What the service's strategy says. */
-function choose(service: Service, candidates: Candidates, exchange: Exchange): Server {
-  if (!exchange.tried.length) exchange.turn = service.turn++;
-  exchange.key = service.key(exchange);
-  return service.strategy(candidates, exchange);
-}
-
-/** The server that the client had before, as long as it may be asked; else another one, and a cookie that says so. */
-function pickSticky(service: Service, candidates: Candidates, exchange: Exchange, effects: Effects): Server {
-  const before = serverBefore(service, exchange, effects);
-  const stays = before !== undefined && candidates.includes(before);
-  const server = stays ? before : choose(service, candidates, exchange);
-  exchange.headers = withoutCookie(exchange.headers, service.config.sticky.cookie);
-  exchange.cookie = server === before ? "" : cookieFor(service, server, exchange, effects);
-  return server;
-}
-
-/**
- * Who may be asked again: untried and healthy ones, untried backups; and where no other service can be asked, untried
- * ones, and where all have been tried anybody. A retry is no trial, and leaves alone who has asked for that.
- */
-function forRetry(service: Service, candidates: readonly Server[], tried: Server[], now: number): readonly Server[] {
-  const calm = candidates.filter((server) => now >= server.pausedUntil);
-  const untried = calm.filter((server) => !tried.includes(server));
-  const healthy = untried.filter((server) => server.up && server.until === 0);
-  if (healthy.length) return healthy;
-  const backups = service.servers.filter((server) => server.backup && isEnabled(server) && !tried.includes(server));
-  const ready = withRoom(service, backups).filter((server) => isHealthy(server, now) && now >= server.pausedUntil);
-  if (ready.length || service.config.fallback) return ready;
-  return untried.length ? untried : calm;
-}
-
-/**
- * Whether another attempt may be made: the policy names what happened; repeating it does no harm, because no server has
- * seen the request or it is idempotent and its body is at hand; somebody is left who has not asked to be left alone; and
- * the budget has room. A connection that never stood put no load on any server, and so costs no budget.
- */
-function mayRetry(
-  exchange: Exchange,
-  { policy, retryOn, service, fallback }: Destination,
-  outcome: Outcome,
-  retry: number,
-  effects: Effects,
-): boolean {
-  if (retry >= policy.retries) return false;
-  const what = outcome.kind === "answer" ? outcome.response.status : RETRIED_AS[outcome.kind];
-  if (what === undefined || !retryOn.has(what)) return false;
-  if (exchange.request.signal.aborted) return false;
-  const sent = outcome.kind === "answer" || outcome.sent;
-  if (sent && !mayRepeat(exchange)) return false;
-  const now = effects.now(), { candidates } = service;
-  if (!fallback && candidates.length > 0 && forRetry(service, candidates, exchange.tried, now).length === 0) {
-    return false;
-  }
-  if (!sent) return true;
-  if (retry === 0) earn(service);
-  return spendRetry(service, policy.retries, now);
-}
-
-/**
- * Every request earns its share of a retry: one that wants it when it asks, a good one when it ends. What those have saved
- * up is for the many that a server which dies takes with it at once.
- */
-function earn(service: Service): void {
-  service.saved = Math.min(MOST_SAVED, service.saved + service.config.retry_budget);
-}
-
-/**
- * Takes one retry out of the budget; false where there is none left. The first few of a second are lent, and what has not
- * been paid back after it is forgiven: that is for those to whom hardly anybody comes.
- */
-function spendRetry(service: Service, retries: number, now: number): boolean {
-  const lent = Math.max(LEAST_RETRIES, retries);
-  if (now - service.secondAt >= 1_000) {
-    service.secondAt = now;
-    service.retried = 0;
-    service.saved = Math.max(service.saved, 0);
-  }
-  const mayOwe = service.retried < lent && service.saved >= 1 - lent;
-  if (service.saved < 1 - 1e-9 && !mayOwe) return false; // five times 0.2 is a little less than 1
-  service.retried++;
-  service.saved--;
-  return true;
 }
 
 /** Gives up an answer that another attempt will replace. */
@@ -5155,7 +5169,7 @@ function refuse(balancer: Balancer, exchange: Exchange, kind: FailureName): Resp
 const ANY_METHOD = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 26. Tls: what is shown to those who connect over TLS. Read from files, and again when these change.
+// 28. Tls: what is shown to those who connect over TLS. Read from files, and again when these change.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** A certificate with its key, as texts, and the names that it is for. */
@@ -5266,7 +5280,7 @@ function outdated({ tls }: Pick<FrontConfig, "tls">, now: Date): string[] {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 27. Tcp: connections that are not HTTP. The same services and servers, with bytes in place of requests.
+// 29. Tcp: connections that are not HTTP. The same services and servers, with bytes in place of requests.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** One connection's life, from its listener to its last byte. A Draw, so that strategies can choose its server. */
@@ -5504,7 +5518,7 @@ export async function openTcp(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 28. Runtimes: where it runs. They differ in this table and nowhere else.
+// 30. Runtimes: where it runs. They differ in this table and nowhere else.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What Deno and Bun offer beyond the standard, as far as it is used here. */
@@ -6182,7 +6196,7 @@ function defaultEffects(): Effects {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 29. Assemble: one balancer from one config.
+// 31. Assemble: one balancer from one config.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** A Hono app that balances, to be served, mounted or wrapped. */
@@ -6425,7 +6439,7 @@ export function createLoadBalancer(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 30. Save: the file after a change. Its comments and order stay, and what is on disk is always whole.
+// 32. Save: the file after a change. Its comments and order stay, and what is on disk is always whole.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** Why a file cannot be changed: somebody else's doing (409), or the disk's (500). */
@@ -6619,7 +6633,7 @@ export async function saveFile(file: string, before: string, text: string): Prom
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 31. Views: what there is to see. Plain JSON.
+// 33. Views: what there is to see. Plain JSON.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** How a server stands, in one word. */
@@ -6773,7 +6787,7 @@ const invalid = (mistakes: Pick<Mistake, "path" | "message">[]) =>
   new Refused(400, mistakes.map(({ path, message }) => path ? `${path}: ${message}` : message).join("; "), mistakes);
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 32. Changes: operating it. Every change is a change of the file.
+// 34. Changes: operating it. Every change is a change of the file.
 // ---------------------------------------------------------------------------------------------------------------------
 
 // Explaining: what would become of a request, without asking anybody and without changing anything.
@@ -7019,7 +7033,7 @@ async function leave({ context: { req }, lb }: Asked, server: Server, change: ()
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 33. Operations: the API, one operation a row.
+// 35. Operations: the API, one operation a row.
 // ---------------------------------------------------------------------------------------------------------------------
 
 // Services and their servers.
@@ -7311,7 +7325,7 @@ const OPERATIONS: Record<string, Operation> = {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 34. Docs: the description of the API. OpenAPI from the schemas that check it.
+// 36. Docs: the description of the API. OpenAPI from the schemas that check it.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const problemSchema = {
@@ -7500,7 +7514,7 @@ function docs(): Hono<AdminEnv> {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 35. Dashboard: the page for people. One page, no script from anywhere else.
+// 37. Dashboard: the page for people. One page, no script from anywhere else.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const STYLE = `
@@ -7988,7 +8002,7 @@ export function dashboard(look: () => Snapshot | Promise<Snapshot>, gate: Gateke
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 36. Admin: who may do that, and through which door. Hosts, sites and tokens are checked before anything is looked at.
+// 38. Admin: who may do that, and through which door. Hosts, sites and tokens are checked before anything is looked at.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What every answer says to browsers, and to what is between them and us. */
@@ -8129,7 +8143,7 @@ export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 37. Call: what the command line and the environment ask for.
+// 39. Call: what the command line and the environment ask for.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const USAGE = `lb.ts ${VERSION}: a load balancer for HTTP in one file
@@ -8270,7 +8284,7 @@ function readText(file: string): string {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 38. Listeners: where clients come in. They are opened, kept at what is in force, and drained.
+// 40. Listeners: where clients come in. They are opened, kept at what is in force, and drained.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const MOST_WAITING = 100_000; // lines that wait for a reader of the log
@@ -8469,7 +8483,7 @@ async function drain(balancer: Balancer, close: Seats["close"], grace: number): 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 39. Workers: many cores. One main thread decides, and threads that share the port serve.
+// 41. Workers: many cores. One main thread decides, and threads that share the port serve.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const WORKER = "lb.ts worker";
@@ -8724,7 +8738,7 @@ async function startFleet(lb: LoadBalancer, count: number): Promise<Seats> {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 40. Main: as a program.
+// 42. Main: as a program.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** The same as text, for a balancer that has just started. */
