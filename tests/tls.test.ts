@@ -11,7 +11,13 @@ import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import process from "node:process";
 import nodeTest from "node:test";
-import { connect as connectTls, type ConnectionOptions, type TLSSocket } from "node:tls";
+import {
+  connect as connectTls,
+  type ConnectionOptions,
+  createServer as createTlsServer,
+  type TlsOptions,
+  type TLSSocket,
+} from "node:tls";
 import { fileURLToPath } from "node:url";
 import { parseConfig } from "../lb.ts";
 import { A, B, CA, CLIENT, EXPIRED, KEY, NAMED, OTHER_KEY, RENEWED, STRANGER } from "./certificates.ts";
@@ -595,3 +601,65 @@ test("names of files are relative to routes.yml, unless they begin at the root",
   assert.equal(parseConfig(text).listen[1]!.tls[0]!.cert, "a.pem");
   return Promise.resolve();
 });
+
+// ─── TLS to servers ───
+
+/** A server over TLS, for a.test and 127.0.0.1: its answer is the name that it was asked for. */
+async function secured(options: TlsOptions = {}) {
+  const server = createTlsServer({ cert: A, key: KEY, ALPNProtocols: ["http/1.1"], ...options }, (socket) => {
+    const body = String((socket as TLSSocket & { servername?: string | false }).servername || "none");
+    socket.on("error", () => {});
+    socket.on("data", () => socket.write(`HTTP/1.1 200 OK\r\nContent-Length: ${body.length}\r\n\r\n${body}`));
+  });
+  server.on("tlsClientError", () => {});
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  const url = `https://127.0.0.1:${(server.address() as AddressInfo).port}`;
+  return { url, close: () => new Promise((resolve) => server.close(resolve)) };
+}
+
+/** What each of these `tls` of a service makes of the same server: its answer, or why there is none. */
+async function through(url: string, kinds: Record<string, object>): Promise<Record<string, string>> {
+  const services = Object.fromEntries(
+    Object.entries(kinds).map(([name, tls]) => [name, { servers: [url], health: "off", eject: "off", tls }]),
+  );
+  const files = { ...FILES, "client.pem": CLIENT, "client.key": OTHER_KEY };
+  const lb = await startProgram({ name_routes: true, services }, [], files);
+  const found: Record<string, string> = {};
+  try {
+    for (const name of Object.keys(kinds)) {
+      const answer = await fetch(`http://127.0.0.1:${lb.port}/${name}/`), text = await answer.text();
+      found[name] = answer.status === 200 ? text : `${answer.status} ${answer.headers.get("x-lb-failure")}`;
+    }
+  } finally {
+    await lb.stop();
+  }
+  return found;
+}
+
+test("a server over TLS is asked only where its certificate is trusted and names it, unless any will do", async () => {
+  const server = await secured();
+  const found = await through(server.url, {
+    trusted: { ca: "ca.pem" },
+    named: { ca: "ca.pem", servername: "a.test" },
+    misnamed: { ca: "ca.pem", servername: "x.test" },
+    unknown: {},
+    insecure: { insecure: true },
+  });
+  await server.close();
+  assert.deepEqual(found, {
+    trusted: "none",
+    named: "a.test",
+    misnamed: "502 connect",
+    unknown: "502 connect",
+    insecure: "none",
+  });
+});
+
+test("a server that asks for a certificate is shown that of its service", async () => {
+  const server = await secured({ requestCert: true, rejectUnauthorized: true, ca: CA });
+  const shown = { ca: "ca.pem", cert: "client.pem", key: "client.key" };
+  const found = await through(server.url, { shown, bare: { ca: "ca.pem" } });
+  await server.close();
+  assert.equal(found.shown, "none");
+  assert.match(found.bare!, /^502 (connect|reset)$/);
+}, !FULL); // Deno's node:tls cannot ask for one
