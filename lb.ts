@@ -1562,6 +1562,10 @@ function memo<T>(work: (text: string) => T, longest = 100): (text: string) => T 
   };
 }
 
+/** JSON in ASCII: as many bytes as letters, and good for a header or a line. */
+const asciiJson = (value: unknown, replace?: (key: string, value: unknown) => unknown): string =>
+  JSON.stringify(value, replace).replace(/[^\x20-\x7e]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
+
 const VERSION = "0.1.0";
 
 const newEntrypoint = (name: string): Entrypoint => ({ name, inFlight: 0, tallies: new Map() });
@@ -3381,10 +3385,6 @@ function applyRules(headers: readonly string[], { set, add, remove }: Rules): st
 }
 
 const unchanged = (headers: readonly string[]): readonly string[] => headers;
-
-/** JSON in ASCII: as many bytes as letters, and good for a header or a line. */
-const asciiJson = (value: unknown, replace?: (key: string, value: unknown) => unknown): string =>
-  JSON.stringify(value, replace).replace(/[^\x20-\x7e]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
 
 /** Of what x-lb-explain says: enough to see why, and never more than a client's parser takes. */
 const SHOWN = { choices: 3, servers: 16, letters: 100 };
@@ -8417,12 +8417,13 @@ async function listenAll(post: Post): Promise<Seats> {
   if (problems.length) throw new StartError(problems.join("\n"));
   let { table } = balancer, failed = "", said = "";
   const following = setInterval(async () => {
-    if (table === (table = balancer.table) && !failed) return; // whoever has changed it, the file or an operator
+    const changed = table !== balancer.table; // by the file or by an operator
+    if (!changed && !failed) return;
+    if (changed) [table, said] = [balancer.table, ""];
     const [opened, problems] = await tend(post, fronts), before = failed;
     failed = problems.join("\n"); // and is tried again: the port may be that of a listener that is just being closed
     sayOpened(opened, report);
-    if (failed && failed === before && failed !== said) report("error", failed);
-    said = failed === before ? failed : "";
+    if (failed === before && failed !== said) report("error", said = failed);
   }, FOLLOW_TICK);
   const renewing = setInterval(() => renewAll(post, fronts), RENEW_TICK);
   const close = (tcp: boolean) => {
