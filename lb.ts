@@ -132,6 +132,9 @@ import {
 type Schema = v.GenericSchema;
 type Out<S extends Schema> = v.InferOutput<S>;
 type Fields<E extends v.ObjectEntries> = Out<v.ObjectSchema<E, undefined>>;
+type Raw = Record<string, unknown>;
+const isRecord = (value: unknown): value is Raw => typeof value === "object" && value !== null && !Array.isArray(value);
+const record = (value: unknown): Raw => isRecord(value) ? value : {};
 
 /** valibot takes a list for a map with the keys "0", "1", ...; we do not. */
 const notAList = <S extends Schema>(schema: S, message: string): S => ({
@@ -164,16 +167,16 @@ const plain = (name: string) => name.replace(/^\0/, "");
 const dict = <I, O>(name: v.GenericSchema<unknown, string>, value: v.GenericSchema<I, O>) =>
   v.pipe(
     notAList(v.record(v.string(), value, "$ is not a map"), "$ is not a map"),
-    v.rawTransform<Record<string, O>, Map<string, O>>(({ dataset: { value: input }, addIssue }) => {
-      const out = new Map<string, O>();
-      for (const [key, value] of Object.entries(input)) {
+    v.rawCheck<Record<string, O>>(({ dataset: { value: input }, addIssue }) => { // also where a value is wrong
+      const seen = new Set<string>();
+      for (const [key, value] of Object.entries(record(input))) {
         const { issues, output } = v.safeParse(name, plain(key));
-        const message = issues ? issues[0].message : out.has(output) && "$ stands twice";
-        if (message) addIssue({ message, path: [{ type: "object", origin: "key", input, key, value }] });
-        else out.set(output as string, value);
+        const message = issues ? issues[0].message : seen.has(output) && "$ stands twice";
+        if (message) addIssue({ message, path: [{ type: "object", origin: "key", input: record(input), key, value }] });
+        else seen.add(output as string);
       }
-      return out;
     }),
+    v.transform((input) => new Map(Object.entries(input).map(([key, value]) => [v.parse(name, plain(key)), value]))),
   );
 const either = <const O extends Schema[]>(what: string, ...options: O) => v.union(options, `$ is not ${what}`);
 const oneOf = <const N extends (string | number)[]>(...names: N) =>
@@ -203,9 +206,19 @@ const word = <T = string>(what: string, pattern: RegExp, read: Reader<T> = (text
       return NEVER;
     }),
   );
+/** Takes 3.0, 1e3 and True for what they are, where `scalar` has left them as they are written. */
+const spelled = <S extends Schema>(schema: S): S => ({
+  ...schema,
+  "~run": (dataset: v.UnknownDataset, config: v.Config<v.BaseIssue<unknown>>) => {
+    const { value } = dataset, odd = typeof value === "string" && ODD.test(value);
+    return schema["~run"](odd ? { ...dataset, value: JSON.parse(lower(value)) } : dataset, config);
+  },
+});
+const ODD = /^(?:True|TRUE|False|FALSE|(?:0|[1-9]\d*)(?:\.\d*0|(?:\.\d+)?[eE]\d+))$/;
+const numeral = (message: string) => spelled(v.number(message));
 const whole = (least: number, most: number) => {
   const message = `$ is not a whole number from ${least} to ${most}`;
-  return v.pipe(v.number(message), v.integer(message), v.minValue(least, message), v.maxValue(most, message));
+  return v.pipe(numeral(message), v.integer(message), v.minValue(least, message), v.maxValue(most, message));
 };
 
 // Words. Times become milliseconds, percentages fractions, sizes bytes, and none becomes Infinity.
@@ -224,7 +237,7 @@ const Size = word("a size such as 512kB, 10MB, 1MiB, a number of bytes, or none"
   return count === undefined ? Infinity : Number.isSafeInteger(bytes) && bytes;
 });
 const Limit = or("none", Infinity, whole(1, 1e6), "a whole number from 1 to 1000000");
-const Bool = v.boolean("$ is not true or false");
+const Bool = spelled(v.boolean("$ is not true or false")), True = spelled(v.literal(true));
 const Text = v.pipe(either("text", v.string(), v.number(), v.boolean()), v.transform(String));
 // A line break would begin another header.
 const Printable = v.pipe(Text, v.regex(/^[\t\x20-\x7e\x80-\xff]*$/, "$ cannot stand in a header"), v.trim());
@@ -322,7 +335,7 @@ const Servers = v.pipe(
 export const STRATEGIES = ["round-robin", "first", "random", "two-choices", "least-connections", "least-response-time", "peak-ewma", "ip-hash"];
 type Hashed = "header" | "cookie" | "query" | "path" | "client";
 const named = { header: opt(HeaderName), cookie: opt(Text), query: opt(Text) };
-const Hash = choice({ ...named, path: opt(v.literal(true)), client: opt(v.literal(true)) });
+const Hash = choice({ ...named, path: opt(True), client: opt(True) });
 const AnyName = v.union([v.picklist(STRATEGIES), v.string()]);
 /** Any name, for users may bring strategies of their own: `check` knows which there are. */
 const Strategy = v.pipe(
@@ -350,7 +363,7 @@ const Probe = map({
 const Probing = v.pipe(Probe, v.transform((one) => ({ kind: one.path ? "http" as const : "tcp" as const, ...one })));
 const Health = or("off", { kind: "off" as const, ...v.parse(Probe, {}) }, Probing);
 const TIMES = "a number from 1.1 to 1000", notTimes = `$ is not ${TIMES}`;
-const Times = v.pipe(v.number(notTimes), v.minValue(1.1, notTimes), v.maxValue(1000, notTimes));
+const Times = v.pipe(numeral(notTimes), v.minValue(1.1, notTimes), v.maxValue(1000, notTimes));
 const EjectMap = map({
   failures: key(whole(1, 1e6), "failed requests in a row", 5),
   for: key(Duration, "how long; with every further time in a row that much longer", "30s"),
@@ -481,7 +494,7 @@ const RateMap = v.pipe(
 );
 const Rate = or("off", undefined, RateMap);
 const SHARE = "$ is not a number from 0 to 100";
-const Share = v.pipe(v.number(SHARE), v.minValue(0, SHARE), v.maxValue(100, SHARE));
+const Share = v.pipe(numeral(SHARE), v.minValue(0, SHARE), v.maxValue(100, SHARE));
 const Mirror = or("off", { service: "", percent: 0 }, map({ service: ServiceName, percent: opt(Share, 100) }));
 const place = {
   host: key(many(HostPattern, "a host"), '"*.example.com" is any labels in front, not example.com itself', []),
@@ -502,7 +515,7 @@ const actions = {
   respond: key(Respond, "an answer of its own: status, body and headers"),
 };
 const changes = {
-  name: key(word("a name", /^\P{Cc}{0,200}$/u), "for logs and metrics; else its host and path", ""),
+  name: key(word("a name", /^\P{Cc}{0,200}$/u), "for logs and --explain; else its host and path", ""),
   rewrite: key(Rewrite, "path for what matched, or whole for all of it; host", {}),
   request: key(RequestRules, "headers and query: set replaces, add adds, remove removes", {}),
   response: key(ResponseRules, "headers: set replaces, add adds, remove removes", {}),
@@ -654,15 +667,12 @@ export class ConfigError extends Error {
   }
 }
 type Env = Record<string, string | undefined>;
-type Raw = Record<string, unknown>;
 type Keys = (string | number)[];
 type Spot = { key: number; value: number };
 type Say = (path: Keys, message: string, at?: "key" | number) => unknown;
 const MOST = { bytes: 2 ** 20, values: 100_000, depth: 32, mistakes: 50 };
 const SECRET = /token|secret|password|authorization|cookie|api[-_]?key/i;
 
-const isRecord = (value: unknown): value is Raw => typeof value === "object" && value !== null && !Array.isArray(value);
-const record = (value: unknown): Raw => isRecord(value) ? value : {};
 const dotted = (path: Keys) =>
   path.reduce<string>((text, key) => {
     if (typeof key === "number") return `${text}[${key}]`;
@@ -703,20 +713,23 @@ function scalar(
   env: Env | undefined,
   complain: (message: string) => void,
 ): unknown {
-  // 1.10 stays text, as a header or a version would be another one as the number 1.1
-  if (typeof value === "number") return String(value) === source ? value : source;
+  // 1.10 stays text, as a header or a version would be another one as the number 1.1; see `spelled`
+  if (typeof value === "number" || typeof value === "boolean") return String(value) === source ? value : source;
   if (typeof value !== "string") return value;
   const text = unwrapped(value), out = env ? expanded(text, env, complain) : text;
-  const meant = type === "PLAIN" && out !== text && /^(true|false|0|[1-9]\d{0,14})$/.test(out);
+  const meant = type === "PLAIN" && out !== text && /^(true|false|(0|[1-9]\d{0,14})(\.\d{0,9}[1-9])?)$/.test(out);
   return meant ? JSON.parse(out) : out;
 }
 /** Without `env` variables stay as they are written. */
 function nodeReader(env: Env | undefined, places: Map<string, Spot>, say: Say) {
-  const anchors = new Map<string, unknown>();
+  const anchors = new Map<string, unknown>(), meant = new Map<unknown, unknown>(); // anchored nodes, and what aliases repeat
   let count = 0;
   return function read(node: unknown, path: Keys, at: Spot): unknown {
     const { anchor, range } = (node ?? {}) as { anchor?: string; range?: number[] };
-    if (anchor) anchors.set(anchor, node);
+    if (anchor && !meant.has(node)) {
+      meant.set(node, node);
+      anchors.set(anchor, node);
+    }
     const start = range?.[0] ?? at.value, here = { key: start, value: start };
     places.set(JSON.stringify(path), { key: at.key, value: start });
     if (++count > MOST.values) throw new RangeError(`more than ${MOST.values} values`); // an alias bomb, say
@@ -724,7 +737,8 @@ function nodeReader(env: Env | undefined, places: Map<string, Spot>, say: Say) {
     if (isSeq(node)) return node.items.map((item, i) => read(item, [...path, i], here));
     if (isScalar(node)) return scalar(node, env, (message) => say(path, message));
     if (isAlias(node)) {
-      if (anchors.has(node.source)) return read(anchors.get(node.source), path, { key: at.key, value: start });
+      if (!meant.has(node)) meant.set(node, anchors.get(node.source));
+      if (meant.get(node)) return read(meant.get(node), path, { key: at.key, value: start });
       return void say(path, `*${node.source} names nothing above; text that begins with * stands in quotes`);
     }
     if (!isMap<Node>(node)) return null;
@@ -846,7 +860,7 @@ function check(file: Raw, more: string[], say: Say) {
     if (own.fallback !== "none") known([...path, "fallback"], own.fallback, "service", services);
   }
   checkFallbacks(file, say);
-  const names = Object.keys(actions), taken = new Set<unknown>();
+  const names = Object.keys(actions), taken = new Set<string>();
   for (const [path, entry] of entries) {
     const has = names.filter((name) => Object.hasOwn(entry, name)), but = has.length && `, not ${has.join(" and ")}`;
     if (has.length !== 1) say(path, `needs exactly one of ${names.join(", ")}${but || ""}`);
@@ -865,10 +879,12 @@ function check(file: Raw, more: string[], say: Say) {
     const group = Math.max(0, ...[...String(rewritten).matchAll(/\$(\d+)/g)].map((found) => Number(found[1])));
     if (group > groups) say([...path, "rewrite", "path"], `$${group} is none of the groups of every path`);
     if (entry.strip === true && entry.rewrite) say([...path, "strip"], "strip and rewrite exclude each other", "key");
-    if (entry.name && taken.has(entry.name)) say([...path, "name"], `${quote(entry.name)} names another route already`);
-    taken.add(entry.name);
+    const name = `${entry.name ?? ""}`;
+    if (name && taken.has(name)) say([...path, "name"], `${quote(entry.name)} names another route already`);
+    taken.add(name);
   }
   checkTcp(file, say);
+  checkPorts(file, say);
   const none = entries.length + nameRoutes(file).length === 0;
   if (!none && Array.isArray(file.listen) && !file.listen.length) say(["listen"], "is empty: nobody could ask");
   const later = file.name_routes === true && services.length === 0; // they come over the admin API
@@ -879,10 +895,8 @@ function check(file: Raw, more: string[], say: Say) {
 
 /** What a TCP service may not be: the strategies that look at requests, servers over TLS, another one's name or port. */
 function checkTcp(file: Raw, say: Say) {
-  const names = new Set<unknown>(Object.keys(record(file.services)).map(plain));
-  const addressOf = (at: unknown) => String(isRecord(at) ? at.address : at);
-  const ports = new Set([file.listen ?? []].flat().map(addressOf));
-  for (const [path, { name, listen, servers, strategy }] of mapsIn(file, "tcp")) {
+  const names = new Set(Object.keys(record(file.services)).map(plain));
+  for (const [path, { name, servers, strategy }] of mapsIn(file, "tcp")) {
     if (isRecord(strategy) && !record(strategy.hash).client) {
       say([...path, "strategy"], "there is no request whose parts could be hashed; {hash: {client: true}} works");
     }
@@ -891,15 +905,29 @@ function checkTcp(file: Raw, say: Say) {
       const url = String(isRecord(server) ? server.url : server);
       if (/^https:/i.test(url)) say(at, `${quote(url)} speaks TLS: tcp passes bytes as they are, and adds none`);
     }
-    if (name && names.has(name)) say([...path, "name"], `${quote(name)} names another service already`);
-    names.add(name);
+    if (name && names.has(`${name}`)) say([...path, "name"], `${quote(name)} names another service already`);
+    names.add(`${name}`);
+  }
+}
+
+/** No two listeners have the same address. Port 0 is any that is free. */
+function checkPorts(file: Raw, say: Say) {
+  const taken = new Set<string>();
+  for (
+    const [path, listen] of [[[], listenOf(file)], ...mapsIn(file, "tcp").map(([path, own]) => [path, own.listen])]
+  ) {
     for (const [i, one] of [listen ?? []].flat().entries()) {
-      const at = Array.isArray(listen) ? [...path, "listen", i] : [...path, "listen"], address = addressOf(one);
-      if (ports.has(address) && !/^(.*:)?0$/.test(address)) say(at, `${address} is listened on already`);
-      ports.add(address);
+      const at = [...path as Keys, "listen", ...Array.isArray(listen) ? [i] : []];
+      const address = String(isRecord(one) ? one.address : one);
+      if (taken.has(address) && !/^(.*:)?0$/.test(address)) say(at, `${address} is listened on already`);
+      taken.add(address);
     }
   }
 }
+
+/** Where HTTP comes in; nowhere, where nobody says so and there are no routes for it. */
+const listenOf = (file: Raw): unknown =>
+  file.listen ?? (file.tcp && !entriesOf(file).length && !nameRoutes(file).length ? [] : 8080);
 
 /** `over` on top of `under`; two maps are merged, anything else is replaced. */
 const laid = (under: Raw, over: Raw): Raw => {
@@ -922,8 +950,7 @@ function spellOut(file: Raw): Raw {
     if (isRecord(all.strategy)) all.strategy = { hash: { client: true } }; // what any hash is without a request
     Object.assign(own, all);
   }
-  const listen = file.tcp && !entriesOf(file).length && !nameRoutes(file).length ? [] : 8080; // who has no routes for it
-  return { ...v.getDefaults(RoutesFile), listen, ...file, defaults: full({}) };
+  return { ...v.getDefaults(RoutesFile), ...file, listen: listenOf(file), defaults: full({}) };
 }
 const unique = (name: string, taken: { has(name: string): boolean }) => {
   let free = name;
@@ -1885,11 +1912,11 @@ function compileCondition(condition: Condition, read: Read): (exchange: Exchange
 
 /** Whether a text is in one of the networks; `::ffff:10.0.0.1` is `10.0.0.1`, and what is no address is in none. */
 export function addressMatcher(networks: string[]): (address: string) => boolean {
-  const parsed = networks.map((network) =>
-    network.includes("/")
-      ? ipaddr.parseCIDR(network)
-      : [ipaddr.parse(network), network.includes(":") ? 128 : 32] as const
-  );
+  const parsed = networks.map((network) => {
+    const [ip, bits] = ipaddr.parseCIDR(network.includes("/") ? network : network + (isIPv4(network) ? "/32" : "/128"));
+    const mapped = ip instanceof ipaddr.IPv6 && ip.isIPv4MappedAddress() && bits >= 96;
+    return mapped ? [ip.toIPv4Address(), bits - 96] as const : [ip, bits] as const;
+  });
   return (address) => {
     if (!parsed.length || !isAddress(address)) return false;
     const ip = ipaddr.process(address);
@@ -8216,15 +8243,15 @@ function readCall(args: string[], env: Call["env"]): Call {
   const { values, positionals } = parsed;
   if (positionals.length > 1) throw new UsageError(`one file expected, not ${positionals.join(" and ")}`);
   if (values.demo && positionals.length) throw new UsageError(`--demo takes no file: ${positionals[0]}`);
-  const drain = v.safeParse(Duration, values.drain ?? "30s");
+  const drain = v.safeParse(duration(0), values.drain ?? "30s");
   if (!drain.success) throw new UsageError(`--drain: "${values.drain}" is not a duration such as 30s`);
   return {
     options: values,
-    file: values.config ?? positionals[0] ?? env.LB_CONFIG ?? "routes.yml",
-    listen: values.listen ?? values.port ?? env.LB_LISTEN ?? env.LB_PORT,
-    admin: values.admin ?? env.LB_ADMIN,
-    log: values.log ?? env.LB_LOG,
-    workers: readWorkers(values.workers ?? env.LB_WORKERS ?? "1"),
+    file: values.config ?? positionals[0] ?? (env.LB_CONFIG || "routes.yml"), // an empty variable is none
+    listen: values.listen ?? values.port ?? (env.LB_LISTEN || env.LB_PORT || undefined),
+    admin: values.admin ?? (env.LB_ADMIN || undefined),
+    log: values.log ?? (env.LB_LOG || undefined),
+    workers: readWorkers(values.workers ?? (env.LB_WORKERS || "1")),
     drain: drain.output,
     env,
   };

@@ -20,6 +20,12 @@ const service = (keys: string, servers = "[a:1]") =>
   parseConfig(`default:\n  servers: ${servers}\n${keys.replace(/^/gm, "  ")}`).services.get("default")!;
 const route = (yaml: string) => parseConfig(`${SHOP}routes: [ ${yaml} ]`).routes[0]!;
 
+/** What a route with servers of its own says, and its service. */
+const both = (keys: string, servers: string, env: Record<string, string>) => {
+  const config = parseConfig(`${SHOP}routes:\n- path: /x\n  servers: ${servers}\n${keys.replace(/^/gm, "  ")}`, env);
+  return { ...config.routes[0]!, ...config.services.get("/x")! };
+};
+
 /** A listener without TLS. */
 const plain = (host: string, port: number) => ({ host, port, tls: [], client_ca: "" });
 
@@ -858,4 +864,56 @@ test("the JSON Schema closes every map, and describes all of its keys or the map
   };
   visit(schema, "$", false);
   assert.ok(maps > 20, String(maps));
+});
+
+test("numbers and truths count however they are spelt, and stay as they are written where a text is meant", () => {
+  const { servers, eject, compress, ...rest } = both(
+    `
+eject: { slow: 3.0 }
+compress: True
+mirror: { service: shop, percent: 5.0 }
+query: { debug: True, version: 1.10 }`,
+    "[{ url: a:1, max: 1e3 }, { url: b:1, max: ${MAX} }]",
+    { MAX: "250" },
+  );
+  assert.deepEqual([servers.map((one) => one.max), eject.slow, compress], [[1000, 250], 3, true]);
+  assert.deepEqual([rest.mirror.percent, rest.query.map((one) => "value" in one && one.value)], [5, ["True", "1.10"]]);
+  const { mirror } = both("mirror: { service: shop, percent: ${SHARE} }", "[a:1]", { SHARE: "2.5" });
+  assert.equal(mirror.percent, 2.5);
+  assert.deepEqual(mistakes('default: { servers: [a:1], retries: "1", compress: "true" }'), [
+    '1:37: default.retries: "1" is not a whole number from 0 to 10',
+    '1:52: default.compress: "true" is not true or false',
+  ]);
+});
+
+test("an alias repeats what stood there, whatever its anchors name further down", () => {
+  const { services } = parseConfig(`
+services:
+  a: { servers: &s [&one a:1, a:2] }
+  b: { servers: [&one b:1] }
+  c: { servers: *s }
+  d: { servers: [*one] }
+default: { service: a }`);
+  const names = (name: string) => services.get(name)!.servers.map((server) => server.name);
+  assert.deepEqual([names("c"), names("d")], [["a:1", "a:2"], ["b:1"]]);
+});
+
+test("no two listeners have the same address, also where one of them is the default", () => {
+  assert.deepEqual(mistakes(`${ROUTE}listen: [8080, 127.0.0.1:0, 127.0.0.1:0, 8080]`), [
+    "2:42: listen[3]: 8080 is listened on already",
+  ]);
+  assert.deepEqual(mistakes(`${ROUTE}tcp: [{ listen: 8080, servers: [a:1] }]`), [
+    "2:17: tcp[0].listen: 8080 is listened on already",
+  ]);
+  assert.deepEqual(mistakes("tcp: [{ listen: 8080, servers: [a:1] }]"), []);
+});
+
+test("wrong names of a map are told also where a value in it is wrong", () => {
+  assert.deepEqual(mistakes(`${SHOP}routes: [{ service: shop, headers: { "a b": "1", x: [] } }]`).length, 2);
+});
+
+test("the number 7 and the text 7 are the same name", () => {
+  assert.deepEqual(mistakes(`${SHOP}routes: [{ name: 7, service: shop }, { name: "7", service: shop }]`), [
+    '2:46: routes[1].name: "7" names another route already',
+  ]);
 });

@@ -312,6 +312,9 @@ test("an option wins over the environment, the environment over the file, the fi
     assert.deepEqual(await inForce(["-c", "own.yml"]), ["127.0.0.1:1111", "json"]);
     assert.deepEqual(await inForce([], { ...env, LB_PORT: "2222", LB_LOG: "off" }), ["2222", "off"]);
     assert.deepEqual(await inForce([], { ...env, LB_LISTEN: "127.0.0.2:3333" }), ["127.0.0.2:3333", "json"]);
+    const empty = { LB_PORT: "", LB_LISTEN: "", LB_LOG: "", LB_ADMIN: "", LB_WORKERS: "" }; // as good as not set
+    assert.deepEqual(await inForce([], { ...env, ...empty }), ["127.0.0.1:1111", "json"]);
+    assert.deepEqual(await inForce(["--drain", "0s"], env), ["127.0.0.1:1111", "json"]);
     const all = { ...env, LB_LISTEN: "127.0.0.2:3333", LB_PORT: "2222", LB_LOG: "off" };
     assert.deepEqual(await inForce(["-l", "127.0.0.3:4444", "--log", "combined"], all), ["127.0.0.3:4444", "combined"]);
     assert.deepEqual(await inForce(["-p", "5555"], all), ["5555", "off"]);
