@@ -5649,11 +5649,19 @@ async function unused(host: string, port: number): Promise<void> {
 
 /** How much connections may be and take; what Deno and Bun do with theirs cannot be told. */
 type Bounds = Pick<Config["limits"], "connections" | "header" | "keep_alive">;
+const UNBOUNDED: Bounds = v.parse(Limits, {});
 
 /** What differs between runtimes. */
 interface Runtime {
   /** `shared`: with other threads and processes that say so too; the system gives each of them its part. */
-  serve(fetch: Serve, host: string, port: number, shared: boolean, secure?: Secure, bounds?: Bounds): Promise<Listener>;
+  serve(
+    fetch: Serve,
+    host: string,
+    port: number,
+    shared: boolean,
+    secure?: Secure,
+    bounds?: () => Bounds,
+  ): Promise<Listener>;
   /** Whether it can ask clients for a certificate, and speak TLS with those that do not speak HTTP. */
   fullTls: boolean;
   client(request: Request, env: unknown): Client;
@@ -5976,8 +5984,7 @@ const printed = (bytes: Uint8Array): Promise<number> =>
   });
 
 /** Node's server: HTTP/1.1, and over TLS HTTP/2 as well. */
-async function nodeServer(fetch: Serve, secure: Secure | undefined, bounds: Bounds) {
-  const { connections, header, keep_alive } = bounds;
+async function nodeServer(fetch: Serve, secure: Secure | undefined, bounds: () => Bounds) {
   const { getRequestListener } = await import("@hono/node-server");
   const { createServer: createHttpServer, ServerResponse } = await import("node:http");
   /** Flushes a head as latin1, as it came; Node's own does it as UTF-8. */
@@ -5994,9 +6001,10 @@ async function nodeServer(fetch: Serve, secure: Secure | undefined, bounds: Boun
   }
   const listener = getRequestListener(fetch, { errorHandler: () => refusal("bad-request") });
   const latest = new WeakMap<Socket, InstanceType<typeof ServerResponse>>();
+  const patience = () => ({ headersTimeout: bounds().header, keepAliveTimeout: bounds().keep_alive });
   const limits = {
     ...{ requestTimeout: 0, maxHeaderSize: 65_536, requireHostHeader: false },
-    ...{ headersTimeout: header, keepAliveTimeout: keep_alive, connectionsCheckingInterval: 1_000 },
+    ...{ ...patience(), connectionsCheckingInterval: 1_000 },
     shouldUpgradeCallback: ({ headers }: IncomingMessage) => /^websocket$/i.test(headers.upgrade ?? ""),
   };
   const tls = secure && await nodeTls(secure, { ...limits, Http1ServerResponse: Latin1Response });
@@ -6004,7 +6012,8 @@ async function nodeServer(fetch: Serve, secure: Secure | undefined, bounds: Boun
   Object.assign(server, { ...limits, maxHeadersCount: 0 }); // where the one for both does not take them as options
   let open = 0;
   server.on("connection", (socket: Socket) => {
-    if (open >= connections) return void socket.end(secure ? "" : rawRefusal("busy"));
+    Object.assign(server, patience()); // a reload may have changed it
+    if (open >= bounds().connections) return void socket.end(secure ? "" : rawRefusal("busy"));
     open++;
     socket.on("close", () => open--);
   });
@@ -6109,7 +6118,7 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
     print: printed,
   },
   node: {
-    async serve(fetch, host, port, reusePort, secure, bounds = v.parse(Limits, {})) {
+    async serve(fetch, host, port, reusePort, secure, bounds = () => UNBOUNDED) {
       const { server, close, swap } = await nodeServer(fetch, secure, bounds);
       await new Promise<void>((resolve, reject) => {
         server.on("error", reject);
@@ -8374,7 +8383,7 @@ function frontsOf({ config, tcp }: Table): Map<string, FrontConfig> {
 const isHttp = (name: string): boolean => name.startsWith("http");
 
 async function openFront({ lb, shared, ports }: Post, name: string, at: FrontConfig): Promise<Listener> {
-  const { balancer } = lb, port = ports.get(name) ?? at.port, bounds = balancer.table.config.limits;
+  const { balancer } = lb, port = ports.get(name) ?? at.port, bounds = () => balancer.table.config.limits;
   if (isHttp(name)) {
     return await openListener((request, env) => lb.fetch(request, env), { ...at, port, bounds }, shared);
   }
@@ -8469,7 +8478,7 @@ async function listenAll(post: Post): Promise<Seats> {
 }
 
 type Handler = (request: Request, env: object) => ReturnType<Serve>;
-type Address = Pick<FrontConfig, "host" | "port"> & Partial<FrontConfig> & { bounds?: Bounds };
+type Address = Pick<FrontConfig, "host" | "port"> & Partial<FrontConfig> & { bounds?: () => Bounds };
 async function openListener(fetch: Handler, at: Address, shared = false): Promise<Listener> {
   const { host, port, tls = [], client_ca = "", bounds } = at;
   try {

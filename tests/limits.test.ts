@@ -1197,6 +1197,9 @@ nodeTest("through the program on Node: so many connections, and no longer than s
     assert.deepEqual([status(late.answers[0]!), value(late.answers[0]!, "x-lb-failure")], [408, "client-timeout"]);
     assert.equal(value((await kept).answers[0]!, "keep-alive"), "timeout=1");
     assert.equal(status((await rawRequest(lb.port, get("/"))).answers[0]!), 200);
+    await lb.reload({ log: "off", limits: { keep_alive: "3s" }, default: { servers: [server.address] } });
+    const after = await rawRequest(lb.port, "GET / HTTP/1.1\r\nHost: a.test\r\n\r\n");
+    assert.equal(value(after.answers[0]!, "keep-alive"), "timeout=3"); // the listener is the same
   } finally {
     await lb.stop();
     await server.close();
