@@ -5734,11 +5734,15 @@ function awaitUpgrade(request: IncomingMessage, response: ServerResponse, early:
   });
   response.shouldKeepAlive = false;
   response.assignSocket(socket);
-  response.on("finish", () => {
-    socket.end();
-    socket.resume();
-    socket.setTimeout(1_000, () => socket.destroy());
-  });
+  response.on("finish", () => dismiss(socket));
+}
+
+/** Ends a connection with these last words. What the client still sends is nobody's, and keeps it open no longer. */
+function dismiss(socket: Socket, words = ""): void {
+  socket.on("error", () => {}); // "close" comes after it
+  socket.end(words);
+  socket.resume();
+  setTimeout(() => socket.destroy(), 1_000).unref();
 }
 
 const switching = (headers: readonly string[]): string =>
@@ -6013,7 +6017,7 @@ async function nodeServer(fetch: Serve, secure: Secure | undefined, bounds: () =
   let open = 0;
   server.on("connection", (socket: Socket) => {
     Object.assign(server, patience()); // a reload may have changed it
-    if (open >= bounds().connections) return void socket.end(secure ? "" : rawRefusal("busy"));
+    if (open >= bounds().connections) return dismiss(socket, secure ? "" : rawRefusal("busy"));
     open++;
     socket.on("close", () => open--);
   });
@@ -6029,12 +6033,16 @@ async function nodeServer(fetch: Serve, secure: Secure | undefined, bounds: () =
     (listener as RequestListener)(request, response);
   });
   server.on("upgrade", (request: IncomingMessage, socket: Socket, early: Bytes) => {
+    if (!socket.writable) return;
     const response = new Latin1Response(request);
     latest.set(socket, response);
     awaitUpgrade(request, response, [early]);
     listener(request, response);
   });
-  server.on("connect", (_request: IncomingMessage, socket: Socket) => socket.end(rawRefusal("bad-method")));
+  server.on("connect", (_request: IncomingMessage, given: Socket | ServerResponse) => {
+    if (!("writeHead" in given)) return dismiss(given, rawRefusal("bad-method"));
+    given.writeHead(FAILURES["bad-method"].status, { "x-lb-failure": "bad-method" }).end(); // over HTTP/2
+  });
   const close = () =>
     new Promise<void>((resolve) => {
       server.close(() => resolve());

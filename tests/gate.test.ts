@@ -3,6 +3,7 @@
 
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
+import { connect } from "node:net";
 import { after, before, test } from "node:test";
 import {
   answer,
@@ -709,6 +710,20 @@ test("a server that is busy with as many as it may take gives 503 with Retry-Aft
     value(refusal!, "x-lb-failure") !== "",
   ], [503, true, true]);
   assert.deepEqual((await one).answers.map(status), [200]);
+});
+
+test("a client that asks for a tunnel is let go, though it holds its own end open or breaks off", async () => {
+  const seen = strict.output().length;
+  for (const breaks of [true, false]) {
+    const socket = connect({ port: strict.port, host: "127.0.0.1", allowHalfOpen: true });
+    let [ended, gone] = [false, false];
+    socket.on("data", () => {}).on("end", () => ended = true).on("error", () => gone = true);
+    socket.write("CONNECT b.test:443 HTTP/1.1\r\nHost: b.test:443\r\nConnection: close\r\n\r\n");
+    await until("it is refused", () => ended || gone);
+    if (breaks) socket.resetAndDestroy();
+    else await until("nobody hears it any more", () => gone || (socket.write("x"), false));
+  }
+  assert.doesNotMatch(strict.output().slice(seen), /internal/);
 });
 
 // ─── Logs ───

@@ -1191,8 +1191,11 @@ nodeTest("through the program on Node: so many connections, and no longer than s
     const slow = rawRequest(lb.port, "GET / HTTP/1.1\r\nHost: a.test\r\n"); // and never the end of it
     const kept = rawRequest(lb.port, "GET / HTTP/1.1\r\nHost: a.test\r\n\r\n");
     await until("the second is asked", () => server.requests.length === 1);
-    const { answers: [refused] } = await rawRequest(lb.port, get("/"));
-    assert.deepEqual([status(refused!), value(refused!, "x-lb-failure")], [503, "busy"]);
+    for (const upgrade of ["", "Upgrade: websocket\r\nConnection: Upgrade\r\n"]) {
+      const { answers: [refused] } = await rawRequest(lb.port, get("/", upgrade));
+      assert.deepEqual([status(refused!), value(refused!, "x-lb-failure")], [503, "busy"]);
+    }
+    assert.equal(server.requests.length, 1, "nothing else was asked");
     const late = await slow;
     assert.deepEqual([status(late.answers[0]!), value(late.answers[0]!, "x-lb-failure")], [408, "client-timeout"]);
     assert.equal(value((await kept).answers[0]!, "keep-alive"), "timeout=1");

@@ -99,7 +99,9 @@ interface Answer {
 /** One request over HTTP/2. */
 function ask2(session: ClientHttp2Session, headers: Record<string, string | string[]> = {}, body?: Buffer) {
   return new Promise<Answer>((resolve, reject) => {
-    const stream = session.request({ ":path": "/", ...headers }, { endStream: body === undefined });
+    const stream = session.request(headers[":method"] === "CONNECT" ? headers : { ":path": "/", ...headers }, {
+      endStream: body === undefined,
+    });
     const answer: Answer = { headers: {}, status: 0, body: Buffer.alloc(0) };
     const got: Buffer[] = [];
     stream.on("response", (headers) => Object.assign(answer, { headers, status: headers[":status"] }));
@@ -221,6 +223,14 @@ test("what is older than TLS 1.2, or no TLS at all, is refused, and costs nobody
     assert.match(await ask(socket), /^HTTP\/1\.1 200/);
     socket.destroy();
   }));
+
+test("HTTP/2: a tunnel is refused", () =>
+  running({}, (_, server, [port]) =>
+    overHttp2(port!, async (session) => {
+      const { status, headers } = await ask2(session, { ":method": "CONNECT", ":authority": "b.test:443" });
+      assert.deepEqual([status, headers["x-lb-failure"]], [405, "bad-method"]);
+      assert.equal(server.requests.length, 0);
+    })), !HTTP2);
 
 test("headers are bytes over TLS too, and an upgrade is one", () => {
   const script: Script = (visit, request) =>
