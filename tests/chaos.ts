@@ -1,6 +1,7 @@
-// Chaos: under load servers are killed, paused, slowed and made to reset in the middle of a body, and the config is
-// reloaded; all by one seed. Afterwards every byte of every answer was right, nothing was sent twice that must not be, and
-// nothing is left behind. `deno task chaos --seconds 120 --seed 7 --workers 2`; tests/chaos.test.ts runs it for a while.
+// Chaos: under load of requests, WebSockets and TCP connections servers are killed, paused, slowed and made to reset in
+// the middle of a body, workers are ended and the config is reloaded. Events, clients and servers each draw from a stream of
+// their own that follows from one seed. Afterwards every byte of every answer was right, nothing was sent twice that must not
+// be, and nothing is left behind. `deno task chaos --seconds 120 --seed 7 --workers 2`; tests/chaos.test.ts runs it for a while.
 
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
@@ -8,12 +9,13 @@ import { type ChildProcess, spawn } from "node:child_process";
 import { createHash } from "node:crypto";
 import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { Agent, createServer, request, type ServerResponse } from "node:http";
-import type { AddressInfo } from "node:net";
+import { type AddressInfo, connect } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
+import { BINARY, echoStrictly, openWebSocket, webSocketServer } from "./frames.ts";
 import { runtime, seeded, sleep, until } from "./rig.ts";
 
 const SELF = fileURLToPath(import.meta.url);
@@ -21,6 +23,7 @@ const ENTRY = fileURLToPath(new URL("../lb.ts", import.meta.url));
 const RUN = runtime() === "deno" ? ["run", "-A"] : [];
 const SERVERS = 4;
 const CLIENTS = 16;
+const STREAMS = 4; // clients of each other kind: TCP, WebSocket
 
 // ─── The server: bytes that follow from the path, in a manner that it is told ───
 
@@ -38,7 +41,8 @@ interface Manner {
 }
 
 /** Answers until it is killed; says on standard output where it listens, which POSTs came, and what it has cut off. */
-function serve(port: number): void {
+function serve(port: number, seed: number): void {
+  const random = seeded(seed);
   let manner: Manner = { delay: 0, reset: 0 };
   const server = createServer(async (asked, answer: ServerResponse) => {
     const [, kind, number = "0"] = asked.url!.split("/");
@@ -55,7 +59,7 @@ function serve(port: number): void {
     if (manner.delay) await sleep(manner.delay);
     const body = bodyOf(Number(number));
     answer.writeHead(200, Number(number) % 2 ? {} : { "content-length": body.length });
-    if (Math.random() >= manner.reset) return void answer.end(body);
+    if (random() >= manner.reset) return void answer.end(body);
     console.log(`cut ${number}`);
     answer.write(body.subarray(0, body.length / 2));
     setTimeout(() => asked.socket.resetAndDestroy?.(), 5);
@@ -78,10 +82,11 @@ interface Heard {
   said: string; // what went wrong in them
 }
 
-async function startBackend(heard: Heard, port = 0): Promise<Backend> {
-  const child = spawn(process.execPath, [...RUN, SELF, "serve", String(port)], {
-    stdio: ["ignore", "pipe", "inherit"],
+async function startBackend(heard: Heard, seed: number, port = 0): Promise<Backend> {
+  const child = spawn(process.execPath, [...RUN, SELF, "serve", String(port), String(seed)], {
+    stdio: ["ignore", "pipe", "pipe"],
   });
+  child.stderr.on("data", (bytes: Buffer) => heard.said += bytes);
   let listening = 0, rest = "";
   child.stdout.on("data", (bytes: Buffer) => {
     const lines = (rest + bytes).split("\n");
@@ -103,6 +108,9 @@ interface Tally {
   wrong: string[]; // answers whose bytes or status are not what they have to be
   cut: number; // answers that began and did not end
   broken: number; // connections that ended without an answer
+  refused: number; // POSTs that got an answer of our own: their server was ended over them
+  streams: number; // TCP connections and WebSockets that came to their end, each byte as it had to be
+  torn: number; // and those that did not
 }
 
 /** One request; its answer is compared byte for byte. */
@@ -125,10 +133,10 @@ function ask(agent: Agent | false, port: number, method: string, number: number,
           const body = Buffer.concat(pieces), want = bodyOf(number), status = answer.statusCode!;
           const same = (one: Buffer) => createHash("sha1").update(one).digest("hex");
           if (status !== 200) {
-            if (status === 503 && !answer.headers["x-lb-failure"]) tally.broken++; // Bun's own, from a worker that is ended
-            else if (method === "GET") {
-              tally.wrong.push(`${method} ${number}: ${status} ${answer.headers["x-lb-failure"]}`);
-            }
+            const why = String(answer.headers["x-lb-failure"] ?? "");
+            if (status === 503 && !why) tally.broken++; // Bun's own, from a worker that is ended
+            else if (method === "POST" && NOT_REPEATED.has(why)) tally.refused++;
+            else tally.wrong.push(`${method} ${number}: ${status} ${why}`);
           } else if (!answer.complete && body.equals(want.subarray(0, body.length))) tally.cut++;
           else if (same(body) !== same(want)) {
             tally.wrong.push(`${method} ${number}: ${body.length} of ${want.length} bytes`);
@@ -143,6 +151,52 @@ function ask(agent: Agent | false, port: number, method: string, number: number,
       }));
     sent.end(method === "POST" ? "a body" : undefined);
   });
+}
+
+/** Why a POST that a server may have seen is not sent to another one. */
+const NOT_REPEATED = new Set(["reset", "timeout", "idle"]);
+
+const digest = (bytes: Buffer) => createHash("sha1").update(bytes).digest("hex");
+
+/** One answer over a plain connection: it is whole, or visibly cut, and never other bytes. */
+function stream(port: number, number: number, tally: Tally): Promise<void> {
+  return new Promise((resolve) => {
+    const socket = connect(port, "127.0.0.1"), pieces: Buffer[] = [];
+    socket.write(`GET /x/${number} HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\n\r\n`);
+    socket.on("data", (piece: Buffer) => pieces.push(piece));
+    socket.on("error", () => {});
+    socket.on("close", () => {
+      const bytes = Buffer.concat(pieces), body = bytes.subarray(bytes.indexOf("\r\n\r\n") + 4), want = bodyOf(number);
+      if (digest(body) === digest(want)) tally.streams++;
+      else if (body.length < want.length) tally.torn++;
+      else tally.wrong.push(`TCP ${number}: ${body.length} of ${want.length} bytes`);
+      resolve();
+    });
+  });
+}
+
+/** Some messages over a WebSocket: each comes back as it was sent. */
+async function converse(port: number, random: () => number, tally: Tally): Promise<void> {
+  try {
+    const peer = await openWebSocket(port, "/ws");
+    for (let i = 0; i < 20; i++) {
+      const sent = bodyOf(Math.floor(random() * 1e6)), seen = peer.frames.length;
+      peer.send(BINARY, sent);
+      await until("it comes back", () => peer.frames.length > seen || peer.over, 10_000);
+      const back = peer.frames[seen];
+      if (back?.opcode !== BINARY) return void (tally.torn++, peer.socket.destroy());
+      if (digest(back.payload) !== digest(sent)) {
+        tally.wrong.push(`WebSocket: ${back.payload.length} of ${sent.length}`);
+      }
+      await sleep(random() * 50);
+    }
+    peer.close(1000);
+    peer.socket.end();
+    tally.streams++;
+  } catch { // no 101
+    tally.torn++;
+    await sleep(20);
+  }
 }
 
 // ─── What happens to them ───
@@ -162,7 +216,9 @@ function held(pid: number): { memory: number; files: number } {
 /** Runs the whole, and gives what was seen; throws at the first thing that is not as it should be. */
 export async function chaos({ seconds, seed, workers = 1 }: Chaos) {
   const random = seeded(seed), heard: Heard = { posts: new Map(), cuts: 0, said: "" };
-  const backends = await Promise.all(Array.from({ length: SERVERS }, () => startBackend(heard)));
+  let lives = seed * 1_000; // no two servers or clients draw alike
+  const backends = await Promise.all(Array.from({ length: SERVERS }, () => startBackend(heard, lives++)));
+  const echoing = await webSocketServer(echoStrictly), tcpPort = await freePort();
   const folder = mkdtempSync(join(tmpdir(), "lb-chaos-")), file = join(folder, "routes.yml");
   const write = () =>
     writeFileSync(
@@ -170,6 +226,8 @@ export async function chaos({ seconds, seed, workers = 1 }: Chaos) {
       JSON.stringify({
         log: "off",
         admin: { listen: "127.0.0.1:0" },
+        tcp: [{ listen: `127.0.0.1:${tcpPort}`, servers: backends.map(({ port }) => `127.0.0.1:${port}`), retries: 3 }],
+        paths: [{ path: "/ws", servers: [echoing.address] }],
         default: {
           servers: backends.map(({ port }) => ({ url: `127.0.0.1:${port}`, weight: 1 + Math.floor(random() * 3) })),
           health: { path: "/x/0", interval: "500ms", timeout: "500ms", rise: 1, fall: 2 },
@@ -186,18 +244,26 @@ export async function chaos({ seconds, seed, workers = 1 }: Chaos) {
   program.stderr.on("data", (bytes: Buffer) => err += bytes);
   program.on("exit", () => over = true);
   const counts = { kill: 0, pause: 0, slow: 0, reset: 0, reload: 0, worker: 0 };
-  const tally: Tally = { whole: 0, wrong: [], cut: 0, broken: 0 };
+  const tally: Tally = { whole: 0, wrong: [], cut: 0, broken: 0, refused: 0, streams: 0, torn: 0 };
   try {
     const port = await until("lb.ts listens", () => Number(/listening on http:\/\/\S+:(\d+)/.exec(err)?.[1]), 30_000);
     const agent = new Agent({ keepAlive: true, maxSockets: CLIENTS });
     let running = true, number = 0;
-    const client = async () => {
+    const client = async (random: () => number) => {
       while (running) {
         if (random() < 0.8) await ask(agent, port, "GET", ++number, tally);
         else await ask(false, port, "POST", ++number, tally); // over a kept connection Deno and Bun send one again by themselves
       }
     };
-    const clients = Array.from({ length: CLIENTS }, client);
+    const streaming = async () => {
+      while (running) await stream(tcpPort, number += 2 - number % 2, tally); // even: their length is known
+    };
+    const conversing = async (random: () => number) => {
+      while (running) await converse(port, random, tally);
+    };
+    const some = (count: number, one: (random: () => number) => Promise<void>) =>
+      Array.from({ length: count }, () => one(seeded(lives++)));
+    const clients = [...some(CLIENTS, client), ...some(STREAMS, streaming), ...some(STREAMS, conversing)];
     await sleep(2_000);
     const before = held(program.pid!);
 
@@ -210,7 +276,7 @@ export async function chaos({ seconds, seed, workers = 1 }: Chaos) {
       async kill(backend) {
         backend.child.kill("SIGKILL");
         await sleep(300 + random() * 700);
-        backend.child = (await startBackend(heard, backend.port)).child;
+        backend.child = (await startBackend(heard, lives++, backend.port)).child;
       },
       async pause(backend) {
         process.kill(backend.child.pid!, "SIGSTOP");
@@ -266,41 +332,56 @@ export async function chaos({ seconds, seed, workers = 1 }: Chaos) {
       child.kill("SIGKILL");
     }
     rmSync(folder, { recursive: true, force: true });
+    await echoing.close();
   }
+}
+
+/** A port that nobody listens on. */
+async function freePort(): Promise<number> {
+  const server = createServer();
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  const { port } = server.address() as AddressInfo;
+  await new Promise((resolve) => server.close(resolve));
+  return port;
 }
 
 /** What has to hold afterwards. Answers may end early, or not come, only where a server or a worker was ended over them. */
 export function judge(
-  { counts, whole, wrong, cut, broken, heard, before, after, err }: Awaited<ReturnType<typeof chaos>>,
+  { counts, whole, wrong, cut, broken, refused, streams, torn, heard, before, after, err }: Awaited<
+    ReturnType<typeof chaos>
+  >,
 ): void {
   const twice = [...heard.posts].filter(([, times]) => times > 1).map(([number]) => number);
   const line =
     `${
       JSON.stringify(counts)
     }: ${whole} answers whole, ${cut} cut off (servers cut ${heard.cuts}), ${broken} connections broken, ` +
+    `${refused} POSTs refused, ${streams} TCP connections and WebSockets whole, ${torn} torn, ` +
     `memory ${before.memory.toFixed(0)} to ${
       after.memory.toFixed(0)
     } MiB, open files ${before.files} to ${after.files}`;
   console.log(line);
-  assert.ok(whole > 100, line);
+  assert.ok(whole > 100 && streams > 20, line);
   assert.equal(heard.said, "", "what the servers say is wrong");
   assert.deepEqual(wrong, [], "answers that are wrong");
   assert.deepEqual(twice, [], "POSTs that came twice");
   const lost = heard.cuts + CLIENTS * (counts.kill + counts.pause); // Bun's server sends no head before the body's first byte
   assert.ok(cut + (runtime() === "bun" ? broken : 0) <= lost + CLIENTS * counts.worker, line);
   assert.ok(broken <= (runtime() === "bun" ? lost : 0) + CLIENTS * counts.worker, line);
+  assert.ok(refused <= heard.cuts + CLIENTS * (counts.kill + counts.pause + counts.slow), line);
+  assert.ok(torn <= heard.cuts + STREAMS * (counts.kill + counts.pause + 2 * counts.worker), line);
   assert.match(err, /requests in flight: 0\n/, "in flight at the end");
   assert.doesNotMatch(err.replaceAll(/error: a worker has ended.*/g, ""), /error: /, "what the program reports");
   assert.ok(after.files <= before.files + 4, line);
   assert.ok(after.memory < before.memory + 150, line);
 }
 
-if (process.argv[1] === SELF && process.argv[2] === "serve") serve(Number(process.argv[3]));
+if (process.argv[1] === SELF && process.argv[2] === "serve") serve(Number(process.argv[3]), Number(process.argv[4]));
 else if (process.argv[1] === SELF) {
   const text = { type: "string" } as const;
   const { values } = parseArgs({ options: { seconds: text, seed: text, workers: text } });
   const seed = Number(values.seed ?? Date.now() % 1e6);
-  console.log(`seed ${seed}`);
+  console.log(`--seed ${seed}: the same once more`);
   judge(await chaos({ seconds: Number(values.seconds ?? 60), seed, workers: Number(values.workers ?? 1) }));
   process.exit(0);
 }
