@@ -5745,6 +5745,12 @@ function dismiss(socket: Socket, words = ""): void {
   setTimeout(() => socket.destroy(), 1_000).unref();
 }
 
+/** The answer to CONNECT, for which Node gives a connection of HTTP/1.1 away, and a response over HTTP/2. */
+function refuseTunnel(_request: IncomingMessage, given: Socket | ServerResponse): void {
+  if (!("writeHead" in given)) return dismiss(given, rawRefusal("bad-method"));
+  given.writeHead(FAILURES["bad-method"].status, { "x-lb-failure": "bad-method" }).end();
+}
+
 const switching = (headers: readonly string[]): string =>
   pairs(headers).reduce((head, [name, value]) => `${head}${name}: ${value}\r\n`, SWITCHING) + "\r\n";
 const SWITCHING = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n";
@@ -6025,7 +6031,7 @@ async function nodeServer(fetch: Serve, secure: Secure | undefined, bounds: () =
     const answer = latest.get(socket);
     const answered = answer?.headersSent && !answer.req.complete; // the error is in the body of what was answered
     if (answered || !socket.writable) socket.destroy();
-    else socket.end(rawRefusal(PARSER_ERRORS[error.code ?? ""] ?? "bad-request"));
+    else dismiss(socket, rawRefusal(PARSER_ERRORS[error.code ?? ""] ?? "bad-request"));
   });
   server.on("request", (request: IncomingMessage, response: ServerResponse) => {
     if (!request.socket.writable) return; // its connection was one too many
@@ -6039,10 +6045,7 @@ async function nodeServer(fetch: Serve, secure: Secure | undefined, bounds: () =
     awaitUpgrade(request, response, [early]);
     listener(request, response);
   });
-  server.on("connect", (_request: IncomingMessage, given: Socket | ServerResponse) => {
-    if (!("writeHead" in given)) return dismiss(given, rawRefusal("bad-method"));
-    given.writeHead(FAILURES["bad-method"].status, { "x-lb-failure": "bad-method" }).end(); // over HTTP/2
-  });
+  server.on("connect", refuseTunnel);
   const close = () =>
     new Promise<void>((resolve) => {
       server.close(() => resolve());
