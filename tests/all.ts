@@ -1,5 +1,6 @@
 // The test command, `deno task test`: what all tests say on Deno, Bun, Node and workerd, after formatter, linter and
-// type checker. It needs only npm to begin with, and root for apt-get where there is no chromium. Words after it choose runtimes and files: `deno task test node gate`.
+// type checker. It needs only npm to begin with, and root for apt-get where there is no chromium, curl, git or redis-server.
+// Words after it choose runtimes and files: `deno task test node gate`.
 // A runtime on which a file's tests did not run counts as failed: silence is not success. A file that fails beside others
 // is run once more by itself, and that counts; what it said the first time stays in the output.
 
@@ -7,7 +8,13 @@ const ROOT = new URL("..", import.meta.url).pathname;
 const AT_ONCE = 3; // jobs; each of them mostly waits
 const PATIENCE = 240_000; // milliseconds for one job; one that takes longer hangs
 const EDGE = "edge.test.ts"; // starts workerd, and is itself run by Node
-const BROWSER = "/usr/bin/chromium";
+/** What clients.test.ts and dashboard.test.ts run, and Debian's packages that have it. */
+const PROGRAMS = Object.entries({
+  "/usr/bin/chromium": "chromium",
+  "/usr/bin/curl": "curl",
+  "/usr/bin/git": "git",
+  "/usr/bin/redis-server": "redis-server",
+});
 
 /** How a file's tests are run, and reported as JUnit's XML. */
 const RUNTIMES: Record<string, (file: string, report: string) => string[]> = {
@@ -104,7 +111,7 @@ async function run([program = "", ...args]: string[], patience = PATIENCE): Prom
   const command = new Deno.Command(program, {
     args,
     cwd: ROOT,
-    env: { NO_COLOR: "1", DEBIAN_FRONTEND: "noninteractive" },
+    env: { NO_COLOR: "1", DEBIAN_FRONTEND: "noninteractive", RUNLEVEL: "1" }, // starts no service
     stdin: "null",
     stdout: "piped",
     stderr: "piped",
@@ -211,13 +218,15 @@ async function install(): Promise<void> {
   if (code !== 0) throw new Error(`npm install has failed:\n${output}`);
 }
 
-/** The browser that the page for people is looked at with: Debian's package, where there is none. */
-async function installBrowser(): Promise<void> {
-  if (await Deno.stat(BROWSER).catch(() => undefined)) return;
-  for (const words of ["update", "install -y --no-install-recommends chromium"]) {
+/** Brings the programs that are not there. Their services are not started. */
+async function installPrograms(): Promise<void> {
+  const found = await Promise.all(PROGRAMS.map(([path]) => Deno.stat(path).catch(() => undefined)));
+  const missing = PROGRAMS.filter((_, i) => !found[i]).map(([, name]) => name).join(" ");
+  if (!missing) return;
+  for (const words of ["update", `install -y --no-install-recommends ${missing}`]) {
     console.log(`apt-get ${words}`);
     const { code, output } = await run(["apt-get", ...words.split(" ")], 600_000);
-    if (code !== 0) throw new Error(`${BROWSER} is missing, and apt-get ${words} (as root) has failed:\n${output}`);
+    if (code !== 0) throw new Error(`${missing} is missing, and apt-get ${words} (as root) has failed:\n${output}`);
   }
 }
 
@@ -300,7 +309,7 @@ async function main(args: string[]): Promise<number> {
   let results: Result[] = [];
   try {
     await install();
-    await installBrowser();
+    await installPrograms();
     console.log(await versions());
     results = await againAlone(await runAll(await jobsFor(args.filter((word) => word !== "--only"), reports)));
     const lost = missing(results);

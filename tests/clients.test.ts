@@ -1,0 +1,231 @@
+// Programs that people use, through the running program: curl, git, Redis, and a browser. Debian has them all.
+
+import assert from "node:assert/strict";
+import { execFile, spawn } from "node:child_process";
+import { createHash } from "node:crypto";
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { createServer, type RequestListener } from "node:http";
+import { type AddressInfo, connect } from "node:net";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import nodeTest from "node:test";
+import { chromium } from "playwright-core";
+import { A, CA, KEY } from "./certificates.ts";
+import { BINARY, TEXT, webSocketServer } from "./frames.ts";
+import { type Program, runtime, startProgram, until } from "./rig.ts";
+
+const test = (name: string, body: () => Promise<void>) => nodeTest(name, { timeout: 120_000 }, body);
+
+/** Runs a command to its end; what it prints. Fails where it does. */
+const run = (command: string, args: string[], cwd = tmpdir()): Promise<string> =>
+  new Promise((resolve, reject) =>
+    execFile(command, args, { cwd, maxBuffer: 1 << 26 }, (error, out, err) => {
+      if (error) reject(new Error(`${command} ${args.join(" ")}: ${error.message}\n${err}`));
+      else resolve(out);
+    })
+  );
+
+async function inFolder(use: (folder: string) => Promise<void>) {
+  const folder = mkdtempSync(join(tmpdir(), "lb-clients-"));
+  try {
+    await use(folder);
+  } finally {
+    rmSync(folder, { recursive: true, force: true });
+  }
+}
+
+/** An HTTP server, while `use` lasts. */
+async function serving(listener: RequestListener, use: (address: string) => Promise<void>) {
+  const server = createServer(listener);
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  try {
+    await use(`127.0.0.1:${(server.address() as AddressInfo).port}`);
+  } finally {
+    server.closeAllConnections();
+    await new Promise((resolve) => server.close(resolve));
+  }
+}
+
+async function balancing(config: unknown, use: (lb: Program) => Promise<void>, beside: Record<string, string> = {}) {
+  const lb = await startProgram(config, [], beside);
+  try {
+    await use(lb);
+  } finally {
+    await lb.stop();
+  }
+}
+
+const sha = (bytes: Uint8Array) => createHash("sha256").update(bytes).digest("hex");
+/** 24 MiB that repeat nothing. */
+const LARGE = new Uint8Array(24 << 20);
+for (let i = 0, seed = 7; i < LARGE.length; i++) LARGE[i] = (seed = Math.imul(seed, 1_103_515_245) + 12_345) >>> 16;
+
+/** Serves LARGE, also from somewhere on; the first time it breaks off in the middle. */
+const downloads = (): RequestListener => {
+  let asked = 0;
+  return ({ headers }, answer) => {
+    const from = Number(/^bytes=(\d+)-$/.exec(headers.range ?? "")?.[1] ?? 0), rest = LARGE.subarray(from);
+    const range = { "content-range": `bytes ${from}-${LARGE.length - 1}/${LARGE.length}` };
+    answer.writeHead(from ? 206 : 200, { "content-length": rest.length, etag: '"1"', ...from ? range : {} });
+    if (asked++) answer.end(rest);
+    else answer.write(rest.subarray(0, 5 << 20), () => setTimeout(() => answer.destroy(), 200));
+  };
+};
+
+test("curl resumes a large download that has been broken off", () =>
+  serving(
+    downloads(),
+    (server) =>
+      balancing({ log: "off", default: { servers: [server] } }, ({ port }) =>
+        inFolder(async (folder) => {
+          const args = ["-sS", "-o", "got", `http://127.0.0.1:${port}/large`];
+          await assert.rejects(run("curl", args, folder), /transfer closed|outstanding|Recv failure|18|56/);
+          const first = readFileSync(join(folder, "got")).length;
+          assert.ok(first > 0 && first < LARGE.length, `${first} bytes at first`);
+          await run("curl", ["-C", "-", ...args], folder);
+          assert.equal(sha(readFileSync(join(folder, "got"))), sha(LARGE));
+        })),
+  ));
+
+test("curl uploads a large file, and asks first whether it may (Expect: 100-continue)", () =>
+  serving(async (request, answer) => {
+    const hash = createHash("sha256");
+    for await (const piece of request) hash.update(piece);
+    answer.end(hash.digest("hex"));
+  }, (server) =>
+    balancing({ log: "off", default: { servers: [server] } }, ({ port }) =>
+      inFolder(async (folder) => {
+        writeFileSync(join(folder, "large"), LARGE);
+        const args = ["-sS", "-H", "Expect: 100-continue", "-T", "large", `http://127.0.0.1:${port}/up`];
+        assert.equal(await run("curl", args, folder), sha(LARGE));
+      }))));
+
+test("curl over TLS gets HTTP/2 where the runtime has it, else HTTP/1.1", () =>
+  serving(
+    (request, answer) => answer.end(`${request.headers["x-forwarded-proto"]} ${request.httpVersion}`),
+    (server) =>
+      balancing(
+        {
+          log: "off",
+          listen: { address: "127.0.0.1:0", tls: { cert: "a.pem", key: "a.key" } },
+          default: { servers: [server] },
+        },
+        ({ port }) =>
+          inFolder(async (folder) => {
+            writeFileSync(join(folder, "ca.pem"), CA);
+            const where = ["--resolve", `a.test:${port}:127.0.0.1`, `https://a.test:${port}/`];
+            const args = ["-sS", "--http2", "--cacert", "ca.pem", "-w", " %{http_version}", ...where];
+            const version = runtime() === "bun" ? "1.1" : "2";
+            assert.equal(await run("curl", args, folder), `https 1.1 ${version}`);
+          }),
+        { "a.pem": A, "a.key": KEY },
+      ),
+  ));
+
+test("git clones over HTTP", () =>
+  inFolder((folder) =>
+    serving((request, answer) => {
+      const path = join(folder, new URL(request.url!, "http://a.test").pathname);
+      try {
+        answer.end(readFileSync(path));
+      } catch {
+        answer.writeHead(404).end();
+      }
+    }, (server) =>
+      balancing({ log: "off", default: { servers: [server] } }, async ({ port }) => {
+        const git = (...args: string[]) =>
+          run("git", ["-c", "user.name=t", "-c", "user.email=t@a.test", ...args], folder);
+        await git("init", "-q", "work");
+        for (let i = 0; i < 20; i++) writeFileSync(join(folder, "work", `file${i}`), LARGE.subarray(0, 10_000 * i));
+        await git("-C", "work", "add", ".");
+        await git("-C", "work", "commit", "-qm", "all of it");
+        await git("clone", "-q", "--bare", "work", "bare.git");
+        await git("-C", "bare.git", "update-server-info");
+        await git("clone", "-q", `http://127.0.0.1:${port}/bare.git`, "cloned");
+        assert.equal(await git("-C", "cloned", "rev-parse", "HEAD"), await git("-C", "work", "rev-parse", "HEAD"));
+        assert.deepEqual(readFileSync(join(folder, "cloned", "file19")), readFileSync(join(folder, "work", "file19")));
+      }))
+  ));
+
+/** A port that nobody listens on. */
+async function freePort(): Promise<number> {
+  let port = 0;
+  await serving(() => {}, (address) => Promise.resolve(void (port = Number(address.split(":")[1]))));
+  return port;
+}
+
+test("redis-cli works through tcp", () =>
+  inFolder(async (folder) => {
+    const [redis, front] = [await freePort(), await freePort()];
+    const words = ["--port", `${redis}`, "--bind", "127.0.0.1", "--save", "", "--dir", folder];
+    const server = spawn("redis-server", words, { stdio: "ignore" });
+    try {
+      let up = false;
+      await until("Redis listens", () => {
+        const socket = connect(redis, "127.0.0.1", () => up = socket.destroy() !== undefined);
+        socket.on("error", () => {});
+        return up;
+      });
+      const http = { listen: "127.0.0.1:0", default: { respond: { status: 204 } } };
+      const tcp = [{ listen: `127.0.0.1:${front}`, servers: [`127.0.0.1:${redis}`] }];
+      await balancing({ log: "off", ...http, tcp }, async () => {
+        const cli = (...args: string[]) => run("redis-cli", ["-h", "127.0.0.1", "-p", `${front}`, ...args]);
+        assert.equal((await cli("set", "a", "b")).trim(), "OK");
+        assert.equal((await cli("get", "a")).trim(), "b");
+        assert.equal(
+          (await cli("eval", "redis.call('set', 'large', string.rep('x', 1048576)) return 1", "0")).trim(),
+          "1",
+        );
+        assert.equal((await cli("get", "large")).trim(), "x".repeat(1_048_576));
+        const listener = spawn("redis-cli", ["-h", "127.0.0.1", "-p", `${front}`, "subscribe", "news"]);
+        let heard = "";
+        listener.stdout.on("data", (bytes) => heard += bytes);
+        await until("it listens", () => heard.includes("subscribe"));
+        await cli("publish", "news", "something new");
+        await until("it hears", () => heard.includes("something new"));
+        listener.kill();
+      });
+    } finally {
+      server.kill("SIGKILL");
+    }
+  }));
+
+/** What a page does: a WebSocket says something and hears it again, events of the server come one by one. */
+const PAGE = `<!doctype html><title>-</title><script>
+  const socket = new WebSocket("ws://" + location.host + "/ws"), events = new EventSource("/events"), seen = [];
+  const tell = (text) => { seen.push(text); if (seen.length === 4) document.title = seen.sort().join(" "); };
+  socket.onopen = () => socket.send("hello");
+  socket.onmessage = ({ data }) => { tell("socket:" + data); socket.close(1000); };
+  socket.onclose = ({ code }) => tell("closed:" + code);
+  events.onmessage = ({ data }) => { tell("event:" + data); if (data === "2") events.close(); };
+</script>`;
+
+test("a page in a browser has a WebSocket and server-sent events", async () => {
+  const echoing = await webSocketServer((peer) => {
+    peer.onFrame = ({ opcode, payload }) => {
+      if (opcode === TEXT || opcode === BINARY) peer.send(opcode, payload);
+      else peer.close(1000);
+    };
+  });
+  const browser = await chromium.launch({ executablePath: "/usr/bin/chromium", args: ["--headless", "--no-sandbox"] });
+  try {
+    await serving((request, answer) => {
+      if (request.url !== "/events") return void answer.setHeader("content-type", "text/html").end(PAGE);
+      answer.writeHead(200, { "content-type": "text/event-stream" }).write("data: 1\n\n");
+      setTimeout(() => answer.write("data: 2\n\n"), 300); // and the connection stays
+    }, (server) =>
+      balancing({
+        log: "off",
+        paths: [{ path: "/ws", servers: [echoing.address] }],
+        default: { servers: [server] },
+      }, async ({ port }) => {
+        const page = await browser.newPage();
+        await page.goto(`http://127.0.0.1:${port}/`);
+        await page.waitForFunction("document.title !== '-'", undefined, { timeout: 30_000 });
+        assert.equal(await page.title(), "closed:1000 event:1 event:2 socket:hello");
+      }));
+  } finally {
+    await browser.close();
+    await echoing.close();
+  }
+});
