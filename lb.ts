@@ -1089,9 +1089,9 @@ function masked(value: unknown, show: (text: string, secret: boolean) => unknown
   const secret = SECRET.test(key) && !names && typeof value !== "boolean";
   return secret || typeof value === "string" ? show(String(value), secret) : value;
 }
-/** What is in force, as a routes.yml with the defaults spelt out and secrets as `***`, unless they are to be shown. */
-export const printConfig = ({ source }: Config, hide = true): string => {
-  const shown = masked(source, (text, secret) => secret && hide ? "***" : text.replaceAll("${", () => "$${"));
+/** What is in force, as a routes.yml with the defaults spelt out and secrets as `***`. */
+export const printConfig = ({ source }: Config): string => {
+  const shown = masked(source, (text, secret) => secret ? "***" : text.replaceAll("${", () => "$${"));
   return stringify(unveiled(shown), { lineWidth: 0, aliasDuplicateObjects: false });
 };
 
@@ -8538,7 +8538,7 @@ const WORKER = "lb.ts worker";
 /** What a worker has to know when it starts. All of it can be copied from thread to thread. */
 interface Task {
   role: typeof WORKER; // somebody else's threads may have imported this file
-  config: string; // in force, with nothing hidden
+  config: Raw; // in force, as it is spelt out
   file: string; // its name
   ports: ReadonlyMap<string, number>; // that the first worker was given, by the names of fronts
   speaks: boolean; // for all: it reports what each of them finds
@@ -8548,7 +8548,7 @@ interface Task {
 }
 /** What the main thread says to its workers. */
 type Order =
-  | { kind: "config"; config: string }
+  | { kind: "config"; config: Raw }
   | { kind: "probed"; service: string; url: string; problem: string | undefined }
   | { kind: "told"; service: string; url: string; up: boolean }
   | { kind: "drain"; grace: number };
@@ -8631,7 +8631,7 @@ function showCounts(balancer: Balancer, { services, entrypoints, ...own }: Count
 /** A worker's whole life: it serves, and does what the main thread says. */
 async function work({ config, file, ports, speaks, workers, secret, down }: Task): Promise<void> {
   const say = (word: Word) => parentPort!.postMessage(word);
-  const read = (text: string) => divided(parseConfig(text, {}, file), workers);
+  const read = (source: Raw) => divided(expand(source, "", file), workers);
   let lines: string[] = [];
   const flush = () => (say({ kind: "lines", lines }), lines = []);
   const lb = createLoadBalancer(read(config), {
@@ -8703,7 +8703,7 @@ function passOn(lb: LoadBalancer, workers: Map<Worker, unknown>, show: () => voi
   lb.reload = (config) => {
     reload(config);
     const applied = [...workers.keys()].map((worker) => nextWord(worker, "applied", APPLYING));
-    tell({ kind: "config", config: printConfig(balancer.table.config, false) });
+    tell({ kind: "config", config: balancer.table.config.source });
     show();
     return Promise.all(applied);
   };
@@ -8719,14 +8719,14 @@ function taskOf(
   const down = [...services.values()].flatMap(({ name, servers }) =>
     servers.filter(({ up }) => !up).map(({ url }): [string, string] => [name, url])
   );
-  const known = { config: printConfig(config, false), file: config.file, secret: effects.secret(), down };
+  const known = { config: config.source, file: config.file, secret: effects.secret(), down };
   return { role: WORKER, ...known, ...more };
 }
 
 /** Starts the workers, one after the other, and keeps as many. */
 async function startFleet(lb: LoadBalancer, count: number): Promise<Seats> {
   const { balancer } = lb, { effects } = balancer;
-  const workers = new Map<Worker, Counts | undefined>(), spelled = () => printConfig(balancer.table.config, false);
+  const workers = new Map<Worker, Counts | undefined>();
   const tell = (order: Order) => workers.forEach((_, worker) => worker.postMessage(order));
   let [id, speaker, gone]: [number, number, Counts | undefined] = [0, 0, undefined];
   let ports = new Map<string, number>();
@@ -8761,7 +8761,8 @@ async function startFleet(lb: LoadBalancer, count: number): Promise<Seats> {
     if (!heard) throw new StartError(failed);
     workers.set(worker, undefined);
     balancer.workers.set(own, { since: effects.date(), end: () => void worker.terminate() });
-    worker.postMessage({ kind: "config", config: spelled() } satisfies Order); // it may have changed meanwhile
+    const { source } = balancer.table.config; // it may have changed meanwhile
+    worker.postMessage({ kind: "config", config: source } satisfies Order);
     return heard.opened;
   };
   const replace = (reason: string) => {

@@ -141,6 +141,24 @@ test("a worker that ends is replaced, and the other serves on", () =>
     assert.equal(new Set(await met(port, 60)).size, 2);
   }));
 
+test("workers serve a file that is far larger once it is spelt out, and a reload of it", async () => {
+  const service = { servers: ["127.0.0.1:1"], health: "off" };
+  const services = Object.fromEntries(Array.from({ length: 2_000 }, (_, i) => [`s${i}`, service]));
+  const config = (body: string) => ({ log: "off", services, default: { respond: { body } } });
+  const lb = await startProgram(config("one"), ["--workers", "2"]);
+  try {
+    assert.equal((await ask(lb.port)).body.toString(), "one");
+    await lb.reload(config("two"));
+    let row = 0;
+    for (let asked = 0; row < 20; asked++) {
+      row = (await ask(lb.port)).body.toString() === "two" ? row + 1 : 0;
+      assert.ok(asked < 1_000, "both have the other one");
+    }
+  } finally {
+    await lb.stop();
+  }
+});
+
 test("the port is nobody else's, though workers share it", async () => {
   const server = await scriptedServer(named);
   const lb = await startProgram({ default: { servers: [server.address] } }, ["--workers", "2"]);
