@@ -5458,7 +5458,10 @@ function pump(relay: Relay, from: Socket, to: Socket, counted: "received" | "byt
     from.resume();
   });
   from.on("end", () => to.end());
-  from.on("close", () => from.readableEnded || breakOff(to));
+  from.on("close", () => {
+    if (!from.readableEnded) breakOff(to);
+    else if (!from.writableFinished) to.destroySoon(); // once it has all that was sent before that
+  });
 }
 
 /** Resolves when nothing has passed for the time that the service allows. */
@@ -8761,8 +8764,7 @@ async function startFleet(lb: LoadBalancer, count: number): Promise<Seats> {
     if (!heard) throw new StartError(failed);
     workers.set(worker, undefined);
     balancer.workers.set(own, { since: effects.date(), end: () => void worker.terminate() });
-    const { source } = balancer.table.config; // it may have changed meanwhile
-    worker.postMessage({ kind: "config", config: source } satisfies Order);
+    worker.postMessage({ kind: "config", config: balancer.table.config.source } satisfies Order); // it may be another
     return heard.opened;
   };
   const replace = (reason: string) => {
@@ -8836,7 +8838,7 @@ async function demo(): Promise<string> {
 /** Runs until a signal ends it. */
 async function run(call: Call): Promise<void> {
   const text = call.options.demo ? await demo() : undefined;
-  let seen = fileStamp(call.file); // before it is read, so that no change after that is missed
+  let inForce = fileStamp(call.file), seen = inForce; // before it is read, so that no change after that is missed
   const config = load(call, text);
   const lb = createLoadBalancer(config, { write: lineWriter(defaultEffects().report) });
   const { effects } = lb.balancer;
@@ -8852,7 +8854,8 @@ async function run(call: Call): Promise<void> {
   if (text === undefined) {
     process.on("SIGHUP", reload);
     setInterval(() => {
-      if (seen !== (seen = fileStamp(call.file)) && !isInForce(call.file, lb)) reload();
+      const still = seen === (seen = fileStamp(call.file)); // nobody is still writing it
+      if (still && inForce !== (inForce = seen) && !isInForce(call.file, lb)) reload();
     }, WATCH_TICK);
   }
   process.stderr.on("error", () => {}); // nobody reads it any more: reporting that would go round in circles

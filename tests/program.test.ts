@@ -408,6 +408,25 @@ test("a changed file is put in force by itself, written in place or replaced as 
       }),
   ));
 
+test("a file that is still being written is not read before it stands still", () =>
+  through(saying("hello"), {}, async (lb, server) => {
+    const whole = text(over([server]));
+    for (let longest = Infinity; longest > 300;) { // what took longer may have looked like the end
+      longest = 0;
+      const before = complaints(lb);
+      for (let i = 0, last = Date.now(); i < 15; i++) {
+        writeFileSync(lb.file, `services: [${" ".repeat(i)}`);
+        await sleep(100);
+        longest = Math.max(longest, Date.now() - last);
+        last = Date.now();
+      }
+      const read = reloads(lb);
+      writeFileSync(lb.file, `${whole}\n# another`);
+      await until("the whole file is in force", () => reloads(lb) > read, 20_000);
+      if (longest <= 300) assert.equal(complaints(lb), before, "nobody has read a part of it");
+    }
+  }));
+
 test("SIGHUP reads the file again", () =>
   through(saying("hello"), {}, async (lb) => {
     for (let i = 1; i <= 3; i++) {

@@ -203,6 +203,25 @@ test("a connection that breaks never looks like one that has ended, on either si
   await server.close();
 });
 
+test("a client that has sent all and then breaks off is not kept for the server, nor the server for it", async () => {
+  const endless = ({ socket }: End) => {
+    const saying = setInterval(() => socket.write("still here"), 20);
+    socket.on("close", () => clearInterval(saying));
+  };
+  const server = await backend("", endless);
+  await running([{ servers: [server.address] }], async (lb, [port]) => {
+    const client = await visit(port!);
+    client.socket.end("all");
+    await says(client, "still here");
+    await until("the server has it all", () => server.visits[0]!.ended);
+    client.socket.resetAndDestroy();
+    await over(server.visits[0]!);
+    assert.equal(text(server.visits[0]!), "all");
+    await until("it is logged", () => / 499 \d+ /.test(lb.output()));
+  });
+  await server.close();
+});
+
 // ─── Which server ───
 
 test("each connection goes to the server that the strategy chooses, and keeps it", async () => {
