@@ -30,10 +30,11 @@ interface Held {
 }
 let held: Held[] = [];
 let servers: ScriptedServer[] = [];
+let turns = 0;
 let program: Program;
 let config: Record<string, unknown>;
 
-/** What a request says about this server: /?a=503 a status, /?a=80ms to be slow, /?a=hold to wait for the test. */
+/** What a request says about this server: /?a=503 a status, /?a=80ms to be slow, /?a=hold to wait for the test, and so on. */
 const manner = (path: string, name: Name) => {
   const query = new URLSearchParams(path.split("?")[1]);
   return query.get(name) ?? query.get("all") ?? "";
@@ -44,6 +45,9 @@ const serverOf = (name: Name) =>
     const asked = manner(target(request), name);
     if (asked === "hold") return void held.push({ name, visit });
     if (asked.endsWith("ms")) return visit.send(parseInt(asked), answer(name));
+    if (asked === "busy") return visit.send(answer(name, "Retry-After: 60\r\n", "503 Busy"));
+    if (asked === "half" && turns++ % 2) return visit.send(answer(name));
+    if (asked === "half") return visit.send(answer(name, "", "500 Said so"));
     return await visit.send(answer(name, "", asked ? `${asked} Said so` : "200 OK"));
   });
 
@@ -55,6 +59,7 @@ before(async () => {
   const secret = "for the tests of decisions alone, not for anything else";
   config = {
     log: "off",
+    admin: { listen: "127.0.0.1:0" },
     trust: ["127.0.0.1"],
     name_routes: true,
     defaults: { health: "off", eject: "off", retries: 0 },
@@ -79,12 +84,24 @@ before(async () => {
       retried: { servers: two, strategy: "first", retries: 1, retry_on: [500] },
       budget: { servers: all, retries: 3 },
       ejected: { servers: two, retries: 0, eject: { failures: 3, for: "3s", slow: "off", at_most: "50%" } },
+      "by-path": { ...plain, strategy: { hash: { path: true } } },
+      "by-client": { ...plain, strategy: { hash: { client: true } } },
+      paused: { servers: all, eject: { failures: 1000, for: "1h", slow: "off" } },
+      slow: { servers: all, eject: { failures: 1000, for: "1h", slow: 3 } },
+      unreliable: { servers: all, eject: { failures: 1000, for: "1h", slow: "off" } },
+      capped: { servers: all, eject: { failures: 1, for: "1h", slow: "off", at_most: "50%" } },
+      panicking: { servers: all, panic: "60%", eject: { failures: 1, for: "1h", slow: "off", at_most: "75%" } },
+      starting: { servers: two, slow_start: "1h", eject: { failures: 1, for: "1s", slow: "off" } },
+      hedged: { servers: two, strategy: "first", hedge: "p95" },
+      auto: { servers: two, max_in_flight: "auto" },
       others: { servers: all.slice(2) },
       never: { servers: two.slice(1) },
       backed: { servers: [two[0], { url: two[1], backup: true }], eject: { failures: 2, for: "1h", at_most: "100%" } },
     },
     routes: [
       { name: "split", path: "/split", split: { first: 3, never: 0, others: 1 } },
+      { name: "copied", path: "/copied", service: "first", mirror: { service: "others", percent: 50 } },
+      { name: "rated", path: "/rated", service: "first", rate: { requests: 1, per: "1h", burst: 3 } },
     ],
   };
   program = await startProgram(config);
@@ -166,6 +183,8 @@ const KEYS: [service: string, path: (key: number) => string, headers: (key: numb
   ["ip-hash", () => "/ip-hash/", (key) => `X-Forwarded-For: 192.0.2.${key}\r\n`],
   ["by-header", () => "/by-header/", (key) => `K: ${key}\r\n`],
   ["by-cookie", () => "/by-cookie/", (key) => `Cookie: other=1; k=${key}\r\n`],
+  ["by-path", (key) => `/by-path/${key}`, () => ""],
+  ["by-client", () => "/by-client/", (key) => `X-Forwarded-For: 192.0.2.${key}\r\n`],
   ["by-query", (key) => `/by-query/?k=${key}`, () => ""],
 ];
 for (const [service, path, headers] of KEYS) {
@@ -239,4 +258,96 @@ test("split: each service gets its share, and one with 0 nothing", async () => {
   assert.ok(got.a >= 65 && got.a <= 113, JSON.stringify(got)); // 90, five standard deviations around
   assert.equal(got.b, 0);
   assert.ok(got.c > 0 && got.d > 0);
+});
+
+test("a server that says Retry-After is left alone for that long", async () => {
+  for (let i = 0; i < 4; i++) await ask("/paused/?a=busy");
+  const got = await shares(9, "/paused/");
+  assert.deepEqual(got, { a: 0, b: 3, c: 3, d: 3 });
+});
+
+/** Asks, eight at a time, until the program says so. */
+async function askUntil(said: RegExp, path: string) {
+  for (let i = 0; i < 300 && !said.test(program.output()); i++) {
+    await Promise.all(Array.from({ length: 8 }, () => ask(path)));
+  }
+  assert.match(program.output(), said);
+}
+
+test("a server that is much slower than the others is left out, although all its answers are good", async () => {
+  await askUntil(/slow: 127\.0\.0\.1:\d+ .*because it takes \d+ ms/, "/slow/?a=400ms");
+  assert.equal((await shares(8, "/slow/")).a, 0);
+});
+
+test("a server that fails much more often than the others is left out, although never often in a row", async () => {
+  await askUntil(/unreliable: 127\.0\.0\.1:\d+ .*because \d+ % of its answers fail/, "/unreliable/?a=half");
+  assert.equal((await shares(8, "/unreliable/")).a, 0);
+});
+
+test("at_most: no more than that share of the servers is left out, however many fail", async () => {
+  const got = await shares(12, "/capped/?a=503&b=503&c=503");
+  assert.deepEqual(Object.values(got).sort(), [1, 1, 5, 5], JSON.stringify(got));
+  assert.equal(got.d, 5);
+});
+
+test("panic: where too few are left all are asked", async () => {
+  await shares(8, "/panicking/?a=503&b=503");
+  const got = await shares(8, "/panicking/");
+  for (const name of NAMES) assert.ok(got[name] > 0, JSON.stringify(got));
+});
+
+/** Asks until this server answers. */
+async function askFor(name: Name, path: string) {
+  for (const end = Date.now() + 20_000; Date.now() < end;) if ((await ask(path)).name === name) return;
+  assert.fail(`${name} is not asked again`);
+}
+
+test("slow_start: a server that comes back gets a small part of its share at first", async () => {
+  await shares(2, "/starting/?a=503");
+  await askFor("a", "/starting/");
+  const { a } = await shares(44, "/starting/");
+  assert.ok(a >= 2 && a <= 7, `${a} of 44, where a tenth of the weight makes 4`);
+});
+
+test("hedge: who waits too long is answered by another server, the first attempt ends, and both are counted", async () => {
+  for (let i = 0; i < 15; i++) await Promise.all(Array.from({ length: 10 }, () => ask("/hedged/")));
+  held = [];
+  const { name, status } = await ask("/hedged/?a=hold");
+  assert.deepEqual([status, name], [200, "b"]);
+  await until("the first attempt is given up", () => held.length === 1 && held[0]!.visit.over);
+  const { answers: [metrics] } = await rawRequest(program.admin, get("/metrics", "", "127.0.0.1"));
+  const counted = /^lb_service_hedges_total\{service="hedged",answered="second"\} [1-9]/m;
+  assert.match(metrics!.body.toString(), counted);
+});
+
+test("max_in_flight: auto gives a server of which nothing is known eight requests, and the others wait their turn", async () => {
+  held = [];
+  const all = Array.from({ length: 20 }, () => ask("/auto/?all=hold"));
+  await until("both are full", () => held.length === 16);
+  await ask("/first/");
+  assert.equal(held.length, 16);
+  for (let i = 0; i < 20; i++) {
+    const { name, visit } = await until("one more is asked", () => held[i]);
+    await visit.send(answer(name));
+  }
+  for (const one of await Promise.all(all)) assert.equal(one.status, 200);
+});
+
+test("mirror: so many percent of the requests are copied, and the client hears the first service alone", async () => {
+  const copies = () => servers[2]!.requests.length + servers[3]!.requests.length, before = copies();
+  assert.equal((await shares(100, "/copied")).a, 100);
+  await until("copies arrive", () => copies() - before >= 25); // 50, five standard deviations around
+  assert.ok(copies() - before <= 75, `${copies() - before} of 100`);
+});
+
+test("rate: so many at once as burst says, and the answers count them down", async () => {
+  for (const left of [2, 1, 0]) {
+    const { status, one } = await ask("/rated");
+    assert.equal(status, 200);
+    assert.match(value(one, "ratelimit"), new RegExp(`^"default";r=${left};t=\\d+$`));
+    assert.equal(value(one, "ratelimit-policy"), '"default";q=1;w=3600');
+  }
+  const { status, one } = await ask("/rated");
+  assert.deepEqual([status, value(one, "x-lb-failure")], [429, "rate"]);
+  assert.match(value(one, "retry-after"), /^3[56]\d\d$/);
 });
