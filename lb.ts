@@ -64,7 +64,6 @@ import {
   closeSync,
   existsSync,
   fsync,
-  linkSync,
   openSync,
   readFileSync,
   realpathSync,
@@ -96,16 +95,13 @@ import { isMainThread, parentPort, Worker, workerData } from "node:worker_thread
 import { toJsonSchema } from "@valibot/to-json-schema";
 import { closest, distance } from "fastest-levenshtein";
 import { type Context, Hono, type MiddlewareHandler } from "hono";
-import { bearerAuth } from "hono/bearer-auth";
 import { bodyLimit } from "hono/body-limit";
 import { compress } from "hono/compress";
 import { cors } from "hono/cors";
-import { HTTPException } from "hono/http-exception";
 import { html, raw } from "hono/html";
 import { methodNotAllowed } from "hono/method-not-allowed";
 import { NONCE, secureHeaders } from "hono/secure-headers";
 import { streamSSE } from "hono/streaming";
-import { timingSafeEqual } from "hono/utils/buffer";
 import { parse as parseCookie } from "hono/utils/cookie";
 import ipaddr from "ipaddr.js";
 import { RE2JS, type RE2JSSyntaxException } from "re2js";
@@ -2464,6 +2460,7 @@ const untimed = { startedAt: 0, connectedAt: 0, headAt: 0, uploaded: 0 };
 /** What an operator says of a server. It holds until probes say otherwise. */
 function onTold(service: Service, server: Server, up: boolean, effects: Effects): void {
   effects.told(service, server, up);
+  if (server.up !== up || up && server.until > 0) server.since = effects.now();
   Object.assign(server, { up, passes: 0, fails: 0, failures: 0 }, up && { until: 0, ejections: 0 });
   service.candidatesUntil = 0;
 }
@@ -6644,8 +6641,9 @@ async function writeBeside(
   const file = openSync(fresh, "wx", 0o600); // nobody reads along; then as open as the other one
   try {
     writeFileSync(file, text);
+    const own = statSync(fresh);
+    if (uid >= 0 && (own.uid !== uid || own.gid !== gid)) chownSync(fresh, uid, gid);
     chmodSync(fresh, mode & 0o777);
-    if (statSync(fresh).uid !== uid && uid >= 0) chownSync(fresh, uid, gid);
     await fsyncLater(file);
   } finally {
     closeSync(file);
@@ -6659,6 +6657,7 @@ async function writeBeside(
  */
 export async function saveFile(file: string, before: string, text: string): Promise<void> {
   const isThere = existsSync(file), path = isThere ? realpathSync(file) : file; // a link stays one
+  const bak = `${path}.bak`;
   const check = () => {
     if (!isThere || readFileSync(path, "utf8") === before) return;
     throw new SaveError(
@@ -6668,15 +6667,18 @@ export async function saveFile(file: string, before: string, text: string): Prom
   };
   try {
     check();
-    const fresh = await writeBeside(path, text, isThere ? statSync(path) : { mode: 0o600, uid: -1, gid: -1 });
+    const like = isThere ? statSync(path) : { mode: 0o600, uid: -1, gid: -1 },
+      fresh = await writeBeside(path, text, like);
+    const kept = isThere && await writeBeside(bak, before, like); // no link: not every file system has them
     check();
-    rmSync(`${path}.bak`, { force: true });
-    if (isThere) linkSync(path, `${path}.bak`);
+    if (kept) renameSync(kept, bak);
     renameSync(fresh, path);
   } catch (error) {
-    try {
-      rmSync(`${path}.new`, { force: true });
-    } catch { /* what is in the way is not ours */ }
+    for (const name of [path, bak]) {
+      try {
+        rmSync(`${name}.new`, { force: true });
+      } catch { /* what is in the way is not ours */ }
+    }
     if (error instanceof SaveError) throw error;
     throw new SaveError(500, `${path} cannot be written: ${(error as Error).message}`);
   }
@@ -6737,17 +6739,18 @@ function serviceView(service: Service, now: number) {
   const candidates = candidatesOf(service, now), asked = new Set(candidates);
   const sum = candidates.reduce((sum, server) => sum + server.effective, 0);
   const share = (server: Server) => asked.has(server) ? server.effective / sum : 0; // of what may be asked
+  const counters = countersView(totalOf(service.tallies));
   return {
     name: service.name,
     strategy: service.config.strategy.name,
     panicking: service.panicking,
     askable: candidates.length, // servers
-    requests: service.turn,
+    requests: counters.requests, // that have been answered
     in_flight: service.inFlight,
     waiting: service.waiting.size,
     retrying: service.retrying,
     retries: service.retries,
-    counters: countersView(totalOf(service.tallies)),
+    counters,
     servers: service.servers.map((server) => ({ ...serverView(server, now), share: share(server) })),
   };
 }
@@ -6852,6 +6855,13 @@ function explainService({ service: found, weight }: Destination, exchange: Excha
 
 /** Which route a request would take, or why it takes none; which services and servers; and who would take it. */
 function explain(balancer: Balancer, method: string, url: string) {
+  const { username, password } = new URL(url);
+  if (username || password) {
+    throw invalid([{ path: "url", message: "it has a user name or a password, which no request has there" }]);
+  }
+  if (!METHOD.test(method) || REFUSED_METHODS.has(method)) {
+    throw invalid([{ path: "method", message: `${quote(method)} is not a method that can be forwarded` }]);
+  }
   const effects = { ...balancer.effects, random: Math.random };
   const request = new Request(url, { method, headers: { host: new URL(url).host } });
   const from = { address: "127.0.0.1", scheme: new URL(url).protocol.slice(0, -1), headers: [] };
@@ -6879,7 +6889,12 @@ function explain(balancer: Balancer, method: string, url: string) {
 const written = new WeakMap<Config, Raw>();
 /** The file in force as it is written: variables stay `${NAME}`. */
 const writtenOf = (config: Config): Raw => entry(written, config, () => record(readAsWritten(config.text, "")));
-const at = (raw: unknown, path: Keys): unknown => path.reduce((value, key) => (value as Raw | undefined)?.[key], raw);
+/** What stands at a place; what every object inherits (`toString`) does not. */
+const at = (raw: unknown, path: Keys): unknown =>
+  path.reduce(
+    (value, key) => value instanceof Object && Object.hasOwn(value, key) ? (value as Raw)[key] : undefined,
+    raw,
+  );
 /** Puts a value in its place; undefined takes it away. */
 function put(raw: Raw, path: Keys, value: unknown): void {
   const above = path.slice(0, -1), last = path.at(-1)!;
@@ -6955,7 +6970,7 @@ function changesOf(lb: LoadBalancer, parse: Parse, file?: string): Change {
       throw new Refused(412, "it has changed in the meantime");
     }
     const text = edit(after, config) ?? rewrite(config.text, after, before), next = parse(text);
-    if (text === config.text) return;
+    if (text === config.text && !balancer.reloadFailed) return;
     if (file) await saveFile(file, config.text, text);
     await lb.reload(next);
     reportChange(context, balancer.effects, differences(before, writtenOf(next)));
@@ -7020,7 +7035,8 @@ const starsIn = (value: unknown, path: Keys): Keys[] => {
 
 /** The body of a request, as it is written. */
 async function bodyOf({ req }: AdminContext): Promise<{ value: unknown; text: string; kind: "json" | "yaml" }> {
-  const type = lower((req.header("content-type") ?? "").split(";")[0]!.trim()), kind = BODIES[type];
+  const type = lower((req.header("content-type") ?? "").split(";")[0]!.trim()),
+    kind = at(BODIES, [type]) as "json" | "yaml" | undefined;
   if (!kind) throw new Refused(415, `${quote(type)} is neither JSON nor YAML`);
   const text = await req.text();
   if (text.trim() === "") throw new Refused(400, "this needs a body");
@@ -7174,15 +7190,17 @@ async function deleteServer(asked: Asked): Promise<Response> {
 
 /** Adds a server; which one it is shows when the file has been read. */
 async function postServer(asked: Asked): Promise<Response> {
-  const { value } = await bodyOf(asked.context), { servers } = serviceOf(asked);
+  const { value } = await bodyOf(asked.context);
+  let url: string | undefined;
   await asked.change(asked.context, (raw, config) => {
     const name = nameOf(asked, config), { place, listed, now } = listOf(raw, config, name);
     put(raw, place, [...listed, value]);
     const text = rewrite(config.text, raw), distinct = new Set(now.map((one) => one.url));
-    if (asked.parse(text).services.get(name)!.servers.length > distinct.size) return text;
+    url = asked.parse(text).services.get(name)!.servers.find((one) => !distinct.has(one.url))?.url;
+    if (url !== undefined) return text;
     throw new Refused(409, `${name} has this server already`);
   }, versionOf(asked));
-  const added = serviceOf(asked).servers.find((one) => !servers.includes(one));
+  const added = serviceOf(asked).servers.find((one) => one.url === url);
   return added ? answerServer(asked, added, 201) : answerService(asked);
 }
 
@@ -7340,9 +7358,6 @@ const OPERATIONS: Record<string, Operation> = {
       const url = req.query("url") ?? "", method = req.query("method") ?? "GET";
       if (!/^https?:/.test(url) || !URL.canParse(url)) {
         throw invalid([{ path: "url", message: `${quote(url)} is not a URL such as http://host/path` }]);
-      }
-      if (!METHOD.test(method) || REFUSED_METHODS.has(method)) {
-        throw invalid([{ path: "method", message: `${quote(method)} is not a method` }]);
       }
       return jsonOf(explain(lb.balancer, method, url));
     },
@@ -7550,6 +7565,10 @@ function docsPage(nonce: string) {
   `;
 }
 
+/** What a page says to browsers. Whether this host is to be asked over TLS only is not for one of its ports to say. */
+const secured = (contentSecurityPolicy: Record<string, (string | typeof NONCE)[]>) =>
+  secureHeaders({ contentSecurityPolicy, strictTransportSecurity: false });
+
 /** The description as a page and for machines. There is nothing in it that depends on the config. */
 function docs(): Hono<AdminEnv> {
   const app = new Hono<AdminEnv>();
@@ -7557,7 +7576,7 @@ function docs(): Hono<AdminEnv> {
   app.get("/openapi.json", () => jsonOf(openApi()));
   app.get(
     "/docs",
-    secureHeaders({ contentSecurityPolicy: policy, strictTransportSecurity: false }),
+    secured(policy),
     (context) => context.html(docsPage(context.get("secureHeadersNonce") ?? "")),
   );
   return app;
@@ -8037,7 +8056,7 @@ export function dashboard(look: () => Snapshot | Promise<Snapshot>, gate: Gateke
   if (here !== "edge") setInterval(remember, POINTS.every).unref(); // for those who look when something has happened
   app.get(
     "/",
-    secureHeaders({ contentSecurityPolicy: POLICY }),
+    secured(POLICY),
     (context) => context.html(page(context.get("secureHeadersNonce") ?? "")),
   );
   app.get("/events", gate, (context) =>
@@ -8091,55 +8110,50 @@ const sameSite = (hosts: string[], tokens: () => Tokens): Gatekeeper => async ({
   await next();
 };
 
-const TRIES = 5; // wrong tokens from one peer until it has to wait: a second, two, four, ... and a minute at most
+const TRIES = 5; // wrong tokens from one network until it has to wait: a second, two, four, ... and a minute at most
 const MOST_PEERS = 1_000; // that are remembered for their wrong tokens
+const BEARER_HEADER = /^Bearer +([\w.~+/-]+=*) *$/i; // RFC 6750 section 2.1
 
 /** Asks for a token where there is one; the read token opens GET alone. Who tries wrong ones has to wait. */
 function bearer({ effects }: Balancer, tokens: () => Tokens): Gatekeeper {
   const wrong = new Map<string, { count: number; until: number }>();
-  const isWrong = (peer: string) => {
-    const count = (wrong.get(peer)?.count ?? 0) + 1, wait = count < TRIES ? 0 : Math.min(60, 2 ** (count - TRIES));
+  const isWrong = (peer: string, network: string) => {
+    const count = (wrong.get(network)?.count ?? 0) + 1, wait = count < TRIES ? 0 : Math.min(60, 2 ** (count - TRIES));
+    wrong.delete(network); // so that the first is the one that has been quiet for longest
     if (wrong.size >= MOST_PEERS) wrong.delete(wrong.keys().next().value!);
-    wrong.set(peer, { count, until: effects.now() + wait * 1_000 });
+    wrong.set(network, { count, until: effects.now() + wait * 1_000 });
     if (wait) effects.report("warn", `admin: ${peer}: wrong tokens in a row: ${count}`);
   };
-  const verify = bearerAuth<AdminEnv>({
-    async verifyToken(given, { set, get }) {
-      const { token = "", read_token = "" } = tokens();
-      const [all, read] = await Promise.all([token, read_token].map((known) => timingSafeEqual(known, given)));
-      if (!all && !read) isWrong(get("peer"));
-      else wrong.delete(get("peer"));
-      set("shown", all ? "token" : "read token");
-      return !!all || !!read;
-    },
-  });
-  return async (context, next) => {
-    const { req, get, set, env } = context, peer = effects.client(req.raw, env).address;
+  const signed = (text: string) => effects.sign(effects.secret(), text); // so that time tells nothing
+  return async ({ req, set, env }, next) => {
+    const peer = effects.client(req.raw, env).address, network = clientNetwork(peer), { token, read_token } = tokens();
     set("peer", peer);
     set("shown", "");
-    if (!tokens().token) return await next();
-    const wait = Math.ceil(((wrong.get(peer)?.until ?? 0) - effects.now()) / 1_000);
+    if (!token) return await next();
+    const wait = Math.ceil(((wrong.get(network)?.until ?? 0) - effects.now()) / 1_000);
     if (wait > 0) return problem(429, "too many wrong tokens", { "retry-after": `${wait}` });
-    let answer: Response | undefined;
-    await verify(context, async () => {
-      const looks = req.method === "GET" || req.method === "HEAD";
-      if (looks || get("shown") === "token") await next();
-      else answer = problem(403, "the read token may only look");
-    });
-    return answer;
+    const header = req.header("authorization"), given = BEARER_HEADER.exec(header ?? "")?.[1];
+    if (header && !given) {
+      const why = { "www-authenticate": 'Bearer error="invalid_request"' };
+      return problem(400, "Authorization is not a bearer token", why);
+    }
+    // From the look at the count to here nothing is waited for: of guesses that come at once each is counted.
+    const isShown = (known?: string) => !!known && !!given && signed(known) === signed(given);
+    const shown = isShown(token) ? "token" : isShown(read_token) ? "read token" : "";
+    if (!shown) {
+      if (given) isWrong(peer, network);
+      const why = { "www-authenticate": given ? 'Bearer error="invalid_token"' : "Bearer" };
+      return problem(401, "the right bearer token is needed", why);
+    }
+    wrong.delete(network);
+    set("shown", shown);
+    if (shown === "token" || req.method === "GET" || req.method === "HEAD") return await next();
+    return problem(403, "the read token may only look");
   };
 }
 
-const AUTHENTICATE: Record<number, string> = {
-  400: "Authorization is not a bearer token",
-  401: "the right bearer token is needed",
-};
 /** What is thrown to say no, as a problem. A config that nothing would be left of is a conflict, and no bad request. */
 function refused(error: Error, method: string): Response | undefined {
-  if (error instanceof HTTPException) { // bearer-auth's
-    const header = error.getResponse().headers.get("www-authenticate") ?? "Bearer";
-    return problem(error.status, AUTHENTICATE[error.status] ?? error.message, { "www-authenticate": header });
-  }
   if (error instanceof Refused) {
     return problem(error.status, error.message, {}, error.mistakes && { mistakes: error.mistakes });
   }
@@ -8171,7 +8185,7 @@ export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<
     app,
     onMethodNotAllowed: ({ req }, allowed) => problem(405, `${req.method} ${req.path}`, { allow: allowed.join(", ") }),
   }));
-  app.use(sameSite(hosts, tokens));
+  app.use(sameSite(hosts.map((host) => hostName(host)), tokens));
 
   const offer = (open: boolean) => {
     for (const [name, operation] of Object.entries(OPERATIONS)) {
@@ -8940,7 +8954,7 @@ async function main(args: string[], env: Call["env"]): Promise<number | undefine
     if (options.explain !== undefined) return print(explained(load(call), options.explain));
     await run(call);
   } catch (error) {
-    if (![UsageError, ConfigError, StartError].some((known) => error instanceof known)) throw error;
+    if (![UsageError, ConfigError, StartError, Refused].some((known) => error instanceof known)) throw error;
     console.error((error as Error).message);
     if (error instanceof UsageError) console.error("lb.ts --help lists the options");
     return error instanceof UsageError ? 2 : 1;

@@ -90,16 +90,18 @@ test("without a token it answers on loopback, and says which services and server
     assert.equal((await ask(lb, "GET /health/ready")).json.status, "ready");
   }));
 
-test("beyond loopback it does not start without a token, and says so", () => {
+/** What a call of the program comes to. */
+function called(...args: string[]) {
   const entry = fileURLToPath(new URL("../lb.ts", import.meta.url));
-  const run = [...runtime() === "deno" ? ["run", "-A"] : [], entry, "--demo", "-p", "0", "--admin"];
+  const run = [...runtime() === "deno" ? ["run", "-A"] : [], entry, ...args];
+  return spawnSync(process.execPath, run, { encoding: "utf8", timeout: 60_000 });
+}
+
+test("beyond loopback it does not start without a token, and says so", () => {
   for (
     const [address, said] of [["0.0.0.0:0", /--admin.*needs a token, as it listens beyond loopback/], ["x:y", /"x:y"/]]
   ) {
-    const { status, stderr } = spawnSync(process.execPath, [...run, address as string], {
-      encoding: "utf8",
-      timeout: 60_000,
-    });
+    const { status, stderr } = called("--demo", "-p", "0", "--admin", address as string);
     assert.equal(status, 2, stderr);
     assert.match(stderr, said as RegExp);
   }
@@ -144,6 +146,33 @@ test("wrong tokens are slowed: 429 with Retry-After, for the right one too, unti
       return open;
     }, 20_000);
   }));
+
+test("wrong tokens that come at once are each counted, for a whole IPv6 network, and nobody else's tries lift that", async () => {
+  let client = "2001:db8::1";
+  const lb = createLoadBalancer(parseConfig(`${SHOP}admin: { token: ${TOKEN} }\n`), {
+    report: () => {},
+    now: () => 0,
+    client: () => ({ address: client, scheme: "http", headers: [] }),
+  });
+  const admin = createAdmin(lb);
+  const asked = async (token: string) => {
+    const headers = { host: "127.0.0.1", ...bearer(token) };
+    return (await admin.fetch(new Request("http://127.0.0.1/services", { headers }))).status;
+  };
+  const codes = await Promise.all(Array.from({ length: 20 }, (_, i) => asked(`wrong-token-${i}`)));
+  assert.deepEqual(codes.map((code) => code === 401), codes.map((_, i) => i < 5));
+  client = "2001:db8::2";
+  assert.equal(await asked(TOKEN), 429);
+  client = "2001:db8:0:1::1";
+  assert.equal(await asked(TOKEN), 200);
+  for (let i = 0; i < 999; i++) { // as many as are remembered
+    client = `10.0.${i >> 8}.${i & 255}`;
+    assert.equal(await asked("wrong-token"), 401);
+  }
+  assert.equal(await asked("wrong-token"), 401);
+  client = "2001:db8::3";
+  assert.equal(await asked(TOKEN), 429);
+});
 
 test("hosts and sites other than its own are refused: no DNS rebinding, no cross-site request", () =>
   running(SHOP, async (lb) => {
@@ -798,10 +827,100 @@ test("the API describes itself, without a token and without a request to anybody
 
 // ─── As a library ───
 
+test("/explain refuses what no client can ask for, with a sentence; --explain too", () =>
+  running(SHOP, async (lb) => {
+    for (
+      const [query, why] of [["url=http://u:p@x/", /user name/], ["url=http://x/&method=CONNECT", /method/]] as const
+    ) {
+      const refused = await ask(lb, `GET /explain?${query}`);
+      assert.equal(refused.status, 400);
+      assert.match(refused.json.detail, why);
+    }
+    for (
+      const [request, why] of [["TRACE http://x/", /"TRACE" is not a method/], ["http://u:p@x/", /user name/]] as const
+    ) {
+      const { status, stderr } = called("--explain", request, lb.file);
+      assert.equal(status, 1, stderr);
+      assert.match(stderr, why);
+      assert.ok(!stderr.includes("    at "), stderr);
+    }
+  }));
+
+test("servers that are added at once are each answered with their own", () =>
+  running(SHOP, async (lb) => {
+    const urls = Array.from({ length: 6 }, (_, i) => `127.0.0.1:${i + 10}`);
+    const added = await Promise.all(urls.map((url) => ask(lb, "POST /services/shop/servers", { url })));
+    assert.deepEqual(added.map(({ status, json }) => [status, json.name]), urls.map((url) => [201, url]));
+  }));
+
+test("a service may have a name that every object has a property of", () =>
+  running(SHOP, async (lb) => {
+    for (const name of ["toString", "constructor", "__proto__", "hasOwnProperty"]) {
+      const made = await ask(lb, `POST /services/${name}`, { servers: ["127.0.0.1:1"] });
+      assert.deepEqual([made.status, made.json.name], [201, name], made.text);
+      assert.equal((await ask(lb, `PATCH /services/${name}`, { retries: 2 })).status, 200);
+    }
+    const type = { "content-type": "constructor" };
+    assert.equal((await ask(lb, "POST /services/other", '{"servers":["127.0.0.1:1"]}', type)).status, 415);
+  }));
+
+test("health that is set by hand counts from then", async () => {
+  let now = 1_000;
+  const lb = createLoadBalancer(parseConfig(SHOP), { report: () => {}, now: () => now });
+  const admin = createAdmin(lb);
+  const headers = { host: "127.0.0.1", "content-type": "application/json" };
+  const asked = async (path: string, init?: RequestInit) =>
+    (await admin.fetch(new Request(`http://127.0.0.1${path}`, { ...init, headers }))).json();
+  now += 60_000;
+  const told = await asked("/services/shop/servers/127.0.0.1:1/health", { method: "PUT", body: '{"health":"down"}' });
+  assert.deepEqual([told.status, told.status_for], ["down", 0]);
+});
+
+test("while the file is broken, writing what is in force is a conflict, and not done", () =>
+  running(SHOP, async (lb) => {
+    const before = file(lb);
+    writeFileSync(lb.file, "services: {");
+    await until("it is reported", () => lb.output().includes("the old config stays in force"), 20_000);
+    const headers = { "content-type": "application/yaml", "if-match": "*" };
+    assert.equal((await ask(lb, "PUT /config", before, headers)).status, 409);
+    writeFileSync(lb.file, before);
+    await until("it is in force again", () => lb.output().includes("is in force again"), 20_000);
+    assert.equal((await ask(lb, "PUT /config", before, headers)).status, 200);
+  }));
+
+test("neither page tells browsers to ask this host over TLS only", () =>
+  running(SHOP, async (lb) => {
+    for (const path of ["/", "/docs"]) {
+      const { headers } = await ask(lb, `GET ${path}`);
+      assert.equal(headers.get("strict-transport-security"), null, path);
+      assert.match(headers.get("content-security-policy") ?? "", /default-src 'none'/);
+    }
+  }));
+
+test("requests are those of clients: a sticky client's too, and no copies", () =>
+  serving(2, (a, b) =>
+    running({
+      services: {
+        shop: { servers: [`127.0.0.1:${a.port}`], health: "off", sticky: {} },
+        copy: { servers: [`127.0.0.1:${b.port}`], health: "off" },
+      },
+      default: { service: "shop", mirror: { service: "copy", percent: 100 } },
+    }, async (lb) => {
+      const first = await fetch(`http://127.0.0.1:${lb.port}/`);
+      await first.text();
+      const cookie = first.headers.get("set-cookie")!.split(";")[0]!;
+      for (let i = 0; i < 2; i++) await (await fetch(`http://127.0.0.1:${lb.port}/`, { headers: { cookie } })).text();
+      const seen = async () =>
+        (await ask(lb, "GET /services")).json.services.map((one: { requests: number }) => one.requests);
+      let last: number[] = [];
+      await until("all are counted", () => (seen().then((now) => last = now), last[0] === 3));
+      assert.deepEqual(last, [3, 0]);
+    })));
+
 test("createAdmin is an app to be mounted; without a file changes are in force and nothing is written", async () => {
   const lb = createLoadBalancer(parseConfig(SHOP)), lines: string[] = [];
   lb.balancer.effects.report = (_, text) => void lines.push(text);
-  const app = new Hono().route("/ops", createAdmin(lb, { hosts: ["ops.example.com"] }));
+  const app = new Hono().route("/ops", createAdmin(lb, { hosts: ["Ops.example.com."] }));
   const asked = (path: string, init?: RequestInit, host = "ops.example.com") =>
     app.fetch(new Request(`http://${host}/ops${path}`, { ...init, headers: { host, ...init?.headers } }));
   assert.equal((await asked("/health/live")).status, 200);

@@ -3,7 +3,9 @@
 import assert from "node:assert/strict";
 import {
   chmodSync,
+  chownSync,
   existsSync,
+  linkSync,
   lstatSync,
   mkdirSync,
   mkdtempSync,
@@ -23,8 +25,8 @@ import { rewrite, saveFile } from "../lb.ts";
 import { sleep, startProgram, until } from "./rig.ts";
 
 // bun test gives a test five seconds unless it says otherwise
-const test = (name: string, body: () => unknown) =>
-  nodeTest(name, { timeout: 120_000 }, async () => void (await body()));
+const test = (name: string, body: () => unknown, skip = false) =>
+  nodeTest(name, { timeout: 120_000, skip }, async () => void (await body()));
 
 const FILE = `# head
 services: # pools
@@ -211,6 +213,23 @@ test("a saved file keeps its mode and leaves the one before as .bak; a link stay
     assert.ok(lstatSync(join(folder, "link.yml")).isSymbolicLink());
     assert.ok(!existsSync(`${file}.new`));
   }));
+
+test("the .bak is a file of its own, so that file systems without hard links do", () =>
+  inFolder(async (_, file) => {
+    writeFileSync(file, "one");
+    linkSync(file, `${file}.too`);
+    await saveFile(file, "one", "two");
+    assert.deepEqual([read(`${file}.bak`), statSync(`${file}.bak`).nlink], ["one", 1]);
+    assert.ok(!existsSync(`${file}.bak.new`));
+  }));
+
+test("a saved file keeps its group", () =>
+  inFolder(async (_, file) => {
+    writeFileSync(file, "one");
+    chownSync(file, 0, 12_345);
+    await saveFile(file, "one", "two");
+    assert.deepEqual([statSync(file).gid, statSync(`${file}.bak`).gid], [12_345, 12_345]);
+  }), process.getuid?.() !== 0); // only root gives files away
 
 test("a file that somebody else has changed is not overwritten; one that is gone is written anew, for us alone", () =>
   inFolder(async (_, file) => {
