@@ -6667,9 +6667,11 @@ export async function saveFile(file: string, before: string, text: string): Prom
   };
   try {
     check();
-    const like = isThere ? statSync(path) : { mode: 0o600, uid: -1, gid: -1 },
-      fresh = await writeBeside(path, text, like);
-    const kept = isThere && await writeBeside(bak, before, like); // no link: not every file system has them
+    const like = isThere ? statSync(path) : { mode: 0o600, uid: -1, gid: -1 };
+    const [fresh, kept] = await Promise.all([
+      writeBeside(path, text, like),
+      isThere && writeBeside(bak, before, like), // no link: not every file system has them
+    ]);
     check();
     if (kept) renameSync(kept, bak);
     renameSync(fresh, path);
