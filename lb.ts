@@ -8601,11 +8601,12 @@ const countsOf = ({ table, requests, inFlight, entrypoints, failures, effects }:
     const { turn, inFlight, retrying, retries, hedges, hedgesWon, copies, tallies, waiting } = service;
     const servers = new Map(service.servers.map((server) => {
       const { url, inFlight, picks, answers, retries, ejected, counters, latency, until } = server;
+      const { failures, failing, limit } = server;
       const more = { spent: latency * answers, ejectedFor: Math.max(0, until - effects.now()) };
-      return [url, { inFlight, picks, answers, retries, ejected, counters, ...more }];
+      return [url, { inFlight, picks, answers, retries, ejected, counters, failures, failing, limit, ...more }];
     }));
     const own = { turn, inFlight, retrying, retries, hedges, hedgesWon, copies, tallies };
-    return [name, { ...own, queued: waiting.size, servers }];
+    return [name, { ...own, queued: waiting.size, panicked: Number(service.panicking), servers }];
   })),
 });
 type Counts = ReturnType<typeof countsOf>;
@@ -8626,8 +8627,10 @@ function summed<T>(one: T, other: T, how: (a: number, b: number, name: string) =
     Object.entries(one as Raw).map(([key, a]) => [key, inside(a, (other as Raw)[key], key)]),
   ) as T;
 }
-const added = (a: number, b: number, name: string): number => name === "ejectedFor" ? Math.max(a, b) : a + b;
-const MOMENTARY = new Set(["inFlight", "retrying", "queued", "ejectedFor"]);
+/** What is as bad as where it is worst; all else adds up. */
+const WORST = new Set(["ejectedFor", "panicked", "failures", "failing"]);
+const added = (a: number, b: number, name: string): number => WORST.has(name) ? Math.max(a, b) : a + b;
+const MOMENTARY = new Set([...WORST, "inFlight", "retrying", "queued", "limit"]);
 /** What stays of the counts of a worker that has ended. */
 const finalCounts = (counts: Counts): Counts => summed(counts, counts, (a, _, name) => MOMENTARY.has(name) ? 0 : a);
 
@@ -8636,8 +8639,11 @@ function showCounts(balancer: Balancer, { services, entrypoints, ...own }: Count
   Object.assign(balancer, own);
   for (const [name, counts] of entrypoints) Object.assign(entry(balancer.entrypoints, name, newEntrypoint), counts);
   for (const service of balancer.table.services.values()) {
-    const { servers, queued = 0, ...counts } = services.get(service.name) ?? {};
-    Object.assign(service, counts, { waiting: new Set(Array.from({ length: queued }, () => () => false)) });
+    const { servers, queued = 0, panicked = 0, ...counts } = services.get(service.name) ?? {};
+    Object.assign(service, counts, {
+      panicking: panicked > 0,
+      waiting: new Set(Array.from({ length: queued }, () => () => false)),
+    });
     for (const server of service.servers) {
       const { spent = 0, ejectedFor = 0, answers = 0, ...counts } = servers?.get(server.url) ?? {};
       const now = balancer.effects.now(), until = ejectedFor && now + ejectedFor;

@@ -141,6 +141,21 @@ test("a worker that ends is replaced, and the other serves on", () =>
     assert.equal(new Set(await met(port, 60)).size, 2);
   }));
 
+test("how a server fails is seen as the worker sees it that has it worst", () =>
+  fleet(
+    async ({ port, api }) => {
+      for (let i = 0; i < 20; i++) assert.equal(status(await ask(port)), 500);
+      for (let tries = 0, failing = 0; failing !== 1; tries++) {
+        const { services: [{ servers: [server] }] } = await (await api("/services")).json();
+        failing = server.failing;
+        assert.ok(tries < 100, "all of its answers fail");
+        await sleep(50);
+      }
+    },
+    { eject: { failures: 1000 }, health: "off", retries: 0 },
+    (visit) => visit.send(answer("", "", "500 No")),
+  ));
+
 test("workers serve a file that is far larger once it is spelt out, and a reload of it", async () => {
   const service = { servers: ["127.0.0.1:1"], health: "off" };
   const services = Object.fromEntries(Array.from({ length: 2_000 }, (_, i) => [`s${i}`, service]));
