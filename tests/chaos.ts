@@ -328,8 +328,7 @@ export async function chaos({ seconds, seed, workers = 1 }: Chaos) {
   } finally {
     program.kill("SIGKILL");
     for (const { child } of backends) {
-      child.kill("SIGCONT");
-      child.kill("SIGKILL");
+      if (child.exitCode === null) process.kill(child.pid!, "SIGKILL"); // also one that is stopped
     }
     rmSync(folder, { recursive: true, force: true });
     await echoing.close();
