@@ -1372,6 +1372,7 @@ export interface Exchange extends Draw {
   flags: string; // of the trace; 01: somebody records it
   state: string; // tracestate, that came with it
   span: string; // 16 digits, of the latest attempt
+  earned: boolean; // its share of a retry, for its service
   chosen: boolean; // its line is written even if nothing goes wrong
   stop: AbortSignal | undefined; // where two attempts are made at the same time: the other one has won
   entrypoint: Entrypoint;
@@ -1932,7 +1933,7 @@ function rewritePath({ rewrite }: Route, path: string, matched: string | RE2JS):
   if (rewrite.kind === "whole") return rewrite.path;
   if (typeof matched === "string") return rewrite.path.replace(/\/+$/, "") + path.slice(matched.length) || "/";
   const rewritten = matched.matcher(path).replaceFirst(rewrite.path);
-  return rewritten.startsWith("/") ? rewritten : `/${rewritten}`;
+  return removeDots(rewritten.startsWith("/") ? rewritten : `/${rewritten}`);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2579,6 +2580,13 @@ const connectionNames = memo((connection): ReadonlySet<string> => {
   return names;
 });
 
+/** Whether headers have this name, which is in lower case as theirs are; a value that reads like it is none. */
+function hasName(headers: readonly string[], name: string): boolean {
+  let at = headers.indexOf(name);
+  while (at % 2 === 1) at = headers.indexOf(name, at + 1);
+  return at >= 0;
+}
+
 /** A list of headers without some names. */
 const without = (headers: readonly string[], names: ReadonlySet<string>): string[] =>
   headers.filter((_, i) => !names.has(headers[i & ~1]!.toLowerCase()));
@@ -2986,9 +2994,9 @@ const NOTHING = new Uint8Array(0);
 /** The answer as a Response. As a stream goes what runtimes would add to: bytes get a type, HEAD without a length gets 0. */
 function respond(wire: Wire, { attempt, head }: Transfer, bytes: Body): Response {
   const headers = attempt.inbound(head!.headers);
-  const typed = !(bytes instanceof Uint8Array) || bytes.length === 0 || headers.includes("content-type");
+  const typed = !(bytes instanceof Uint8Array) || bytes.length === 0 || hasName(headers, "content-type");
   const bodiless = [204, 205, 304].includes(head!.status);
-  const whole = bytes !== null || attempt.method !== "HEAD" || bodiless || headers.includes("content-length");
+  const whole = bytes !== null || attempt.method !== "HEAD" || bodiless || hasName(headers, "content-length");
   const body = typed && whole ? bytes : new ReadableStream({
     pull(sink) { // later than `start`: a stream that is closed at once is known to be empty
       if (bytes instanceof Uint8Array) sink.enqueue(bytes);
@@ -3468,18 +3476,18 @@ async function takeRequestBody(
   destination: Destination,
   effects: Effects,
 ): Promise<FailureName | undefined> {
-  const { request, length } = exchange;
-  const limit = exchange.route!.body_limit;
-  if (length < 0 || length > KEPT) {
-    const body = request.headers.has("transfer-encoding") || length > 0 ? request.body : await peeked(request.body!);
-    exchange.body = length < 0 && limit < Infinity ? body?.pipeThrough(limited(limit)) ?? null : body;
-    if (body === null) exchange.length = 0;
-    return undefined;
-  }
-  const stop = new AbortController();
-  const late = effects.sleep(destination.policy.timeouts.idle, stop.signal).then(() => undefined);
+  const { request, length } = exchange, limit = exchange.route!.body_limit, stop = new AbortController();
+  const late = () => effects.sleep(destination.policy.timeouts.idle, stop.signal).then(() => undefined);
   try {
-    const bytes = await Promise.race([request.arrayBuffer(), late]);
+    if (length < 0 || length > KEPT) {
+      const announced = request.headers.has("transfer-encoding") || length > 0;
+      const body = announced ? request.body : await Promise.race([peeked(request.body!), late()]);
+      if (body === undefined) return "client-timeout";
+      exchange.body = length < 0 && limit < Infinity ? body?.pipeThrough(limited(limit)) ?? null : body;
+      if (body === null) exchange.length = 0;
+      return undefined;
+    }
+    const bytes = await Promise.race([request.arrayBuffer(), late()]);
     if (bytes === undefined) return "client-timeout";
     exchange.body = new Uint8Array(bytes);
     return bytes.byteLength === length ? undefined : "bad-body";
@@ -3524,6 +3532,7 @@ async function forward(
   exchange: Exchange,
   server: Server,
   ended: Attempt["ended"],
+  counts = true, // for what is known of the server: not a copy
 ): Promise<Outcome> {
   const { effects } = balancer;
   const { method, body, length } = exchange;
@@ -3547,7 +3556,7 @@ async function forward(
     ended,
     startedAt: exchange.now,
   };
-  onAsked(server, attempt.startedAt);
+  if (counts) onAsked(server, attempt.startedAt);
   try {
     const response = await effects.fetch(url, attempt);
     attempt.headAt = exchange.ended ? exchange.endedAt : effects.now(); // a short answer has come whole by then
@@ -3556,7 +3565,7 @@ async function forward(
     if (error instanceof WireError) return { kind: error.kind, sent: error.sent, detail: error.message };
     return { kind: "reset", sent: true, detail: String(error) };
   } finally {
-    onHeard(server, attempt.startedAt);
+    if (counts) onHeard(server, attempt.startedAt);
   }
 }
 
@@ -4642,7 +4651,7 @@ function mayRetry(
     return false;
   }
   if (!sent) return true;
-  if (retry === 0) earn(service);
+  if (retry === 0) earn(exchange, service);
   return spendRetry(service, policy.retries, now);
 }
 
@@ -4650,7 +4659,9 @@ function mayRetry(
  * Every request earns its share of a retry: one that wants it when it asks, a good one when it ends. What those have saved
  * up is for the many that a server which dies takes with it at once.
  */
-function earn(service: Service): void {
+function earn(exchange: Exchange, service: Service): void {
+  if (exchange.earned) return;
+  exchange.earned = true;
   service.saved = Math.min(MOST_SAVED, service.saved + service.config.retry_budget);
 }
 
@@ -4715,8 +4726,9 @@ function pickServer(exchange: Exchange, effects: Effects, now: number): Server |
   const { tried } = exchange, { service } = exchange.destination!;
   exchange.now = now;
   if (now >= service.compareAt) compare(service, now, effects);
-  let candidates = withRoom(service, candidatesOf(service, now));
+  let candidates = candidatesOf(service, now);
   if (tried.length) candidates = forRetry(service, candidates, tried, now);
+  candidates = withRoom(service, candidates);
   if (candidates.length === 0) return exchange.choices && noteChoice(exchange, candidates, effects);
   const server = service.config.sticky.cookie
     ? pickSticky(service, candidates as Candidates, exchange, effects)
@@ -4806,6 +4818,7 @@ function newExchange(balancer: Balancer, request: Request, from: Client, wrapped
     flags: "",
     state: "",
     span: "",
+    earned: false,
     chosen: log.sample === 1 || effects.random() < log.sample,
     stop: undefined,
     entrypoint: entry(balancer.entrypoints, from.scheme, newEntrypoint),
@@ -4914,9 +4927,13 @@ async function attempts(balancer: Balancer, exchange: Exchange, first: Destinati
         service.retries++;
         server.retries++;
       }
-      const two = mayHedge(exchange, service);
-      const outcome: Outcome = two ? await askTwo(balancer, exchange, server) : await ask(balancer, exchange, server);
-      if (retry > 0) service.retrying--;
+      let outcome: Outcome;
+      try {
+        const two = mayHedge(exchange, service);
+        outcome = two ? await askTwo(balancer, exchange, server) : await ask(balancer, exchange, server);
+      } finally {
+        if (retry > 0) service.retrying--;
+      }
       judge(exchange, exchange.tried.at(-1)!, outcome, effects);
       if (!mayRetry(exchange, destination, outcome, retry, effects)) {
         if (outcome.kind === "answer") return conclude(balancer, exchange, outcome.response);
@@ -5026,7 +5043,7 @@ function pickSecond(exchange: Exchange, first: Leg, effects: Effects): Server | 
   const others = withRoom(service, candidatesOf(service, now))
     .filter((server) => !exchange.tried.includes(server) && server.up && server.until === 0);
   if (others.length === 0) return undefined;
-  earn(service);
+  earn(exchange, service);
   if (!spendRetry(service, 0, now)) return undefined;
   try {
     const server = choose(service, others as readonly Server[] as Candidates, exchange);
@@ -5067,7 +5084,7 @@ async function sendCopy(balancer: Balancer, exchange: Exchange, destination: Des
   const outcome = await forward(balancer, copy, server, (_status, _bytes, why) => {
     problem = why;
     release(service, server);
-  });
+  }, false);
   if (outcome.kind === "answer") await outcome.response.body?.pipeTo(new WritableStream()).catch(() => {});
   else {
     problem = outcome.kind;
@@ -5133,7 +5150,7 @@ function settle(
   if (cutOff || GATEWAY_ERRORS.has(status)) onFailed(service, server, startedAt, effects);
   else if (problem === undefined && !open) {
     onAnswered(service, server, effects);
-    if (exchange.tried.length === 1) earn(service);
+    if (exchange.tried.length === 1) earn(exchange, service);
   }
   release(service, server);
   exchange.ended = true;
@@ -5173,7 +5190,11 @@ function finished(balancer: Balancer, exchange: Exchange): void {
   if (problem) balancer.failures.set(problem, (balancer.failures.get(problem) ?? 0) + 1);
   const { log } = exchange.table.config;
   if (log.format === "off" || !exchange.chosen && !problem && status < 500) return;
-  balancer.effects.write(ACCESS_LINES[log.format](accessRecord(balancer, exchange)));
+  try {
+    balancer.effects.write(ACCESS_LINES[log.format](accessRecord(balancer, exchange)));
+  } catch (error) { // the request has had its answer
+    balancer.effects.report("error", `the log cannot be written: ${error}`);
+  }
 }
 
 /** Someone else's code has thrown, a strategy say: it costs its request and nothing more. */
@@ -5972,7 +5993,8 @@ async function nativeFetch(url: string, attempt: Attempt): Promise<Response> {
   const failure = PLATFORM_FAILURES[status];
   if (failure && response.headers.get("server") === "cloudflare") {
     await response.body?.cancel();
-    throw new WireError(failure, failure !== "connect", `the platform answers ${status}`);
+    const used = failure !== "connect" || body instanceof ReadableStream; // nobody can have the rest of a stream again
+    throw new WireError(failure, used, `the platform answers ${status}`);
   }
   const hop = new Set([...HOP, ...connectionNames(response.headers.get("connection") ?? "")]);
   const own = attempt.inbound(without([...response.headers].flat(), hop));

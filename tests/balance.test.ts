@@ -708,3 +708,34 @@ test("log: off writes nothing, and every request is logged once, when its last b
   await redirecting.ask("http://r.test/");
   assert.match(redirecting.lines.join("\n"), /^192\.0\.2\.9 - - .*" 302 0 "-" "-" - - 0 -\/-\/0 - /);
 });
+
+test("a retry waits for the untried server where that is full, rather than go back to the one that has failed", async () => {
+  let release = () => {};
+  const held = new Promise<void>((resolve) => release = resolve);
+  const hangs = () => held.then(() => new Response("late"));
+  const { send, asked } = setUp("strategy: first, max_in_flight: 1", [503, hangs, 503, 200], { servers: "[a:1, b:1]" });
+  const first = send("/"); // a fails it, b has it
+  while (asked.length < 2) await new Promise((resolve) => setTimeout(resolve));
+  const second = send("/");
+  while (asked.length < 3) await new Promise((resolve) => setTimeout(resolve));
+  await new Promise((resolve) => setTimeout(resolve, 20));
+  assert.equal(asked.join(""), "aba", "the second one waits");
+  release();
+  assert.deepEqual([(await first).status, (await second).status], [200, 200]);
+  assert.equal(asked.join(""), "abab");
+});
+
+test("a log that cannot be written costs no request its answer, and no count", async () => {
+  const lb = createLoadBalancer(parseConfig("default: { servers: [a:1] }"), {
+    fetch: (_url, attempt) => {
+      attempt.ended(200, 2, undefined);
+      return Promise.resolve(new Response("ok"));
+    },
+    write: () => {
+      throw new Error("the disk is full");
+    },
+    report: () => {},
+  });
+  balancers.push(lb);
+  assert.equal(await (await lb.request("http://a/")).text(), "ok");
+});
