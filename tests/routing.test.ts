@@ -226,7 +226,7 @@ const REWRITES: [route: string, url: string, target: string, host?: string][] = 
   ['path: {regex: "^/v[12]"}, rewrite: {path: /v3}', "http://a/v2/x/v2", "/v3/x/v2"],
   ['path: {regex: "^/u/([0-9]+)/(.*)"}, rewrite: {path: /$2/by/$1}', "http://a/u/7/cats?q", "/cats/by/7?q"],
   ['path: {regex: "^/v[12]/"}, rewrite: {path: /}', "http://a/v1/x", "/x"],
-  ['path: {regex: "^/x/([a-z]*)"}, rewrite: {path: /y/.$1}', "http://a/x//etc", "/y//etc"],
+  ['path: {regex: "^/x-([a-z]*)/"}, rewrite: {path: /y/.$1./}', "http://a/x-/etc", "/etc"],
   ['path: {regex: "^/v[12]/"}, rewrite: {path: /new/}', "http://a/v1/x", "/new/x"],
   ["rewrite: {host: inner.test}", "http://a/x", "/x", "inner.test"],
   ["request: {query: {set: {b: 2, c: x y}, remove: [d]}}", "http://a/x?a=1&b=1&b=3&d=4", "/x?a=1&b=2&c=x+y"],
