@@ -131,6 +131,7 @@ type Fields<E extends v.ObjectEntries> = Out<v.ObjectSchema<E, undefined>>;
 type Raw = Record<string, unknown>;
 const isRecord = (value: unknown): value is Raw => typeof value === "object" && value !== null && !Array.isArray(value);
 const record = (value: unknown): Raw => isRecord(value) ? value : {};
+const isTrue = (value: unknown) => /^true$/i.test(String(value)); // see `spelled`
 
 /** valibot takes a list for a map with the keys "0", "1", ...; we do not. */
 const notAList = <S extends Schema>(schema: S, message: string): S => ({
@@ -817,7 +818,7 @@ const entriesOf = (file: Raw) => [...mapsIn(file, "hosts", "paths", "routes"), .
 const SEGMENT = /^(?!\.\.?$)[\w.~-]+$/;
 /** What `name_routes` adds: a route for every service whose name can be a segment of a path. */
 const nameRoutes = ({ name_routes, services }: Raw): Raw[] =>
-  Object.keys(name_routes === true ? record(services) : {}).map(plain)
+  Object.keys(isTrue(name_routes) ? record(services) : {}).map(plain)
     .filter((service) => SEGMENT.test(service)).map((service) => ({ path: `/${service}`, service, strip: true }));
 
 /** How many groups a path's regular expression has; what is no expression is rewritten literally. */
@@ -874,7 +875,7 @@ function check(file: Raw, more: string[], say: Say) {
     const groups = Math.min(...[entry.path].flat().map(groupsOf)), rewritten = record(entry.rewrite).path;
     const group = Math.max(0, ...[...String(rewritten).matchAll(/\$(\d+)/g)].map((found) => Number(found[1])));
     if (group > groups) say([...path, "rewrite", "path"], `$${group} is none of the groups of every path`);
-    if (entry.strip === true && entry.rewrite) say([...path, "strip"], "strip and rewrite exclude each other", "key");
+    if (isTrue(entry.strip) && entry.rewrite) say([...path, "strip"], "strip and rewrite exclude each other", "key");
     const name = `${entry.name ?? ""}`;
     if (name && taken.has(name)) say([...path, "name"], `${quote(entry.name)} names another route already`);
     taken.add(name);
@@ -883,7 +884,7 @@ function check(file: Raw, more: string[], say: Say) {
   checkPorts(file, say);
   const none = entries.length + nameRoutes(file).length === 0;
   if (!none && Array.isArray(file.listen) && !file.listen.length) say(["listen"], "is empty: nobody could ask");
-  const later = file.name_routes === true && services.length === 0; // they come over the admin API
+  const later = isTrue(file.name_routes) && services.length === 0; // they come over the admin API
   if (none && !later && !mapsIn(file, "tcp").length) {
     say([], "no way leads to a server: hosts, paths, routes, default or tcp is needed");
   }

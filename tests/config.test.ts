@@ -898,6 +898,14 @@ default: { service: a }`);
   assert.deepEqual([names("c"), names("d")], [["a:1", "a:2"], ["b:1"]]);
 });
 
+test("what other places of the file look at is true however it is spelt", () => {
+  const names = (text: string) => parseConfig(text).routes.map((one) => one.name);
+  assert.deepEqual(names(`${SHOP}name_routes: True`), ["/shop"]);
+  assert.deepEqual(mistakes(`${SHOP}routes: [{ path: /a, service: shop, strip: TRUE, rewrite: { path: /b } }]`), [
+    "2:37: routes[0].strip: strip and rewrite exclude each other",
+  ]);
+});
+
 test("no two listeners have the same address, also where one of them is the default", () => {
   assert.deepEqual(mistakes(`${ROUTE}listen: [8080, 127.0.0.1:0, 127.0.0.1:0, 8080]`), [
     "2:42: listen[3]: 8080 is listened on already",
