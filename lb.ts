@@ -6679,11 +6679,12 @@ export function rewrite(text: string, shall: unknown, says = readAsWritten(text,
 
 const fsyncLater = promisify(fsync);
 
-/** A new file beside another one, on the disk to its last byte. Only that is waited for: it may take long. */
+/** A new file beside another one; `durable`: on the disk to its last byte. Only that is waited for: it may take long. */
 async function writeBeside(
   path: string,
   text: string,
   { mode, uid, gid }: Pick<Stats, "mode" | "uid" | "gid">,
+  durable: boolean,
 ): Promise<string> {
   const fresh = `${path}.new`;
   rmSync(fresh, { force: true });
@@ -6693,7 +6694,7 @@ async function writeBeside(
     const own = statSync(fresh);
     if (uid >= 0 && (own.uid !== uid || own.gid !== gid)) chownSync(fresh, uid, gid);
     chmodSync(fresh, mode & 0o777);
-    await fsyncLater(file);
+    if (durable) await fsyncLater(file);
   } finally {
     closeSync(file);
   }
@@ -6717,10 +6718,8 @@ export async function saveFile(file: string, before: string, text: string): Prom
   try {
     check();
     const like = isThere ? statSync(path) : { mode: 0o600, uid: -1, gid: -1 };
-    const [fresh, kept] = await Promise.all([
-      writeBeside(path, text, like),
-      isThere && writeBeside(bak, before, like), // no link: not every file system has them
-    ]);
+    const kept = isThere && await writeBeside(bak, before, like, false); // no link: not every file system has them
+    const fresh = await writeBeside(path, text, like, true);
     check();
     if (kept) renameSync(kept, bak);
     renameSync(fresh, path);
