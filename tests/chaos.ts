@@ -16,7 +16,7 @@ import process from "node:process";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import { BINARY, echoStrictly, openWebSocket, webSocketServer } from "./frames.ts";
-import { runtime, seeded, sleep, until } from "./rig.ts";
+import { freePort, runtime, seeded, sleep, until } from "./rig.ts";
 
 const SELF = fileURLToPath(import.meta.url);
 const ENTRY = fileURLToPath(new URL("../lb.ts", import.meta.url));
@@ -131,14 +131,13 @@ function ask(agent: Agent | false, port: number, method: string, number: number,
       answer.on("close", () =>
         end(() => {
           const body = Buffer.concat(pieces), want = bodyOf(number), status = answer.statusCode!;
-          const same = (one: Buffer) => createHash("sha1").update(one).digest("hex");
           if (status !== 200) {
             const why = String(answer.headers["x-lb-failure"] ?? "");
             if (status === 503 && !why) tally.broken++; // Bun's own, from a worker that is ended
             else if (method === "POST" && NOT_REPEATED.has(why)) tally.refused++;
             else tally.wrong.push(`${method} ${number}: ${status} ${why}`);
           } else if (!answer.complete && body.equals(want.subarray(0, body.length))) tally.cut++;
-          else if (same(body) !== same(want)) {
+          else if (digest(body) !== digest(want)) {
             tally.wrong.push(`${method} ${number}: ${body.length} of ${want.length} bytes`);
           } else tally.whole++;
         }));
@@ -333,15 +332,6 @@ export async function chaos({ seconds, seed, workers = 1 }: Chaos) {
     rmSync(folder, { recursive: true, force: true });
     await echoing.close();
   }
-}
-
-/** A port that nobody listens on. */
-async function freePort(): Promise<number> {
-  const server = createServer();
-  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
-  const { port } = server.address() as AddressInfo;
-  await new Promise((resolve) => server.close(resolve));
-  return port;
 }
 
 /** What has to hold afterwards. Answers may end early, or not come, only where a server or a worker was ended over them. */

@@ -12,7 +12,7 @@ import nodeTest from "node:test";
 import { chromium } from "playwright-core";
 import { A, CA, KEY } from "./certificates.ts";
 import { BINARY, TEXT, webSocketServer } from "./frames.ts";
-import { type Program, runtime, startProgram, until } from "./rig.ts";
+import { freePort, type Program, runtime, startProgram, until } from "./rig.ts";
 
 const test = (name: string, body: () => Promise<void>) => nodeTest(name, { timeout: 120_000 }, body);
 
@@ -146,13 +146,6 @@ test("git clones over HTTP", () =>
         assert.deepEqual(readFileSync(join(folder, "cloned", "file19")), readFileSync(join(folder, "work", "file19")));
       }))
   ));
-
-/** A port that nobody listens on. */
-async function freePort(): Promise<number> {
-  let port = 0;
-  await serving(() => {}, (address) => Promise.resolve(void (port = Number(address.split(":")[1]))));
-  return port;
-}
 
 test("redis-cli works through tcp", () =>
   inFolder(async (folder) => {

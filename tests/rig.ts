@@ -431,6 +431,15 @@ export async function startProgram(
   }
 }
 
+/** A port that nobody listens on. */
+export async function freePort(): Promise<number> {
+  const server = createServer();
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  const { port } = server.address() as AddressInfo;
+  await new Promise<void>((resolve) => server.close(() => resolve()));
+  return port;
+}
+
 /** A random that gives the same numbers for the same seed (mulberry32). */
 export function seeded(seed: number): () => number {
   return () => {
