@@ -1588,8 +1588,11 @@ function memo<T>(work: (text: string) => T, longest = 100): (text: string) => T 
 }
 
 /** JSON in ASCII: as many bytes as letters, and good for a header or a line. */
-const asciiJson = (value: unknown, replace?: (key: string, value: unknown) => unknown): string =>
-  JSON.stringify(value, replace).replace(/[^\x20-\x7e]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
+function asciiJson(value: unknown, replace?: (key: string, value: unknown) => unknown): string {
+  const text = JSON.stringify(value, replace);
+  if (Buffer.byteLength(text) === text.length && !text.includes("\x7f")) return text; // faster than a search
+  return text.replace(/[^\x20-\x7e]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
+}
 
 const VERSION = "0.1.0";
 
@@ -4325,10 +4328,21 @@ function accessRecord(balancer: Balancer, exchange: Exchange): AccessRecord {
 
 /** A text in which no byte can begin another line or end the quotes around it, as Apache writes it. */
 const logged = (text = ""): string =>
-  text.replace(/[^\x20-\x7e]|["\\]/g, (c) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`) || "-";
+  /^[ !#-[\]-~]+$/.test(text)
+    ? text // by far the most, and a test takes a third of the time
+    : text.replace(/[^ !#-[\]-~]/g, (c) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`) || "-";
 
 /** The same where nothing stands around it. */
 const oneWord = (text: string | undefined): string => logged(text).replaceAll(" ", "\\x20");
+
+const DECIMALS = Array.from({ length: 1_000 }, (_, i) => `.${String(i).padStart(3, "0")}`);
+
+/** `0.250`: milliseconds with the microseconds; a table is ten times as fast as a number's own text. */
+function thousandths(milliseconds: number | undefined): string {
+  if (milliseconds === undefined) return "-";
+  const all = Math.round(milliseconds * 1_000), whole = Math.floor(all / 1_000);
+  return whole + DECIMALS[all - whole * 1_000]!;
+}
 
 /** The formats of `log:`. Combined is Apache's; what stands behind it says who was asked, and how it went (see README). */
 const ACCESS_LINES = {
@@ -4337,7 +4351,7 @@ const ACCESS_LINES = {
     const line = `"${r.method} ${logged(target)} ${r.protocol}" ${r.status} ${r.bytes}`;
     const client = `${r.client} - - [${clfTime(r.time)}] ${line}`;
     const asked = `${oneWord(r.service)} ${r.server ?? "-"} ${r.attempts}`;
-    const times = `${r.connected ?? "-"}/${r.head ?? "-"}/${r.ended}`;
+    const times = `${thousandths(r.connected)}/${thousandths(r.head)}/${thousandths(r.ended)}`;
     const names = `${r.failure ?? "-"} ${oneWord(r.id)} ${r.trace ?? "-"}`;
     return `${client} "${logged(r.referer)}" "${logged(r.agent)}" ${asked} ${times} ${names}`;
   },
@@ -8402,24 +8416,23 @@ function readText(file: string): string {
 // ---------------------------------------------------------------------------------------------------------------------
 
 const MOST_WAITING = 100_000; // lines that wait for a reader of the log
+const TOGETHER = 20; // ms for which lines wait for others: a write of its own costs more than a line
 
 /** Lines for standard output, written together and never waited for: a reader that stalls costs lines, not requests. */
 function lineWriter(report: Effects["report"]): (line: string) => void {
   let [waiting, lost, busy]: [string[], number, boolean] = [[], 0, false];
   const flush = async () => {
-    if (busy) return;
     busy = true;
-    while (waiting.length) {
-      if (lost) report("warn", `lines of the access log that nobody read: ${lost}`);
-      let bytes = new TextEncoder().encode(waiting.join(""));
-      [waiting, lost] = [[], 0];
-      while (bytes.length) bytes = bytes.subarray(await runtimes[here].print(bytes));
-    }
+    if (lost) report("warn", `lines of the access log that nobody read: ${lost}`);
+    let bytes = new TextEncoder().encode(waiting.join(""));
+    [waiting, lost] = [[], 0];
+    while (bytes.length) bytes = bytes.subarray(await runtimes[here].print(bytes));
     busy = false;
+    if (waiting.length) setTimeout(flush, TOGETHER);
   };
   process.on("exit", () => !busy && waiting.length && writeSync(1, waiting.join("")));
   return (line) => {
-    if (waiting.length === 0 && !busy) setTimeout(flush, 20);
+    if (waiting.length === 0 && !busy) setTimeout(flush, TOGETHER);
     if (waiting.length < MOST_WAITING) waiting.push(line + "\n");
     else lost++;
   };

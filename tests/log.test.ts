@@ -61,11 +61,11 @@ test("combined is Apache's line, and behind it who was asked, when what happened
   const trace = traceparent!.split("-")[1];
   assert.deepEqual(lines[0]!.split(" default "), [
     '192.0.2.9 - - [21/Nov/2026:03:14:42 +0000] "GET /a%22b?q=%0a HTTP/1.1" 200 6 "http://r.test/\\x0b" "a\\x22b\\x5cc\\x1b[31m\\x7f\\x9b\\xe9"',
-    `b:1 2 1/10.123/10.123 - ${id} ${trace}`,
+    `b:1 2 1.000/10.123/10.123 - ${id} ${trace}`,
   ]);
   assert.match(
     lines[1]!,
-    /^2001:db8::1 - - \[.*\] "GET http:\/\/h\.test\/ HTTP\/1\.1" 400 45 "-" "-" - - 0 -\/-\/0 bad-host \S+ [0-9a-f]{32}$/,
+    /^2001:db8::1 - - \[.*\] "GET http:\/\/h\.test\/ HTTP\/1\.1" 400 45 "-" "-" - - 0 -\/-\/0.000 bad-host \S+ [0-9a-f]{32}$/,
   );
 });
 
