@@ -377,7 +377,12 @@ const InFlight = v.pipe(
 );
 const Hedge = or("off", 0, Quantile, "a share such as p95, from p50 to p99");
 const Queue = or("off", { size: 0, timeout: 0 }, QueueMap);
-const Timeouts = map({ connect: opt(Duration, "3s"), response: opt(Duration, "60s"), idle: opt(Duration, "5m") });
+const Timeouts = map({
+  connect: opt(Duration, "3s"),
+  response: opt(Duration, "60s"),
+  idle: opt(Duration, "5m"),
+  request: opt(or("none", Infinity, Duration, "a duration such as 30s"), "none"),
+});
 const CorsMap = map({
   origin: key(Texts, "origins that may read the answers", ["*"]),
   allow_methods: key(Methods, "methods they may use", ["GET", "HEAD", "PUT", "POST", "DELETE", "PATCH"]),
@@ -404,7 +409,11 @@ const ServiceName = word("a name", /^\P{Cc}{1,200}$/u);
 const policy = {
   retries: key(whole(0, 10), "further attempts, always at another server while one is left", 1),
   retry_on: key(v.array(RetryOn, "$ is not a list"), "what is tried again", ["connect", "reset", 502, 503, 504]),
-  timeouts: key(Timeouts, "until connected, until the headers, between pieces of a body", v.getDefaults(Timeouts)),
+  timeouts: key(
+    Timeouts,
+    "until connected, until the headers, between pieces of a body, for all of a request's",
+    v.getDefaults(Timeouts),
+  ),
   host_header: key(HostHeader, "keep (the client's), server (the server's own), or a literal", "keep"),
   compress: key(Bool, "gzip for text when the client accepts it and the server did not", false),
   cors: key(Cors, "off, or who may read the answers in a browser", "off"),
@@ -588,7 +597,8 @@ const Tcp = map({
 const Limits = map({
   requests: key(Limit, "in flight, of all clients: 503 beyond", "none"),
   per_client: key(Limit, "in flight, of one address (an IPv6 /64): 429 beyond", "none"),
-  connections: key(Limit, "open, of one thread; on Node alone: 503 beyond", "none"),
+  connections: key(Limit, "open, of one thread; of HTTP on Node alone: 503 beyond", "none"),
+  client_connections: key(Limit, "of those, of one address (an IPv6 /64): 429 beyond", "none"),
   header: key(Duration, "until the head of a request is there; on Node alone: 408 beyond", "10s"),
   keep_alive: key(Duration, "until a connection without a request is closed; on Node alone", "75s"),
 });
@@ -1510,6 +1520,8 @@ export interface Balancer {
   inFlight: number; // requests, WebSockets, and connections that are not HTTP
   entrypoints: Map<string, Entrypoint>; // by name
   clients: Map<string, number>; // requests in flight, where `limits` bounds them
+  connections: Set<Socket>; // of clients, as far as the runtime shows them
+  connected: Map<string, number>; // how many of them each client has
   tunnels: Set<Tunnel>; // WebSockets that are open
   relays: Set<() => void>; // connections that are not HTTP: a call ends one
   workers: Map<number, { since: Date; end(): void }>; // threads that serve for this one, where there are some
@@ -2076,11 +2088,12 @@ function farthest(hashes: Uint32Array, seed: number): number {
 /** Whether a server has over 125 % of its share of the requests in flight, and more than a handful (bounded load). */
 function overloaded(candidates: Candidates): (server: Server) => boolean {
   const sum = (of: (server: Server) => number) => candidates.reduce((total, server) => total + of(server), 0);
-  let each = 0; // what a server may have for its weight: not asked for as long as nobody has more than a handful
+  let all = 0, weights = 0; // not asked for as long as nobody has more than a handful
   return (server) => {
     if (server.inFlight < HANDFUL) return false;
-    each ||= 1.25 * (sum(({ inFlight }) => inFlight) + 1) / sum(({ effective }) => effective);
-    return server.inFlight >= Math.ceil(each * server.effective);
+    all ||= 1.25 * (sum(({ inFlight }) => inFlight) + 1);
+    weights ||= sum(({ effective }) => effective);
+    return server.inFlight >= Math.ceil(all * server.effective / weights); // in this order: exact where it can be
   };
 }
 const HANDFUL = 8;
@@ -2508,7 +2521,7 @@ async function askHealth(service: Service, server: Server, effects: Effects, giv
     wrapped: false,
     request: giveUp,
     server,
-    timeouts: { connect: timeout, response: timeout, idle: timeout },
+    timeouts: { connect: timeout, response: timeout, idle: timeout, request: Infinity },
     inbound: (headers) => headers,
     ended: () => {},
     ...untimed,
@@ -3199,25 +3212,18 @@ function sweep(wire: Wire): void {
       else if (now >= connection.idleUntil) connection.socket.destroy();
       continue;
     }
-    const silence = now - transfer.since;
-    const late = whatIsLate(connection, transfer, silence);
-    if (late) {
-      fail(
-        wire,
-        connection,
-        late,
-        late === "client-left" ? "the client has left" : `silent for ${Math.round(silence)} ms`,
-      );
-    }
+    const late = whatIsLate(connection, transfer, now), silence = Math.round(now - transfer.since);
+    if (late) fail(wire, connection, late, late === "client-left" ? "the client has left" : `silent for ${silence} ms`);
   }
 }
 
-function whatIsLate({ connected }: Connection, transfer: Transfer, silence: number): Failure | undefined {
-  const { request, stop, timeouts: { connect, response, idle } } = transfer.attempt;
+function whatIsLate({ connected }: Connection, transfer: Transfer, now: number): Failure | undefined {
+  const { request, stop, startedAt, timeouts: { connect, response, idle, request: whole } } = transfer.attempt;
+  const silence = now - transfer.since;
   if (stop?.aborted || request.signal.aborted) return "client-left";
   if (!connected) return silence < connect ? undefined : "connect-timeout";
   if (transfer.sent && !transfer.head) return silence < response ? undefined : "timeout";
-  if (silence < idle) return undefined;
+  if (silence < idle && (transfer.sent || now - startedAt < whole)) return undefined;
   if (transfer.paused || !transfer.sent && !transfer.drained) return "client-timeout"; // it is the client's turn
   return transfer.head ? "idle" : "timeout";
 }
@@ -3507,7 +3513,8 @@ async function takeRequestBody(
   effects: Effects,
 ): Promise<FailureName | undefined> {
   const { request, length } = exchange, limit = exchange.route!.body_limit, stop = new AbortController();
-  const late = () => effects.sleep(destination.policy.timeouts.idle, stop.signal).then(() => undefined);
+  const { idle, request: whole } = destination.policy.timeouts;
+  const late = () => effects.sleep(Math.min(idle, whole), stop.signal).then(() => undefined);
   try {
     if (length < 0 || length > KEPT) {
       const announced = request.headers.has("transfer-encoding") || length > 0;
@@ -4077,6 +4084,31 @@ function bucketOf({ client, request }: Exchange, { by }: Rate): string {
   return clientNetwork(client);
 }
 const clientNetwork = (client: string): string => isIPv6(client) ? networkOf(client) : client;
+
+/** One more of a client's; gives how many there were. */
+function enterCrowd(crowd: Map<string, number>, client: string): number {
+  const there = crowd.get(client) ?? 0;
+  crowd.set(client, there + 1);
+  return there;
+}
+function leaveCrowd(crowd: Map<string, number>, client: string): void {
+  const left = crowd.get(client)! - 1;
+  if (left) crowd.set(client, left);
+  else crowd.delete(client);
+}
+
+/** Counts a connection for as long as it is open, or says what it is refused for. Trusted proxies bring many clients. */
+function letIn({ table, connections, connected }: Balancer, socket: Socket): FailureName | undefined {
+  const { config: { limits }, trusts } = table, peer = socket.remoteAddress;
+  if (peer === undefined) return undefined; // it is gone already
+  if (connections.size >= limits.connections) return "busy";
+  const client = clientNetwork(ipaddr.process(peer.replace(/%.*/, "")).toString());
+  if ((connected.get(client) ?? 0) >= limits.client_connections && !trusts(peer)) return "client-busy";
+  connections.add(socket);
+  enterCrowd(connected, client);
+  socket.on("close", () => (connections.delete(socket), leaveCrowd(connected, client)));
+  return undefined;
+}
 
 /** When a bucket is full again. A bucket that nobody has drawn from for as long as it takes to fill need not be kept. */
 function fullAt(buckets: Buckets, bucket: string, now: number): number {
@@ -4922,15 +4954,8 @@ function crowd(balancer: Balancer, exchange: Exchange): FailureName | undefined 
   const { requests, per_client } = exchange.table.config.limits;
   if (balancer.inFlight > requests) return "busy";
   if (per_client === Infinity) return undefined;
-  const client = exchange.counted = clientNetwork(exchange.client), inFlight = balancer.clients.get(client) ?? 0;
-  balancer.clients.set(client, inFlight + 1);
-  return inFlight < per_client ? undefined : "client-busy";
-}
-
-function leaveCrowd({ clients }: Balancer, client: string): void {
-  const left = clients.get(client)! - 1;
-  if (left) clients.set(client, left);
-  else clients.delete(client);
+  exchange.counted = clientNetwork(exchange.client);
+  return enterCrowd(balancer.clients, exchange.counted) < per_client ? undefined : "client-busy";
 }
 
 /** A request that has been here before, or that has passed too many proxies. */
@@ -5221,7 +5246,7 @@ function finished(balancer: Balancer, exchange: Exchange): void {
   const failed = status >= 500 || problem !== "" && !BLAMELESS.has(problem) && status < 400;
   const [milliseconds, received] = [endedAt - started, receivedBy(exchange)];
   balancer.inFlight--;
-  if (exchange.counted) leaveCrowd(balancer, exchange.counted);
+  if (exchange.counted) leaveCrowd(balancer.clients, exchange.counted);
   entrypoint.inFlight--;
   count(tallyOf(entrypoint.tallies, exchange), milliseconds, received, bytes, failed);
   if (destination) {
@@ -5402,8 +5427,8 @@ async function carry(balancer: Balancer, relay: Relay): Promise<void> {
   near.on("error", () => relay.problem ||= "client-left");
   for (const one of [balancer, entrypoint, service]) one.inFlight++;
   try {
-    if (admits && !admits(relay.client)) relay.problem = "denied";
-    else {
+    relay.problem = letIn(balancer, near) ?? (!admits || admits(relay.client) ? "" : "denied");
+    if (!relay.problem) {
       const far = await reach(relay, effects);
       if (far) await couple(balancer, relay, far);
     }
@@ -5709,9 +5734,13 @@ async function unused(host: string, port: number): Promise<void> {
   await new Promise((resolve) => server.close(resolve));
 }
 
-/** How much connections may be and take; what Deno and Bun do with theirs cannot be told. */
-type Bounds = Pick<Config["limits"], "connections" | "header" | "keep_alive">;
-const UNBOUNDED: Bounds = v.parse(Limits, {});
+/** What a listener asks about its connections, where the runtime shows them: Deno and Bun keep theirs to themselves. */
+interface Porter {
+  limits(): Pick<Config["limits"], "header" | "keep_alive">;
+  /** Counts a connection, or says what it is refused for. */
+  letIn(socket: Socket): FailureName | undefined;
+}
+const LENIENT: Porter = { limits: () => v.parse(Limits, {}), letIn: () => undefined };
 
 /** What differs between runtimes. */
 interface Runtime {
@@ -5722,7 +5751,7 @@ interface Runtime {
     port: number,
     shared: boolean,
     secure?: Secure,
-    bounds?: () => Bounds,
+    porter?: Porter,
   ): Promise<Listener>;
   /** Whether it can ask clients for a certificate, and speak TLS with those that do not speak HTTP. */
   fullTls: boolean;
@@ -6057,7 +6086,7 @@ const printed = (bytes: Uint8Array): Promise<number> =>
   });
 
 /** Node's server: HTTP/1.1, and over TLS HTTP/2 as well. */
-async function nodeServer(fetch: Serve, secure: Secure | undefined, bounds: () => Bounds) {
+async function nodeServer(fetch: Serve, secure: Secure | undefined, porter: Porter) {
   const { getRequestListener } = await import("@hono/node-server");
   const { createServer: createHttpServer, ServerResponse } = await import("node:http");
   /** Flushes a head as latin1, as it came; Node's own does it as UTF-8. */
@@ -6074,7 +6103,7 @@ async function nodeServer(fetch: Serve, secure: Secure | undefined, bounds: () =
   }
   const listener = getRequestListener(fetch, { errorHandler: () => refusal("bad-request") });
   const latest = new WeakMap<Socket, InstanceType<typeof ServerResponse>>();
-  const patience = () => ({ headersTimeout: bounds().header, keepAliveTimeout: bounds().keep_alive });
+  const patience = () => ({ headersTimeout: porter.limits().header, keepAliveTimeout: porter.limits().keep_alive });
   const limits = {
     ...{ requestTimeout: 0, maxHeaderSize: 65_536, requireHostHeader: false },
     ...{ ...patience(), connectionsCheckingInterval: 1_000 },
@@ -6083,12 +6112,10 @@ async function nodeServer(fetch: Serve, secure: Secure | undefined, bounds: () =
   const tls = secure && await nodeTls(secure, { ...limits, Http1ServerResponse: Latin1Response });
   const server = tls?.server ?? createHttpServer({ ...limits, ServerResponse: Latin1Response });
   Object.assign(server, { ...limits, maxHeadersCount: 0 }); // where the one for both does not take them as options
-  let open = 0;
   server.on("connection", (socket: Socket) => {
     Object.assign(server, patience()); // a reload may have changed it
-    if (open >= bounds().connections) return dismiss(socket, secure ? "" : rawRefusal("busy"));
-    open++;
-    socket.on("close", () => open--);
+    const refusal = porter.letIn(socket);
+    if (refusal) dismiss(socket, secure ? "" : rawRefusal(refusal));
   });
   server.on("clientError", (error: Error & { code?: string }, socket: Socket) => {
     const answer = latest.get(socket);
@@ -6192,8 +6219,8 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
     print: printed,
   },
   node: {
-    async serve(fetch, host, port, reusePort, secure, bounds = () => UNBOUNDED) {
-      const { server, close, swap } = await nodeServer(fetch, secure, bounds);
+    async serve(fetch, host, port, reusePort, secure, porter = LENIENT) {
+      const { server, close, swap } = await nodeServer(fetch, secure, porter);
       await new Promise<void>((resolve, reject) => {
         server.on("error", reject);
         server.listen({ port, reusePort, ...(host && { host: bare(host) }) }, resolve);
@@ -6508,6 +6535,8 @@ export function createLoadBalancer(
     inFlight: 0,
     entrypoints: new Map(),
     clients: new Map(),
+    connections: new Set(),
+    connected: new Map(),
     relays: new Set(),
     draining: false,
     guesses: newBuckets({ requests: 1, per: 1_000, burst: 5, by: "" }),
@@ -8474,9 +8503,10 @@ function frontsOf({ config, tcp }: Table): Map<string, FrontConfig> {
 const isHttp = (name: string): boolean => name.startsWith("http");
 
 async function openFront({ lb, shared, ports }: Post, name: string, at: FrontConfig): Promise<Listener> {
-  const { balancer } = lb, port = ports.get(name) ?? at.port, bounds = () => balancer.table.config.limits;
+  const { balancer } = lb, port = ports.get(name) ?? at.port;
   if (isHttp(name)) {
-    return await openListener((request, env) => lb.fetch(request, env), { ...at, port, bounds }, shared);
+    const porter = { limits: () => balancer.table.config.limits, letIn: (socket: Socket) => letIn(balancer, socket) };
+    return await openListener((request, env) => lb.fetch(request, env), { ...at, port, porter }, shared);
   }
   if (at.tls.length) secureOf(at, false);
   return await openTcp(balancer, name.slice(name.indexOf("//") + 2), shared, port);
@@ -8569,13 +8599,13 @@ async function listenAll(post: Post): Promise<Seats> {
 }
 
 type Handler = (request: Request, env: object) => ReturnType<Serve>;
-type Address = Pick<FrontConfig, "host" | "port"> & Partial<FrontConfig> & { bounds?: () => Bounds };
+type Address = Pick<FrontConfig, "host" | "port"> & Partial<FrontConfig> & { porter?: Porter };
 async function openListener(fetch: Handler, at: Address, shared = false): Promise<Listener> {
-  const { host, port, tls = [], client_ca = "", bounds } = at;
+  const { host, port, tls = [], client_ca = "", porter } = at;
   try {
     const secure = tls.length ? secureOf({ tls, client_ca }, true) : undefined;
     const serve = (request: Request, env: unknown) => fetch(request, env as object);
-    return await runtimes[here].serve(serve, host, port, shared, secure, bounds);
+    return await runtimes[here].serve(serve, host, port, shared, secure, porter);
   } catch (error) {
     throw new StartError(`cannot listen on ${shown(host, port)}: ${(error as Error).message}`);
   }

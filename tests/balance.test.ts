@@ -610,7 +610,7 @@ test("the transport gets the timeouts, and the length of the body", async () => 
   for (const [body, length] of [["none", 0], ["kept", 3], ["stream", -1], ["long", 70_000]] as const) {
     await ask(undefined, withBody("PUT", body));
     const { timeouts, length: told, method } = seen.attempt!;
-    assert.deepEqual(timeouts, { connect: 1000, response: 2000, idle: 3000 });
+    assert.deepEqual(timeouts, { connect: 1000, response: 2000, idle: 3000, request: Infinity });
     assert.deepEqual([method, told], ["PUT", length]);
   }
 });
@@ -706,7 +706,7 @@ test("log: off writes nothing, and every request is logged once, when its last b
   assert.equal(lines.length, 2);
   const redirecting = setUp("", [200], { top: "hosts: [{ host: r.test, redirect: { to: /x } }]" });
   await redirecting.ask("http://r.test/");
-  assert.match(redirecting.lines.join("\n"), /^192\.0\.2\.9 - - .*" 302 0 "-" "-" - - 0 -\/-\/0 - /);
+  assert.match(redirecting.lines.join("\n"), /^192\.0\.2\.9 - - .*" 302 0 "-" "-" - - 0 -\/-\/0.000 - /);
 });
 
 test("a retry waits for the untried server where that is full, rather than go back to the one that has failed", async () => {

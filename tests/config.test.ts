@@ -93,7 +93,7 @@ test("what is left out has the documented default", () => {
     retries: 1,
     retry_on: ["connect", "reset", 502, 503, 504],
     retry_budget: 0.2,
-    timeouts: { connect: 3_000, response: 60_000, idle: 300_000 },
+    timeouts: { connect: 3_000, response: 60_000, idle: 300_000, request: Infinity },
     hedge: 0,
     max_in_flight: Infinity,
     queue: { size: 100, timeout: 5_000 },
@@ -149,12 +149,12 @@ routes:
   - { path: /b, split: { shop: 9, next: 0 }, timeouts: { connect: 8s } }
   - { path: /c, respond: {} }`);
   const { timeouts, retries, health, strategy } = services.get("shop")!;
-  assert.deepEqual(timeouts, { connect: 1000, response: 2000, idle: 9000 });
+  assert.deepEqual(timeouts, { connect: 1000, response: 2000, idle: 9000, request: Infinity });
   assert.equal(retries, 2);
   assert.deepEqual([health.kind, health.path, health.rise], ["http", "/up", 9]);
   assert.deepEqual(strategy, { name: "hash", by: "header", key: "b" });
   assert.equal(services.get("next")!.health.kind, "off");
-  assert.deepEqual(routes[0]!.policy.timeouts, { connect: 1000, response: 2000, idle: 60_000 });
+  assert.deepEqual(routes[0]!.policy.timeouts, { connect: 1000, response: 2000, idle: 60_000, request: Infinity });
   assert.equal(routes[0]!.policy.compress, true);
   assert.equal(services.get("shop")!.compress, false);
   const split = routes[1]!.action;
@@ -162,11 +162,11 @@ routes:
   assert.deepEqual(
     split.targets.map(({ service, weight, policy }) => [service, weight, policy.timeouts, policy.retries]),
     [
-      ["shop", 9, { connect: 8000, response: 2000, idle: 9000 }, 2],
-      ["next", 0, { connect: 8000, response: 60_000, idle: 9000 }, 3],
+      ["shop", 9, { connect: 8000, response: 2000, idle: 9000, request: Infinity }, 2],
+      ["next", 0, { connect: 8000, response: 60_000, idle: 9000, request: Infinity }, 3],
     ],
   );
-  assert.deepEqual(routes[2]!.policy.timeouts, { connect: 1000, response: 60_000, idle: 9000 });
+  assert.deepEqual(routes[2]!.policy.timeouts, { connect: 1000, response: 60_000, idle: 9000, request: Infinity });
 });
 
 for (

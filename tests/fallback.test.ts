@@ -132,9 +132,9 @@ test("the other service is asked by its own strategy and policy, under what the 
   set("a", { up: false });
   set("b", { up: false });
   for (let i = 0; i < 3; i++) assert.equal((await ask()).asked, "x");
-  assert.deepEqual(timeouts(), { connect: 3_000, response: 9_000, idle: 300_000 });
+  assert.deepEqual(timeouts(), { connect: 3_000, response: 9_000, idle: 300_000, request: Infinity });
   await ask("/fast");
-  assert.deepEqual(timeouts(), { connect: 3_000, response: 9_000, idle: 7_000 });
+  assert.deepEqual(timeouts(), { connect: 3_000, response: 9_000, idle: 7_000, request: Infinity });
   Object.assign(manners, { x: "refuses", y: "refuses" });
   assert.equal((await ask()).asked.length, 4);
 });

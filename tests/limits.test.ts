@@ -3,10 +3,12 @@
 
 import assert from "node:assert/strict";
 import { test as nodeTest } from "node:test";
+import { type AddressInfo, connect, createServer, type Socket } from "node:net";
 import { setImmediate } from "node:timers";
 import { type Attempt, createLoadBalancer, type Failure, type LoadBalancer, parseConfig, WireError } from "../lb.ts";
 import {
   answer,
+  freePort,
   get,
   type Message,
   rawRequest,
@@ -14,6 +16,7 @@ import {
   type ScriptedServer,
   scriptedServer,
   seeded,
+  sleep,
   startProgram,
   status,
   target,
@@ -1208,3 +1211,79 @@ nodeTest("through the program on Node: so many connections, and no longer than s
     await server.close();
   }
 });
+
+for (const length of [100, 100_000, -1]) {
+  const what = length < 0 ? "a chunked body" : `a body of ${length} bytes`;
+  nodeTest(`through the program: ${what} that comes byte by byte has to be whole within timeouts.request`, async () => {
+    const server = await scriptedServer((visit) => void visit); // waits for the end
+    const timeouts = { idle: "20s", request: "700ms" };
+    const lb = await startProgram({
+      ...{ log: "off", default: { service: "s" } },
+      services: { s: { servers: [server.address], timeouts, health: "off", retries: 0 } },
+    });
+    const socket = connect(lb.port, "127.0.0.1");
+    socket.on("error", () => {});
+    let drip: ReturnType<typeof setInterval> | undefined;
+    try {
+      const framing = length < 0 ? "Transfer-Encoding: chunked" : `Content-Length: ${length}`;
+      socket.write(`POST / HTTP/1.1\r\nHost: a.test\r\n${framing}\r\n\r\n`);
+      drip = setInterval(() => socket.write(length < 0 ? "1\r\nx\r\n" : "x"), 50);
+      let text = "";
+      socket.on("data", (bytes) => text += bytes);
+      await until("it is refused", () => text.includes("\r\n\r\n"));
+      assert.match(text, /^HTTP\/1\.1 408 /);
+      assert.match(text, /^x-lb-failure: client-timeout\r$/mi);
+      assert.match(lb.output(), /^(?!.* warn: )/s, "it is not the server's fault");
+    } finally {
+      clearInterval(drip);
+      socket.destroy();
+      await lb.stop();
+      await server.close();
+    }
+  });
+}
+
+nodeTest(
+  "through the program: one client has only so many connections, over TCP and on Node over HTTP too",
+  async () => {
+    const echo = createServer((socket) => socket.on("error", () => {}).pipe(socket));
+    await new Promise<void>((resolve) => echo.listen(0, "127.0.0.1", resolve));
+    const servers = [`127.0.0.1:${(echo.address() as AddressInfo).port}`], listen = await freePort();
+    const limits = { client_connections: 2 }, respond = { body: "here" };
+    const lb = await startProgram({
+      limits,
+      routes: [{ path: "/", respond }],
+      tcp: [{ listen, servers, health: "off" }],
+    });
+    const sockets: Socket[] = [];
+    /** What is echoed on a connection, or that it has been closed. */
+    const said = (host: string) =>
+      new Promise<string>((resolve) => {
+        const socket = connect({ port: listen, host: "127.0.0.1", localAddress: host });
+        sockets.push(socket);
+        socket.on("error", () => {}).on("close", () => resolve("closed")).on("data", (bytes) => resolve(`${bytes}`));
+        socket.write("hello");
+      });
+    try {
+      assert.deepEqual([await said("127.0.0.1"), await said("127.0.0.1"), await said("127.0.0.1")], [
+        ...["hello", "hello", "closed"],
+      ]);
+      assert.equal(await said("127.0.0.2"), "hello", "somebody else");
+      if (runtime() === "node") {
+        const { answers: [refused] } = await rawRequest(lb.port, get("/"));
+        assert.deepEqual([status(refused!), value(refused!, "x-lb-failure")], [429, "client-busy"]);
+      }
+      sockets[0]!.destroy();
+      await until("it is gone", async () => {
+        const word = await said("127.0.0.1");
+        if (word === "closed") await sleep(20);
+        return word === "hello";
+      });
+      assert.match(lb.output(), /"TCP tcp:.* 429 .* client-busy /);
+    } finally {
+      for (const socket of sockets) socket.destroy();
+      await lb.stop();
+      echo.close();
+    }
+  },
+);
