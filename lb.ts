@@ -3538,7 +3538,8 @@ async function takeRequestBody(
 /** A body that is not announced by any header, as over HTTP/2: null where it turns out to be empty. */
 async function peeked(body: ReadableStream<Uint8Array<ArrayBuffer>>): Promise<Body & (ReadableStream | null)> {
   const reader = body.getReader();
-  let next: ReadableStreamReadResult<Uint8Array<ArrayBuffer>> | undefined = await reader.read();
+  let next: ReadableStreamReadResult<Uint8Array<ArrayBuffer>> | undefined;
+  do next = await reader.read(); while (!next.done && next.value.byteLength === 0); // Deno begins with an empty piece
   if (next.done) return null;
   return new ReadableStream({
     async pull(sink) {

@@ -17,6 +17,7 @@ import {
 
 const test = (name: string, body: () => Promise<void>) => nodeTest(name, { timeout: 120_000 }, body);
 
+const QUICK = { quiet: 50 };
 let server: ScriptedServer;
 let program: Program;
 
@@ -45,7 +46,30 @@ before(async () => {
       { path: "/server", service, host_header: "server" },
       { path: "/literal", service, host_header: "c.test" },
       { path: "/closed", service, deny: ["127.0.0.1"] },
+      { path: "/open", service, allow: ["127.0.0.0/8"], deny: ["127.0.0.9"] },
+      { path: "/private", ...says("private"), allow: ["10.0.0.0/8"] },
+      { path: "/is", headers: { "x-beta": "1" }, ...says("header is") },
+      { path: "/has", headers: { "x-beta": { present: true } }, ...says("header there") },
+      { path: "/has", headers: { "x-beta": { present: false } }, ...says("header not there") },
+      { path: "/q", query: { a: { regex: "^[0-9]+$" } }, ...says("query matches") },
+      { path: "/q", query: { b: { present: true } }, ...says("query there") },
+      { path: "/plain", scheme: "http", ...says("http") },
+      { path: "/plain", scheme: "https", ...says("https") },
+      { path: "/moved", redirect: { scheme: "https", host: "new.test", port: 8443, path: "/there", status: 307 } },
+      { path: { regex: "^/user/([0-9]+)/(.*)$" }, service, rewrite: { path: "/$2/of/$1" } },
+      { path: "/named", service, rewrite: { host: "inner.test" } },
+      {
+        ...{ path: "/rules", service },
+        request: { headers: { set: { "x-set": "new" }, add: { "x-add": "two" }, remove: ["x-gone"] } },
+        response: { headers: { set: { "x-out": "out" }, remove: ["content-type"] } },
+      },
+      { path: "/params", service, request: { query: { set: { a: "new" }, remove: ["b"] } } },
+      { path: "/small", service, body_limit: 10 },
+      { path: "/cors", service, cors: { origin: ["https://app.test"], credentials: true, max_age: "1m" } },
+      { path: "/tea", respond: { status: 418, body: "short", headers: { "x-tea": "1" } } },
     ],
+    paths: [{ path: "/cut", servers: [`http://${server.address}`], strip: true }],
+    default: { service },
   });
 });
 
@@ -55,7 +79,7 @@ after(async () => {
 });
 
 async function ask(path: string, headers = "", host = "a.test"): Promise<Message> {
-  const { answers: [one] } = await rawRequest(program.port, get(path, headers, host));
+  const { answers: [one] } = await rawRequest(program.port, get(path, headers, host), QUICK);
   assert.ok(one, `${path} has an answer`);
   return one;
 }
@@ -63,18 +87,26 @@ async function ask(path: string, headers = "", host = "a.test"): Promise<Message
 const ROUTED: [path: string, expected: string | number, headers?: string, host?: string][] = [
   ["/", "any", "", "a.w.test"],
   ["/", "longer", "", "a.long.w.test"],
-  ["/", 404, "", "w.test"],
+  ["/open", 200],
+  ["/private", 403],
+  ["/is", "header is", "x-beta: 1\r\n"],
+  ["/has", "header there", "x-beta: 9\r\n"],
+  ["/has", "header not there"],
+  ["/q?a=12", "query matches"],
+  ["/q?a=x&b=", "query there"],
+  ["/plain", "http"],
+  ["/tea", 418],
   ["/p", "exact"],
   ["/p/q", "prefix"],
-  ["/pq", 404],
+  ["/pq", 200],
   ["/v2/x", "regex"],
-  ["/v3/x", 404],
+  ["/v3/x", 200],
   ["/one", "list"],
   ["/two/x", "list"],
   ["/head", "header", "x-beta: 2\r\n"],
-  ["/head", 404, "x-beta: 3\r\n"],
+  ["/head", 200, "x-beta: 3\r\n"],
   ["/ask?debug=1", "query"],
-  ["/ask?debug=2", 404],
+  ["/ask?debug=2", 200],
   ["/gone", 410],
   ["/closed", 403],
 ];
@@ -94,7 +126,11 @@ test("a method that no route takes is 405 with Allow", async () => {
 });
 
 for (
-  const [path, code, to] of [["/to?a=1", 308, /^https:\/\/b\.test\/x$/], ["/part?a=1", 301, /\/new\?a=1$/]] as const
+  const [path, code, to] of [
+    ["/to?a=1", 308, /^https:\/\/b\.test\/x$/],
+    ["/part?a=1", 301, /\/new\?a=1$/],
+    ["/moved?a=1", 307, /^https:\/\/new\.test:8443\/there\?a=1$/],
+  ] as const
 ) {
   test(`${path} is redirected with ${code}`, async () => {
     const one = await ask(path);
@@ -109,11 +145,65 @@ for (
     ["/whole/x?a=1", "/all?a=1", () => "a.test"],
     ["/server", "/server", () => server.address],
     ["/literal", "/literal", () => "c.test"],
+    ["/user/12/a/b?c=1", "/a/b/of/12?c=1", () => "a.test"],
+    ["/named", "/named", () => "inner.test"],
+    ["/cut/a?b=1", "/a?b=1", () => "a.test"],
+    ["/params?b=2&c=3&a=1", "/params?c=3&a=new", () => "a.test"],
+    ["/nobody/asks/for/this", "/nobody/asks/for/this", () => "a.test"],
   ] as const
 ) {
   test(`the server sees ${url} for ${path}, with the Host that the route says`, async () => {
     const seen = JSON.parse((await ask(path)).body.toString()) as Echo;
     assert.equal(seen.url, url);
     assert.equal(seen.rawHeaders.find(([name]) => name.toLowerCase() === "host")?.[1], host());
+  });
+}
+
+test("a route's rules change the headers of requests and of answers", async () => {
+  const one = await ask("/rules", "x-set: old\r\nx-add: one\r\nx-gone: 1\r\n");
+  const { rawHeaders } = JSON.parse(one.body.toString()) as Echo;
+  const seen = (name: string) => rawHeaders.filter(([field]) => field.toLowerCase() === name).map(([, text]) => text);
+  assert.deepEqual([seen("x-set"), seen("x-add").join(", "), seen("x-gone")], [["new"], "one, two", []]);
+  assert.deepEqual([value(one, "x-out"), value(one, "content-type")], ["out", ""]);
+});
+
+test("a body over a route's limit is 413, announced or not, and says so as JSON to who asks for it", async () => {
+  for (
+    const body of [
+      "Content-Length: 11\r\n\r\n01234567890",
+      "Transfer-Encoding: chunked\r\n\r\nb\r\n01234567890\r\n0\r\n\r\n",
+    ]
+  ) {
+    const head = "POST /small HTTP/1.1\r\nHost: a.test\r\nAccept: application/json\r\n";
+    const { answers: [one] } = await rawRequest(program.port, head + body, QUICK);
+    assert.deepEqual([status(one!), value(one!, "content-type")], [413, "application/problem+json"]);
+    const { status: code, title } = JSON.parse(one!.body.toString());
+    assert.deepEqual([code, title], [413, "the request's body is too large"]);
+    assert.equal(value(one!, "x-lb-failure"), "body-too-large");
+  }
+});
+
+test("cors: one of the origins may read the answers, with cookies, and its preflight is answered here", async () => {
+  const origin = "Origin: https://app.test\r\n";
+  const one = await ask("/cors", origin);
+  assert.equal(value(one, "access-control-allow-origin"), "https://app.test");
+  assert.equal(value(one, "access-control-allow-credentials"), "true");
+  const stranger = await ask("/cors", "Origin: https://evil.test\r\n");
+  assert.equal(value(stranger, "access-control-allow-origin"), "");
+  const asked = server.requests.length;
+  const preflight = get("/cors", `${origin}Access-Control-Request-Method: PUT\r\n`).replace("GET", "OPTIONS");
+  const { answers: [allowed] } = await rawRequest(program.port, preflight, QUICK);
+  assert.deepEqual([status(allowed!), value(allowed!, "access-control-max-age")], [204, "60"]);
+  assert.match(value(allowed!, "access-control-allow-methods"), /\bPUT\b/);
+  assert.equal(server.requests.length, asked);
+});
+
+for (const method of ["OPTIONS", "DELETE", "POST"]) {
+  test(`a request without a body stays one: ${method}`, async () => {
+    const asked = server.requests.length;
+    await rawRequest(program.port, get("/old").replace("GET", method), QUICK);
+    const { headers } = server.requests[asked]!;
+    const framing = headers.filter(([name]) => /^(transfer-encoding|content-length)$/i.test(name)).flat();
+    assert.deepEqual(framing, method === "POST" ? ["content-length", "0"] : []);
   });
 }
