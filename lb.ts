@@ -5084,9 +5084,9 @@ async function askTwo(balancer: Balancer, exchange: Exchange, server: Server): P
 
 /** The request goes on with this attempt. */
 function win(exchange: Exchange, leg: Leg): Promise<Outcome> {
-  const { attempt, span, ended, endedAt, bytes, problem } = leg.exchange;
+  const { attempt, span, earned, ended, endedAt, bytes, problem } = leg.exchange;
   leg.won = true;
-  Object.assign(exchange, { attempt, span, ended, endedAt, bytes, problem });
+  Object.assign(exchange, { attempt, span, earned, ended, endedAt, bytes, problem });
   return leg.outcome;
 }
 

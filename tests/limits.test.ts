@@ -819,6 +819,22 @@ test("second attempts and retries share one budget: a service that stalls gets a
   }
 });
 
+test("a request earns its share of a retry once, though a short answer is tried again", async () => {
+  for (const hedge of ["p95", "off"]) {
+    const { send, asked, clock, service } = await hedging(`retry_on: [500], retries: 1, retry_budget: 20%`);
+    if (hedge === "off") service.hedge = 0;
+    service.saved = 50;
+    const sent = send();
+    await clock.advance(1);
+    await asked[0]!.finish(500);
+    await clock.advance(1);
+    assert.equal(asked.length, 2);
+    await asked[1]!.finish();
+    assert.equal((await sent).status, 200);
+    assert.equal(service.saved, 50 + 0.2 - 1, hedge);
+  }
+});
+
 test("the attempt that is given up counts neither as a failure nor as an answer; its server was at least so slow", async () => {
   const { send, asked, clock, service, reports } = await hedging("eject: { failures: 1 }");
   const sent = send();
