@@ -1269,7 +1269,7 @@ nodeTest(
     const lb = await startProgram({
       limits,
       routes: [{ path: "/", respond }],
-      tcp: [{ listen, servers, health: "off" }],
+      tcp: [{ listen: `127.0.0.1:${listen}`, servers, health: "off" }],
     });
     const sockets: Socket[] = [];
     /** What is echoed on a connection, or that it has been closed. */

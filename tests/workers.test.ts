@@ -4,8 +4,12 @@ import assert from "node:assert/strict";
 import { Agent, request } from "node:http";
 import process from "node:process";
 import nodeTest from "node:test";
+import { connect as connectTls } from "node:tls";
+import { A, KEY } from "./certificates.ts";
+import { echoStrictly, openWebSocket, TEXT, webSocketServer } from "./frames.ts";
 import {
   answer,
+  freePort,
   get,
   type Program,
   rawRequest,
@@ -57,7 +61,8 @@ async function fleet(
   }
 }
 
-const ask = async (port: number) => (await rawRequest(port, get("/"))).answers[0]!;
+const ask = async (port: number, path = "/", headers = "") =>
+  (await rawRequest(port, get(path, headers), { quiet: 30 })).answers[0]!;
 /** Waits until twenty in a row get this status: what the main thread has found reaches a worker a moment later. */
 async function all(port: number, wanted: number): Promise<void> {
   for (let row = 0, asked = 0; row < 20; asked++) {
@@ -127,7 +132,7 @@ test("a worker that ends is replaced, and the other serves on", () =>
     await until("it is said", () => /a worker has ended and is replaced/.test(output()));
     let lost = 0; // what the system had given to the one that has ended
     for (let served = 0; served < 20;) {
-      const { answers } = await rawRequest(port, get("/"));
+      const { answers } = await rawRequest(port, get("/"), { quiet: 30 });
       if (answers[0]) assert.equal(status(answers[0]), 200);
       if (answers[0]) served++;
       else assert.ok(++lost < 20, "the other one serves");
@@ -173,6 +178,83 @@ test("workers serve a file that is far larger once it is spelt out, and a reload
     await lb.stop();
   }
 });
+
+test("max is divided among the workers: a server never has more", async () => {
+  let [now, most] = [0, 0];
+  const waiting: (() => void)[] = [];
+  const server = await scriptedServer((visit) => {
+    most = Math.max(most, ++now);
+    waiting.push(() => (now--, visit.send(answer("at last"))));
+  });
+  const service = { servers: [{ url: `http://${server.address}`, max: 6 }], health: "off", queue: "off", panic: "0%" };
+  const lb = await startProgram({ log: "off", services: { s: service }, default: { service: "s" } }, [
+    "--workers",
+    "2",
+  ]);
+  try {
+    const sent = Array.from({ length: 40 }, () => ask(lb.port));
+    let refused = 0;
+    for (const one of sent) void one.then((answer) => status(answer) === 503 && refused++);
+    await until("the others are refused", () => refused === 34);
+    assert.deepEqual([now, most], [6, 6]);
+    while (waiting.length) waiting.pop()!();
+    const answers = await Promise.all(sent);
+    assert.equal(answers.filter((one) => status(one) === 200).length, 6);
+  } finally {
+    await lb.stop();
+    await server.close();
+  }
+});
+
+test("TLS, WebSockets, TCP and sticky clients are served by all workers alike", async () => {
+  const servers = await Promise.all(["a", "b"].map((name) => scriptedServer((visit) => visit.send(answer(name)))));
+  const sockets = await webSocketServer(echoStrictly);
+  const [plain, secure, tcp] = [await freePort(), await freePort(), await freePort()];
+  const addresses = servers.map(({ address }) => address);
+  const lb = await startProgram(
+    {
+      ...{
+        log: "off",
+        listen: [`127.0.0.1:${plain}`, { address: `127.0.0.1:${secure}`, tls: { cert: "a.pem", key: "a.key" } }],
+      },
+      services: { shop: { servers: addresses, health: "off", sticky: { cookie: "lb" } } },
+      routes: [{ path: "/ws", servers: [`127.0.0.1:${sockets.port}`] }],
+      default: { service: "shop" },
+      tcp: [{ listen: `127.0.0.1:${tcp}`, servers: addresses, health: "off" }],
+    },
+    ["--workers", "2"],
+    { "a.pem": A, "a.key": KEY },
+  );
+  try {
+    const first = await ask(plain), cookie = `Cookie: ${value(first, "set-cookie").split(";")[0]}\r\n`;
+    const [home, seen] = [first.body.toString(), new Set<string>()];
+    for (let i = 0; i < 20; i++) {
+      assert.equal((await ask(plain, "/", cookie)).body.toString(), home, "whichever worker has the connection");
+      seen.add((await ask(tcp)).body.toString());
+      assert.equal(await overTls(secure, cookie), home);
+      const socket = await openWebSocket(plain, "/ws");
+      socket.send(TEXT, `hello ${i}`);
+      assert.equal(`${(await socket.frame(0)).payload}`, `hello ${i}`);
+      socket.close(1000);
+      assert.deepEqual(await socket.closed(), [1000, ""]);
+    }
+    assert.deepEqual([...seen].sort(), ["a", "b"]);
+  } finally {
+    await lb.stop();
+    await Promise.all([...servers, sockets].map((one) => one.close()));
+  }
+});
+
+/** What is answered over TLS. */
+const overTls = (port: number, headers: string) =>
+  new Promise<string>((resolve, reject) => {
+    const socket = connectTls({ port, host: "127.0.0.1", rejectUnauthorized: false }, () => {
+      socket.write(`GET / HTTP/1.1\r\nHost: a.test\r\n${headers}Connection: close\r\n\r\n`);
+    });
+    let text = "";
+    socket.on("error", reject).on("data", (bytes) => text += bytes);
+    socket.on("end", () => resolve(text.slice(text.indexOf("\r\n\r\n") + 4)));
+  });
 
 test("the port is nobody else's, though workers share it", async () => {
   const server = await scriptedServer(named);
