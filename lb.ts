@@ -5542,7 +5542,8 @@ function pump(relay: Relay, from: Socket, to: Socket, counted: "received" | "byt
     relay.since = now();
     from.resume();
   });
-  from.on("end", () => to.end());
+  if (from.readableEnded) to.end(); // before there was anybody to tell
+  else from.on("end", () => to.end());
   from.on("close", () => {
     if (!from.readableEnded) breakOff(to);
     else if (!from.writableFinished) to.destroySoon(); // once it has all that was sent before that
@@ -5962,11 +5963,33 @@ async function withoutTunnels(tunnels: ReadonlySet<Tunnel> | undefined): Promise
   while (tunnels?.size) await new Promise((resolve) => setTimeout(resolve, 20));
 }
 
-const denoDoor = (server: DenoServer): Door => ({
-  port: server.addr.port,
-  leave: () => server.shutdown(),
-  close: (tunnels) => withoutTunnels(tunnels).then(() => server.shutdown()),
-});
+/** Deno.serve ends for good where it cannot take a connection, for want of a handle say: then another takes its place. */
+function denoDoor(fetch: Serve, where: { hostname?: string; port: number; reusePort: boolean }): Door {
+  const servers = new Set<DenoServer>();
+  let [port, open] = [where.port, true];
+  const listen = () => {
+    const server = globals.Deno!.serve({ ...where, port, onListen() {} }, fetch);
+    servers.add(server);
+    port = server.addr.port;
+    server.finished.catch((error) => {
+      defaultEffects().report("error", `port ${port} takes no connections: ${error.message}; it is opened again`);
+      setTimeout(again, 100);
+    });
+  };
+  const again = () => {
+    try {
+      if (open) listen();
+    } catch { // still no handle
+      setTimeout(again, 100);
+    }
+  };
+  const leave = async () => {
+    open = false;
+    await Promise.all([...servers].map((server) => server.shutdown().catch(() => {})));
+  };
+  listen();
+  return { port, leave, close: (tunnels) => withoutTunnels(tunnels).then(leave) };
+}
 
 type ServeConnection = (connection: unknown, stop: AbortSignal, ...handlers: unknown[]) => DenoServer;
 
@@ -5979,7 +6002,7 @@ function denoTlsDoor(fetch: Serve, where: { hostname?: string; port: number }, {
   const inside = (Deno as unknown as Record<symbol, { serveHttpOnConnection?: ServeConnection }>)[Deno.internal];
   const serve = inside?.serveHttpOnConnection;
   if (!serve && pairs.length > 1) throw new Error("this Deno shows one certificate at each address, not several");
-  if (!serve) return denoDoor(Deno.serve({ ...options, cert, key, onListen() {} }, fetch));
+  if (!serve) return denoDoor(fetch, { ...options, ...{ cert, key } });
   const find = (name: string) => Promise.resolve(pairFor(pairs, name));
   const shown = pairs.length > 1 ? { [Symbol.for("unstableSniResolver")]: find } : { cert, key };
   const listener = Deno.listenTls({ ...options, alpnProtocols: ["h2", "http/1.1"], ...shown });
@@ -6167,7 +6190,7 @@ const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
         if (!shared) await unused(host, port);
         return replaceable(host, port, secure, (port, secure) => denoTlsDoor(fetch, { ...where, port }, secure));
       }
-      const door = denoDoor(globals.Deno!.serve({ ...where, reusePort: shared, onListen() {} }, fetch));
+      const door = denoDoor(fetch, { ...where, reusePort: shared });
       return { address: shown(host, door.port), close: door.close };
     },
     fullTls: false,
@@ -8445,17 +8468,17 @@ function readText(file: string): string {
 // 40. Listeners: where clients come in. They are opened, kept at what is in force, and drained.
 // ---------------------------------------------------------------------------------------------------------------------
 
-const MOST_WAITING = 100_000; // lines that wait for a reader of the log
+const MOST_WAITING = 1 << 26; // bytes of lines that wait for a reader of the log
 const TOGETHER = 20; // ms for which lines wait for others: a write of its own costs more than a line
 
 /** Lines for standard output, written together and never waited for: a reader that stalls costs lines, not requests. */
 function lineWriter(report: Effects["report"]): (line: string) => void {
-  let [waiting, lost, busy]: [string[], number, boolean] = [[], 0, false];
+  let [waiting, held, lost, busy]: [string[], number, number, boolean] = [[], 0, 0, false];
   const flush = async () => {
     busy = true;
     if (lost) report("warn", `lines of the access log that nobody read: ${lost}`);
     let bytes = new TextEncoder().encode(waiting.join(""));
-    [waiting, lost] = [[], 0];
+    [waiting, held, lost] = [[], 0, 0];
     while (bytes.length) bytes = bytes.subarray(await runtimes[here].print(bytes));
     busy = false;
     if (waiting.length) setTimeout(flush, TOGETHER);
@@ -8463,8 +8486,9 @@ function lineWriter(report: Effects["report"]): (line: string) => void {
   process.on("exit", () => !busy && waiting.length && writeSync(1, waiting.join("")));
   return (line) => {
     if (waiting.length === 0 && !busy) setTimeout(flush, TOGETHER);
-    if (waiting.length < MOST_WAITING) waiting.push(line + "\n");
-    else lost++;
+    held += line.length;
+    if (held < MOST_WAITING) waiting.push(line + "\n");
+    else if (lost++ === 0) report("warn", "nobody reads the access log: its lines are lost until somebody does");
   };
 }
 
@@ -8956,7 +8980,9 @@ async function run(call: Call): Promise<void> {
   const config = load(call, text);
   const lb = createLoadBalancer(config, { write: lineWriter(defaultEffects().report) });
   const { effects } = lb.balancer;
-  const seats = await takeSeats(lb, call);
+  const opening = takeSeats(lb, call);
+  for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => void quit(lb, opening, call.drain));
+  const seats = await opening;
   if (config.admin) {
     const file = text === undefined ? { file: call.file } : {};
     const admin = createAdmin(lb, { ...file, parse: (text) => load(call, text) });
@@ -8974,7 +9000,6 @@ async function run(call: Call): Promise<void> {
   }
   process.stderr.on("error", () => {}); // nobody reads it any more: reporting that would go round in circles
   process.on("uncaughtException", (error) => effects.report("error", `internal: ${error.stack ?? error}`)); // serve on
-  for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => void quit(lb, seats, call.drain));
   sayOpened(seats.opened, effects.report);
   if (call.workers > 1) effects.report("info", `workers: ${call.workers}`);
   announce(lb);
@@ -8990,12 +9015,12 @@ async function takeSeats(lb: LoadBalancer, call: Call): Promise<Seats> {
 }
 
 /** The end after a signal; a second one ends at once. */
-async function quit({ balancer }: LoadBalancer, seats: Seats, grace: number): Promise<void> {
+async function quit({ balancer }: LoadBalancer, opening: Promise<Seats>, grace: number): Promise<void> {
   const { effects } = balancer;
   if (balancer.draining) process.exit(1);
   balancer.draining = true;
   effects.report("info", `draining; requests in flight: ${balancer.inFlight}`);
-  const left = await seats.drain(grace);
+  const seats = await opening, left = await seats.drain(grace);
   const words = [
     ...left.requests ? [`; requests cut off: ${left.requests}`] : [],
     ...left.connections ? [`; connections ended: ${left.connections}`] : [],

@@ -3,9 +3,9 @@
 
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
-import { spawn } from "node:child_process";
+import { spawn, spawnSync } from "node:child_process";
 import { randomBytes } from "node:crypto";
-import { existsSync, mkdtempSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdtempSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { type AddressInfo, connect, createServer, type Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -16,6 +16,7 @@ import { brotliCompressSync, gunzipSync, gzipSync, zstdCompressSync } from "node
 import {
   answer,
   echoServer,
+  freePort,
   get,
   type Message,
   rawRequest,
@@ -695,6 +696,44 @@ test("SIGTERM and SIGINT let what is in flight finish, take no new connection, a
     });
   }
 });
+
+test("a signal that comes while workers are started lets what they have taken finish", async () => {
+  const server = await scriptedServer(async (visit) => (await sleep(300), visit.send(answer("taken"))));
+  const port = await freePort(), folder = mkdtempSync(join(tmpdir(), "lb-"));
+  writeFileSync(join(folder, "routes.yml"), JSON.stringify({ default: { servers: [server.address] } }));
+  const lb = start(ENTRY, ["--listen", `127.0.0.1:${port}`, "--workers", "2"], { cwd: folder });
+  try {
+    let answers: Message[] = [];
+    while (answers.length === 0) {
+      let over = false;
+      const asked = rawRequest(port, get("/"), { quiet: 20 }).finally(() => over = true);
+      await until("it is refused, or at the server", () => over || server.requests.length > 0);
+      if (server.requests.length) lb.signal("SIGTERM");
+      ({ answers } = await asked);
+    }
+    assert.equal(answers[0]!.body.toString(), "taken");
+    assert.equal(await lb.ended, 0);
+  } finally {
+    if (!lb.over()) lb.signal("SIGKILL");
+    await server.close();
+    rmSync(folder, { recursive: true });
+  }
+});
+
+test("a process that has run out of handles serves again as soon as there are some", () =>
+  through((visit) => visit.send(answer("here")), {}, async (lb) => {
+    assert.equal(status((await rawRequest(lb.port, get("/"))).answers[0]!), 200);
+    const open = readdirSync(`/proc/${lb.pid}/fd`).length, few = `--nofile=${open + 30}:${open + 30}`;
+    assert.equal(spawnSync("prlimit", ["--pid", `${lb.pid}`, few]).status, 0);
+    const crowd = Array.from({ length: 100 }, () => connect(lb.port, "127.0.0.1").on("error", () => {}));
+    await sleep(1_000);
+    for (const socket of crowd) socket.destroy();
+    for (let tries = 0, here = false; !here; tries++) {
+      assert.ok(tries < 100, "it serves again");
+      here = (await rawRequest(lb.port, get("/"), { quiet: 20 })).answers[0]?.body.toString() === "here";
+      if (!here) await sleep(50);
+    }
+  }));
 
 test("an answer that is on its way when SIGTERM comes arrives whole", () =>
   through((visit) => visit.send("HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nfirst"), {}, async (lb, server) => {

@@ -139,6 +139,18 @@ test("bytes pass as they are, and each side may end while the other still speaks
   await Promise.all([slow.close(), quick.close()]);
 });
 
+test("a client that has nothing to say and ends its side at once hears all that the server says", async () => {
+  const server = await backend("", (visit) => visit.socket.on("end", () => visit.socket.end("hello")));
+  await running([{ servers: [server.address] }], async (_lb, [port]) => {
+    for (let i = 0; i < 20; i++) {
+      const end = watched(connect({ port: port!, host: "127.0.0.1", allowHalfOpen: true }).end());
+      await over(end);
+      assert.equal(text(end), "hello");
+    }
+  });
+  await server.close();
+});
+
 test("a slow reader stops a fast writer, both ways, and loses nothing", async () => {
   const SIZE = 64 * 2 ** 20, piece = Buffer.alloc(2 ** 16, 7);
   /** Writes as fast as the socket takes it; gives how much has been written. */
