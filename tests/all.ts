@@ -1,5 +1,5 @@
 // The test command, `deno task test`: what all tests say on Deno, Bun, Node and workerd, after formatter, linter and
-// type checker. It needs only npm to begin with, and root for apt-get where there is no chromium, curl, git or redis-server.
+// type checker. It needs only npm to begin with, and root for apt-get where a program of PROGRAMS is missing.
 // Words after it choose runtimes and files: `deno task test node gate`.
 // A runtime on which a file's tests did not run counts as failed: silence is not success. A file that fails beside others
 // is run once more by itself, and that counts; what it said the first time stays in the output.
@@ -8,11 +8,14 @@ const ROOT = new URL("..", import.meta.url).pathname;
 const AT_ONCE = 5; // jobs; each of them mostly waits
 const PATIENCE = 240_000; // milliseconds for one job; one that takes longer hangs
 const EDGE = "edge.test.ts"; // starts workerd, and is itself run by Node
-/** What clients.test.ts and dashboard.test.ts run, and Debian's packages that have it. */
+/** What the tests run beside lb.ts (or load into it), and Debian's packages that have it. */
 const PROGRAMS = Object.entries({
   "/usr/bin/chromium": "chromium",
   "/usr/bin/curl": "curl",
+  "/usr/bin/faketime": "faketime",
   "/usr/bin/git": "git",
+  "/usr/bin/goaccess": "goaccess",
+  "/usr/bin/promtool": "prometheus",
   "/usr/bin/redis-server": "redis-server",
 });
 

@@ -1,4 +1,5 @@
-// Programs that people use, through the running program: curl, git, Redis, and a browser. Debian has them all.
+// Programs that people use, through the running program: curl, git, Redis, a browser, and what reads its log. Debian has
+// them all.
 
 import assert from "node:assert/strict";
 import { execFile, spawn } from "node:child_process";
@@ -11,8 +12,8 @@ import { join } from "node:path";
 import nodeTest from "node:test";
 import { chromium } from "playwright-core";
 import { A, CA, KEY } from "./certificates.ts";
-import { BINARY, TEXT, webSocketServer } from "./frames.ts";
-import { freePort, type Program, runtime, startProgram, until } from "./rig.ts";
+import { BINARY, echoStrictly, openWebSocket, TEXT, webSocketServer } from "./frames.ts";
+import { freePort, get, type Program, rawRequest, runtime, startProgram, until } from "./rig.ts";
 
 const test = (name: string, body: () => Promise<void>) => nodeTest(name, { timeout: 120_000 }, body);
 
@@ -221,4 +222,63 @@ test("a page in a browser has a WebSocket and server-sent events", async () => {
     await browser.close();
     await echoing.close();
   }
+});
+
+// ─── What reads its log ───
+
+test("goaccess reads every line of the combined log", async () => {
+  const echoing = await webSocketServer(echoStrictly);
+  await serving((request, answer) => {
+    if (request.url === "/cut") answer.writeHead(200, { "content-length": 9 }).write("12345", () => answer.destroy());
+    else answer.writeHead(request.url === "/bad" ? 500 : 200).end("hello");
+  }, (server) =>
+    inFolder(async (folder) => {
+      const front = await freePort();
+      const shop = { servers: [server], health: "off", eject: "off", retries: 0 };
+      const config = {
+        listen: "127.0.0.1:0",
+        trust: ["127.0.0.0/8"],
+        services: { 'my "own" shop': shop, closed: { ...shop, servers: [{ url: server, state: "drain" }] } },
+        routes: [
+          { host: "a.test", path: "/ws", servers: [echoing.address], health: "off" },
+          { host: "a.test", path: "/closed", service: "closed" },
+          { host: "a.test", service: 'my "own" shop' },
+        ],
+        tcp: [{ listen: `127.0.0.1:${front}`, servers: [server] }],
+      };
+      const sent = [
+        get("/"),
+        get("/bad"),
+        get("/cut"),
+        get("/closed"),
+        get("/", "", "b.test"),
+        get(`/${"long/".repeat(600)}?q="a%0d%0a`, 'User-Agent: "x" \\ [\xe9\x9b] 200 5\r\nReferer: " 404 "-\r\n'),
+        get("/", "User-Agent: \r\nReferer: \r\nX-Forwarded-For: 2001:db8::1\r\n"),
+        get("/").replace("GET", "HEAD"),
+        get("/").replace("GET", "PROPFIND"),
+        get("/").replace("GET", "TRACE"),
+        get("/", "Content-Length: 3\r\n").replace("GET", "POST") + "abc",
+      ];
+      let lines: string[] = [];
+      await balancing(config, async (lb) => {
+        for (const request of sent) await rawRequest(lb.port, request);
+        await rawRequest(front, get("/"));
+        const peer = await openWebSocket(lb.port, "/ws");
+        peer.close(1000);
+        await peer.closed();
+        peer.socket.destroy();
+        const own = () => lines = lb.output().split("\n").filter((line) => / - - \[/.test(line));
+        await until("all are written", () => own().length >= sent.length + 2);
+      });
+      writeFileSync(join(folder, "access.log"), lines.join("\n") + "\n");
+      const args = ["--no-global-config", "--log-format=COMBINED", "-o", "got.json", "access.log"];
+      await run("goaccess", args, folder);
+      const { general, hosts, not_found: lost } = JSON.parse(readFileSync(join(folder, "got.json"), "utf8"));
+      assert.equal(lines.length, sent.length + 2);
+      assert.deepEqual([general.valid_requests, general.failed_requests], [lines.length, 0]);
+      const from = (data: { data: string; hits: { count: number } }[]) =>
+        data.map(({ data, hits }) => `${data} ${hits.count}`).sort();
+      assert.deepEqual(from(hosts.data), [`127.0.0.1 ${lines.length - 1}`, "2001:db8::1 1"]);
+      assert.deepEqual(from(lost.data), ["/ 1"]);
+    })).finally(echoing.close);
 });

@@ -2,6 +2,7 @@
 // Prometheus makes of it.
 
 import assert from "node:assert/strict";
+import { spawn } from "node:child_process";
 import { readFileSync, writeFileSync } from "node:fs";
 import { test } from "node:test";
 import {
@@ -17,7 +18,8 @@ import {
   totalOf,
   WireError,
 } from "../lb.ts";
-import { answer, get, rawRequest, scriptedServer, startProgram, until } from "./rig.ts";
+import { openWebSocket } from "./frames.ts";
+import { answer, freePort, get, rawRequest, scriptedServer, sleep, startProgram, status, until } from "./rig.ts";
 
 /** What an attempt meets: a status, a failure before there is an answer, or one in its middle (`200 idle`). */
 type Manner = number | Failure | `${number} ${Failure}`;
@@ -291,9 +293,8 @@ test("a server that is down or ejected is not up", async () => {
   assert.deepEqual(up(), [1, 1]);
 });
 
-test("README has every metric, and no other", async () => {
-  const { lb, ask } = setUp(["connect", "connect"]);
-  await ask();
+/** The metrics that README names. */
+function inReadme(): string[] {
   const readme = readFileSync(new URL("../README.md", import.meta.url), "utf8");
   const table = /\n\| `lb_\.\.\.`[^]*?\n\n/.exec(readme)![0];
   const told = new Set([...table.matchAll(/`([a-z]+_[a-z_]+[a-z])`/g)].map(([, name]) => name!.replace(/^lb_/, "")));
@@ -301,7 +302,13 @@ test("README has every metric, and no other", async () => {
     told.add(`entrypoint_${name}`); // "the same four"
   }
   told.add("config_last_reload_success_timestamp_seconds");
-  assert.deepEqual([...told].sort(), [...shown(lb).keys()].map((name) => name.replace(/^lb_/, "")).sort());
+  return [...told].map((name) => name.startsWith("process_") ? name : `lb_${name}`).sort();
+}
+
+test("README has every metric, and no other", async () => {
+  const { lb, ask } = setUp(["connect", "connect"]);
+  await ask();
+  assert.deepEqual(inReadme(), [...shown(lb).keys()].sort());
 });
 
 test("the Grafana dashboard asks for nothing that is not there", async () => {
@@ -375,3 +382,90 @@ test(
     }
   },
 );
+
+/** What `promtool check metrics` (Debian's package prometheus) says of a text: nothing, where it finds nothing. */
+const promtool = (text: string) =>
+  new Promise<string>((resolve, reject) => {
+    const child = spawn("promtool", ["check", "metrics"]);
+    let said = "";
+    for (const stream of [child.stdout, child.stderr]) stream.on("data", (bytes) => said += bytes);
+    child.on("error", reject);
+    child.on("close", (code) => resolve(code === 0 ? said : `${said}ended with ${code}`));
+    child.stdin.end(text);
+  });
+
+const QUEER = 'we"ird\\ né{}'; // a name that has to be escaped
+for (const workers of ["1", "2"]) {
+  test(
+    `promtool finds nothing wrong with what a busy program of ${workers === "1" ? "one thread" : "two workers"} shows`,
+    { timeout: 120_000 },
+    async () => {
+      const server = await scriptedServer((visit) => visit.send(30, answer("hello")));
+      const [tcp, nobody] = [await freePort(), `127.0.0.1:${await freePort()}`];
+      const service = QUEER.replaceAll(/["\\]/g, "\\$&"); // as it stands in a label
+      const alone = { health: "off", eject: "off" };
+      const config = {
+        listen: "127.0.0.1:0",
+        tcp: [{ listen: `127.0.0.1:${tcp}`, servers: [server.address], name: "db" }],
+        services: {
+          [QUEER]: { ...alone, servers: [server.address] },
+          retried: { servers: [nobody, server.address], eject: "off", health: { interval: "100ms", fall: 100 } },
+          dead: { ...alone, servers: [nobody], retries: 0 },
+          drained: { ...alone, servers: [{ url: server.address, state: "drain" }] },
+          queued: { ...alone, servers: [server.address], max_in_flight: 1, queue: { size: 9 } },
+          doomed: { ...alone, servers: [server.address] },
+        },
+        name_routes: true,
+        routes: [
+          { path: "/queer", service: QUEER },
+          { path: "/mirrored", service: "queued", mirror: { service: QUEER, percent: 100 } },
+        ],
+      };
+      const lb = await startProgram(config, ["--admin", "127.0.0.1:0", "--log", "off", "--workers", workers]);
+      const admin = (path: string, init?: RequestInit) => fetch(`http://127.0.0.1:${lb.admin}${path}`, init);
+      const codes = async (...paths: string[]) =>
+        (await Promise.all(paths.map((path) => rawRequest(lb.port, get(path))))).map(({ answers }) =>
+          status(answers[0]!)
+        );
+      try {
+        assert.deepEqual(await codes("/queued/", "/queued/", "/mirrored", "/queer"), Array(4).fill(200));
+        const paths = ["/retried/", "/retried/", "/nowhere", "/dead/", "/drained/", "/doomed/"];
+        assert.deepEqual(await codes(...paths), [200, 200, 404, 502, 503, 200]);
+        await rawRequest(lb.port, "PROPFIND /queued/ HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\n\r\n");
+        await openWebSocket(lb.port, "/queued/").catch(() => {}); // which the server does not speak
+        await rawRequest(tcp, get("/"), { quiet: 50 });
+        await lb.reload({ ...config, trust: ["10.0.0.0/8"] });
+        let text = "";
+        const look = async () => read(text = await (await admin("/metrics")).text());
+        let families = await look();
+        const of = (name: string, labels: Record<string, string>) => valueOf(families, name, labels);
+        const all = () =>
+          of("lb_server_probes_total", { service: "retried", result: "failed" }) &&
+          of("lb_service_requests_total", { service: "db" }) &&
+          of("lb_service_copies_total", { result: "answered", service });
+        for (let i = 0; i < 200 && !all(); i++) {
+          await sleep(20);
+          families = await look();
+        }
+        assert.equal(await promtool(text), "");
+        for (const name of inReadme()) assert.ok(families.get(name)?.samples.size, `no sample of ${name}`);
+        assert.equal(of("lb_service_requests_total", { service, code: "200", method: "GET" }), 1);
+        assert.ok(of("lb_service_retries_total", { service: "retried" })! > 0);
+        assert.equal(of("lb_service_requests_total", { service: "db", protocol: "tcp" }), 1);
+        for (const reason of ["no-route", "connect", "no-server"]) {
+          assert.ok(of("lb_failures_total", { reason })! > 0, reason);
+        }
+        assert.equal(of("lb_config_reloads_total", {}), 1);
+        assert.match(text, /service="doomed"/);
+        assert.equal((await admin("/services/doomed", { method: "DELETE" })).status, 200);
+        await sleep(300); // workers tell their counts every 200 ms
+        await look();
+        assert.doesNotMatch(text, /doomed/);
+        assert.equal(await promtool(text), "");
+      } finally {
+        await lb.stop();
+        await server.close();
+      }
+    },
+  );
+}
