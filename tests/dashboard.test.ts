@@ -1,4 +1,4 @@
-// The page for people, in a real browser that looks at the running program.
+// The pages for people, in a real browser that looks at the running program.
 
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
@@ -39,9 +39,9 @@ interface Opened {
 async function looking(
   config: unknown,
   use: (opened: Opened) => Promise<void>,
-  options: { dark?: boolean; args?: string[] } = {},
+  options: { dark?: boolean; args?: string[]; path?: string } = {},
 ) {
-  const { dark = false, args = [] } = options;
+  const { dark = false, args = [], path = "/" } = options;
   browser ??= chromium.launch({ executablePath: "/usr/bin/chromium", args: FLAGS.split(" ") });
   const context = await (await browser).newContext({
     viewport: { width: 1400, height: 900 },
@@ -56,7 +56,7 @@ async function looking(
     page.on("request", (request) => {
       if (![origin, "data:"].some((known) => request.url().startsWith(known))) wrong.push(`asks ${request.url()}`);
     });
-    await page.goto(`${origin}/`);
+    await page.goto(origin + path);
     await use({ page, lb, wrong });
     assert.deepEqual(wrong, []);
   } finally {
@@ -378,3 +378,32 @@ test("a thousand servers are shown, and found", () => {
     assert.match(await cell(page, "10.0.3.231:80", "State").innerText(), /● up/);
   });
 });
+
+// ─── What the API says of itself ───
+
+for (const dark of [false, true]) {
+  test(`/docs shows every operation and what it takes, ${dark ? "dark" : "light"}`, () =>
+    looking({ admin: { token: TOKEN }, default: { servers: [REFUSED] } }, async ({ page, lb }) => {
+      const { paths } = await (await fetch(`http://127.0.0.1:${lb.admin}/openapi.json`)).json();
+      const told = Object.entries(paths as Record<string, Record<string, { summary: string }>>).flatMap((
+        [at, methods],
+      ) => Object.entries(methods).map(([method, { summary }]) => `${method.toUpperCase()} ${at} ${summary}`));
+      assert.ok(told.length > 20, `${told.length}`);
+      const shown = page.locator("summary").filter({ visible: true });
+      assert.deepEqual((await shown.allInnerTexts()).map((text) => text.replaceAll(/\s+/g, " ").trim()), told);
+      const change = page.locator("details", { has: page.getByText("PUT /services/{service}/servers/{server}/state") });
+      assert.equal(await change.getByRole("cell", { name: "state" }).first().isVisible(), false);
+      await change.locator("summary").press("Enter");
+      await change.getByRole("cell", { name: "wait" }).first().waitFor();
+      for (const width of [390, 1400]) {
+        await page.setViewportSize({ width, height: 800 });
+        const wide = await page.evaluate<number>("document.documentElement.scrollWidth");
+        assert.ok(wide <= width, `${wide} pixels in a window of ${width}`);
+      }
+      const color = await page.evaluate<string>("getComputedStyle(document.body).color");
+      const [red = NaN] = /\d+/.exec(color)!.map(Number);
+      assert.ok(dark ? red > 192 : red < 64, color);
+      await page.getByRole("link", { name: "openapi.json" }).click();
+      await page.waitForURL("**/openapi.json");
+    }, { dark, path: "/docs" }));
+}
