@@ -6729,12 +6729,13 @@ function lay(node: Node | null, says: unknown, shall: unknown, draft: Draft): vo
  * @throws {SaveError} where that would change other places too, as with anchors
  */
 export function rewrite(text: string, shall: unknown, says = readAsWritten(text, "")): string {
-  const source = wrapped(text.endsWith("\n") ? text : `${text}\n`);
+  const [eol] = /\r?\n/.exec(text) ?? ["\n"];
+  const source = wrapped(text.endsWith("\n") ? text : text + eol);
   const draft: Draft = { text: source, isJson: source.trimStart().startsWith("{"), cuts: [] };
   lay(parseDocument(source, { uniqueKeys: false }).contents, says, shall, draft);
   let out = "", at = 0;
   for (const { from, to, text } of draft.cuts.sort((a, b) => a.from - b.from)) {
-    out += source.slice(at, from) + text;
+    out += source.slice(at, from) + text.replaceAll(/\r?\n/g, eol);
     at = to;
   }
   const written = unwrapped(out + source.slice(at));
@@ -8453,7 +8454,7 @@ function placeAdmin(config: Config, listen: string): void {
 
 function readText(file: string): string {
   try {
-    return readFileSync(file, "utf8");
+    return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(readFileSync(file)); // else saving would lose bytes
   } catch (error) {
     throw new ConfigError(file, [{
       line: 1,

@@ -1,6 +1,8 @@
 // A changed routes.yml: what did not change stays as it is written, and what is on disk is always whole.
 
 import assert from "node:assert/strict";
+import { Buffer } from "node:buffer";
+import { spawnSync } from "node:child_process";
 import {
   chmodSync,
   chownSync,
@@ -9,6 +11,7 @@ import {
   lstatSync,
   mkdirSync,
   mkdtempSync,
+  readdirSync,
   readFileSync,
   rmSync,
   statSync,
@@ -22,7 +25,7 @@ import nodeTest from "node:test";
 import fc from "fast-check";
 import { parse, stringify } from "yaml";
 import { rewrite, saveFile } from "../lb.ts";
-import { sleep, startProgram, until } from "./rig.ts";
+import { type Program, sleep, startProgram, until } from "./rig.ts";
 
 // bun test gives a test five seconds unless it says otherwise
 const test = (name: string, body: () => unknown, skip = false) =>
@@ -285,3 +288,122 @@ test("kill -9 in the middle of saving leaves a whole file, the old one or the ne
     }
     assert.ok(saved.size > 1, "no change was ever saved");
   }));
+
+// ─── Through the running program ───
+
+const WRITTEN = `\
+# Grüße: the shop's file
+services: # pools
+  # the first one
+  shop:
+    retries: 1   # aligned
+    servers:
+      - 127.0.0.1:1 # main
+      - { url: 127.0.0.1:2, weight: 3 }\x20\x20
+    health: off # nobody listens
+  blog: { servers: [ 127.0.0.1:3 ], health: off }
+
+# below all others
+default: { service: shop }
+log:   combined # Apache's
+# end
+`;
+/** What the first patch makes of it, and what the second one makes of that. */
+const ONCE = WRITTEN.replace("log:   combined", "log:   json").replace("# end", "trust: [10.0.0.0/8]\n# end");
+const TWICE = ONCE.replace("retries: 1 ", "retries: 2 ").replace("    health: off # nobody listens\n", "");
+
+const SPELT: [how: string, spell: (text: string) => string][] = [
+  ["as editors write it", (text) => text],
+  ["with Windows' line ends", (text) => text.replaceAll("\n", "\r\n")],
+  ["with a byte order mark", (text) => `\ufeff${text}`],
+];
+for (const [how, spell] of SPELT) {
+  test(`patches of the config and of a service change their lines alone, and the .bak is the file before: ${how}`, async () => {
+    const lb = await startProgram(spell(WRITTEN), ["--admin", "127.0.0.1:0"]);
+    try {
+      const patch = async (path: string, body: string, expected: string) => {
+        const before = readFileSync(lb.file);
+        const headers = { "content-type": "application/yaml" };
+        const said = await fetch(`http://127.0.0.1:${lb.admin}${path}`, { method: "PATCH", body, headers });
+        assert.equal(said.status, 200, await said.text());
+        assert.equal(read(lb.file), expected);
+        assert.deepEqual(readFileSync(`${lb.file}.bak`), before);
+      };
+      await patch("/config", "# not kept\nlog: json\ntrust: [10.0.0.0/8]\n", spell(ONCE));
+      await patch("/services/shop", "retries: 2\nhealth: null # out\n", spell(TWICE));
+    } finally {
+      await lb.stop();
+    }
+  });
+}
+
+/** One change of what runs, by the API. */
+async function change(lb: Program, retries: number): Promise<{ status: number; detail: string }> {
+  const init = { method: "PATCH", body: JSON.stringify({ retries }), headers: { "content-type": "application/json" } };
+  const said = await fetch(`http://127.0.0.1:${lb.admin}/services/shop`, init);
+  const { detail = "" } = await said.json();
+  return { status: said.status, detail };
+}
+const running = async (lb: Program): Promise<unknown> =>
+  (await (await fetch(`http://127.0.0.1:${lb.admin}/services/shop`)).json()).config;
+const SHOP = "services: { shop: { servers: [127.0.0.1:1], health: off } }\ndefault: { service: shop }\n";
+
+test("a file that is not UTF-8 is not read, so that no change loses its bytes", async () => {
+  const lb = await startProgram(SHOP, ["--admin", "127.0.0.1:0"]);
+  try {
+    const latin = Buffer.from(`# Gr\xfc\xdfe\n${SHOP}`, "latin1");
+    writeFileSync(lb.file, latin);
+    await until(
+      "it is reported",
+      () => /stays in force:\n[^]*routes\.yml\S* cannot be read: /.test(lb.output()),
+      20_000,
+    );
+    assert.equal((await change(lb, 2)).status, 409);
+    assert.deepEqual(readFileSync(lb.file), latin);
+  } finally {
+    await lb.stop();
+  }
+});
+
+const mount = (...args: string[]) => spawnSync("mount", args).status === 0;
+const mayMount = process.getuid?.() === 0 && (() => {
+  const folder = mkdtempSync(join(tmpdir(), "lb-"));
+  const done = mount("-t", "tmpfs", "lb", folder);
+  if (done) spawnSync("umount", [folder]);
+  rmSync(folder, { recursive: true });
+  return done;
+})();
+
+test(
+  "a disk that is full, or read-only, is told as the reason; what runs and what is on disk stay the same",
+  () =>
+    inFolder(async (folder, file) => {
+      assert.ok(mount("-t", "tmpfs", "-o", "size=64k", "lb", folder));
+      let lb: Program | undefined;
+      try {
+        writeFileSync(file, SHOP);
+        lb = await startProgram("", ["-c", file, "--admin", "127.0.0.1:0"]);
+        const refused = async (why: RegExp) => {
+          const [text, config] = [read(file), await running(lb!)];
+          const { status, detail } = await change(lb!, 5);
+          assert.equal(status, 500, detail);
+          assert.match(detail, why);
+          assert.deepEqual([read(file), await running(lb!)], [text, config]);
+          assert.deepEqual(readdirSync(folder).filter((name) => name.endsWith(".new")), []);
+        };
+        assert.throws(() => writeFileSync(join(folder, "full"), Buffer.alloc(1 << 20)), /ENOSPC/);
+        await refused(/routes\.yml\S* cannot be written: .*(ENOSPC|[Nn]o space)/);
+        rmSync(join(folder, "full"));
+        assert.equal((await change(lb, 2)).status, 200);
+        assert.ok(mount("-o", "remount,ro", folder));
+        await refused(/routes\.yml\S* cannot be written: .*(EROFS|[Rr]ead-only)/);
+        assert.ok(mount("-o", "remount,rw", folder));
+        assert.equal((await change(lb, 3)).status, 200);
+        assert.match(read(file), /retries: 3/);
+      } finally {
+        await lb?.stop();
+        spawnSync("umount", [folder]);
+      }
+    }),
+  !mayMount,
+);
