@@ -192,6 +192,49 @@ test("hosts and sites other than its own are refused: no DNS rebinding, no cross
     for (const site of ["cross-site", "same-site"]) assert.equal(await asked(`Sec-Fetch-Site: ${site}\r\n`), 403, site);
   }));
 
+test("a change that another site asks for is none, whatever its method and with the token too", () =>
+  running(WITH_TOKENS, async (lb) => {
+    const own = `127.0.0.1:${lb.admin}`, body = '{"state":"drain"}', place = "/services/shop/servers/127.0.0.1:1";
+    const asked = async (line: string, headers: string, host = own) => {
+      const head = `Host: ${host}\r\nAuthorization: Bearer ${TOKEN}\r\nContent-Type: application/json\r\n${headers}`;
+      const end = `Content-Length: ${body.length}\r\nConnection: close\r\n\r\n${body}`;
+      return status((await rawRequest(lb.admin, `${line} HTTP/1.1\r\n${head}${end}`)).answers[0]!);
+    };
+    for (const line of [`PUT ${place}/state`, `DELETE ${place}`, "PATCH /services/shop", "POST /", "PUT /config"]) {
+      for (const origin of ["http://evil.test", "null", "http://127.0.0.1", `http://${own}.evil.test`]) {
+        assert.equal(await asked(line, `Origin: ${origin}\r\n`), 403, `${line} ${origin}`);
+      }
+      const navigates = "Sec-Fetch-Site: cross-site\r\nSec-Fetch-Mode: navigate\r\n"; // a form of theirs
+      assert.equal(await asked(line, navigates), 403, line);
+      assert.equal(await asked(line, `Origin: http://${own}\r\n`, "evil.test"), 403, line);
+    }
+    assert.equal(file(lb), WITH_TOKENS);
+    assert.equal(await asked(`PUT ${place}/state`, `Origin: http://${own}\r\n`), 200);
+    assert.match(file(lb), /state: drain/);
+  }));
+
+test("nothing but the whole token, in its header, opens anything", () =>
+  running(WITH_TOKENS, async (lb) => {
+    const asked = async (headers: string, path = "/services") =>
+      status((await rawRequest(lb.admin, get(path, headers, "127.0.0.1"))).answers[0]!);
+    const bad: [headers: string, status: number, path?: string][] = [
+      ["", 401],
+      ["Authorization: Bearer\r\n", 400],
+      [`Authorization: ${TOKEN}\r\n`, 400],
+      [`Authorization: Bearer ${TOKEN}, Bearer ${TOKEN}\r\n`, 400],
+      [`Authorization: Bearer ${TOKEN.slice(0, -1)}\r\n`, 401],
+      [`Authorization: Bearer ${TOKEN}x\r\n`, 401],
+      [`Authorization: Bearer ${TOKEN.toUpperCase()}\r\n`, 401],
+      [`Authorization: Bearer ${TOKEN.slice(0, -1)}x\r\n`, 401], // of its length
+      [`Cookie: token=${TOKEN}\r\nX-Token: ${TOKEN}\r\n`, 401],
+      ["", 401, `/services?token=${TOKEN}&access_token=${TOKEN}`],
+    ];
+    for (const [headers, code, path] of bad) {
+      assert.equal(await asked(headers, path), code, headers + path);
+      assert.equal(await asked(`Authorization: bearer ${TOKEN}\r\n`), 200, "the right one is no guess");
+    }
+  }));
+
 test("what is not there is 404, what may not be done there 405 with Allow, both as problems", () =>
   running(SHOP, async (lb) => {
     assert.equal((await ask(lb, "GET /nowhere")).status, 404);
@@ -582,6 +625,67 @@ test("a config that cannot be is refused with its places, and the old one keeps 
       }
       assert.equal(file(lb), over(a));
       assert.ok(!existsSync(`${lb.file}.new`));
+    })));
+
+const BAD_SERVICES: [what: string, body: string, status: number, type?: string][] = [
+  ["JSON that is none", '{"servers": ', 400, "application/json"],
+  ["YAML that is none", "servers: [", 400],
+  ["a list", "[a:1]", 400],
+  ["nothing", "", 400],
+  ["more than 1 MiB", `retries: 1 # ${"x".repeat(10_000_000)}`, 413],
+  ["an unknown key", "servers: [a:1]\nretrys: 1", 400],
+  ["an alias bomb", `${BOMB}servers: [a:1]`, 400],
+  ["a key that stands twice", "servers: [a:1]\nservers: [b:1]", 400],
+  ["a key that stands twice in JSON", '{"servers": ["a:1"], "servers": ["b:1"]}', 400, "application/json"],
+  ["__proto__", '{"servers": ["a:1"], "__proto__": {"retries": 1}}', 400, "application/json"],
+  ["a server that is a file", "servers: ['file:///etc/passwd']", 400],
+  ["a server that is data", "servers: ['data:text/plain,x']", 400],
+  ["a server with a password", "servers: ['http://me:s3cret@a:1']", 400],
+  ["a server without a host", "servers: ['http://:80']", 400],
+  ["a variable that is not set", "servers: ['${LB_TEST_NOT_SET}:1']", 400],
+  ["a body of another kind", "servers: [a:1]", 415, "image/png"],
+];
+test("a service or server that cannot be is refused, and the old ones keep serving", () =>
+  serving(1, (a) =>
+    running(over(a), async (lb) => {
+      for (const [what, text, status, type = "application/yaml"] of BAD_SERVICES) {
+        for (const operation of ["PATCH /services/shop", "PUT /services/shop", "POST /services/new"]) {
+          const said = await ask(lb, operation, text, { "content-type": type });
+          assert.equal(said.status, status, `${operation} ${what}: ${said.text}`);
+          assert.ok(!said.text.includes("s3cret"), said.text);
+        }
+      }
+      for (
+        const url of ["file:///etc/passwd", "data:text/plain,x", "http://me:s3cret@a:1", "http://:80", "//a:1", ""]
+      ) {
+        for (const operation of ["POST /services/shop/servers", `PATCH /services/shop/servers/${a.address}`]) {
+          const said = await ask(lb, operation, { url });
+          assert.equal(said.status, 400, `${operation} ${url}: ${said.text}`);
+          assert.ok(!said.text.includes("s3cret"), said.text);
+        }
+      }
+      assert.equal(await body(lb.port), "s0");
+      assert.equal(file(lb), over(a));
+      assert.ok(!/s3cret/.test(lb.output()), lb.output());
+    })));
+
+test("the same in the file is reported, and the old config keeps serving", () =>
+  serving(1, (a) =>
+    running(over(a), async (lb) => {
+      for (const [what, text, , where, type = "yaml"] of BAD_CONFIGS) {
+        if (type === "image/png") continue;
+        const before = lb.output().length;
+        writeFileSync(lb.file, text);
+        process.kill(lb.pid, "SIGHUP");
+        const said = () => lb.output().slice(before);
+        const told = typeof where === "string" ? where : where.source === "1 MiB" ? "1 MiB" : "";
+        const reported = () => said().includes("stays in force") && said().includes(told);
+        await until(`${what} is reported`, reported, 20_000);
+        assert.ok(!said().includes("s3cret"), said());
+        assert.equal(await body(lb.port), "s0", what);
+      }
+      assert.equal((await ask(lb, "GET /health/ready")).status, 200);
+      assert.match((await ask(lb, "GET /metrics")).text, /^lb_config_last_reload_success 0$/m);
     })));
 
 test("no pattern in a route is slow for a long path", () =>
@@ -978,4 +1082,48 @@ test("a clock that jumps an hour ejects nobody", async () => {
     const servers = lb.balancer.table.services.get("shop")!.servers;
     assert.ok(servers.every((server) => server.up && server.until === 0));
   }
+});
+
+const FAKETIME = "/usr/$LIB/faketime/libfaketime.so.1"; // of Debian's package faketime; the loader knows $LIB
+test("a clock that jumps by hours while the program runs ejects nobody and cuts nothing off", async () => {
+  const folder = mkdtempSync(join(tmpdir(), "lb-")), clock = join(folder, "clock");
+  let finish = () => {};
+  const server = await scriptedServer((visit, request) =>
+    target(request) === "/slow"
+      ? new Promise<void>((resolve) => finish = () => (void visit.send(answer("slow")), resolve()))
+      : visit.send(answer("s1"))
+  );
+  const set = {
+    LD_PRELOAD: FAKETIME,
+    FAKETIME_TIMESTAMP_FILE: clock,
+    FAKETIME_NO_CACHE: "1",
+    FAKETIME_DONT_FAKE_MONOTONIC: "1",
+  };
+  writeFileSync(clock, "+0\n");
+  await serving(1, async (other) => {
+    const health = { interval: "1s", timeout: "900ms", fall: 1 };
+    const shop = { servers: [server.address, other.address], health, strategy: "first" };
+    Object.assign(process.env, set);
+    const started = running({ log: "json", services: { shop }, default: { service: "shop" } }, async (lb) => {
+      const times = () => [...lb.output().matchAll(/"timestamp":"([^"]+)"/g)].map(([, time]) => Date.parse(time!));
+      const slow = body(lb.port, "/slow");
+      await until("the slow request arrives", () => server.requests.some((request) => target(request) === "/slow"));
+      for (const [i, offset] of ["+0", "+3600", "-7200", "+86400"].entries()) {
+        writeFileSync(clock, `${offset}\n`);
+        for (let j = 0; j < 5; j++) assert.equal(await body(lb.port), "s1");
+        await until("the log says so", () => times().length >= (i + 1) * 5);
+        const { services } = (await ask(lb, "GET /services")).json;
+        assert.deepEqual(services[0].servers.map((one: { status: string }) => one.status), ["up", "up"], offset);
+      }
+      finish();
+      assert.equal(await slow, "slow");
+      const text = (await ask(lb, "GET /metrics")).text;
+      assert.ok(!/ejections_total.* [1-9]|result="failed"} [1-9]/.test(text), text);
+      const hours = times().slice(0, 20).map((time, _, [first]) => Math.round((time - first!) / 3_600_000));
+      assert.deepEqual(hours, [0, 1, -2, 24].flatMap((hour) => Array(5).fill(hour)), "the program's clock has jumped");
+    });
+    for (const name of Object.keys(set)) delete process.env[name];
+    await started;
+  }).finally(() => server.close());
+  rmSync(folder, { recursive: true });
 });
