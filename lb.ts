@@ -5640,11 +5640,8 @@ export async function openTcp(
 /** What Deno and Bun offer beyond the standard, as far as it is used here. */
 interface Globals {
   Deno?: {
-    serve(
-      options: { hostname?: string; port: number; reusePort: boolean; onListen(): void; cert?: string; key?: string },
-      handler: Serve,
-    ): DenoServer;
-    listenTls(options: Record<string | symbol, unknown>): DenoTlsListener;
+    serve(options: DenoAddress & { onListen(): void; cert?: string; key?: string }, handler: Serve): DenoServer;
+    listenTls(options: Record<string | symbol, unknown>): unknown;
     internal: symbol;
     stdout: { write(bytes: Uint8Array): Promise<number> };
     upgradeWebSocket(
@@ -5660,11 +5657,7 @@ interface DenoServer {
   finished: Promise<void>;
   shutdown(): Promise<void>;
 }
-interface DenoTlsListener {
-  addr: { port: number };
-  accept(): Promise<unknown>;
-  close(): void;
-}
+type DenoAddress = { hostname?: string; port: number; reusePort: boolean };
 interface BunSocket {
   data: BunTunnel;
   send(message: string | Uint8Array): number;
@@ -5958,17 +5951,39 @@ const bunSide = (socket: BunSocket): MessageSide => ({
   resume: () => socket.resume(),
 });
 
-/** `shutdown` would end WebSockets at once. */
-async function withoutTunnels(tunnels: ReadonlySet<Tunnel> | undefined): Promise<void> {
-  while (tunnels?.size) await new Promise((resolve) => setTimeout(resolve, 20));
+type ServeListener = (listener: unknown, stop: AbortSignal, ...handlers: unknown[]) => DenoServer;
+
+/** Deno.serve has one certificate; what it does with a listener can be had without it, where Deno still has this name. */
+function denoServe(fetch: Serve, where: DenoAddress, secure: Secure | undefined): DenoServer {
+  const Deno = globals.Deno!, pairs = secure?.pairs;
+  if (!pairs || pairs.length === 1) return Deno.serve({ ...where, ...pairs?.[0], onListen() {} }, fetch);
+  const inside = (Deno as unknown as Record<symbol, { serveHttpOnListener?: ServeListener }>)[Deno.internal];
+  if (!inside?.serveHttpOnListener) throw new Error("this Deno shows one certificate at each address, not several");
+  const find = (name: string) => Promise.resolve(pairFor(pairs, name));
+  const shown = { alpnProtocols: ["h2", "http/1.1"], [Symbol.for("unstableSniResolver")]: find };
+  const listener = Deno.listenTls({ ...where, ...shown }), never = new AbortController().signal;
+  return inside.serveHttpOnListener(listener, never, fetch, () => refusal("internal"), () => {});
 }
 
-/** Deno.serve ends for good where it cannot take a connection, for want of a handle say: then another takes its place. */
-function denoDoor(fetch: Serve, where: { hostname?: string; port: number; reusePort: boolean }): Door {
+/**
+ * A listener of Deno. It ends for good where it cannot take a connection, for want of a handle say: then another takes its
+ * place. And its `shutdown` ends WebSockets and uploads at once: it has to wait for them.
+ */
+function denoDoor(fetch: Serve, where: DenoAddress, secure?: Secure): Door {
   const servers = new Set<DenoServer>();
-  let [port, open] = [where.port, true];
+  let [port, open, uploads] = [where.port, true, 0];
+  const upload = async (request: Request, env: unknown) => {
+    uploads++;
+    try {
+      return await fetch(request, env);
+    } finally {
+      uploads--;
+    }
+  };
+  const serve: Serve = (request, env) =>
+    request.method === "GET" || request.method === "HEAD" ? fetch(request, env) : upload(request, env);
   const listen = () => {
-    const server = globals.Deno!.serve({ ...where, port, onListen() {} }, fetch);
+    const server = denoServe(serve, { ...where, port }, secure);
     servers.add(server);
     port = server.addr.port;
     server.finished.catch((error) => {
@@ -5985,49 +6000,15 @@ function denoDoor(fetch: Serve, where: { hostname?: string; port: number; reuseP
   };
   const leave = async () => {
     open = false;
+    while (uploads) await new Promise((resolve) => setTimeout(resolve, 20));
     await Promise.all([...servers].map((server) => server.shutdown().catch(() => {})));
   };
-  listen();
-  return { port, leave, close: (tunnels) => withoutTunnels(tunnels).then(leave) };
-}
-
-type ServeConnection = (connection: unknown, stop: AbortSignal, ...handlers: unknown[]) => DenoServer;
-
-/**
- * Deno.serve over TLS has one certificate, and ends its connections with its listener. What it does with each connection
- * can be had without it; where another Deno does not have this name there is Deno.serve.
- */
-function denoTlsDoor(fetch: Serve, where: { hostname?: string; port: number }, { pairs }: Secure): Door {
-  const Deno = globals.Deno!, { cert, key } = pairs[0], options = { ...where, reusePort: true };
-  const inside = (Deno as unknown as Record<symbol, { serveHttpOnConnection?: ServeConnection }>)[Deno.internal];
-  const serve = inside?.serveHttpOnConnection;
-  if (!serve && pairs.length > 1) throw new Error("this Deno shows one certificate at each address, not several");
-  if (!serve) return denoDoor(fetch, { ...options, ...{ cert, key } });
-  const find = (name: string) => Promise.resolve(pairFor(pairs, name));
-  const shown = pairs.length > 1 ? { [Symbol.for("unstableSniResolver")]: find } : { cert, key };
-  const listener = Deno.listenTls({ ...options, alpnProtocols: ["h2", "http/1.1"], ...shown });
-  const connections = new Set<DenoServer>(), failed = () => refusal("internal");
-  let open = true;
-  const leave = () => {
-    if (open) listener.close();
-    open = false;
-  };
-  const take = async () => {
-    const connection = await listener.accept();
-    const server = serve(connection, new AbortController().signal, fetch, failed, () => {});
-    connections.add(server);
-    server.finished.catch(() => {}).then(() => connections.delete(server)); // a handshake that fails is nobody's error
-  };
-  const takeAll = async () => {
-    while (open) await take().catch(() => new Promise((resolve) => setTimeout(resolve, 10))); // no more handles, say
-  };
-  void takeAll();
   const close = async (tunnels?: ReadonlySet<Tunnel>) => {
-    leave();
-    await withoutTunnels(tunnels);
-    await Promise.all([...connections].map((server) => server.shutdown()));
+    while (tunnels?.size) await new Promise((resolve) => setTimeout(resolve, 20));
+    await leave();
   };
-  return { port: listener.addr.port, leave, close };
+  listen();
+  return { port, leave, close };
 }
 
 /** Bun finds the certificate for a name by itself; an entry without a name is for all others. */
@@ -6185,12 +6166,12 @@ async function nodeTls(secure: Secure, options: Record<string, unknown>) {
 const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
   deno: {
     async serve(fetch, host, port, shared, secure) {
-      const where = { ...(host && { hostname: bare(host) }), port };
+      const where = { ...(host && { hostname: bare(host) }), port, reusePort: shared || secure !== undefined };
       if (secure) {
         if (!shared) await unused(host, port);
-        return replaceable(host, port, secure, (port, secure) => denoTlsDoor(fetch, { ...where, port }, secure));
+        return replaceable(host, port, secure, (port, secure) => denoDoor(fetch, { ...where, port }, secure));
       }
-      const door = denoDoor(fetch, { ...where, reusePort: shared });
+      const door = denoDoor(fetch, where);
       return { address: shown(host, door.port), close: door.close };
     },
     fullTls: false,

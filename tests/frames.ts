@@ -116,8 +116,13 @@ export const handshake = (path: string, headers = "", key = randomBytes(16).toSt
   `Sec-WebSocket-Version: 13\r\n${headers}\r\n`;
 
 /** Opens a WebSocket; fails where the answer is no 101. */
-export async function openWebSocket(port: number, path = "/", headers = ""): Promise<Peer & { head: string }> {
-  const socket = connect(port, "127.0.0.1"), peer = newPeer(socket, true);
+export async function openWebSocket(
+  port: number,
+  path = "/",
+  headers = "",
+  socket: Socket = connect(port, "127.0.0.1"),
+): Promise<Peer & { head: string }> {
+  const peer = newPeer(socket, true);
   const key = randomBytes(16).toString("base64");
   let got = Buffer.alloc(0), end = -1;
   socket.on("data", (bytes: Buffer) => {

@@ -747,6 +747,25 @@ test("an answer that is on its way when SIGTERM comes arrives whole", () =>
     assert.equal(await lb.ended, 0);
   }));
 
+for (const framing of ["Content-Length: 10", "Transfer-Encoding: chunked"]) {
+  test(`an upload that is on its way when SIGTERM comes arrives whole: ${framing}`, () =>
+    through((visit, request) => visit.send(answer(request.body)), {}, async (lb) => {
+      const [first, last] = framing.endsWith("chunked")
+        ? ["5\r\nfirst\r\n", "5\r\nother\r\n0\r\n\r\n"]
+        : ["first", "other"];
+      const sent = rawRequest(lb.port, [
+        `POST / HTTP/1.1\r\nHost: a.test\r\n${framing}\r\n\r\n${first}`,
+        200,
+        () => lb.signal("SIGTERM"),
+        1_000, // the listener has closed by then
+        last,
+      ]);
+      const { answers: [one] } = await sent;
+      assert.deepEqual([status(one!), one!.body.toString()], [200, "firstother"]);
+      assert.equal(await lb.ended, 0);
+    }));
+}
+
 test("a second signal ends at once, whatever is in flight", () =>
   through(() => {}, {}, async (lb, server) => {
     const waiting = rawRequest(lb.port, get("/held"), { patience: 20_000, quiet: 20_000 });
