@@ -5854,6 +5854,7 @@ function switchedHeaders(tunnel: Tunnel): Headers {
  */
 function denoAccept(request: Request, tunnel: Tunnel): Response {
   const idleTimeout = Math.min(60, tunnel.idle / 500); // seconds
+  if (request.signal.aborted) throw new Error("the client has left"); // its connection would stay, and nobody be told
   const { response, socket } = globals.Deno!.upgradeWebSocket(request, { idleTimeout });
   switchedHeaders(tunnel).forEach((value, name) => response.headers.append(name, value));
   let events: MessageEvents | undefined;
@@ -5862,6 +5863,7 @@ function denoAccept(request: Request, tunnel: Tunnel): Response {
   socket.onmessage = ({ data }) => events?.message(typeof data === "string" ? data : new Uint8Array(data));
   socket.onclose = ({ code, reason, wasClean }) => events?.closed(wasClean ? code : 1006, reason);
   socket.onerror = () => events ?? clientLeft(tunnel);
+  request.signal.addEventListener("abort", () => events ?? clientLeft(tunnel)); // before it is open
   return response;
 }
 

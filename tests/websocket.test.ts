@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
 import { randomBytes } from "node:crypto";
-import { readFileSync } from "node:fs";
+import { readdirSync, readFileSync } from "node:fs";
 import { type AddressInfo, connect, createServer, type Socket } from "node:net";
 import process from "node:process";
 import { after, before, test } from "node:test";
@@ -593,6 +593,37 @@ test("a client that leaves in the middle of the handshake frees the server", asy
   } finally {
     await lb.stop();
     await silent.close();
+  }
+});
+
+test("clients that leave as soon as they have asked leave nothing behind, however they do it", async () => {
+  const echo = await webSocketServer(echoStrictly);
+  const lb = await startProgram({
+    log: "off",
+    admin: { listen: "127.0.0.1:0" },
+    default: { servers: [`127.0.0.1:${echo.port}`] },
+  });
+  const handles = () => readdirSync(`/proc/${lb.pid}/fd`).length;
+  const inFlight = async () => (await (await fetch(`http://127.0.0.1:${lb.admin}/services`)).json()).in_flight;
+  try {
+    assert.equal(await inFlight(), 0);
+    const before = handles();
+    for (let i = 0; i < 60; i++) {
+      const socket = connect(lb.port, "127.0.0.1");
+      await new Promise((resolve) => socket.once("connect", resolve));
+      socket.write(handshake("/"));
+      if (i % 3 === 1) await sleep(1);
+      if (i % 2) socket.destroy();
+      else socket.resetAndDestroy();
+    }
+    for (let tries = 0; await inFlight() > 0; tries++) {
+      assert.ok(tries < 100, "all are over");
+      await sleep(50);
+    }
+    await until("their handles are free", () => handles() <= before + 10);
+  } finally {
+    await lb.stop();
+    await echo.close();
   }
 });
 
