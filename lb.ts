@@ -920,11 +920,10 @@ function checkTcp(file: Raw, say: Say) {
 /** No two listeners have the same address. Port 0 is any that is free. */
 function checkPorts(file: Raw, say: Say) {
   const taken = new Set<string>();
-  for (
-    const [path, listen] of [[[], listenOf(file)], ...mapsIn(file, "tcp").map(([path, own]) => [path, own.listen])]
-  ) {
+  const maps: [Keys, Raw][] = [[[], { listen: listenOf(file) }], ...topMap(file, "admin"), ...mapsIn(file, "tcp")];
+  for (const [path, { listen }] of maps) {
     for (const [i, one] of [listen ?? []].flat().entries()) {
-      const at = [...path as Keys, "listen", ...Array.isArray(listen) ? [i] : []];
+      const at = [...path, "listen", ...Array.isArray(listen) ? [i] : []];
       const address = String(isRecord(one) ? one.address : one);
       if (taken.has(address) && !/^(.*:)?0$/.test(address)) say(at, `${address} is listened on already`);
       taken.add(address);
@@ -2844,6 +2843,7 @@ export class WireError extends Error {
 const MAX_AGE = 60_000; // milliseconds: an older connection is not used again, so that names are resolved again
 const IDLE = 4_000; // milliseconds: below the 5 s after which Node's servers close
 const TICK = 100; // milliseconds between two looks at all connections: how exact timeouts are
+const MOST_LATE = 1_000; // milliseconds between two looks after which the process has stood still
 const WINDOW = 262_144; // bytes of a body that wait for a slow reader before the socket is paused
 
 /** One attempt on its way: the request that goes out and the answer that comes in. */
@@ -2911,6 +2911,7 @@ interface Wire {
   connections: Set<Connection>;
   pools: WeakMap<Server, Connection[]>; // idle ones, the newest last
   timer: ReturnType<typeof setInterval> | undefined;
+  sweptAt: number; // when it last looked at all connections
 }
 
 const CLOSED = "it closed the connection";
@@ -3189,6 +3190,7 @@ function open(wire: Wire, transfer: Transfer): void {
     forget(wire, connection);
   });
   wire.connections.add(connection);
+  if (!wire.timer) wire.sweptAt = wire.time;
   wire.timer ??= setInterval(() => sweep(wire), TICK);
 }
 
@@ -3204,7 +3206,9 @@ function forget(wire: Wire, connection: Connection): void {
 
 /** Looks at every connection: nothing else keeps time, so that a request costs no timer and no listener for an abort. */
 function sweep(wire: Wire): void {
-  const now = wire.time = wire.now();
+  const now = wire.time = wire.now(), stoodStill = now - wire.sweptAt > MOST_LATE;
+  wire.sweptAt = now;
+  if (stoodStill) return; // what has come meanwhile has yet to be read
   for (const connection of wire.connections) {
     const { transfer } = connection;
     if (transfer === undefined) {
@@ -3262,6 +3266,7 @@ export function createWire(
     connections: new Set<Connection>(),
     pools: new WeakMap<Server, Connection[]>(),
     timer: undefined,
+    sweptAt: 0,
   };
   const wire: Wire = {
     now,
@@ -7271,8 +7276,9 @@ function editServer(asked: Asked, edit: (entry: Raw) => unknown): Promise<void> 
 
 /** 202: what has been told is done, and requests are still in flight there. */
 const answerServer = (asked: Asked, server: Server, status: number): Response => {
-  const { effects, table } = asked.lb.balancer;
-  return jsonOf(serverView(server, effects.now()), status, { etag: tagOf(versionOf(asked)(table.config)) ?? '""' });
+  const { effects, table } = asked.lb.balancer, now = effects.now(), service = table.services.get(server.service);
+  if (service) candidatesOf(service, now); // weights are worked out with it
+  return jsonOf(serverView(server, now), status, { etag: tagOf(versionOf(asked)(table.config)) ?? '""' });
 };
 const stillBusy = (server: Server): 200 | 202 => server.inFlight > 0 ? 202 : 200;
 

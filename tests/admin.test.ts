@@ -449,7 +449,8 @@ test("weights change while it runs, and shares follow exactly", () =>
   serving(2, (a, b) =>
     running(over(a, b), async (lb) => {
       const weight = (weight: unknown) => ask(lb, `PATCH /services/shop/servers/${a.address}`, { weight });
-      assert.equal((await weight(3)).json.weight, 3);
+      const { json } = await weight(3);
+      assert.deepEqual([json.weight, json.effective_weight], [3, 3]);
       assert.equal(await answers(lb.port, 8), "s0 s0 s0 s0 s0 s0 s1 s1");
       assert.equal((await weight(0)).status, 200);
       assert.equal(await answers(lb.port, 2), "s1 s1");

@@ -914,6 +914,9 @@ test("no two listeners have the same address, also where one of them is the defa
     "2:17: tcp[0].listen: 8080 is listened on already",
   ]);
   assert.deepEqual(mistakes("tcp: [{ listen: 8080, servers: [a:1] }]"), []);
+  assert.deepEqual(mistakes(`${ROUTE}admin: { listen: 127.0.0.1:9 }\nlisten: 127.0.0.1:9`), [
+    "2:18: admin.listen: 127.0.0.1:9 is listened on already",
+  ]);
 });
 
 test("wrong names of a map are told also where a value in it is wrong", () => {

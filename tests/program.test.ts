@@ -720,6 +720,20 @@ test("a signal that comes while workers are started lets what they have taken fi
   }
 });
 
+test("a process that has stood still reads what has come meanwhile before it judges", () =>
+  through(
+    async (visit) => (await sleep(200), visit.send(answer("in time"))),
+    { timeouts: { response: "1s" }, retries: 0 },
+    async (lb, server) => {
+      const asked = rawRequest(lb.port, get("/"));
+      await until("the request is at the server", () => server.requests.length === 1);
+      process.kill(lb.pid, "SIGSTOP");
+      await sleep(2_500);
+      process.kill(lb.pid, "SIGCONT");
+      assert.equal((await asked).answers[0]!.body.toString(), "in time");
+    },
+  ));
+
 test("a process that has run out of handles serves again as soon as there are some", () =>
   through((visit) => visit.send(answer("here")), {}, async (lb) => {
     assert.equal(status((await rawRequest(lb.port, get("/"))).answers[0]!), 200);
