@@ -72,7 +72,7 @@ globalThis.clearInterval = ((id: Parameters<typeof stop>[0]) => {
   stop(id);
 }) as typeof stop;
 
-const MINUTE = { connect: 60_000, response: 60_000, idle: 60_000, request: 60_000 };
+const MINUTE = { connect: 60_000, response: 60_000, idle: 60_000, request: Infinity };
 
 interface Seen {
   response: Response | undefined; // undefined: rejected

@@ -97,7 +97,7 @@ const never: Script = () => {};
 
 type Wire = ReturnType<typeof createWire>;
 type Asked = Partial<Omit<Attempt, "timeouts">> & { target?: string; timeouts?: Partial<Attempt["timeouts"]> };
-const PATIENT = { connect: 20_000, response: 20_000, idle: 20_000, request: 20_000 };
+const PATIENT = { connect: 20_000, response: 20_000, idle: 20_000, request: Infinity };
 
 function ask(wire: Wire, server: Server, { target = "/", timeouts, ...own }: Asked = {}) {
   const ended: unknown[][] = [];
