@@ -37,22 +37,29 @@
  *    24. Explain     which server was taken, and why not the others
  *    25. Retry       whether a request may be tried again, and at whom
  *    26. Pick        who takes the next attempt
- *    27. Balance     the request path
- *    28. Tls         what is shown to those who connect over TLS
- *    29. Tcp         connections that are not HTTP
- *    30. Runtimes    where it runs
- *    31. Assemble    one balancer from one config
- *    32. Save        the file after a change
- *    33. Views       what there is to see
- *    34. Changes     operating it
- *    35. Operations  the API
- *    36. Docs        the description of the API
- *    37. Dashboard   the page for people
- *    38. Admin       who may do that, and through which door
- *    39. Call        what the command line and the environment ask for
- *    40. Listeners   where clients come in
- *    41. Workers     many cores
- *    42. Main        as a program
+ *    27. Settle      what an attempt has come to, and a request
+ *    28. Hedge       attempts beside the first
+ *    29. Balance     the request path
+ *    30. Tls         what is shown to those who connect over TLS
+ *    31. Tcp         connections that are not HTTP
+ *    32. Doors       what every runtime does in its own way
+ *    33. Node        over node:http and node:http2
+ *    34. Bun         over Bun.serve
+ *    35. Deno        over Deno.serve
+ *    36. Edge        where the platform listens
+ *    37. Runtimes    where it runs
+ *    38. Assemble    one balancer from one config
+ *    39. Save        the file after a change
+ *    40. Views       what there is to see
+ *    41. Changes     operating it
+ *    42. Operations  the API
+ *    43. Docs        the description of the API
+ *    44. Dashboard   the page for people
+ *    45. Admin       who may do that, and through which door
+ *    46. Call        what the command line and the environment ask for
+ *    47. Listeners   where clients come in
+ *    48. Workers     many cores
+ *    49. Main        as a program
  *
  * @module
  */
@@ -4846,14 +4853,271 @@ async function laterOrElsewhere(exchange: Exchange, failure: FailureName, effect
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 27. Balance: the request path. gate -> matchRoute -> pickServer -> forward -> settle -> (retry, minus those tried) -> response
+// 27. Settle: what an attempt has come to, and a request: counted once each, when the last byte has passed.
 // ---------------------------------------------------------------------------------------------------------------------
-
-const MAX_HOPS = 20; // entries of Via
 
 const TOO_MUCH = new Set([429, 503]); // that Retry-After is believed with
 const GATEWAY_ERRORS = new Set([502, 503, 504]); // an answer that counts against its server
 const BLAMELESS = new Set<string>(["client-left", "client-timeout", "bad-body", "body-too-large"]);
+
+/** Reports what is wrong with a server, once a second at most: the access log has every request. */
+function complain(service: Service, server: Server, detail: string, effects: Effects): void {
+  const now = effects.now();
+  if (now - server.saidAt < 1_000) return;
+  server.saidAt = now;
+  effects.report("warn", `${service.name}: ${server.name}: ${detail}`);
+}
+
+/** What an attempt says about its server before there is a body. What the client did says nothing. */
+function judge(exchange: Exchange, server: Server, outcome: Outcome, effects: Effects): void {
+  const { destination, attempt, upgrade } = exchange, { service } = destination!;
+  if (outcome.kind === "answer") {
+    const { response } = outcome; // whose headers are read only where they have to be: that costs, on Node more than time
+    const wait = TOO_MUCH.has(response.status) && response.headers.get("retry-after");
+    if (wait) onRetryAfter(service, server, wait, effects);
+    const { startedAt, headAt } = attempt!, lost = exchange.stop?.aborted;
+    onHead(service, server, response.status, startedAt, headAt, effects);
+    if (service.hedge && !lost && response.status < 500) learnPatience(service, headAt - startedAt);
+    if (upgrade?.response) onAnswered(service, server, effects); // its end may be hours away
+    return;
+  }
+  const now = effects.now(), began = attempt!.startedAt, blame = !BLAMELESS.has(outcome.kind);
+  count(server.counters, now - began, outcome.sent ? receivedBy(exchange) : 0, 0, blame);
+  if (blame) {
+    complain(service, server, outcome.detail, effects);
+    onSilence(service, server, began, now, effects);
+  } else if (server.until !== 0 && isTrial(server, began)) onTried(service, server, "undecided", effects);
+  release(service, server);
+}
+
+/** Gives up an answer that another attempt will replace. */
+async function discard(exchange: Exchange, response: Response): Promise<void> {
+  await response.body?.cancel();
+  exchange.ended = false;
+}
+
+/** The end of an attempt's answer, whole or not: every pick comes here exactly once, or with its failure to `judge`. */
+function settle(
+  balancer: Balancer,
+  exchange: Exchange,
+  server: Server,
+  status: number,
+  bytes: number,
+  problem: Failure | undefined,
+): void {
+  const { service } = exchange.destination!;
+  const { effects } = balancer;
+  const open = status === 101; // for long: how it ends says nothing about the next one
+  const cutOff = problem !== undefined && !BLAMELESS.has(problem) && !open;
+  exchange.endedAt = effects.now();
+  const { startedAt, headAt } = exchange.attempt!, milliseconds = (open && headAt || exchange.endedAt) - startedAt;
+  count(server.counters, milliseconds, receivedBy(exchange), bytes, cutOff || status >= 500);
+  if (cutOff) complain(service, server, `its answer was cut off (${problem})`, effects);
+  if (cutOff || GATEWAY_ERRORS.has(status)) onFailed(service, server, startedAt, effects);
+  else if (problem === undefined && !open) {
+    onAnswered(service, server, effects);
+    if (exchange.tried.length === 1) earn(exchange, service);
+  }
+  release(service, server);
+  exchange.ended = true;
+  exchange.bytes = bytes;
+  exchange.problem = problem ?? "";
+  if (exchange.status) finished(balancer, exchange);
+}
+
+/** The end of every exchange, once. */
+function finished(balancer: Balancer, exchange: Exchange): void {
+  const { entrypoint, destination, status, bytes, problem, endedAt, started } = exchange;
+  const failed = status >= 500 || problem !== "" && !BLAMELESS.has(problem) && status < 400;
+  const [milliseconds, received] = [endedAt - started, receivedBy(exchange)];
+  balancer.inFlight--;
+  if (exchange.counted) leaveCrowd(balancer.clients, exchange.counted);
+  entrypoint.inFlight--;
+  count(tallyOf(entrypoint.tallies, exchange), milliseconds, received, bytes, failed);
+  if (destination) {
+    destination.service.inFlight--;
+    count(tallyOf(destination.service.tallies, exchange), milliseconds, received, bytes, failed);
+  }
+  if (problem) balancer.failures.set(problem, (balancer.failures.get(problem) ?? 0) + 1);
+  const { log } = exchange.table.config;
+  if (log.format === "off" || !exchange.chosen && !problem && status < 500) return;
+  try {
+    balancer.effects.write(ACCESS_LINES[log.format](accessRecord(balancer, exchange)));
+  } catch (error) { // the request has had its answer
+    balancer.effects.report("error", `the log cannot be written: ${error}`);
+  }
+}
+
+/** The answer that the client gets. With its body's last byte the exchange is finished; one of our own is so at once. */
+function conclude(balancer: Balancer, exchange: Exchange, response: Response, own = false): Response {
+  exchange.status = response === exchange.upgrade?.response ? 101 : response.status;
+  if (own) {
+    exchange.endedAt = balancer.effects.now();
+    exchange.bytes = exchange.method === "HEAD" ? 0 : Number(response.headers.get("content-length"));
+    for (const [name, value] of pairs([...exchange.quota, ...choiceHeaders(exchange)])) {
+      response.headers.set(name, value);
+    }
+    if (balancer.draining) response.headers.set(...LAST);
+  }
+  if (own || exchange.ended) finished(balancer, exchange);
+  return response;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 28. Hedge: attempts beside the first. A second one where the first is slow, and copies that nobody waits for.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** What goes on when the answer has been given: copies, and attempts that have lost. The edge has to wait for it. */
+const goingOn = new WeakMap<Request, Promise<unknown>>();
+function goOn({ request }: Exchange, work: Promise<void>): void {
+  goingOn.set(request, Promise.all([goingOn.get(request), work]));
+}
+
+/** One attempt; its end comes to `settle`, what it says before that to `judge`. */
+const ask = (balancer: Balancer, exchange: Exchange, server: Server): Promise<Outcome> =>
+  forward(
+    balancer,
+    exchange,
+    server,
+    (status, bytes, problem) => settle(balancer, exchange, server, status, bytes, problem),
+  );
+
+/** One of two attempts at the same time. What comes of it is its own until it has won. */
+interface Leg {
+  server: Server;
+  exchange: Exchange;
+  won: boolean;
+  stop: AbortController;
+  outcome: Promise<Outcome>;
+}
+
+function launch(balancer: Balancer, exchange: Exchange, server: Server): Leg {
+  const stop = new AbortController(), own: Exchange = { ...exchange, stop: stop.signal };
+  const leg = { server, exchange: own, won: false, stop };
+  const outcome = forward(balancer, own, server, (status, bytes, problem) => {
+    settle(balancer, leg.won ? exchange : own, server, status, bytes, problem);
+  });
+  return Object.assign(leg, { outcome });
+}
+
+const SAFE = new Set(["GET", "HEAD", "OPTIONS"]);
+const MOST_GRACE = 1_000; // milliseconds that an attempt may run on that has lost
+
+/** Whether a second server may be asked while the first is still busy: nobody notices that a safe request came twice. */
+const mayHedge = ({ method, length, upgrade }: Exchange, { hedge, measured }: Service): boolean =>
+  hedge > 0 && measured >= LEARNED && length === 0 && SAFE.has(method) && !upgrade;
+
+/**
+ * Asks one server, and a second one when the first takes longer than most answers do. The first good answer wins and the
+ * other attempt is given up; a bad one does not win while the other may still be better.
+ */
+async function askTwo(balancer: Balancer, exchange: Exchange, server: Server): Promise<Outcome> {
+  const { effects } = balancer, { service, retryOn } = exchange.destination!;
+  if (!exchange.trace) takeUpTrace(balancer, exchange); // one for both
+  const first = launch(balancer, exchange, server);
+  const soon = await Promise.race([first.outcome, effects.sleep(service.patience)]);
+  const other = soon ? undefined : pickSecond(exchange, first, effects);
+  if (!other) return await win(exchange, first);
+  service.retrying++;
+  const second = launch(balancer, exchange, other);
+  const ahead = await Promise.race([first, second].map((leg) => leg.outcome.then(() => leg)));
+  const behind = ahead === first ? second : first;
+  const outcome = await ahead.outcome;
+  const good = outcome.kind === "answer" && outcome.response.status < 500 && !retryOn.has(outcome.response.status);
+  const [winner, loser] = good ? [ahead, behind] : [behind, ahead];
+  goOn(exchange, lose(loser, effects));
+  await winner.outcome;
+  service.retrying--;
+  service.hedges++;
+  if (winner === second) service.hedgesWon++;
+  exchange.tried.splice(-2, 2, loser.server, winner.server); // the last one is who answers
+  return await win(exchange, winner);
+}
+
+/** The request goes on with this attempt. */
+function win(exchange: Exchange, leg: Leg): Promise<Outcome> {
+  const { attempt, span, earned, ended, endedAt, bytes, problem } = leg.exchange;
+  leg.won = true;
+  Object.assign(exchange, { attempt, span, earned, ended, endedAt, bytes, problem });
+  return leg.outcome;
+}
+
+/**
+ * An attempt whose answer nobody gets. It may run as long again as it already has: a server that was only a little late
+ * says so, and one that hangs shows that it is not just late. Then it is given up.
+ */
+async function lose({ server, exchange, stop, outcome }: Leg, effects: Effects): Promise<void> {
+  const { service } = exchange.destination!, { startedAt } = exchange.attempt!;
+  await Promise.race([outcome, effects.sleep(Math.min(MOST_GRACE, effects.now() - startedAt))]);
+  stop.abort();
+  const late = await outcome;
+  if (late.kind === "client-left") onGivenUp(service, server, startedAt, effects);
+  judge(exchange, server, late, effects);
+  if (late.kind === "answer") await late.response.body?.cancel().catch(() => {});
+}
+
+/** Another server, healthy and with room, for a second attempt that the budget allows. */
+function pickSecond(exchange: Exchange, first: Leg, effects: Effects): Server | undefined {
+  const { service } = exchange.destination!, now = exchange.now = effects.now();
+  const others = withRoom(service, candidatesOf(service, now))
+    .filter((server) => !exchange.tried.includes(server) && server.up && server.until === 0);
+  if (others.length === 0) return undefined;
+  earn(exchange, service);
+  if (!spendRetry(service, 0, now)) return undefined;
+  try {
+    const server = choose(service, others as readonly Server[] as Candidates, exchange);
+    if (exchange.choices) noteChoice(exchange, others, effects, server);
+    return picked(exchange, server);
+  } catch (error) { // a strategy's: the first attempt is nobody's any more
+    goOn(exchange, lose(first, effects));
+    throw error;
+  }
+}
+
+const MOST_COPIES = 100; // in flight to one service: what comes then is not copied
+
+/**
+ * Has a copy of a request sent to another service, behind the request itself. Nobody waits for it; where the body is a
+ * stream there is none to copy.
+ */
+function mirror(balancer: Balancer, exchange: Exchange, destination: Destination): void {
+  const { effects } = balancer, { copies } = destination.service;
+  if (exchange.upgrade || effects.random() >= destination.weight) return; // a conversation has no copy
+  if (exchange.body instanceof ReadableStream || copies.inFlight >= MOST_COPIES) return void copies.skipped++;
+  copies.inFlight++;
+  const sent = Promise.resolve().then(() => sendCopy(balancer, exchange, destination)).catch((error) =>
+    effects.report("error", error instanceof Error ? error.stack ?? error.message : String(error))
+  ).finally(() => copies.inFlight--);
+  goOn(exchange, sent);
+}
+
+/** Asks once, and throws the answer away. What comes of it says nothing about the server, and takes nothing but its room. */
+async function sendCopy(balancer: Balancer, exchange: Exchange, destination: Destination): Promise<void> {
+  const { effects } = balancer, { service } = destination, { method, headers, url } = exchange.request;
+  const request = new Request(url, { method, headers }); // with a signal of its own: the client may leave
+  const copy: Exchange = { ...exchange, request, destination, tried: [], choices: undefined };
+  const server = pickServer(copy, effects, effects.now());
+  if (server === undefined) return void service.copies.skipped++;
+  if (server.trying) onTried(service, server, "undecided", effects); // a copy tries nobody out
+  let problem: Failure | undefined;
+  const outcome = await forward(balancer, copy, server, (_status, _bytes, why) => {
+    problem = why;
+    release(service, server);
+  }, false);
+  if (outcome.kind === "answer") await outcome.response.body?.pipeTo(new WritableStream()).catch(() => {});
+  else {
+    problem = outcome.kind;
+    release(service, server);
+    complain(service, server, outcome.detail, effects);
+  }
+  service.copies[problem ? "failed" : "answered"]++;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 29. Balance: the request path. gate -> matchRoute -> pickServer -> forward -> settle -> (retry, minus those tried) -> response
+// ---------------------------------------------------------------------------------------------------------------------
+
+const MAX_HOPS = 20; // entries of Via
 
 /** The record of a request that has just come in. */
 function newExchange(balancer: Balancer, request: Request, from: Client, wrapped = false): Exchange {
@@ -5020,255 +5284,6 @@ async function attempts(balancer: Balancer, exchange: Exchange, first: Destinati
   }
 }
 
-/** What goes on when the answer has been given: copies, and attempts that have lost. The edge has to wait for it. */
-const goingOn = new WeakMap<Request, Promise<unknown>>();
-function goOn({ request }: Exchange, work: Promise<void>): void {
-  goingOn.set(request, Promise.all([goingOn.get(request), work]));
-}
-
-/** One attempt; its end comes to `settle`, what it says before that to `judge`. */
-const ask = (balancer: Balancer, exchange: Exchange, server: Server): Promise<Outcome> =>
-  forward(
-    balancer,
-    exchange,
-    server,
-    (status, bytes, problem) => settle(balancer, exchange, server, status, bytes, problem),
-  );
-
-/** One of two attempts at the same time. What comes of it is its own until it has won. */
-interface Leg {
-  server: Server;
-  exchange: Exchange;
-  won: boolean;
-  stop: AbortController;
-  outcome: Promise<Outcome>;
-}
-
-function launch(balancer: Balancer, exchange: Exchange, server: Server): Leg {
-  const stop = new AbortController(), own: Exchange = { ...exchange, stop: stop.signal };
-  const leg = { server, exchange: own, won: false, stop };
-  const outcome = forward(balancer, own, server, (status, bytes, problem) => {
-    settle(balancer, leg.won ? exchange : own, server, status, bytes, problem);
-  });
-  return Object.assign(leg, { outcome });
-}
-
-const SAFE = new Set(["GET", "HEAD", "OPTIONS"]);
-const MOST_GRACE = 1_000; // milliseconds that an attempt may run on that has lost
-
-/** Whether a second server may be asked while the first is still busy: nobody notices that a safe request came twice. */
-const mayHedge = ({ method, length, upgrade }: Exchange, { hedge, measured }: Service): boolean =>
-  hedge > 0 && measured >= LEARNED && length === 0 && SAFE.has(method) && !upgrade;
-
-/**
- * Asks one server, and a second one when the first takes longer than most answers do. The first good answer wins and the
- * other attempt is given up; a bad one does not win while the other may still be better.
- */
-async function askTwo(balancer: Balancer, exchange: Exchange, server: Server): Promise<Outcome> {
-  const { effects } = balancer, { service, retryOn } = exchange.destination!;
-  if (!exchange.trace) takeUpTrace(balancer, exchange); // one for both
-  const first = launch(balancer, exchange, server);
-  const soon = await Promise.race([first.outcome, effects.sleep(service.patience)]);
-  const other = soon ? undefined : pickSecond(exchange, first, effects);
-  if (!other) return await win(exchange, first);
-  service.retrying++;
-  const second = launch(balancer, exchange, other);
-  const ahead = await Promise.race([first, second].map((leg) => leg.outcome.then(() => leg)));
-  const behind = ahead === first ? second : first;
-  const outcome = await ahead.outcome;
-  const good = outcome.kind === "answer" && outcome.response.status < 500 && !retryOn.has(outcome.response.status);
-  const [winner, loser] = good ? [ahead, behind] : [behind, ahead];
-  goOn(exchange, lose(loser, effects));
-  await winner.outcome;
-  service.retrying--;
-  service.hedges++;
-  if (winner === second) service.hedgesWon++;
-  exchange.tried.splice(-2, 2, loser.server, winner.server); // the last one is who answers
-  return await win(exchange, winner);
-}
-
-/** The request goes on with this attempt. */
-function win(exchange: Exchange, leg: Leg): Promise<Outcome> {
-  const { attempt, span, earned, ended, endedAt, bytes, problem } = leg.exchange;
-  leg.won = true;
-  Object.assign(exchange, { attempt, span, earned, ended, endedAt, bytes, problem });
-  return leg.outcome;
-}
-
-/**
- * An attempt whose answer nobody gets. It may run as long again as it already has: a server that was only a little late
- * says so, and one that hangs shows that it is not just late. Then it is given up.
- */
-async function lose({ server, exchange, stop, outcome }: Leg, effects: Effects): Promise<void> {
-  const { service } = exchange.destination!, { startedAt } = exchange.attempt!;
-  await Promise.race([outcome, effects.sleep(Math.min(MOST_GRACE, effects.now() - startedAt))]);
-  stop.abort();
-  const late = await outcome;
-  if (late.kind === "client-left") onGivenUp(service, server, startedAt, effects);
-  judge(exchange, server, late, effects);
-  if (late.kind === "answer") await late.response.body?.cancel().catch(() => {});
-}
-
-/** Another server, healthy and with room, for a second attempt that the budget allows. */
-function pickSecond(exchange: Exchange, first: Leg, effects: Effects): Server | undefined {
-  const { service } = exchange.destination!, now = exchange.now = effects.now();
-  const others = withRoom(service, candidatesOf(service, now))
-    .filter((server) => !exchange.tried.includes(server) && server.up && server.until === 0);
-  if (others.length === 0) return undefined;
-  earn(exchange, service);
-  if (!spendRetry(service, 0, now)) return undefined;
-  try {
-    const server = choose(service, others as readonly Server[] as Candidates, exchange);
-    if (exchange.choices) noteChoice(exchange, others, effects, server);
-    return picked(exchange, server);
-  } catch (error) { // a strategy's: the first attempt is nobody's any more
-    goOn(exchange, lose(first, effects));
-    throw error;
-  }
-}
-
-const MOST_COPIES = 100; // in flight to one service: what comes then is not copied
-
-/**
- * Has a copy of a request sent to another service, behind the request itself. Nobody waits for it; where the body is a
- * stream there is none to copy.
- */
-function mirror(balancer: Balancer, exchange: Exchange, destination: Destination): void {
-  const { effects } = balancer, { copies } = destination.service;
-  if (exchange.upgrade || effects.random() >= destination.weight) return; // a conversation has no copy
-  if (exchange.body instanceof ReadableStream || copies.inFlight >= MOST_COPIES) return void copies.skipped++;
-  copies.inFlight++;
-  const sent = Promise.resolve().then(() => sendCopy(balancer, exchange, destination)).catch((error) =>
-    effects.report("error", error instanceof Error ? error.stack ?? error.message : String(error))
-  ).finally(() => copies.inFlight--);
-  goOn(exchange, sent);
-}
-
-/** Asks once, and throws the answer away. What comes of it says nothing about the server, and takes nothing but its room. */
-async function sendCopy(balancer: Balancer, exchange: Exchange, destination: Destination): Promise<void> {
-  const { effects } = balancer, { service } = destination, { method, headers, url } = exchange.request;
-  const request = new Request(url, { method, headers }); // with a signal of its own: the client may leave
-  const copy: Exchange = { ...exchange, request, destination, tried: [], choices: undefined };
-  const server = pickServer(copy, effects, effects.now());
-  if (server === undefined) return void service.copies.skipped++;
-  if (server.trying) onTried(service, server, "undecided", effects); // a copy tries nobody out
-  let problem: Failure | undefined;
-  const outcome = await forward(balancer, copy, server, (_status, _bytes, why) => {
-    problem = why;
-    release(service, server);
-  }, false);
-  if (outcome.kind === "answer") await outcome.response.body?.pipeTo(new WritableStream()).catch(() => {});
-  else {
-    problem = outcome.kind;
-    release(service, server);
-    complain(service, server, outcome.detail, effects);
-  }
-  service.copies[problem ? "failed" : "answered"]++;
-}
-
-/** Reports what is wrong with a server, once a second at most: the access log has every request. */
-function complain(service: Service, server: Server, detail: string, effects: Effects): void {
-  const now = effects.now();
-  if (now - server.saidAt < 1_000) return;
-  server.saidAt = now;
-  effects.report("warn", `${service.name}: ${server.name}: ${detail}`);
-}
-
-/** What an attempt says about its server before there is a body. What the client did says nothing. */
-function judge(exchange: Exchange, server: Server, outcome: Outcome, effects: Effects): void {
-  const { destination, attempt, upgrade } = exchange, { service } = destination!;
-  if (outcome.kind === "answer") {
-    const { response } = outcome; // whose headers are read only where they have to be: that costs, on Node more than time
-    const wait = TOO_MUCH.has(response.status) && response.headers.get("retry-after");
-    if (wait) onRetryAfter(service, server, wait, effects);
-    const { startedAt, headAt } = attempt!, lost = exchange.stop?.aborted;
-    onHead(service, server, response.status, startedAt, headAt, effects);
-    if (service.hedge && !lost && response.status < 500) learnPatience(service, headAt - startedAt);
-    if (upgrade?.response) onAnswered(service, server, effects); // its end may be hours away
-    return;
-  }
-  const now = effects.now(), began = attempt!.startedAt, blame = !BLAMELESS.has(outcome.kind);
-  count(server.counters, now - began, outcome.sent ? receivedBy(exchange) : 0, 0, blame);
-  if (blame) {
-    complain(service, server, outcome.detail, effects);
-    onSilence(service, server, began, now, effects);
-  } else if (server.until !== 0 && isTrial(server, began)) onTried(service, server, "undecided", effects);
-  release(service, server);
-}
-
-/** Gives up an answer that another attempt will replace. */
-async function discard(exchange: Exchange, response: Response): Promise<void> {
-  await response.body?.cancel();
-  exchange.ended = false;
-}
-
-/** The end of an attempt's answer, whole or not: every pick comes here exactly once, or with its failure to `judge`. */
-function settle(
-  balancer: Balancer,
-  exchange: Exchange,
-  server: Server,
-  status: number,
-  bytes: number,
-  problem: Failure | undefined,
-): void {
-  const { service } = exchange.destination!;
-  const { effects } = balancer;
-  const open = status === 101; // for long: how it ends says nothing about the next one
-  const cutOff = problem !== undefined && !BLAMELESS.has(problem) && !open;
-  exchange.endedAt = effects.now();
-  const { startedAt, headAt } = exchange.attempt!, milliseconds = (open && headAt || exchange.endedAt) - startedAt;
-  count(server.counters, milliseconds, receivedBy(exchange), bytes, cutOff || status >= 500);
-  if (cutOff) complain(service, server, `its answer was cut off (${problem})`, effects);
-  if (cutOff || GATEWAY_ERRORS.has(status)) onFailed(service, server, startedAt, effects);
-  else if (problem === undefined && !open) {
-    onAnswered(service, server, effects);
-    if (exchange.tried.length === 1) earn(exchange, service);
-  }
-  release(service, server);
-  exchange.ended = true;
-  exchange.bytes = bytes;
-  exchange.problem = problem ?? "";
-  if (exchange.status) finished(balancer, exchange);
-}
-
-/** The answer that the client gets. With its body's last byte the exchange is finished; one of our own is so at once. */
-function conclude(balancer: Balancer, exchange: Exchange, response: Response, own = false): Response {
-  exchange.status = response === exchange.upgrade?.response ? 101 : response.status;
-  if (own) {
-    exchange.endedAt = balancer.effects.now();
-    exchange.bytes = exchange.method === "HEAD" ? 0 : Number(response.headers.get("content-length"));
-    for (const [name, value] of pairs([...exchange.quota, ...choiceHeaders(exchange)])) {
-      response.headers.set(name, value);
-    }
-    if (balancer.draining) response.headers.set(...LAST);
-  }
-  if (own || exchange.ended) finished(balancer, exchange);
-  return response;
-}
-
-/** The end of every exchange, once. */
-function finished(balancer: Balancer, exchange: Exchange): void {
-  const { entrypoint, destination, status, bytes, problem, endedAt, started } = exchange;
-  const failed = status >= 500 || problem !== "" && !BLAMELESS.has(problem) && status < 400;
-  const [milliseconds, received] = [endedAt - started, receivedBy(exchange)];
-  balancer.inFlight--;
-  if (exchange.counted) leaveCrowd(balancer.clients, exchange.counted);
-  entrypoint.inFlight--;
-  count(tallyOf(entrypoint.tallies, exchange), milliseconds, received, bytes, failed);
-  if (destination) {
-    destination.service.inFlight--;
-    count(tallyOf(destination.service.tallies, exchange), milliseconds, received, bytes, failed);
-  }
-  if (problem) balancer.failures.set(problem, (balancer.failures.get(problem) ?? 0) + 1);
-  const { log } = exchange.table.config;
-  if (log.format === "off" || !exchange.chosen && !problem && status < 500) return;
-  try {
-    balancer.effects.write(ACCESS_LINES[log.format](accessRecord(balancer, exchange)));
-  } catch (error) { // the request has had its answer
-    balancer.effects.report("error", `the log cannot be written: ${error}`);
-  }
-}
-
 /** Someone else's code has thrown, a strategy say: it costs its request and nothing more. */
 function internal(balancer: Balancer, exchange: Exchange, error: unknown): Response {
   balancer.effects.report("error", error instanceof Error ? error.stack ?? error.message : String(error));
@@ -5286,7 +5301,7 @@ function refuse(balancer: Balancer, exchange: Exchange, kind: FailureName): Resp
 const ANY_METHOD = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 28. Tls: what is shown to those who connect over TLS. Read from files, and again when these change.
+// 30. Tls: what is shown to those who connect over TLS. Read from files, and again when these change.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** A certificate with its key, as texts, and the names that it is for. */
@@ -5397,7 +5412,7 @@ function outdated({ tls }: Pick<FrontConfig, "tls">, now: Date): string[] {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 29. Tcp: connections that are not HTTP. The same services and servers, with bytes in place of requests.
+// 31. Tcp: connections that are not HTTP. The same services and servers, with bytes in place of requests.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** One connection's life, from its listener to its last byte. A Draw, so that strategies can choose its server. */
@@ -5639,48 +5654,8 @@ export async function openTcp(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 30. Runtimes: where it runs. They differ in this table and nowhere else.
+// 32. Doors: what every runtime does in its own way: listeners, who asks, and what is said.
 // ---------------------------------------------------------------------------------------------------------------------
-
-/** What Deno and Bun offer beyond the standard, as far as it is used here. */
-interface Globals {
-  Deno?: {
-    serve(options: DenoAddress & { onListen(): void; cert?: string; key?: string }, handler: Serve): DenoServer;
-    listenTls(options: Record<string | symbol, unknown>): unknown;
-    internal: symbol;
-    stdout: { write(bytes: Uint8Array): Promise<number> };
-    upgradeWebSocket(
-      request: Request,
-      options: { idleTimeout: number },
-    ): { response: Response; socket: WebSocket };
-  };
-  Bun?: { serve(options: Record<string, unknown>): BunServer };
-  navigator?: { userAgent?: string };
-}
-interface DenoServer {
-  addr: { port: number };
-  finished: Promise<void>;
-  shutdown(): Promise<void>;
-}
-type DenoAddress = { hostname?: string; port: number; reusePort: boolean };
-interface BunSocket {
-  data: BunTunnel;
-  send(message: string | Uint8Array): number;
-  ping(payload: Uint8Array): void;
-  pong(payload: Uint8Array): void;
-  close(code?: number, reason?: string): void;
-  terminate(): void;
-  pause(): void;
-  resume(): void;
-  getBufferedAmount(): number;
-}
-interface BunServer {
-  port: number;
-  upgrade(request: Request, options: { headers: Headers; data: BunTunnel }): boolean;
-  requestIP(request: Request): { address: string } | null;
-  stop(): Promise<void>;
-}
-const globals = globalThis as unknown as Globals;
 
 /** What answers requests; `env` is what the runtime hands over beside them. */
 export type Serve = (request: Request, env?: unknown) => Response | Promise<Response>;
@@ -5776,6 +5751,28 @@ function clientOf(request: Request, address: string | undefined, raw?: readonly 
   };
 }
 
+/** The headers of a 101 that the runtime does not write itself. */
+function switchedHeaders(tunnel: Tunnel): Headers {
+  const headers = new Headers(pairs(tunnel.headers));
+  for (const name of ["accept", "extensions"]) headers.delete(`sec-websocket-${name}`);
+  return headers;
+}
+
+/** A report in which nothing that a server or a client has said begins a line, or reaches a terminal as a command. */
+const oneLine = (text: string): string =>
+  text.replace(/[^\n\x20-\x7e\xa0-\uffff]/g, (c) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`)
+    .replaceAll("\n", "\n  ");
+
+/** Says something on standard error; the platform of the edge has times of its own. */
+const sayAloud: Effects["report"] = (level, text) =>
+  console.error(`${AT_THE_EDGE ? "" : `${new Date().toISOString()} `}${level}: ${oneLine(text)}`);
+const AT_THE_EDGE =
+  (globalThis as { navigator?: { userAgent?: string } }).navigator?.userAgent === "Cloudflare-Workers";
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 33. Node: over node:http and node:http2.
+// ---------------------------------------------------------------------------------------------------------------------
+
 /**
  * Node's server takes several values as a list, and only where headers are a record adds no Content-Type of its own;
  * whoever looks at them, middleware say, needs them as the standard has them.
@@ -5846,185 +5843,6 @@ const switching = (headers: readonly string[]): string =>
   pairs(headers).reduce((head, [name, value]) => `${head}${name}: ${value}\r\n`, SWITCHING) + "\r\n";
 const SWITCHING = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n";
 
-/** The headers of a 101 that the runtime does not write itself. */
-function switchedHeaders(tunnel: Tunnel): Headers {
-  const headers = new Headers(pairs(tunnel.headers));
-  for (const name of ["accept", "extensions"]) headers.delete(`sec-websocket-${name}`);
-  return headers;
-}
-
-/**
- * Deno has messages only, and answers pings itself. It also asks a client that is silent for half of `idleTimeout`, and
- * ends it after all of it; so that long, too, does it keep the memory of one that has broken off.
- */
-function denoAccept(request: Request, tunnel: Tunnel): Response {
-  const idleTimeout = Math.min(60, tunnel.idle / 500); // seconds
-  if (request.signal.aborted) throw new Error("the client has left"); // its connection would stay, and nobody be told
-  const { response, socket } = globals.Deno!.upgradeWebSocket(request, { idleTimeout });
-  switchedHeaders(tunnel).forEach((value, name) => response.headers.append(name, value));
-  let events: MessageEvents | undefined;
-  socket.binaryType = "arraybuffer";
-  socket.onopen = () => void (events = joinMessages(tunnel, denoSide(socket, () => events?.drained())));
-  socket.onmessage = ({ data }) => events?.message(typeof data === "string" ? data : new Uint8Array(data));
-  socket.onclose = ({ code, reason, wasClean }) => events?.closed(wasClean ? code : 1006, reason);
-  socket.onerror = () => events ?? clientLeft(tunnel);
-  request.signal.addEventListener("abort", () => events ?? clientLeft(tunnel)); // before it is open
-  return response;
-}
-
-/** Nothing says when there is room again: that is looked at every 5 ms while there is none. */
-function denoSide(socket: WebSocket, drained: () => void): MessageSide {
-  const reading = denoReading(socket);
-  const isFull = () => socket.bufferedAmount >= WINDOW;
-  let waits = false;
-  const wait = () => {
-    waits = isFull();
-    if (waits) setTimeout(wait, 5);
-    else drained();
-  };
-  const close = (code: number, reason = "") => {
-    reading.resume(); // for the client's close frame
-    if (code === 1005) socket.close();
-    else socket.close(code, reason);
-  };
-  return {
-    send: (message) => socket.send(message),
-    hasRoom() {
-      if (!waits && isFull()) wait();
-      return !waits;
-    },
-    close,
-    cut: () => close(BAD_GATEWAY),
-    ...reading,
-  };
-}
-
-/**
- * Deno has no pause. But its WebSocket reads in a loop that ends where it finds itself closed behind a message, and that
- * can be begun again. Where another Deno does not have these names nothing is paused, and what comes waits in memory.
- */
-function denoReading(socket: WebSocket): Pick<MessageSide, "pause" | "resume"> {
-  const symbol = (owner: object, name: string) =>
-    Object.getOwnPropertySymbols(owner).find(({ description }) => description === name);
-  const loop = symbol(WebSocket.prototype, "[[eventLoop]]"), state = symbol(socket, "[[readyState]]");
-  const inside = socket as unknown as Record<symbol, unknown>;
-  let paused = false;
-  return {
-    pause() {
-      if (paused || !loop || !state || socket.readyState !== WebSocket.OPEN) return;
-      paused = true;
-      inside[state] = WebSocket.CLOSED;
-      queueMicrotask(() => inside[state] = WebSocket.OPEN);
-    },
-    resume() {
-      if (!paused) return;
-      paused = false;
-      (inside[loop!] as () => void).call(socket);
-    },
-  };
-}
-
-/** What Bun keeps beside a WebSocket. */
-interface BunTunnel {
-  tunnel: Tunnel;
-  events: MessageEvents | undefined; // as soon as it is open
-}
-
-/** Bun's own handlers: `Bun.serve` takes them beside `fetch`. */
-export const websocket = {
-  idleTimeout: 0,
-  sendPings: false,
-  maxPayloadLength: MAX_MESSAGE,
-  backpressureLimit: 4 * MAX_MESSAGE, // beyond it messages would be lost; the server has been paused long before
-  open: (socket: BunSocket) => void (socket.data.events = joinMessages(socket.data.tunnel, bunSide(socket))),
-  message: ({ data }: BunSocket, message: string | Uint8Array) => data.events?.message(message),
-  ping: ({ data }: BunSocket, payload: Uint8Array) => data.events?.ping(payload),
-  pong: ({ data }: BunSocket, payload: Uint8Array) => data.events?.pong(payload),
-  drain: (socket: BunSocket) => void (socket.getBufferedAmount() < WINDOW && socket.data.events?.drained()),
-  close: ({ data }: BunSocket, code: number, reason: string) => data.events?.closed(code, reason),
-};
-
-const bunSide = (socket: BunSocket): MessageSide => ({
-  send: (message) => void socket.send(message),
-  hasRoom: () => socket.getBufferedAmount() < WINDOW,
-  ping: (payload) => socket.ping(payload),
-  pong: (payload) => socket.pong(payload),
-  close: (code, reason) => socket.close(code, reason), // 1005 is a close frame without a code
-  cut() {
-    if (socket.getBufferedAmount() === 0) socket.terminate();
-    else setTimeout(() => socket.terminate(), PARTING);
-  },
-  pause: () => socket.pause(),
-  resume: () => socket.resume(),
-});
-
-type ServeListener = (listener: unknown, stop: AbortSignal, ...handlers: unknown[]) => DenoServer;
-
-/** Deno.serve has one certificate; what it does with a listener can be had without it, where Deno still has this name. */
-function denoServe(fetch: Serve, where: DenoAddress, secure: Secure | undefined): DenoServer {
-  const Deno = globals.Deno!, pairs = secure?.pairs;
-  if (!pairs || pairs.length === 1) return Deno.serve({ ...where, ...pairs?.[0], onListen() {} }, fetch);
-  const inside = (Deno as unknown as Record<symbol, { serveHttpOnListener?: ServeListener }>)[Deno.internal];
-  if (!inside?.serveHttpOnListener) throw new Error("this Deno shows one certificate at each address, not several");
-  const find = (name: string) => Promise.resolve(pairFor(pairs, name));
-  const shown = { alpnProtocols: ["h2", "http/1.1"], [Symbol.for("unstableSniResolver")]: find };
-  const listener = Deno.listenTls({ ...where, ...shown }), never = new AbortController().signal;
-  return inside.serveHttpOnListener(listener, never, fetch, () => refusal("internal"), () => {});
-}
-
-/**
- * A listener of Deno. It ends for good where it cannot take a connection, for want of a handle say: then another takes its
- * place. And its `shutdown` ends WebSockets and uploads at once: it has to wait for them.
- */
-function denoDoor(fetch: Serve, where: DenoAddress, secure?: Secure): Door {
-  const servers = new Set<DenoServer>();
-  let [port, open, uploads] = [where.port, true, 0];
-  const upload = async (request: Request, env: unknown) => {
-    uploads++;
-    try {
-      return await fetch(request, env);
-    } finally {
-      uploads--;
-    }
-  };
-  const serve: Serve = (request, env) =>
-    request.method === "GET" || request.method === "HEAD" ? fetch(request, env) : upload(request, env);
-  const listen = () => {
-    const server = denoServe(serve, { ...where, port }, secure);
-    servers.add(server);
-    port = server.addr.port;
-    server.finished.catch((error) => {
-      defaultEffects().report("error", `port ${port} takes no connections: ${error.message}; it is opened again`);
-      setTimeout(again, 100);
-    });
-  };
-  const again = () => {
-    try {
-      if (open) listen();
-    } catch { // still no handle
-      setTimeout(again, 100);
-    }
-  };
-  const leave = async () => {
-    open = false;
-    while (uploads) await new Promise((resolve) => setTimeout(resolve, 20));
-    await Promise.all([...servers].map((server) => server.shutdown().catch(() => {})));
-  };
-  const close = async (tunnels?: ReadonlySet<Tunnel>) => {
-    while (tunnels?.size) await new Promise((resolve) => setTimeout(resolve, 20));
-    await leave();
-  };
-  listen();
-  return { port, leave, close };
-}
-
-/** Bun finds the certificate for a name by itself; an entry without a name is for all others. */
-const bunTls = ({ pairs, clientCa }: Secure) =>
-  pairs.flatMap(({ cert, key, names }, i) => {
-    const own = { cert, key, ...(clientCa && { ca: clientCa, requestCert: true, rejectUnauthorized: true }) };
-    return [...(i === 0 ? [own] : []), ...names.map((serverName) => ({ ...own, serverName }))];
-  });
-
 /** Headers over HTTP/2: those that begin with a colon are the request line, and cookies come in crumbs (RFC 9113 section 8.2.3). */
 function fromHttp2(raw: readonly string[]): string[] {
   const headers: string[] = [], crumbs: string[] = [];
@@ -6035,57 +5853,6 @@ function fromHttp2(raw: readonly string[]): string[] {
   }
   if (crumbs.length) headers.push("cookie", crumbs.join("; "));
   return headers;
-}
-
-const HOP = Object.keys(ROLES).filter((name) => name !== "content-length"); // what ends at this hop
-
-/** The platform answers in place of a server that it cannot reach: its statuses, and what they mean here. */
-const PLATFORM_FAILURES: Record<number, Failure> = {
-  520: "invalid-answer",
-  521: "connect",
-  522: "connect-timeout",
-  523: "connect",
-  524: "timeout",
-  525: "connect",
-  526: "connect",
-  530: "connect",
-};
-
-/**
- * The edge's own fetch. The platform holds the connections, and when a client has left nothing of ours may run any more:
- * an attempt ends for us with the head of its answer. "manual", both times: a body that is encoded passes as it is.
- */
-async function nativeFetch(url: string, attempt: Attempt): Promise<Response> {
-  const { method, headers, body, request, stop, timeouts } = attempt;
-  const late = new AbortController();
-  const timer = setTimeout(() => late.abort(), timeouts.response);
-  const signal = AbortSignal.any([request.signal, late.signal, ...stop ? [stop] : []]);
-  const init = { encodeResponseBody: "manual", signal };
-  let response: Response;
-  try {
-    const named = pairs(without(headers, new Set(["host"]))); // which the platform sets from the URL
-    response = await fetch(url, { ...init, method, headers: named, body, redirect: "manual" });
-  } catch (error) {
-    const kind = late.signal.aborted ? "timeout" : request.signal.aborted || stop?.aborted ? "client-left" : "reset";
-    throw new WireError(kind, true, String(error));
-  } finally {
-    clearTimeout(timer);
-  }
-  const { status } = response;
-  const failure = PLATFORM_FAILURES[status];
-  if (failure && response.headers.get("server") === "cloudflare") {
-    await response.body?.cancel();
-    const used = failure !== "connect" || body instanceof ReadableStream; // nobody can have the rest of a stream again
-    throw new WireError(failure, used, `the platform answers ${status}`);
-  }
-  const hop = new Set([...HOP, ...connectionNames(response.headers.get("connection") ?? "")]);
-  const own = attempt.inbound(without([...response.headers].flat(), hop));
-  const { webSocket } = response as { webSocket?: unknown }; // of a 101
-  const made = { status, headers: pairs(own), ...webSocket ? { webSocket } : { encodeBody: "manual" } };
-  const passed = new Response(response.body, made as ResponseInit);
-  if (webSocket && attempt.upgrade) attempt.upgrade.response = passed;
-  attempt.ended(response.status, Number(response.body && response.headers.get("content-length")), undefined);
-  return passed;
 }
 
 /** Standard output through node:fs, as a pipe that is full for now says so. */
@@ -6170,116 +5937,395 @@ async function nodeTls(secure: Secure, options: Record<string, unknown>) {
   return { server, swap: shown.swapOf(server), leave: () => sessions.forEach((session) => session.close()) };
 }
 
-const runtimes: Record<"deno" | "bun" | "node" | "edge", Runtime> = {
-  deno: {
-    async serve(fetch, host, port, shared, secure) {
-      const where = { ...(host && { hostname: bare(host) }), port, reusePort: shared || secure !== undefined };
-      if (secure) {
-        if (!shared) await unused(host, port);
-        return replaceable(host, port, secure, (port, secure) => denoDoor(fetch, { ...where, port }, secure));
-      }
-      const door = denoDoor(fetch, where);
-      return { address: shown(host, door.port), close: door.close };
-    },
-    fullTls: false,
-    client(request, env) {
-      request.signal; // a signal that is first read after the client has left never says so
-      const { url, headers } = request;
-      const from = clientOf(request, (env as { remoteAddr?: { hostname?: string } } | undefined)?.remoteAddr?.hostname);
-      // over HTTP/2 there is no Host, and nothing says that this is HTTP/2
-      return from.scheme === "http" || headers.has("host")
-        ? from
-        : { ...from, authority: hostOf(url).split("/", 1)[0]! };
-    },
-    upgrade: (request, env) =>
-      (env as { remoteAddr?: unknown } | undefined)?.remoteAddr
-        ? { raw: false, accept: (tunnel) => denoAccept(request, tunnel) }
-        : undefined,
-    transport: () => createWire(),
-    print: (bytes) => globals.Deno!.stdout.write(bytes).catch(() => bytes.length), // its node:fs would hold up everything
+const onNode: Runtime = {
+  async serve(fetch, host, port, reusePort, secure, porter = LENIENT) {
+    const { server, close, swap } = await nodeServer(fetch, secure, porter);
+    await new Promise<void>((resolve, reject) => {
+      server.on("error", reject);
+      server.listen({ port, reusePort, ...(host && { host: bare(host) }) }, resolve);
+    });
+    return { address: shown(host, (server.address() as AddressInfo).port), close, swap };
   },
-  bun: {
-    async serve(fetch, host, port, shared, secure) {
-      const limits = { idleTimeout: 0, maxRequestBodySize: Infinity };
-      const options = { ...(host && { hostname: bare(host) }), ...limits, development: false, fetch, websocket };
-      const open = (port: number, reusePort: boolean, tls = {}): Door => {
-        const server = globals.Bun!.serve({ ...options, port, reusePort, ...tls });
-        return { port: server.port, leave: () => server.stop(), close: () => server.stop() };
-      };
-      if (secure) {
-        if (!shared) await unused(host, port);
-        return replaceable(host, port, secure, (port, secure) => open(port, true, { tls: bunTls(secure) }));
-      }
-      const door = open(port, shared);
-      return { address: shown(host, door.port), close: door.close };
-    },
-    fullTls: true,
-    client: (request, env) => clientOf(request, (env as BunServer | undefined)?.requestIP?.(request)?.address),
-    upgrade(request, env) {
-      const server = env as BunServer | undefined;
-      return server?.upgrade && {
-        raw: false,
-        accept(tunnel) {
-          const data = { tunnel, events: undefined };
-          const done = server.upgrade(request, { headers: switchedHeaders(tunnel), data });
-          if (!done) throw new Error("the client has left");
-          return new Response(null);
-        },
-      };
-    },
-    transport: () => createWire(),
-    print: printed,
+  fullTls: true,
+  client(request, env) {
+    const { incoming } = (env ?? {}) as { incoming?: IncomingMessage & { authority?: string } };
+    const from = clientOf(request, incoming?.socket.remoteAddress, incoming?.rawHeaders);
+    if (!incoming || !(incoming.socket as TLSSocket).encrypted) return from;
+    const scheme = "https"; // whatever :scheme says
+    if (incoming.httpVersionMajor < 2) return { ...from, scheme };
+    return { ...from, scheme, headers: fromHttp2(incoming.rawHeaders), authority: incoming.authority ?? "" };
   },
-  node: {
-    async serve(fetch, host, port, reusePort, secure, porter = LENIENT) {
-      const { server, close, swap } = await nodeServer(fetch, secure, porter);
-      await new Promise<void>((resolve, reject) => {
-        server.on("error", reject);
-        server.listen({ port, reusePort, ...(host && { host: bare(host) }) }, resolve);
-      });
-      return { address: shown(host, (server.address() as AddressInfo).port), close, swap };
-    },
-    fullTls: true,
-    client(request, env) {
-      const { incoming } = (env ?? {}) as { incoming?: IncomingMessage & { authority?: string } };
-      const from = clientOf(request, incoming?.socket.remoteAddress, incoming?.rawHeaders);
-      if (!incoming || !(incoming.socket as TLSSocket).encrypted) return from;
-      const scheme = "https"; // whatever :scheme says
-      if (incoming.httpVersionMajor < 2) return { ...from, scheme };
-      return { ...from, scheme, headers: fromHttp2(incoming.rawHeaders), authority: incoming.authority ?? "" };
-    },
-    upgrade(_request, env) {
-      const { incoming } = (env ?? {}) as { incoming?: IncomingMessage };
-      const release = incoming && upgrading.get(incoming);
-      return release && {
-        raw: true,
-        accept(tunnel) {
-          const early = release();
-          incoming.socket.write(switching(tunnel.headers), "latin1");
-          joinSocket(tunnel, incoming.socket, early);
-          return new Response(null);
-        },
-      };
-    },
-    transport: () => createWire({ newResponse: nodeResponse }),
-    print: printed,
+  upgrade(_request, env) {
+    const { incoming } = (env ?? {}) as { incoming?: IncomingMessage };
+    const release = incoming && upgrading.get(incoming);
+    return release && {
+      raw: true,
+      accept(tunnel) {
+        const early = release();
+        incoming.socket.write(switching(tunnel.headers), "latin1");
+        joinSocket(tunnel, incoming.socket, early);
+        return new Response(null);
+      },
+    };
   },
-  edge: {
-    serve: () => Promise.reject(new Error("at the edge the platform listens")),
-    fullTls: false,
-    client: (request) => clientOf(request, request.headers.get("cf-connecting-ip") ?? undefined),
-    upgrade: () => ({ raw: true, accept: () => new Response(null) }), // the platform's fetch has both ends
-    transport: () => ({ fetch: nativeFetch, connect: () => Promise.reject(new Error("not at the edge")) }),
-    print: (bytes) => Promise.resolve(bytes.length), // `Effects.write` goes to the platform's log
-  },
+  transport: () => createWire({ newResponse: nodeResponse }),
+  print: printed,
 };
 
+// ---------------------------------------------------------------------------------------------------------------------
+// 34. Bun: over Bun.serve.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** What Bun offers beyond the standard, as far as it is used here. */
+interface BunServer {
+  port: number;
+  upgrade(request: Request, options: { headers: Headers; data: BunTunnel }): boolean;
+  requestIP(request: Request): { address: string } | null;
+  stop(): Promise<void>;
+}
+interface BunSocket {
+  data: BunTunnel;
+  send(message: string | Uint8Array): number;
+  ping(payload: Uint8Array): void;
+  pong(payload: Uint8Array): void;
+  close(code?: number, reason?: string): void;
+  terminate(): void;
+  pause(): void;
+  resume(): void;
+  getBufferedAmount(): number;
+}
+
+/** What Bun keeps beside a WebSocket. */
+interface BunTunnel {
+  tunnel: Tunnel;
+  events: MessageEvents | undefined; // as soon as it is open
+}
+
+/** Bun's own handlers: `Bun.serve` takes them beside `fetch`. */
+export const websocket = {
+  idleTimeout: 0,
+  sendPings: false,
+  maxPayloadLength: MAX_MESSAGE,
+  backpressureLimit: 4 * MAX_MESSAGE, // beyond it messages would be lost; the server has been paused long before
+  open: (socket: BunSocket) => void (socket.data.events = joinMessages(socket.data.tunnel, bunSide(socket))),
+  message: ({ data }: BunSocket, message: string | Uint8Array) => data.events?.message(message),
+  ping: ({ data }: BunSocket, payload: Uint8Array) => data.events?.ping(payload),
+  pong: ({ data }: BunSocket, payload: Uint8Array) => data.events?.pong(payload),
+  drain: (socket: BunSocket) => void (socket.getBufferedAmount() < WINDOW && socket.data.events?.drained()),
+  close: ({ data }: BunSocket, code: number, reason: string) => data.events?.closed(code, reason),
+};
+
+const bunSide = (socket: BunSocket): MessageSide => ({
+  send: (message) => void socket.send(message),
+  hasRoom: () => socket.getBufferedAmount() < WINDOW,
+  ping: (payload) => socket.ping(payload),
+  pong: (payload) => socket.pong(payload),
+  close: (code, reason) => socket.close(code, reason), // 1005 is a close frame without a code
+  cut() {
+    if (socket.getBufferedAmount() === 0) socket.terminate();
+    else setTimeout(() => socket.terminate(), PARTING);
+  },
+  pause: () => socket.pause(),
+  resume: () => socket.resume(),
+});
+
+/** Bun finds the certificate for a name by itself; an entry without a name is for all others. */
+const bunTls = ({ pairs, clientCa }: Secure) =>
+  pairs.flatMap(({ cert, key, names }, i) => {
+    const own = { cert, key, ...(clientCa && { ca: clientCa, requestCert: true, rejectUnauthorized: true }) };
+    return [...(i === 0 ? [own] : []), ...names.map((serverName) => ({ ...own, serverName }))];
+  });
+
+const onBun: Runtime = {
+  async serve(fetch, host, port, shared, secure) {
+    const limits = { idleTimeout: 0, maxRequestBodySize: Infinity };
+    const options = { ...(host && { hostname: bare(host) }), ...limits, development: false, fetch, websocket };
+    const open = (port: number, reusePort: boolean, tls = {}): Door => {
+      const server = bunApi().serve({ ...options, port, reusePort, ...tls });
+      return { port: server.port, leave: () => server.stop(), close: () => server.stop() };
+    };
+    if (secure) {
+      if (!shared) await unused(host, port);
+      return replaceable(host, port, secure, (port, secure) => open(port, true, { tls: bunTls(secure) }));
+    }
+    const door = open(port, shared);
+    return { address: shown(host, door.port), close: door.close };
+  },
+  fullTls: true,
+  client: (request, env) => clientOf(request, (env as BunServer | undefined)?.requestIP?.(request)?.address),
+  upgrade(request, env) {
+    const server = env as BunServer | undefined;
+    return server?.upgrade && {
+      raw: false,
+      accept(tunnel) {
+        const data = { tunnel, events: undefined };
+        const done = server.upgrade(request, { headers: switchedHeaders(tunnel), data });
+        if (!done) throw new Error("the client has left");
+        return new Response(null);
+      },
+    };
+  },
+  transport: () => createWire(),
+  print: printed,
+};
+const bunApi = () => (globalThis as unknown as { Bun: { serve(options: Record<string, unknown>): BunServer } }).Bun;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 35. Deno: over Deno.serve.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** What Deno offers beyond the standard, as far as it is used here. */
+interface DenoApi {
+  serve(options: DenoAddress & { onListen(): void; cert?: string; key?: string }, handler: Serve): DenoServer;
+  listenTls(options: Record<string | symbol, unknown>): unknown;
+  internal: symbol;
+  stdout: { write(bytes: Uint8Array): Promise<number> };
+  upgradeWebSocket(
+    request: Request,
+    options: { idleTimeout: number },
+  ): { response: Response; socket: WebSocket };
+}
+interface DenoServer {
+  addr: { port: number };
+  finished: Promise<void>;
+  shutdown(): Promise<void>;
+}
+type DenoAddress = { hostname?: string; port: number; reusePort: boolean };
+const denoApi = () => (globalThis as unknown as { Deno: DenoApi }).Deno;
+
+/**
+ * Deno has messages only, and answers pings itself. It also asks a client that is silent for half of `idleTimeout`, and
+ * ends it after all of it; so that long, too, does it keep the memory of one that has broken off.
+ */
+function denoAccept(request: Request, tunnel: Tunnel): Response {
+  const idleTimeout = Math.min(60, tunnel.idle / 500); // seconds
+  if (request.signal.aborted) throw new Error("the client has left"); // its connection would stay, and nobody be told
+  const { response, socket } = denoApi().upgradeWebSocket(request, { idleTimeout });
+  switchedHeaders(tunnel).forEach((value, name) => response.headers.append(name, value));
+  let events: MessageEvents | undefined;
+  socket.binaryType = "arraybuffer";
+  socket.onopen = () => void (events = joinMessages(tunnel, denoSide(socket, () => events?.drained())));
+  socket.onmessage = ({ data }) => events?.message(typeof data === "string" ? data : new Uint8Array(data));
+  socket.onclose = ({ code, reason, wasClean }) => events?.closed(wasClean ? code : 1006, reason);
+  socket.onerror = () => events ?? clientLeft(tunnel);
+  request.signal.addEventListener("abort", () => events ?? clientLeft(tunnel)); // before it is open
+  return response;
+}
+
+/** Nothing says when there is room again: that is looked at every 5 ms while there is none. */
+function denoSide(socket: WebSocket, drained: () => void): MessageSide {
+  const reading = denoReading(socket);
+  const isFull = () => socket.bufferedAmount >= WINDOW;
+  let waits = false;
+  const wait = () => {
+    waits = isFull();
+    if (waits) setTimeout(wait, 5);
+    else drained();
+  };
+  const close = (code: number, reason = "") => {
+    reading.resume(); // for the client's close frame
+    if (code === 1005) socket.close();
+    else socket.close(code, reason);
+  };
+  return {
+    send: (message) => socket.send(message),
+    hasRoom() {
+      if (!waits && isFull()) wait();
+      return !waits;
+    },
+    close,
+    cut: () => close(BAD_GATEWAY),
+    ...reading,
+  };
+}
+
+/**
+ * Deno has no pause. But its WebSocket reads in a loop that ends where it finds itself closed behind a message, and that
+ * can be begun again. Where another Deno does not have these names nothing is paused, and what comes waits in memory.
+ */
+function denoReading(socket: WebSocket): Pick<MessageSide, "pause" | "resume"> {
+  const symbol = (owner: object, name: string) =>
+    Object.getOwnPropertySymbols(owner).find(({ description }) => description === name);
+  const loop = symbol(WebSocket.prototype, "[[eventLoop]]"), state = symbol(socket, "[[readyState]]");
+  const inside = socket as unknown as Record<symbol, unknown>;
+  let paused = false;
+  return {
+    pause() {
+      if (paused || !loop || !state || socket.readyState !== WebSocket.OPEN) return;
+      paused = true;
+      inside[state] = WebSocket.CLOSED;
+      queueMicrotask(() => inside[state] = WebSocket.OPEN);
+    },
+    resume() {
+      if (!paused) return;
+      paused = false;
+      (inside[loop!] as () => void).call(socket);
+    },
+  };
+}
+
+type ServeListener = (listener: unknown, stop: AbortSignal, ...handlers: unknown[]) => DenoServer;
+
+/** Deno.serve has one certificate; what it does with a listener can be had without it, where Deno still has this name. */
+function denoServe(fetch: Serve, where: DenoAddress, secure: Secure | undefined): DenoServer {
+  const Deno = denoApi(), pairs = secure?.pairs;
+  if (!pairs || pairs.length === 1) return Deno.serve({ ...where, ...pairs?.[0], onListen() {} }, fetch);
+  const inside = (Deno as unknown as Record<symbol, { serveHttpOnListener?: ServeListener }>)[Deno.internal];
+  if (!inside?.serveHttpOnListener) throw new Error("this Deno shows one certificate at each address, not several");
+  const find = (name: string) => Promise.resolve(pairFor(pairs, name));
+  const shown = { alpnProtocols: ["h2", "http/1.1"], [Symbol.for("unstableSniResolver")]: find };
+  const listener = Deno.listenTls({ ...where, ...shown }), never = new AbortController().signal;
+  return inside.serveHttpOnListener(listener, never, fetch, () => refusal("internal"), () => {});
+}
+
+/**
+ * A listener of Deno. It ends for good where it cannot take a connection, for want of a handle say: then another takes its
+ * place. And its `shutdown` ends WebSockets and uploads at once: it has to wait for them.
+ */
+function denoDoor(fetch: Serve, where: DenoAddress, secure?: Secure): Door {
+  const servers = new Set<DenoServer>();
+  let [port, open, uploads] = [where.port, true, 0];
+  const upload = async (request: Request, env: unknown) => {
+    uploads++;
+    try {
+      return await fetch(request, env);
+    } finally {
+      uploads--;
+    }
+  };
+  const serve: Serve = (request, env) =>
+    request.method === "GET" || request.method === "HEAD" ? fetch(request, env) : upload(request, env);
+  const listen = () => {
+    const server = denoServe(serve, { ...where, port }, secure);
+    servers.add(server);
+    port = server.addr.port;
+    server.finished.catch((error) => {
+      sayAloud("error", `port ${port} takes no connections: ${error.message}; it is opened again`);
+      setTimeout(again, 100);
+    });
+  };
+  const again = () => {
+    try {
+      if (open) listen();
+    } catch { // still no handle
+      setTimeout(again, 100);
+    }
+  };
+  const leave = async () => {
+    open = false;
+    while (uploads) await new Promise((resolve) => setTimeout(resolve, 20));
+    await Promise.all([...servers].map((server) => server.shutdown().catch(() => {})));
+  };
+  const close = async (tunnels?: ReadonlySet<Tunnel>) => {
+    while (tunnels?.size) await new Promise((resolve) => setTimeout(resolve, 20));
+    await leave();
+  };
+  listen();
+  return { port, leave, close };
+}
+
+const onDeno: Runtime = {
+  async serve(fetch, host, port, shared, secure) {
+    const where = { ...(host && { hostname: bare(host) }), port, reusePort: shared || secure !== undefined };
+    if (secure) {
+      if (!shared) await unused(host, port);
+      return replaceable(host, port, secure, (port, secure) => denoDoor(fetch, { ...where, port }, secure));
+    }
+    const door = denoDoor(fetch, where);
+    return { address: shown(host, door.port), close: door.close };
+  },
+  fullTls: false,
+  client(request, env) {
+    request.signal; // a signal that is first read after the client has left never says so
+    const { url, headers } = request;
+    const from = clientOf(request, (env as { remoteAddr?: { hostname?: string } } | undefined)?.remoteAddr?.hostname);
+    // over HTTP/2 there is no Host, and nothing says that this is HTTP/2
+    return from.scheme === "http" || headers.has("host") ? from : { ...from, authority: hostOf(url).split("/", 1)[0]! };
+  },
+  upgrade: (request, env) =>
+    (env as { remoteAddr?: unknown } | undefined)?.remoteAddr
+      ? { raw: false, accept: (tunnel) => denoAccept(request, tunnel) }
+      : undefined,
+  transport: () => createWire(),
+  print: (bytes) => denoApi().stdout.write(bytes).catch(() => bytes.length), // its node:fs would hold up everything
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 36. Edge: where the platform listens.
+// ---------------------------------------------------------------------------------------------------------------------
+
+const HOP = Object.keys(ROLES).filter((name) => name !== "content-length"); // what ends at this hop
+
+/** The platform answers in place of a server that it cannot reach: its statuses, and what they mean here. */
+const PLATFORM_FAILURES: Record<number, Failure> = {
+  520: "invalid-answer",
+  521: "connect",
+  522: "connect-timeout",
+  523: "connect",
+  524: "timeout",
+  525: "connect",
+  526: "connect",
+  530: "connect",
+};
+
+/**
+ * The edge's own fetch. The platform holds the connections, and when a client has left nothing of ours may run any more:
+ * an attempt ends for us with the head of its answer. "manual", both times: a body that is encoded passes as it is.
+ */
+async function nativeFetch(url: string, attempt: Attempt): Promise<Response> {
+  const { method, headers, body, request, stop, timeouts } = attempt;
+  const late = new AbortController();
+  const timer = setTimeout(() => late.abort(), timeouts.response);
+  const signal = AbortSignal.any([request.signal, late.signal, ...stop ? [stop] : []]);
+  const init = { encodeResponseBody: "manual", signal };
+  let response: Response;
+  try {
+    const named = pairs(without(headers, new Set(["host"]))); // which the platform sets from the URL
+    response = await fetch(url, { ...init, method, headers: named, body, redirect: "manual" });
+  } catch (error) {
+    const kind = late.signal.aborted ? "timeout" : request.signal.aborted || stop?.aborted ? "client-left" : "reset";
+    throw new WireError(kind, true, String(error));
+  } finally {
+    clearTimeout(timer);
+  }
+  const { status } = response;
+  const failure = PLATFORM_FAILURES[status];
+  if (failure && response.headers.get("server") === "cloudflare") {
+    await response.body?.cancel();
+    const used = failure !== "connect" || body instanceof ReadableStream; // nobody can have the rest of a stream again
+    throw new WireError(failure, used, `the platform answers ${status}`);
+  }
+  const hop = new Set([...HOP, ...connectionNames(response.headers.get("connection") ?? "")]);
+  const own = attempt.inbound(without([...response.headers].flat(), hop));
+  const { webSocket } = response as { webSocket?: unknown }; // of a 101
+  const made = { status, headers: pairs(own), ...webSocket ? { webSocket } : { encodeBody: "manual" } };
+  const passed = new Response(response.body, made as ResponseInit);
+  if (webSocket && attempt.upgrade) attempt.upgrade.response = passed;
+  attempt.ended(response.status, Number(response.body && response.headers.get("content-length")), undefined);
+  return passed;
+}
+
+const onEdge: Runtime = {
+  serve: () => Promise.reject(new Error("at the edge the platform listens")),
+  fullTls: false,
+  client: (request) => clientOf(request, request.headers.get("cf-connecting-ip") ?? undefined),
+  upgrade: () => ({ raw: true, accept: () => new Response(null) }), // the platform's fetch has both ends
+  transport: () => ({ fetch: nativeFetch, connect: () => Promise.reject(new Error("not at the edge")) }),
+  print: (bytes) => Promise.resolve(bytes.length), // `Effects.write` goes to the platform's log
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 37. Runtimes: where it runs. They differ in this table and nowhere else.
+// ---------------------------------------------------------------------------------------------------------------------
+
+const runtimes = { deno: onDeno, bun: onBun, node: onNode, edge: onEdge };
+
 /** Where this runs. Workers are asked for first: they know Node's names too. */
-const here: keyof typeof runtimes = globals.navigator?.userAgent === "Cloudflare-Workers"
+const here: keyof typeof runtimes = AT_THE_EDGE
   ? "edge"
-  : globals.Deno
+  : "Deno" in globalThis
   ? "deno"
-  : globals.Bun
+  : "Bun" in globalThis
   ? "bun"
   : "node";
 
@@ -6313,11 +6359,6 @@ function problemsOf({ listen, tcp, services }: Config, now: Date): string[] {
   return problems;
 }
 
-/** A report in which nothing that a server or a client has said begins a line, or reaches a terminal as a command. */
-const oneLine = (text: string): string =>
-  text.replace(/[^\n\x20-\x7e\xa0-\uffff]/g, (c) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`)
-    .replaceAll("\n", "\n  ");
-
 /** The effects of the runtime that this runs on. */
 function defaultEffects(): Effects {
   const runtime = runtimes[here];
@@ -6339,13 +6380,12 @@ function defaultEffects(): Effects {
     probed: () => {},
     told: () => {},
     write: (line) => console.log(line),
-    report: (level, text) =>
-      console.error(`${here === "edge" ? "" : `${new Date().toISOString()} `}${level}: ${oneLine(text)}`),
+    report: sayAloud,
   };
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 31. Assemble: one balancer from one config.
+// 38. Assemble: one balancer from one config.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** A Hono app that balances, to be served, mounted or wrapped. */
@@ -6590,7 +6630,7 @@ export function createLoadBalancer(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 32. Save: the file after a change. Its comments and order stay, and what is on disk is always whole.
+// 39. Save: the file after a change. Its comments and order stay, and what is on disk is always whole.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** Why a file cannot be changed: somebody else's doing (409), or the disk's (500). */
@@ -6791,7 +6831,7 @@ export async function saveFile(file: string, before: string, text: string): Prom
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 33. Views: what there is to see. Plain JSON.
+// 40. Views: what there is to see. Plain JSON.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** How a server stands, in one word. */
@@ -6946,7 +6986,7 @@ const invalid = (mistakes: Pick<Mistake, "path" | "message">[]) =>
   new Refused(400, mistakes.map(({ path, message }) => path ? `${path}: ${message}` : message).join("; "), mistakes);
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 34. Changes: operating it. Every change is a change of the file.
+// 41. Changes: operating it. Every change is a change of the file.
 // ---------------------------------------------------------------------------------------------------------------------
 
 // Explaining: what would become of a request, without asking anybody and without changing anything.
@@ -7205,7 +7245,7 @@ async function leave({ context: { req }, lb }: Asked, server: Server, change: ()
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 35. Operations: the API, one operation a row.
+// 42. Operations: the API, one operation a row.
 // ---------------------------------------------------------------------------------------------------------------------
 
 // Services and their servers.
@@ -7497,7 +7537,7 @@ const OPERATIONS: Record<string, Operation> = {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 36. Docs: the description of the API. OpenAPI from the schemas that check it.
+// 43. Docs: the description of the API. OpenAPI from the schemas that check it.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const problemSchema = {
@@ -7690,7 +7730,7 @@ function docs(): Hono<AdminEnv> {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 37. Dashboard: the page for people. One page, no script from anywhere else.
+// 44. Dashboard: the page for people. One page, no script from anywhere else.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const STYLE = `
@@ -8178,7 +8218,7 @@ export function dashboard(look: () => Snapshot | Promise<Snapshot>, gate: Gateke
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 38. Admin: who may do that, and through which door. Hosts, sites and tokens are checked before anything is looked at.
+// 45. Admin: who may do that, and through which door. Hosts, sites and tokens are checked before anything is looked at.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What every answer says to browsers, and to what is between them and us. */
@@ -8314,7 +8354,7 @@ export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 39. Call: what the command line and the environment ask for.
+// 46. Call: what the command line and the environment ask for.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const USAGE = `lb.ts ${VERSION}: a load balancer for HTTP in one file
@@ -8455,7 +8495,7 @@ function readText(file: string): string {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 40. Listeners: where clients come in. They are opened, kept at what is in force, and drained.
+// 47. Listeners: where clients come in. They are opened, kept at what is in force, and drained.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const MOST_WAITING = 1 << 26; // bytes of lines that wait for a reader of the log
@@ -8656,7 +8696,7 @@ async function drain(balancer: Balancer, close: Seats["close"], grace: number): 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 41. Workers: many cores. One main thread decides, and threads that share the port serve.
+// 48. Workers: many cores. One main thread decides, and threads that share the port serve.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const WORKER = "lb.ts worker";
@@ -8917,7 +8957,7 @@ async function startFleet(lb: LoadBalancer, count: number): Promise<Seats> {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 42. Main: as a program.
+// 49. Main: as a program.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** The same as text, for a balancer that has just started. */

@@ -16,6 +16,8 @@ const NODE_SECTIONS = new Set([
   "Listeners",
   "Tls",
   "Tcp",
+  "Doors",
+  "Node",
   "Runtimes",
   "Save",
   "Call",
@@ -204,11 +206,11 @@ function downward(source: string): string[] {
   return found;
 }
 
-/** Names of the runtimes before the section where they belong, and uses of node: modules in other sections. */
+/** Names of the runtimes before the sections where they belong, and uses of node: modules in other sections. */
 function misplaced(source: string): string[] {
   const sections = sectionsOf(source);
   const name = (line: number) => sections.findLast((one) => one.line <= line)?.name ?? "";
-  const runtimes = sections.find((one) => one.name === "Runtimes")?.line ?? 0;
+  const runtimes = sections.find((one) => one.name === "Doors")?.line ?? 0;
   const found: string[] = [];
   const fromNode = new Set<string>();
   for (const statement of statementsOf(tokenize(source))) {
@@ -223,7 +225,7 @@ function misplaced(source: string): string[] {
     const own = bound(statement);
     statement.forEach(({ text, line, kind }, i) => {
       if (kind !== "name" || statement[i - 1]?.text === "." || own.has(text)) return;
-      if (line < runtimes && RUNTIME_NAMES.has(text)) found.push(`${line}: ${text} above Runtimes`);
+      if (line < runtimes && RUNTIME_NAMES.has(text)) found.push(`${line}: ${text} above Doors`);
       if (fromNode.has(text) && !NODE_SECTIONS.has(name(line)) && statement[i + 1]?.text !== ":") {
         found.push(`${line}: ${text} of a node: module in ${name(line)}`);
       }
@@ -268,7 +270,7 @@ test("each section uses only itself and the sections above it", () => {
   assert.deepEqual(downward(SOURCE), []);
 });
 
-test("no runtime is named above Runtimes, and node: modules are used only where the program meets the machine", () => {
+test("no runtime is named above Doors, and node: modules are used only where the program meets the machine", () => {
   assert.deepEqual(misplaced(SOURCE), []);
 });
 
@@ -313,7 +315,7 @@ const text = \`\${below(1)}\`;
 const boxed = () => new Later();
 const type = (one: Later) => one;
 const where = process.cwd() + connect;
-// 2. Runtimes: where it runs
+// 2. Doors: where it runs
 function below(count: number): number {
   return count / 2 / Number(Deno.pid);
 }
@@ -326,6 +328,6 @@ ${"  below(1);\n".repeat(60)}}
     "15: text uses below of section 2",
     "16: boxed uses Later of section 2",
   ]);
-  assert.deepEqual(misplaced(bad), ["18: process above Runtimes", "18: connect of a node: module in Above"]);
+  assert.deepEqual(misplaced(bad), ["18: process above Doors", "18: connect of a node: module in Above"]);
   assert.deepEqual(tooLong(bad), ["24: 62 lines: function long(): void {"]);
 });

@@ -663,7 +663,7 @@ tcp:
   const { retries, timeouts, compress } = services.get("tcp:5432")!;
   assert.deepEqual({ retries, timeouts, compress }, {
     retries: 4,
-    timeouts: { connect: 1_000, response: 60_000, idle: 9_000 },
+    timeouts: { connect: 1_000, response: 60_000, idle: 9_000, request: Infinity },
     compress: false,
   });
   assert.equal(services.get("db")!.retries, 0);
