@@ -104,7 +104,7 @@ function setUp(
       headers: [...request.headers].flat(),
       ...(env as Partial<Client>),
     }),
-    write: (line) => lines.push(line),
+    write: (line) => lines.push(line()),
     report: (level, text) => reports.push(`${level} ${text}`),
   }, own);
   balancers.push(lb);

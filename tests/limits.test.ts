@@ -151,7 +151,7 @@ function setUp(keys: string, { servers = "[a:1]", yaml = "", random = seeded(1) 
     random,
     sleep: clock.sleep,
     client: (request, env) => ({ address: env as string, scheme: "http", headers: [...request.headers].flat() }),
-    write: (line) => lines.push(line),
+    write: (line) => lines.push(line()),
     report: (level, text) => reports.push(`${level} ${text}`),
   });
   balancers.push(lb);

@@ -37,7 +37,7 @@ function setUp(top: string, manners: (number | Failure)[] = [200], random = () =
       attempt.ended(manner, 6, undefined);
       return Promise.resolve(new Response(null, { status: manner }));
     },
-    write: (line) => lines.push(line),
+    write: (line) => lines.push(line()),
     report: (level, text) => reports.push(`${level} ${text}`),
   });
   const ask = async (url = "http://h.test/", { from = {}, ...init }: Ask = {}) => {

@@ -34,7 +34,7 @@ default: { service: shop, mirror: { service: next, percent: 100 }${keys} }`;
     random,
     sleep: () => new Promise(() => {}),
     report: () => {},
-    write: (line) => lines.push(line),
+    write: (line) => lines.push(line()),
     client: (request) => ({ address: "192.0.2.1", scheme: "http", headers: [...request.headers].flat() }),
     fetch: (url, attempt) => {
       order.push(attempt.server.name[0]!);
