@@ -5869,8 +5869,12 @@ const printed = (bytes: Uint8Array): Promise<number> =>
 async function nodeServer(fetch: Serve, secure: Secure | undefined, porter: Porter) {
   const { getRequestListener } = await import("@hono/node-server");
   const { createServer: createHttpServer, ServerResponse } = await import("node:http");
-  /** Flushes a head as latin1, as it came; Node's own does it as UTF-8. */
+  /** Flushes a head as latin1, as it came; Node's own does it as UTF-8. Its socket forgets it when both have ended. */
   class Latin1Response extends ServerResponse {
+    override detachSocket(socket: Socket) {
+      if (this.req.complete) latest.delete(socket);
+      super.detachSocket(socket);
+    }
     override flushHeaders() {
       const inside = this as unknown as {
         _header: string | null;
