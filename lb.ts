@@ -5865,12 +5865,11 @@ const printed = (bytes: Uint8Array): Promise<number> =>
     });
   });
 
-/** Node's server: HTTP/1.1, and over TLS HTTP/2 as well. */
-async function nodeServer(fetch: Serve, secure: Secure | undefined, porter: Porter) {
-  const { getRequestListener } = await import("@hono/node-server");
-  const { createServer: createHttpServer, ServerResponse } = await import("node:http");
-  /** Flushes a head as latin1, as it came; Node's own does it as UTF-8. Its socket forgets it when both have ended. */
-  class Latin1Response extends ServerResponse {
+type Latest = WeakMap<Socket, ServerResponse>; // the answer that each connection had last, while it may still matter
+
+/** Answers that flush their head as latin1, as it came (Node does it as UTF-8), and are forgotten when all has passed. */
+function latin1(Base: typeof ServerResponse<IncomingMessage>, latest: Latest) {
+  return class extends Base {
     override detachSocket(socket: Socket) {
       if (this.req.complete) latest.delete(socket);
       super.detachSocket(socket);
@@ -5884,9 +5883,15 @@ async function nodeServer(fetch: Serve, secure: Secure | undefined, porter: Port
       if (!inside._header) inside._implicitHeader();
       inside._send("", "latin1");
     }
-  }
+  };
+}
+
+/** Node's server: HTTP/1.1, and over TLS HTTP/2 as well. */
+async function nodeServer(fetch: Serve, secure: Secure | undefined, porter: Porter) {
+  const { getRequestListener } = await import("@hono/node-server");
+  const { createServer: createHttpServer, ServerResponse } = await import("node:http");
+  const latest: Latest = new WeakMap(), Latin1Response = latin1(ServerResponse, latest);
   const listener = getRequestListener(fetch, { errorHandler: () => refusal("bad-request") });
-  const latest = new WeakMap<Socket, InstanceType<typeof ServerResponse>>();
   const patience = () => ({ headersTimeout: porter.limits().header, keepAliveTimeout: porter.limits().keep_alive });
   const limits = {
     ...{ requestTimeout: 0, maxHeaderSize: 65_536, requireHostHeader: false },
