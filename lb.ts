@@ -2114,7 +2114,15 @@ export const strategies = {
     if (candidates.length <= 8) return least(candidates, busyness, candidates.indexOf(one));
     return least([one, draw(candidates, random, one)], busyness);
   },
-  "least-connections": (candidates) => least(candidates, withOneMore),
+  "least-connections": (candidates) => {
+    const { heaviest } = weightsOf(candidates);
+    let best = candidates[0];
+    for (const one of candidates) {
+      if ((one.inFlight + 1) * best.effective < (best.inFlight + 1) * one.effective) best = one;
+      if (best.inFlight === 0 && best.effective === heaviest) break; // nobody can have less
+    }
+    return best;
+  },
   "least-response-time": (candidates) => {
     let best = candidates[0];
     for (const one of candidates) {
