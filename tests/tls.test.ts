@@ -30,6 +30,7 @@ import {
   type Script,
   type ScriptedServer,
   scriptedServer,
+  sleep,
   startProgram,
   until,
 } from "./rig.ts";
@@ -62,9 +63,10 @@ function dial(port: number, options: ConnectionOptions = {}): Promise<TLSSocket>
   });
 }
 
-/** Whom the certificate names that a client is shown. */
+/** Whom the certificate names that a client is shown. While a listener is replaced a connection may be reset (README). */
 async function shownTo(port: number, servername: string): Promise<string> {
-  const socket = await dial(port, { servername });
+  const again = () => sleep(100).then(() => dial(port, { servername }));
+  const socket = await dial(port, { servername }).catch(again).catch(again);
   const { subject } = socket.getPeerCertificate();
   socket.destroy();
   return String(subject.CN);
@@ -82,7 +84,7 @@ async function ask(socket: TLSSocket, path = "/", headers = ""): Promise<string>
     const length = /content-length: (\d+)/i.exec(head)?.[1];
     return body !== undefined && (length ? body.length === Number(length) : text().endsWith("0\r\n\r\n"));
   };
-  await until("the answer is there, or the connection is over", () => whole() || socket.destroyed);
+  await until("the answer is there, or the connection is over", () => whole() || socket.destroyed, 20_000);
   socket.off("data", take);
   return text();
 }
