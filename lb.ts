@@ -7789,7 +7789,7 @@ table { width: 100%; table-layout: fixed; border-spacing: 0; overflow: clip; }
 details table { border: 0; }
 details > div { max-height: 205px; overflow: auto; }
 th, td { padding: 6px 8px; border-top: 1px solid var(--line); text-align: right; vertical-align: top; }
-th:first-child, td:nth-child(3) { overflow-wrap: anywhere; }
+th:first-child, td:nth-child(3), details td { overflow-wrap: anywhere; }
 thead th { position: sticky; top: 0; z-index: 1; border-top: 0; background: var(--card); }
 small { display: block; font-weight: 400; }
 details :is(th, td), :is(th, td):nth-child(-n + 3) { text-align: left; }
