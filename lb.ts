@@ -1526,7 +1526,7 @@ export interface Balancer {
   inFlight: number; // requests, WebSockets, and connections that are not HTTP
   entrypoints: Map<string, Entrypoint>; // by name
   clients: Map<string, number>; // requests in flight, where `limits` bounds them
-  connections: Set<Socket>; // of clients, as far as the runtime shows them
+  connections: number; // of clients, as far as the runtime shows them
   connected: Map<string, number>; // how many of them each client has
   tunnels: Set<Tunnel>; // WebSockets that are open
   relays: Set<() => void>; // connections that are not HTTP: a call ends one
@@ -3231,8 +3231,10 @@ function sweep(wire: Wire): void {
       else if (now >= connection.idleUntil) connection.socket.destroy();
       continue;
     }
-    const late = whatIsLate(connection, transfer, now), silence = Math.round(now - transfer.since);
-    if (late) fail(wire, connection, late, late === "client-left" ? "the client has left" : `silent for ${silence} ms`);
+    const late = whatIsLate(connection, transfer, now);
+    if (!late) continue;
+    const detail = late === "client-left" ? "the client has left" : `silent for ${Math.round(now - transfer.since)} ms`;
+    fail(wire, connection, late, detail);
   }
 }
 
@@ -4118,16 +4120,25 @@ function leaveCrowd(crowd: Map<string, number>, client: string): void {
   else crowd.delete(client);
 }
 
+/** Whether too much is in flight: of all clients, or of this one. */
+function crowd(balancer: Balancer, exchange: Exchange): FailureName | undefined {
+  const { requests, per_client } = exchange.table.config.limits;
+  if (balancer.inFlight > requests) return "busy";
+  if (per_client === Infinity) return undefined;
+  exchange.counted = clientNetwork(exchange.client);
+  return enterCrowd(balancer.clients, exchange.counted) < per_client ? undefined : "client-busy";
+}
+
 /** Counts a connection for as long as it is open, or says what it is refused for. Trusted proxies bring many clients. */
-function letIn({ table, connections, connected }: Balancer, socket: Socket): FailureName | undefined {
-  const { config: { limits }, trusts } = table, peer = socket.remoteAddress;
-  if (peer === undefined) return undefined; // it is gone already
-  if (connections.size >= limits.connections) return "busy";
-  const client = clientNetwork(ipaddr.process(peer.replace(/%.*/, "")).toString());
+function letIn(balancer: Balancer, socket: Socket): FailureName | undefined {
+  const { table: { config: { limits }, trusts }, connected } = balancer;
+  if (socket.remoteAddress === undefined) return undefined; // it is gone already
+  const peer = unmapped(socket.remoteAddress), client = clientNetwork(peer);
+  if (balancer.connections >= limits.connections) return "busy";
   if ((connected.get(client) ?? 0) >= limits.client_connections && !trusts(peer)) return "client-busy";
-  connections.add(socket);
+  balancer.connections++;
   enterCrowd(connected, client);
-  socket.on("close", () => (connections.delete(socket), leaveCrowd(connected, client)));
+  socket.on("close", () => (balancer.connections--, leaveCrowd(connected, client)));
   return undefined;
 }
 
@@ -5228,15 +5239,6 @@ async function layered(balancer: Balancer, exchange: Exchange, around: Around, a
   return exchange.status ? response : conclude(balancer, exchange, response, true);
 }
 
-/** Whether too much is in flight: of all clients, or of this one. */
-function crowd(balancer: Balancer, exchange: Exchange): FailureName | undefined {
-  const { requests, per_client } = exchange.table.config.limits;
-  if (balancer.inFlight > requests) return "busy";
-  if (per_client === Infinity) return undefined;
-  exchange.counted = clientNetwork(exchange.client);
-  return enterCrowd(balancer.clients, exchange.counted) < per_client ? undefined : "client-busy";
-}
-
 /** A request that has been here before, or that has passed too many proxies. */
 function loop({ via }: Balancer, request: Request): FailureName | undefined {
   const chain = request.headers.get("via");
@@ -5724,7 +5726,8 @@ interface Porter {
   /** Counts a connection, or says what it is refused for. */
   letIn(socket: Socket): FailureName | undefined;
 }
-const LENIENT: Porter = { limits: () => v.parse(Limits, {}), letIn: () => undefined };
+const NO_LIMITS = v.parse(Limits, {});
+const LENIENT: Porter = { limits: () => NO_LIMITS, letIn: () => undefined };
 
 /** What differs between runtimes. */
 interface Runtime {
@@ -6229,17 +6232,13 @@ function denoDoor(fetch: Serve, where: DenoAddress, secure?: Secure): Door {
       setTimeout(again, 100);
     }
   };
-  const leave = async () => {
+  const close = async (tunnels?: ReadonlySet<Tunnel>) => {
+    while (tunnels?.size || uploads) await new Promise((resolve) => setTimeout(resolve, 20));
     open = false;
-    while (uploads) await new Promise((resolve) => setTimeout(resolve, 20));
     await Promise.all([...servers].map((server) => server.shutdown().catch(() => {})));
   };
-  const close = async (tunnels?: ReadonlySet<Tunnel>) => {
-    while (tunnels?.size) await new Promise((resolve) => setTimeout(resolve, 20));
-    await leave();
-  };
   listen();
-  return { port, leave, close };
+  return { port, leave: () => close(), close };
 }
 
 const onDeno: Runtime = {
@@ -6605,7 +6604,7 @@ export function createLoadBalancer(
     inFlight: 0,
     entrypoints: new Map(),
     clients: new Map(),
-    connections: new Set(),
+    connections: 0,
     connected: new Map(),
     relays: new Set(),
     draining: false,
@@ -8545,7 +8544,7 @@ function lineWriter(report: Effects["report"]): Effects["write"] {
     busy = false;
     if (lines.length + texts.length) setTimeout(flush, TOGETHER);
   };
-  process.on("exit", () => !busy && writeSync(1, all()));
+  process.on("exit", () => !busy && lines.length + texts.length && writeSync(1, all()));
   return (line) => {
     if (held > MOST_WAITING) return void (lost++ || report("warn", "nobody reads the access log: its lines are lost"));
     if (!busy && lines.length + texts.length === 0) setTimeout(flush, TOGETHER);
@@ -8837,7 +8836,7 @@ async function work({ config, file, ports, speaks, workers, secret, down }: Task
   let lines: (() => string)[] = [];
   const flush = () => (say({ kind: "lines", lines: lines.map((line) => line()) }), lines = []);
   const lb = createLoadBalancer(read(config), {
-    write: (line) => void (lines.push(line) === 1 && setTimeout(flush, 20)),
+    write: (line) => void (lines.push(line) === 1 && setTimeout(flush, TOGETHER)),
     report: (level, text) => say({ kind: "report", level, text }),
     secret: () => secret,
   });

@@ -65,7 +65,11 @@ function dial(port: number, options: ConnectionOptions = {}): Promise<TLSSocket>
 
 /** Whom the certificate names that a client is shown. While a listener is replaced a connection may be reset (README). */
 async function shownTo(port: number, servername: string): Promise<string> {
-  const again = () => sleep(100).then(() => dial(port, { servername }));
+  const again = async (error: Error) => {
+    if (runtime() === "node") throw error;
+    await sleep(100);
+    return await dial(port, { servername });
+  };
   const socket = await dial(port, { servername }).catch(again).catch(again);
   const { subject } = socket.getPeerCertificate();
   socket.destroy();
