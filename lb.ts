@@ -1569,8 +1569,8 @@ export interface Effects {
   probed(service: Service, server: Server, problem: string | undefined): void;
   /** Hears what an operator says of a server. */
   told(service: Service, server: Server, up: boolean): void;
-  /** One line of the access log. It is made by the call, at once or later, when there are others. */
-  write(line: () => string): void;
+  /** Logs a request that has ended; `accessLine` makes a line of it. */
+  write(record: AccessRecord, format: LineFormat): void;
   /** One line for the operator. */
   report(level: "info" | "warn" | "error", text: string): void;
 }
@@ -4327,8 +4327,10 @@ const isoTime = (date: Date): string => `${isoSecond(date)}${String(date.getTime
 /** Bytes of the request's body that were meant for servers; of a WebSocket all that the client has said. */
 const receivedBy = ({ attempt, length }: Exchange): number => attempt ? Math.max(attempt.uploaded, length) : 0;
 
+type LineFormat = Exclude<Out<typeof LogFormat>, "off">;
+
 /** What a line says of a request, or of a connection (method TCP). Times are milliseconds since it came in; what there is not is undefined. */
-interface AccessRecord {
+export interface AccessRecord {
   time: Date;
   client: string;
   method: string;
@@ -4359,8 +4361,7 @@ interface AccessRecord {
 function accessRecord(balancer: Balancer, exchange: Exchange): AccessRecord {
   if (!exchange.trace) takeUpTrace(balancer, exchange);
   const { headers, path, query, tried, attempt, started, endedAt, destination, problem } = exchange;
-  const since = (time = 0) =>
-    time > 0 && time >= started ? Math.round((Math.min(time, endedAt) - started) * 1_000) / 1_000 : undefined;
+  const since = (time = 0) => time > 0 && time >= started ? Math.min(time, endedAt) - started : undefined;
   return {
     time: balancer.effects.date(),
     client: exchange.client,
@@ -4390,38 +4391,96 @@ function accessRecord(balancer: Balancer, exchange: Exchange): AccessRecord {
   };
 }
 
-/** A text in which no byte can begin another line or end the quotes around it, as Apache writes it. */
-const logged = (text = ""): string =>
-  /^[ !#-[\]-~]+$/.test(text)
-    ? text // by far the most, and a test takes a third of the time
-    : text.replace(/[^ !#-[\]-~]/g, (c) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`) || "-";
+/** The codes that may stand somewhere as they are. All else is written as in Apache's logs: `\x0a`. */
+const allBut = (...marks: string[]): Uint8Array =>
+  Uint8Array.from({ length: 127 }, (_, code) => Number(code > 31 && !marks.includes(String.fromCharCode(code))));
+const AS_IS = allBut();
+const IN_QUOTES = allBut('"', "\\"); // so that no byte begins another line or ends the quotes
+const ONE_WORD = allBut('"', "\\", " ");
 
-/** The same where nothing stands around it. */
-const oneWord = (text: string | undefined): string => logged(text).replaceAll(" ", "\\x20");
-
+const ENCODER = new TextEncoder();
 const DECIMALS = Array.from({ length: 1_000 }, (_, i) => `.${String(i).padStart(3, "0")}`);
 
-/** `0.250`: milliseconds with the microseconds; a table is ten times as fast as a number's own text. */
-function thousandths(milliseconds: number | undefined): string {
-  if (milliseconds === undefined) return "-";
-  const all = Math.round(milliseconds * 1_000), whole = Math.floor(all / 1_000);
-  return whole + DECIMALS[all - whole * 1_000]!;
+/** What lines are put together in. */
+class Pen {
+  private bytes = new Uint8Array(512);
+  private spare = new Uint8Array(512); // in turn with the other
+  length = 0;
+
+  /** Adds a short text, letter by letter: to join many of them takes twice as long, for they are made only to be copied. */
+  add(text: string, plain: Uint8Array = AS_IS): this {
+    this.makeRoom(6 * text.length);
+    const { bytes } = this;
+    let at = this.length;
+    for (let i = 0; i < text.length; i++) {
+      const code = text.charCodeAt(i);
+      if (plain[code] === 1) bytes[at++] = code;
+      else for (const letter of `\\x${HEX[code] ?? code.toString(16)}`) bytes[at++] = letter.charCodeAt(0);
+    }
+    this.length = at;
+    return this;
+  }
+
+  /** Adds a long text of ASCII. */
+  addAll(text: string): void {
+    this.makeRoom(3 * text.length); // or it could be cut off, as encoders see it
+    this.length += ENCODER.encodeInto(text, this.bytes.subarray(this.length)).written;
+  }
+
+  /** `0.250`: milliseconds with the microseconds. A table is ten times as fast as a number's own text. */
+  addTime(milliseconds: number): this {
+    const all = Math.round(milliseconds * 1_000), whole = Math.floor(all / 1_000);
+    return this.add(`${whole}`).add(DECIMALS[all - whole * 1_000]!);
+  }
+
+  endLine(): void {
+    this.makeRoom(1);
+    this.bytes[this.length++] = 10;
+  }
+
+  addLines(bytes: Uint8Array): void {
+    this.makeRoom(bytes.length);
+    this.bytes.set(bytes, this.length);
+    this.length += bytes.length;
+  }
+
+  /** Gives what is written, which stands until the next time, and begins anew. */
+  take(): Uint8Array<ArrayBuffer> {
+    const { bytes, length, spare } = this;
+    [this.bytes, this.spare, this.length] = [spare.length < 1 << 20 ? spare : new Uint8Array(512), bytes, 0];
+    return bytes.subarray(0, length);
+  }
+
+  private makeRoom(more: number): void {
+    const { bytes, length } = this;
+    if (length + more <= bytes.length) return;
+    this.bytes = new Uint8Array(2 * (length + more));
+    this.bytes.set(bytes);
+  }
 }
 
+const rounded = (milliseconds: number | undefined): number | undefined =>
+  milliseconds && Math.round(milliseconds * 1_000) / 1_000;
+
 /** The formats of `log:`. Combined is Apache's; what stands behind it says who was asked, and how it went (see README). */
-const ACCESS_LINES = {
-  combined(r: AccessRecord): string {
-    const target = r.url ?? (r.query ? `${r.path}?${r.query}` : r.path);
-    const line = `"${r.method} ${logged(target)} ${r.protocol}" ${r.status} ${r.bytes}`;
-    const client = `${r.client} - - [${clfTime(r.time)}] ${line}`;
-    const asked = `${oneWord(r.service)} ${r.server ?? "-"} ${r.attempts}`;
-    const times = `${thousandths(r.connected)}/${thousandths(r.head)}/${thousandths(r.ended)}`;
-    const names = `${r.failure ?? "-"} ${oneWord(r.id)} ${r.trace ?? "-"}`;
-    return `${client} "${logged(r.referer)}" "${logged(r.agent)}" ${asked} ${times} ${names}`;
+const ACCESS_LINES: Record<LineFormat, (pen: Pen, record: AccessRecord) => void> = {
+  combined(pen, r) {
+    const time = (milliseconds: number | undefined) =>
+      milliseconds === undefined ? pen.add("-") : pen.addTime(milliseconds);
+    pen.add(r.client).add(" - - [").add(clfTime(r.time)).add('] "');
+    pen.add(r.method, ONE_WORD).add(" ").add(r.url ?? r.path ?? "-", IN_QUOTES);
+    if (r.path && r.query) pen.add("?").add(r.query, IN_QUOTES);
+    pen.add(" ").add(r.protocol).add(`" ${r.status} ${r.bytes} "`);
+    pen.add(r.referer ?? "-", IN_QUOTES).add('" "').add(r.agent ?? "-", IN_QUOTES).add('" ');
+    pen.add(r.service ?? "-", ONE_WORD).add(" ").add(r.server ?? "-", ONE_WORD).add(` ${r.attempts} `);
+    time(r.connected).add("/");
+    time(r.head).add("/");
+    time(r.ended).add(" ");
+    pen.add(r.failure ?? "-").add(" ").add(r.id, ONE_WORD).add(" ").add(r.trace ?? "-");
   },
   /** OpenTelemetry's semantic conventions, and `lb.` before what has no name there. What is undefined is left out. */
-  json(r: AccessRecord): string {
-    return asciiJson({
+  json(pen, r) {
+    pen.addAll(asciiJson({
       "timestamp": isoTime(r.time),
       "client.address": r.client,
       "http.request.method": r.method,
@@ -4443,12 +4502,85 @@ const ACCESS_LINES = {
       "lb.service": r.service,
       "lb.server": r.server,
       "lb.attempts": r.attempts,
-      "lb.connected_ms": r.connected,
-      "lb.head_ms": r.head,
-      "lb.ended_ms": r.ended,
-    });
+      "lb.connected_ms": rounded(r.connected),
+      "lb.head_ms": rounded(r.head),
+      "lb.ended_ms": rounded(r.ended),
+    }));
   },
 };
+
+/** One line of the access log, without its end. */
+export function accessLine(record: AccessRecord, format: LineFormat): string {
+  const pen = new Pen();
+  ACCESS_LINES[format](pen, record);
+  return new TextDecoder().decode(pen.take());
+}
+
+const MOST_WAITING = 1 << 26; // bytes of lines that wait for a reader of the log
+const TOGETHER = 20; // ms for which lines wait for others: a write of its own costs more than a line
+
+/** Lines on their way out of a thread. */
+interface AccessLog {
+  write: Effects["write"];
+  /** Adds lines of another thread. */
+  append(lines: Uint8Array): void;
+  /** What has to be written by somebody else, as this is the end. */
+  rest(): Uint8Array<ArrayBuffer>;
+}
+
+/**
+ * Lines are made and printed together, and never waited for: one by one, between requests, they would take twice as long
+ * to make, and a reader that stalls costs lines, not requests.
+ * @param print takes some of the bytes, however long that lasts, and says how many
+ */
+function accessLog(print: (bytes: Uint8Array<ArrayBuffer>) => Promise<number>, report: Effects["report"]): AccessLog {
+  const pen = new Pen();
+  let [format, records, busy, lost]: [LineFormat, AccessRecord[], boolean, number] = ["combined", [], false, 0];
+  const make = () => {
+    const made = records, how = ACCESS_LINES[format];
+    records = [];
+    for (const record of made) {
+      try {
+        how(pen, record);
+      } catch (error) {
+        report("error", `the log cannot be written: ${error}`);
+      }
+      pen.endLine();
+    }
+  };
+  const flush = async () => {
+    busy = true;
+    if (lost) report("warn", `lines of the access log that nobody read: ${lost}`);
+    lost = 0;
+    make();
+    let bytes = pen.take();
+    while (bytes.length) bytes = bytes.subarray(await print(bytes));
+    busy = false;
+    if (pen.length + records.length) setTimeout(flush, TOGETHER);
+  };
+  /** Whether more can be held, which is printed soon. */
+  const holds = (lines: () => number) => {
+    if (!busy && pen.length + records.length === 0) setTimeout(flush, TOGETHER);
+    if (pen.length <= MOST_WAITING) return true;
+    if (!lost) report("warn", "nobody reads the access log: its lines are lost");
+    lost += lines();
+    return false;
+  };
+  return {
+    write(record, as) {
+      if (!holds(() => 1)) return;
+      if (as !== format) make();
+      format = as;
+      if (records.push(record) === 100) make();
+    },
+    append: (lines) => void (holds(() => lines.filter((byte) => byte === 10).length) && pen.addLines(lines)),
+    rest() {
+      if (busy) return new Uint8Array(); // nothing may come between the halves of a line
+      make();
+      return pen.take();
+    },
+  };
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 23. Metrics: what has been counted. Numbers that add up over workers, and their text for Prometheus.
@@ -4961,8 +5093,7 @@ function finished(balancer: Balancer, exchange: Exchange): void {
   const { format } = exchange.table.config.log;
   if (format === "off" || !exchange.chosen && !problem && status < 500) return;
   try {
-    const record = accessRecord(balancer, exchange);
-    balancer.effects.write(() => ACCESS_LINES[format](record));
+    balancer.effects.write(accessRecord(balancer, exchange), format);
   } catch (error) { // the request has had its answer
     balancer.effects.report("error", `the log cannot be written: ${error}`);
   }
@@ -5482,7 +5613,7 @@ function tally({ effects, table, failures }: Balancer, relay: Relay): void {
     count(counters, record.ended, received, bytes, failed);
   }
   if (problem) failures.set(problem, (failures.get(problem) ?? 0) + 1);
-  if (format !== "off" && (problem || effects.random() < sample)) effects.write(() => ACCESS_LINES[format](record));
+  if (format !== "off" && (problem || effects.random() < sample)) effects.write(record, format);
 }
 
 /** Asks one server after another for a connection. No byte has passed yet, so that nothing can happen twice. */
@@ -5606,7 +5737,6 @@ function proxyHeader({ remoteAddress, remotePort, localAddress, localPort }: Soc
 
 function tcpRecord(relay: Relay, effects: Effects): AccessRecord {
   const { route: { service: { name } }, tried, started, connectedAt, problem } = relay;
-  const rounded = (milliseconds: number) => Math.round(milliseconds * 1_000) / 1_000;
   return {
     ...{
       time: effects.date(),
@@ -5622,8 +5752,8 @@ function tcpRecord(relay: Relay, effects: Effects): AccessRecord {
     status: problem ? FAILURES[problem].status : 200,
     server: tried.at(-1)?.name,
     attempts: tried.length,
-    connected: connectedAt ? rounded(connectedAt - started) : undefined,
-    ended: rounded(effects.now() - started),
+    connected: connectedAt ? connectedAt - started : undefined,
+    ended: effects.now() - started,
     failure: problem || undefined,
   };
 }
@@ -5867,11 +5997,11 @@ function fromHttp2(raw: readonly string[]): string[] {
   return headers;
 }
 
-/** Standard output through node:fs, as a pipe that is full for now says so. */
-const printed = (bytes: Uint8Array): Promise<number> =>
+/** Standard output through node:fs. A pipe that is full for now says so, and is asked again, ever less often. */
+const printed = (bytes: Uint8Array, wait = 1): Promise<number> =>
   new Promise((resolve) => {
     writeTo(1, bytes, (error, written) => {
-      if (error?.code === "EAGAIN") setTimeout(() => resolve(0), 20);
+      if (error?.code === "EAGAIN") setTimeout(() => resolve(printed(bytes, Math.min(2 * wait, 50))), wait);
       else resolve(error ? bytes.length : written); // nobody reads it any more
     });
   });
@@ -5990,7 +6120,7 @@ const onNode: Runtime = {
     };
   },
   transport: () => createWire({ newResponse: nodeResponse }),
-  print: printed,
+  print: (bytes) => printed(bytes),
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -6087,7 +6217,7 @@ const onBun: Runtime = {
     };
   },
   transport: () => createWire(),
-  print: printed,
+  print: (bytes) => printed(bytes),
 };
 const bunApi = () => (globalThis as unknown as { Bun: { serve(options: Record<string, unknown>): BunServer } }).Bun;
 
@@ -6396,7 +6526,7 @@ function defaultEffects(): Effects {
     upgrade: runtime.upgrade,
     probed: () => {},
     told: () => {},
-    write: (line) => console.log(line()),
+    write: (record, format) => console.log(accessLine(record, format)),
     report: sayAloud,
   };
 }
@@ -8515,43 +8645,6 @@ function readText(file: string): string {
 // 47. Listeners: where clients come in. They are opened, kept at what is in force, and drained.
 // ---------------------------------------------------------------------------------------------------------------------
 
-const MOST_WAITING = 1 << 26; // letters of lines that wait for a reader of the log
-const TOGETHER = 20; // ms for which lines wait for others: a write of its own costs more than a line
-
-/**
- * Lines for standard output, made and written together, and never waited for: a reader that stalls costs lines, not
- * requests. One by one, between requests, they would take three times as long to make.
- */
-function lineWriter(report: Effects["report"]): Effects["write"] {
-  let [lines, texts, held, lost, busy]: [(() => string)[], string[], number, number, boolean] = [[], [], 0, 0, false];
-  const make = () => {
-    const text = lines.map((line) => `${line()}\n`).join("");
-    [lines, held] = [[], held + text.length];
-    texts.push(text);
-  };
-  const all = () => {
-    make();
-    const text = texts.join("");
-    [texts, held] = [[], 0];
-    return text;
-  };
-  const flush = async () => {
-    busy = true;
-    if (lost) report("warn", `lines of the access log that nobody read: ${lost}`);
-    lost = 0;
-    let bytes = new TextEncoder().encode(all());
-    while (bytes.length) bytes = bytes.subarray(await runtimes[here].print(bytes));
-    busy = false;
-    if (lines.length + texts.length) setTimeout(flush, TOGETHER);
-  };
-  process.on("exit", () => !busy && lines.length + texts.length && writeSync(1, all()));
-  return (line) => {
-    if (held > MOST_WAITING) return void (lost++ || report("warn", "nobody reads the access log: its lines are lost"));
-    if (!busy && lines.length + texts.length === 0) setTimeout(flush, TOGETHER);
-    if (lines.push(line) === 1_000) make();
-  };
-}
-
 /** What a thread, or all of them, listens with. */
 interface Seats {
   opened: Map<string, string>; // host:port, by the names of fronts
@@ -8752,7 +8845,7 @@ type Word =
   | { kind: "listening"; opened: Seats["opened"] }
   | { kind: "applied" }
   | { kind: "failed"; reason: string }
-  | { kind: "lines"; lines: string[] }
+  | { kind: "lines"; lines: Uint8Array<ArrayBuffer> }
   | { kind: "report"; level: "info" | "warn" | "error"; text: string }
   | { kind: "counts"; counts: Counts }
   | { kind: "drained"; left: Awaited<ReturnType<Seats["drain"]>> };
@@ -8833,13 +8926,12 @@ function showCounts(balancer: Balancer, { services, entrypoints, ...own }: Count
 async function work({ config, file, ports, speaks, workers, secret, down }: Task): Promise<void> {
   const say = (word: Word) => parentPort!.postMessage(word);
   const read = (source: Raw) => divided(expand(source, "", file), workers);
-  let lines: (() => string)[] = [];
-  const flush = () => (say({ kind: "lines", lines: lines.map((line) => line()) }), lines = []);
-  const lb = createLoadBalancer(read(config), {
-    write: (line) => void (lines.push(line) === 1 && setTimeout(flush, TOGETHER)),
-    report: (level, text) => say({ kind: "report", level, text }),
-    secret: () => secret,
-  });
+  const report: Effects["report"] = (level, text) => say({ kind: "report", level, text });
+  const log = accessLog((lines) => {
+    say({ kind: "lines", lines: lines.slice() });
+    return Promise.resolve(lines.length);
+  }, report);
+  const lb = createLoadBalancer(read(config), { write: log.write, report, secret: () => secret });
   const { balancer } = lb, { effects } = balancer;
   process.on("uncaughtException", (error) => effects.report("error", `internal: ${error.stack ?? error}`)); // serve on
   const found = (service: string, url: string) => {
@@ -8868,7 +8960,7 @@ async function work({ config, file, ports, speaks, workers, secret, down }: Task
       server.probesPassed = server.probesFailed = 0; // it has counted them, too
     } else {
       const left = await seats.drain(order.grace);
-      flush();
+      say({ kind: "lines", lines: log.rest().slice() });
       say({ kind: "drained", left });
     }
   });
@@ -8925,7 +9017,7 @@ function taskOf(
 }
 
 /** Starts the workers, one after the other, and keeps as many. */
-async function startFleet(lb: LoadBalancer, count: number): Promise<Seats> {
+async function startFleet(lb: LoadBalancer, count: number, log: AccessLog): Promise<Seats> {
   const { balancer } = lb, { effects } = balancer;
   const workers = new Map<Worker, Counts | undefined>();
   const tell = (order: Order) => workers.forEach((_, worker) => worker.postMessage(order));
@@ -8944,7 +9036,7 @@ async function startFleet(lb: LoadBalancer, count: number): Promise<Seats> {
     const worker = new Worker(new URL(import.meta.url), { workerData: task });
     let failed = "it was ended";
     worker.on("message", (word: Word) => {
-      if (word.kind === "lines") { for (const line of word.lines) effects.write(() => line); }
+      if (word.kind === "lines") log.append(word.lines);
       if (word.kind === "counts" && workers.has(worker)) workers.set(worker, word.counts), show();
       if (word.kind === "report") effects.report(word.level, word.text);
       if (word.kind === "failed") failed = word.reason, void worker.terminate();
@@ -9038,9 +9130,11 @@ async function run(call: Call): Promise<void> {
   const text = call.options.demo ? await demo() : undefined;
   let inForce = fileStamp(call.file), seen = inForce; // before it is read, so that no change after that is missed
   const config = load(call, text);
-  const lb = createLoadBalancer(config, { write: lineWriter(defaultEffects().report) });
+  const log = accessLog(runtimes[here].print, defaultEffects().report);
+  const lb = createLoadBalancer(config, { write: log.write });
   const { effects } = lb.balancer;
-  const opening = takeSeats(lb, call);
+  process.on("exit", () => printAtLast(log.rest()));
+  const opening = takeSeats(lb, call, log);
   for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => void quit(lb, opening, call.drain));
   const seats = await opening;
   if (config.admin) {
@@ -9065,13 +9159,20 @@ async function run(call: Call): Promise<void> {
   announce(lb);
 }
 
+/** What is printed while the process ends, when nothing can be waited for. */
+function printAtLast(bytes: Uint8Array): void {
+  try {
+    if (bytes.length) writeSync(1, bytes);
+  } catch { /* nobody reads it */ }
+}
+
 /** Opens the listeners: here, or in workers. That the port is nobody else's is tried first, as workers share it. */
-async function takeSeats(lb: LoadBalancer, call: Call): Promise<Seats> {
+async function takeSeats(lb: LoadBalancer, call: Call, log: AccessLog): Promise<Seats> {
   const shared = call.options["reuse-port"] ?? false, { report } = lb.balancer.effects;
   const here = (shared: boolean) => listenAll({ lb, shared, ports: new Map(), report });
   if (call.workers === 1) return await here(shared);
   if (!shared) await (await here(false)).close();
-  return await startFleet(lb, call.workers);
+  return await startFleet(lb, call.workers, log);
 }
 
 /** The end after a signal; a second one ends at once. */

@@ -4,6 +4,7 @@
 import assert from "node:assert/strict";
 import { test as nodeTest } from "node:test";
 import {
+  accessLine,
   type Attempt,
   type Client,
   createLoadBalancer,
@@ -104,7 +105,7 @@ function setUp(
       headers: [...request.headers].flat(),
       ...(env as Partial<Client>),
     }),
-    write: (line) => lines.push(line()),
+    write: (record, format) => lines.push(accessLine(record, format)),
     report: (level, text) => reports.push(`${level} ${text}`),
   }, own);
   balancers.push(lb);

@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import { test as nodeTest, type TestContext } from "node:test";
-import { ConfigError, createLoadBalancer, parseConfig, WireError } from "../lb.ts";
+import { accessLine, ConfigError, createLoadBalancer, parseConfig, WireError } from "../lb.ts";
 import { answer, get, rawRequest, scriptedServer, startProgram, status, until, value } from "./rig.ts";
 
 const test = (name: string, body: (t: TestContext) => Promise<void> | void) =>
@@ -19,7 +19,7 @@ function setUp(services: string, routes = "default: { service: shop }") {
     random: () => 0.5,
     sleep: () => naps.shift() ? new Promise(() => {}) : Promise.resolve(),
     report: () => {},
-    write: (line) => lines.push(line()),
+    write: (record, format) => lines.push(accessLine(record, format)),
     client: () => ({ address: "192.0.2.1", scheme: "http", headers: [] }),
     fetch: (_url, attempt) => {
       const { name } = attempt.server, manner = manners[name[0]!] ?? 200;

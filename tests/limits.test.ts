@@ -5,7 +5,15 @@ import assert from "node:assert/strict";
 import { test as nodeTest } from "node:test";
 import { type AddressInfo, connect, createServer, type Socket } from "node:net";
 import { setImmediate } from "node:timers";
-import { type Attempt, createLoadBalancer, type Failure, type LoadBalancer, parseConfig, WireError } from "../lb.ts";
+import {
+  accessLine,
+  type Attempt,
+  createLoadBalancer,
+  type Failure,
+  type LoadBalancer,
+  parseConfig,
+  WireError,
+} from "../lb.ts";
 import {
   answer,
   freePort,
@@ -151,7 +159,7 @@ function setUp(keys: string, { servers = "[a:1]", yaml = "", random = seeded(1) 
     random,
     sleep: clock.sleep,
     client: (request, env) => ({ address: env as string, scheme: "http", headers: [...request.headers].flat() }),
-    write: (line) => lines.push(line()),
+    write: (record, format) => lines.push(accessLine(record, format)),
     report: (level, text) => reports.push(`${level} ${text}`),
   });
   balancers.push(lb);

@@ -3,7 +3,15 @@
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { type Attempt, type Client, createLoadBalancer, type Failure, parseConfig, WireError } from "../lb.ts";
+import {
+  accessLine,
+  type Attempt,
+  type Client,
+  createLoadBalancer,
+  type Failure,
+  parseConfig,
+  WireError,
+} from "../lb.ts";
 import { answer, get, type Message, rawRequest, scriptedServer, seeded, startProgram, until, value } from "./rig.ts";
 
 interface Ask extends RequestInit {
@@ -37,7 +45,7 @@ function setUp(top: string, manners: (number | Failure)[] = [200], random = () =
       attempt.ended(manner, 6, undefined);
       return Promise.resolve(new Response(null, { status: manner }));
     },
-    write: (line) => lines.push(line()),
+    write: (record, format) => lines.push(accessLine(record, format)),
     report: (level, text) => reports.push(`${level} ${text}`),
   });
   const ask = async (url = "http://h.test/", { from = {}, ...init }: Ask = {}) => {
@@ -403,6 +411,35 @@ test("a server that is down is told as a warning", LONG, async () => {
   const lb = await startProgram({ default: { servers: [server.address], health } });
   try {
     await until("it is down", () => / warn: default: \S+ is down: /.test(lb.output()));
+  } finally {
+    await lb.stop();
+  }
+});
+
+test("a reader of the log that stalls costs lines, which are counted, and no request", LONG, async () => {
+  const lb = await startProgram({ log: "combined", default: { respond: { body: "here" } } });
+  const agent = '"'.repeat(14_000), sent = 1_600; // lines of 56 kB, as each letter is escaped: 90 MB
+  const said = (text: string) => lb.output().includes(text);
+  const lost = () =>
+    [...lb.output().matchAll(/that nobody read: (\d+)\n/g)].reduce((sum, one) => sum + Number(one[1]), 0);
+  const lines = () =>
+    lb.output().split("\n").filter((line) => /^127.* 200 4 "-" "(\\x22){14000}" .* \S+$/.test(line)).length;
+  try {
+    lb.stdout.pause();
+    for (let i = 0; i < sent / 20; i++) {
+      const answers = Array.from(
+        { length: 20 },
+        () => fetch(`http://127.0.0.1:${lb.port}/`, { headers: { "user-agent": agent } }).then((one) => one.text()),
+      );
+      for (const body of await Promise.all(answers)) assert.equal(body, "here");
+    }
+    await until("the warning", () => said("warn: nobody reads the access log: its lines are lost"));
+    lb.stdout.resume();
+    await until("what was lost is counted", () => lost() > 0, 20_000);
+    await fetch(`http://127.0.0.1:${lb.port}/last`).then((one) => one.text());
+    await until("the log goes on", () => said("GET /last"), 20_000);
+    assert.ok(lost() > 200 && lost() < 800, `${lost()} lines`);
+    assert.equal(lines() + lost(), sent);
   } finally {
     await lb.stop();
   }

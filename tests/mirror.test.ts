@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
 import { test as nodeTest, type TestContext } from "node:test";
-import { type Attempt, ConfigError, createLoadBalancer, parseConfig, WireError } from "../lb.ts";
+import { accessLine, type Attempt, ConfigError, createLoadBalancer, parseConfig, WireError } from "../lb.ts";
 import { answer, get, rawRequest, scriptedServer, seeded, startProgram, status, until, value } from "./rig.ts";
 
 const test = (name: string, body: (t: TestContext) => Promise<void> | void) =>
@@ -34,7 +34,7 @@ default: { service: shop, mirror: { service: next, percent: 100 }${keys} }`;
     random,
     sleep: () => new Promise(() => {}),
     report: () => {},
-    write: (line) => lines.push(line()),
+    write: (record, format) => lines.push(accessLine(record, format)),
     client: (request) => ({ address: "192.0.2.1", scheme: "http", headers: [...request.headers].flat() }),
     fetch: (url, attempt) => {
       order.push(attempt.server.name[0]!);

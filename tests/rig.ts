@@ -11,6 +11,7 @@ import { type AddressInfo, connect, createServer, type Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
+import type { Readable } from "node:stream";
 import { fileURLToPath } from "node:url";
 
 export type Runtime = "deno" | "bun" | "node";
@@ -356,6 +357,7 @@ export interface Program {
   /** Its routes.yml. */
   file: string;
   pid: number;
+  stdout: Readable; // to stop reading it
   /** Everything it has printed so far, both streams. */
   output(): string;
   /** Puts another config in force, by the file. */
@@ -424,7 +426,16 @@ export async function startProgram(
     const address = () => /listening on https?:\/\/127\.0\.0\.1:(\d+)/.exec(output)?.[1];
     await until("lb.ts listens or ends", () => exited || address(), 30_000);
     assert.ok(address(), `lb.ts ended instead of listening:\n${output}`);
-    return { port: Number(address()), admin: admin(), file, pid: child.pid ?? 0, output: () => output, reload, stop };
+    return {
+      port: Number(address()),
+      admin: admin(),
+      file,
+      pid: child.pid ?? 0,
+      stdout: child.stdout,
+      output: () => output,
+      reload,
+      stop,
+    };
   } catch (error) {
     await stop();
     throw error;
