@@ -17,6 +17,7 @@ const PROGRAMS = Object.entries({
   "/usr/bin/goaccess": "goaccess",
   "/usr/bin/promtool": "prometheus",
   "/usr/bin/redis-server": "redis-server",
+  "/usr/bin/slowhttptest": "slowhttptest",
 });
 
 /** How a file's tests are run, and reported as JUnit's XML. */

@@ -282,3 +282,41 @@ test("goaccess reads every line of the combined log", async () => {
       assert.deepEqual(from(lost.data), ["/ 1"]);
     })).finally(echoing.close);
 });
+
+/** slowhttptest's three modes: heads, bodies and reading that never come to an end. */
+const SLOW = Object.entries({
+  "slow headers": ["-H", "-i", "1"],
+  "slow body": ["-B", "-i", "1", "-s", "100000"],
+  "slow read": ["-X", "-n", "1", "-w", "10", "-y", "20", "-z", "5", "-k", "3"],
+});
+
+test("slowhttptest's three modes at once keep nobody else from being served", () =>
+  serving(
+    (request, answer) =>
+      request.resume().on("end", () => answer.end(LARGE.subarray(0, request.url === "/" ? 5 : 1 << 20))),
+    (server) =>
+      balancing({ log: "off", admin: { listen: 0 }, default: { servers: [server] } }, async (lb) => {
+        const all = ["-c", "200", "-r", "100", "-l", "8", "-p", "3", "-u", `http://127.0.0.1:${lb.port}/large`];
+        const attacks = SLOW.map(async ([mode, args]) => [mode, await run("slowhttptest", [...args, ...all])] as const);
+        let going = true;
+        const over = Promise.all(attacks).finally(() => going = false);
+        let served = 0;
+        for (; going; served++) {
+          const answer = await fetch(`http://127.0.0.1:${lb.port}/`, { signal: AbortSignal.timeout(5_000) });
+          assert.deepEqual([answer.status, (await answer.arrayBuffer()).byteLength], [200, 5]);
+        }
+        for (const [mode, said] of await over) {
+          const available = [...said.matchAll(/service available:[^A-Z]*(YES|NO)/g)].map(([, word]) => word);
+          assert.ok(available.length && !available.includes("NO"), `${mode}: ${available}\n${said}`);
+        }
+        assert.ok(served > 50, `${served} requests`);
+        const inFlight = async () => {
+          const text = await (await fetch(`http://127.0.0.1:${lb.admin}/metrics`)).text();
+          return [...text.matchAll(/^lb_open_connections\{.* (\d+)$/gm)].map(([, count]) => Number(count));
+        };
+        for (let i = 0; i < 500 && Math.max(...await inFlight()) > 0; i++) {
+          await new Promise((go) => setTimeout(go, 20));
+        }
+        assert.deepEqual(await inFlight(), [0]);
+      }),
+  ));
