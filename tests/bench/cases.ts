@@ -11,6 +11,7 @@ import {
 import {
   BALANCER_CORE,
   type Child,
+  type Cores,
   cpuOf,
   findProgram,
   freePorts,
@@ -73,7 +74,7 @@ const plain: Variant = { title: "", servers: 3, strategy: "round-robin", routes:
 
 const serversByCount = new Map<number, string[]>();
 
-async function serversFor(count: number): Promise<string[]> {
+export async function serversFor(count: number, cores: Cores = LOAD_CORE): Promise<string[]> {
   const known = serversByCount.get(count);
   if (known !== undefined) return known;
   const ports = await freePorts(count);
@@ -95,7 +96,7 @@ http { ${NGINX_HTTP(folder)}
   }
 }`,
   );
-  const child = start(LOAD_CORE, [needProgram("nginx"), "-p", folder, "-e", "stderr", "-c", config]);
+  const child = start(cores, [needProgram("nginx"), "-p", folder, "-e", "stderr", "-c", config]);
   await listening(child, ports.at(-1)!);
   const servers = ports.map((port) => `127.0.0.1:${port}`);
   serversByCount.set(count, servers);
@@ -125,12 +126,18 @@ async function withContestant<T>(
 type Load = { path: string; method?: string; body?: number; answer: number; connections: number };
 type Report = { requests: number; seconds: number; p50: number; p99: number; errors: number };
 
-async function wrk(port: number, seconds: number, load: Load, routes: number): Promise<Report> {
+export async function wrk(
+  port: number,
+  seconds: number,
+  load: Load,
+  routes: number,
+  cores: Cores = LOAD_CORE,
+): Promise<Report> {
   const { path, method = "GET", body = 0, connections } = load;
   const script = join(import.meta.dirname ?? ".", "wrk.lua");
   const options = ["-t1", `-c${connections}`, `-d${seconds}s`, "--timeout", "10s", "--latency", "-s", script];
   const url = `http://127.0.0.1:${port}${path}`;
-  const printed = await run(LOAD_CORE, [needProgram("wrk"), ...options, url, "--", method, `${body}`, `${routes}`]);
+  const printed = await run(cores, [needProgram("wrk"), ...options, url, "--", method, `${body}`, `${routes}`]);
   const line = printed.split("\n").find((line) => line.startsWith("{"));
   if (line === undefined) throw new Skip(`wrk printed no figures: ${printed.trim().split("\n").at(-1) ?? ""}`);
   return JSON.parse(line) as Report;
@@ -247,7 +254,7 @@ const byWrk = (load: Load) => ({
   lasts: (pace: Pace) => pace.warmUp + pace.seconds,
 });
 
-const small: Load = { path: "/", answer: SMALL_BODY.length, connections: 64 };
+export const small: Load = { path: "/", answer: SMALL_BODY.length, connections: 64 };
 
 export const CASES: Case[] = [
   { name: "small", about: "GET, 20-byte answer, 64 connections", variants: [plain], takes: everyone, ...byWrk(small) },

@@ -11,6 +11,8 @@ import { stripVTControlCharacters } from "node:util";
 export const PROJECT = join(import.meta.dirname ?? ".", "..", "..");
 export const BALANCER_CORE = 0;
 export const LOAD_CORE = 1;
+export const ALL_CORES = `0-${availableParallelism() - 1}`;
+export type Cores = number | string; // as taskset takes them
 
 /** A row that cannot be measured here; its message is the reason shown in the table. */
 export class Skip extends Error {}
@@ -75,9 +77,9 @@ function kill(pid: number, signal: NodeJS.Signals): void {
 
 export type Child = { process: ChildProcess; pid: number; ended: Promise<void>; complaint: () => string };
 
-/** Starts a command on one core. `taskset` becomes the command, so the pid is the command's own. */
-export function start(core: number, command: string[]): Child {
-  const [program = "", ...args] = pinned ? ["taskset", "-c", String(core), ...command] : command;
+/** Starts a command on some cores. `taskset` becomes the command, so the pid is the command's own. */
+export function start(cores: Cores, command: string[]): Child {
+  const [program = "", ...args] = pinned ? ["taskset", "-c", String(cores), ...command] : command;
   const child = spawn(program, args, { cwd: PROJECT, stdio: "pipe" });
   children.add(child);
   let errors = "";
@@ -107,8 +109,8 @@ export async function stop(child: Child): Promise<void> {
 }
 
 /** Runs a command to its end and returns what it printed. */
-export async function run(core: number, command: string[]): Promise<string> {
-  const child = start(core, command);
+export async function run(cores: Cores, command: string[]): Promise<string> {
+  const child = start(cores, command);
   let printed = "";
   child.process.stdout?.on("data", (bytes) => printed += bytes);
   const closed = new Promise((resolve) => child.process.on("close", resolve));
