@@ -1268,6 +1268,30 @@ for (const length of [100, 100_000, -1]) {
 }
 
 nodeTest(
+  "through the program: a server that takes no more of a body until timeouts.request is over is the late one",
+  async () => {
+    const held: Socket[] = [];
+    const server = createServer((socket) => void held.push(socket.on("error", () => {}).pause()));
+    await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+    const address = `127.0.0.1:${(server.address() as AddressInfo).port}`, timeouts = { idle: "20s", request: "700ms" };
+    const lb = await startProgram({
+      ...{ log: "off", default: { service: "s" } },
+      services: { s: { servers: [address], timeouts, health: "off", retries: 0 } },
+    });
+    try {
+      const answer = await fetch(`http://127.0.0.1:${lb.port}/`, { method: "POST", body: new Uint8Array(32 << 20) });
+      assert.deepEqual([answer.status, answer.headers.get("x-lb-failure")], [504, "timeout"]);
+      await answer.text();
+      await until("it is told of the server", () => lb.output().includes(`warn: s: ${address}: silent for`));
+    } finally {
+      await lb.stop();
+      held.forEach((socket) => socket.destroy());
+      server.close();
+    }
+  },
+);
+
+nodeTest(
   "through the program: one client has only so many connections, over TCP and on Node over HTTP too",
   async () => {
     const echo = createServer((socket) => socket.on("error", () => {}).pipe(socket));
