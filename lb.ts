@@ -5712,11 +5712,14 @@ function pump(relay: Relay, from: Socket, to: Socket, counted: "received" | "byt
   });
 }
 
+const A_MOMENT = 20; // milliseconds
+
 /** Resolves when nothing has passed for the time that the service allows. */
 async function watch(relay: Relay, effects: Effects, over: AbortSignal): Promise<void> {
   const left = () => relay.since + relay.route.service.config.timeouts.idle - effects.now();
   for (let wait = left(); wait > 0; wait = left()) {
     await effects.sleep(wait, over);
+    if (left() <= 0) await effects.sleep(A_MOMENT, over); // a process that has stood still has to read what has come
   }
 }
 

@@ -327,6 +327,24 @@ test("a connection on which nothing passes is ended after timeouts.idle, and one
   await a.close();
 });
 
+test("a process that has stood still reads what has come meanwhile before it ends a connection as idle", async () => {
+  const a = await backend("", (visit) => visit.socket.on("data", (bytes) => visit.socket.write(bytes)));
+  await running([{ servers: [a.address], timeouts: { idle: "1s" } }], async (lb, [port]) => {
+    const one = await visit(port!);
+    one.socket.write("a");
+    await until("it is there and back", () => text(one) === "a");
+    process.kill(lb.pid, "SIGSTOP");
+    one.socket.write("b");
+    await sleep(2_000);
+    process.kill(lb.pid, "SIGCONT");
+    await until("the rest is there and back", () => text(one) === "ab");
+    await sleep(500);
+    assert.ok(!one.closed);
+    await over(one);
+  });
+  await a.close();
+});
+
 // ─── Who is connected ───
 
 test("the PROXY protocol tells the server both addresses, byte by byte, in front of all else", async () => {
