@@ -6354,6 +6354,7 @@ function denoDoor(fetch: Serve, where: DenoAddress, secure?: Secure): Door {
     servers.add(server);
     port = server.addr.port;
     server.finished.catch((error) => {
+      if (!open) return;
       sayAloud("error", `port ${port} takes no connections: ${error.message}; it is opened again`);
       setTimeout(again, 100);
     });
