@@ -296,7 +296,7 @@ test("slowhttptest's three modes at once keep nobody else from being served", ()
       request.resume().on("end", () => answer.end(LARGE.subarray(0, request.url === "/" ? 5 : 1 << 20))),
     (server) =>
       balancing({ log: "off", admin: { listen: 0 }, default: { servers: [server] } }, async (lb) => {
-        const all = ["-c", "200", "-r", "100", "-l", "8", "-p", "3", "-u", `http://127.0.0.1:${lb.port}/large`];
+        const all = ["-c", "200", "-r", "100", "-l", "6", "-p", "3", "-u", `http://127.0.0.1:${lb.port}/large`];
         const attacks = SLOW.map(async ([mode, args]) => [mode, await run("slowhttptest", [...args, ...all])] as const);
         let going = true;
         const over = Promise.all(attacks).finally(() => going = false);
