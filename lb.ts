@@ -1116,91 +1116,106 @@ export const printConfig = ({ source }: Config): string => {
 const BUCKETS = [0.25, 0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 800, 1_200, 2_500, 5_000, 10_000, 60_000];
 
 /** What has been counted of requests that have ended. It only grows, and adds up: over statuses, servers and workers. */
-export interface Counters {
-  requests: number;
-  errors: number; // answers with 5xx, and failures that are not the client's
-  bytesIn: number; // of the requests' bodies
-  bytesOut: number; // of the answers' bodies
-  milliseconds: number; // to the end of the answer, all together
-  durations: number[]; // how many took at most as long as that one of BUCKETS and longer than the one before; last: longer
-}
+export type Counters = ReturnType<typeof newCounters>;
+const newCounters = () => ({
+  requests: 0,
+  errors: 0, // answers with 5xx, and failures that are not the client's
+  bytesIn: 0, // of the requests' bodies
+  bytesOut: 0, // of the answers' bodies
+  milliseconds: 0, // to the end of the answer, all together
+  durations: [...BUCKETS, 0].fill(0), // how many took at most that one of BUCKETS, and more than the one before; last: more
+});
 
 /** Counters by status and method (see `tallyOf`). */
 export type Tallies = Map<number, Counters>;
-
-const newCounters = (): Counters => ({
-  requests: 0,
-  errors: 0,
-  bytesIn: 0,
-  bytesOut: 0,
-  milliseconds: 0,
-  durations: [...BUCKETS, 0].fill(0),
-});
+const newTallies = (): Tallies => new Map();
 
 /** Where requests come in, by the scheme that clients speak there; and where connections do that are not HTTP: tcp. */
-export interface Entrypoint {
-  name: string;
+export type Entrypoint = ReturnType<typeof newEntrypoint>;
+const newEntrypoint = (name: string) => ({
+  name,
   // changes while serving
-  inFlight: number;
-  tallies: Tallies;
+  inFlight: 0,
+  tallies: newTallies(),
+});
+
+/** Mixes 32 bits so that numbers that differ in one bit are far apart (MurmurHash3's finish). */
+function mix(h: number): number {
+  h = Math.imul(h ^ h >>> 16, 0x85ebca6b);
+  h = Math.imul(h ^ h >>> 13, 0xc2b2ae35);
+  return (h ^ h >>> 16) >>> 0;
+}
+
+/** 32 bits of a text (FNV-1a, mixed). */
+function hash(text: string): number {
+  let h = 0x811c9dc5;
+  for (let i = 0; i < text.length; i++) h = Math.imul(h ^ text.charCodeAt(i), 0x01000193);
+  return mix(h);
 }
 
 /** One server of one service. Times are milliseconds of `Effects.now`. */
-export type Server = ServerConfig & {
-  service: string;
-  tls: ServiceConfig["tls"];
-  hash: number; // of its name, for rendezvous
+export type Server = ReturnType<typeof newServer>;
+const newServer = (config: ServerConfig, service: string, tls: ServiceConfig["tls"]) => ({
+  ...config,
+  service,
+  tls,
+  hash: hash(config.name), // of its name, for rendezvous
   // changes while serving
-  up: boolean; // what active probes say
-  until: number; // ejected until then, and after that on trial; 0: neither
-  trying: boolean; // the one request that tries it out is on its way
-  slow: boolean; // why it was ejected: the others were faster
-  pausedUntil: number; // what it has said itself with Retry-After
-  effective: number; // its weight as of now: less during slow start
-  limit: number; // requests in flight at most: its `max`, `max_in_flight`, or what `auto` has found
-  pulse: Pulse;
-  failures: number; // consecutive failures of requests
-  ejections: number; // consecutive ejections: each makes the next longer
-  passes: number; // consecutive probes passed while down
-  fails: number; // consecutive probes failed while up
-  probeAt: number; // when the next probe is due
-  current: number; // smooth weighted round robin's running weight
-  inFlight: number;
-  picks: number;
-  answers: number;
-  saidAt: number; // when its last failure was reported
-  since: number; // when a probe, an ejection or a reload last changed what it is
-  back: number; // when it came back, or was new: from then on it starts slowly; -Infinity: long ago
-  ejected: number; // how often it was
-  probedAt: number; // when its last probe ended; 0: there was none
-  probeTook: number;
-  probeProblem: string; // what was wrong with it; empty: it passed
-  probesPassed: number;
-  probesFailed: number;
-  retries: number; // attempts that came here because another had failed
-  counters: Counters; // of attempts that have ended
-  picksThen: number; // at the last comparison
-  load: number; // picks a second, over the last 10 s or so
-  samples: number; // good answers since it was last ejected: what `latency` and `typical` are made of
-  latency: number; // mean milliseconds to the head of a good answer; over the last 64 or so once there are that many
-  typical: number; // the same as a geometric mean, which a single long answer hardly moves
-  judged: number; // attempts since it was last ejected: what `failing` is made of
-  failing: number; // the share of them that failed, or had a 5xx; over the last 64 or so
-  waiting: number; // of those in flight: without the head of an answer yet
-  waitingSince: number; // the sum of when they began: so that their mean age is known at any time
-  recent: number; // milliseconds to the head of an answer as of `recentAt`: a peak at once, else decaying; 0: not known
-  recentAt: number;
+  up: true, // what active probes say
+  until: 0, // ejected until then, and after that on trial; 0: neither
+  trying: false, // the one request that tries it out is on its way
+  slow: false, // why it was ejected: the others were faster
+  pausedUntil: 0, // what it has said itself with Retry-After
+  effective: config.weight, // its weight as of now: less during slow start
+  limit: Infinity, // requests in flight at most: its `max`, `max_in_flight`, or what `auto` has found
+  pulse: newPulse(0, 0),
+  failures: 0, // consecutive failures of requests
+  ejections: 0, // consecutive ejections: each makes the next longer
+  passes: 0, // consecutive probes passed while down
+  fails: 0, // consecutive probes failed while up
+  probeAt: 0, // when the next probe is due
+  current: 0, // smooth weighted round robin's running weight
+  inFlight: 0,
+  picks: 0,
+  answers: 0,
+  saidAt: -Infinity, // when its last failure was reported
+  since: 0, // when a probe, an ejection or a reload last changed what it is
+  back: -Infinity, // when it came back, or was new: from then on it starts slowly; -Infinity: long ago
+  ejected: 0, // how often it was
+  probedAt: 0, // when its last probe ended; 0: there was none
+  probeTook: 0,
+  probeProblem: "", // what was wrong with it; empty: it passed
+  probesPassed: 0,
+  probesFailed: 0,
+  retries: 0, // attempts that came here because another had failed
+  counters: newCounters(), // of attempts that have ended
+  picksThen: 0, // at the last comparison
+  load: 0, // picks a second, over the last 10 s or so
+  ...unheard,
+  waiting: 0, // of those in flight: without the head of an answer yet
+  waitingSince: 0, // the sum of when they began: so that their mean age is known at any time
+  recentAt: 0,
+});
+
+/** What is known of a server of which nothing is known. */
+const unheard = {
+  samples: 0, // good answers since it was last ejected: what `latency` and `typical` are made of
+  latency: 0, // mean milliseconds to the head of a good answer; over the last 64 or so once there are that many
+  typical: 0, // the same as a geometric mean, which a single long answer hardly moves
+  judged: 0, // attempts since it was last ejected: what `failing` is made of
+  failing: 0, // the share of them that failed, or had a 5xx; over the last 64 or so
+  recent: 0, // milliseconds to the head of an answer as of `recentAt`: a peak at once, else decaying; 0: not known
 };
 
 /** What `max_in_flight: auto` has felt of a server: its latency in calm times, and what is in the window that is open. */
-export interface Pulse {
-  calm: number; // mean milliseconds to the head of an answer while it was not near its limit; 0: not known
-  since: number; // when the window was opened
-  answers: number;
-  sum: number; // of their milliseconds
-  most: number; // requests in flight
-  refused: boolean; // a 429, a 503 or a failure came
-}
+const newPulse = (calm: number, since: number) => ({
+  calm, // mean milliseconds to the head of an answer while it was not near its limit; 0: not known
+  since, // when the window was opened
+  answers: 0,
+  sum: 0, // of their milliseconds
+  most: 0, // requests in flight
+  refused: false, // a 429, a 503 or a failure came
+});
 
 /** Never empty: who cannot be asked has been left out, and where nobody is left no strategy is asked. */
 export type Candidates = readonly [Server, ...Server[]];
@@ -1241,42 +1256,45 @@ export interface Choice {
   servers: Verdict[];
 }
 
-/** One service: its servers and how one of them is chosen. */
-export interface Service {
-  name: string;
+/** One service: its servers and how one of them is chosen, as the config in force says, and what outlives that. */
+export type Service = ReturnType<typeof newService> & {
   config: ServiceConfig;
   servers: Server[];
   strategy: Strategy;
   key: (exchange: Exchange) => string; // what `hash` hashes
   cookies: Map<string, Server> | undefined; // the servers by the values of the sticky cookie, once they are signed
-  // changes while serving
-  candidates: readonly Server[]; // who may be asked, as of the last change
-  candidatesUntil: number; // when that has to be worked out again; 0: at once
-  bounded: boolean; // some server has a `max`, or the service a `max_in_flight`
-  panicking: boolean;
-  turn: number; // requests so far
-  inFlight: number;
-  retrying: number; // retries in flight: what the budget bounds
-  saved: number; // retries that requests have earned, the good ones more than are needed now: for when a server dies
-  copies: { answered: number; failed: number; skipped: number; inFlight: number }; // what `mirror` brings; counted nowhere else
-  retries: number; // so far
-  tallies: Tallies; // of requests that have ended
-  waiting: Set<() => boolean>; // requests without a server, in the order of their coming: each takes one, or says that all are full
-  secondAt: number; // when the second began that `retried` counts in
-  retried: number; // retries that came out of the budget in that second
-  usual: number; // mean milliseconds to the head of a good answer of any of its servers; 0: not known
   hedge: number; // the share of answers that come before a second attempt is made; 0: none is made
-  times: Float64Array; // the latest milliseconds to the head of a good answer, where there is a hedge
-  measured: number; // how many were written there
-  patience: number; // the quantile of these
-  hedges: number; // second attempts so far
-  hedgesWon: number; // those that answered first
-  median: number; // of its servers' `typical`, as of the last comparison; 0: not known
-  crowd: number; // requests in flight at each server when the first slow one was ejected
-  peaceUntil: number; // until then nobody is ejected for being slow
-  comparedAt: number;
-  compareAt: number; // when its servers are compared again
-}
+  bounded: boolean; // some server has a `max`, or the service a `max_in_flight`
+};
+const newService = (name: string) => ({
+  name,
+  // changes while serving
+  candidates: [] as readonly Server[], // who may be asked, as of the last change
+  candidatesUntil: 0, // when that has to be worked out again; 0: at once
+  panicking: false,
+  turn: 0, // requests so far
+  inFlight: 0,
+  retrying: 0, // retries in flight: what the budget bounds
+  saved: 0, // retries that requests have earned, the good ones more than are needed now: for when a server dies
+  copies: { answered: 0, failed: 0, skipped: 0, inFlight: 0 }, // what `mirror` brings; counted nowhere else
+  retries: 0, // so far
+  tallies: newTallies(), // of requests that have ended
+  waiting: new Set<() => boolean>(), // requests without a server, as they came: each takes one, or says that all are full
+  secondAt: -Infinity, // when the second began that `retried` counts in
+  retried: 0, // retries that came out of the budget in that second
+  usual: 0, // mean milliseconds to the head of a good answer of any of its servers; 0: not known
+  times: NO_TIMES, // the latest milliseconds to the head of a good answer, where there is a hedge
+  measured: 0, // how many were written there
+  patience: 0, // the quantile of these
+  hedges: 0, // second attempts so far
+  hedgesWon: 0, // those that answered first
+  median: 0, // of its servers' `typical`, as of the last comparison; 0: not known
+  crowd: 0, // requests in flight at each server when the first slow one was ejected
+  peaceUntil: 0, // until then nobody is ejected for being slow
+  comparedAt: -Infinity,
+  compareAt: 0, // when its servers are compared again
+});
+const NO_TIMES = new Float64Array(0);
 
 /** One service that a route may lead to, with the policy that holds on that way. */
 export interface Destination {
@@ -1578,20 +1596,6 @@ export interface Effects {
 /** The host and port of a server's URL. */
 const hostOf = (url: string): string => url.slice(url.indexOf("//") + 2);
 
-/** Mixes 32 bits so that numbers that differ in one bit are far apart (MurmurHash3's finish). */
-function mix(h: number): number {
-  h = Math.imul(h ^ h >>> 16, 0x85ebca6b);
-  h = Math.imul(h ^ h >>> 13, 0xc2b2ae35);
-  return (h ^ h >>> 16) >>> 0;
-}
-
-/** 32 bits of a text (FNV-1a, mixed). */
-function hash(text: string): number {
-  let h = 0x811c9dc5;
-  for (let i = 0; i < text.length; i++) h = Math.imul(h ^ text.charCodeAt(i), 0x01000193);
-  return mix(h);
-}
-
 /** Remembers what it has worked out for up to 1,000 short texts: the same few come again and again. */
 function memo<T>(work: (text: string) => T, longest = 100): (text: string) => T {
   const known = new Map<string, T>();
@@ -1614,7 +1618,6 @@ function asciiJson(value: unknown, replace?: (key: string, value: unknown) => un
 
 const VERSION = "0.1.0";
 
-const newEntrypoint = (name: string): Entrypoint => ({ name, inFlight: 0, tallies: new Map() });
 /** A host as the runtimes' listeners take it. */
 const bare = (host: string): string => host.replace(/^\[|\]$/g, "");
 
@@ -1623,81 +1626,6 @@ const unmapped = (address: string | undefined): string => address?.replace(/^::f
 
 /** An address as people write it. */
 const shown = (host: string, port: number): string => `${host || "0.0.0.0"}:${port}`;
-
-const NO_TIMES = new Float64Array(0);
-
-const newService = (name: string) => ({
-  name,
-  cookies: undefined,
-  candidates: [],
-  candidatesUntil: 0,
-  panicking: false,
-  turn: 0,
-  inFlight: 0,
-  retrying: 0,
-  saved: 0,
-  copies: { answered: 0, failed: 0, skipped: 0, inFlight: 0 },
-  retries: 0,
-  tallies: new Map(),
-  waiting: new Set<() => boolean>(),
-  secondAt: -Infinity,
-  retried: 0,
-  usual: 0,
-  times: NO_TIMES,
-  measured: 0,
-  patience: 0,
-  hedges: 0,
-  hedgesWon: 0,
-  median: 0,
-  crowd: 0,
-  peaceUntil: 0,
-  comparedAt: -Infinity,
-  compareAt: 0,
-});
-
-/** What is known of a server of which nothing is known. */
-const unheard = { samples: 0, latency: 0, typical: 0, judged: 0, failing: 0, recent: 0 };
-
-const newServer = (config: ServerConfig, service: string, tls: Server["tls"]): Server => ({
-  ...config,
-  service,
-  tls,
-  hash: hash(config.name),
-  up: true,
-  until: 0,
-  trying: false,
-  slow: false,
-  pausedUntil: 0,
-  effective: config.weight,
-  limit: Infinity,
-  pulse: { calm: 0, since: 0, answers: 0, sum: 0, most: 0, refused: false },
-  failures: 0,
-  ejections: 0,
-  passes: 0,
-  fails: 0,
-  probeAt: 0,
-  current: 0,
-  inFlight: 0,
-  picks: 0,
-  answers: 0,
-  saidAt: -Infinity,
-  back: -Infinity,
-  since: 0,
-  ejected: 0,
-  probedAt: 0,
-  probeTook: 0,
-  probeProblem: "",
-  probesPassed: 0,
-  probesFailed: 0,
-  retries: 0,
-  counters: newCounters(),
-  ...unheard,
-  picksThen: 0,
-  load: 0,
-  waiting: 0,
-  waitingSince: 0,
-  recentAt: 0,
-});
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 8. Gate: what may come in. One normalised path is both matched and forwarded, so that no rule can be talked around.
@@ -2245,7 +2173,7 @@ function findLimit(server: Server, milliseconds: number, refused: boolean, now: 
     const next = pulse.refused ? 0.9 * limit : limit * gradient + Math.sqrt(limit);
     server.limit = Math.min(server.max, Math.max(LEAST_LIMIT, next));
   }
-  server.pulse = { calm, since: now, answers: 0, sum: 0, most: 0, refused: false };
+  server.pulse = newPulse(calm, now);
 }
 
 /** A request is on its way to a server: until `onHeard` it waits. */
