@@ -1375,48 +1375,60 @@ export interface Client {
 }
 
 /** One request's life, from the gate to the end of the answer's body. */
-export interface Exchange extends Draw {
-  request: Request;
-  table: Table;
-  wrapped: boolean; // somebody's middleware stands around the whole balancer
-  started: number;
-  id: string;
-  method: string;
-  host: string; // as sent; matched without case and port
-  path: string; // normalised: what is matched is what is forwarded
-  query: string; // with its question mark, or empty
-  peer: string; // who is connected; `client` is who asks through it
-  told: Map<string, string> | undefined; // what the peer tells about the client, where the peer is trusted
-  scheme: string; // that the peer speaks
-  authority: string | undefined; // of a request over HTTP/2
-  headers: readonly string[]; // of the request: name, value, ...
-  length: number; // of the request's body in bytes; -1: unknown
-  body: Body;
-  upgrade: Upgrade | undefined; // it asks for a WebSocket, and may have one
-  matched: string | RE2JS; // the part of the path that the route's prefix took, or the pattern that found it
-  allow: string[] | undefined; // methods of routes that fit but for the method
-  route: Route | undefined;
-  destination: Destination | undefined;
-  tried: Server[];
-  choices: Choice[] | undefined; // so far, where an operator asks for them
-  cookie: string; // Set-Cookie for a client that is new to its server, or empty
-  counted: string; // the client, where it may have only so many requests in flight
-  quota: readonly string[]; // what the answer says about the client's rate: name, value, ...
-  attempt: Attempt | undefined; // the latest
-  trace: string; // 32 digits, from the client or begun by us; empty: not asked for yet
-  flags: string; // of the trace; 01: somebody records it
-  state: string; // tracestate, that came with it
-  span: string; // 16 digits, of the latest attempt
-  earned: boolean; // its share of a retry, for its service
-  chosen: boolean; // its line is written even if nothing goes wrong
-  stop: AbortSignal | undefined; // where two attempts are made at the same time: the other one has won
-  entrypoint: Entrypoint;
-  endedAt: number; // when the last byte had passed
-  status: number; // of the final answer; 0: there is none yet
-  ended: boolean; // its body has ended, or been cut off
-  bytes: number; // of its body
-  problem: string; // of FAILURES, or empty
+export type Exchange = ReturnType<typeof newExchange>;
+
+/** A request that has just come in; what is not known yet is empty. It is a Draw, too. */
+function newExchange(balancer: Balancer, request: Request, from: Client, wrapped: boolean) {
+  const { table, effects } = balancer, { log } = table.config, now = effects.now();
+  return {
+    random: effects.random,
+    now,
+    turn: 0,
+    key: "",
+    client: from.address,
+    request,
+    table,
+    wrapped, // somebody's middleware stands around the whole balancer
+    started: now,
+    id: "",
+    method: request.method,
+    host: "", // as sent; matched without case and port
+    path: "", // normalised: what is matched is what is forwarded
+    query: "", // with its question mark, or empty
+    peer: from.address, // who is connected; `client` is who asks through it
+    told: undefined as Map<string, string> | undefined, // what the peer tells about the client, where the peer is trusted
+    scheme: from.scheme, // that the peer speaks
+    authority: from.authority, // of a request over HTTP/2
+    headers: from.headers, // of the request: name, value, ...
+    length: 0, // of the request's body in bytes; -1: unknown
+    body: null as Body,
+    upgrade: undefined as Upgrade | undefined, // it asks for a WebSocket, and may have one
+    matched: "" as string | RE2JS, // the part of the path that the route's prefix took, or the pattern that found it
+    allow: undefined as string[] | undefined, // methods of routes that fit but for the method
+    route: undefined as Route | undefined,
+    destination: undefined as Destination | undefined,
+    tried: [] as Server[],
+    choices: undefined as Choice[] | undefined, // so far, where an operator asks for them
+    cookie: "", // Set-Cookie for a client that is new to its server, or empty
+    counted: "", // the client, where it may have only so many requests in flight
+    quota: NO_HEADERS, // what the answer says about the client's rate: name, value, ...
+    attempt: undefined as Attempt | undefined, // the latest
+    trace: "", // 32 digits, from the client or begun by us; empty: not asked for yet
+    flags: "", // of the trace; 01: somebody records it
+    state: "", // tracestate, that came with it
+    span: "", // 16 digits, of the latest attempt
+    earned: false, // its share of a retry, for its service
+    chosen: log.sample === 1 || effects.random() < log.sample, // its line is written even if nothing goes wrong
+    stop: undefined as AbortSignal | undefined, // where two attempts are made at the same time: the other one has won
+    entrypoint: entry(balancer.entrypoints, from.scheme, newEntrypoint),
+    endedAt: 0, // when the last byte had passed
+    status: 0, // of the final answer; 0: there is none yet
+    ended: false, // its body has ended, or been cut off
+    bytes: 0, // of its body
+    problem: "", // of FAILURES, or empty
+  };
 }
+const NO_HEADERS: readonly string[] = [];
 
 /** The body of a request: none, bytes kept for another attempt, or a stream that can be read once. */
 export type Body = null | Uint8Array<ArrayBuffer> | ReadableStream<Uint8Array<ArrayBuffer>>;
@@ -1609,6 +1621,17 @@ function memo<T>(work: (text: string) => T, longest = 100): (text: string) => T 
   };
 }
 
+/** The value under `key`, made first where there is none. */
+function entry<K extends WeakKey | string | number, V>(
+  map: { get(key: K): V | undefined; set(key: K, value: V): unknown },
+  key: K,
+  make: (key: K) => V,
+): V {
+  let value = map.get(key);
+  if (value === undefined) map.set(key, value = make(key));
+  return value;
+}
+
 /** JSON in ASCII: as many bytes as letters, and good for a header or a line. */
 function asciiJson(value: unknown, replace?: (key: string, value: unknown) => unknown): string {
   const text = JSON.stringify(value, replace);
@@ -1736,17 +1759,6 @@ export interface HostTable {
 
 const ANY_PATH = { kind: "prefix", path: "" } as const;
 const newPathTable = (): PathTable => ({ exact: new Map(), prefix: new Map(), depth: 0, regex: [] });
-
-/** The value under `key`, made first where there is none. */
-function entry<K extends WeakKey | string | number, V>(
-  map: { get(key: K): V | undefined; set(key: K, value: V): unknown },
-  key: K,
-  make: (key: K) => V,
-): V {
-  let value = map.get(key);
-  if (value === undefined) map.set(key, value = make(key));
-  return value;
-}
 
 function addPath(table: PathTable, path: RouteConfig["paths"][number], route: Route): void {
   if (path.kind === "regex") table.regex.push({ pattern: RE2JS.compile(path.source), routes: [route] });
@@ -2651,14 +2663,15 @@ function readHead(text: string, method: string): Head | string {
 const knownHead = memo((text) => readHead(text, "GET"), 1_024);
 
 /** An answer that is being read: what is left to come, and bytes that do not yet make a head or a line. */
-interface Reading {
-  head: Head | undefined;
-  keepAlive: number; // as the head says; 0 as soon as more came than was announced
-  framing: Framing;
-  left: number; // bytes of the body, or of the chunk, that are still to come
-  rest: Bytes | undefined;
-  overhead: number; // bytes of 1xx answers; then of framing since the last data
-}
+type Reading = typeof unread;
+const unread = {
+  head: undefined as Head | undefined,
+  keepAlive: 0, // as the head says; 0 as soon as more came than was announced
+  framing: "none" as Framing,
+  left: 0, // bytes of the body, or of the chunk, that are still to come
+  rest: undefined as Bytes | undefined,
+  overhead: 0, // bytes of 1xx answers; then of framing since the last data
+};
 
 /** Reads up to the body; the bytes behind the head, undefined where more must come, or what is wrong. */
 function takeHead(reading: Reading, bytes: Bytes, method: string): Bytes | undefined | string {
@@ -2790,46 +2803,26 @@ const MOST_LATE = 1_000; // milliseconds between two looks after which the proce
 const WINDOW = 262_144; // bytes of a body that wait for a slow reader before the socket is paused
 
 /** One attempt on its way: the request that goes out and the answer that comes in. */
-interface Transfer extends Reading {
-  attempt: Attempt;
-  target: string; // path and query
-  resolve: (response: Response) => void;
-  reject: (error: WireError) => void;
-  since: number; // when something last passed
-  sent: boolean; // the whole request is out
-  upload: ReadableStreamDefaultReader<Uint8Array> | undefined;
-  drained: (() => void) | undefined; // the upload waits for room in the socket
-  bytes: number; // of the answer's body that came
-  sink: ReadableStreamDefaultController<Uint8Array<ArrayBuffer>> | undefined;
-  paused: boolean; // the socket waits for a slow reader
-}
-
-function newTransfer(
+type Transfer = ReturnType<typeof newTransfer>;
+const newTransfer = (
   attempt: Attempt,
-  target: string,
-  resolve: Transfer["resolve"],
-  reject: Transfer["reject"],
-): Transfer {
-  return {
-    attempt,
-    target,
-    resolve,
-    reject,
-    since: 0,
-    sent: false,
-    upload: undefined,
-    drained: undefined,
-    bytes: 0,
-    sink: undefined,
-    paused: false,
-    head: undefined,
-    keepAlive: 0,
-    framing: "none",
-    left: 0,
-    rest: undefined,
-    overhead: 0,
-  };
-}
+  target: string, // path and query
+  resolve: (response: Response) => void,
+  reject: (error: WireError) => void,
+) => ({
+  ...unread, // first, where a spread costs least
+  attempt,
+  target,
+  resolve,
+  reject,
+  since: 0, // when something last passed
+  sent: false, // the whole request is out
+  upload: undefined as ReadableStreamDefaultReader<Uint8Array> | undefined,
+  drained: undefined as (() => void) | undefined, // the upload waits for room in the socket
+  bytes: 0, // of the answer's body that came
+  sink: undefined as ReadableStreamDefaultController<Uint8Array<ArrayBuffer>> | undefined,
+  paused: false, // the socket waits for a slow reader
+});
 
 /** One connection to a server. */
 interface Connection {
@@ -4021,7 +4014,6 @@ function respondLiterally(
 // ---------------------------------------------------------------------------------------------------------------------
 
 const MOST_BUCKETS = 100_000; // that a rule remembers
-const NO_HEADERS: readonly string[] = [];
 
 const newBuckets = (rate: Rate): Buckets => ({ rate, recent: new Map(), older: new Map(), turnedAt: 0 });
 
@@ -5198,63 +5190,20 @@ async function sendCopy(balancer: Balancer, exchange: Exchange, destination: Des
 
 const MAX_HOPS = 20; // entries of Via
 
-/** The record of a request that has just come in. */
-function newExchange(balancer: Balancer, request: Request, from: Client, wrapped = false): Exchange {
-  const { table, effects } = balancer, { log } = table.config;
-  const told = table.config.trust.length > 0 && table.trusts(from.address) ? toldBy(from.headers) : undefined;
-  const now = effects.now();
-  return {
-    random: effects.random,
-    now,
-    turn: 0,
-    key: "",
-    client: told ? clientBehind(from.address, told, table.trusts) : from.address,
-    request,
-    table,
-    wrapped,
-    started: now,
-    id: told?.get("x-request-id") ?? `${balancer.name}-${(++balancer.requests).toString(36)}`,
-    method: request.method,
-    host: "",
-    path: "",
-    query: "",
-    peer: from.address,
-    told,
-    scheme: from.scheme,
-    authority: from.authority,
-    headers: from.headers,
-    length: 0,
-    body: null,
-    upgrade: undefined,
-    matched: "",
-    allow: undefined,
-    route: undefined,
-    destination: undefined,
-    tried: [],
-    choices: undefined,
-    cookie: "",
-    counted: "",
-    quota: NO_HEADERS,
-    attempt: undefined,
-    trace: "",
-    flags: "",
-    state: "",
-    span: "",
-    earned: false,
-    chosen: log.sample === 1 || effects.random() < log.sample,
-    stop: undefined,
-    entrypoint: entry(balancer.entrypoints, from.scheme, newEntrypoint),
-    endedAt: 0,
-    status: 0,
-    ended: false,
-    bytes: 0,
-    problem: "",
-  };
+/** A request that has just come in, with what is told about it where its peer is trusted. */
+function exchangeOf(balancer: Balancer, request: Request, from: Client, wrapped = false): Exchange {
+  const exchange = newExchange(balancer, request, from, wrapped), { config, trusts } = exchange.table;
+  if (config.trust.length > 0 && trusts(from.address)) {
+    exchange.told = toldBy(from.headers);
+    exchange.client = clientBehind(from.address, exchange.told, trusts);
+  }
+  exchange.id = exchange.told?.get("x-request-id") ?? `${balancer.name}-${(++balancer.requests).toString(36)}`;
+  return exchange;
 }
 
 /** Answers one request; `env` is what the runtime hands over beside it. */
 function balance(balancer: Balancer, request: Request, env: unknown, wrapped: boolean): Response | Promise<Response> {
-  const exchange = newExchange(balancer, request, balancer.effects.client(request, env), wrapped);
+  const exchange = exchangeOf(balancer, request, balancer.effects.client(request, env), wrapped);
   balancer.inFlight++;
   exchange.entrypoint.inFlight++;
   try {
@@ -7090,7 +7039,7 @@ function explain(balancer: Balancer, method: string, url: string) {
   const effects = { ...balancer.effects, random: Math.random };
   const request = new Request(url, { method, headers: { host: new URL(url).host } });
   const from = { address: "127.0.0.1", scheme: new URL(url).protocol.slice(0, -1), headers: [] };
-  const exchange = newExchange({ ...balancer, effects, entrypoints: new Map() }, request, from);
+  const exchange = exchangeOf({ ...balancer, effects, entrypoints: new Map() }, request, from);
   const refusal = admit(exchange), route = refusal ? undefined : matchRoute(balancer.table, exchange);
   if (!route) {
     const failure = refusal ?? (exchange.allow ? "bad-method" : "no-route");
