@@ -1750,10 +1750,9 @@ interface PathTable {
   regex: { pattern: RE2JS; routes: Route[] }[];
 }
 
-/** Exact hosts, wildcards by what follows the star, and routes for any host. */
+/** Hosts by their names, wildcards by what follows the star, and routes for any host. */
 export interface HostTable {
-  exact: Map<string, PathTable>;
-  wildcard: Map<string, PathTable>;
+  named: Map<string, PathTable>;
   any: PathTable;
 }
 
@@ -1768,13 +1767,9 @@ function addPath(table: PathTable, path: RouteConfig["paths"][number], route: Ro
 
 /** Builds the tables. Routes are put in by rank, so that the first that fits wins; among equals the one written first. */
 function compileHosts(routes: Route[]): HostTable {
-  const hosts: HostTable = { exact: new Map(), wildcard: new Map(), any: newPathTable() };
+  const hosts: HostTable = { named: new Map(), any: newPathTable() };
   for (const route of [...routes].sort((a, b) => b.rank - a.rank)) {
-    const tables = route.hosts.map((host) =>
-      host.startsWith("*.")
-        ? entry(hosts.wildcard, host.slice(1), newPathTable)
-        : entry(hosts.exact, host, newPathTable)
-    );
+    const tables = route.hosts.map((host) => entry(hosts.named, host.replace("*", ""), newPathTable));
     for (const table of tables.length ? tables : [hosts.any]) {
       for (const path of route.paths.length ? route.paths : [ANY_PATH]) addPath(table, path, route);
     }
@@ -1792,22 +1787,14 @@ function matchRoute(table: Table, exchange: Exchange): Route | undefined {
 /** What the client speaks, as a trusted peer tells it, or as it is spoken here. */
 const schemeOf = ({ told, scheme }: Exchange): string => told?.get("x-forwarded-proto") ?? scheme;
 
-function matchHost(hosts: HostTable, exchange: Exchange): Route | undefined {
+/** The host itself, then the longest wildcard: labels are taken off from the left, and no host begins with a dot. */
+function matchHost({ named, any }: HostTable, exchange: Exchange): Route | undefined {
   const host = hostName(exchange.host);
-  const exact = hosts.exact.get(host);
-  return (exact && matchPath(exact, exchange)) ??
-    (hosts.wildcard.size > 0 ? matchWildcard(hosts.wildcard, host, exchange) : undefined) ??
-    matchPath(hosts.any, exchange);
-}
-
-/** The longer wildcard wins: labels are taken off from the left. */
-function matchWildcard(tables: Map<string, PathTable>, host: string, exchange: Exchange): Route | undefined {
-  for (let dot = host.indexOf("."); dot > 0; dot = host.indexOf(".", dot + 1)) {
-    const table = tables.get(host.slice(dot));
-    const route = table && matchPath(table, exchange);
+  for (let at = named.size > 0 ? 0 : -1; at >= 0; at = host.indexOf(".", at + 1)) {
+    const table = named.get(host.slice(at)), route = table && matchPath(table, exchange);
     if (route) return route;
   }
-  return undefined;
+  return matchPath(any, exchange);
 }
 
 function matchPath(table: PathTable, exchange: Exchange): Route | undefined {
