@@ -1306,23 +1306,11 @@ export interface Destination {
   fallback: Destination | undefined; // where it goes when no server here may be asked
 }
 
-type RouteKeys =
-  | "name"
-  | "scheme"
-  | "hosts"
-  | "paths"
-  | "methods"
-  | "rewrite"
-  | "request"
-  | "response"
-  | "body_limit"
-  | "action";
-
 /** Hono's own middleware around an answer, which it gets through its env. */
 export type Around = Hono<{ Bindings: { answer: () => Promise<Response> } }>;
 
 /** One route, compiled: every decision about its shape was taken when the table was built. */
-export interface Route extends Pick<RouteConfig, RouteKeys> {
+export interface Route extends Omit<RouteConfig, "mirror"> {
   destinations: Destination[]; // where the action is to forward
   weight: number; // the sum over destinations
   sticky: boolean; // a split, and each of its services knows its clients
@@ -6477,15 +6465,15 @@ function mirrorTo({ service, percent }: RouteConfig["mirror"], services: Map<str
 }
 
 function buildRoute(config: RouteConfig, services: Map<string, Service>, buckets: Table["buckets"]): Route {
-  const { name, scheme, hosts, paths, methods, rewrite, request, response, body_limit, action, headers, query } =
-    config;
+  const { methods, request, response, action, headers, query } = config;
   const preflight = methods.length > 0 && config.policy.cors.origin.length > 0 && !methods.includes("OPTIONS");
   const destinations = action.kind === "forward"
     ? action.targets.map((target) => destinationOf(target, services, layersOf(target.policy)))
     : [];
   return {
+    ...config,
     methods: preflight ? [...methods, "OPTIONS"] : methods,
-    ...{ name, scheme, hosts, paths, rewrite, request, response, body_limit, action, destinations },
+    destinations,
     weight: destinations.reduce((sum, one) => sum + one.weight, 0),
     sticky: destinations.length > 1 && destinations.every((one) => !one.weight || one.service.config.sticky.cookie),
     rank: (methods.length ? 1e6 : 0) + headers.length * 1e3 + query.length,
@@ -6526,21 +6514,15 @@ export function buildTable(config: Config, strategies: Strategies, previous?: Ta
     services.set(name, buildService(service, name, strategies, now, previous?.services.get(name)));
   }
   const buckets = buildBuckets(config.routes, previous);
-  const routes = config.routes.map((route) => ({
-    route: buildRoute(route, services, buckets),
-    fallback: route.fallback,
-  }));
-  const ofScheme = Map.groupBy(
-    routes.filter(({ fallback }) => !fallback).map(({ route }) => route),
-    (one) => one.scheme,
-  );
+  const routes = config.routes.map((route) => buildRoute(route, services, buckets));
+  const ofScheme = Map.groupBy(routes.filter(({ fallback }) => !fallback), ({ scheme }) => scheme);
   return {
     config,
     services,
     buckets,
     hosts: compileHosts(ofScheme.get("") ?? []),
     schemes: new Map([...ofScheme].filter(([scheme]) => scheme).map(([scheme, own]) => [scheme, compileHosts(own)])),
-    fallback: routes.find(({ fallback }) => fallback)?.route,
+    fallback: routes.find(({ fallback }) => fallback),
     tcp: tcpRoutes(config, services),
     trusts: memo(addressMatcher(config.trust)),
   };
