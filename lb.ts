@@ -3216,7 +3216,7 @@ export type Outcome =
   | { kind: "answer"; response: Response; milliseconds: number }
   | { kind: Failure; sent: boolean; detail: string };
 
-/** What happens to a request's header: `told` is believed only from trusted peers; what is dropped ends here, or is set anew. */
+/** What happens to a request's header. `told`: it is believed only from trusted peers; `drop`: it ends here, or is set anew. */
 type Passage = "pass" | "drop" | "told" | "connection" | "via" | "max-forwards";
 const DROPPED = new Set(
   `content-length expect host http2-settings keep-alive proxy proxy-authorization proxy-connection te traceparent
@@ -6597,12 +6597,14 @@ export function createLoadBalancer(
 // 39. Save: the file after a change. Its comments and order stay, and what is on disk is always whole.
 // ---------------------------------------------------------------------------------------------------------------------
 
-/** Why a file cannot be changed: somebody else's doing (409), or the disk's (500). */
-class SaveError extends Error {
-  status: 409 | 500;
-  constructor(status: 409 | 500, message: string) {
-    super(message);
+/** Why something is not done: the status of the answer that says so, and what is wrong with what was sent. */
+class Refused extends Error {
+  status: number;
+  mistakes: Pick<Mistake, "path" | "message">[] | undefined;
+  constructor(status: number, detail: string, mistakes?: Refused["mistakes"]) {
+    super(detail);
     this.status = status;
+    this.mistakes = mistakes;
   }
 }
 
@@ -6718,7 +6720,7 @@ function lay(node: Node | null, says: unknown, shall: unknown, draft: Draft): vo
 
 /**
  * The same file, saying something else: only what differs is written anew, so that comments, order and spelling stay.
- * @throws {SaveError} where that would change other places too, as with anchors
+ * @throws {Refused} where that would change other places too, as with anchors
  */
 export function rewrite(text: string, shall: unknown, says = readAsWritten(text, "")): string {
   const [eol] = /\r?\n/.exec(text) ?? ["\n"];
@@ -6734,7 +6736,7 @@ export function rewrite(text: string, shall: unknown, says = readAsWritten(text,
   try {
     if (same(readAsWritten(written, ""), shall)) return written;
   } catch { /* not even YAML any more */ }
-  throw new SaveError(409, "this cannot be written into the file without changing more of it, as with anchors (&, *)");
+  throw new Refused(409, "this cannot be written into the file without changing more of it, as with anchors (&, *)");
 }
 
 const fsyncLater = promisify(fsync);
@@ -6763,14 +6765,14 @@ async function writeBeside(
 
 /**
  * Saves a file that said `before`, and keeps that as `.bak` beside it. Whenever the process ends, it is whole: old or new.
- * @throws {SaveError} where it says something else by now, or cannot be written: then it is as it was
+ * @throws {Refused} where it says something else by now (409), or cannot be written (500): then it is as it was
  */
 export async function saveFile(file: string, before: string, text: string): Promise<void> {
   const isThere = existsSync(file), path = isThere ? realpathSync(file) : file; // a link stays one
   const bak = `${path}.bak`;
   const check = () => {
     if (!isThere || readFileSync(path, "utf8") === before) return;
-    throw new SaveError(
+    throw new Refused(
       409,
       `${path} was changed by somebody else and is not in force, or not yet: nothing is overwritten`,
     );
@@ -6789,8 +6791,8 @@ export async function saveFile(file: string, before: string, text: string): Prom
         rmSync(`${name}.new`, { force: true });
       } catch { /* what is in the way is not ours */ }
     }
-    if (error instanceof SaveError) throw error;
-    throw new SaveError(500, `${path} cannot be written: ${(error as Error).message}`);
+    if (error instanceof Refused) throw error;
+    throw new Refused(500, `${path} cannot be written: ${(error as Error).message}`);
   }
 }
 
@@ -6936,16 +6938,6 @@ const problem = (status: number, detail: string, headers: Record<string, string>
 type AdminEnv = { Variables: { peer: string; shown: "token" | "read token" | "" } };
 type AdminContext = Context<AdminEnv>;
 
-/** Why something is not done: what `problem` is made of. */
-class Refused extends Error {
-  status: number;
-  mistakes: Pick<Mistake, "path" | "message">[] | undefined;
-  constructor(status: number, detail: string, mistakes?: Refused["mistakes"]) {
-    super(detail);
-    this.status = status;
-    this.mistakes = mistakes;
-  }
-}
 const invalid = (mistakes: Pick<Mistake, "path" | "message">[]) =>
   new Refused(400, mistakes.map(({ path, message }) => path ? `${path}: ${message}` : message).join("; "), mistakes);
 
@@ -8268,7 +8260,6 @@ function refused(error: Error, method: string): Response | undefined {
   if (error instanceof Refused) {
     return problem(error.status, error.message, {}, error.mistakes && { mistakes: error.mistakes });
   }
-  if (error instanceof SaveError) return problem(error.status, error.message);
   if (!(error instanceof ConfigError)) return undefined;
   const { mistakes } = error;
   return problem(method === "DELETE" ? 409 : 400, invalid(mistakes).message, {}, { mistakes });
