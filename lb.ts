@@ -1153,6 +1153,11 @@ function hash(text: string): number {
   return mix(h);
 }
 
+const HEX = Array.from({ length: 256 }, (_, byte) => byte.toString(16).padStart(2, "0"));
+/** 32 bits as eight digits. */
+const digits = (word: number): string =>
+  HEX[word >>> 24]! + HEX[word >>> 16 & 255]! + HEX[word >>> 8 & 255]! + HEX[word & 255]!;
+
 /** One server of one service. Times are milliseconds of `Effects.now`. */
 export type Server = ReturnType<typeof newServer>;
 const newServer = (config: ServerConfig, service: string, tls: ServiceConfig["tls"]) => ({
@@ -1323,13 +1328,14 @@ export interface Route extends Omit<RouteConfig, "mirror"> {
 }
 
 /** What a rule remembers of its clients: when the bucket of each is full again. Those not named are full. */
-export interface Buckets {
-  rate: Rate;
+export type Buckets = ReturnType<typeof newBuckets>;
+const newBuckets = (rate: Rate) => ({
+  rate,
   // changes while serving
-  recent: Map<string, number>; // those that were drawn from since `turnedAt`
-  older: Map<string, number>; // those of before; forgotten at the next turn
-  turnedAt: number;
-}
+  recent: new Map<string, number>(), // those that were drawn from since `turnedAt`
+  older: new Map<string, number>(), // those of before; forgotten at the next turn
+  turnedAt: 0,
+});
 
 /** Where the connections of a TCP listener go. */
 export interface TcpRoute extends Pick<TcpConfig, "proxy_protocol"> {
@@ -1530,33 +1536,38 @@ export interface MessageEvents {
 export type Fetch = (url: string, attempt: Attempt) => Promise<Response>;
 
 /** One running balancer: the table in force, which a reload replaces, and what outlives a table. */
-export interface Balancer {
-  table: Table;
-  effects: Effects;
-  name: string; // of this process, in request ids
-  via: string; // how we are called in Via: by it a request that comes back is known
-  runtime: string; // deno, bun, node or edge
-  seed: number; // of the ids of traces and spans
-  origin: string; // 16 digits that begin the ids of our traces
-  startedAt: Date;
-  // changes while serving
-  requests: number;
-  inFlight: number; // requests, WebSockets, and connections that are not HTTP
-  entrypoints: Map<string, Entrypoint>; // by name
-  clients: Map<string, number>; // requests in flight, where `limits` bounds them
-  connections: number; // of clients, as far as the runtime shows them
-  connected: Map<string, number>; // how many of them each client has
-  tunnels: Set<Tunnel>; // WebSockets that are open
-  relays: Set<() => void>; // connections that are not HTTP: a call ends one
-  workers: Map<number, { since: Date; end(): void }>; // threads that serve for this one, where there are some
-  draining: boolean; // it takes no new connections, and will end
-  ids: number; // of traces and spans, so far
-  guesses: Buckets; // wrong tokens in x-lb-explain
-  failures: Map<string, number>; // how often each of FAILURES was the end of a request
-  reloads: number;
-  reloadedAt: Date; // when the table in force became it
-  reloadFailed: boolean; // a newer file could not be put in force
-  tokens: { token?: string | undefined; read_token?: string | undefined }; // of the admin API; those of before where there are none any more
+export type Balancer = ReturnType<typeof newBalancer>;
+function newBalancer(table: Table, effects: Effects, runtime: string) {
+  const startedAt = effects.date(), name = hash(`${effects.random()} ${startedAt.getTime()}`).toString(36);
+  const word = () => effects.random() * 2 ** 32;
+  return {
+    table,
+    effects,
+    name, // of this process, in request ids
+    via: `1.1 lb-${name}`, // how we are called in Via: by it a request that comes back is known
+    runtime, // deno, bun, node or edge
+    seed: Math.floor(word()), // of the ids of traces and spans
+    origin: digits(word()) + digits(word()), // 16 digits that begin the ids of our traces
+    startedAt,
+    // changes while serving
+    requests: 0,
+    inFlight: 0, // requests, WebSockets, and connections that are not HTTP
+    entrypoints: new Map<string, Entrypoint>(), // by name
+    clients: new Map<string, number>(), // requests in flight, where `limits` bounds them
+    connections: 0, // of clients, as far as the runtime shows them
+    connected: new Map<string, number>(), // how many of them each client has
+    tunnels: new Set<Tunnel>(), // WebSockets that are open
+    relays: new Set<() => void>(), // connections that are not HTTP: a call ends one
+    workers: new Map<number, { since: Date; end(): void }>(), // threads that serve for this one, where there are some
+    draining: false, // it takes no new connections, and will end
+    ids: 0, // of traces and spans, so far
+    guesses: newBuckets({ requests: 1, per: 1_000, burst: 5, by: "" }), // wrong tokens in x-lb-explain
+    failures: new Map<string, number>(), // how often each of FAILURES was the end of a request
+    reloads: 0,
+    reloadedAt: startedAt, // when the table in force became it
+    reloadFailed: false, // a newer file could not be put in force
+    tokens: { ...table.config.admin }, // of the admin API; those of before where there are none any more
+  };
 }
 
 /** Strategies by the names that `strategy:` may say. */
@@ -3269,10 +3280,6 @@ function valueIn(headers: readonly string[], name: string): string {
   return value;
 }
 
-const HEX = Array.from({ length: 256 }, (_, byte) => byte.toString(16).padStart(2, "0"));
-const digits = (word: number): string =>
-  HEX[word >>> 24]! + HEX[word >>> 16 & 255]! + HEX[word >>> 8 & 255]! + HEX[word & 255]!;
-
 /** 16 digits, other ones each time: a counter, mixed (0.1 us; crypto's take 0.2 to 2). They need to keep no secret. */
 function newId(balancer: Balancer): string {
   const id = mix(balancer.seed + ++balancer.ids | 0);
@@ -3968,8 +3975,6 @@ function respondLiterally(
 // ---------------------------------------------------------------------------------------------------------------------
 
 const MOST_BUCKETS = 100_000; // that a rule remembers
-
-const newBuckets = (rate: Rate): Buckets => ({ rate, recent: new Map(), older: new Map(), turnedAt: 0 });
 
 /** The network of an IPv6 client: it has all 2^64 addresses of it. */
 const networkOf = memo((address) => ipaddr.parse(address).toByteArray().slice(0, 8).join("."));
@@ -6540,35 +6545,7 @@ export function createLoadBalancer(
 ): LoadBalancer {
   const all: Effects = { ...defaultEffects(), ...effects };
   const known: Strategies = { ...strategies, ...more };
-  const begun = all.date();
-  const name = hash(`${all.random()} ${begun.getTime()}`).toString(36);
-  const balancer: Balancer = {
-    table: buildTable(config, known, undefined, all.now()),
-    effects: all,
-    name,
-    via: `1.1 lb-${name}`,
-    requests: 0,
-    inFlight: 0,
-    entrypoints: new Map(),
-    clients: new Map(),
-    connections: 0,
-    connected: new Map(),
-    relays: new Set(),
-    draining: false,
-    guesses: newBuckets({ requests: 1, per: 1_000, burst: 5, by: "" }),
-    failures: new Map(),
-    runtime: here,
-    seed: Math.floor(all.random() * 2 ** 32),
-    origin: digits(all.random() * 2 ** 32) + digits(all.random() * 2 ** 32),
-    startedAt: begun,
-    ids: 0,
-    reloads: 0,
-    reloadedAt: begun,
-    reloadFailed: false,
-    tunnels: new Set(),
-    workers: new Map(),
-    tokens: { ...config.admin },
-  };
+  const balancer = newBalancer(buildTable(config, known, undefined, all.now()), all, here);
   const app = new Hono();
   app.all("*", ({ req, env }) => balance(balancer, req.raw, env, true));
   const throughHono = app.fetch;
