@@ -1742,12 +1742,13 @@ function sameAuthority(authority: string, host: string): boolean {
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** The routes of one host name, by kind of path. Within one path those with more conditions stand first. */
-interface PathTable {
-  exact: Map<string, Route[]>;
-  prefix: Map<string, Route[]>;
-  depth: number; // slashes in the longest prefix: deeper is not looked for
-  regex: { pattern: RE2JS; routes: Route[] }[];
-}
+type PathTable = ReturnType<typeof newPathTable>;
+const newPathTable = () => ({
+  exact: new Map<string, Route[]>(),
+  prefix: new Map<string, Route[]>(),
+  depth: 0, // slashes in the longest prefix: deeper is not looked for
+  regex: [] as { pattern: RE2JS; routes: Route[] }[],
+});
 
 /** Hosts by their names, wildcards by what follows the star, and routes for any host. */
 export interface HostTable {
@@ -1756,7 +1757,6 @@ export interface HostTable {
 }
 
 const ANY_PATH = { kind: "prefix", path: "" } as const;
-const newPathTable = (): PathTable => ({ exact: new Map(), prefix: new Map(), depth: 0, regex: [] });
 
 function addPath(table: PathTable, path: RouteConfig["paths"][number], route: Route): void {
   if (path.kind === "regex") table.regex.push({ pattern: RE2JS.compile(path.source), routes: [route] });
@@ -3642,15 +3642,14 @@ function look(tunnel: Tunnel, now: number): void {
 // Frames (RFC 6455 section 5.2).
 
 /** Where one is in a stream of frames. */
-interface Frames {
-  head: Bytes; // of the next frame, as far as it has come
-  first: number; // FIN, RSV and opcode of this one
-  masked: boolean;
-  left: number; // bytes of its payload that are still to come
-}
-
+type Frames = ReturnType<typeof newFrames>;
+const newFrames = () => ({
+  head: NO_BYTES, // of the next frame, as far as it has come
+  first: 0, // FIN, RSV and opcode of this one
+  masked: false,
+  left: 0, // bytes of its payload that are still to come
+});
 const NO_BYTES: Bytes = Buffer.alloc(0);
-const newFrames = (): Frames => ({ head: NO_BYTES, first: 0, masked: false, left: 0 });
 
 /** Whether the next byte begins a frame. */
 const isBetween = ({ head, left }: Frames): boolean => left === 0 && head.length === 0;
