@@ -1717,7 +1717,7 @@ function admit(exchange: Exchange): Refusal | undefined {
   const mark = url.indexOf("?", start);
   const sent = mark < 0 ? url.slice(start) : url.slice(start, mark);
   const path = normalizePath(sent);
-  const query = mark < 0 ? "" : url.slice(mark);
+  const query = mark < 0 ? "" : url.slice(mark).replace(/[^\x00-\x7f]+/g, encodeURIComponent);
   if (path === undefined || FORBIDDEN_IN_TARGET.test(query)) return "bad-request";
   if (exchange.wrapped && path !== sent) return "bad-request"; // middleware has matched another path than servers would get
   exchange.path = path;
@@ -4397,27 +4397,26 @@ export function accessLine(record: AccessRecord, format: LineFormat): string {
 const MOST_WAITING = 1 << 26; // bytes of lines that wait for a reader of the log
 const TOGETHER = 20; // ms for which lines wait for others: a write of its own costs more than a line
 
+const STALLED = 2_000; // ms without taking anything after which a reader is not waited for at the end
+
 /** Lines on their way out of a thread. */
 interface AccessLog {
   write: Effects["write"];
   /** Adds lines of another thread. */
   append(lines: Uint8Array): void;
-  /** What has to be written by somebody else, as this is the end. */
+  /** What has to be printed by somebody else, as this is the end. */
   rest(): Uint8Array<ArrayBuffer>;
+  /** Waits for the reader, at most for some milliseconds, and says what it has not taken. */
+  end(patience: number): Promise<void>;
 }
 
-/**
- * Lines are made and printed together, and never waited for: one by one, between requests, they would take twice as long
- * to make, and a reader that stalls costs lines, not requests.
- * @param print takes some of the bytes, however long that lasts, and says how many
- */
-function accessLog(print: (bytes: Uint8Array<ArrayBuffer>) => Promise<number>, report: Effects["report"]): AccessLog {
-  const pen = new Pen();
-  let [format, records, busy, lost]: [LineFormat, AccessRecord[], boolean, number] = ["combined", [], false, 0];
+/** Records that have yet to become lines. */
+function lineMaker(pen: Pen, report: Effects["report"]) {
+  let [format, records]: [LineFormat, AccessRecord[]] = ["combined", []];
   const make = () => {
-    const made = records, how = ACCESS_LINES[format];
+    const all = records, how = ACCESS_LINES[format];
     records = [];
-    for (const record of made) {
+    for (const record of all) {
       try {
         how(pen, record);
       } catch (error) {
@@ -4426,36 +4425,79 @@ function accessLog(print: (bytes: Uint8Array<ArrayBuffer>) => Promise<number>, r
       pen.endLine();
     }
   };
-  const flush = async () => {
-    busy = true;
-    if (lost) report("warn", `lines of the access log that nobody read: ${lost}`);
-    lost = 0;
-    make();
-    let bytes = pen.take();
-    while (bytes.length) bytes = bytes.subarray(await print(bytes));
-    busy = false;
-    if (pen.length + records.length) setTimeout(flush, TOGETHER);
-  };
-  /** Whether more can be held, which is printed soon. */
-  const holds = (lines: () => number) => {
-    if (!busy && pen.length + records.length === 0) setTimeout(flush, TOGETHER);
-    if (pen.length <= MOST_WAITING) return true;
-    if (!lost) report("warn", "nobody reads the access log: its lines are lost");
-    lost += lines();
-    return false;
-  };
   return {
-    write(record, as) {
-      if (!holds(() => 1)) return;
+    make,
+    waiting: () => pen.length + records.length > 0,
+    add(record: AccessRecord, as: LineFormat) {
       if (as !== format) make();
       format = as;
       if (records.push(record) === 100) make();
     },
-    append: (lines) => void (holds(() => lines.filter((byte) => byte === 10).length) && pen.addLines(lines)),
+  };
+}
+
+const linesIn = (bytes: Uint8Array): number => bytes.reduce((lines, byte) => byte === 10 ? lines + 1 : lines, 0);
+
+/**
+ * Lines are made and printed together, and requests never wait for them: one by one, between requests, they would take
+ * twice as long to make, and a reader that stalls, or a disk that is full, costs lines alone.
+ * @param print takes some of the bytes, however long that lasts, and says how many; rejects where they cannot be written
+ */
+function accessLog(print: (bytes: Uint8Array<ArrayBuffer>) => Promise<number>, report: Effects["report"]): AccessLog {
+  const pen = new Pen();
+  const made = lineMaker(pen, report);
+  let [busy, left, takenAt, cut, lost] = [false, new Uint8Array(), 0, false, 0]; // of what is being printed, and was
+  const lose = (lines: number, why: string) => {
+    if (!lost) report("warn", `${why}: its lines are lost`);
+    lost += lines;
+  };
+  const sayLost = () => {
+    if (lost) report("warn", `lines of the access log that are lost: ${lost}`);
+    lost = 0;
+  };
+  const flush = async () => {
+    busy = true;
+    made.make();
+    const all = left = pen.take();
+    try {
+      if (cut) await print(Uint8Array.of(10)); // the end of the line that an error has cut
+      cut = false;
+      while (left.length) {
+        left = left.subarray(await print(left));
+        takenAt = performance.now();
+      }
+      if (pen.length <= MOST_WAITING) sayLost(); // no more are
+    } catch (error) {
+      lose(linesIn(left), `the access log cannot be written (${(error as Error).message})`);
+      cut ||= left.length < all.length && all.at(-left.length - 1) !== 10;
+      left = left.subarray(left.length);
+    }
+    busy = false;
+    if (made.waiting()) setTimeout(flush, TOGETHER);
+  };
+  /** Whether more can be held, which is printed soon. */
+  const holds = (lines: () => number) => {
+    if (!busy && !made.waiting()) setTimeout(flush, TOGETHER);
+    if (pen.length <= MOST_WAITING) return true;
+    lose(lines(), "nobody reads the access log");
+    return false;
+  };
+  return {
+    write: (record, format) => void (holds(() => 1) && made.add(record, format)),
+    append: (lines) => void (holds(() => linesIn(lines)) && pen.addLines(lines)),
     rest() {
       if (busy) return new Uint8Array(); // nothing may come between the halves of a line
-      make();
+      made.make();
       return pen.take();
+    },
+    async end(patience) {
+      const until = (takenAt = performance.now()) + patience;
+      while ((busy || made.waiting()) && performance.now() < Math.min(until, takenAt + STALLED)) {
+        await new Promise((resolve) => setTimeout(resolve, TOGETHER));
+      }
+      made.make();
+      lost += linesIn(left) + linesIn(pen.take());
+      sayLost();
     },
   };
 }
@@ -4469,6 +4511,10 @@ const METHODS = [..."EXTENSION_METHOD GET HEAD POST PUT PATCH DELETE OPTIONS TRA
 /** The counters of one status and one method, under a number: a request makes no text. Any other method is the first. */
 const tallyOf = (tallies: Tallies, { status, method }: Pick<Exchange, "status" | "method">): Counters =>
   entry(tallies, status * 16 + Math.max(0, METHODS.indexOf(method)), newCounters);
+
+/** Counts what a request or a connection has failed for. */
+const countFailure = ({ failures }: Balancer, reason: string): unknown =>
+  failures.set(reason, (failures.get(reason) ?? 0) + 1);
 
 /** Adds one that has ended. */
 function count(counters: Counters, milliseconds: number, bytesIn: number, bytesOut: number, failed: boolean): void {
@@ -4955,7 +5001,7 @@ function finished(balancer: Balancer, exchange: Exchange): void {
     destination.service.inFlight--;
     count(tallyOf(destination.service.tallies, exchange), milliseconds, received, bytes, failed);
   }
-  if (problem) balancer.failures.set(problem, (balancer.failures.get(problem) ?? 0) + 1);
+  if (problem) countFailure(balancer, problem);
   const { format } = exchange.table.config.log;
   if (format === "off" || !exchange.chosen && !problem && status < 500) return;
   try {
@@ -5428,14 +5474,15 @@ async function carry(balancer: Balancer, relay: Relay): Promise<void> {
 }
 
 /** What is left of a connection: counts, and a line of the log. */
-function tally({ effects, table, failures }: Balancer, relay: Relay): void {
+function tally(balancer: Balancer, relay: Relay): void {
+  const { effects, table } = balancer;
   const { route: { service }, entrypoint, bytes, received, problem } = relay, record = tcpRecord(relay, effects);
   const failed = record.status >= 500 && problem !== "draining", { format, sample } = table.config.log;
   for (const { tallies } of [entrypoint, service]) {
     const counters = tallyOf(tallies, { status: record.status, method: "" });
     count(counters, record.ended, received, bytes, failed);
   }
-  if (problem) failures.set(problem, (failures.get(problem) ?? 0) + 1);
+  if (problem) countFailure(balancer, problem);
   if (format !== "off" && (problem || effects.random() < sample)) effects.write(record, format);
 }
 
@@ -5825,10 +5872,11 @@ function fromHttp2(raw: readonly string[]): string[] {
 
 /** Standard output through node:fs. A pipe that is full for now says so, and is asked again, ever less often. */
 const printed = (bytes: Uint8Array, wait = 1): Promise<number> =>
-  new Promise((resolve) => {
+  new Promise((resolve, reject) => {
     writeTo(1, bytes, (error, written) => {
       if (error?.code === "EAGAIN") setTimeout(() => resolve(printed(bytes, Math.min(2 * wait, 50))), wait);
-      else resolve(error ? bytes.length : written); // nobody reads it any more
+      else if (error) reject(error);
+      else resolve(written);
     });
   });
 
@@ -6221,7 +6269,7 @@ const onDeno: Runtime = {
       ? { raw: false, accept: (tunnel) => denoAccept(request, tunnel) }
       : undefined,
   transport: () => createWire(),
-  print: (bytes) => denoApi().stdout.write(bytes).catch(() => bytes.length), // its node:fs would hold up everything
+  print: (bytes) => denoApi().stdout.write(bytes), // its node:fs would hold up everything
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -8467,7 +8515,14 @@ const isHttp = (name: string): boolean => name.startsWith("http");
 async function openFront({ lb, shared, ports }: Post, name: string, at: FrontConfig): Promise<Listener> {
   const { balancer } = lb, port = ports.get(name) ?? at.port;
   if (isHttp(name)) {
-    const porter = { limits: () => balancer.table.config.limits, letIn: (socket: Socket) => letIn(balancer, socket) };
+    const porter: Porter = {
+      limits: () => balancer.table.config.limits,
+      letIn(socket) {
+        const refusal = letIn(balancer, socket);
+        if (refusal) countFailure(balancer, refusal);
+        return refusal;
+      },
+    };
     return await openListener((request, env) => lb.fetch(request, env), { ...at, port, porter }, shared);
   }
   if (at.tls.length) secureOf(at, false);
@@ -8919,7 +8974,9 @@ async function run(call: Call): Promise<void> {
   const { effects } = lb.balancer;
   process.on("exit", () => printAtLast(log.rest()));
   const opening = takeSeats(lb, call, log);
-  for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => void quit(lb, opening, call.drain));
+  for (const signal of ["SIGTERM", "SIGINT"] as const) {
+    process.on(signal, () => void quit(lb, opening, call.drain, log));
+  }
   const seats = await opening;
   if (config.admin) {
     const file = text === undefined ? { file: call.file } : {};
@@ -8960,8 +9017,8 @@ async function takeSeats(lb: LoadBalancer, call: Call, log: AccessLog): Promise<
 }
 
 /** The end after a signal; a second one ends at once. */
-async function quit({ balancer }: LoadBalancer, opening: Promise<Seats>, grace: number): Promise<void> {
-  const { effects } = balancer;
+async function quit({ balancer }: LoadBalancer, opening: Promise<Seats>, grace: number, log: AccessLog): Promise<void> {
+  const { effects } = balancer, until = effects.now() + grace;
   if (balancer.draining) process.exit(1);
   balancer.draining = true;
   effects.report("info", `draining; requests in flight: ${balancer.inFlight}`);
@@ -8971,6 +9028,7 @@ async function quit({ balancer }: LoadBalancer, opening: Promise<Seats>, grace: 
     ...left.connections ? [`; connections ended: ${left.connections}`] : [],
   ];
   effects.report("info", `drained${words.join("")}`);
+  await log.end(until - effects.now());
   process.exit(0);
 }
 

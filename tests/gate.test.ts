@@ -518,6 +518,14 @@ const headers: Row[] = [
       assert.deepEqual(["x-l", "x-u", "x-e"].map((name) => value(request!, name)), ["caf\xe9", "caf\xc3\xa9", ""]),
   },
   {
+    name: "a query that is not ASCII",
+    send: get("/u?caf\xc3\xa9=\xf0\x9f\x98\x80"),
+    expect: { deno: "200", bun: "200", node: "400" },
+    check: ([request]) => {
+      if (runtime() !== "node") assert.equal(target(request!), "/u?caf%C3%A9=%F0%9F%98%80");
+    },
+  },
+  {
     name: "several cookies",
     send: get("/u", "Cookie: a=1\r\nCookie: b=2\r\n"),
     expect: "200",

@@ -1300,6 +1300,7 @@ nodeTest(
     const limits = { client_connections: 2 }, respond = { body: "here" };
     const lb = await startProgram({
       limits,
+      admin: { listen: 0 },
       routes: [{ path: "/", respond }],
       tcp: [{ listen: `127.0.0.1:${listen}`, servers, health: "off" }],
     });
@@ -1320,6 +1321,8 @@ nodeTest(
       if (runtime() === "node") {
         const { answers: [refused] } = await rawRequest(lb.port, get("/"));
         assert.deepEqual([status(refused!), value(refused!, "x-lb-failure")], [429, "client-busy"]);
+        const metrics = await (await fetch(`http://127.0.0.1:${lb.admin}/metrics`)).text();
+        assert.match(metrics, /^lb_failures_total\{reason="client-busy"\} [2-9]/m, "both are counted");
       }
       sockets[0]!.destroy();
       for (let tries = 0; await said("127.0.0.1") === "closed"; tries++) {

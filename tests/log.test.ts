@@ -420,8 +420,7 @@ test("a reader of the log that stalls costs lines, which are counted, and no req
   const lb = await startProgram({ log: "combined", default: { respond: { body: "here" } } });
   const agent = '"'.repeat(14_000), sent = 1_600; // lines of 56 kB, as each letter is escaped: 90 MB
   const said = (text: string) => lb.output().includes(text);
-  const lost = () =>
-    [...lb.output().matchAll(/that nobody read: (\d+)\n/g)].reduce((sum, one) => sum + Number(one[1]), 0);
+  const lost = () => [...lb.output().matchAll(/that are lost: (\d+)\n/g)].reduce((sum, one) => sum + Number(one[1]), 0);
   const lines = () =>
     lb.output().split("\n").filter((line) => /^127.* 200 4 "-" "(\\x22){14000}" .* \S+$/.test(line)).length;
   try {
@@ -443,4 +442,45 @@ test("a reader of the log that stalls costs lines, which are counted, and no req
   } finally {
     await lb.stop();
   }
+});
+
+test("a reader that takes its time has the whole log before the program ends", LONG, async () => {
+  const lb = await startProgram({ log: "combined", default: { respond: { body: "here" } } });
+  const agent = '"'.repeat(14_000), sent = 200; // 11 MB, far more than pipes hold
+  lb.stdout.pause();
+  for (let i = 0; i < sent; i += 20) {
+    await Promise.all(
+      Array.from(
+        { length: 20 },
+        () => fetch(`http://127.0.0.1:${lb.port}/`, { headers: { "user-agent": agent } }).then((one) => one.text()),
+      ),
+    );
+  }
+  const ended = lb.stop();
+  await until("it has nothing else to do", () => lb.output().includes("info: drained"));
+  lb.stdout.resume();
+  await ended;
+  const lines = () => lb.output().split("\n").filter((line) => /^127.* 200 4 "-" "(\\x22){14000}" .* \S+$/.test(line));
+  await until("every line is there", () => lines().length === sent);
+  assert.doesNotMatch(lb.output(), /lost/);
+});
+
+test("a log that cannot be written is told once, and how much was lost", LONG, async () => {
+  const lb = await startProgram({ log: "combined", default: { respond: { body: "here" } } });
+  const ask = () => fetch(`http://127.0.0.1:${lb.port}/`).then((one) => one.text());
+  try {
+    lb.stdout.destroy();
+    for (let i = 0; i < 5; i++) {
+      assert.equal(await ask(), "here");
+      await new Promise((resolve) => setTimeout(resolve, 50));
+    }
+    await until(
+      "it is told",
+      () => /warn: the access log cannot be written \(.+\): its lines are lost\n/.test(lb.output()),
+    );
+  } finally {
+    await lb.stop();
+  }
+  assert.equal(lb.output().split("cannot be written").length, 2);
+  assert.match(lb.output(), /warn: lines of the access log that are lost: [1-5]\n/);
 });
