@@ -165,8 +165,10 @@ function stream(port: number, number: number, tally: Tally): Promise<void> {
     socket.on("data", (piece: Buffer) => pieces.push(piece));
     socket.on("error", () => {});
     socket.on("close", () => {
-      const bytes = Buffer.concat(pieces), body = bytes.subarray(bytes.indexOf("\r\n\r\n") + 4), want = bodyOf(number);
-      if (digest(body) === digest(want)) tally.streams++;
+      const bytes = Buffer.concat(pieces), head = bytes.indexOf("\r\n\r\n");
+      const body = bytes.subarray(head + 4), want = bodyOf(number);
+      if (head < 0) tally.torn++; // in the middle of the head
+      else if (digest(body) === digest(want)) tally.streams++;
       else if (body.length < want.length) tally.torn++;
       else tally.wrong.push(`TCP ${number}: ${body.length} of ${want.length} bytes`);
       resolve();
