@@ -5713,14 +5713,19 @@ function replaceable(
   };
 }
 
-/** That nobody else listens there: listeners that are going to be replaced share their port, and would not notice. */
+/**
+ * That nobody listens there: of those who share a port each would get a part of the clients, and none would notice.
+ * It is asked as a client does, for a listener that is opened to find out would take clients and turn them away.
+ */
 async function unused(host: string, port: number): Promise<void> {
-  const server = createServer();
-  await new Promise<void>((resolve, reject) => {
-    server.on("error", reject);
-    server.listen({ port, ...(host && { host: bare(host) }) }, resolve);
+  const at = { "": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "::1" }[host] ?? bare(host);
+  const taken = port > 0 && await new Promise<boolean>((resolve) => {
+    const socket = netConnect(port, at, () => {
+      resolve(socket.localPort !== port); // else it has met itself
+      socket.destroy();
+    }).on("error", () => resolve(false));
   });
-  await new Promise((resolve) => server.close(resolve));
+  if (taken) throw new Error("the address is already in use");
 }
 
 /** What a listener asks about its connections, where the runtime shows them: Deno and Bun keep theirs to themselves. */
@@ -8624,9 +8629,12 @@ async function openListener(fetch: Handler, at: Address, shared = false): Promis
     const serve = (request: Request, env: unknown) => fetch(request, env as object);
     return await runtimes[here].serve(serve, host, port, shared, secure, porter);
   } catch (error) {
-    throw new StartError(`cannot listen on ${shown(host, port)}: ${(error as Error).message}`);
+    return cannotListen(host, port)(error as Error);
   }
 }
+const cannotListen = (host: string, port: number) => (error: Error): never => {
+  throw new StartError(`cannot listen on ${shown(host, port)}: ${error.message}`);
+};
 
 const LINGER = 1_000; // milliseconds at most for which clients are asked to come on another connection
 const QUIET = 200; // milliseconds without a request after which none is expected
@@ -9012,7 +9020,8 @@ async function takeSeats(lb: LoadBalancer, call: Call, log: AccessLog): Promise<
   const shared = call.options["reuse-port"] ?? false, { report } = lb.balancer.effects;
   const here = (shared: boolean) => listenAll({ lb, shared, ports: new Map(), report });
   if (call.workers === 1) return await here(shared);
-  if (!shared) await (await here(false)).close();
+  const fronts = shared ? [] : [...frontsOf(lb.balancer.table).values()];
+  await Promise.all(fronts.map(({ host, port }) => unused(host, port).catch(cannotListen(host, port))));
   return await startFleet(lb, call.workers, log);
 }
 

@@ -720,6 +720,38 @@ test("a signal that comes while workers are started lets what they have taken fi
   }
 });
 
+test("with workers the first connection that is taken is served, and the port is nobody else's", async () => {
+  const port = await freePort(), folder = mkdtempSync(join(tmpdir(), "lb-"));
+  writeFileSync(join(folder, "routes.yml"), "default: { respond: { body: here } }");
+  const args = ["--listen", `127.0.0.1:${port}`, "--workers", "2"];
+  const lb = start(ENTRY, args, { cwd: folder });
+  /** What is answered, or that nobody listens. */
+  const ask = () =>
+    new Promise<string>((resolve) => {
+      let [taken, text] = [false, ""];
+      const socket = connect(port, "127.0.0.1", () => (taken = true, socket.write(get("/"))));
+      socket.on("data", (bytes) => (text += bytes).endsWith("here") && socket.destroy());
+      socket.on("error", () => {}).on("close", () => resolve(taken ? text : "refused"));
+    });
+  try {
+    let first = "refused";
+    for (const end = Date.now() + 30_000; first === "refused" && Date.now() < end;) first = await ask();
+    for (const answered of [first, ...await Promise.all(Array.from({ length: 20 }, ask)), await ask()]) {
+      assert.match(answered, /^HTTP\/1\.1 200 [^]*here$/);
+    }
+    const other = start(ENTRY, args, { cwd: folder });
+    assert.equal(await other.ended, 1);
+    assert.match(
+      other.err(),
+      new RegExp(`^cannot listen on 127\\.0\\.0\\.1:${port}: the address is already in use\\s*$`),
+    );
+  } finally {
+    lb.signal("SIGTERM");
+    await lb.ended;
+    rmSync(folder, { recursive: true });
+  }
+});
+
 test("a process that has stood still reads what has come meanwhile before it judges", () =>
   through(
     async (visit) => (await sleep(200), visit.send(answer("in time"))),
