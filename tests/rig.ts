@@ -360,6 +360,8 @@ export interface Program {
   stdout: Readable; // to stop reading it
   /** Everything it has printed so far, both streams. */
   output(): string;
+  /** What it has printed on standard error. */
+  errors(): string;
   /** Puts another config in force, by the file. */
   reload(config: unknown): Promise<void>;
   /** SIGTERM; gives the exit status, or null when it had to be killed. */
@@ -393,9 +395,12 @@ export async function startProgram(
     cwd: ROOT,
     stdio: ["ignore", "pipe", "pipe"],
   });
-  let output = "", exited = false;
+  let output = "", errors = "", exited = false;
   child.stdout.on("data", (bytes: Buffer) => output += bytes.toString());
-  child.stderr.on("data", (bytes: Buffer) => output += bytes.toString());
+  child.stderr.on("data", (bytes: Buffer) => {
+    output += bytes.toString();
+    errors += bytes.toString();
+  });
   const orphan = () => child.kill("SIGKILL");
   process.once("exit", orphan);
   const exit = new Promise<number | null>((resolve) =>
@@ -433,6 +438,7 @@ export async function startProgram(
       pid: child.pid ?? 0,
       stdout: child.stdout,
       output: () => output,
+      errors: () => errors,
       reload,
       stop,
     };
