@@ -33,33 +33,34 @@
  *    20. Limits      who has to wait, or to come back later
  *    21. Sticky      which server a client had before
  *    22. Log         what is written down
- *    23. Metrics     what has been counted
- *    24. Explain     which server was taken, and why not the others
- *    25. Retry       whether a request may be tried again, and at whom
- *    26. Pick        who takes the next attempt
- *    27. Settle      what an attempt has come to, and a request
- *    28. Hedge       attempts beside the first
- *    29. Balance     the request path
- *    30. Tls         what is shown to those who connect over TLS
- *    31. Tcp         connections that are not HTTP
- *    32. Doors       what every runtime does in its own way
- *    33. Node        over node:http and node:http2
- *    34. Bun         over Bun.serve
- *    35. Deno        over Deno.serve
- *    36. Edge        where the platform listens
- *    37. Runtimes    where it runs
- *    38. Assemble    one balancer from one config
- *    39. Save        the file after a change
- *    40. Views       what there is to see
- *    41. Changes     operating it
- *    42. Operations  the API
- *    43. Docs        the description of the API
- *    44. Dashboard   the page for people
- *    45. Admin       who may do that, and through which door
- *    46. Call        what the command line and the environment ask for
- *    47. Listeners   where clients come in
- *    48. Workers     many cores
- *    49. Main        as a program
+ *    23. Printing    how the log gets out
+ *    24. Metrics     what has been counted
+ *    25. Explain     which server was taken, and why not the others
+ *    26. Retry       whether a request may be tried again, and at whom
+ *    27. Pick        who takes the next attempt
+ *    28. Settle      what an attempt has come to, and a request
+ *    29. Hedge       attempts beside the first
+ *    30. Balance     the request path
+ *    31. Tls         what is shown to those who connect over TLS
+ *    32. Tcp         connections that are not HTTP
+ *    33. Doors       what every runtime does in its own way
+ *    34. Node        over node:http and node:http2
+ *    35. Bun         over Bun.serve
+ *    36. Deno        over Deno.serve
+ *    37. Edge        where the platform listens
+ *    38. Runtimes    where it runs
+ *    39. Assemble    one balancer from one config
+ *    40. Save        the file after a change
+ *    41. Views       what there is to see
+ *    42. Changes     operating it
+ *    43. Operations  the API
+ *    44. Docs        the description of the API
+ *    45. Dashboard   the page for people
+ *    46. Admin       who may do that, and through which door
+ *    47. Call        what the command line and the environment ask for
+ *    48. Listeners   where clients come in
+ *    49. Workers     many cores
+ *    50. Main        as a program
  *
  * @module
  */
@@ -1630,6 +1631,8 @@ function entry<K extends WeakKey | string | number, V>(
   if (value === undefined) map.set(key, value = make(key));
   return value;
 }
+
+const ENCODER = new TextEncoder();
 
 /** JSON in ASCII: as many bytes as letters, and good for a header or a line. */
 function asciiJson(value: unknown, replace?: (key: string, value: unknown) => unknown): string {
@@ -3959,7 +3962,7 @@ function respondLiterally(
   route: Route,
   { status, body, headers }: Extract<RouteConfig["action"], { kind: "respond" }>,
 ) {
-  const bytes = new TextEncoder().encode(body);
+  const bytes = ENCODER.encode(body);
   const own = headers.has("content-type") || !body ? [] : ["content-type", "text/plain; charset=utf-8"];
   const list = [
     ...own,
@@ -4276,7 +4279,6 @@ const AS_IS = allBut();
 const IN_QUOTES = allBut('"', "\\"); // so that no byte begins another line or ends the quotes
 const ONE_WORD = allBut('"', "\\", " ");
 
-const ENCODER = new TextEncoder();
 const DECIMALS = Array.from({ length: 1_000 }, (_, i) => `.${String(i).padStart(3, "0")}`);
 
 /** What lines are put together in. */
@@ -4354,7 +4356,7 @@ const ACCESS_LINES: Record<LineFormat, (pen: Pen, record: AccessRecord) => void>
     time(r.connected).add("/");
     time(r.head).add("/");
     time(r.ended).add(" ");
-    pen.add(r.failure ?? "-").add(" ").add(r.id, ONE_WORD).add(" ").add(r.trace ?? "-");
+    pen.add(r.failure ?? "-").add(" ").add(r.id || "-", ONE_WORD).add(" ").add(r.trace ?? "-");
   },
   /** OpenTelemetry's semantic conventions, and `lb.` before what has no name there. What is undefined is left out. */
   json(pen, r) {
@@ -4394,9 +4396,12 @@ export function accessLine(record: AccessRecord, format: LineFormat): string {
   return new TextDecoder().decode(pen.take());
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// 23. Printing: how the log gets out: lines together, never waited for by a request.
+// ---------------------------------------------------------------------------------------------------------------------
+
 const MOST_WAITING = 1 << 26; // bytes of lines that wait for a reader of the log
 const TOGETHER = 20; // ms for which lines wait for others: a write of its own costs more than a line
-
 const STALLED = 2_000; // ms without taking anything after which a reader is not waited for at the end
 
 /** Lines on their way out of a thread. */
@@ -4503,7 +4508,7 @@ function accessLog(print: (bytes: Uint8Array<ArrayBuffer>) => Promise<number>, r
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 23. Metrics: what has been counted. Numbers that add up over workers, and their text for Prometheus.
+// 24. Metrics: what has been counted. Numbers that add up over workers, and their text for Prometheus.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const METHODS = [..."EXTENSION_METHOD GET HEAD POST PUT PATCH DELETE OPTIONS TRACE CONNECT".split(" "), ""];
@@ -4689,7 +4694,7 @@ export function renderMetrics(samples: ReadonlyMap<string, number>): string {
 const METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8";
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 24. Explain: which server was taken, and why not the others. In the same words wherever an operator asks.
+// 25. Explain: which server was taken, and why not the others. In the same words wherever an operator asks.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What speaks against asking a server, and where it may be asked all the same, why that is. */
@@ -4747,7 +4752,7 @@ function isOperator({ effects, guesses }: Balancer, exchange: Exchange): boolean
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 25. Retry: whether a request may be tried again, and at whom.
+// 26. Retry: whether a request may be tried again, and at whom.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const BACK_OFF = 25; // milliseconds before the second retry at most; doubled for each further one, up to a second
@@ -4837,7 +4842,7 @@ const backOff = (retry: number, { random, sleep }: Effects): Promise<void> =>
   sleep(random() * Math.min(1_000, BACK_OFF * 2 ** (retry - 1)));
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 26. Pick: who takes the next attempt: now, later, or elsewhere.
+// 27. Pick: who takes the next attempt: now, later, or elsewhere.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What the service's strategy says. */
@@ -4916,7 +4921,7 @@ async function laterOrElsewhere(exchange: Exchange, failure: FailureName, effect
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 27. Settle: what an attempt has come to, and a request: counted once each, when the last byte has passed.
+// 28. Settle: what an attempt has come to, and a request: counted once each, when the last byte has passed.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const TOO_MUCH = new Set([429, 503]); // that Retry-After is believed with
@@ -5027,7 +5032,7 @@ function conclude(balancer: Balancer, exchange: Exchange, response: Response, ow
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 28. Hedge: attempts beside the first. A second one where the first is slow, and copies that nobody waits for.
+// 29. Hedge: attempts beside the first. A second one where the first is slow, and copies that nobody waits for.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What goes on when the answer has been given: copies, and attempts that have lost. The edge has to wait for it. */
@@ -5177,7 +5182,7 @@ async function sendCopy(balancer: Balancer, exchange: Exchange, destination: Des
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 29. Balance: the request path. gate -> matchRoute -> pickServer -> forward -> settle -> (retry, minus those tried) -> response
+// 30. Balance: the request path. gate -> matchRoute -> pickServer -> forward -> settle -> (retry, minus those tried) -> response
 // ---------------------------------------------------------------------------------------------------------------------
 
 const MAX_HOPS = 20; // entries of Via
@@ -5312,7 +5317,7 @@ function refuse(balancer: Balancer, exchange: Exchange, kind: FailureName): Resp
 const ANY_METHOD = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 30. Tls: what is shown to those who connect over TLS. Read from files, and again when these change.
+// 31. Tls: what is shown to those who connect over TLS. Read from files, and again when these change.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** A certificate with its key, as texts, and the names that it is for. */
@@ -5423,7 +5428,7 @@ function outdated({ tls }: Pick<FrontConfig, "tls">, now: Date): string[] {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 31. Tcp: connections that are not HTTP. The same services and servers, with bytes in place of requests.
+// 32. Tcp: connections that are not HTTP. The same services and servers, with bytes in place of requests.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** One connection's life, from its listener to its last byte. A Draw, so that strategies can choose its server. */
@@ -5668,7 +5673,7 @@ export async function openTcp(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 32. Doors: what every runtime does in its own way: listeners, who asks, and what is said.
+// 33. Doors: what every runtime does in its own way: listeners, who asks, and what is said.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What answers requests; `env` is what the runtime hands over beside them. */
@@ -5714,17 +5719,22 @@ function replaceable(
 }
 
 /**
- * That nobody listens there: of those who share a port each would get a part of the clients, and none would notice.
- * It is asked as a client does, for a listener that is opened to find out would take clients and turn them away.
+ * That an address is ours, and nobody listens there: of those who share a port each would get a part of the clients, and
+ * none would notice. It is asked as a client does: a listener at this port would take clients and turn them away.
  */
 async function unused(host: string, port: number): Promise<void> {
-  const at = { "": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "::1" }[host] ?? bare(host);
+  const server = createServer();
+  await new Promise<void>((resolve, reject) => {
+    server.on("error", reject);
+    server.listen({ port: 0, ...(host && { host: bare(host) }) }, resolve); // else another machine might answer
+  });
   const taken = port > 0 && await new Promise<boolean>((resolve) => {
-    const socket = netConnect(port, at, () => {
+    const socket = netConnect(port, bare(host) || "127.0.0.1", () => {
       resolve(socket.localPort !== port); // else it has met itself
       socket.destroy();
     }).on("error", () => resolve(false));
   });
+  await new Promise((resolve) => server.close(resolve));
   if (taken) throw new Error("the address is already in use");
 }
 
@@ -5790,7 +5800,7 @@ const AT_THE_EDGE =
   (globalThis as { navigator?: { userAgent?: string } }).navigator?.userAgent === "Cloudflare-Workers";
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 33. Node: over node:http and node:http2.
+// 34. Node: over node:http and node:http2.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /**
@@ -6003,7 +6013,7 @@ const onNode: Runtime = {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 34. Bun: over Bun.serve.
+// 35. Bun: over Bun.serve.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What Bun offers beyond the standard, as far as it is used here. */
@@ -6101,7 +6111,7 @@ const onBun: Runtime = {
 const bunApi = () => (globalThis as unknown as { Bun: { serve(options: Record<string, unknown>): BunServer } }).Bun;
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 35. Deno: over Deno.serve.
+// 36. Deno: over Deno.serve.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What Deno offers beyond the standard, as far as it is used here. */
@@ -6278,7 +6288,7 @@ const onDeno: Runtime = {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 36. Edge: where the platform listens.
+// 37. Edge: where the platform listens.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const HOP = Object.keys(ROLES).filter((name) => name !== "content-length"); // what ends at this hop
@@ -6342,7 +6352,7 @@ const onEdge: Runtime = {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 37. Runtimes: where it runs. They differ in this table and nowhere else.
+// 38. Runtimes: where it runs. They differ in this table and nowhere else.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const runtimes = { deno: onDeno, bun: onBun, node: onNode, edge: onEdge };
@@ -6412,7 +6422,7 @@ function defaultEffects(): Effects {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 38. Assemble: one balancer from one config.
+// 39. Assemble: one balancer from one config.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** A Hono app that balances, to be served, mounted or wrapped. */
@@ -6623,7 +6633,7 @@ export function createLoadBalancer(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 39. Save: the file after a change. Its comments and order stay, and what is on disk is always whole.
+// 40. Save: the file after a change. Its comments and order stay, and what is on disk is always whole.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** Why something is not done: the status of the answer that says so, and what is wrong with what was sent. */
@@ -6826,7 +6836,7 @@ export async function saveFile(file: string, before: string, text: string): Prom
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 40. Views: what there is to see. Plain JSON.
+// 41. Views: what there is to see. Plain JSON.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** How a server stands, in one word. */
@@ -6971,7 +6981,7 @@ const invalid = (mistakes: Pick<Mistake, "path" | "message">[]) =>
   new Refused(400, mistakes.map(({ path, message }) => path ? `${path}: ${message}` : message).join("; "), mistakes);
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 41. Changes: operating it. Every change is a change of the file.
+// 42. Changes: operating it. Every change is a change of the file.
 // ---------------------------------------------------------------------------------------------------------------------
 
 // Explaining: what would become of a request, without asking anybody and without changing anything.
@@ -7230,7 +7240,7 @@ async function leave({ context: { req }, lb }: Asked, server: Server, change: ()
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 42. Operations: the API, one operation a row.
+// 43. Operations: the API, one operation a row.
 // ---------------------------------------------------------------------------------------------------------------------
 
 // Services and their servers.
@@ -7522,7 +7532,7 @@ const OPERATIONS: Record<string, Operation> = {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 43. Docs: the description of the API. OpenAPI from the schemas that check it.
+// 44. Docs: the description of the API. OpenAPI from the schemas that check it.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const problemSchema = {
@@ -7715,7 +7725,7 @@ function docs(): Hono<AdminEnv> {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 44. Dashboard: the page for people. One page, no script from anywhere else.
+// 45. Dashboard: the page for people. One page, no script from anywhere else.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const STYLE = `
@@ -8203,7 +8213,7 @@ export function dashboard(look: () => Snapshot | Promise<Snapshot>, gate: Gateke
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 45. Admin: who may do that, and through which door. Hosts, sites and tokens are checked before anything is looked at.
+// 46. Admin: who may do that, and through which door. Hosts, sites and tokens are checked before anything is looked at.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What every answer says to browsers, and to what is between them and us. */
@@ -8338,7 +8348,7 @@ export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 46. Call: what the command line and the environment ask for.
+// 47. Call: what the command line and the environment ask for.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const USAGE = `lb.ts ${VERSION}: a load balancer for HTTP in one file
@@ -8479,7 +8489,7 @@ function readText(file: string): string {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 47. Listeners: where clients come in. They are opened, kept at what is in force, and drained.
+// 48. Listeners: where clients come in. They are opened, kept at what is in force, and drained.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What a thread, or all of them, listens with. */
@@ -8666,7 +8676,7 @@ async function drain(balancer: Balancer, close: Seats["close"], grace: number): 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 48. Workers: many cores. One main thread decides, and threads that share the port serve.
+// 49. Workers: many cores. One main thread decides, and threads that share the port serve.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const WORKER = "lb.ts worker";
@@ -8771,11 +8781,12 @@ function showCounts(balancer: Balancer, { services, entrypoints, ...own }: Count
 
 /** A worker's whole life: it serves, and does what the main thread says. */
 async function work({ config, file, ports, speaks, workers, secret, down }: Task): Promise<void> {
-  const say = (word: Word) => parentPort!.postMessage(word);
+  const say = (word: Word): undefined => void parentPort!.postMessage(word); // Node's gives true
+  const sayLines = (lines: Uint8Array) => say({ kind: "lines", lines: lines.slice() }); // a view would take all of its buffer along
   const read = (source: Raw) => divided(expand(source, "", file), workers);
   const report: Effects["report"] = (level, text) => say({ kind: "report", level, text });
   const log = accessLog((lines) => {
-    say({ kind: "lines", lines: lines.slice() });
+    sayLines(lines);
     return Promise.resolve(lines.length);
   }, report);
   const lb = createLoadBalancer(read(config), { write: log.write, report, secret: () => secret });
@@ -8807,7 +8818,7 @@ async function work({ config, file, ports, speaks, workers, secret, down }: Task
       server.probesPassed = server.probesFailed = 0; // it has counted them, too
     } else {
       const left = await seats.drain(order.grace);
-      say({ kind: "lines", lines: log.rest().slice() });
+      sayLines(log.rest());
       say({ kind: "drained", left });
     }
   });
@@ -8926,7 +8937,7 @@ async function startFleet(lb: LoadBalancer, count: number, log: AccessLog): Prom
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 49. Main: as a program.
+// 50. Main: as a program.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** The same as text, for a balancer that has just started. */

@@ -12,7 +12,19 @@ import {
   parseConfig,
   WireError,
 } from "../lb.ts";
-import { answer, get, type Message, rawRequest, scriptedServer, seeded, startProgram, until, value } from "./rig.ts";
+import {
+  answer,
+  get,
+  type Message,
+  type Program,
+  rawRequest,
+  scriptedServer,
+  seeded,
+  sleep,
+  startProgram,
+  until,
+  value,
+} from "./rig.ts";
 
 interface Ask extends RequestInit {
   headers?: Record<string, string>;
@@ -75,6 +87,13 @@ test("combined is Apache's line, and behind it who was asked, when what happened
     lines[1]!,
     /^2001:db8::1 - - \[.*\] "GET http:\/\/h\.test\/ HTTP\/1\.1" 400 45 "-" "-" - - 0 -\/-\/0.000 bad-host \S+ [0-9a-f]{32}$/,
   );
+});
+
+test("combined has as many words where a trusted peer gives an empty request id", async () => {
+  const { ask, lines } = setUp("log: combined\ntrust: [10.0.0.0/8]");
+  for (const id of ["given", ""]) await ask("http://h.test/", { from: { ...TRUSTED, headers: ["x-request-id", id] } });
+  assert.match(lines[0]!, / - given [0-9a-f]{32}$/);
+  assert.match(lines[1]!, / - - [0-9a-f]{32}$/);
 });
 
 test("json has OpenTelemetry's names, and lb. before those of our own", async () => {
@@ -416,28 +435,30 @@ test("a server that is down is told as a warning", LONG, async () => {
   }
 });
 
+/** Asks for many lines of 56 kB: each letter of the agent is escaped. */
+async function fill({ port }: Program, count: number) {
+  const headers = { "user-agent": '"'.repeat(14_000) };
+  const ask = () => fetch(`http://127.0.0.1:${port}/`, { headers }).then((one) => one.text());
+  for (let i = 0; i < count; i += 20) {
+    for (const body of await Promise.all(Array.from({ length: 20 }, ask))) assert.equal(body, "here");
+  }
+}
+const filled = (lb: Program) =>
+  lb.output().split("\n").filter((line) => /^127.* 200 4 "-" "(\\x22){14000}" .* \S+$/.test(line)).length;
+
 test("a reader of the log that stalls costs lines, which are counted, and no request", LONG, async () => {
-  const lb = await startProgram({ log: "combined", default: { respond: { body: "here" } } });
-  const agent = '"'.repeat(14_000), sent = 1_600; // lines of 56 kB, as each letter is escaped: 90 MB
+  const lb = await startProgram({ log: "combined", default: { respond: { body: "here" } } }), sent = 1_600; // 90 MB
   /** Until nothing more comes: its length is known at once, but to look into 64 MiB again and again keeps a machine busy. */
   const quiet = async () => {
     for (let before = -1; before !== lb.output().length;) {
       before = lb.output().length;
-      await new Promise((resolve) => setTimeout(resolve, 500));
+      await sleep(500);
     }
   };
   const lost = () => [...lb.errors().matchAll(/that are lost: (\d+)\n/g)].reduce((sum, one) => sum + Number(one[1]), 0);
-  const lines = () =>
-    lb.output().split("\n").filter((line) => /^127.* 200 4 "-" "(\\x22){14000}" .* \S+$/.test(line)).length;
   try {
     lb.stdout.pause();
-    for (let i = 0; i < sent / 20; i++) {
-      const answers = Array.from(
-        { length: 20 },
-        () => fetch(`http://127.0.0.1:${lb.port}/`, { headers: { "user-agent": agent } }).then((one) => one.text()),
-      );
-      for (const body of await Promise.all(answers)) assert.equal(body, "here");
-    }
+    await fill(lb, sent);
     await until("the warning", () => lb.errors().includes("warn: nobody reads the access log: its lines are lost"));
     lb.stdout.resume();
     await until("what was lost is counted", () => lost() > 0, 60_000);
@@ -445,7 +466,7 @@ test("a reader of the log that stalls costs lines, which are counted, and no req
     await fetch(`http://127.0.0.1:${lb.port}/last`).then((one) => one.text());
     await until("the log goes on", () => lb.output().includes("GET /last"), 60_000);
     assert.ok(lost() > 200 && lost() < 800, `${lost()} lines`);
-    assert.equal(lines() + lost(), sent);
+    assert.equal(filled(lb) + lost(), sent);
   } finally {
     await lb.stop();
   }
@@ -453,23 +474,18 @@ test("a reader of the log that stalls costs lines, which are counted, and no req
 
 test("a reader that takes its time has the whole log before the program ends", LONG, async () => {
   const lb = await startProgram({ log: "combined", default: { respond: { body: "here" } } });
-  const agent = '"'.repeat(14_000), sent = 200; // 11 MB, far more than pipes hold
-  lb.stdout.pause();
-  for (let i = 0; i < sent; i += 20) {
-    await Promise.all(
-      Array.from(
-        { length: 20 },
-        () => fetch(`http://127.0.0.1:${lb.port}/`, { headers: { "user-agent": agent } }).then((one) => one.text()),
-      ),
-    );
+  try {
+    lb.stdout.pause();
+    await fill(lb, 200); // 11 MB, far more than pipes hold
+    const ended = lb.stop();
+    await until("it has nothing else to do", () => lb.output().includes("info: drained"));
+    lb.stdout.resume();
+    await ended;
+    await until("every line is there", () => filled(lb) === 200);
+    assert.doesNotMatch(lb.output(), /lost/);
+  } finally {
+    await lb.stop();
   }
-  const ended = lb.stop();
-  await until("it has nothing else to do", () => lb.output().includes("info: drained"));
-  lb.stdout.resume();
-  await ended;
-  const lines = () => lb.output().split("\n").filter((line) => /^127.* 200 4 "-" "(\\x22){14000}" .* \S+$/.test(line));
-  await until("every line is there", () => lines().length === sent);
-  assert.doesNotMatch(lb.output(), /lost/);
 });
 
 test("a log that cannot be written is told once, and how much was lost", LONG, async () => {
@@ -479,7 +495,7 @@ test("a log that cannot be written is told once, and how much was lost", LONG, a
     lb.stdout.destroy();
     for (let i = 0; i < 5; i++) {
       assert.equal(await ask(), "here");
-      await new Promise((resolve) => setTimeout(resolve, 50));
+      await sleep(50);
     }
     await until(
       "it is told",

@@ -264,6 +264,8 @@ test("the port is nobody else's, though workers share it", async () => {
     for (const workers of ["2", "1"]) {
       const second = startProgram({ default: { respond: {} } }, [...taken, "--workers", workers]);
       await assert.rejects(second, /cannot listen on/, `workers: ${workers}`);
+      const elsewhere = startProgram({ default: { respond: {} } }, ["--listen", "192.0.2.1:1", "--workers", workers]);
+      await assert.rejects(elsewhere, /cannot listen on 192\.0\.2\.1:1: (?!.*already in use)/, "not ours");
     }
   } finally {
     await lb.stop();
