@@ -6,7 +6,7 @@ import { parseArgs } from "node:util";
 import { type Case, CASE_NAMES, CASES, type Figures, type Pace, type Variant } from "./cases.ts";
 import { type Contestant, CONTESTANTS } from "./contestants.ts";
 import { cleanUpAtExit, PROJECT, Skip } from "./processes.ts";
-import { hasBlock, replaceBlock, report, type Row } from "./report.ts";
+import { hasBlock, median, replaceBlock, report, type Row } from "./report.ts";
 
 const NAMES = CONTESTANTS.map(({ name }) => name);
 const QUICK = { cases: ["small", "one", "big"], only: ["deno", "bun", "node", "haproxy", "caddy", "fast-proxy"] };
@@ -94,12 +94,6 @@ function rowOf({ variant, contestant, measured, note = "not measured" }: Job): R
   const names = Object.keys(first) as (keyof Figures)[];
   const figures = Object.fromEntries(names.map((name) => [name, median(measured.map((one) => one[name] ?? 0))]));
   return { variant, contestant, figures: figures as Figures };
-}
-
-function median(values: number[]): number {
-  const sorted = values.toSorted((a, b) => a - b);
-  const half = sorted.length / 2;
-  return (sorted[Math.floor(half)]! + sorted[Math.ceil(half) - 1]!) / 2;
 }
 
 function readReadme(): string {

@@ -156,7 +156,7 @@ async function checkAnswer(port: number, { path, method = "GET", body, answer }:
 }
 
 /** Counts what the balancer spends while `load` runs. */
-async function counted(child: Child, load: () => Promise<Report>): Promise<Figures & Report> {
+export async function counted(child: Child, load: () => Promise<Report>): Promise<Figures & Report> {
   const before = cpuOf(child.pid);
   const report = await load();
   const cpu = (cpuOf(child.pid) - before) / Math.max(1, report.requests);

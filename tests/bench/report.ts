@@ -25,14 +25,20 @@ const MOST_LOST_TO_ROUTES = 0.1;
 const NOTHING = "–";
 
 /** The first `texts` columns stand left, the figures after them right. */
-function table(texts: number, head: string[], rows: string[][]): string {
+export function table(texts: number, head: string[], rows: string[][]): string {
   const line = (cells: string[]) => `| ${cells.join(" | ")} |`;
   const ruler = head.map((_, index) => index < texts ? "---" : "---:");
   return [line(head), line(ruler), ...rows.map(line)].join("\n");
 }
 
-const digits = (value: number) => value >= 100 ? Math.round(value).toLocaleString("en") : value.toPrecision(3);
-const times = (value: number | undefined) => value === undefined ? NOTHING : `${value.toFixed(2)}`;
+export function median(values: number[]): number {
+  const sorted = values.toSorted((a, b) => a - b);
+  const half = sorted.length / 2;
+  return (sorted[Math.floor(half)]! + sorted[Math.ceil(half) - 1]!) / 2;
+}
+
+export const digits = (value: number) => value >= 100 ? Math.round(value).toLocaleString("en") : value.toPrecision(3);
+export const times = (value: number | undefined) => value === undefined ? NOTHING : `${value.toFixed(2)}`;
 
 export const label = ({ kind, name }: Contestant) => kind === "lb" ? `**lb.ts on ${name}**` : name;
 

@@ -3,15 +3,16 @@
 // it in turn; both are started anew several times, as no two processes are compiled alike. On two cores that do nothing
 // else there are so many times one worker's requests: twice the ratio of the CPU that one takes.
 import process from "node:process";
-import { serversFor, small, wrk } from "./cases.ts";
-import { CONTESTANTS, RUNTIMES } from "./contestants.ts";
-import { ALL_CORES, type Child, cleanUpAtExit, cpuOf, freePorts, listening, start, stop } from "./processes.ts";
+import { counted, type Figures, serversFor, small, wrk } from "./cases.ts";
+import { CONTESTANTS, type Runtime, RUNTIMES } from "./contestants.ts";
+import { ALL_CORES, type Child, cleanUpAtExit, freePorts, listening, start, stop } from "./processes.ts";
+import { digits, median, table, times } from "./report.ts";
 
-/** In microseconds per request, cores, and requests per second. */
-type Burst = { cpu: number; cores: number; rate: number };
+const BURSTS = 6; // of one second, for each start
+
 type Arm = { child: Child; port: number };
 
-async function open(runtime: string, workers: number, servers: string[]): Promise<Arm> {
+async function open(runtime: Runtime, workers: number, servers: string[]): Promise<Arm> {
   const [port = 0] = await freePorts(1), contestant = CONTESTANTS.find(({ name }) => name === runtime)!;
   const command = contestant.command({ port, servers, strategy: "round-robin", routes: 0 });
   const child = start(ALL_CORES, [...command, "--workers", `${workers}`]);
@@ -20,42 +21,30 @@ async function open(runtime: string, workers: number, servers: string[]): Promis
   return { child, port };
 }
 
-async function burst({ child, port }: Arm): Promise<Burst> {
-  const [began, before] = [performance.now(), cpuOf(child.pid)];
-  const { requests, seconds } = await wrk(port, 1, small, 0, ALL_CORES);
-  const spent = cpuOf(child.pid) - before;
-  return {
-    cpu: spent / requests,
-    cores: spent / 1_000 / (performance.now() - began),
-    rate: requests / seconds,
-  };
-}
-
-const median = (values: number[]): number => values.toSorted((a, b) => a - b)[values.length >> 1]!;
+const burst = ({ child, port }: Arm): Promise<Figures> => counted(child, () => wrk(port, 1, small, 0, ALL_CORES));
 
 /** Bursts of one worker and of two, each pair one after the other. */
-async function pairs(runtime: string, servers: string[]): Promise<[Burst, Burst][]> {
-  const [one, two] = [await open(runtime, 1, servers), await open(runtime, 2, servers)];
-  const measured: [Burst, Burst][] = [];
+async function pairs(runtime: Runtime, servers: string[]): Promise<[Figures, Figures][]> {
+  const one = await open(runtime, 1, servers), two = await open(runtime, 2, servers);
+  const measured: [Figures, Figures][] = [];
   for (let i = 0; i < BURSTS; i++) measured.push([await burst(one), await burst(two)]);
   for (const { child } of [one, two]) await stop(child);
   return measured;
 }
 
-const BURSTS = 6; // for each start
-const starts = Number(process.argv[2] ?? 5);
 cleanUpAtExit();
-const servers = await serversFor(3, ALL_CORES);
-console.log(
-  "| | workers | requests/s | CPU us/request | cores it has | on two cores |\n| --- | --- | --- | --- | --- | --- |",
-);
+const starts = Number(process.argv[2] ?? 5), servers = await serversFor(3, ALL_CORES), rows: string[][] = [];
 for (const runtime of RUNTIMES) {
-  const measured: [Burst, Burst][] = [];
+  const measured: [Figures, Figures][] = [];
   for (let i = 0; i < starts; i++) measured.push(...await pairs(runtime, servers));
-  const gain = 2 * median(measured.map(([one, two]) => one.cpu / two.cpu));
-  for (const [i, last] of ["", `${gain.toFixed(2)} times`].entries()) {
-    const of = (what: keyof Burst, digits: number) => median(measured.map((pair) => pair[i]![what])).toFixed(digits);
-    console.log(`| ${runtime} | ${i + 1} | ${of("rate", 0)} | ${of("cpu", 1)} | ${of("cores", 2)} | ${last} |`);
+  for (const i of [0, 1]) {
+    const of = (what: (figures: Figures) => number) => median(measured.map((pair) => what(pair[i]!)));
+    const gain = 2 * median(measured.map(([one, two]) => one.cpu / two.cpu));
+    rows.push([
+      ...[runtime, `${i + 1}`, digits(of(({ rps }) => rps)), digits(of(({ cpu }) => cpu))],
+      ...[times(of(({ cpu, rps }) => cpu * rps / 1e6)), times(i ? gain : undefined)],
+    ]);
   }
 }
+console.log(table(1, ["", "workers", "requests/s", "CPU us/request", "cores it has", "times one, on two cores"], rows));
 process.exit();
