@@ -8,8 +8,6 @@ import { after, before, test } from "node:test";
 import {
   answer,
   type Exchange,
-  type Expected,
-  expectedHere,
   get,
   inWords,
   matching,
@@ -79,7 +77,7 @@ interface Row {
   name: string;
   /** What the bad server does; a text is what it answers. */
   answer: string | Buffer | Script;
-  expect: Expected;
+  expect: string;
   /** GET /x when left out. */
   send?: Part | Part[];
   method?: string;
@@ -122,7 +120,6 @@ const heads: Row[] = Object.entries({
   "a status of two digits": "HTTP/1.1 20 OK\r\nContent-Length: 0\r\n\r\n",
   "a status of four digits": "HTTP/1.1 2000 OK\r\nContent-Length: 0\r\n\r\n",
   "the status 099": "HTTP/1.1 099 OK\r\nContent-Length: 0\r\n\r\n",
-  "the status 600": "HTTP/1.1 600 OK\r\nContent-Length: 0\r\n\r\n",
   "another protocol": "SSH-2.0-OpenSSH_9.2p1\r\n\r\n",
   "another version": "HTTP/2.0 200 OK\r\nContent-Length: 0\r\n\r\n",
   "a line without a colon": `${OK}no colon\r\nContent-Length: 2\r\n\r\nok`,
@@ -135,7 +132,6 @@ const heads: Row[] = Object.entries({
   "a NUL in a value": `${OK}X-A: a\0b\r\nContent-Length: 2\r\n\r\nok`,
   "a bare CR in a value": `${OK}X-A: a\rb\r\nContent-Length: 2\r\n\r\nok`,
   "a bare LF between headers": `${OK}X-A: a\nX-B: b\r\nContent-Length: 2\r\n\r\nok`,
-  // Deno ends with a panic when one of these reaches its server.
   "ESC in a value": `${OK}X-A: a\x1bb\r\nContent-Length: 2\r\n\r\nok`,
   "a control character in a value": `${OK}X-A: a\x01b\r\nContent-Length: 2\r\n\r\nok`,
   "DEL in a value": `${OK}X-A: a\x7fb\r\nContent-Length: 2\r\n\r\nok`,
@@ -164,13 +160,13 @@ const bodies: Row[] = [
   {
     name: "a body shorter than its length",
     answer: then(`${OK}Content-Length: 10\r\n\r\nhello`, "FIN"),
-    expect: "cut | 502",
+    expect: "cut",
     drops: true,
   },
   {
     name: "chunks without the last one",
     answer: then(`${OK}Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n`, "FIN"),
-    expect: "cut | 502",
+    expect: "cut",
     drops: true,
   },
   {
@@ -189,10 +185,9 @@ const bodies: Row[] = [
     "an endless chunk size": "0".repeat(100_000),
   }).flatMap(([name, body]): Row[] => [
     {
-      // Bun resets the connection when a body fails before anything was sent.
       name: `${name} with the head`,
       answer: `${OK}Transfer-Encoding: chunked\r\n\r\n${body}`,
-      expect: { deno: "cut | 502", bun: "cut | 502 | closes", node: "cut | 502" },
+      expect: "502",
       drops: true,
     },
     {
@@ -220,7 +215,7 @@ const bodies: Row[] = [
   {
     name: "100 Continue without end",
     answer: drip("HTTP/1.1 100 Continue\r\n\r\n".repeat(100), 100, 25),
-    expect: "504 | 502",
+    expect: "504",
     drops: true,
   },
   {
@@ -292,7 +287,8 @@ const behind: Row[] = [
     {
       name: `${code} with chunks`,
       answer: `HTTP/1.1 ${code} X\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nevil\r\n0\r\n\r\n`,
-      expect: `${code} | 502`,
+      expect: `${code}`,
+      check: bodyIs(""),
       drops: true,
     },
   ]),
@@ -413,7 +409,33 @@ const fine: Row[] = [
     expect: "200",
     check: bodyIs("ok"),
   },
-  { name: "an unusual status", answer: answer("ok", "", "299 Unusual"), expect: "299", check: bodyIs("ok") },
+  ...["299 Unusual", "418 I'm a caf\xe9", "600 Beyond", "999 Odd"].map((line): Row => ({
+    name: `the status ${line}`,
+    answer: answer("ok", "", line),
+    expect: `${line.slice(0, 3)}!`,
+    check: (one) => (bodyIs("ok")(one), assert.equal(one.start, `HTTP/1.1 ${line}`)),
+  })),
+  {
+    name: "headers in its own order and spelling",
+    answer: answer("ok", "x-b: 1\r\nX-A: 2\r\nX-b: 3\r\nDATE: then\r\nset-COOKIE: a=1\r\nX-B: 4\r\n"),
+    expect: "200",
+    check: ({ headers }) =>
+      assert.deepEqual(headers.filter(([name]) => name !== "Connection"), [
+        ["x-b", "1"],
+        ["X-A", "2"],
+        ["X-b", "3"],
+        ["DATE", "then"],
+        ["set-COOKIE", "a=1"],
+        ["X-B", "4"],
+        ["Content-Length", "2"],
+      ]),
+  },
+  {
+    name: "no Date",
+    answer: answer("ok"),
+    expect: "200",
+    check: (one) => assert.ok(Math.abs(Date.parse(value(one, "date")) - Date.now()) < 5_000, value(one, "date")),
+  },
   { name: "an empty body", answer: answer(""), expect: "200", check: bodyIs("") },
   {
     name: "204",
@@ -428,7 +450,10 @@ const fine: Row[] = [
       1,
     ),
     expect: "200",
-    check: bodyIs("hello0123456789"),
+    check: (one, { bytes }) => {
+      bodyIs("hello0123456789")(one);
+      assert.ok(bytes.toString().endsWith("\r\n0\r\nX-T: 1\r\n\r\n"), "the trailer has come as well");
+    },
   },
   { name: "a head in pieces", answer: drip(answer("hello").toString(), 1), expect: "200", check: bodyIs("hello") },
   { name: "three megabytes by length", answer: answer(bytes(3e6)), expect: "200", check: bodyIs(bytes(3e6)) },
@@ -451,12 +476,25 @@ const fine: Row[] = [
     expect: "200",
     check: (one) => assert.equal(value(one, "constructor"), "y"),
   },
-  ...["100 Continue", "102 Processing", "103 Early Hints"].map((line): Row => ({
-    name: `${line} before the answer`,
-    answer: `HTTP/1.1 ${line}\r\nLink: </a.css>\r\n\r\nHTTP/1.1 ${line}\r\n\r\n${answer("hello")}`,
-    expect: "200",
-    check: (one) => (bodyIs("hello")(one), assert.equal(value(one, "link"), "")),
-  })),
+  ...["100 Continue", "102 Processing", "103 Early Hints"].flatMap((line): Row[] => {
+    const first = `HTTP/1.1 ${line}\r\nLink: </a.css>\r\n\r\n`, second = `HTTP/1.1 ${line}\r\n\r\n`;
+    const check: Row["check"] = (one, { interim }) => {
+      bodyIs("hello")(one);
+      assert.equal(value(one, "link"), "");
+      const passed = line.startsWith("100") ? [] : ["</a.css>", ""]; // nobody has asked for 100
+      assert.deepEqual(interim.map((one) => value(one, "link")), passed);
+      for (const { start } of interim) assert.equal(start, `HTTP/1.1 ${line}`);
+    };
+    return [
+      { name: `${line} before the answer`, answer: first + second + answer("hello"), expect: "200", check },
+      {
+        name: `${line} and a while later the answer`,
+        answer: then(first, 50, second, 50, answer("hello")),
+        expect: "200",
+        check,
+      },
+    ];
+  }),
   {
     name: "an early 413 while the client still uploads",
     at: "head",
@@ -488,7 +526,7 @@ for (const row of [heads, bodies, behind, fine].flat()) {
     const bytes = (text: string | Buffer) => Buffer.isBuffer(text) ? text : Buffer.from(text, "latin1");
     bad.reset(typeof given === "function" ? given : (visit) => visit.send(bytes(given)), at);
     const exchange = await rawRequest(program.port, send ?? ask("alone.test", method), { methods: [method] });
-    matching(expectedHere(expect), exchange);
+    matching(expect, exchange);
     check?.(exchange.answers[0]!, exchange);
     if (drops) await until("the connection to the server ends", () => bad.last?.over);
     // The next client gets his own answer.
@@ -605,18 +643,22 @@ for (const { name, script, send, expect, asked } of failing) {
   });
 }
 
-const stale: Record<string, Script> = {
-  "is reset when the next request arrives": onceThen(resetConnection),
-  "ends when the next request arrives": onceThen(then("FIN")),
-  "ends while it is idle": async (visit) => (await visit.send(answer("first"), 50), visit.socket.end()),
-  "is reset while it is idle": async (visit) => (await visit.send(answer("first"), 50), resetConnection(visit)),
+/** What a server does with an idle connection, and what a POST gets that comes then. */
+const stale: Record<string, [Script, post: string]> = {
+  "is reset when the next request arrives": [onceThen(resetConnection), "502"],
+  "ends when the next request arrives": [onceThen(then("FIN")), "502"],
+  "ends while it is idle": [async (visit) => (await visit.send(answer("first"), 50), visit.socket.end()), "200"],
+  "is reset while it is idle": [
+    async (visit) => (await visit.send(answer("first"), 50), resetConnection(visit)),
+    "200",
+  ],
 };
-for (const [name, script] of Object.entries(stale)) {
+for (const [name, [script, post]] of Object.entries(stale)) {
   test(`a connection that ${name} is not seen by the client of a GET, and POST is not sent twice`, async () => {
     bad.reset(script);
     matching("200", await rawRequest(program.port, ask("alone.test", "GET", "/warm")));
     matching("200", await rawRequest(program.port, [150, ask("alone.test", "GET", "/again")]));
-    matching("200 | 502", await rawRequest(program.port, [150, submit("alone.test")]));
+    matching(post, await rawRequest(program.port, [150, submit("alone.test")]));
     assert.equal(bad.requests.filter(({ start }) => start.startsWith("POST")).length, 1);
   });
 }

@@ -11,15 +11,19 @@ import {
   type Failure,
   type FailureName,
   FAILURES,
+  type FetchAttempt,
+  type HttpResponse,
   type LoadBalancer,
   parseConfig,
+  type RequestProblem,
   type Strategies,
   strategies,
   WireError,
 } from "../lb.ts";
+import { requestOf } from "./rig.ts";
 
 /** What one attempt meets: a status, or a failure before (`connect`) or after the server has seen the request. */
-type Manner = number | `${"" | "unsent "}${Failure}` | ((attempt: Attempt) => Promise<Response>);
+type Manner = number | `${"" | "unsent "}${Failure}` | ((attempt: FetchAttempt) => Promise<Response>);
 interface Ask extends RequestInit {
   headers?: Record<string, string>;
   from?: Partial<Client>;
@@ -31,6 +35,7 @@ interface More {
   top?: string; // of the file
   own?: Strategies;
   yaml?: string; // the whole file
+  transport?: (attempt: Attempt) => void; // in place of fetch
 }
 
 const balancers: LoadBalancer[] = [];
@@ -47,19 +52,20 @@ const test = (name: string, run: () => Promise<void>) =>
     }
   });
 
-const bytesOf = (body: Attempt["body"]) => new Response(body).text();
+const bytesOf = (body: FetchAttempt["body"]) => new Response(body).text();
 
 /** A balancer whose attempts meet the manners in turn, the last one again and again. Afterwards all counts must be 0. */
 function setUp(
   keys = "",
   manners: Manner[] = [200],
-  { servers = "[a:1, b:1, c:1]", top = "log: off", own = {}, yaml }: More = {},
+  { servers = "[a:1, b:1, c:1]", top = "log: off", own = {}, yaml, transport }: More = {},
 ) {
   const [asked, lines, reports, slept]: [string[], string[], string[], number[]] = [[], [], [], []];
-  const seen: { attempt?: Attempt; headers: Record<string, string>; bodies: string[] } = { headers: {}, bodies: [] };
+  type Seen = { attempt?: FetchAttempt; headers: Record<string, string>; bodies: string[] };
+  const seen: Seen = { headers: {}, bodies: [] };
   const clock = { now: 0 };
   let turn = 0;
-  const fetch = async (_url: string, attempt: Attempt) => {
+  const fetch = async (_url: string, attempt: FetchAttempt) => {
     asked.push(attempt.server.name[0]!);
     seen.attempt = attempt;
     seen.headers = {};
@@ -91,7 +97,7 @@ function setUp(
   const usual = ["health: off", "eject: off"].filter((one) => !keys.includes(one.split(" ")[0]!));
   const file = yaml ?? `${top}\ndefault: { ${[`servers: ${servers}`, ...usual, keys].join(", ")} }`;
   const lb = createLoadBalancer(parseConfig(file), {
-    fetch,
+    ...transport ? { send: transport } : { fetch },
     now: () => clock.now,
     date: () => new Date(Date.UTC(2026, 10, 21, 3, 14, 42)),
     random: () => 0.5,
@@ -119,7 +125,15 @@ function setUp(
     const response = await send(url, init);
     return { status: response.status, headers: response.headers, text: await response.text() };
   };
-  return { lb, ask, send, asked, lines, reports, slept, seen, clock };
+  /** What our own server has refused already is answered and counted like all else. */
+  const refused = (problem: RequestProblem, headers: Record<string, string>) => {
+    const request = requestOf({ problem, fields: ["host", "h.test", ...Object.entries(headers).flat()] });
+    lb.handle(request);
+    const [{ status, fields, body }] = request.answers as [HttpResponse];
+    const pairs = fields.flatMap((name, i): [string, string][] => i % 2 ? [] : [[name, fields[i + 1]!]]);
+    return { status, headers: new Headers(pairs), text: body.bytes!.toString() };
+  };
+  return { lb, ask, send, refused, asked, lines, reports, slept, seen, clock };
 }
 
 const stream = (...pieces: string[]) =>
@@ -323,7 +337,7 @@ test("where all servers fail, 1,000 requests a second become 1,200 and no more, 
   for (const manner of ["reset", 503, "timeout"] as const) {
     for (const before of [0, 1000]) {
       let failing = false;
-      const meet = (attempt: Attempt) => {
+      const meet = (attempt: FetchAttempt) => {
         if (failing && typeof manner === "string") return Promise.reject(new WireError(manner, true, ""));
         attempt.ended(failing ? manner as number : 200, 0, undefined);
         return Promise.resolve(new Response(null, { status: failing ? manner as number : 200 }));
@@ -353,14 +367,14 @@ test("what is wrong with one server is reported once a second, however many requ
 
 // ─── Answers of our own ───
 
-type Cause = More & { keys?: string; manners?: Manner[]; ask?: Ask; before?: number };
+type Cause = More & { keys?: string; manners?: Manner[]; ask?: Ask; before?: number; problem?: RequestProblem };
 const own: Strategies = {
   first() {
     throw new Error("secret 10.9.8.7");
   },
 };
 /** What ends in each failure. */
-const CAUSES: Record<FailureName, Cause | "the runtime's own parser" | "limits.test.ts" | "tcp.test.ts"> = {
+const CAUSES: Record<FailureName, Cause | "limits.test.ts" | "tcp.test.ts"> = {
   "bad-request": { ask: { raw: "http://h.test/%zz" } },
   "bad-host": { ask: { headers: { host: "a@b" } } },
   "bad-body": { ask: { method: "PUT", body: "abc", headers: { "content-length": "5" } } },
@@ -373,7 +387,9 @@ const CAUSES: Record<FailureName, Cause | "the runtime's own parser" | "limits.t
   },
   "body-too-large": { keys: "body_limit: 2", ask: withBody("PUT", "kept") },
   "uri-too-long": { ask: { raw: `http://h.test/${"a".repeat(20_000)}` } },
-  "headers-too-large": "the runtime's own parser",
+  "headers-too-large": { problem: "headers-too-large" },
+  "bad-version": { problem: "bad-version" },
+  "bad-expect": { problem: "bad-expect" },
   "client-left": { manners: ["client-left"] },
   "internal": { keys: "strategy: first", own },
   "connect": { manners: ["connect"] },
@@ -411,12 +427,14 @@ for (const [kind, { status, text }] of Object.entries(FAILURES)) {
   if (typeof cause === "string") continue;
   test(`${kind} is answered with ${status}, x-lb-failure and a short text, or JSON for those who ask for it`, async () => {
     for (const accept of [undefined, "*/*", "application/json", "text/html, application/problem+json;q=0.9"]) {
-      const { ask, reports } = setUp(cause.keys, cause.manners, cause);
+      const { ask, refused, reports } = setUp(cause.keys, cause.manners, cause);
       const headers = { ...cause.ask?.headers, ...accept && { accept } };
       // a body can be sent once
       const body = cause.ask?.body instanceof ReadableStream ? { body: new ReadableStream({}) } : {};
       for (let i = 0; i < (cause.before ?? 0); i++) await ask();
-      const answer = await ask(undefined, { ...cause.ask, ...body, headers });
+      const answer: Awaited<ReturnType<typeof ask>> = cause.problem
+        ? refused(cause.problem, headers)
+        : await ask(undefined, { ...cause.ask, ...body, headers });
       assert.deepEqual([answer.status, answer.headers.get("x-lb-failure")], [status, kind]);
       assert.equal(answer.headers.get("retry-after"), status === 503 ? "1" : null);
       assert.equal(answer.headers.get("allow"), status === 405 ? "PUT" : null);
@@ -457,14 +475,14 @@ const HEADERS: [why: string, from: Partial<Client>, sent: string, seen: string][
   [
     "end-to-end headers pass as they are",
     {},
-    "X-Any: 1 | TE-x: 2 | Authorization: Basic x",
-    "X-Any: 1 | TE-x: 2 | Authorization: Basic x",
+    "X-Any: 1 | TE-x: 2 | Authorization: Basic x | Trailer: x-sum",
+    "X-Any: 1 | TE-x: 2 | Authorization: Basic x | Trailer: x-sum",
   ],
   [
     "hop-by-hop headers end here",
     {},
-    "Connection: close | Keep-Alive: 1 | TE: trailers | Trailer: x | Upgrade: h2c | HTTP2-Settings: x",
-    "Connection: - | Keep-Alive: - | TE: - | Trailer: - | Upgrade: - | HTTP2-Settings: -",
+    "Connection: close | Keep-Alive: 1 | TE: trailers | Upgrade: h2c | HTTP2-Settings: x",
+    "Connection: - | Keep-Alive: - | TE: - | Upgrade: - | HTTP2-Settings: -",
   ],
   [
     "so do those for proxies",
@@ -566,6 +584,13 @@ for (const [why, from, sent, wanted] of HEADERS) {
   });
 }
 
+test("headers pass in the sender's spelling and order, and several of one name stay several", async () => {
+  const { ask, seen } = setUp();
+  const sent = ["X-b", "1", "Cookie", "a=1", "x-A", "2", "X-B", "3", "cookie", "b=2"];
+  await ask(undefined, { from: { headers: ["HOST", "h.test", ...sent] } });
+  assert.deepEqual(seen.attempt!.headers.slice(0, 2 + sent.length), ["host", "h.test", ...sent]);
+});
+
 test("Max-Forwards counts the hops of OPTIONS: at 0 the balancer answers, and elsewhere it means nothing", async () => {
   const { ask, asked, seen } = setUp("", [200], {
     yaml: "log: off\nroutes: [{ path: /some, methods: [GET, OPTIONS], servers: [a:1] }]\ndefault: { servers: [a:1] }",
@@ -598,7 +623,7 @@ test("each request has an id of its own, which its retries keep", async () => {
   }
   assert.equal(ids.size, 50);
   const kept: string[] = [];
-  const note = (attempt: Attempt) => {
+  const note = (attempt: FetchAttempt) => {
     kept.push(attempt.headers[attempt.headers.indexOf("x-request-id") + 1]!);
     return Promise.reject(new WireError("reset", true, ""));
   };
@@ -607,12 +632,21 @@ test("each request has an id of its own, which its retries keep", async () => {
 });
 
 test("the transport gets the timeouts, and the length of the body", async () => {
-  const { ask, seen } = setUp("timeouts: { connect: 1s, response: 2s, idle: 3s }");
+  const wanted = { connect: 1000, response: 2000, idle: 3000, request: Infinity };
   for (const [body, length] of [["none", 0], ["kept", 3], ["stream", -1], ["long", 70_000]] as const) {
+    const sent: Attempt[] = [];
+    const transport = (attempt: Attempt) => {
+      sent.push(attempt);
+      attempt.events.onEnd("reset", "closed", true);
+    };
+    const keys = "timeouts: { connect: 1s, response: 2s, idle: 3s }, retries: 0";
+    const { ask } = setUp(keys, [], { transport });
     await ask(undefined, withBody("PUT", body));
-    const { timeouts, length: told, method } = seen.attempt!;
-    assert.deepEqual(timeouts, { connect: 1000, response: 2000, idle: 3000, request: Infinity });
-    assert.deepEqual([method, told], ["PUT", length]);
+    const told = sent.map(({ timeouts, method, body }) => ({ timeouts, method, length: body.length }));
+    assert.deepEqual(told, [{ timeouts: wanted, method: "PUT", length }]);
+    const { ask: byFetch, seen } = setUp(keys);
+    await byFetch(undefined, withBody("PUT", body));
+    assert.deepEqual([seen.attempt!.timeouts, seen.attempt!.method], [wanted, "PUT"]);
   }
 });
 
@@ -636,7 +670,7 @@ test("body_limit refuses by length before a server is asked, and cuts a stream o
   }
 });
 
-test("a body without a length and without chunks (HTTP/2, or a Request made in the program) reaches the server too", async () => {
+test("a body without a length and without chunks, of a Request made in the program, reaches the server too", async () => {
   const { ask, seen } = setUp();
   await ask(undefined, { method: "POST", body: "abc" });
   assert.deepEqual(seen.bodies, ["abc"]);
@@ -650,7 +684,7 @@ test("max and max_in_flight bound what a server has in flight; without a queue t
   ];
   for (const [keys, servers, room] of rows) {
     const ends: (() => void)[] = [];
-    const pend = (attempt: Attempt) =>
+    const pend = (attempt: FetchAttempt) =>
       new Promise<Response>((resolve) =>
         ends.push(() => (attempt.ended(200, 0, undefined), resolve(new Response(null))))
       );
@@ -660,6 +694,7 @@ test("max and max_in_flight bound what a server has in flight; without a queue t
     const failure = headers.get("x-lb-failure");
     assert.deepEqual([asked.join(""), status, failure, headers.get("retry-after")], [room, 503, "queue-full", "1"]);
     ends.shift()!();
+    await new Promise((resolve) => setTimeout(resolve)); // its answer is there
     answers.push(send());
     for (let end; await undefined, end = ends.shift();) end();
     for (const answer of answers) assert.equal((await answer).status, 200);
@@ -713,7 +748,7 @@ test("log: off writes nothing, and every request is logged once, when its last b
 test("a retry waits for the untried server where that is full, rather than go back to the one that has failed", async () => {
   let release = () => {};
   const held = new Promise<void>((resolve) => release = resolve);
-  const hangs = async (attempt: Attempt) => {
+  const hangs = async (attempt: FetchAttempt) => {
     await held;
     attempt.ended(200, 4, undefined);
     return new Response("late");

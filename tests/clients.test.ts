@@ -9,11 +9,12 @@ import { createServer, type RequestListener } from "node:http";
 import { type AddressInfo, connect } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { text } from "node:stream/consumers";
 import nodeTest from "node:test";
 import { chromium } from "playwright-core";
 import { A, CA, KEY } from "./certificates.ts";
 import { BINARY, echoStrictly, openWebSocket, TEXT, webSocketServer } from "./frames.ts";
-import { freePort, get, type Program, rawRequest, runtime, startProgram, until } from "./rig.ts";
+import { freePort, get, type Program, rawRequest, startProgram, until } from "./rig.ts";
 
 const test = (name: string, body: () => Promise<void>) => nodeTest(name, { timeout: 120_000 }, body);
 
@@ -101,7 +102,7 @@ test("curl uploads a large file, and asks first whether it may (Expect: 100-cont
         assert.equal(await run("curl", args, folder), sha(LARGE));
       }))));
 
-test("curl over TLS gets HTTP/2 where the runtime has it, else HTTP/1.1", () =>
+test("curl over TLS that would rather have HTTP/2 gets HTTP/1.1", () =>
   serving(
     (request, answer) => answer.end(`${request.headers["x-forwarded-proto"]} ${request.httpVersion}`),
     (server) =>
@@ -116,12 +117,23 @@ test("curl over TLS gets HTTP/2 where the runtime has it, else HTTP/1.1", () =>
             writeFileSync(join(folder, "ca.pem"), CA);
             const where = ["--resolve", `a.test:${port}:127.0.0.1`, `https://a.test:${port}/`];
             const args = ["-sS", "--http2", "--cacert", "ca.pem", "-w", " %{http_version}", ...where];
-            const version = runtime() === "bun" ? "1.1" : "2";
-            assert.equal(await run("curl", args, folder), `https 1.1 ${version}`);
+            assert.equal(await run("curl", args, folder), "https 1.1 1.1");
           }),
         { "a.pem": A, "a.key": KEY },
       ),
   ));
+
+test("curl that offers HTTP/2 by an upgrade gets HTTP/1.1, also with a body", () =>
+  serving(async (request, answer) => {
+    const { headers, httpVersion } = request;
+    answer.end(`${httpVersion} ${headers.upgrade ?? headers["http2-settings"] ?? "plain"} ${await text(request)}`);
+  }, (server) =>
+    balancing({ log: "off", default: { servers: [server] } }, async ({ port }) => {
+      const curl = (...args: string[]) =>
+        run("curl", ["-sS", "--http2", "-w", " %{http_version}", ...args, `http://127.0.0.1:${port}/`]);
+      assert.equal(await curl(), "1.1 plain  1.1");
+      assert.equal(await curl("-d", "hello"), "1.1 plain hello 1.1");
+    })));
 
 test("git clones over HTTP", () =>
   inFolder((folder) =>

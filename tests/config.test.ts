@@ -522,6 +522,19 @@ const WRONG: [text: string, ...expected: string[]][] = [
     '2:22: trust[1]: "1.2.3" is not an address or a network such as 10.0.0.0/8',
     '2:29: trust[2]: "fe80::1%eth0" is not an address or a network such as 10.0.0.0/8',
   ],
+  [
+    `${ROUTE}limits: { header_size: 1023, header_fields: 0 }`,
+    "2:24: limits.header_size: 1023 is not a size such as 64KiB, from 1KiB to 1MiB",
+    "2:45: limits.header_fields: 0 is not a whole number from 1 to 10000",
+  ],
+  [
+    `${ROUTE}limits: { header_size: 1MiB, header_fields: 10001 }`,
+    "2:45: limits.header_fields: 10001 is not a whole number from 1 to 10000",
+  ],
+  [
+    `${ROUTE}limits: { header_size: 2MiB }`,
+    '2:24: limits.header_size: "2MiB" is not a size such as 64KiB, from 1KiB to 1MiB',
+  ],
   [`${ROUTE}log: xml`, '2:6: log: "xml" is not combined, json or off, or a map with format and sample'],
   [`${ROUTE}log: { format: xml }`, '2:16: log.format: "xml" is not one of combined, json, off'],
   [`${ROUTE}log: { sample: 2 }`, "2:16: log.sample: 2 is not a percentage from 0% to 100%"],

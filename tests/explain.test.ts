@@ -6,6 +6,7 @@ import {
   type Candidates,
   type Choice,
   createLoadBalancer,
+  type Fields,
   parseConfig,
   type Score,
   type Strategy,
@@ -27,7 +28,7 @@ services: { shop: { servers: ${servers}, health: off, eject: off${keys} }, spare
 routes: [{ path: /moved, redirect: { path: /new } }, { path: /only, methods: [PUT], service: shop }]
 paths: [{ path: /shop, service: shop }]`;
   const down = new Set<string>(), clock = { now: 0 };
-  const sent: string[][] = [];
+  const sent: Fields[] = [];
   const lb = createLoadBalancer(parseConfig(yaml, {}, "routes.yml", Object.keys(own)), {
     now: () => clock.now,
     random: () => 0.5,
@@ -41,10 +42,8 @@ paths: [{ path: /shop, service: shop }]`;
     fetch: (_url, attempt) => {
       sent.push(attempt.headers);
       if (down.has(attempt.server.name[0]!)) return Promise.reject(new WireError("connect", false, "refused"));
-      const headers = attempt.inbound(["cache-control", "public"]);
-      attempt.ended(200, 0, undefined);
-      const pairs = headers.flatMap((name, i) => i % 2 ? [] : [[name, headers[i + 1]!] as [string, string]]);
-      return Promise.resolve(new Response(null, { headers: pairs }));
+      attempt.ended(200, 0);
+      return Promise.resolve(new Response(null, { headers: { "cache-control": "public" } }));
     },
   }, own);
   const service = lb.balancer.table.services.get("shop")!;

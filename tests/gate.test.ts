@@ -10,17 +10,13 @@ import {
   echo,
   echoServer,
   type Exchange,
-  type Expected,
-  expectedHere,
   get,
-  inWords,
   matching,
   type Message,
   type Part,
   type Program,
   rawRequest,
   resetConnection,
-  runtime,
   type ScriptedServer,
   scriptedServer,
   sleep,
@@ -35,12 +31,10 @@ import {
 interface Row {
   name: string;
   send: Part | Part[];
-  expect: Expected;
+  expect: string;
   /** What the servers saw, as "METHOD target"; without it one request for each 200. */
   seen?: string[];
   methods?: string[];
-  /** The runtime's parser may take a request away from us that is already under way. */
-  unanswered?: boolean;
   /** The program that believes X-Forwarded-For from 127.0.0.0/8 and 10.0.0.0/8; it logs in the combined format. */
   trusting?: boolean;
   /** Looks closer at what the servers saw. */
@@ -95,7 +89,6 @@ const fields = (count: number, length = 1) =>
 const chunks = "Transfer-Encoding: chunked\r\n";
 const EMPTY_CHUNKS = "0\r\n\r\n";
 
-/** A Host that is no host: Node's adapter answers by itself, Deno and Bun hand everything on. */
 const badHosts: Row[] = [
   "a.test,b.test",
   "a.test, a.test",
@@ -110,57 +103,38 @@ const badHosts: Row[] = [
   "a.test%2fx",
   "[::1",
   "caf\xe9",
-].map((host) => ({ name: `the Host ${JSON.stringify(host)}`, send: get("/h", "", host), expect: "400!" }));
+].map((host) => ({ name: `the Host ${JSON.stringify(host)}`, send: get("/h", "", host), expect: "400" }));
 
 const hosts: Row[] = [
   ...badHosts,
-  { name: "no Host", send: "GET /h HTTP/1.1\r\nConnection: close\r\n\r\n", expect: "400!" },
-  { name: "an empty Host", send: get("/h", "", ""), expect: "400!" },
-  { name: "two Hosts", send: get("/h", "Host: b.test\r\n"), expect: "400!" },
-  { name: "two equal Hosts", send: get("/h", "Host: a.test\r\n"), expect: "400!" },
+  { name: "no Host", send: "GET /h HTTP/1.1\r\nConnection: close\r\n\r\n", expect: "400" },
+  { name: "an empty Host", send: get("/h", "", ""), expect: "400" },
+  { name: "two Hosts", send: get("/h", "Host: b.test\r\n"), expect: "400" },
+  { name: "two equal Hosts", send: get("/h", "Host: a.test\r\n"), expect: "400" },
   { name: "a Host in other letters and with a port", send: get("/h", "", "A.Test:8080"), expect: "200" },
   { name: "an IPv6 address as Host", send: get("/h", "", "[::1]:80"), expect: "200" },
   { name: "a Host that no route has", send: get("/h", "", "nobody.test"), expect: "404" },
-  {
-    name: "a target with another host than Host",
-    send: get("http://b.test/x"),
-    expect: "200 | 400!",
-    check: ([request]) => {
-      if (!request) return;
-      const owner = first.requests.length ? "a.test" : "b.test";
-      assert.deepEqual(values(request, "host"), [owner], "routed by one name and sent with another");
-      assert.equal(value(request, "x-forwarded-host"), owner);
-      assert.equal(target(request), "/x");
-    },
-  },
+  { name: "a target with another host than Host", send: get("http://b.test/x"), expect: "400" },
   { name: "an absolute target with the same host", send: get("http://a.test/x?y"), expect: "200", seen: ["GET /x?y"] },
-  {
-    name: "an absolute target with a user",
-    send: get("http://u:p@a.test/x"),
-    expect: { deno: "400", bun: "200", node: "400!" },
-  },
+  { name: "an absolute target with a user", send: get("http://u:p@a.test/x"), expect: "400" },
 ];
 
 const paths: Row[] = [
-  // Deno hands on what was sent, Bun and Node have resolved the dots; what is forwarded must be what was matched.
-  ...["/pub/../admin", "/pub/%2e%2e/admin", "/pub/.%2E/admin", "/pub/x/../../admin", "/pub/./../admin"].map((
-    path,
-  ): Row => ({
+  // What is forwarded is what was matched.
+  ...[
+    "/pub/../admin",
+    "/pub/%2e%2e/admin",
+    "/pub/.%2E/admin",
+    "/pub/x/../../admin",
+    "/pub/./../admin",
+    "/../../admin",
+  ].map((path): Row => ({
     name: `the path ${path}`,
     send: get(path, "", "paths.test"),
-    expect: "200 | 400",
-    check: ([request]) => {
-      if (!request) return;
-      const owner = first.requests.length ? "/pub" : "/admin";
-      assert.equal(new URL(target(request), "http://x").pathname, owner, "matched as one path and sent as another");
-    },
-  })),
-  {
-    name: "dots above the root",
-    send: get("/../../admin", "", "paths.test"),
-    expect: "200 | 400",
+    expect: "200",
     seen: ["GET /admin"],
-  },
+    check: () => assert.equal(second.requests.length, 1),
+  })),
   { name: "dots in the query", send: get("/x?a=/../b"), expect: "200", seen: ["GET /x?a=/../b"] },
   {
     name: "a path that begins with two slashes",
@@ -179,43 +153,36 @@ const paths: Row[] = [
   {
     name: "an encoded line break",
     send: get("/a%0d%0aX:%20y"),
-    expect: "200 | 400",
-    check: ([request]) => request && assert.match(target(request), /^\/a%0d%0aX:%20y$/i),
+    expect: "200",
+    seen: ["GET /a%0D%0AX:%20y"],
   },
   { name: "an encoded NUL", send: get("/a%00b"), expect: "400" },
   { name: "a fragment", send: get("/a#/b"), expect: "400" },
-  // Bun has turned the backslash into a slash before anybody can look.
-  { name: "a backslash", send: get("/a\\b"), expect: { deno: "400", bun: "200", node: "400!" } },
+  { name: "a backslash", send: get("/a\\b"), expect: "400" },
   { name: "a query in which nothing is special", send: get("/a?b=[]{}|^&c='"), expect: "200" },
   { name: "a path that is not UTF-8", send: get("/caf%E9"), expect: "200", seen: ["GET /caf%E9"] },
-  { name: "a path with a broken escape", send: get("/a%zz"), expect: "200 | 400", seen: ["GET /a%zz"] },
+  { name: "a path with a broken escape", send: get("/a%zz"), expect: "400" },
   ...["/a\0b", "/a\tb", "/a\rb", "/a\x1bb", "/a b", "x", "?x", "@b.test/x", ":80/x", "*"].map((path): Row => ({
     name: `the target ${JSON.stringify(path)}`,
     send: get(path),
-    expect: { deno: "400!", bun: "400! | 505!", node: "400!" },
+    expect: "400",
   })),
 ];
 
 const methods: Row[] = [
-  { name: "TRACE", send: line("TRACE /m"), expect: "405 | 501" },
   {
     name: "CONNECT",
     send: "CONNECT b.test:443 HTTP/1.1\r\nHost: b.test:443\r\nConnection: close\r\n\r\n",
-    expect: "405 | 501",
+    expect: "405",
   },
-  {
-    name: "CONNECT with a path",
-    send: line("CONNECT /m"),
-    expect: { deno: "400!", bun: "405 | 501", node: "405 | 501" },
-  },
-  // Bun hangs up on a method that it does not know, Node's parser answers; only Deno lets us see it.
-  ...["get", "post", "trace", "TRACK", "M".repeat(60)].map((method): Row => ({
+  { name: "CONNECT with a path", send: line("CONNECT /m"), expect: "405" },
+  ...["TRACE", "TRACK", "get", "post", "trace", "M".repeat(60)].map((method): Row => ({
     name: `the method ${method}`,
     send: line(`${method} /m`),
-    expect: { deno: "405 | 501", bun: "closes", node: "400!" },
+    expect: "405",
   })),
-  { name: "a method of the server's own", send: line("FOO /m"), expect: { deno: "200", bun: "closes", node: "400!" } },
-  { name: "a method that is no word", send: line("G@T /m"), expect: "400!" },
+  { name: "a method of the server's own", send: line("FOO /m"), expect: "200", seen: ["FOO /m"] },
+  { name: "a method that is no word", send: line("G@T /m"), expect: "400" },
   ...["PURGE", "PROPFIND", "MKCOL", "REPORT", "PATCH", "DELETE", "OPTIONS", "PUT"].map((method): Row => ({
     name: `${method} without a body`,
     send: line(`${method} /m`),
@@ -223,6 +190,34 @@ const methods: Row[] = [
     seen: [`${method} /m`],
     check: ([request]) => assert.equal(Number(value(request!, "content-length")) + request!.body.length, 0),
   })),
+];
+
+/** What is not HTTP/1: it is answered, and nothing behind it is read. */
+const versions: Row[] = [
+  ...["2.0", "3.0", "9.9"].map((version): Row => ({
+    name: `HTTP/${version}`,
+    send: `GET /v HTTP/${version}\r\nHost: a.test\r\n\r\n${NEXT}`,
+    expect: "505",
+  })),
+  ...["HTTP/0.9", "HTTP/1", "HTTP/1.10", "HTTP/11.1", "http/1.1", "HTTP1.1", "HTTP/1.1 ", "SIP/2.0", ""].map((
+    version,
+  ): Row => ({
+    name: `the version ${JSON.stringify(version)}`,
+    send: `GET /v ${version}\r\nHost: a.test\r\n\r\n${NEXT}`,
+    expect: "400",
+  })),
+  { name: "no version", send: `GET /v\r\n\r\n${NEXT}`, expect: "400" },
+  { name: "the preface of HTTP/2", send: "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", expect: "400" },
+  { name: "a handshake of TLS", send: Buffer.from("160301020001000001fc0303", "hex"), expect: "400" },
+  { name: "a line that ends with LF alone", send: "GET /v HTTP/1.1\nHost: a.test\n\n", expect: "400" },
+  { name: "an empty line in front", send: `\r\n${get("/v")}`, expect: "200", seen: ["GET /v"] },
+  { name: "a blank in front", send: ` ${get("/v")}`, expect: "400" },
+  {
+    name: "a version of HTTP/1 that is not there yet",
+    send: "GET /v HTTP/1.9\r\nHost: a.test\r\nConnection: close\r\n\r\n",
+    expect: "200",
+    seen: ["GET /v"],
+  },
 ];
 
 /** Where a body ends must be beyond doubt, or the connection with everything on it is dropped. */
@@ -250,7 +245,7 @@ const refusedFraming: Row[] = Object.entries({
   "chunked and then identity": "Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n",
   "a space before the colon of Transfer-Encoding": "Transfer-Encoding : chunked\r\n",
   "no coding after its name": "Transfer-Encoding: \r\n",
-}).map(([name, headers]) => ({ name, send: post(headers, EMPTY_CHUNKS + NEXT), expect: "400! | 501" }));
+}).map(([name, headers]) => ({ name, send: post(headers, EMPTY_CHUNKS + NEXT), expect: "400" }));
 
 const refusedChunks: Row[] = Object.entries({
   "a chunk size that is no number": "zz\r\nhello\r\n0\r\n\r\n",
@@ -264,22 +259,19 @@ const refusedChunks: Row[] = Object.entries({
   "chunks that end in a bare LF": "5\nhello\n0\n\n",
   "a bare LF in a chunk extension": "5;a\nb\r\nhello\r\n0\r\n\r\n",
 }).flatMap(([name, body]): Row[] => [
-  // Deno hangs up when the first bytes of a body are wrong.
-  { name, send: post(chunks, body + NEXT), expect: { deno: "400! | closes", bun: "400!", node: "400!" } },
-  { name: `${name}, later`, send: [post(chunks, "3\r\nabc\r\n"), 50, body + NEXT], expect: "400!" },
+  { name, send: post(chunks, body + NEXT), expect: "400" },
+  { name: `${name}, later`, send: [post(chunks, "3\r\nabc\r\n"), 50, body + NEXT], expect: "400" },
 ]);
 
-const bodyIs = (expected: string) => ([request]: Message[]) =>
-  assert.equal(request?.body.toString() ?? expected, expected);
+const bodyIs = (expected: string) => ([request]: Message[]) => assert.equal(request!.body.toString(), expected);
 const POST_AND_NEXT = ["POST /p", "GET /next"];
 const answered: Part = (socket) =>
   new Promise((resolve) => (socket.once("data", resolve), socket.once("close", resolve)));
 const upgrade = (to: string, headers = "") =>
   `GET /p HTTP/1.1\r\nHost: a.test\r\nConnection: Upgrade\r\nUpgrade: ${to}\r\n${headers}\r\n`;
+const upgradesTo = (protocol: string) => ([request]: Message[]) =>
+  assert.deepEqual([value(request!, "connection"), value(request!, "upgrade")], ["Upgrade", protocol]);
 const handshake = "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
-// Bun hangs up when a further request arrives while one is waited for; Node's parser swallows what follows an upgrade.
-const PIPELINED = { deno: "200 200", bun: "200 200 | closes", node: "200 200" };
-const UPGRADED = { ...PIPELINED, node: "200 | 200 200" };
 const MANY = Buffer.from(Array.from({ length: 3e6 }, (_, i) => (i * 7919 + (i >> 8)) & 255));
 const isMany = ([request]: Message[]) => assert.ok(request!.body.equals(MANY));
 const framing: Row[] = [
@@ -288,21 +280,19 @@ const framing: Row[] = [
   {
     name: "two requests at once",
     send: post("Content-Length: 5\r\n", "hello") + NEXT,
-    expect: PIPELINED,
+    expect: "200 200",
     seen: POST_AND_NEXT,
   },
   {
-    name: "two equal lengths", // the header arrives as "5, 5" on Deno and Bun
+    name: "two equal lengths",
     send: post("Content-Length: 5\r\nContent-Length: 5\r\nConnection: close\r\n", "hello"),
-    expect: "200 | 400!",
-    check: ([request]) =>
-      request &&
-      assert.deepEqual([values(request, "content-length"), request.body.length], [["5"], 5]),
+    expect: "400",
   },
   {
     name: "a length with zeros in front",
     send: [post("Content-Length: 0005\r\n", "hello"), answered, NEXT],
-    expect: "200 200 | 400!",
+    expect: "200 200",
+    seen: POST_AND_NEXT,
     check: bodyIs("hello"),
   },
   {
@@ -320,25 +310,26 @@ const framing: Row[] = [
     check: bodyIs("hello0123456789"),
   },
   {
-    name: "trailers that name other headers", // Bun takes the request and then refuses the trailers
+    name: "trailers that name other headers",
     send: [
       post(`${chunks}Trailer: Host\r\n`, "5\r\nhello\r\n0\r\nHost: b.test\r\nX-Forwarded-For: 6.6.6.6\r\n\r\n"),
       answered,
       NEXT,
     ],
-    expect: { deno: "200 200", bun: "200 400! | 400!", node: "200 200" },
-    unanswered: runtime() === "bun",
-    check: ([request]) => {
-      if (!request) return;
-      bodyIs("hello")([request]);
-      assert.deepEqual([value(request, "host"), value(request, "x-forwarded-for")], ["a.test", "127.0.0.1"]);
+    expect: "200 200",
+    seen: POST_AND_NEXT,
+    check: (seen) => {
+      bodyIs("hello")(seen);
+      const received = first.last!.received.slice(first.last!.received.lastIndexOf("POST /p"));
+      assert.deepEqual([value(seen[0]!, "host"), value(seen[0]!, "x-forwarded-for")], ["a.test", "127.0.0.1"]);
+      assert.match(received, /\r\n0\r\n\r\n/); // no trailers
+      assert.doesNotMatch(received, /b\.test|6\.6\.6\.6/);
     },
   },
   {
     name: "chunked in HTTP/1.0",
     send: `POST /p HTTP/1.0\r\nHost: a.test\r\n${chunks}\r\n5\r\nhello\r\n0\r\n\r\n`,
-    expect: { deno: "400!", bun: "400!", node: "200 | 400!" },
-    check: bodyIs("hello"),
+    expect: "400",
   },
   {
     name: "Transfer_Encoding beside a length",
@@ -347,7 +338,6 @@ const framing: Row[] = [
     seen: POST_AND_NEXT,
     check: bodyIs("hello"),
   },
-  // The three servers drop the body of a GET and of a HEAD; then nobody may announce one to a server.
   ...["GET", "HEAD"].flatMap((method) =>
     Object.entries({
       "a length": `Content-Length: ${NEXT.length}\r\n\r\n${NEXT}`,
@@ -358,7 +348,7 @@ const framing: Row[] = [
       methods: [method],
       expect: "200 200",
       seen: [`${method} /p`, "GET /after"],
-      check: ([request]) => assert.ok([0, NEXT.length].includes(request!.body.length)),
+      check: bodyIs(NEXT),
     }))
   ),
   {
@@ -398,18 +388,38 @@ const framing: Row[] = [
     },
   },
   {
+    name: "Expect: 100-continue and a body that is not allowed",
+    send: post("Content-Length: 1001\r\nExpect: 100-continue\r\n").replace("a.test", "limit.test"),
+    expect: "413",
+    check: (_, { interim }) => assert.deepEqual(interim, []),
+  },
+  {
+    name: "another expectation",
+    send: post("Content-Length: 5\r\nExpect: wonders\r\n", "hello") + NEXT,
+    expect: "417",
+    check: (_, { interim }) => assert.deepEqual(interim, []),
+  },
+  // What follows may be another request, or bytes of the protocol that was asked for: nobody reads it as a request.
+  {
     name: "h2c with bytes behind it",
     send: upgrade("h2c", "HTTP2-Settings: AAMAAABkAAQAAP__\r\n") + NEXT,
-    expect: UPGRADED,
-    check: ([request]) =>
-      request &&
-      assert.equal(value(request, "upgrade") + value(request, "http2-settings"), ""),
+    expect: "200",
+    seen: ["GET /p"],
+    check: ([request]) => assert.equal(value(request!, "upgrade") + value(request!, "http2-settings"), ""),
   },
-  { name: "an unknown upgrade with bytes behind it", send: upgrade("foo") + NEXT, expect: UPGRADED },
+  {
+    name: "an unknown upgrade that the server refuses, with bytes behind it",
+    send: upgrade("foo") + NEXT,
+    expect: "200",
+    seen: ["GET /p"],
+    check: upgradesTo("foo"),
+  },
   {
     name: "a WebSocket that the server refuses, with bytes behind it",
     send: upgrade("websocket", handshake) + NEXT,
-    expect: { ...UPGRADED, deno: "200 | 200 200", bun: "200 | 200 200 | closes" },
+    expect: "200",
+    seen: ["GET /p"],
+    check: upgradesTo("websocket"),
   },
 ];
 
@@ -463,12 +473,12 @@ const headers: Row[] = [
       "Keep-Alive: 9\r\nTE: trailers\r\nProxy-Connection: x\r\nProxy-Authorization: x\r\nTrailer: x\r\nProxy: http://evil\r\n",
     ),
     expect: "200",
-    check: ([request]) =>
-      assert.deepEqual(
-        ["keep-alive", "te", "proxy-connection", "trailer", "proxy", "upgrade"]
-          .flatMap((name) => values(request!, name)),
-        [],
-      ),
+    check: ([request]) => {
+      const names = ["keep-alive", "proxy-connection", "proxy-authorization", "proxy", "upgrade"];
+      assert.deepEqual(names.flatMap((name) => values(request!, name)), []);
+      // Trailers pass: the client takes them, and so do we.
+      assert.deepEqual([values(request!, "te"), values(request!, "connection")], [["trailers"], ["TE"]]);
+    },
   },
   { name: "forwarding headers from a stranger", send: get("/u", FORGED), expect: "200", check: nothingForged },
   { name: "a rule, and a stranger who says that he is someone else", send: from("203.0.113.9"), expect: "403" },
@@ -520,10 +530,8 @@ const headers: Row[] = [
   {
     name: "a query that is not ASCII",
     send: get("/u?caf\xc3\xa9=\xf0\x9f\x98\x80"),
-    expect: { deno: "200", bun: "200", node: "400" },
-    check: ([request]) => {
-      if (runtime() !== "node") assert.equal(target(request!), "/u?caf%C3%A9=%F0%9F%98%80");
-    },
+    expect: "200",
+    check: ([request]) => assert.equal(target(request!), "/u?caf\xc3\xa9=\xf0\x9f\x98\x80"),
   },
   {
     name: "several cookies",
@@ -534,7 +542,9 @@ const headers: Row[] = [
   ...[
     "X-E: a\0b",
     "X-E: a\x1bb",
+    "X-E: a\x7fb",
     "X-E: a\rb",
+    "X-E: a\nb",
     "X-E: a\r\n b",
     "no colon",
     ": v",
@@ -544,35 +554,14 @@ const headers: Row[] = [
   ].map((header): Row => ({
     name: `the header ${JSON.stringify(header)}`,
     send: get("/u", `${header}\r\n`),
-    expect: "400!",
+    expect: "400",
   })),
-  // Bun lets DEL pass; Deno would end with a panic if it came back in an answer.
-  {
-    name: "DEL in a header",
-    send: get("/u", "X-E: a\x7fb\r\n"),
-    expect: { deno: "400!", bun: "200 | 400", node: "400!" },
-  },
-  // How much a head may hold is the runtime's: Deno takes 100 fields, Bun and Node 16 kB unless told otherwise.
-  {
-    name: "20 kB of headers",
-    send: get("/b", fields(20, 1000)),
-    expect: { deno: "200", bun: "431!", node: "200 | 431!" },
-  },
-  {
-    name: "200 kB of headers",
-    send: get("/b", fields(200, 1000)),
-    expect: { deno: "400! | closes", bun: "431! | closes", node: "431! | closes" },
-  },
-  {
-    name: "3000 headers",
-    send: get("/b", fields(3000)),
-    expect: { deno: "400! | closes", bun: "431! | closes", node: "200 | 431! | closes" },
-  },
-  {
-    name: "a path of 20 kB",
-    send: get(`/${"u".repeat(20_000)}`),
-    expect: { deno: "200 | 414", bun: "431! | 414!", node: "200 | 414! | 431!" },
-  },
+  { name: "60 kB of headers", send: get("/b", fields(60, 1000)), expect: "200" },
+  { name: "200 kB of headers", send: get("/b", fields(200, 1000)), expect: "431" },
+  { name: "900 headers", send: get("/b", fields(900)), expect: "200" },
+  { name: "3000 headers", send: get("/b", fields(3000)), expect: "431" },
+  { name: "a path of 16 kB", send: get(`/${"u".repeat(16_000)}`), expect: "200" },
+  { name: "a path of 20 kB", send: get(`/${"u".repeat(20_000)}`), expect: "414" },
 ];
 
 const limits: Row[] = [
@@ -605,23 +594,12 @@ async function run(row: Row) {
   second.reset(echo);
   const program = row.trusting ? trusting : strict;
   const exchange = await rawRequest(program.port, row.send, { methods: row.methods ?? [] });
-  const expected = expectedHere(row.expect);
-  const found = matching(expected, exchange);
-  if (found === "closes") await sleep(200); // what came before may still be on its way, and is not the next row's
-  // Node works on two requests of one connection at the same time.
-  const seen = [...first.requests, ...second.requests].sort((a, b) =>
-    +/next|after/.test(a.start) - +/next|after/.test(b.start)
-  );
+  const found = matching(row.expect, exchange);
+  const seen = [...first.requests, ...second.requests];
   const passed = found.split(" ").filter((code) => code === "200").length;
   const lines = seen.map(({ start }) => start.split(" ").slice(0, 2).join(" "));
-  if (passed && row.seen) {
-    assert.deepEqual(lines, row.seen, "what the servers saw");
-  }
-  const most = found === "closes" || row.unanswered ? passed + 1 : passed;
-  assert.ok(
-    passed <= seen.length && seen.length <= most,
-    `${passed} were answered and ${seen.length} reached a server`,
-  );
+  if (row.seen) assert.deepEqual(lines, row.seen, "what the servers saw");
+  assert.equal(seen.length, passed, `${passed} were answered and ${seen.length} reached a server`);
   for (const request of seen) {
     assert.notEqual(value(request, "x-forwarded-for"), "", "bytes passed by without being forwarded");
   }
@@ -632,8 +610,8 @@ async function run(row: Row) {
   }
 }
 
-for (const row of [hosts, paths, methods, framing, headers, limits].flat()) {
-  test(`a request with ${row.name.slice(0, 80)} gets ${inWords(row.expect)}`, () => run(row));
+for (const row of [hosts, paths, methods, versions, framing, headers, limits].flat()) {
+  test(`a request with ${row.name.slice(0, 80)} gets ${row.expect}`, () => run(row));
 }
 
 // ─── Clients who are slow or leave ───
@@ -760,6 +738,25 @@ for (const format of ["json", "combined"]) {
     }
   });
 }
+
+test("what cannot be read as a request is a line of the log all the same", async () => {
+  const sent = { "GET /v HTTP/2.0": "bad-version", "\x16\x03\x01\x02": "bad-request", "GET  /": "bad-request" };
+  for (const program of [strict, trusting]) {
+    const before = program.output().length;
+    for (const start of Object.keys(sent)) await rawRequest(program.port, `${start}\r\nHost: a.test\r\n\r\n`);
+    const lines = await until("a line for each", () => {
+      const lines = program.output().slice(before).trimEnd().split("\n");
+      return lines.length >= 3 && lines;
+    });
+    const statuses = [505, 400, 400];
+    if (program === strict) {
+      const records = lines.map((line) => JSON.parse(line));
+      assert.deepEqual(records.map((one) => one["http.response.status_code"]), statuses);
+      assert.deepEqual(records.map((one) => one["error.type"]), Object.values(sent));
+    } else assert.deepEqual(lines.map((line) => Number(/" (\d{3}) /.exec(line)![1])), statuses);
+    assert.equal(lines.length, 3);
+  }
+});
 
 test("nothing that was sent here has ended the program or been held against a server", async () => {
   held.reset(resetConnection);

@@ -3,9 +3,10 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import {
-  type Attempt,
   createLoadBalancer,
   type Failure,
+  type FetchAttempt,
+  type Fields,
   parseConfig,
   snapshotOf,
   type Strategies,
@@ -14,12 +15,13 @@ import {
 } from "../lb.ts";
 
 /** How a server behaves: a status, a failure before the answer, or something of its own. */
-type Manner = number | Failure | ((attempt: Attempt, url: string) => Promise<Response>);
+type Manner = number | Failure | Behaviour;
+type Behaviour = (attempt: FetchAttempt, url: string) => Promise<Response>;
 
 const HEALTH = "health: { path: /healthz, interval: 10s, timeout: 2s, rise: 1, fall: 1 }";
 const OFF = "health: off";
 
-function answered(attempt: Attempt, status: number, headers = {}): Response {
+function answered(attempt: FetchAttempt, status: number, headers = {}): Response {
   attempt.ended(status, 0, undefined);
   return new Response(null, { status, headers });
 }
@@ -32,7 +34,7 @@ function setUp(keys: string, servers = "[a:1, b:1]", more = "", own: Strategies 
   const [probes, reports]: [string[], string[]] = [[], []];
   const draws: number[] = [];
   let asked = "";
-  const behave = async (manner: Manner, attempt: Attempt, url: string) => {
+  const behave = async (manner: Manner, attempt: FetchAttempt, url: string) => {
     if (typeof manner === "function") return await manner(attempt, url);
     if (typeof manner === "string") throw new WireError(manner, manner !== "connect", `it says ${manner}`);
     return answered(attempt, manner);
@@ -178,7 +180,7 @@ test("a probe passes with an expected status and a body that contains what it ha
 test("a probe is sent with its method, headers and path, and the server's own Host", async () => {
   const keys = "health: { path: /healthz, method: HEAD, headers: { Authorization: Basic eA==, x-a: 1 } }";
   const { health, probe, probes } = setUp(keys, '["https://a:8443", {url: b:1, host: own.test}]');
-  const seen: string[][] = [];
+  const seen: Fields[] = [];
   health.a = health.b = (attempt) => (seen.push(attempt.headers), Promise.resolve(new Response(null)));
   await probe();
   assert.deepEqual(probes, ["a https://a:8443/healthz HEAD", "b http://b:1/healthz HEAD"]);
@@ -218,7 +220,7 @@ test("a probe that takes longer than its timeout has failed: also in its body, a
       "health: { path: /healthz, timeout: 2s, fall: 1, body: ok }",
     );
     const given: AbortSignal[] = [];
-    health.a = (attempt) => (given.push(attempt.request.signal), answer);
+    health.a = (attempt) => (given.push(attempt.signal), answer);
     const round = probe();
     advance(1999);
     assert.equal(await ask(), "a");
@@ -414,8 +416,7 @@ test("one answer in 40 that takes long, a report say, ejects nobody", async () =
   const { answers, times, takes, clock } = setUp(TURNS, FOUR);
   let turn = 0;
   answers.b = answers.c = answers.d = takes(10);
-  answers.a = (attempt, url) =>
-    (takes(turn++ % 40 ? 10 : 5000) as (attempt: Attempt, url: string) => Promise<Response>)(attempt, url);
+  answers.a = (attempt, url) => (takes(turn++ % 40 ? 10 : 5000) as Behaviour)(attempt, url);
   for (let i = 0; i < 20; i++, clock.now += 1000) assert.ok((await times(40)).includes("a"));
 });
 
@@ -512,7 +513,7 @@ test("a server whose success rate is out of line with that of the others is ejec
         answers[name] = (attempt, url) => {
           const bad = (sum += share) >= 1;
           if (bad) sum--;
-          return (takes(10, bad ? status : 200) as (attempt: Attempt, url: string) => Promise<Response>)(attempt, url);
+          return (takes(10, bad ? status : 200) as Behaviour)(attempt, url);
         };
       }
       await times(65 * names.length);
@@ -732,7 +733,7 @@ test("Retry-After: no retry goes to who has said it, and where nobody else is le
   alone.answers.a = (
     attempt,
     url,
-  ) => (count++, (later(503, "5") as (attempt: Attempt, url: string) => Promise<Response>)(attempt, url));
+  ) => (count++, (later(503, "5") as Behaviour)(attempt, url));
   const { status, headers } = await alone.lb.fetch(new Request("http://h/", { headers: { host: "h" } }));
   assert.deepEqual([status, headers.get("retry-after"), count], [503, "5", 1]);
   const two = setUp("health: off, retries: 3, eject: {at_most: 100%}", "[a:1, b:1]");

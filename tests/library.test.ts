@@ -5,12 +5,32 @@ import { readFileSync } from "node:fs";
 import { test } from "node:test";
 import { Hono } from "hono";
 import * as library from "../lb.ts";
-import { type Attempt, createLoadBalancer, type Effects, parseConfig, strategies } from "../lb.ts";
+import {
+  createLoadBalancer,
+  type Effects,
+  type FetchAttempt,
+  type OwnEffects,
+  parseConfig,
+  serve,
+  strategies,
+} from "../lb.ts";
+import {
+  answer,
+  type Echo,
+  echoServer,
+  get,
+  type Part,
+  rawRequest,
+  scriptedServer,
+  status,
+  until,
+  value,
+} from "./rig.ts";
 
 /** Servers that answer with what they were asked; `hold` makes them wait for `free`. */
 function servers() {
   const held: (() => void)[] = [];
-  const state = { hold: false, free: () => held.splice(0).forEach((go) => go()), attempts: [] as Attempt[] };
+  const state = { hold: false, free: () => held.splice(0).forEach((go) => go()), attempts: [] as FetchAttempt[] };
   const effects = {
     client: () => ({ address: "192.0.2.9", scheme: "http", headers: [] }),
     report: () => {},
@@ -21,7 +41,7 @@ function servers() {
       attempt.ended(200, 0, undefined);
       return new Response(`${attempt.method} ${url} ${body}`.trim(), { headers: { "x-from": attempt.server.name } });
     },
-  } satisfies Partial<Effects>;
+  } satisfies OwnEffects;
   return { state, effects };
 }
 const config = (servers: string, more = "") =>
@@ -35,6 +55,19 @@ test("it is a Hono app: request and fetch answer without a listener", async () =
     await lb.fetch(new Request("http://h.test/x?y", { headers: HOST })),
   ];
   for (const answer of answers) assert.equal(await answer.text(), "GET http://a:1/x?y");
+});
+
+test("a Request without a Host header has that of its URL, and one with another host is refused", async () => {
+  const { state, effects } = servers();
+  const client = ({ headers }: Request) => ({ address: "192.0.2.9", scheme: "http", headers: [...headers].flat() });
+  const lb = createLoadBalancer(parseConfig("log: off\nhosts: [{ host: h.test, servers: [a:1] }]"), {
+    ...effects,
+    client,
+  });
+  assert.equal(await (await lb.request("http://h.test:81/x")).text(), "GET http://a:1/x");
+  assert.deepEqual(state.attempts[0]!.headers.slice(0, 2), ["host", "h.test:81"]);
+  const other = await lb.request("http://h.test/", { headers: { host: "other.test" } });
+  assert.deepEqual([other.status, other.headers.get("x-lb-failure")], [400, "bad-host"]);
 });
 
 test("it can stand in a user's app, behind middleware and beside routes", async () => {
@@ -194,7 +227,8 @@ test("strategies of one's own do not change the table of strategies", () => {
 });
 
 test("what a library needs is exported, and every export says what it is", () => {
-  const needed = "createLoadBalancer parseConfig printConfig jsonSchema buildTable probeDue strategies FAILURES " +
+  const needed =
+    "createLoadBalancer serve parseConfig printConfig jsonSchema buildTable probeDue strategies FAILURES " +
     "ConfigError WireError";
   for (const name of needed.split(" ")) {
     assert.ok(name in library, name);
@@ -207,4 +241,150 @@ test("what a library needs is exported, and every export says what it is", () =>
   assert.deepEqual(bare, [], "exports without a doc comment");
   const odd = Object.entries(library).filter(([, value]) => !/^(function|object|undefined)$/.test(typeof value));
   assert.deepEqual(odd, [], "exports that workerd would not start with");
+});
+
+// ─── Served ───
+
+/** An app, served over sockets; `around` puts middleware in front of a balancer over one server. */
+async function served(around: (app: Hono, lb: library.LoadBalancer) => void, config = "") {
+  const server = await echoServer();
+  const service =
+    `default: { servers: ["${server.address}"], health: off, retries: 0, timeouts: { idle: 2s, response: 2s } }`;
+  const lb = createLoadBalancer(parseConfig(`log: off\n${config || service}`), { report: () => {} }), app = new Hono();
+  around(app, lb);
+  app.route("/", lb);
+  const stop = new AbortController();
+  const { address } = await serve(app, { port: 0, hostname: "127.0.0.1", signal: stop.signal });
+  const port = Number(address.split(":")[1]);
+  /** The answer, and what the server has seen. */
+  const ask = async (parts: Part | Part[]) => {
+    const { answers: [one] } = await rawRequest(port, parts);
+    return { one: one!, seen: status(one!) === 200 ? JSON.parse(one!.body.toString()) as Echo : undefined };
+  };
+  const end = async () => {
+    stop.abort();
+    await server.close();
+  };
+  return { server, lb, port, ask, end };
+}
+/** A request with a body that comes a little later than its head, or in one packet with it. */
+const post = (path: string, size: number, later = size > 1_000): Part[] => {
+  const head =
+    `POST ${path} HTTP/1.1\r\nHost: a.test\r\nX-Own: 1\r\nx-own: 2\r\nContent-Length: ${size}\r\nConnection: close\r\n\r\n`;
+  return later ? [head, 50, "x".repeat(size)] : [head + "x".repeat(size)];
+};
+
+test("served: a balancer answers by itself, probes its servers, and takes nobody any more once it is closed", async () => {
+  const server = await scriptedServer((visit) => visit.send(answer("here")));
+  const config = `log: off\ndefault: { servers: ["${server.address}"], health: { path: /up, interval: 1s } }`;
+  const lb = createLoadBalancer(parseConfig(config));
+  const { address, close } = await serve(lb, { port: 0, hostname: "127.0.0.1" });
+  const port = Number(address.split(":")[1]);
+  try {
+    await until("it is probed", () => server.requests.some(({ start }) => start.startsWith("GET /up ")));
+    const { answers: [one] } = await rawRequest(port, get("/x"));
+    assert.deepEqual([status(one!), one!.body.toString()], [200, "here"]);
+  } finally {
+    await close();
+    await server.close();
+  }
+  const { answers, closed } = await rawRequest(port, get("/x"));
+  assert.deepEqual([answers.length, closed], [0, true]);
+  const probes = server.requests.length;
+  await new Promise((resolve) => setTimeout(resolve, 1_500));
+  assert.equal(server.requests.length, probes, "nobody is probed");
+});
+
+test("served: behind middleware, headers keep their spelling and number, and the client its address", async () => {
+  const { ask, end } = await served((app) =>
+    app.use(async (context, next) => {
+      await next();
+      context.header("x-wrapped", "yes");
+    })
+  );
+  try {
+    for (const size of [0, 5, 100_000]) {
+      const { one, seen } = await ask(post("/p?q=%41", size));
+      assert.deepEqual([status(one), value(one, "x-wrapped"), seen!.url, seen!.bodyLength], [
+        200,
+        "yes",
+        "/p?q=%41",
+        size,
+      ]);
+      const own = seen!.rawHeaders.filter(([name]) => /^x-(own|forwarded-for)$/i.test(name));
+      assert.deepEqual(own, [["X-Own", "1"], ["x-own", "2"], ["x-forwarded-for", "127.0.0.1"]]);
+    }
+  } finally {
+    await end();
+  }
+});
+
+test("served: mounted below a path, with bodies", async () => {
+  const { ask, end } = await served((app, lb) => app.mount("/lb", lb.fetch));
+  try {
+    for (const size of [0, 5, 100_000]) {
+      const { one, seen } = await ask(post("/lb/x", size));
+      assert.deepEqual([status(one), seen?.url, seen?.bodyLength], [200, "/x", size]);
+    }
+  } finally {
+    await end();
+  }
+});
+
+test("served: what middleware makes of a request is what the server gets", async () => {
+  const { ask, end } = await served((app, lb) =>
+    app.all("/changed", ({ req, env }) => {
+      const headers = { "x-new": "1" }, body = "another body";
+      return lb.fetch(new Request(req.url, { method: "PUT", body, headers }), env);
+    })
+  );
+  try {
+    const { seen } = await ask(post("/changed", 5));
+    assert.deepEqual([seen!.method, seen!.bodyLength], ["PUT", 12]);
+    const own = seen!.rawHeaders.filter(([name]) => /^x-(own|new)$/i.test(name));
+    assert.deepEqual(own, [["x-new", "1"]]);
+  } finally {
+    await end();
+  }
+});
+
+test("served: a body that middleware has read reaches no server cut, and no server is blamed", async () => {
+  const { ask, server, lb, end } = await served((app) =>
+    app.use(async ({ req }, next) => {
+      await req.text();
+      await next();
+    })
+  );
+  try {
+    for (const [size, later] of [[5, false], [5, true], [100_000, true]] as const) {
+      const { one, seen } = await ask(post("/", size, later));
+      if (seen) assert.equal(seen.bodyLength, size);
+      else assert.deepEqual([status(one), value(one, "x-lb-failure")], [500, "internal"]);
+    }
+    for (const { start, body } of server.requests) assert.notEqual(body.length, 0, start);
+    const [{ counters, inFlight, failures }] = lb.balancer.table.services.get("default")!.servers as [library.Server];
+    assert.deepEqual([counters.errors, inFlight, failures], [0, 0, 0]);
+  } finally {
+    await end();
+  }
+});
+
+test("served: an upgrade passes through an app", async () => {
+  const { port, server, end } = await served((app) => app.use((_context, next) => next()));
+  server.reset(async (visit) => {
+    await visit.send("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: talk\r\n\r\nhello");
+  }, "head");
+  try {
+    const { bytes } = await rawRequest(port, [
+      "GET / HTTP/1.1\r\nHost: a.test\r\nConnection: Upgrade\r\nUpgrade: talk\r\n\r\n",
+      () => until("it has switched", () => server.last),
+      200,
+      "and back",
+      (socket) => void socket.end(),
+    ]);
+    assert.match(bytes.toString(), /^HTTP\/1\.1 101 Switching Protocols\r\n[^]*\r\n\r\nhello$/);
+    assert.match(server.visits[0]!.received, /and back$/);
+  } finally {
+    await end();
+  }
 });

@@ -3,15 +3,7 @@
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import {
-  accessLine,
-  type Attempt,
-  type Client,
-  createLoadBalancer,
-  type Failure,
-  parseConfig,
-  WireError,
-} from "../lb.ts";
+import { accessLine, type Client, createLoadBalancer, type Failure, parseConfig } from "../lb.ts";
 import {
   answer,
   get,
@@ -22,6 +14,7 @@ import {
   seeded,
   sleep,
   startProgram,
+  TestBytes,
   until,
   value,
 } from "./rig.ts";
@@ -47,15 +40,16 @@ function setUp(top: string, manners: (number | Failure)[] = [200], random = () =
       headers: [...request.headers].flat(),
       ...(env as Partial<Client>),
     }),
-    fetch(_url: string, attempt: Attempt) {
-      const { headers } = attempt;
-      asked.push(Object.fromEntries(headers.flatMap((name, i) => i % 2 ? [] : [[name, headers[i + 1]!]])));
+    send(attempt) {
+      const { lines, events } = attempt;
+      asked.push(Object.fromEntries(lines.split("\r\n").slice(0, -1).map((line) => line.split(": "))));
       const manner = manners[Math.min(turn++, manners.length - 1)]!;
-      if (typeof manner === "string") return Promise.reject(new WireError(manner, manner !== "connect", "no"));
+      if (typeof manner === "string") return events.onEnd(manner, "no", manner !== "connect");
       attempt.connectedAt = clock.now += 1;
       clock.now += 9.1234;
-      attempt.ended(manner, 6, undefined);
-      return Promise.resolve(new Response(null, { status: manner }));
+      attempt.received = 6;
+      events.onHead({ status: manner, reason: "", fields: [], body: new TestBytes("") });
+      events.onEnd(undefined, "", true);
     },
     write: (record, format) => lines.push(accessLine(record, format)),
     report: (level, text) => reports.push(`${level} ${text}`),
@@ -68,7 +62,9 @@ function setUp(top: string, manners: (number | Failure)[] = [200], random = () =
   };
   return { lb, ask, lines, reports, asked };
 }
-const EVIL = { "user-agent": 'a"b\\c\x1b[31m\x7f\x9bé', "referer": "http://r.test/\x0b" };
+const EVIL = { "user-agent": 'a"b\\c\t\x9bé', "referer": "http://r.test/\t." };
+/** No request may have these. */
+const WORSE = { "user-agent": 'a"b\\c\x1b[31m\x7f\x9bé', "referer": "http://r.test/\x0b" };
 const TRUSTED = { address: "10.1.2.3" };
 
 // ─── The formats ───
@@ -77,16 +73,20 @@ test("combined is Apache's line, and behind it who was asked, when what happened
   const { ask, lines, asked } = setUp("log: combined", ["connect", 200, 200]);
   await ask("http://h.test/a%22b?q=%0a", { headers: { ...EVIL } });
   await ask("http://h.test/", { from: { address: "2001:db8::1" }, headers: { host: "a@b" } });
+  await ask("http://h.test/", { headers: { ...WORSE } });
   const [{ "x-request-id": id, traceparent }] = asked as [Record<string, string>];
   const trace = traceparent!.split("-")[1];
   assert.deepEqual(lines[0]!.split(" default "), [
-    '192.0.2.9 - - [21/Nov/2026:03:14:42 +0000] "GET /a%22b?q=%0a HTTP/1.1" 200 6 "http://r.test/\\x0b" "a\\x22b\\x5cc\\x1b[31m\\x7f\\x9b\\xe9"',
+    '192.0.2.9 - - [21/Nov/2026:03:14:42 +0000] "GET /a%22b?q=%0a HTTP/1.1" 200 6 "http://r.test/\\x09." "a\\x22b\\x5cc\\x09\\x9b\\xe9"',
     `b:1 2 1.000/10.123/10.123 - ${id} ${trace}`,
   ]);
   assert.match(
     lines[1]!,
-    /^2001:db8::1 - - \[.*\] "GET http:\/\/h\.test\/ HTTP\/1\.1" 400 45 "-" "-" - - 0 -\/-\/0.000 bad-host \S+ [0-9a-f]{32}$/,
+    /^2001:db8::1 - - \[.*\] "GET \/ HTTP\/1\.1" 400 45 "-" "-" - - 0 -\/-\/0.000 bad-host \S+ [0-9a-f]{32}$/,
   );
+  const [, worse] = lines[2]!.split(" HTTP/1.1");
+  assert.match(worse!, /^" 400 \d+ "http:\/\/r\.test\/\\x0b" "a\\x22b\\x5cc\\x1b\[31m\\x7f\\x9b\\xe9" - - 0 /);
+  assert.match(worse!, / bad-request /);
 });
 
 test("combined has as many words where a trusted peer gives an empty request id", async () => {
@@ -139,9 +139,9 @@ test("json says why a request failed, and leaves out what there was not", async 
     "a:1",
   ]);
   assert.ok(!("lb.head_ms" in failed) && !("lb.connected_ms" in failed));
-  assert.deepEqual([refused["error.type"], refused["url.full"], refused["lb.attempts"]], [
+  assert.deepEqual([refused["error.type"], refused["url.original"], refused["lb.attempts"]], [
     "bad-host",
-    "http://h.test/",
+    "/",
     0,
   ]);
   for (const name of ["url.path", "lb.route", "lb.service", "lb.server", "span_id", "user_agent.original"]) {
@@ -154,7 +154,7 @@ test("json says why a request failed, and leaves out what there was not", async 
 test("nothing that a client sends begins another line or reaches a terminal as a command", async () => {
   for (const log of ["combined", "json"]) {
     const { ask, lines } = setUp(`log: ${log}\ntrust: [10.0.0.0/8]`);
-    await ask("http://h.test/\x9b?\u2028", { headers: { ...EVIL } });
+    await ask("http://h.test/\x9b?\u2028", { headers: { ...WORSE } });
     await ask("http://h.test/", { headers: { "user-agent": "a\x1b[31m\x9b", "host": "\x9b" } });
     const raw = ["x-request-id", "\x1b\x9b\r\n\ud800", "x-forwarded-for", "\x1b", "user-agent", "\udfff\u2028\x85é"];
     await ask(undefined, { from: { ...TRUSTED, headers: raw } });

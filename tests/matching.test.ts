@@ -204,6 +204,6 @@ for (const method of ["OPTIONS", "DELETE", "POST"]) {
     await rawRequest(program.port, get("/old").replace("GET", method), QUICK);
     const { headers } = server.requests[asked]!;
     const framing = headers.filter(([name]) => /^(transfer-encoding|content-length)$/i.test(name)).flat();
-    assert.deepEqual(framing, method === "POST" ? ["content-length", "0"] : []);
+    assert.deepEqual(framing, method === "POST" ? ["Content-Length", "0"] : []);
   });
 }

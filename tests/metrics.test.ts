@@ -6,11 +6,11 @@ import { spawn } from "node:child_process";
 import { readFileSync, writeFileSync } from "node:fs";
 import { test } from "node:test";
 import {
-  type Attempt,
   createLoadBalancer,
-  type Effects,
   type Failure,
+  type FetchAttempt,
   type LoadBalancer,
+  type OwnEffects,
   parseConfig,
   quantile,
   renderMetrics,
@@ -36,14 +36,14 @@ function setUp(manners: Manner[] = [200], yaml = "default: { servers: [a:1, b:1]
     report: () => {},
     write: () => {},
     connect: () => Promise.resolve(),
-    fetch: (_url: string, attempt: Attempt) => {
+    fetch: (_url: string, attempt: FetchAttempt) => {
       const [, status, problem] = /^(\d*) ?(.*)$/.exec(String(manners[Math.min(turn++, manners.length - 1)]))!;
       clock.now += 40;
       if (!status) return Promise.reject(new WireError(problem as Failure, problem !== "connect", problem!));
       attempt.ended(Number(status), problem ? 4 : 10, problem ? problem as Failure : undefined);
       return Promise.resolve(new Response(null, { status: Number(status) }));
     },
-  } satisfies Partial<Effects>;
+  } satisfies OwnEffects;
   const lb = createLoadBalancer(parseConfig(`log: off\n${yaml}`), effects);
   const ask = async (init: RequestInit = {}, host = "h.test") => {
     const response = await lb.fetch(new Request(`http://${host}/`, { ...init, headers: { host, ...init.headers } }));

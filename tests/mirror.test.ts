@@ -3,7 +3,15 @@
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
 import { test as nodeTest, type TestContext } from "node:test";
-import { accessLine, type Attempt, ConfigError, createLoadBalancer, parseConfig, WireError } from "../lb.ts";
+import {
+  accessLine,
+  ConfigError,
+  createLoadBalancer,
+  type FetchAttempt,
+  type Fields,
+  parseConfig,
+  WireError,
+} from "../lb.ts";
 import { answer, get, rawRequest, scriptedServer, seeded, startProgram, status, until, value } from "./rig.ts";
 
 const test = (name: string, body: (t: TestContext) => Promise<void> | void) =>
@@ -16,7 +24,7 @@ const turns = async () => {
 /** A balancer with a service `shop` whose requests are copied to `next`; `behave` says what becomes of a copy. */
 function setUp(
   keys = "",
-  behave: (attempt: Attempt) => Promise<Response> = (attempt) => {
+  behave: (attempt: FetchAttempt) => Promise<Response> = (attempt) => {
     attempt.ended(200, 0, undefined);
     return Promise.resolve(new Response(null));
   },
@@ -26,7 +34,7 @@ function setUp(
 defaults: { health: off, eject: { failures: 1, at_most: 100% } }
 services: { shop: { servers: [a:1], sticky: {} }, next: { servers: [x:1]${more} } }
 default: { service: shop, mirror: { service: next, percent: 100 }${keys} }`;
-  const [copies, lines]: [[string, Attempt][], string[]] = [[], []];
+  const [copies, lines]: [[string, FetchAttempt][], string[]] = [[], []];
   const order: string[] = [];
   const random = seeded(1);
   const lb = createLoadBalancer(parseConfig(yaml), {
@@ -43,12 +51,11 @@ default: { service: shop, mirror: { service: next, percent: 100 }${keys} }`;
         return behave(attempt);
       }
       original.attempt = attempt;
-      attempt.inbound([]);
       attempt.ended(200, 0, undefined);
       return Promise.resolve(new Response(null));
     },
   });
-  const original: { attempt?: Attempt } = {};
+  const original: { attempt?: FetchAttempt } = {};
   const next = lb.balancer.table.services.get("next")!;
   const ask = async (init: RequestInit & { headers?: Record<string, string> } = {}, path = "/p?q") => {
     const headers = { host: "h", ...init.headers };
@@ -59,7 +66,7 @@ default: { service: shop, mirror: { service: next, percent: 100 }${keys} }`;
   return { lb, ask, copies, original, next, lines, order };
 }
 /** Headers, in traceparent without the span: each attempt has one of its own. */
-const unspanned = (headers: string[]) => headers.map((one) => one.replace(/^(00-[0-9a-f]{32})-.*/, "$1"));
+const unspanned = (headers: Fields) => headers.map((one) => one.replace(/^(00-[0-9a-f]{32})-.*/, "$1"));
 const withBody = { method: "POST", headers: { "content-length": "3" }, body: "abc" };
 
 test("a copy is the same request: method, target, headers, body and id, and goes out behind it", async () => {
@@ -95,7 +102,7 @@ test("a copy tries no server out that has been ejected: the next request does", 
 });
 
 test("the client has its answer long before the copy has one, and at most a hundred wait for one", async () => {
-  const hanging: Attempt[] = [];
+  const hanging: FetchAttempt[] = [];
   const { ask, next } = setUp("", (attempt) => {
     hanging.push(attempt);
     return new Promise(() => {});
@@ -110,7 +117,7 @@ test("a copy outlives its client", async () => {
   await lb.fetch(new Request("http://h/", { headers: { host: "h" }, signal: leave.signal }));
   await turns();
   leave.abort();
-  assert.equal(copies[0]![1].request.signal.aborted, false);
+  assert.equal(copies[0]![1].signal.aborted, false);
 });
 
 test("a copy's answer is read to its end, and one that is cut off harms nobody", async () => {

@@ -13,6 +13,17 @@ import { join } from "node:path";
 import process from "node:process";
 import type { Readable } from "node:stream";
 import { fileURLToPath } from "node:url";
+import type {
+  Attempt,
+  Body,
+  BodyReader,
+  Bytes,
+  Failure,
+  Fields,
+  HttpClient,
+  HttpRequest,
+  HttpResponse,
+} from "../lb.ts";
 
 export type Runtime = "deno" | "bun" | "node";
 export const runtime = (): Runtime => "Deno" in globalThis ? "deno" : "Bun" in globalThis ? "bun" : "node";
@@ -348,6 +359,24 @@ export const echo: Script = (visit, request) => {
 };
 export const echoServer = () => scriptedServer(echo);
 
+// ─── Requests without a connection ───
+
+/** A request as a listener makes it; what it is answered with comes to `answers`. */
+export function requestOf(
+  { fields = ["host", "h.test"], ...given }: Partial<HttpRequest> & { fields?: Fields } = {},
+): HttpRequest & { answers: HttpResponse[] } {
+  const at = fields.findIndex((name, i) => i % 2 === 0 && name.toLowerCase() === "host");
+  const host = at < 0 ? "" : fields[at + 1]!, answers: HttpResponse[] = [];
+  return {
+    ...{ method: "GET", target: "/", version: "1.1", block: { fields, passing: undefined }, host, scheme: "http" },
+    ...{ peer: "192.0.2.9", upgrade: "", trailers: false, expects: false, problem: undefined, source: undefined },
+    ...{ body: new TestBytes(""), gone: false, onGone: undefined, answers },
+    respond: (response) => void answers.push(response),
+    inform: () => {},
+    ...given,
+  };
+}
+
 // ─── The program ───
 
 export interface Program {
@@ -465,4 +494,188 @@ export function seeded(seed: number): () => number {
     t ^= t + Math.imul(t ^ t >>> 7, t | 61);
     return ((t ^ t >>> 14) >>> 0) / 2 ** 32;
   };
+}
+
+// ─── Attempts: a request through an HttpClient, without a balancer ───
+
+/** What comes at the end of a body: nothing more for ever, a failure, or trailers. */
+export type BodyEnd = "stall" | Failure | Fields;
+
+/** A body that a test makes: some pieces, as fast as they are taken. `length` -1: nobody has announced it. */
+export class TestBody implements Body {
+  readonly length: number;
+  readonly bytes: Bytes | undefined = undefined;
+  limit = Infinity;
+  paused = false;
+  taken = 0; // bytes that the reader has got
+  cancelled = 0; // how often nobody wanted the rest
+  steps = Infinity; // pieces that may still go out, its end included
+  private reader: BodyReader | undefined;
+  private readonly pieces: Iterator<Bytes>;
+  private readonly end: BodyEnd;
+
+  constructor(pieces: Iterable<Bytes | string>, length: number, end: BodyEnd = []) {
+    this.length = length;
+    this.end = end;
+    this.pieces = function* () {
+      for (const piece of pieces) yield typeof piece === "string" ? Buffer.from(piece, "latin1") : piece;
+    }();
+  }
+  read(reader: BodyReader): void {
+    this.reader = reader;
+    this.feed();
+  }
+  pause(): void {
+    this.paused = true;
+  }
+  resume(): void {
+    if (!this.paused) return;
+    this.paused = false;
+    this.feed();
+  }
+  cancel(): void {
+    this.cancelled++;
+    this.reader = undefined;
+  }
+  stream(): ReadableStream<Uint8Array<ArrayBuffer>> {
+    throw new Error("nobody needs it");
+  }
+  /** Lets one more piece go out. */
+  step(): void {
+    this.steps++;
+    this.feed();
+  }
+  private feed(): void {
+    while (this.reader && !this.paused && this.steps > 0) {
+      this.steps--;
+      const next = this.pieces.next();
+      if (next.done) return this.finish(this.reader);
+      this.taken += next.value.length;
+      this.reader.data(next.value);
+    }
+  }
+  private finish(reader: BodyReader): void {
+    if (this.end === "stall") return;
+    this.reader = undefined;
+    if (typeof this.end === "string") reader.fail(this.end);
+    else reader.end(this.end);
+  }
+}
+
+/** Bytes that are there, and can be sent again. */
+export class TestBytes implements Body {
+  readonly bytes: Bytes;
+  limit = Infinity;
+  constructor(bytes: string | Bytes) {
+    this.bytes = typeof bytes === "string" ? Buffer.from(bytes, "latin1") : bytes;
+  }
+  get length(): number {
+    return this.bytes.length;
+  }
+  read(reader: BodyReader): void {
+    if (this.length) reader.data(this.bytes);
+    reader.end([]);
+  }
+  pause(): void {}
+  resume(): void {}
+  cancel(): void {}
+  stream(): ReadableStream<Uint8Array<ArrayBuffer>> {
+    throw new Error("nobody needs it");
+  }
+}
+
+/** What has come of an attempt. */
+export interface Outcome {
+  status: number; // 0: no head came
+  reason: string;
+  fields: Fields;
+  body: Buffer; // as far as it came
+  trailers: Fields;
+  failure: Failure | undefined; // undefined: the answer is whole
+  detail: string;
+  sent: boolean; // the server may have seen some of it
+}
+
+export interface Sending {
+  attempt: Attempt;
+  /** sent, head, body, end: what was heard of it, in order; `sent again`: over a fresh connection. */
+  order: string[];
+  /** The interim answers. */
+  informs: [status: number, reason: string, fields: Fields][];
+  /** The head of the answer; never resolves where none comes. */
+  head: Promise<HttpResponse>;
+  /** Resolves when all is over; rejects where the order of events was another one than always. */
+  outcome: Promise<Outcome>;
+}
+
+/** Sent, head, body, end: each at most once, in this order; and an answer that is whole has all of them. */
+export function assertOrder(order: readonly string[], whole: boolean, read = true): void {
+  const body = read ? "body " : "";
+  const expected = whole ? `^sent (sent again )?head ${body}end $` : `^(sent (sent again )?(head ${body})?)?end $`;
+  assert.match(order.map((event) => `${event} `).join(""), new RegExp(expected), "the order of events");
+}
+
+/**
+ * Sends an attempt through a client. `read`: who reads the answer's body; without that all of it is read at once, and
+ * `body` in the order of events is when its reader has heard its end.
+ */
+export function sendAttempt(
+  client: HttpClient,
+  given: Pick<Attempt, "server" | "body"> & Partial<Pick<Attempt, "method" | "target" | "lines" | "upgrade">>,
+  { timeouts, read }: { timeouts?: Partial<Attempt["timeouts"]>; read?: (body: Body) => void } = {},
+): Sending {
+  const order: string[] = [], informs: Sending["informs"] = [], pieces: Buffer[] = [];
+  const seen: Outcome = {
+    ...{ status: 0, reason: "", fields: [], body: EMPTY, trailers: [] },
+    ...{ failure: undefined, detail: "", sent: false },
+  };
+  let connectedAt = 0, brokenBy: Failure | undefined;
+  const head = Promise.withResolvers<HttpResponse>(), end = Promise.withResolvers<void>();
+  const attempt: Attempt = {
+    ...{ method: "GET", target: "/", lines: "host: a.test\r\n", upgrade: "", tunnels: new Set(), ...given },
+    timeouts: { connect: 20_000, response: 20_000, idle: 20_000, request: Infinity, ...timeouts },
+    ...{ startedAt: client.now(), uploaded: 0, received: 0, carrier: undefined },
+    get connectedAt() {
+      return connectedAt;
+    },
+    set connectedAt(at) {
+      connectedAt = at;
+      order.push(order.includes("sent") ? "sent again" : "sent");
+    },
+    events: {
+      onInform: (...inform) => void informs.push(inform),
+      onHead(response) {
+        const { status, reason, fields } = response;
+        order.push("head");
+        Object.assign(seen, { status, reason, fields });
+        head.resolve(response);
+        if (read) return read(response.body);
+        response.body.read({
+          data: (bytes) => void pieces.push(bytes),
+          end(trailers) {
+            order.push("body");
+            seen.trailers = trailers;
+          },
+          fail(why) {
+            order.push("body");
+            brokenBy = why;
+          },
+        });
+      },
+      onEnd(failure, detail, sent) {
+        order.push("end");
+        Object.assign(seen, { failure, detail, sent });
+        end.resolve();
+      },
+    },
+  };
+  const outcome = end.promise.then(() => {
+    seen.body = Buffer.concat(pieces);
+    assertOrder(order, seen.failure === undefined, !read);
+    if (order.includes("body")) assert.equal(brokenBy, seen.failure, "its reader hears of the same failure");
+    return seen;
+  });
+  outcome.catch(() => {});
+  client.send(attempt);
+  return { attempt, order, informs, head: head.promise, outcome };
 }

@@ -31,11 +31,8 @@ function setUp(yaml: string) {
       for (let i = 0; i < attempt.headers.length; i += 2) {
         last.headers.append(attempt.headers[i]!, attempt.headers[i + 1]!);
       }
-      attempt.ended(200, 0, undefined);
-      const own = attempt.inbound(["x-one", "server", "x-two", "server"]);
-      return Promise.resolve(
-        new Response(null, { headers: own.flatMap((name, i) => i % 2 ? [] : [[name, own[i + 1]!] as const]) as [] }),
-      );
+      attempt.ended(200, 0);
+      return Promise.resolve(new Response(null, { headers: { "x-one": "server", "x-two": "server" } }));
     },
   });
   const ask = async (url: string, { from = {}, raw, ...init }: Ask = {}) => {

@@ -10,12 +10,13 @@ import {
   type Attempt,
   createLoadBalancer,
   type Effects,
+  type Failure,
+  type HttpResponse,
   type LoadBalancer,
   parseConfig,
   strategies,
-  WireError,
 } from "../lb.ts";
-import { seeded } from "./rig.ts";
+import { requestOf, seeded, TestBytes } from "./rig.ts";
 
 /** What a server does with a request: how long it works on it and what it then answers, or that it refuses to connect. */
 export type Work = { status: number; takes: number } | "refused";
@@ -190,28 +191,25 @@ type Timeline = ReturnType<typeof newTimeline>;
 /** Servers that work on so many requests at a time. */
 function newServers({ servers, workers, seconds, work }: Scenario, timeline: Timeline, random: () => number) {
   const pool = Array.from({ length: servers }, () => ({ count: 0, working: 0, queue: [] as (() => void)[] }));
-  const answers = new Map<number, Response>();
-  const answerOf = (status: number): Response => {
-    const known = answers.get(status) ?? new Response(null, { status });
-    answers.set(status, known);
-    return known;
-  };
-  const fetch = (_url: string, attempt: Attempt): Promise<Response> => {
+  const body = new TestBytes("");
+  const send = (attempt: Attempt): void => {
     const index = Number(attempt.server.name.slice(1).split(":")[0]), server = pool[index]!;
     const at = timeline.now;
     const done = work({ server: index, at, share: at / (seconds * 1000), count: ++server.count, random });
-    if (done === "refused") return Promise.reject(new WireError("connect", false, "refused"));
-    const { promise, resolve, reject } = Promise.withResolvers<Response>();
     const deadline = at + attempt.timeouts.response;
-    let given = false; // up, because another attempt has won
-    attempt.stop?.addEventListener("abort", () => {
-      given = true;
-      reject(new WireError("client-left", true, "given up"));
-    });
+    let over = false;
+    const end = (why?: Failure, sent = true) => {
+      if (over) return;
+      over = true;
+      attempt.carrier = undefined;
+      attempt.events.onEnd(why, why ?? "", sent);
+    };
+    if (done === "refused") return end("connect", false);
+    attempt.carrier = { cancel: (why) => end(why) }; // another attempt has won
     const answer = () => {
-      if (given || timeline.now > deadline) return; // nobody waits for it any more
-      attempt.ended(done.status, 0, undefined);
-      resolve(answerOf(done.status));
+      if (over || timeline.now > deadline) return; // nobody waits for it any more
+      attempt.events.onHead({ status: done.status, reason: "", fields: [], body });
+      end();
     };
     if (done.takes === 0) timeline.plan(at, answer);
     else {
@@ -224,10 +222,9 @@ function newServers({ servers, workers, seconds, work }: Scenario, timeline: Tim
         });
       if (server.working === workers) {
         server.queue.push(begin);
-        timeline.plan(deadline, () => reject(new WireError("timeout", true, "too late"))); // nothing where it has come
+        timeline.plan(deadline, () => end("timeout")); // nothing where it has come
       } else server.working++, begin();
     }
-    return promise;
   };
   /** A probe, where these are TCP connects. */
   const connect = ({ name }: { name: string }) => {
@@ -235,7 +232,7 @@ function newServers({ servers, workers, seconds, work }: Scenario, timeline: Tim
     const refused = work({ server, at, share, count: 0, random: () => 0 }) === "refused";
     return refused ? Promise.reject(new Error("refused")) : Promise.resolve();
   };
-  return { pool, fetch, connect };
+  return { pool, send, connect };
 }
 
 // ---- One run
@@ -244,13 +241,12 @@ function newBalancer(scenario: Scenario, strategy: string, more: string, timelin
   const names = Array.from({ length: scenario.servers }, (_, index) => `"s${index}:1"`);
   const keys = [`strategy: ${written[strategy] ?? strategy}`, scenario.keys, more].filter(Boolean);
   const config = parseConfig(`log: off\ndefault: { servers: [${names}], ${keys.join(", ")} }`);
-  return (effects: Pick<Effects, "fetch" | "connect">): LoadBalancer =>
+  return (effects: Pick<Effects, "send" | "connect">): LoadBalancer =>
     createLoadBalancer(config, {
       ...effects,
       now: () => timeline.now,
       date: () => new Date(0),
       random: seeded(seed),
-      client: (_request, env) => ({ address: env as unknown as string, scheme: "http", headers: [] }),
       sleep: (ms, signal) => new Promise((wake) => timeline.plan(timeline.now + ms, () => signal?.aborted || wake())),
       report: () => {},
     });
@@ -264,16 +260,16 @@ export async function simulate(scenario: Scenario, strategy: string, more = "", 
     { length: scenario.balancers },
     (_, index) => newBalancer(scenario, strategy, more, timeline, seed + 2_000 + index)(servers),
   );
-  const request = new Request("http://simulated/", { headers: { host: "simulated" } });
-  const times: number[] = [];
+  const { block } = requestOf(), times: number[] = [];
   let good = 0;
   const arrive = () => {
     const balancer = balancers[Math.floor(random() * balancers.length)]!;
     const began = timeline.now, client = Math.floor(random() * CLIENTS);
-    void Promise.resolve(balancer.fetch(request, `10.0.${client >> 8}.${client & 255}` as never)).then(({ status }) => {
+    const respond = ({ status }: HttpResponse) => {
       times.push(timeline.now - began);
       if (status === 200 && timeline.now - began <= IN_TIME) good++;
-    });
+    };
+    balancer.handle(requestOf({ block, peer: `10.0.${client >> 8}.${client & 255}`, respond }));
     const next = timeline.now - Math.log(1 - random()) * 1000 / scenario.rate;
     if (next < scenario.seconds * 1000) timeline.plan(next, arrive);
   };

@@ -12,7 +12,7 @@ import {
   strategies,
   type Strategy,
 } from "../lb.ts";
-import { seeded } from "./rig.ts";
+import { requestOf, seeded } from "./rig.ts";
 
 type Answer = (status?: number) => Promise<void>;
 interface Ask {
@@ -31,7 +31,7 @@ function setUp(keys: string, servers = "[S0:1, S1:1, S2:1, S3:1]", own: Record<s
   const lb = createLoadBalancer(config, {
     now: () => clock.now,
     random: seeded(seed),
-    client: (_request, env) => ({ address: env as unknown as string, scheme: "http", headers: [] }),
+    client: ({ headers }, env) => ({ address: env as unknown as string, scheme: "http", headers: [...headers].flat() }),
     fetch: (_url, attempt) => {
       picked = attempt.server.name.split(":")[0]!;
       const { promise, resolve } = Promise.withResolvers<Response>();
@@ -397,7 +397,7 @@ for (const [name, strategy] of Object.entries(strategies) as [string, Strategy][
       turn: i,
       key: `key ${i}`,
       client: `10.0.0.${i % 256}`,
-      request: new Request("http://a/"),
+      request: requestOf(),
     });
   };
 

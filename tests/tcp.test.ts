@@ -8,7 +8,7 @@ import { writeFileSync } from "node:fs";
 import { type AddressInfo, connect, createServer, type Socket } from "node:net";
 import process from "node:process";
 import nodeTest from "node:test";
-import { ConfigError, createLoadBalancer, type Draw, openTcp, parseConfig, type Strategy } from "../lb.ts";
+import { ConfigError, createLoadBalancer, type Draw, parseConfig, relayTcp, type Strategy } from "../lb.ts";
 import { type Program, sleep, startProgram, until } from "./rig.ts";
 
 // bun test gives a test five seconds unless it says otherwise
@@ -400,7 +400,7 @@ test("each connection is one line of the log, when its last byte has passed", as
         "client.address": "127.0.0.1",
         "http.request.method": "TCP",
         "url.scheme": "tcp",
-        "url.full": `tcp://127.0.0.1:${port}`,
+        "url.original": `tcp://127.0.0.1:${port}`,
         "http.response.status_code": 200,
         "http.request.body.size": 8,
         "http.response.body.size": 5,
@@ -492,7 +492,11 @@ async function inProcess(config: Record<string, unknown>, own: Record<string, St
     write: NEVER,
     report: (level, text) => void reports.push(`${level}: ${text}`),
   }, own);
-  const listener = await openTcp(lb.balancer, "127.0.0.1:0");
+  const listener = createServer(
+    { allowHalfOpen: true },
+    (socket) => relayTcp(lb.balancer, "127.0.0.1:0", "127.0.0.1:0", socket),
+  );
+  await new Promise<void>((resolve) => listener.listen(0, "127.0.0.1", resolve));
   const service = lb.balancer.table.services.get("db")!;
   const settled = () =>
     until(
@@ -500,7 +504,8 @@ async function inProcess(config: Record<string, unknown>, own: Record<string, St
       () =>
         [lb.balancer, service, ...service.servers].every(({ inFlight }) => inFlight === 0) && !lb.balancer.relays.size,
     );
-  return { lb, reports, service, settled, port: Number(listener.address.split(":")[1]), close: () => listener.close() };
+  const { port } = listener.address() as AddressInfo;
+  return { lb, reports, service, settled, port, close: () => new Promise((resolve) => listener.close(resolve)) };
 }
 
 test("what is in flight is counted, and counts return to 0 however a connection ends", async () => {

@@ -1,19 +1,39 @@
-// The wire over real sockets: what goes out byte by byte, and which connection serves what, how long, and what ends it.
-// How answers are read is in fuzz.test.ts.
+// The client over real sockets: what goes out byte by byte, and which connection serves what, how long, and what ends it.
+// How answers are read is in fuzz.test.ts. Every attempt is heard in one order of events, which `sendAttempt` checks.
 
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
 import { spawn } from "node:child_process";
 import { lookup } from "node:dns/promises";
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
-import { type AddressInfo, createServer, type Server as Listener, Socket } from "node:net";
+import { type AddressInfo, connect, createServer, type Server as Listener, Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import { test as nodeTest } from "node:test";
 import { createServer as createTlsServer, type TlsOptions, type TLSSocket } from "node:tls";
-import { type Attempt, createWire, type Server, WireError } from "../lb.ts";
-import { runtime, sleep, until } from "./rig.ts";
+import {
+  type Attempt,
+  type Body,
+  createLoadBalancer,
+  type Failure,
+  HttpClient,
+  NO_BODY,
+  parseConfig,
+  serve,
+  type Server,
+} from "../lb.ts";
+import {
+  assertOrder,
+  rawRequest,
+  runtime,
+  sendAttempt,
+  type Sending,
+  sleep,
+  TestBody,
+  TestBytes,
+  until,
+} from "./rig.ts";
 
 const after: (() => unknown)[] = []; // what the running test has opened
 const test = (name: string, body: () => Promise<void>) =>
@@ -95,165 +115,240 @@ const never: Script = () => {};
 
 // ─── Asking ───
 
-type Wire = ReturnType<typeof createWire>;
-type Asked = Partial<Omit<Attempt, "timeouts">> & { target?: string; timeouts?: Partial<Attempt["timeouts"]> };
-const PATIENT = { connect: 20_000, response: 20_000, idle: 20_000, request: Infinity };
+type Asked = Partial<Pick<Attempt, "method" | "target" | "lines" | "body" | "upgrade">> & {
+  timeouts?: Partial<Attempt["timeouts"]>;
+  /** Reads the answer's body; without that all of it is read at once. */
+  read?: (body: Body) => void;
+};
 
-function ask(wire: Wire, server: Server, { target = "/", timeouts, ...own }: Asked = {}) {
-  const ended: unknown[][] = [];
-  const response = wire.fetch(server.url + target, {
-    ...{ server, method: "GET", headers: ["host", "a.test"], body: null, length: 0, wrapped: false },
-    request: { signal: new AbortController().signal },
-    inbound: (headers) => headers,
-    ended: (...args) => void ended.push(args),
-    ...{ startedAt: 0, connectedAt: 0, headAt: 0, uploaded: 0 },
-    ...own,
-    timeouts: { ...PATIENT, ...timeouts },
-  });
-  response.catch(() => {});
-  return { response, ended };
-}
+const ask = (client: HttpClient, server: Server, { timeouts, read, ...own }: Asked = {}): Sending =>
+  sendAttempt(client, { server, body: NO_BODY, ...own }, { ...(timeouts && { timeouts }), ...(read && { read }) });
 
 /** The body as text, or the kind of what went wrong. */
-async function outcome(response: Promise<Response>): Promise<string> {
-  try {
-    return await (await response).text();
-  } catch (error) {
-    assert.ok(error instanceof WireError, `threw ${error}`);
-    return error.kind;
-  }
+async function get(client: HttpClient, server: Server, own?: Asked): Promise<string> {
+  const { failure, body } = await ask(client, server, own).outcome;
+  return failure ?? body.toString("latin1");
 }
-const get = (wire: Wire, server: Server, own?: Asked) => outcome(ask(wire, server, own).response);
 
-const bytes = (text: string) => new Uint8Array(Buffer.from(text));
-function stream(...pieces: string[]): ReadableStream<Uint8Array<ArrayBuffer>> {
-  const left = pieces.values();
-  return new ReadableStream({
-    pull(controller) {
-      const { done, value } = left.next();
-      if (done) controller.close();
-      else controller.enqueue(bytes(value));
-    },
-  }, { highWaterMark: 0 });
+/** Why there is no answer, and whether the server may have seen some of the request. */
+async function failing(client: HttpClient, server: Server, own?: Asked): Promise<[Failure | undefined, boolean]> {
+  const { failure, sent, status } = await ask(client, server, own).outcome;
+  assert.equal(status, 0, "no head has come");
+  return [failure, sent];
 }
+
+/** The answer's body as a stream, which is read as the test reads it. */
+async function streamed(client: HttpClient, server: Server, own: Asked = {}) {
+  const sending = ask(client, server, { ...own, read() {} }), response = await sending.head;
+  return { ...sending, response, reader: response.body.stream().getReader() };
+}
+
+const bytes = (text: string) => new TestBytes(text);
+const stream = (...pieces: string[]) => new TestBody(pieces, pieces.join("").length);
+const chunked = (...pieces: string[]) => new TestBody(pieces, -1);
 /** A body of which one piece comes, and then nothing. */
-const stalled = (cancelled = () => {}) => {
-  let first = true;
-  return new ReadableStream<Uint8Array<ArrayBuffer>>({
-    pull: (controller) => first ? void (first = false, controller.enqueue(bytes("begin"))) : new Promise(() => {}),
-    cancel: cancelled,
-  });
-};
+const stalled = (length: number) => new TestBody(["begin"], length, "stall");
+/** A body that never ends. */
+const endless = () =>
+  new TestBody(
+    function* () {
+      for (;;) yield PIECE;
+    }(),
+    -1,
+  );
 
 // ─── What goes out ───
 
 const HEAD = "/a?b=c HTTP/1.1\r\nhost: a.test\r\nX-Y: 1\r\n";
+const LONG = Buffer.from(Array.from({ length: 10_000 }, (_, i) => i)).toString("latin1"); // is not written together with its head
 const REQUESTS: Record<string, [asked: Asked, sent: string]> = {
   "GET": [{}, `GET ${HEAD}\r\n`],
   "HEAD": [{ method: "HEAD" }, `HEAD ${HEAD}\r\n`],
   "DELETE": [{ method: "DELETE" }, `DELETE ${HEAD}\r\n`],
-  "POST without a body": [{ method: "POST" }, `POST ${HEAD}content-length: 0\r\n\r\n`],
-  "POST without a body of unknown length": [
-    { method: "POST", length: -1 },
-    `POST ${HEAD}content-length: 0\r\n\r\n`,
-  ],
-  "POST of bytes": [{ method: "POST", body: bytes("hello"), length: 5 }, `POST ${HEAD}content-length: 5\r\n\r\nhello`],
-  "POST of bytes of unknown length": [
-    { method: "POST", body: bytes("hello"), length: -1 },
-    `POST ${HEAD}content-length: 5\r\n\r\nhello`,
-  ],
-  "PUT of no bytes": [{ method: "PUT", body: bytes(""), length: 0 }, `PUT ${HEAD}content-length: 0\r\n\r\n`],
-  "GET with bytes": [{ body: bytes("hello"), length: 5 }, `GET ${HEAD}content-length: 5\r\n\r\nhello`],
+  "POST without a body": [{ method: "POST" }, `POST ${HEAD}Content-Length: 0\r\n\r\n`],
+  "POST of bytes": [{ method: "POST", body: bytes("hello") }, `POST ${HEAD}Content-Length: 5\r\n\r\nhello`],
+  "POST of many bytes": [{ method: "POST", body: bytes(LONG) }, `POST ${HEAD}Content-Length: 10000\r\n\r\n${LONG}`],
+  "PUT of no bytes": [{ method: "PUT", body: bytes("") }, `PUT ${HEAD}Content-Length: 0\r\n\r\n`],
+  "GET of no bytes, which were announced": [{ body: bytes("") }, `GET ${HEAD}Content-Length: 0\r\n\r\n`],
+  "GET with bytes": [{ body: bytes("hello") }, `GET ${HEAD}Content-Length: 5\r\n\r\nhello`],
   "POST of a stream": [
-    { method: "POST", body: stream("he", "", "llo"), length: 5 },
-    `POST ${HEAD}content-length: 5\r\n\r\nhello`,
+    { method: "POST", body: stream("he", "llo") },
+    `POST ${HEAD}Content-Length: 5\r\n\r\nhello`,
   ],
   "POST of a stream of unknown length": [
-    { method: "POST", body: stream("he", "", "llo world!"), length: -1 },
-    `POST ${HEAD}transfer-encoding: chunked\r\n\r\n2\r\nhe\r\na\r\nllo world!\r\n0\r\n\r\n`,
+    { method: "POST", body: chunked("he", "llo world!") },
+    `POST ${HEAD}Transfer-Encoding: chunked\r\n\r\n2\r\nhe\r\na\r\nllo world!\r\n0\r\n\r\n`,
+  ],
+  "POST of a stream of large pieces": [
+    { method: "POST", body: chunked(LONG, "he") },
+    `POST ${HEAD}Transfer-Encoding: chunked\r\n\r\n2710\r\n${LONG}\r\n2\r\nhe\r\n0\r\n\r\n`,
+  ],
+  "POST of a stream with trailers": [
+    { method: "POST", body: new TestBody(["he"], -1, ["X-Sum", "1", "x-sum", "\xe4"]) },
+    `POST ${HEAD}Transfer-Encoding: chunked\r\n\r\n2\r\nhe\r\n0\r\nX-Sum: 1\r\nx-sum: \xe4\r\n\r\n`,
   ],
   "POST of an empty stream": [
-    { method: "POST", body: stream(), length: 0 },
-    `POST ${HEAD}content-length: 0\r\n\r\n`,
+    { method: "POST", body: stream() },
+    `POST ${HEAD}Content-Length: 0\r\n\r\n`,
   ],
   "POST of an empty stream of unknown length": [
-    { method: "POST", body: stream(), length: -1 },
-    `POST ${HEAD}transfer-encoding: chunked\r\n\r\n0\r\n\r\n`,
+    { method: "POST", body: chunked() },
+    `POST ${HEAD}Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n`,
   ],
   "DELETE with a stream": [
-    { method: "DELETE", body: stream("hello"), length: 5 },
-    `DELETE ${HEAD}content-length: 5\r\n\r\nhello`,
+    { method: "DELETE", body: stream("hello") },
+    `DELETE ${HEAD}Content-Length: 5\r\n\r\nhello`,
+  ],
+  "OPTIONS * and a method of its own": [
+    { method: "X-Y", target: "*", lines: "" },
+    `X-Y * HTTP/1.1\r\n\r\n`,
+  ],
+  "fields and bytes of every value": [
+    { target: "/\xff", lines: "A: \xe4\xff\r\nA: \r\n" },
+    `GET /\xff HTTP/1.1\r\nA: \xe4\xff\r\nA: \r\n\r\n`,
   ],
 };
 
 for (const [name, [asked, sent]] of Object.entries(REQUESTS)) {
   test(`${name} is these bytes on the wire, and no header of our own`, async () => {
     const { server, lines } = await scripted(never);
-    const { response } = ask(createWire(), server, {
+    const { outcome } = ask(new HttpClient(), server, {
       target: "/a?b=c",
-      headers: ["host", "a.test", "X-Y", "1"],
+      lines: "host: a.test\r\nX-Y: 1\r\n",
       ...asked,
     });
     await until("all of it is there", () => (lines[0]?.received.length ?? 0) >= sent.length);
     assert.equal(lines[0]!.received, sent);
     await answer(lines[0]!);
-    assert.equal((await response).status, 200);
+    assert.equal((await outcome).status, 200);
     assert.equal(lines[0]!.received, sent);
   });
 }
 
-const MISFITS: Record<string, Asked> = {
-  "a stream that is longer than its length": { body: stream("hel", "lo"), length: 4 },
-  "a stream that is shorter than its length": { body: stream("hel"), length: 4 },
-};
-for (const [name, asked] of Object.entries(MISFITS)) {
-  test(`${name} is a bad body, and the server sees the connection end before its end`, async () => {
+test("an upload that breaks off ends its attempt, and the server sees the connection end before its end", async () => {
+  for (const why of ["bad-body", "client-left", "body-too-large"] as const) {
     const { server, lines, allClosed } = await scripted(never);
-    assert.equal(await get(createWire(), server, { method: "POST", ...asked }), "bad-body");
+    const body = new TestBody(["hel"], 5, why);
+    assert.deepEqual(await failing(new HttpClient(), server, { method: "POST", body }), [why, true]);
     await allClosed();
-    assert.equal(lines[0]!.received.split("\r\n\r\n")[1], "hel");
+    assert.equal(lines[0]!.received.split("\r\n\r\n")[1] ?? "", lines[0]!.received ? "hel" : "");
+  }
+});
+
+// ─── Requests of the Fetch API: their streams keep no promise ───
+
+/** A balancer for this server, as a library; `headers`: those that the runtime is said to have seen. */
+function balancerOf(server: Server, headers: string[] = []) {
+  const config = parseConfig(JSON.stringify({ log: "off", default: { servers: [server.url], health: "off" } }));
+  return createLoadBalancer(config, {
+    client: () => ({ address: "192.0.2.1", scheme: "http", headers }),
+    report() {},
   });
 }
 
-test("bytes and a length that contradict each other never get out", async () => {
-  const { server, lines } = await scripted(answer);
-  const wire = createWire();
-  for (const length of [4, 6]) {
-    await get(wire, server, { method: "POST", body: bytes("hello"), length, timeouts: { response: 300 } });
-  }
-  for (const { received } of lines) assert.match(received, /^(POST .*\r\nhost.*\r\ncontent-length: 5\r\n\r\nhello)*$/);
-});
+/** A stream of these pieces, each as it is asked for. */
+function webStream(...pieces: string[]): ReadableStream<Uint8Array<ArrayBuffer>> {
+  const left = pieces.values();
+  return new ReadableStream({
+    pull(controller) {
+      const { done, value } = left.next();
+      if (done) controller.close();
+      else controller.enqueue(Buffer.from(value));
+    },
+  }, { highWaterMark: 0 });
+}
 
-test("an upload that breaks off is a bad body, or a client that has left, and the server sees it end", async () => {
-  const controller = new AbortController();
-  for (const kind of ["bad-body", "client-left"]) {
-    if (kind === "client-left") controller.abort();
-    const { server, allClosed } = await scripted(never);
-    const body = new ReadableStream<Uint8Array<ArrayBuffer>>({ pull: (it) => it.error(new Error("gone")) });
-    assert.equal(await get(createWire(), server, { method: "POST", body, length: -1, request: controller }), kind);
+/** Why a POST of a stream fails; empty: it does not. `length`: as announced, if at all. */
+async function post(
+  server: Server,
+  body: ReadableStream<Uint8Array<ArrayBuffer>>,
+  length?: number,
+  signal?: AbortSignal,
+) {
+  const headers = { host: "a.test", ...(length === undefined ? {} : { "content-length": `${length}` }) };
+  const init = { method: "POST", body, duplex: "half", headers, ...(signal && { signal }) };
+  const { status, headers: answered } = await balancerOf(server).fetch(new Request("http://a.test/", init));
+  return [status, answered.get("x-lb-failure") ?? ""];
+}
+
+const HALF = "a".repeat(50_000); // two of them are not read before a server is asked
+const MISFITS: Record<string, [pieces: string[], length: number]> = {
+  "a short stream that is longer than its length": [["hel", "lo"], 4],
+  "a short stream that is shorter than its length": [["hel"], 4],
+  "a stream that is longer than its length": [[HALF, HALF, "b"], 100_000],
+  "a stream that is shorter than its length": [[HALF], 100_000],
+};
+for (const [name, [pieces, length]] of Object.entries(MISFITS)) {
+  test(`${name} is a bad body, and no server gets more or takes it for whole`, async () => {
+    const { server, lines, allClosed } = await scripted(never);
+    assert.deepEqual(await post(server, webStream(...pieces), length), [400, "bad-body"]);
     await allClosed();
+    const [head = "", body = ""] = (lines[0]?.received ?? "").split("\r\n\r\n");
+    if (head) assert.match(head, /\r\ncontent-length: 100000/i);
+    assert.ok(pieces.join("").startsWith(body) && body.length <= length, body);
+    assert.equal(lines.length, length > 65_536 ? 1 : 0);
+  });
+}
+
+test("a stream passes whole, with its length and without one", async () => {
+  for (const length of [undefined, 100_000]) {
+    const { server, lines } = await scripted(({ socket }) => {
+      setTimeout(() => socket.write(`${OK}Content-Length: 0\r\n\r\n`), 200);
+    });
+    assert.deepEqual(await post(server, webStream(HALF, "", HALF), length), [200, ""]);
+    const body = lines[0]!.received.split("\r\n\r\n").slice(1).join("\r\n\r\n");
+    const chunk = `${(50_000).toString(16)}\r\n${HALF}\r\n`;
+    assert.ok(body === (length ? HALF + HALF : `${chunk}${chunk}0\r\n\r\n`), body.slice(0, 20));
   }
 });
 
-test("a body that somebody else reads is a bad body", async () => {
-  const { server, allClosed } = await scripted(never);
-  const body = stream("hello");
-  body.getReader();
-  assert.equal(await get(createWire(), server, { method: "POST", body, length: 5 }), "bad-body");
-  await allClosed();
+test("a stream that breaks off is a bad body, or a client that has left, and the server sees the connection end", async () => {
+  for (const kind of ["bad-body", "client-left"]) {
+    const leaving = new AbortController();
+    const { server, lines, allClosed } = await scripted(never);
+    let pieces = 0;
+    const body = new ReadableStream<Uint8Array<ArrayBuffer>>({
+      async pull(controller) {
+        if (pieces++ === 0) return controller.enqueue(Buffer.from("hello"));
+        await until("some of it is there", () => lines[0]?.received.includes("hello"));
+        if (kind === "client-left") leaving.abort();
+        controller.error(new Error("gone"));
+      },
+    });
+    const [, failure] = await post(server, body, undefined, leaving.signal).catch(() => [0, "client-left"]);
+    assert.equal(failure, kind);
+    await allClosed();
+    assert.ok(!lines[0]!.received.endsWith("0\r\n\r\n"), "its end has not come");
+  }
 });
 
-test("nothing that could begin another line or request gets out", async () => {
+test("a stream that somebody else reads is a bad body", async () => {
+  const { server, lines, allClosed } = await scripted(never);
+  const body = webStream("hello"),
+    request = new Request("http://a.test/", {
+      ...{ method: "POST", body, duplex: "half", headers: { host: "a.test" } },
+    });
+  request.body!.getReader();
+  const response = await balancerOf(server).fetch(request);
+  assert.equal(response.headers.get("x-lb-failure"), "bad-body");
+  await allClosed();
+  assert.equal(lines.length, 0);
+});
+
+test("no field that could begin another line or request gets out", async () => {
   const { server, lines } = await scripted(answer);
-  const wire = createWire();
   const bad = ["\r", "\n", "\0", "\u010d\u010a", "\u{1f600}", "\r\nX: y"];
-  const asked: Asked[] = [...bad, " ", "\t", "\x7f"].map((char) => ({ target: `/a${char}b` }));
-  for (const char of bad) asked.push({ headers: ["a", `b${char}c`] });
-  for (const char of [...bad, " ", ":", "\t", "\xe4"]) asked.push({ headers: [`a${char}`, "b"] });
-  for (const char of [...bad, " ", " /x HTTP/1.1\r\n\r\nGET"]) asked.push({ method: `GET${char}` });
-  asked.push({ headers: ["", "a"] }, { method: "" }, { target: "" });
-  for (const own of asked) {
-    assert.equal(await get(wire, server, own), "bad-body", JSON.stringify(own));
+  const fields = bad.map((char) => ["a", `b${char}c`]);
+  for (const char of [...bad, " ", ":", "\t", "\xe4"]) fields.push([`a${char}`, "b"]);
+  fields.push(["", "a"]);
+  for (const field of fields) {
+    const request = new Request("http://a.test/", { headers: { host: "a.test" } });
+    const response = await balancerOf(server, ["Host", "a.test", ...field]).fetch(request);
+    assert.deepEqual(
+      [response.status, response.headers.get("x-lb-failure")],
+      [400, "bad-request"],
+      JSON.stringify(field),
+    );
   }
   assert.equal(lines.length, 0, "not even a connection");
 });
@@ -263,16 +358,16 @@ test("nothing that could begin another line or request gets out", async () => {
 test("connections are used again, the newest first", async () => {
   const waiting: Line[] = [];
   const { server, lines } = await scripted((line) => void waiting.push(line));
-  const wire = createWire();
+  const client = new HttpClient();
   const done: string[] = [];
-  for (const _ of [1, 2, 3]) void get(wire, server).then((number) => done.push(number));
+  for (const _ of [1, 2, 3]) void get(client, server).then((number) => done.push(number));
   await until("three requests are there", () => waiting.length === 3);
   for (const number of [3, 1, 2]) { // the second becomes idle last
     answer(lines[number - 1]!);
     await until("it is answered", () => done.includes(`${number}`));
   }
   for (const expected of ["2", "2"]) {
-    const next = get(wire, server);
+    const next = get(client, server);
     await until("it is there", () => waiting.length > 3);
     answer(waiting.pop()!);
     assert.equal(await next, expected);
@@ -282,9 +377,9 @@ test("connections are used again, the newest first", async () => {
 
 test("another server gets a connection of its own", async () => {
   const [one, other] = [await scripted(answer), await scripted(answer)];
-  const wire = createWire();
-  await get(wire, one.server);
-  await get(wire, other.server);
+  const client = new HttpClient();
+  await get(client, one.server);
+  await get(client, other.server);
   assert.deepEqual([one.lines.length, other.lines.length], [1, 1]);
 });
 
@@ -299,13 +394,13 @@ for (const [header, milliseconds] of IDLE_TIMES) {
       socket.write(`${OK}${header}${header && "\r\n"}Content-Length: 0\r\n\r\n`)
     );
     let clock = 0;
-    const wire = createWire({ now: () => clock });
-    await get(wire, server);
+    const client = new HttpClient({ now: () => clock });
+    await get(client, server);
     clock += milliseconds - 1;
-    await get(wire, server);
+    await get(client, server);
     assert.equal(lines.length, 1, "used again just before");
     clock += milliseconds;
-    await get(wire, server);
+    await get(client, server);
     assert.equal(lines.length, 2, "not used again, also where it could not be closed yet");
     clock += milliseconds;
     await allClosed();
@@ -315,9 +410,9 @@ for (const [header, milliseconds] of IDLE_TIMES) {
 test("a connection that is a minute old is not used again", async () => {
   const { server, lines } = await scripted(answer);
   let clock = 0;
-  const wire = createWire({ now: () => clock });
+  const client = new HttpClient({ now: () => clock });
   const served: string[] = [];
-  for (; clock <= 120_000; clock += 3_000) served.push(await get(wire, server));
+  for (; clock <= 120_000; clock += 3_000) served.push(await get(client, server));
   // from 0 s to 60 s the first one, whose last answer comes when it is a minute old
   assert.equal(served.join(""), "1".repeat(21) + "2".repeat(20));
   assert.equal(lines.length, 2);
@@ -333,29 +428,31 @@ for (const [name, close] of Object.entries(FEET)) {
   const onSecond: Script = (line) => line.number === 1 && line.requests > 1 ? close(line) : answer(line);
   const retried: [string, Asked][] = [
     ["GET", {}],
-    ["PUT", { method: "PUT", body: bytes("hello"), length: 5 }],
+    ["PUT", { method: "PUT", body: bytes("hello") }],
   ];
   for (const [method, asked] of retried) {
     test(`${method} is sent again on a fresh connection when an idle one is ${name} under our feet`, async () => {
       const { server, lines } = await scripted(onSecond);
-      const wire = createWire();
-      assert.equal(await get(wire, server), "1");
-      assert.equal(await get(wire, server, asked), "2");
+      const client = new HttpClient();
+      assert.equal(await get(client, server), "1");
+      const { outcome, order } = ask(client, server, asked);
+      assert.equal((await outcome).body.toString(), "2");
+      assert.deepEqual(order, ["sent", "sent again", "head", "body", "end"]);
       assert.deepEqual(lines.map((line) => line.requests), [2, 1]);
     });
   }
   const once: [string, Asked][] = [
-    ["POST", { method: "POST", body: bytes("hello"), length: 5 }],
+    ["POST", { method: "POST", body: bytes("hello") }],
     ["POST without a body", { method: "POST" }],
-    ["PUT of a stream", { method: "PUT", body: stream("hello"), length: 5 }],
+    ["PUT of a stream", { method: "PUT", body: stream("hello") }],
     ["PATCH", { method: "PATCH" }],
   ];
   for (const [method, asked] of once) {
     test(`${method} is never sent twice when an idle connection is ${name} under our feet`, async () => {
       const { server, lines } = await scripted(onSecond);
-      const wire = createWire();
-      assert.equal(await get(wire, server), "1");
-      await assert.rejects(ask(wire, server, asked).response, { kind: "reset", sent: true });
+      const client = new HttpClient();
+      assert.equal(await get(client, server), "1");
+      assert.deepEqual(await failing(client, server, asked), ["reset", true]);
       assert.deepEqual(lines.map((line) => line.requests), [2]);
     });
   }
@@ -365,9 +462,9 @@ test("a server that closes every connection is asked once more and not for ever"
   const { server, lines } = await scripted((line) =>
     line.number === 1 && line.requests === 1 ? answer(line) : line.socket.destroy()
   );
-  const wire = createWire();
-  assert.equal(await get(wire, server), "1");
-  assert.equal(await get(wire, server), "reset");
+  const client = new HttpClient();
+  assert.equal(await get(client, server), "1");
+  assert.equal(await get(client, server), "reset");
   assert.deepEqual(lines.map((line) => line.requests), [2, 1]);
 });
 
@@ -375,9 +472,9 @@ test("GET is not sent again when some of an answer has come", async () => {
   const { server, lines } = await scripted((line) =>
     line.requests === 1 ? answer(line) : line.socket.end("HTTP/1.1 100 Continue\r\n\r\n")
   );
-  const wire = createWire();
-  assert.equal(await get(wire, server), "1");
-  assert.equal(await get(wire, server), "reset");
+  const client = new HttpClient();
+  assert.equal(await get(client, server), "1");
+  assert.equal(await get(client, server), "reset");
   assert.equal(lines.length, 1);
 });
 
@@ -386,11 +483,11 @@ test("an idle connection that the server has closed is not used", async () => {
     answer(line);
     line.socket.end();
   });
-  const wire = createWire();
-  assert.equal(await get(wire, server), "1");
+  const client = new HttpClient();
+  assert.equal(await get(client, server), "1");
   await allClosed();
   await sleep(50);
-  assert.equal(await get(wire, server, { method: "POST" }), "2");
+  assert.equal(await get(client, server, { method: "POST" }), "2");
   assert.equal(lines.length, 2);
 });
 
@@ -404,10 +501,10 @@ test("three hundred requests at once get each their own answer", async () => {
     }, Number(name) % 7);
   });
   let clock = 0;
-  const wire = createWire({ now: () => clock });
+  const client = new HttpClient({ now: () => clock });
   for (const round of [0, 1, 2]) {
     const names = Array.from({ length: 100 }, (_, i) => `${i + 1_000 * round}`);
-    const answers = await Promise.all(names.map((name) => get(wire, server, { target: `/${name}` })));
+    const answers = await Promise.all(names.map((name) => get(client, server, { target: `/${name}` })));
     assert.deepEqual(answers, names.map((name) => name.repeat(50)));
   }
   assert.ok(lines.length <= 100, `${lines.length} connections`);
@@ -422,14 +519,9 @@ test("a port where nobody listens is `connect`, and nothing was sent", async () 
   const port = await listening(listener, []);
   await new Promise((resolve) => listener.close(resolve));
   after.pop();
-  await assert.rejects(ask(createWire(), serverAt(`http://127.0.0.1:${port}`)).response, {
-    kind: "connect",
-    sent: false,
-  });
-  await assert.rejects(ask(createWire(), serverAt("http://nowhere.invalid:80")).response, {
-    kind: "connect",
-    sent: false,
-  });
+  for (const url of [`http://127.0.0.1:${port}`, "http://nowhere.invalid:80"]) {
+    assert.deepEqual(await failing(new HttpClient(), serverAt(url)), ["connect", false]);
+  }
 });
 
 const drip = (text: string, every: number): Script => ({ socket }) => {
@@ -441,87 +533,88 @@ const drip = (text: string, every: number): Script => ({ socket }) => {
   after.push(() => clearInterval(timer));
 };
 const started = `${OK}Content-Length: 100\r\n\r\nbegin`;
-const aborted = () => {
-  const controller = new AbortController();
-  setTimeout(() => controller.abort(), 200);
-  return { request: controller };
-};
-/** How an attempt ends when somebody falls silent or leaves. `server: null`: a TLS server that never shakes hands. */
-const ENDINGS: Record<string, [kind: string, server: Script, asked: () => Asked]> = {
-  "a server that never answers": ["timeout", never, () => ({ timeouts: { response: 300 } })],
-  "a server that answers a byte now and then": [
-    "timeout",
-    drip(`${OK}A: ${"a".repeat(1_000)}`, 50),
-    () => ({ timeouts: { response: 300 } }),
-  ],
-  "a server that says 102 now and then": [
-    "timeout",
-    ({ socket }) => {
-      const timer = setInterval(() => socket.write("HTTP/1.1 102 Processing\r\n\r\n"), 50);
-      after.push(() => clearInterval(timer));
-    },
-    () => ({ timeouts: { response: 300 } }),
-  ],
-  "a server that stops in its body": [
-    "idle",
-    ({ socket }) => socket.write(started),
-    () => ({ timeouts: { idle: 300 } }),
-  ],
-  "a client that stops in its body": [
-    "client-timeout",
-    never,
-    () => ({ method: "POST", body: stalled(), length: 100, timeouts: { idle: 300 } }),
-  ],
-  "a client that leaves before the answer": ["client-left", never, aborted],
-  "an attempt that is given up": ["client-left", never, () => ({ stop: AbortSignal.timeout(200) })],
-  "a client that leaves in the answer": ["client-left", ({ socket }) => socket.write(started), aborted],
-  "a client that leaves in its upload": [
-    "client-left",
-    never,
-    () => ({ method: "POST", body: stalled(), length: 100, ...aborted() }),
-  ],
-  "a server that closes before the answer": ["reset", ({ socket }) => socket.end(), () => ({})],
-  "a server that resets before the answer": ["reset", ({ socket }) => socket.resetAndDestroy(), () => ({})],
-  "a server that closes in the head": ["reset", ({ socket }) => socket.end(OK), () => ({})],
-  "a server that closes in the body": ["reset", ({ socket }) => socket.end(started), () => ({})],
-  "a server that resets in the body": [
-    "reset",
-    ({ socket }) => void socket.write(started, () => setTimeout(() => socket.resetAndDestroy(), 100)),
-    () => ({}),
-  ],
-  "a server that resets in a body without a length": [
-    "reset",
-    ({ socket }) => void socket.write(OK + "\r\nbegin", () => setTimeout(() => socket.resetAndDestroy(), 100)),
-    () => ({}),
-  ],
-  "a server that closes within a chunk": [
-    "reset",
-    ({ socket }) => socket.end(`${OK}Transfer-Encoding: chunked\r\n\r\n5\r\nhel`),
-    () => ({}),
-  ],
-  "a server that closes before the last chunk": [
-    "reset",
-    ({ socket }) => socket.end(`${OK}Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n`),
-    () => ({}),
-  ],
-};
-for (const [name, [kind, script, asked]] of Object.entries(ENDINGS)) {
+/** The client leaves after a while. */
+const leave = ({ attempt }: Sending) => void setTimeout(() => attempt.carrier?.cancel("client-left"), 200);
+/** How an attempt ends when somebody falls silent or leaves. */
+const ENDINGS: Record<string, [kind: Failure, server: Script, asked: () => Asked, then?: (sending: Sending) => void]> =
+  {
+    "a server that never answers": ["timeout", never, () => ({ timeouts: { response: 300 } })],
+    "a server that answers a byte now and then": [
+      "timeout",
+      drip(`${OK}A: ${"a".repeat(1_000)}`, 50),
+      () => ({ timeouts: { response: 300 } }),
+    ],
+    "a server that says 102 now and then": [
+      "timeout",
+      ({ socket }) => {
+        const timer = setInterval(() => socket.write("HTTP/1.1 102 Processing\r\n\r\n"), 50);
+        after.push(() => clearInterval(timer));
+      },
+      () => ({ timeouts: { response: 300 } }),
+    ],
+    "a server that stops in its body": [
+      "idle",
+      ({ socket }) => socket.write(started),
+      () => ({ timeouts: { idle: 300 } }),
+    ],
+    "a client that stops in its body": [
+      "client-timeout",
+      never,
+      () => ({ method: "POST", body: stalled(100), timeouts: { idle: 300 } }),
+    ],
+    "a client that leaves before the answer": ["client-left", never, () => ({}), leave],
+    "a client that leaves in the answer": ["client-left", ({ socket }) => socket.write(started), () => ({}), leave],
+    "a client that leaves in its upload": [
+      "client-left",
+      never,
+      () => ({ method: "POST", body: stalled(100) }),
+      leave,
+    ],
+    "a server that closes before the answer": ["reset", ({ socket }) => socket.end(), () => ({})],
+    "a server that resets before the answer": ["reset", ({ socket }) => socket.resetAndDestroy(), () => ({})],
+    "a server that closes in the head": ["reset", ({ socket }) => socket.end(OK), () => ({})],
+    "a server that closes in the body": ["reset", ({ socket }) => socket.end(started), () => ({})],
+    "a server that resets in the body": [
+      "reset",
+      ({ socket }) => void socket.write(started, () => setTimeout(() => socket.resetAndDestroy(), 100)),
+      () => ({}),
+    ],
+    "a server that resets in a body without a length": [
+      "reset",
+      ({ socket }) => void socket.write(OK + "\r\nbegin", () => setTimeout(() => socket.resetAndDestroy(), 100)),
+      () => ({}),
+    ],
+    "a server that closes within a chunk": [
+      "reset",
+      ({ socket }) => socket.end(`${OK}Transfer-Encoding: chunked\r\n\r\n5\r\nhel`),
+      () => ({}),
+    ],
+    "a server that closes before the last chunk": [
+      "reset",
+      ({ socket }) => socket.end(`${OK}Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n`),
+      () => ({}),
+    ],
+  };
+for (const [name, [kind, script, asked, then]] of Object.entries(ENDINGS)) {
   test(`${name} is \`${kind}\`, and the connection is closed`, async () => {
     const { server, lines, allClosed } = await scripted(script);
-    const { response, ended } = ask(createWire(), server, asked());
-    const got = await response.catch(() => undefined);
-    assert.equal(await outcome(response), kind);
-    assert.deepEqual(ended.map((args) => args.at(-1)), got ? [kind] : []);
+    const own = asked(), sending = ask(new HttpClient(), server, own);
+    then?.(sending);
+    const { failure, sent, status, body } = await sending.outcome;
+    assert.deepEqual([failure, sent], [kind, true]);
+    assert.match(body.toString(), status ? /^(begin|hel|hello)$/ : /^$/);
     await allClosed();
     assert.equal(lines.length, 1);
+    assert.equal(own.body instanceof TestBody && own.body.cancelled, own.body instanceof TestBody && 1, "its upload");
+    await sleep(50);
+    assertOrder(sending.order, false);
   });
 }
 
 test("a TLS server that never shakes hands is `connect-timeout`, and the connection is closed", async () => {
   const { server, lines, allClosed } = await scripted(never);
   const secure = serverAt(server.url.replace("http:", "https:"), { insecure: true });
-  const { response } = ask(createWire(), secure, { timeouts: { connect: 300 } });
-  await assert.rejects(response, { kind: "connect-timeout", sent: false });
+  assert.deepEqual(await failing(new HttpClient(), secure, { timeouts: { connect: 300 } }), ["connect-timeout", false]);
   assert.equal(lines.length, 1);
   await allClosed();
 });
@@ -531,56 +624,86 @@ test("a body that comes slowly but steadily is not cut off", async () => {
     line.socket.write(`${OK}Content-Length: 20\r\n\r\n`);
     drip("steady ".repeat(3).slice(0, 20), 100)(line);
   });
-  assert.equal(await get(createWire(), server, { timeouts: { idle: 1_500, response: 1_500 } }), "steady steady steady");
+  assert.equal(
+    await get(new HttpClient(), server, { timeouts: { idle: 1_500, response: 1_500 } }),
+    "steady steady steady",
+  );
 });
 
 test("a reader that leaves closes the connection at once", async () => {
   const { server, allClosed } = await scripted(({ socket }) => socket.write(started));
-  const { response, ended } = ask(createWire(), server);
-  await (await response).body!.cancel();
+  const { reader, outcome, attempt } = await streamed(new HttpClient(), server);
+  await reader.cancel();
   await allClosed();
-  assert.deepEqual(ended.map((args) => args.slice(-2)), [[5, "client-left"]]);
+  assert.deepEqual([attempt.received, (await outcome).failure], [5, "client-left"]);
 });
 
 test("an early answer reaches the client while its upload goes on, and ends the upload", async () => {
-  let cancelled = 0;
   const { server, lines, allClosed } = await scripted(({ socket }) =>
     socket.write("HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\n\r\nbig")
   );
-  const body = stalled(() => cancelled++);
-  const wire = createWire();
-  const { response, ended } = ask(wire, server, { method: "POST", body, length: 1e9 });
-  assert.equal((await response).status, 413);
-  assert.equal(await (await response).text(), "big");
-  assert.equal(ended.length, 1);
-  assert.equal(await get(wire, server), "big");
+  const client = new HttpClient(), body = stalled(1e9);
+  const { status, reason, body: answered } = await ask(client, server, { method: "POST", body }).outcome;
+  assert.deepEqual([status, reason, answered.toString()], [413, "Too Large", "big"]);
+  assert.equal(body.cancelled, 1);
+  assert.equal(await get(client, server), "big");
   assert.equal(lines.length, 2, "the rest of an upload would be taken for a request");
   lines[1]!.socket.end();
   await allClosed();
-  await until("the upload is cancelled", () => cancelled === 1);
 });
 
 test("an answer that streams while the request still does is passed on both ways", async () => {
-  let release = () => {};
-  const released = new Promise<void>((resolve) => release = resolve);
-  let step = 0;
-  const body = new ReadableStream<Uint8Array<ArrayBuffer>>({
-    async pull(controller) {
-      if (step++ === 0) return controller.enqueue(bytes("one"));
-      await released;
-      controller.enqueue(bytes("two"));
-      controller.close();
-    },
-  });
+  const body = new TestBody(["one", "two"], 6);
+  body.steps = 1;
   const { server, lines } = await scripted(({ socket }) => socket.write(`${OK}Content-Length: 6\r\n\r\none`));
-  const { response } = ask(createWire(), server, { method: "POST", body, length: 6 });
-  const reader = (await response).body!.getReader();
+  const { reader, outcome } = await streamed(new HttpClient(), server, { method: "POST", body });
   assert.equal(Buffer.from((await reader.read()).value!).toString(), "one");
-  release();
+  assert.ok(lines[0]!.received.endsWith("one"));
+  body.step();
+  body.step();
   await until("the rest of the request", () => lines[0]!.received.endsWith("onetwo"));
   lines[0]!.socket.write("two");
   assert.equal(Buffer.from((await reader.read()).value!).toString(), "two");
   assert.equal((await reader.read()).done, true);
+  assert.equal((await outcome).failure, undefined);
+});
+
+test("interim answers are heard in order, before the head, and 100 is not: nobody has asked for it", async () => {
+  const { server, lines } = await scripted(async ({ socket }) => {
+    socket.write("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early  Hints\r\nLink: </a>\r\nlink: </b>\r\n\r\n");
+    socket.write("HTTP/1.1 102 Pro");
+    await sleep(50);
+    socket.write("cessing\r\n\r\n");
+    await sleep(50);
+    socket.write(`${OK}Content-Length: 2\r\n\r\nok`);
+  });
+  const client = new HttpClient(), sending = ask(client, server);
+  await until("the first ones are here", () => sending.informs.length > 0);
+  assert.deepEqual(sending.order, ["sent"]);
+  assert.equal((await sending.outcome).body.toString(), "ok");
+  assert.deepEqual(sending.informs, [
+    [103, "Early  Hints", ["Link", "</a>", "link", "</b>"]],
+    [102, "Processing", []],
+  ]);
+  assert.equal(await get(client, server), "ok");
+  assert.equal(lines.length, 1, "the connection is used again");
+});
+
+test("trailers pass both ways, in their spelling and order", async () => {
+  const { server, lines } = await scripted(async (line) => {
+    const { socket } = line;
+    await until("all of it is there", () => line.received.endsWith("0\r\nX-Up: 1\r\nx-up: 2\r\n\r\n"));
+    socket.write(`${OK}Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nX-Down: a\r\n`);
+    await sleep(50);
+    socket.write("x-down:  \xe4 \r\nContent-Length: 7\r\nTransfer-Encoding: x\r\n\r\n", "latin1");
+  });
+  const client = new HttpClient();
+  for (const _ of [1, 2]) {
+    const body = new TestBody(["a", "b"], -1, ["X-Up", "1", "x-up", "2"]);
+    const { body: answered, trailers } = await ask(client, server, { method: "POST", body }).outcome;
+    assert.deepEqual([answered.toString(), trailers], ["ok", ["X-Down", "a", "x-down", "\xe4"]]);
+  }
+  assert.equal(lines.length, 1, "the connection is used again");
 });
 
 // ─── Backpressure ───
@@ -621,8 +744,7 @@ test("a reader who does not read stops the server, and then gets all of it", asy
     socket.write(`${OK}Content-Length: ${TOTAL}\r\n\r\n`);
     pour(socket, written);
   });
-  const { response, ended } = ask(createWire(), server);
-  const reader = (await response).body!.getReader();
+  const { reader, attempt, order, outcome } = await streamed(new HttpClient(), server);
   const before = await settled(() => written.bytes);
   assert.ok(before < BOUND, `the server could write ${before} bytes`);
   let read = 0;
@@ -630,8 +752,59 @@ test("a reader who does not read stops the server, and then gets all of it", asy
     assert.equal(wrongIn(next.value, read), 0, `a piece at ${read}`);
   }
   assert.equal(read, TOTAL);
-  assert.deepEqual(ended.map((args) => args.slice(-2)), [[TOTAL, undefined]]);
+  assert.deepEqual([attempt.received, (await outcome).failure, order], [TOTAL, undefined, ["sent", "head", "end"]]);
 });
+
+const WINDOW = 256 * 1024; // what waits for a reader
+const READ = runtime() === "bun" ? 524_288 : 65_536; // what the runtime reads from a socket at once
+/** Readers that have stopped, after how many bytes, and how much may have been taken for them meanwhile. */
+const STOPPED: Record<string, [stopsAt: number, most: number]> = {
+  "has not begun": [-1, WINDOW],
+  "has paused at once": [0, 0],
+  "has paused in the middle": [1_000_000, 0],
+};
+for (const [name, [stopsAt, most]] of Object.entries(STOPPED)) {
+  for (const framing of ["length", "chunks"]) {
+    test(`behind a reader who ${name} no more than 256 KiB and one read wait, and then all of it comes, framing: ${framing}`, async () => {
+      const { server } = await scripted(({ socket }) => {
+        const chunks = framing === "chunks";
+        socket.write(OK + (chunks ? "Transfer-Encoding: chunked\r\n\r\n" : `Content-Length: ${TOTAL / 4}\r\n\r\n`));
+        for (let written = 0; written < TOTAL / 4; written += PIECE.length) {
+          if (chunks) socket.write("10000\r\n");
+          socket.write(PIECE);
+          if (chunks) socket.write("\r\n");
+        }
+        if (chunks) socket.write("0\r\n\r\n");
+      });
+      let passed = 0, wrong = 0, ended = false, body: Body | undefined;
+      const reader = {
+        data(piece: Buffer<ArrayBuffer>) {
+          wrong += wrongIn(piece, passed);
+          passed += piece.length;
+          if (stopsAt > 0 && passed >= stopsAt && passed - piece.length < stopsAt) body!.pause();
+        },
+        end: () => void (ended = true),
+        fail() {},
+      };
+      const { attempt, outcome } = ask(new HttpClient(), server, {
+        read(given) {
+          body = given;
+          if (stopsAt >= 0) body.read(reader);
+          if (stopsAt === 0) body.pause();
+        },
+      });
+      await settled(() => attempt.received + 1);
+      const waiting = attempt.received - passed, before = passed;
+      if (stopsAt < 0) body!.read(reader);
+      else body!.resume();
+      await outcome;
+      await until("all has come", () => ended);
+      assert.ok(before >= stopsAt && before <= Math.max(0, stopsAt) + READ, `${before} bytes came before`);
+      assert.ok(waiting <= most + READ, `${waiting} bytes waited`);
+      assert.deepEqual([passed, attempt.received, wrong], [TOTAL / 4, TOTAL / 4, 0]);
+    });
+  }
+}
 
 const FRAMED: Record<string, [head: string, frame: (piece: Buffer) => (Buffer | string)[], end: string]> = {
   "a length": [`Content-Length: ${PIECE.length * 16}\r\n\r\n`, (piece) => [piece], ""],
@@ -645,8 +818,7 @@ for (const [name, [head, frame, end]] of Object.entries(FRAMED)) {
       for (let i = 0; i < 16; i++) for (const part of frame(PIECE)) socket.write(part);
       socket.end(end);
     });
-    const { response, ended } = ask(createWire(), server);
-    const reader = (await response).body!.getReader();
+    const { reader, attempt, outcome } = await streamed(new HttpClient(), server);
     await sleep(300);
     let read = 0;
     for (let next; !(next = await reader.read()).done; read += next.value.length) {
@@ -654,7 +826,7 @@ for (const [name, [head, frame, end]] of Object.entries(FRAMED)) {
       if (read % 7 === 0) await sleep(1);
     }
     assert.equal(read, PIECE.length * 16);
-    assert.deepEqual(ended.map((args) => args.slice(-2)), [[read, undefined]]);
+    assert.deepEqual([attempt.received, (await outcome).failure], [read, undefined]);
   });
 }
 
@@ -668,11 +840,9 @@ test("a server that ends its side and reads no further ends the upload", async (
   });
   const port = await listening(listener, []);
   after.push(() => sockets[0]?.destroy());
-  const body = new ReadableStream<Uint8Array<ArrayBuffer>>({ pull: (it) => it.enqueue(new Uint8Array(PIECE)) });
-  assert.equal(
-    await get(createWire(), serverAt(`http://127.0.0.1:${port}`), { method: "POST", body, length: -1 }),
-    "reset",
-  );
+  const asked = { method: "POST", body: endless() };
+  assert.equal(await get(new HttpClient(), serverAt(`http://127.0.0.1:${port}`), asked), "reset");
+  assert.equal(asked.body.cancelled, 1);
 });
 
 test("a reader who has stopped reading is `client-timeout`", async () => {
@@ -680,22 +850,16 @@ test("a reader who has stopped reading is `client-timeout`", async () => {
     socket.write(`${OK}Content-Length: ${TOTAL}\r\n\r\n`);
     pour(socket, { bytes: 0 });
   });
-  const { response, ended } = ask(createWire(), server, { timeouts: { idle: 500 } });
-  await response;
+  const { reader, outcome } = await streamed(new HttpClient(), server, { timeouts: { idle: 500 } });
   await allClosed();
-  assert.deepEqual(ended.map((args) => args.at(-1)), ["client-timeout"]);
+  assert.equal((await outcome).failure, "client-timeout");
+  await assert.rejects(reader.read(), { kind: "client-timeout" });
 });
 
 for (const length of [TOTAL, -1]) {
   test(`a server that does not read stops the upload of ${length < 0 ? "unknown" : "known"} length, and then gets all of it`, async () => {
-    let [pulled, received] = [0, 0];
-    const body = new ReadableStream<Uint8Array<ArrayBuffer>>({
-      pull(controller) {
-        if (pulled === TOTAL) return controller.close();
-        pulled += PIECE.length;
-        controller.enqueue(new Uint8Array(PIECE));
-      },
-    });
+    let received = 0;
+    const body = new TestBody(Array(TOTAL / PIECE.length).fill(PIECE), length);
     const listener = createServer((socket) => {
       socket.pause();
       socket.on("error", () => {});
@@ -710,16 +874,17 @@ for (const length of [TOTAL, -1]) {
       sockets.push(socket);
     });
     const sockets: Socket[] = [];
-    const head = `POST / HTTP/1.1\r\nhost: a.test\r\ncontent-length: ${TOTAL}\r\n\r\n`;
+    const head = `POST / HTTP/1.1\r\nhost: a.test\r\nContent-Length: ${TOTAL}\r\n\r\n`;
     const port = await listening(listener, []);
     after.push(() => sockets[0]?.destroy());
-    const { response } = ask(createWire(), serverAt(`http://127.0.0.1:${port}`), { method: "POST", body, length });
+    const { attempt, outcome } = ask(new HttpClient(), serverAt(`http://127.0.0.1:${port}`), { method: "POST", body });
     await until("it is connected", () => sockets.length > 0);
-    const before = await settled(() => pulled);
+    const before = await settled(() => body.taken);
     assert.ok(before < BOUND, `${before} bytes were read from the client`);
+    assert.equal(body.paused, true);
     sockets[0]!.resume();
-    assert.equal(await outcome(response), "ok");
-    assert.equal(pulled, TOTAL);
+    assert.equal((await outcome).body.toString(), "ok");
+    assert.deepEqual([body.taken, attempt.uploaded], [TOTAL, TOTAL]);
     assert.ok(received >= TOTAL);
   });
 }
@@ -729,9 +894,53 @@ test("a server that has stopped reading an upload is `timeout`", async () => {
   const sockets: Socket[] = [];
   const port = await listening(listener, []);
   after.push(() => sockets[0]?.destroy());
-  const body = new ReadableStream<Uint8Array<ArrayBuffer>>({ pull: (it) => it.enqueue(new Uint8Array(PIECE)) });
-  const asked = { method: "POST", body, length: -1, timeouts: { idle: 500 } };
-  assert.equal(await get(createWire(), serverAt(`http://127.0.0.1:${port}`), asked), "timeout");
+  const asked = { method: "POST", body: endless(), timeouts: { idle: 500 } };
+  assert.equal(await get(new HttpClient(), serverAt(`http://127.0.0.1:${port}`), asked), "timeout");
+});
+
+/** How a server refuses an upload that it does not read. */
+const REFUSALS: Record<string, Script> = {
+  "closes the connection": ({ socket }) => void socket.write(TOO_LARGE, () => socket.destroy()),
+  "ends it and closes it later": ({ socket }) =>
+    void socket.end(TOO_LARGE, () => setTimeout(() => socket.destroy(), 50)),
+};
+const TOO_LARGE = "HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\nConnection: close\r\n\r\nbig";
+for (const [name, refuse] of Object.entries(REFUSALS)) {
+  for (const length of [TOTAL, -1]) {
+    test(`an early answer is heard though the server ${name} with the upload unread, length: ${length}`, async () => {
+      const client = new HttpClient();
+      for (let round = 0; round < 10; round++) {
+        const { server, allClosed } = await scripted((line) => {
+          line.socket.pause();
+          setTimeout(() => refuse(line), 5 * round); // while both buffers fill
+        });
+        const body = new TestBody(Array(TOTAL / PIECE.length).fill(PIECE), length);
+        const { status, body: answered, failure, detail } = await ask(client, server, { method: "POST", body }).outcome;
+        assert.deepEqual([status, answered.toString(), failure], [413, "big", undefined], `${round}: ${detail}`);
+        assert.equal(body.cancelled, 1);
+        assert.ok(body.taken < TOTAL, "the rest of it is not read");
+        await allClosed();
+      }
+    });
+  }
+}
+
+test("an early answer is heard though a write has failed before it could be read", async () => {
+  for (const length of [TOTAL, -1]) {
+    const body = new TestBody(Array(TOTAL / PIECE.length).fill(PIECE), length);
+    const { server } = await scripted(({ socket }) => {
+      socket.pause();
+      socket.on("close", () => { // the reset is here, and nothing has been read since
+        body.step();
+        body.step();
+      });
+      socket.write(TOO_LARGE, () => socket.destroy());
+    });
+    body.steps = 2;
+    const { status, body: answered, failure, detail } = await ask(new HttpClient(), server, { method: "POST", body })
+      .outcome;
+    assert.deepEqual([status, answered.toString(), failure], [413, "big", undefined], detail);
+  }
 });
 
 // ─── Names, probes, and the end of the process ───
@@ -745,15 +954,15 @@ for (const host of ["127.0.0.1", "::1"]) {
     const names = known.some(({ address }) => address === host) ? ["localhost"] : [];
     for (const name of [host.includes(":") ? `[${host}]` : host, ...names]) {
       const server = serverAt(`http://${name}:${port}`);
-      assert.equal(await get(createWire(), server), `${lines.length}`);
-      await createWire().connect(server, 5_000);
+      assert.equal(await get(new HttpClient(), server), `${lines.length}`);
+      await new HttpClient().connect(server, 5_000);
     }
   });
 }
 
 test("connect() tells whether somebody listens, and closes the connection", async () => {
   const { server, lines, allClosed } = await scripted(never);
-  await createWire().connect(server, 20_000);
+  await new HttpClient().connect(server, 20_000);
   await until("the server has seen it", () => lines.length === 1);
   await allClosed();
   assert.equal(lines[0]!.received, "");
@@ -761,35 +970,42 @@ test("connect() tells whether somebody listens, and closes the connection", asyn
   const port = await listening(listener, []);
   await new Promise((resolve) => listener.close(resolve));
   after.pop();
-  await assert.rejects(createWire().connect(serverAt(`http://127.0.0.1:${port}`), 20_000));
+  await assert.rejects(new HttpClient().connect(serverAt(`http://127.0.0.1:${port}`), 20_000));
 });
 
 test("what cannot be reached is given up after its time, and when the client leaves", async () => {
   const sockets: Socket[] = [];
-  const wire = createWire({ dial: () => (sockets.push(new Socket()), sockets.at(-1)!) });
+  const client = new HttpClient({ dial: () => (sockets.push(new Socket()), sockets.at(-1)!) });
   const server = serverAt("http://192.0.2.1:80");
-  await assert.rejects(wire.connect(server, 50));
-  await assert.rejects(ask(wire, server, { timeouts: { connect: 50 } }).response, {
-    kind: "connect-timeout",
-    sent: false,
-  });
-  await assert.rejects(ask(wire, server, aborted()).response, { kind: "client-left", sent: false });
+  await assert.rejects(client.connect(server, 50));
+  assert.deepEqual(await failing(client, server, { timeouts: { connect: 50 } }), ["connect-timeout", false]);
+  const leaving = ask(client, server);
+  leave(leaving);
+  const { failure, sent } = await leaving.outcome;
+  assert.deepEqual([failure, sent, leaving.order], ["client-left", false, ["end"]]);
   assert.deepEqual(sockets.map((socket) => socket.destroyed), [true, true, true]);
 });
 
-test("the wire keeps no process running when all its connections have closed", async () => {
+test("a client keeps no process running when all its connections have closed", async () => {
   const { server, lines } = await scripted(({ socket, received }) =>
     received.startsWith("GET /never")
       ? undefined
       : socket.write(`${OK}Keep-Alive: timeout=2\r\nContent-Length: 2\r\n\r\nok`)
   );
   const script = `
-    const { createWire } = await import(${JSON.stringify(new URL("../lb.ts", import.meta.url).href)});
-    const wire = createWire(), server = ${JSON.stringify(server)};
-    const ask = (target) => wire.fetch(server.url + target, { server, method: "GET", headers: [], body: null, length: 0,
-      request: { signal: new AbortController().signal }, timeouts: { connect: 9e3, response: 300, idle: 9e3 },
-      inbound: (headers) => headers, ended() {} }).then((response) => response.text(), (error) => error.kind);
-    await wire.connect(server, 9e3);
+    const { HttpClient, NO_BODY } = await import(${JSON.stringify(new URL("../lb.ts", import.meta.url).href)});
+    const client = new HttpClient(), server = ${JSON.stringify(server)};
+    const ask = (target) => new Promise((resolve) => {
+      let text = "";
+      client.send({ server, method: "GET", target, lines: "", body: NO_BODY, upgrade: "", tunnels: new Set(),
+        timeouts: { connect: 9e3, response: 300, idle: 9e3, request: Infinity }, startedAt: client.now(), connectedAt: 0,
+        uploaded: 0, received: 0, carrier: undefined, events: {
+          onInform() {},
+          onHead: ({ body }) => body.read({ data: (bytes) => text += bytes, end() {}, fail() {} }),
+          onEnd: (failure) => resolve(failure ?? text),
+        } });
+    });
+    await client.connect(server, 9e3);
     console.log((await Promise.all([ask("/never"), ask("/a"), ask("/b")])).join());
   `;
   const command = { deno: ["eval", "--no-check"], bun: ["-e"], node: ["--input-type=module", "-e"] }[runtime()];
@@ -862,28 +1078,25 @@ async function secure(options: TlsOptions) {
 
 test("a certificate that no known authority has signed is refused", async () => {
   const { lines, port } = await secure({ cert: BY_ADDRESS });
-  await assert.rejects(ask(createWire(), serverAt(`https://127.0.0.1:${port}`)).response, {
-    kind: "connect",
-    sent: false,
-  });
+  assert.deepEqual(await failing(new HttpClient(), serverAt(`https://127.0.0.1:${port}`)), ["connect", false]);
   await until("it is closed", () => lines.every((line) => line.closed));
 });
 
 test("`ca` names the authority; requests go by HTTP/1.1 and the connection is used again", async () => {
   const { lines, port } = await secure({ cert: BY_ADDRESS });
-  const wire = createWire();
+  const client = new HttpClient();
   const server = serverAt(`https://127.0.0.1:${port}`, files({ ca: CA }));
-  for (const _ of [1, 2]) assert.match(await get(wire, server), /^(false|undefined|null|) http\/1.1$/);
+  for (const _ of [1, 2]) assert.match(await get(client, server), /^(false|undefined|null|) http\/1.1$/);
   assert.equal(lines.length, 1);
 });
 
 test("a server is asked for by its name, and its certificate has to be for that name", async () => {
   const { port } = await secure({ cert: BY_NAME });
   const { ca } = files({ ca: CA });
-  assert.equal(await get(createWire(), serverAt(`https://localhost:${port}`, { ca })), "localhost http/1.1");
-  assert.equal(await get(createWire(), serverAt(`https://127.0.0.1:${port}`, { ca })), "connect");
+  assert.equal(await get(new HttpClient(), serverAt(`https://localhost:${port}`, { ca })), "localhost http/1.1");
+  assert.equal(await get(new HttpClient(), serverAt(`https://127.0.0.1:${port}`, { ca })), "connect");
   assert.equal(
-    await get(createWire(), serverAt(`https://localhost:${port}`, { ca, servername: "other.test" })),
+    await get(new HttpClient(), serverAt(`https://localhost:${port}`, { ca, servername: "other.test" })),
     "connect",
   );
 });
@@ -892,35 +1105,38 @@ test("`servername` is asked for and verified in place of the host", async () => 
   const { port } = await secure({ cert: BY_NAME });
   const tls = { ...files({ ca: CA }), servername: "server.test" };
   for (const host of ["127.0.0.1", "localhost"]) {
-    assert.equal(await get(createWire(), serverAt(`https://${host}:${port}`, tls)), "server.test http/1.1");
+    assert.equal(await get(new HttpClient(), serverAt(`https://${host}:${port}`, tls)), "server.test http/1.1");
   }
 });
 
 test("`insecure` takes any certificate", async () => {
   const { port } = await secure({ cert: BY_NAME });
-  assert.match(await get(createWire(), serverAt(`https://127.0.0.1:${port}`, { insecure: true })), / http\/1.1$/);
+  assert.match(await get(new HttpClient(), serverAt(`https://127.0.0.1:${port}`, { insecure: true })), / http\/1.1$/);
 });
 
 test("`cert` and `key` are shown to a server that asks for them", async () => {
   const { port } = await secure({ cert: BY_ADDRESS, ca: CA, requestCert: true, rejectUnauthorized: true });
   const own = files({ ca: CA, cert: OF_CLIENT, key: KEY });
   const url = `https://127.0.0.1:${port}`;
-  assert.match(await get(createWire(), serverAt(url, own)), / http\/1.1$/);
-  assert.match(await get(createWire(), serverAt(url, { ca: own.ca })), /^(connect|reset)$/);
+  assert.match(await get(new HttpClient(), serverAt(url, own)), / http\/1.1$/);
+  assert.match(await get(new HttpClient(), serverAt(url, { ca: own.ca })), /^(connect|reset)$/);
 });
 
 test("a TLS server that cannot be spoken to is `connect`: no such file, no certificate in it, no TLS there", async () => {
   const { port } = await secure({ cert: BY_ADDRESS });
   for (const ca of ["/nowhere/ca.pem", files({ ca: "nothing" }).ca]) {
-    assert.equal(await get(createWire(), serverAt(`https://127.0.0.1:${port}`, { ca })), "connect");
+    assert.equal(await get(new HttpClient(), serverAt(`https://127.0.0.1:${port}`, { ca })), "connect");
   }
   const { server } = await scripted(never, ({ socket }) => socket.end("HTTP/1.1 400 Bad Request\r\n\r\n"));
-  assert.equal(await get(createWire(), serverAt(server.url.replace("http:", "https:"), { insecure: true })), "connect");
+  assert.equal(
+    await get(new HttpClient(), serverAt(server.url.replace("http:", "https:"), { insecure: true })),
+    "connect",
+  );
 });
 
 test("connect() to a TLS server asks for no more than that somebody listens", async () => {
   const { server, allClosed } = await scripted(never);
-  await createWire().connect(serverAt(server.url.replace("http:", "https:")), 5_000);
+  await new HttpClient().connect(serverAt(server.url.replace("http:", "https:")), 5_000);
   await allClosed();
 });
 
@@ -937,14 +1153,216 @@ test("a large body passes through TLS both ways byte by byte", async () => {
     });
   });
   const port = await listening(listener, []);
-  let left = 16;
-  const body = new ReadableStream<Uint8Array<ArrayBuffer>>({
-    pull: (it) => left-- > 0 ? it.enqueue(new Uint8Array(PIECE)) : it.close(),
-  });
+  const body = new TestBody(Array(16).fill(PIECE), PIECE.length * 16);
   const server = serverAt(`https://127.0.0.1:${port}`, files({ ca: CA }));
-  const { response, ended } = ask(createWire(), server, { method: "POST", body, length: PIECE.length * 16 });
-  const echoed = new Uint8Array(await (await response).arrayBuffer());
+  const { body: echoed } = await ask(new HttpClient(), server, { method: "POST", body }).outcome;
   assert.equal(echoed.length, PIECE.length * 16);
   assert.equal(wrongIn(echoed, 0), 0);
-  assert.equal(ended.length, 1);
+});
+
+/** A TLS server that runs a script for each head that has come. */
+async function scriptedTls(onRequest: Script): Promise<Server> {
+  const listener = createTlsServer({ key: KEY, cert: BY_ADDRESS });
+  const lines: Line[] = [];
+  listener.on("tlsClientError", () => {});
+  listener.on("secureConnection", (socket: TLSSocket) => {
+    const line: Line = { number: lines.length + 1, socket, received: "", requests: 0, closed: false };
+    lines.push(line);
+    socket.on("error", () => {});
+    socket.on("close", () => line.closed = true);
+    socket.on("data", (data: Buffer) => {
+      line.received += data.toString("latin1");
+      if (line.requests++ === 0) onRequest(line);
+    });
+  });
+  return serverAt(`https://127.0.0.1:${await listening(listener, lines)}`, files({ ca: CA }));
+}
+
+test("over TLS too a reader who does not read stops the server, and then gets all of it", async () => {
+  const written = { bytes: 0 };
+  const server = await scriptedTls(({ socket }) => {
+    socket.write(`${OK}Content-Length: ${TOTAL}\r\n\r\n`);
+    pour(socket, written);
+  });
+  const { reader, attempt, outcome } = await streamed(new HttpClient(), server);
+  const before = await settled(() => written.bytes);
+  assert.ok(before < BOUND, `the server could write ${before} bytes`);
+  let read = 0;
+  for (let next; !(next = await reader.read()).done; read += next.value.length) {
+    assert.equal(wrongIn(next.value, read), 0, `a piece at ${read}`);
+  }
+  assert.deepEqual([read, attempt.received, (await outcome).failure], [TOTAL, TOTAL, undefined]);
+});
+
+test("over TLS too an early answer is heard though a write has failed before it could be read", async () => {
+  const body = new TestBody(Array(TOTAL / PIECE.length).fill(PIECE), -1);
+  body.steps = 2;
+  const server = await scriptedTls(({ socket }) => {
+    socket.pause();
+    socket.on("close", () => {
+      for (let i = 0; i < 4; i++) body.step();
+    });
+    socket.write(TOO_LARGE, () => socket.destroy());
+  });
+  const { status, body: answered, failure, detail } = await ask(new HttpClient(), server, { method: "POST", body })
+    .outcome;
+  assert.deepEqual([status, answered.toString(), failure], [413, "big", undefined], detail);
+});
+
+// ─── Both sides: a client, the balancer, a server ───
+
+/** Where a balancer for this server listens. */
+async function balanced(server: Server, more: Record<string, unknown> = {}): Promise<number> {
+  const service = { servers: [server.url], health: "off", retries: 0, ...more };
+  const lb = createLoadBalancer(parseConfig(JSON.stringify({ log: "off", default: service })), { report() {} });
+  const listener = await serve(lb, { port: 0, hostname: "127.0.0.1" });
+  after.push(async () => {
+    await until("nothing is in flight when all is over", () => lb.balancer.inFlight === 0);
+    await listener.close();
+  });
+  return Number(/\d+$/.exec(listener.address)![0]);
+}
+
+/** A client that writes as fast as it is taken, and reads only when it is told to. */
+function slowClient(port: number, head: string) {
+  const socket = connect(port, "127.0.0.1");
+  socket.on("error", () => {});
+  socket.pause();
+  socket.write(head);
+  after.push(() => void socket.destroy());
+  return socket;
+}
+
+test("an interim 103 comes to the client in its spelling, before the answer is there; HTTP/1.0 gets none", async () => {
+  const hints = "HTTP/1.1 103 Early  Hints\r\nLink: </a>; rel=preload\r\nlink: </b>\r\n\r\n";
+  let go = () => {};
+  const { server, lines } = await scripted(async ({ socket }) => {
+    const told = new Promise<void>((resolve) => go = resolve);
+    socket.write(`HTTP/1.1 100 Continue\r\n\r\n${hints}`);
+    await told;
+    socket.write(`HTTP/1.1 102 Processing\r\n\r\n${OK}Content-Length: 2\r\n\r\nok`);
+  });
+  const port = await balanced(server);
+  let early = "";
+  const { bytes } = await rawRequest(port, [
+    "GET / HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\n\r\n",
+    async (socket) => {
+      socket.on("data", (piece: Buffer) => early += piece.toString("latin1"));
+      await until("the hints are here", () => early === hints);
+      go();
+    },
+  ]);
+  const text = bytes.toString("latin1");
+  assert.ok(text.startsWith(`${hints}HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 200 OK\r\n`), text);
+  const old = rawRequest(port, "GET / HTTP/1.0\r\n\r\n");
+  await until("it is asked", () => lines.reduce((sum, { requests }) => sum + requests, 0) === 2);
+  await sleep(100);
+  go();
+  assert.match((await old).bytes.toString("latin1"), /^HTTP\/1\.1 200 OK\r\n/);
+});
+
+test("trailers pass from the client to the server and back, in their spelling and order", async () => {
+  const { server, lines } = await scripted(async (line) => {
+    await until(
+      "all of it is there",
+      () => line.received.endsWith("\r\n\r\n2\r\nab\r\n0\r\nX-Up: 1\r\nx-up: \xe4\r\n\r\n"),
+    );
+    line.socket.write(`${OK}Trailer: X-Down\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n`);
+    await sleep(50);
+    line.socket.write("0\r\nX-Down: a\r\nx-down:\xe4 \r\nContent-Length: 7\r\n\r\n", "latin1");
+  });
+  const { bytes } = await rawRequest(await balanced(server), [
+    "POST / HTTP/1.1\r\nHost: a.test\r\nTE: trailers\r\nConnection: TE, close\r\nTransfer-Encoding: chunked\r\n\r\n",
+    "2\r\nab\r\n0\r\nX-Up: 1\r\nHost: b.test\r\nx-up:  \xe4\r\n\r\n",
+  ]);
+  const text = bytes.toString("latin1");
+  assert.match(text, /\r\nTrailer: X-Down\r\n/);
+  assert.ok(text.endsWith("\r\n\r\n2\r\nok\r\n0\r\nX-Down: a\r\nx-down: \xe4\r\n\r\n"), text);
+  assert.match(lines[0]!.received, /\r\nte: trailers\r\n/i);
+});
+
+for (const framing of ["length", "chunks"]) {
+  test(`a client that uploads hears the early answer of a server that closes with the upload unread, framing: ${framing}`, async () => {
+    const { server, allClosed } = await scripted((line) => {
+      line.socket.pause();
+      setTimeout(() => line.socket.write(TOO_LARGE, () => line.socket.destroy()), 50);
+    });
+    const port = await balanced(server), chunks = framing === "chunks";
+    for (let round = 0; round < 3; round++) {
+      const socket = slowClient(
+        port,
+        `POST / HTTP/1.1\r\nHost: a.test\r\n${
+          chunks ? "Transfer-Encoding: chunked" : `Content-Length: ${TOTAL}`
+        }\r\n\r\n`,
+      );
+      let heard = "", ended = false, written = 0;
+      socket.on("data", (piece: Buffer) => heard += piece.toString("latin1"));
+      socket.on("end", () => ended = true);
+      socket.resume();
+      const go = () => {
+        while (!ended && written < TOTAL) {
+          written += PIECE.length;
+          if (chunks) socket.write("10000\r\n");
+          const room = socket.write(PIECE);
+          if (chunks) socket.write("\r\n");
+          if (!room) return void socket.once("drain", go);
+        }
+      };
+      go();
+      await until("the connection ends", () => ended);
+      assert.match(heard, /^HTTP\/1\.1 413 Too Large\r\n(?:.*\r\n)*Connection: close\r\n\r\nbig$/);
+      assert.ok(written < TOTAL, "it has not sent all of it");
+    }
+    await allClosed();
+  });
+}
+
+test("a client that does not read stops its server, and then gets all of it", async () => {
+  const written = { bytes: 0 };
+  const { server } = await scripted(({ socket }) => {
+    socket.write(`${OK}Content-Length: ${TOTAL}\r\n\r\n`);
+    pour(socket, written);
+  });
+  const socket = slowClient(await balanced(server), "GET / HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\n\r\n");
+  const before = await settled(() => written.bytes);
+  assert.ok(before < BOUND, `the server could write ${before} bytes`);
+  let [read, wrong, begun, ended]: [number, number, boolean, boolean] = [0, 0, false, false];
+  socket.on("data", (piece: Buffer) => {
+    if (!begun) piece = piece.subarray(piece.indexOf("\r\n\r\n") + 4);
+    begun = true;
+    wrong += wrongIn(piece, read);
+    read += piece.length;
+  });
+  socket.on("end", () => ended = true);
+  socket.resume();
+  await until("it ends", () => ended, 30_000);
+  assert.deepEqual([read, wrong], [TOTAL, 0]);
+});
+
+test("a server that does not read stops its client, gets all of it then, and the client is served again", async () => {
+  let received = 0;
+  const { server, lines } = await scripted((line) => {
+    if (line.number > 1 || received >= TOTAL) return answer(line);
+    line.socket.pause();
+    line.socket.removeAllListeners("data");
+    received = line.received.length - line.received.indexOf("\r\n\r\n") - 4;
+    line.socket.on("data", (piece: Buffer) => {
+      received += piece.length;
+      if (received === TOTAL || piece.toString("latin1", 0, 4) === "GET ") answer(line);
+    });
+  });
+  const port = await balanced(server);
+  const socket = slowClient(port, `POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: ${TOTAL}\r\n\r\n`);
+  const written = { bytes: 0 };
+  let heard = "";
+  socket.on("data", (piece: Buffer) => heard += piece.toString("latin1"));
+  socket.resume();
+  pour(socket, written);
+  const before = await settled(() => written.bytes);
+  assert.ok(before < BOUND, `the client could write ${before} bytes`);
+  lines[0]!.socket.resume();
+  await until("it is answered", () => heard.endsWith("\r\n\r\n1"), 30_000);
+  assert.equal(received, TOTAL);
+  socket.write("GET / HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\n\r\n");
+  await until("the next request is answered", () => heard.split("HTTP/1.1 200").length === 3);
 });

@@ -1,11 +1,13 @@
 // Many cores: threads that share the port and a main thread that decides for them.
 
 import assert from "node:assert/strict";
+import { writeFileSync } from "node:fs";
 import { Agent, request } from "node:http";
+import { dirname, join } from "node:path";
 import process from "node:process";
 import nodeTest from "node:test";
 import { connect as connectTls } from "node:tls";
-import { A, KEY } from "./certificates.ts";
+import { A, KEY, OTHER_KEY, RENEWED } from "./certificates.ts";
 import { echoStrictly, openWebSocket, TEXT, webSocketServer } from "./frames.ts";
 import {
   answer,
@@ -245,6 +247,41 @@ test("TLS, WebSockets, TCP and sticky clients are served by all workers alike", 
   }
 });
 
+test("certificates that change on disk are shown by all workers, and no connection is lost meanwhile", async () => {
+  const listen = { address: "127.0.0.1:0", tls: { cert: "a.pem", key: "a.key" } };
+  const config = { log: "off", listen, default: { respond: { body: "here" } } };
+  const lb = await startProgram(config, ["--workers", "2"], { "a.pem": A, "a.key": KEY });
+  try {
+    let answered = 0, over = false;
+    const coming = Promise.all(Array.from({ length: 4 }, async () => {
+      for (; !over; answered++) assert.equal(await overTls(lb.port, ""), "here");
+    }));
+    await until("some have come", () => answered > 20);
+    writeFileSync(join(dirname(lb.file), "a.pem"), RENEWED);
+    writeFileSync(join(dirname(lb.file), "a.key"), OTHER_KEY);
+    await until("it is said", () => lb.output().includes("other certificates are in force"));
+    for (let row = 0, asked = 0; row < 20; asked++) {
+      row = await shownTo(lb.port) === "renewed" ? row + 1 : 0;
+      assert.ok(asked < 1_000, "all workers show them");
+    }
+    over = true;
+    await coming;
+    assert.equal(lb.output().match(/other certificates are in force/g)!.length, 1, "said once");
+  } finally {
+    await lb.stop();
+  }
+});
+
+/** Whom the certificate names that a client is shown. */
+const shownTo = (port: number) =>
+  new Promise<string>((resolve, reject) => {
+    const socket = connectTls({ port, host: "127.0.0.1", servername: "a.test", rejectUnauthorized: false }, () => {
+      resolve(String(socket.getPeerCertificate().subject.CN));
+      socket.destroy();
+    });
+    socket.on("error", reject);
+  });
+
 /** What is answered over TLS. */
 const overTls = (port: number, headers: string) =>
   new Promise<string>((resolve, reject) => {
@@ -342,7 +379,7 @@ for (const workers of ["1", "2"]) {
       }
       const [kept, fresh] = await Promise.all(loads.map((one) => one.stop()));
       assert.deepEqual(kept!.failed, []);
-      // the system resets what the first process has not yet accepted, and Deno what it has not yet read (README)
+      // the system resets what the first process has not yet accepted (README)
       assert.ok(
         fresh!.failed.length <= fresh!.whole / 50,
         `${fresh!.failed.length} of ${fresh!.whole}: ${fresh!.failed}`,
