@@ -2702,6 +2702,12 @@ function writeBody(socket: Socket, bytes: Bytes, chunked: boolean): boolean {
   return hasRoom(socket);
 }
 
+/** Reads on after a turn of the event loop: many small chunks are so much work that the other connections would wait. */
+function letOthersGoFirst(socket: Socket, isHeld: () => boolean): void {
+  pauseSocket(socket);
+  setImmediate(() => isHeld() || resumeSocket(socket));
+}
+
 /** The bytes from here on. None of them keeps the others in memory: thousands of connections wait for their next request. */
 const behind = (bytes: Bytes, at: number): Bytes => at < bytes.length ? bytes.subarray(at) : NO_BYTES;
 
@@ -2845,12 +2851,7 @@ class ClientConnection implements BodySource {
     if (request) request.expects = false; // the client did not wait
     if (this.phase === "discarding") this.since = this.server.context.now();
     for (const piece of out) body!.push(piece);
-    if (receiving.crowded) { // these bytes are much work: the other connections have their turn first
-      pauseSocket(this.socket);
-      setImmediate(() => {
-        if (!this.heldBack && !this.body?.held) resumeSocket(this.socket);
-      });
-    }
+    if (receiving.crowded) letOthersGoFirst(this.socket, () => this.heldBack || !!this.body?.held);
     if (this.receiving !== receiving || after === undefined) return;
     this.receiving = this.body = undefined;
     if (typeof after === "string") {
@@ -3306,6 +3307,7 @@ class UpstreamConnection implements BodySource {
       attempt.received += piece.length;
       this.body!.push(piece);
     }
+    if (receiving.crowded) letOthersGoFirst(this.socket, () => !!this.body?.held);
     if (after === undefined || this.attempt !== attempt) return;
     if (typeof after === "string") return this.fail("invalid-answer", after);
     if (after.length) this.keepAlive = 0;

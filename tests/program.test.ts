@@ -832,6 +832,22 @@ test("a crowd of small chunks passes as a few large ones", () =>
     },
   ));
 
+test("a body of 200,000 small chunks arrives whole, from a client and from a server", () => {
+  const chunked = "Transfer-Encoding: chunked\r\n", crowd = `${"1\r\na\r\n".repeat(200_000)}0\r\n\r\n`;
+  const script: Script = async (visit, request) => {
+    if (request.start.startsWith("POST")) await visit.send(answer(`${request.body.length}`));
+    else await visit.send(`HTTP/1.1 200 OK\r\n${chunked}\r\n${crowd}`);
+  };
+  return through(script, {}, async (lb) => {
+    const up = await rawRequest(lb.port, `POST / HTTP/1.1\r\nHost: a.test\r\n${chunked}\r\n${crowd}`, {
+      patience: 20_000,
+    });
+    assert.equal(up.answers[0]?.body.toString(), "200000");
+    const down = await rawRequest(lb.port, get("/"), { patience: 20_000 });
+    assert.equal(down.answers[0]?.body.length, 200_000);
+  });
+});
+
 test("a second signal ends at once, whatever is in flight", () =>
   through(() => {}, {}, async (lb, server) => {
     const waiting = rawRequest(lb.port, get("/held"), { patience: 20_000, quiet: 20_000 });
