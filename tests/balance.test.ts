@@ -637,7 +637,7 @@ test("the transport gets the timeouts, and the length of the body", async () => 
     const sent: Attempt[] = [];
     const transport = (attempt: Attempt) => {
       sent.push(attempt);
-      attempt.events.onEnd("reset", "closed", true);
+      attempt.onEnd("reset", "closed", true);
     };
     const keys = "timeouts: { connect: 1s, response: 2s, idle: 3s }, retries: 0";
     const { ask } = setUp(keys, [], { transport });

@@ -1,7 +1,10 @@
 // lb.ts as a library: mounted in another Hono app, wrapped by it, reloaded, and with effects of one's own.
 
 import assert from "node:assert/strict";
+import { Buffer } from "node:buffer";
 import { readFileSync } from "node:fs";
+import { createServer } from "node:http";
+import type { AddressInfo } from "node:net";
 import { test } from "node:test";
 import { Hono } from "hono";
 import * as library from "../lb.ts";
@@ -22,6 +25,7 @@ import {
   type Part,
   rawRequest,
   scriptedServer,
+  sleep,
   status,
   until,
   value,
@@ -316,6 +320,33 @@ test("served: behind middleware, headers keep their spelling and number, and the
     }
   } finally {
     await end();
+  }
+});
+
+test("served: a body that middleware keeps a copy of is not changed by those that follow", async () => {
+  const LARGE = 2_000_000, kept: Promise<ArrayBuffer>[] = [];
+  const large = createServer(({ url }, response) => void response.end(Buffer.alloc(LARGE, Number(url!.slice(1)))));
+  await new Promise<void>((listening) => large.listen(0, "127.0.0.1", listening));
+  const yaml = `default: { servers: ["127.0.0.1:${(large.address() as AddressInfo).port}"], health: off }`;
+  const { port, end } = await served((app) =>
+    app.use(async (context, next) => {
+      await next();
+      const copy = context.res.clone();
+      kept.push(sleep(200).then(() => copy.arrayBuffer()));
+    }), yaml);
+  try {
+    for (const byte of [1, 2, 3]) {
+      const { answers: [one] } = await rawRequest(port, get(`/${byte}`));
+      assert.ok(one!.body.length === LARGE && one!.body.every((value) => value === byte), `body ${byte}`);
+    }
+    for (const [i, copy] of (await Promise.all(kept)).entries()) {
+      const bytes = new Uint8Array(copy);
+      assert.ok(bytes.length === LARGE && bytes.every((value) => value === i + 1), `copy ${i + 1}`);
+    }
+  } finally {
+    await end();
+    large.close();
+    large.closeAllConnections();
   }
 });
 

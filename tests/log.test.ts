@@ -41,15 +41,15 @@ function setUp(top: string, manners: (number | Failure)[] = [200], random = () =
       ...(env as Partial<Client>),
     }),
     send(attempt) {
-      const { lines, events } = attempt;
+      const { lines } = attempt;
       asked.push(Object.fromEntries(lines.split("\r\n").slice(0, -1).map((line) => line.split(": "))));
       const manner = manners[Math.min(turn++, manners.length - 1)]!;
-      if (typeof manner === "string") return events.onEnd(manner, "no", manner !== "connect");
+      if (typeof manner === "string") return attempt.onEnd(manner, "no", manner !== "connect");
       attempt.connectedAt = clock.now += 1;
       clock.now += 9.1234;
       attempt.received = 6;
-      events.onHead({ status: manner, reason: "", fields: [], body: new TestBytes("") });
-      events.onEnd(undefined, "", true);
+      attempt.onHead({ status: manner, reason: "", fields: [], body: new TestBytes("") });
+      attempt.onEnd(undefined, "", true);
     },
     write: (record, format) => lines.push(accessLine(record, format)),
     report: (level, text) => reports.push(`${level} ${text}`),

@@ -642,31 +642,29 @@ export function sendAttempt(
       connectedAt = at;
       order.push(order.includes("sent") ? "sent again" : "sent");
     },
-    events: {
-      onInform: (...inform) => void informs.push(inform),
-      onHead(response) {
-        const { status, reason, fields } = response;
-        order.push("head");
-        Object.assign(seen, { status, reason, fields });
-        head.resolve(response);
-        if (read) return read(response.body);
-        response.body.read({
-          data: (bytes) => void pieces.push(bytes),
-          end(trailers) {
-            order.push("body");
-            seen.trailers = trailers;
-          },
-          fail(why) {
-            order.push("body");
-            brokenBy = why;
-          },
-        });
-      },
-      onEnd(failure, detail, sent) {
-        order.push("end");
-        Object.assign(seen, { failure, detail, sent });
-        end.resolve();
-      },
+    onInform: (...inform) => void informs.push(inform),
+    onHead(response) {
+      const { status, reason, fields } = response;
+      order.push("head");
+      Object.assign(seen, { status, reason, fields });
+      head.resolve(response);
+      if (read) return read(response.body);
+      response.body.read({
+        data: (bytes) => void pieces.push(bytes),
+        end(trailers) {
+          order.push("body");
+          seen.trailers = trailers;
+        },
+        fail(why) {
+          order.push("body");
+          brokenBy = why;
+        },
+      });
+    },
+    onEnd(failure, detail, sent) {
+      order.push("end");
+      Object.assign(seen, { failure, detail, sent });
+      end.resolve();
     },
   };
   const outcome = end.promise.then(() => {

@@ -39,7 +39,7 @@ const NODE_SECTIONS = new Set([
  * Functions above Runtimes that reach into one, as there is no other way. The comment of each has the version that it was
  * tried with, and what happens without it.
  */
-const REACHING = new Set(["socketBelow", "acceptAgain"]);
+const REACHING = new Set(["socketBelow", "connectPlain", "acceptAgain"]);
 /** The chapter whose types refer to each other: an exchange has a route, a route has conditions on exchanges. */
 const MUTUAL = "Records";
 
@@ -319,8 +319,10 @@ function downward(source: string): string[] {
     const { keyword, names } = declared(one);
     return /^(?:type|interface)$/.test(keyword) ? names : [];
   }));
-  const mayBe = ({ name, from, to }: Use) =>
-    types.has(name) && sections[from]?.chapter === sections[to]!.chapter && sections[to]!.chapter.title === MUTUAL;
+  const mayBe = ({ user, name, from, to }: Use) =>
+    // a type may name a class, too
+    (types.has(name) || types.has(user)) && sections[from]?.chapter === sections[to]!.chapter &&
+    sections[to]!.chapter.title === MUTUAL;
   return usesOf(source).filter((use) => use.to > use.from && !mayBe(use)).map(({ line, user, name, to }) =>
     `${line}: ${user} uses ${name} of section ${sections[to]!.number} ${sections[to]!.title}`
   );

@@ -202,13 +202,13 @@ function newServers({ servers, workers, seconds, work }: Scenario, timeline: Tim
       if (over) return;
       over = true;
       attempt.carrier = undefined;
-      attempt.events.onEnd(why, why ?? "", sent);
+      attempt.onEnd(why, why ?? "", sent);
     };
     if (done === "refused") return end("connect", false);
     attempt.carrier = { cancel: (why) => end(why) }; // another attempt has won
     const answer = () => {
       if (over || timeline.now > deadline) return; // nobody waits for it any more
-      attempt.events.onHead({ status: done.status, reason: "", fields: [], body });
+      attempt.onHead({ status: done.status, reason: "", fields: [], body });
       end();
     };
     if (done.takes === 0) timeline.plan(at, answer);

@@ -999,11 +999,10 @@ test("a client keeps no process running when all its connections have closed", a
       let text = "";
       client.send({ server, method: "GET", target, lines: "", body: NO_BODY, upgrade: "", tunnels: new Set(),
         timeouts: { connect: 9e3, response: 300, idle: 9e3, request: Infinity }, startedAt: client.now(), connectedAt: 0,
-        uploaded: 0, received: 0, carrier: undefined, events: {
-          onInform() {},
-          onHead: ({ body }) => body.read({ data: (bytes) => text += bytes, end() {}, fail() {} }),
-          onEnd: (failure) => resolve(failure ?? text),
-        } });
+        uploaded: 0, received: 0, carrier: undefined,
+        onInform() {},
+        onHead: ({ body }) => body.read({ data: (bytes) => text += bytes, end() {}, fail() {} }),
+        onEnd: (failure) => resolve(failure ?? text) });
     });
     await client.connect(server, 9e3);
     console.log((await Promise.all([ask("/never"), ask("/a"), ask("/b")])).join());
