@@ -70,6 +70,7 @@ import { RE2JS, type RE2JSSyntaxException } from "re2js";
 import * as v from "valibot";
 import {
   isAlias,
+  isCollection,
   isMap,
   isScalar,
   isSeq,
@@ -78,7 +79,7 @@ import {
   parseDocument,
   type Scalar,
   stringify,
-  type YAMLMap,
+  visit,
   type YAMLSeq,
 } from "yaml";
 
@@ -6779,133 +6780,91 @@ function explain(balancer: Balancer, method: string, url: string) {
 
 // --- 11.2 Config edits: the file after a change: its comments and order stay, and it is always whole on disk ---
 
-/** A text that is being changed: what is cut out of it, and what comes in its place. */
-interface Draft {
-  text: string;
-  isJson: boolean;
-  cuts: { from: number; to: number; text: string }[];
-}
-/** One item of a list, or key and value of a map; `end` is where the next one begins. */
-interface Part {
-  node: Node | null;
-  from: number;
-  to: number;
-  end: number;
-  says: unknown;
-  shall: unknown;
-  stays: boolean;
+/** A value as YAML on one line. */
+function inline(value: unknown): string {
+  const list = JSON.parse(wrapped(JSON.stringify([unescapedAll(value)])));
+  const text = stringify(list, { collectionStyle: "flow", lineWidth: 0 });
+  return unwrapped(text.trim().slice(1, -1).trim());
 }
 
-const same = (one: unknown, other: unknown): boolean => isDeepStrictEqual(one, other);
+/** YAML that is to be changed. All words are text, so that `007` and `1e3` stay as they are written. */
+const editable = (text: string) =>
+  parseDocument(wrapped(text), { schema: "failsafe", customTags: ["null"], uniqueKeys: false });
+const nodeOf = (value: unknown): Node => (editable(`[${inline(value)}]`).contents as YAMLSeq<Node>).items[0]!;
 
-/** A value on one line. */
-function inline(value: unknown, isJson = false): string {
-  if (isJson || typeof value !== "object" && typeof value !== "string") return JSON.stringify(unescapedAll(value));
-  if (Array.isArray(value)) return `[${value.map((one) => inline(one)).join(", ")}]`;
-  if (isRecord(value)) {
-    const pairs = Object.entries(value).map(([name, one]) => `${inline(unescaped(name))}: ${inline(one)}`);
-    return pairs.length ? `{ ${pairs.join(", ")} }` : "{}";
+/** Makes a node say `after` instead of `before`. What stays the same keeps its node: comments, quotes, style. */
+function edited(node: Node | null, before: unknown, after: unknown): Node | null {
+  if (isDeepStrictEqual(before, after)) return node;
+  if (isMap<Scalar, Node | null>(node) && isRecord(before) && isRecord(after)) {
+    const keyName = (key: Scalar) => escapeKey(unwrapped(key.source!));
+    node.items = node.items.filter(({ key }) => Object.hasOwn(after, keyName(key)));
+    for (const pair of node.items) {
+      const name = keyName(pair.key);
+      pair.value = edited(pair.value, before[name], after[name]);
+    }
+    for (const [name, value] of Object.entries(after)) {
+      if (!Object.hasOwn(before, name)) node.add({ key: nodeOf(unescaped(name)) as Scalar, value: nodeOf(value) });
+    }
+    return node;
   }
-  if (typeof value !== "string" || /[\x00-\x1f\x7f-\x9f]/.test(value)) return JSON.stringify(value);
-  const list = stringify([wrapped(value)], { collectionStyle: "flow", flowCollectionPadding: false, lineWidth: 0 });
-  return unwrapped(list.trim().slice(1, -1).trim());
-}
-
-/** Two items of a list that are the same thing, changed or not: the same server, or whatever stands in the same place. */
-const itemIdentity = (value: unknown): unknown => isRecord(value) ? value.url : value;
-
-/** The items of a list, each with what it shall say; whatever is new has to come behind them, or there is no answer. */
-function partsOfList(node: YAMLSeq, says: unknown[], shall: unknown[]): [Part[], unknown[]] | undefined {
-  const parts = (node.items as Node[]).map((item, i): Part => {
-    const [from, to, end] = item.range!;
-    return { node: item, from, to, end, says: says[i], shall: undefined, stays: false };
-  });
-  let next = 0;
-  const added: unknown[] = [];
-  for (const one of shall) {
-    const among = (fits: (part: Part) => boolean) => parts.findIndex((part, i) => i >= next && fits(part));
-    const equal = among((part) => same(part.says, one));
-    const found = equal < 0 ? among((part) => itemIdentity(part.says) === itemIdentity(one)) : equal;
-    if (found < 0) added.push(one);
-    else if (added.length) return undefined;
-    else Object.assign(parts[found]!, { shall: one, stays: true }), next = found + 1;
-  }
-  return [parts, added];
-}
-
-function partsOfMap(node: YAMLMap<Node, Node | null>, says: Raw, shall: Raw): Part[] {
-  return node.items.map(({ key, value }): Part => {
-    const [from, , afterKey] = key.range!, [, to, end] = value?.range ?? key.range!;
-    const name = escapeKey(unwrapped(isScalar(key) ? key.source ?? String(key.value) : ""));
-    return {
-      node: value,
-      from,
-      to: Math.max(to, afterKey),
-      end,
-      says: says[name],
-      shall: shall[name],
-      stays: Object.hasOwn(shall, name),
+  if (isSeq<Node>(node) && Array.isArray(before) && Array.isArray(after)) {
+    const left = node.items.map((item, i) => ({ item, value: before[i] }));
+    const take = (fits: (value: unknown) => boolean) => {
+      const found = left.findIndex(({ value }) => fits(value));
+      return found < 0 ? undefined : left.splice(found, 1)[0];
     };
+    const urlOf = (value: unknown) => isRecord(value) ? value.url : value;
+    const same = after.map((value) => take((one) => isDeepStrictEqual(one, value)));
+    node.items = after.map((value, i) => {
+      const from = same[i] ?? take((one) => urlOf(one) === urlOf(value)); // the same server, or the next route
+      return from ? edited(from.item, from.value, value)! : nodeOf(value);
+    });
+    return node;
+  }
+  const { comment, commentBefore, spaceBefore } = node ?? {};
+  return Object.assign(nodeOf(after), { comment, commentBefore, spaceBefore });
+}
+
+/** Rewrites YAML, indented as it was. Spaces within lines are set anew, and line breaks in `[]` and `{}`. */
+function rewriteYaml(text: string, before: unknown, after: unknown): string {
+  const doc = editable(text), source = wrapped(text);
+  visit(doc, {
+    Pair(_, { key, value }) { // `key: # comment` stays one line
+      if (!isScalar(key) || !isCollection(value) || !/^ *: *#/.test(source.slice(key.range![1]))) return;
+      const [first = "", ...others] = value.commentBefore!.split("\n");
+      key.comment = first;
+      value.commentBefore = others.join("\n");
+    },
   });
+  doc.contents = edited(doc.contents, before, after) as typeof doc.contents;
+  const indent = /^( +)[^\s#]/m.exec(text)?.[1]?.length ?? 2;
+  const indentSeq = !/^( *)[^\s#-].*\n\1- /m.test(text); // whether the items of a list stand further right than its key
+  return unwrapped(doc.toString({ indent, indentSeq, lineWidth: 0 }));
 }
 
-/** Takes out the parts that do not stay, and puts what is new behind the last one. False: this cannot be done in place. */
-function writeParts(node: YAMLMap | YAMLSeq, parts: Part[], added: string[], draft: Draft): boolean {
-  const { text, cuts } = draft, last = parts.findLastIndex((part) => part.stays);
-  if (last < 0) return false;
-  const { from } = parts[0]!, line = text.lastIndexOf("\n", from - 1) + 1, before = text.slice(line, from);
-  if (!node.flow && !(isSeq(node) ? /^ *- *$/ : parts[0]!.stays ? /^/ : /^ *$/).test(before)) return false;
-  const whole = (end: number) => text[end - 1] === "\n" ? end : text.indexOf("\n", end) + 1;
-  const edges = node.flow ? parts.map((part) => part.from) : [line, ...parts.map((part) => whole(part.end))];
-  for (const part of parts) if (part.stays) writeValue(part.node, part.says, part.shall, draft);
-  parts.slice(0, last).forEach((part, i) => part.stays || cuts.push({ from: edges[i]!, to: edges[i + 1]!, text: "" }));
-  const indent = isSeq(node) ? before : before.replace(/[^ ]/g, " ");
-  const end = (part: Part) => node.flow ? part.to : whole(part.end);
-  const lines = added.map((one) => node.flow ? `, ${one}` : `${indent}${one}\n`).join("");
-  cuts.push({ from: end(parts[last]!), to: end(parts.at(-1)!), text: lines });
-  return true;
-}
-
-/** Writes what a place shall say. What says so already stays as it is written, and with it its comments. */
-function writeValue(node: Node | null, says: unknown, shall: unknown, draft: Draft): void {
-  const { text, cuts, isJson } = draft;
-  if (same(says, shall) || node === null) return;
-  if (isMap<Node, Node | null>(node) && isRecord(says) && isRecord(shall)) {
-    const added = Object.keys(shall).filter((name) => !Object.hasOwn(says, name)).map((name) =>
-      `${inline(unescaped(name), isJson)}: ${inline(shall[name], isJson)}`
-    );
-    if (writeParts(node, partsOfMap(node, says, shall), added, draft)) return;
+function isJson(text: string): boolean {
+  try {
+    return isRecord(JSON.parse(text));
+  } catch {
+    return false;
   }
-  if (isSeq(node) && Array.isArray(says) && Array.isArray(shall)) {
-    const [parts, added] = partsOfList(node, says, shall) ?? [[], []];
-    if (writeParts(node, parts, added.map((one) => inline(one, isJson)), draft)) return;
-  }
-  const [from, to] = node.range!;
-  const around = [
-    text[from - 1] === ":" ? " " : "",
-    text[to - 1] === "\n" && from < to ? "\n" : text[to] === "#" ? " " : "",
-  ];
-  cuts.push({ from, to, text: around[0] + inline(shall, isJson) + around[1] });
 }
 
 /**
- * The same file, saying something else: only what differs is written anew, so that comments, order and spelling stay.
- * @throws {Refused} where that would change other places too, as with anchors
+ * The same file, saying something else: comments, order and quotes stay.
+ * @throws {AdminError} where that would change other places too, as with anchors
  */
-export function rewrite(text: string, shall: unknown, says = readAsWritten(text, "")): string {
-  const [eol] = /\r?\n/.exec(text) ?? ["\n"];
-  const source = wrapped(text.endsWith("\n") ? text : text + eol);
-  const draft: Draft = { text: source, isJson: source.trimStart().startsWith("{"), cuts: [] };
-  writeValue(parseDocument(source, { uniqueKeys: false }).contents, says, shall, draft);
-  let out = "", at = 0;
-  for (const { from, to, text } of draft.cuts.sort((a, b) => a.from - b.from)) {
-    out += source.slice(at, from) + text.replaceAll(/\r?\n/g, eol);
-    at = to;
-  }
-  const written = unwrapped(out + source.slice(at));
+export function rewrite(text: string, after: unknown, before = readAsWritten(text, "")): string {
+  if (isDeepStrictEqual(before, after)) return text;
+  const mark = text.startsWith("\ufeff") ? "\ufeff" : "", eol = text.includes("\r\n") ? "\r\n" : "\n";
+  const source = text.slice(mark.length).replaceAll("\r\n", "\n");
   try {
-    if (same(readAsWritten(written, ""), shall)) return written;
-  } catch { /* not even YAML any more */ }
+    const changed = isJson(source)
+      ? `${JSON.stringify(unescapedAll(after), null, /^\{\n(\s+)/.exec(source)?.[1])}\n`
+      : rewriteYaml(source, before, after);
+    const written = mark + changed.replaceAll("\n", eol);
+    if (isDeepStrictEqual(readAsWritten(written, ""), after)) return written;
+  } catch { /* an alias without its anchor, say */ }
   throw new AdminError(409, "this cannot be written into the file without changing more of it, as with anchors (&, *)");
 }
 
@@ -6993,7 +6952,7 @@ function merged(under: unknown, patch: unknown): unknown {
 
 /** What differs, as people read it: `services.shop.servers[0].weight: 3`. */
 function differences(before: unknown, after: unknown, path: Keys = []): string[] {
-  if (same(before, after)) return [];
+  if (isDeepStrictEqual(before, after)) return [];
   const lists = Array.isArray(before) && Array.isArray(after) && before.length === after.length;
   if (lists || isRecord(before) && isRecord(after)) {
     const keys = new Set([...Object.keys(before), ...Object.keys(after as Raw)]);

@@ -329,8 +329,8 @@ test("POST / changes the servers of the default service, with PythonLoadBalancer
         assert.equal((await ask(lb, "POST /", bad, WEBSITE)).status, 400, bad);
       }
       assert.equal(await answers(lb.port, 3), "s1 s2 s2");
-      assert.match(file(lb), new RegExp(`^      - ${b.address}   # s1$`, "m"));
-      assert.match(file(lb), /default: \{ service: shop \} {3}# for all\n$/);
+      assert.match(file(lb), new RegExp(`^      - ${b.address} # s1$`, "m"));
+      assert.match(file(lb), /default: \{ service: shop \} # for all\n$/);
     })));
 
 test("POST / means the only service where there is no default, and asks which one where there are several", () =>
@@ -401,9 +401,9 @@ test("a drained server gets no new requests, finishes those it has, and the answ
       finish();
       assert.equal(await asked, "slow");
       assert.deepEqual([(await waiting).status, (await waiting).json.in_flight], [200, 0]);
-      assert.match(file(lb), new RegExp(`- \\{ url: ${slow.address}, state: drain \\}   # s0\n`));
+      assert.match(file(lb), new RegExp(`- \\{ url: ${slow.address}, state: drain \\} # s0\n`));
       assert.equal((await ask(lb, `PUT ${state}`, { state: "ready" })).status, 200);
-      assert.match(file(lb), new RegExp(`- ${slow.address}   # s0\n`));
+      assert.match(file(lb), new RegExp(`- ${slow.address} # s0\n`));
       const last = Promise.all([body(lb.port), body(lb.port)]);
       await until("it is asked again", () => slow.requests.length === 2);
       finish();
@@ -456,7 +456,7 @@ test("weights change while it runs, and shares follow exactly", () =>
       assert.equal(await answers(lb.port, 2), "s1 s1");
       assert.equal((await weight(257)).status, 400);
       assert.equal((await weight(1)).status, 200);
-      assert.equal(file(lb), over(a, b), "the file is what it was");
+      assert.equal(file(lb), over(a, b).replaceAll("   #", " #"), "the file is what it was, but for spaces");
     })));
 
 test("servers are added and taken out one by one; the last one stays", () =>
@@ -541,12 +541,13 @@ services:
 admin: { token: "\${LB_TEST_TOKEN}" }
 default: { service: shop }
 `;
+    const spaced = text.replace(/\["(.*)"\]/, '[ "$1" ]').replace("   # one", " # one");
     await running(text, async (lb) => {
       const mine = (what: string, body?: unknown, headers = {}) =>
         ask(lb, what, body, { ...bearer(TOKEN), ...headers });
       const yaml = await mine("GET /config");
       assert.equal(yaml.headers.get("content-type"), "application/yaml");
-      assert.equal(yaml.text, text.replace("s3cret", '"***"'));
+      assert.equal(yaml.text, spaced.replace("s3cret", '"***"'));
       const json = await mine("GET /config", undefined, { accept: "application/json" });
       assert.equal(json.json.admin.token, "${LB_TEST_TOKEN}");
       assert.equal(json.json.services.shop.health.headers.authorization, "***");
@@ -558,14 +559,14 @@ default: { service: shop }
       assert.equal(masked.json.mistakes[0].path, "services.shop.health.headers.authorization");
       assert.match(masked.json.detail, /\*\*\* stands for a secret/);
       assert.equal((await mine("PATCH /config", { log: "json", retries: null })).status, 200);
-      assert.equal(file(lb), `${text}log: json\n`);
+      assert.equal(file(lb), `${spaced}log: json\n`);
       assert.equal((await mine("PATCH /config", { log: null })).status, 200);
-      assert.equal(file(lb), text);
+      assert.equal(file(lb), spaced);
       const { admin, ...rest } = json.json;
       rest.services.shop.health.headers.authorization = "0ther";
       const replaced = await mine("PUT /config", { ...rest, admin, trust: ["10.0.0.0/8"] }, { "if-match": "*" });
       assert.equal(replaced.status, 200, replaced.text);
-      assert.equal(file(lb), `${text.replace("s3cret", "0ther")}trust: [10.0.0.0/8]\n`);
+      assert.equal(file(lb), `${spaced.replace("s3cret", "0ther")}trust: [ 10.0.0.0/8 ]\n`);
       assert.equal((await mine("POST /config/check", { log: "jso" })).status, 400);
       const fine = await mine("POST /config/check", file(lb), { "content-type": "application/yaml" });
       assert.deepEqual([fine.status, fine.json.services], [200, 1]);

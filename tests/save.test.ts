@@ -58,12 +58,16 @@ default: { service: shop }
 
 // deno-lint-ignore no-explicit-any
 type Loose = any;
+/** Spaces before a comment become one as soon as anything changes. */
+const spaced = (text: string): string => text.replaceAll(/(\S) +#/g, "$1 #");
 /** Lines that were taken out (-) and lines that came in (+), in the order of the file. */
 function changed(text: string, edit: (raw: Loose) => void): string[] {
   const raw = parse(text.replaceAll(/\$\{(\w+)\}/g, "$<$1>"), { uniqueKeys: false });
   edit(raw);
   const shall = JSON.parse(JSON.stringify(raw).replaceAll(/\$<(\w+)>/g, "${$1}"));
-  const [before, after] = [text.split("\n"), rewrite(text, shall).split("\n")];
+  const written = rewrite(text, shall);
+  if (written === text) return [];
+  const [before, after] = [spaced(text).split("\n"), written.split("\n")];
   return [
     ...before.filter((line) => !after.includes(line)).map((line) => `-${line}`),
     ...after.filter((line) => !before.includes(line)).map((line) => `+${line}`),
@@ -101,15 +105,15 @@ const CHANGES: [what: string, edit: (raw: Loose) => void, ...lines: string[]][] 
   [
     "a value keeps the comment behind it",
     (raw) => raw.services.shop.retries = 3,
-    "-    retries: 1   # aligned",
-    "+    retries: 3   # aligned",
+    "-    retries: 1 # aligned",
+    "+    retries: 3 # aligned",
   ],
   [
     "a key with a map in it",
     (raw) => raw.services.shop.health = { path: "/h", headers: { a: "b: c", d: "${X}", e: "1.10", f: "a, b" } },
     '+    health: { path: /h, headers: { a: "b: c", d: ${X}, e: "1.10", f: "a, b" } }',
   ],
-  ["a service comes", (raw) => raw.services.more = { servers: ["a:1"] }, "+  more: { servers: [a:1] }"],
+  ["a service comes", (raw) => raw.services.more = { servers: ["a:1"] }, "+  more: { servers: [ a:1 ] }"],
   [
     "a service on one line goes",
     (raw) => delete raw.services.blog,
@@ -128,7 +132,7 @@ const CHANGES: [what: string, edit: (raw: Loose) => void, ...lines: string[]][] 
     "-  blog: { servers: [ a:1, b:2 ], health: { path: /h } }",
     "+  blog: { servers: [ a:1, b:2 ], health: off, retries: 0 }",
   ],
-  ["a route goes", (raw) => raw.routes.shift(), "-  - path: /x   # hm", "-    service: shop"],
+  ["a route goes", (raw) => raw.routes.shift(), "-  - path: /x # hm", "-    service: shop"],
   ["a route gets a key", (raw) => raw.routes[0].strip = true, "+    strip: true"],
   [
     "a value between variables",
@@ -150,15 +154,46 @@ test("keys without a value, JSON, Windows' line ends and files without a last li
     return rewrite(text, raw);
   };
   const shop = (raw: Loose) => raw.services = { shop: { servers: ["a:1"] } };
-  assert.equal(after("services:\nlog: off\n", shop), "services: { shop: { servers: [a:1] } }\nlog: off\n");
-  assert.equal(after("services: # none\n", shop), "services: { shop: { servers: [a:1] } } # none\n");
+  assert.equal(after("services:\nlog: off\n", shop), "services: { shop: { servers: [ a:1 ] } }\nlog: off\n");
+  assert.equal(after("services: # none\n", shop), "services: { shop: { servers: [ a:1 ] } } # none\n");
   assert.equal(after("a: 1 # one", (raw) => raw.b = 2), "a: 1 # one\nb: 2\n");
   assert.equal(after("a:\r\n  - 1 # x\r\nb: 1\r\n", (raw) => raw.b = 2), "a:\r\n  - 1 # x\r\nb: 2\r\n");
   const json = '{\n "a": [1, 2],\n "b": {}\n}\n';
-  assert.equal(after(json, (raw) => raw.a.push("x y")), '{\n "a": [1, 2, "x y"],\n "b": {}\n}\n');
+  assert.equal(after(json, (raw) => raw.a.push("x y")), '{\n "a": [\n  1,\n  2,\n  "x y"\n ],\n "b": {}\n}\n');
   assert.deepEqual(JSON.parse(after(json, (raw) => raw.b = { "c d": ["e"] })), { a: [1, 2], b: { "c d": ["e"] } });
   const flow = "a: {\n  b: 1, # one\n  c: 2 # two\n}\n";
-  assert.equal(after(flow, (raw) => delete raw.a.b), "a: {\n  c: 2 # two\n}\n");
+  assert.equal(after(flow, (raw) => delete raw.a.b), "a:\n  {\n    c: 2 # two\n  }\n");
+  assert.equal(after("{ a: 1, # one\n b: 2 } # two\n", (raw) => raw.b = 3), "{\n a: 1, # one\n b: 3\n} # two\n");
+});
+
+test("indentation, quotes, numbers, blank lines and comments beside a key stay as they are written", () => {
+  const text = `# head
+services: # pools
+
+  # first
+  shop: # s
+    servers: # list
+    - a:1 # one
+
+    - 'b:2'
+    - "c:3"
+    health: { headers: { x-a: 007, x-b: 1e3, x-c: 1.10, x-d: "1.10", x-e: ~, x-f: yes, x-g: "\${A}" } }
+    text: |
+      one
+        two
+
+    none:
+  retries: 1
+`;
+  const raw = parse(text);
+  Object.assign(raw.services.shop.health.headers, { "x-a": "007", "x-b": "1e3", "x-c": "1.10" }); // text, as it is read
+  assert.equal(rewrite(text, { ...raw, log: "off" }), `${text}log: off\n`);
+});
+
+test("an item that comes first or changes its place brings no comment of another one with it", () => {
+  const text = "a:\n  - { x: 1 } # one\n  # second\n  - { x: 2 } # two\n";
+  const written = rewrite(text, { a: [{ x: 3 }, { x: 2 }, { x: 1 }] });
+  assert.equal(written, "a:\n  - { x: 3 }\n  # second\n  - { x: 2 } # two\n  - { x: 1 } # one\n");
 });
 
 test("what an anchor shares is not changed in one place only: an alias is written out, an anchor is refused", () => {
@@ -262,7 +297,7 @@ test("kill -9 in the middle of saving leaves a whole file, the old one or the ne
     const text = (weight: number) =>
       `# ${
         "long ".repeat(5_000)
-      }\nservices: { shop: { servers: [{ url: 127.0.0.1:1, weight: ${weight} }] } }\ndefault: { service: shop }\n# end\n`;
+      }\nservices: { shop: { servers: [ { url: 127.0.0.1:1, weight: ${weight} } ] } }\ndefault: { service: shop }\n\n# end\n`;
     writeFileSync(file, text(1));
     const saved = new Set<number>();
     for (let round = 0; round < 8; round++) {
@@ -309,7 +344,8 @@ log:   combined # Apache's
 # end
 `;
 /** What the first patch makes of it, and what the second one makes of that. */
-const ONCE = WRITTEN.replace("log:   combined", "log:   json").replace("# end", "trust: [10.0.0.0/8]\n# end");
+const ONCE = WRITTEN.replace("log:   combined", "log: json").replace("# end", "trust: [ 10.0.0.0/8 ]\n\n# end")
+  .replace("retries: 1   #", "retries: 1 #").replace("}  \n", "}\n");
 const TWICE = ONCE.replace("retries: 1 ", "retries: 2 ").replace("    health: off # nobody listens\n", "");
 
 const SPELT: [how: string, spell: (text: string) => string][] = [
@@ -318,7 +354,7 @@ const SPELT: [how: string, spell: (text: string) => string][] = [
   ["with a byte order mark", (text) => `\ufeff${text}`],
 ];
 for (const [how, spell] of SPELT) {
-  test(`patches of the config and of a service change their lines alone, and the .bak is the file before: ${how}`, async () => {
+  test(`patches of the config and of a service change nothing else but spaces, and the .bak is the file before: ${how}`, async () => {
     const lb = await startProgram(spell(WRITTEN), ["--admin", "127.0.0.1:0"]);
     try {
       const patch = async (path: string, body: string, expected: string) => {
