@@ -1319,6 +1319,7 @@ class StreamedBody implements Body {
   received = 0;
   held = false; // the source is paused
   over = false; // complete, failed or cancelled
+  readonly hasTimeouts: boolean = true; // its connection looks that it does not stand still
 
   private readonly source: BodySource;
   private reader: BodyReader | undefined;
@@ -3142,8 +3143,8 @@ class ClientConnection extends Connection implements BodySource {
     } else if (this.clientEnded && this.answer) {
       if (waited >= STANDSTILL) socket.destroy();
     } else if (this.clientEnded && this.request) this.probe(now);
-    else if (this.unsent && !(this.answer instanceof StreamedBody && !this.answer.over)) { // else its server has timeouts
-      if (waited >= keep_alive) socket.destroy();
+    else if (this.unsent && !(this.answer instanceof StreamedBody && this.answer.hasTimeouts && !this.answer.over)) {
+      if (waited >= keep_alive) socket.destroy(); // a server has timeouts of its own
     }
   }
 
@@ -3568,6 +3569,7 @@ export class HttpClient {
 
 /** A body from a stream of the Fetch API. */
 class FetchBody extends StreamedBody {
+  override readonly hasTimeouts = false;
   private readonly fetched: ReadableStream<Uint8Array<ArrayBuffer>>;
   private readonly whyBroken: () => Failure;
   private input: ReadableStreamDefaultReader<Uint8Array<ArrayBuffer>> | undefined;

@@ -665,6 +665,35 @@ test("a connection whose answer came whole while nobody read is kept, and reads 
   assert.deepEqual([problem, body.length, kept, dialed[0]!.paused], [undefined, 400_000, true, false]);
 });
 
+for (const left of [false, true]) {
+  const name = left
+    ? "is out when its kept connection ends fails"
+    : "waits when its kept connection ends goes on another";
+  test(`a POST that ${name}`, async () => {
+    const server = { url: "http://server.test:80", tls: {} } as Server,
+      turn = () => new Promise((go) => setImmediate(go));
+    const answer = `${OK}Content-Length: 0\r\n\r\n`;
+    dialed = [];
+    const first = sendAttempt(client, { server, method: "GET", body: NO_BODY });
+    await turn();
+    await turn();
+    dialed[0]!.feed([answer]);
+    await first.outcome;
+    const { outcome, order } = sendAttempt(client, { server, method: "POST", body: new TestBytes("abc") });
+    if (left) await turn();
+    dialed[0]!.hangUp();
+    await turn();
+    await turn();
+    dialed[1]?.feed([answer]);
+    const { status, failure, sent } = await outcome;
+    assert.deepEqual([status, failure, sent], left ? [0, "reset", true] : [200, undefined, true]);
+    assert.deepEqual(dialed.map(({ writes }) => writes), left ? [2] : [1, 1]);
+    assert.deepEqual(order, left ? ["sent", "end"] : ["sent", "sent again", "head", "body", "end"]);
+    for (const socket of dialed) socket.destroy();
+    await turn();
+  });
+}
+
 test("statuses up to 999 pass, with any reason", async () => {
   for (const [status, reason] of [[600, ""], [799, "Odd  One"], [999, "\xff"]] as const) {
     const seen = await play([`HTTP/1.1 ${status} ${reason}\r\nContent-Length: 0\r\n\r\n`]);
