@@ -5005,7 +5005,12 @@ function accessRecord(exchange: Exchange, endedAt: number): AccessRecord {
   const { block: { fields }, version, target } = exchange.request;
   const since = (time = 0) => time > 0 && time >= started ? Math.min(time, endedAt) - started : undefined;
   return {
-    ...{ client, scheme, status, bytes, id, trace },
+    client,
+    scheme,
+    status,
+    bytes,
+    id,
+    trace,
     time: exchange.balancer.effects.date(),
     method: exchange.method || "-",
     protocol: `HTTP/${version}`,
@@ -8160,16 +8165,16 @@ const PRINT: Record<typeof here, (bytes: Uint8Array) => Promise<number>> = {
 };
 type DenoApi = { Deno: { stdout: { write(bytes: Uint8Array): Promise<number> } } };
 
-/** Milliseconds that never go back, read once in a turn of the event loop; the edge has a clock that stands meanwhile. */
-function now(): number {
-  if (here === "edge") return performance.now();
-  if (turnTime === undefined) {
-    turnTime = performance.now();
-    setImmediate(() => turnTime = undefined);
-  }
-  return turnTime;
+/** Milliseconds that never go back, and the date: read once in a turn of the event loop, which costs the edge nothing. */
+function clock(): { now: number; date: Date } {
+  if (clockOfTurn) return clockOfTurn;
+  const read = { now: performance.now(), date: new Date() };
+  if (here === "edge") return read; // its clock stands during a turn, and no turn may end another's
+  setImmediate(() => clockOfTurn = undefined);
+  return clockOfTurn = read;
 }
-let turnTime: number | undefined;
+let clockOfTurn: ReturnType<typeof clock> | undefined;
+const now = (): number => clock().now;
 
 /** What the servers that hand over Requests say of their clients: ours, Deno's, Bun's, and that of @hono/node-server. */
 interface ServerEnv {
@@ -8228,7 +8233,7 @@ function defaultEffects(): Effects {
   return {
     ...defaultTransport(),
     now,
-    date: () => new Date(),
+    date: () => clock().date,
     random: Math.random,
     sign: (secret, text) => createHmac("sha256", secret).update(text).digest("base64url"),
     secret: () => secret ||= randomBytes(32).toString("base64url"), // at the edge not before a request has come
