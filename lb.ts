@@ -2501,7 +2501,8 @@ abstract class Connection {
     if (bytes.length <= SMALL) {
       const text = bytes.toString("latin1");
       this.write(chunked ? `${chunkHead(bytes.length)}${text}\r\n` : text);
-    } else {
+    } else if (!chunked && this.unwritten === "") writeBytes(socket, bytes);
+    else {
       socket.cork();
       if (chunked) this.write(chunkHead(bytes.length));
       this.flush();
