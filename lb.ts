@@ -2443,8 +2443,7 @@ const resetSocket = (socket: Socket): unknown =>
   socket.destroyed || ("encrypted" in socket ? socket.destroy() : socket.resetAndDestroy());
 
 const LENT_SIZE = 65_536; // bytes
-const MOST_IDLE = 64; // of the buffers that nobody uses
-const idleBuffers: Bytes[] = [];
+const idleBuffers: Bytes[] = []; // that nobody uses: 4 MiB at most
 const lent = new WeakMap<Bytes, Bytes>(); // what was read, and its buffer; other views of it, as of a stream, are not here
 
 /** A copy. A large one is in a buffer that is used again when it has been written: V8 is slow to collect thousands. */
@@ -2460,7 +2459,7 @@ function copied(bytes: Bytes): Bytes {
 /** Writes bytes. A buffer that was lent is free again when all of it has gone out. */
 function writeBytes(socket: Socket, bytes: Bytes): void {
   const buffer = lent.get(bytes);
-  if (buffer) socket.write(bytes, () => void (idleBuffers.length < MOST_IDLE && idleBuffers.push(buffer)));
+  if (buffer) socket.write(bytes, () => void (idleBuffers.length < 64 && idleBuffers.push(buffer)));
   else socket.write(bytes);
 }
 
@@ -2474,6 +2473,7 @@ const hasRoom = (socket: Socket): boolean => socket.writableLength < WINDOW;
 abstract class Connection {
   readonly socket: Socket;
   protected unwritten = ""; // texts of this turn
+  protected hasLeft = false; // some of what it says now has left
 
   constructor(socket: Socket) {
     this.socket = socket;
@@ -2490,6 +2490,7 @@ abstract class Connection {
     const { socket, unwritten: text } = this;
     if (text === "") return;
     this.unwritten = "";
+    this.hasLeft = true;
     if (socket.destroyed) return;
     if ("encrypted" in socket) socket.write(Buffer.from(text, "latin1")); // Deno writes queued texts as UTF-8 (2.9.6)
     else socket.write(text, "latin1");
@@ -2546,9 +2547,8 @@ class Connections<C extends Connection> extends Set<C> {
     return super.add(connection);
   }
   override delete(connection: C): boolean {
-    const wasHere = super.delete(connection);
-    if (!this.size) clearInterval(this.timer);
-    return wasHere;
+    if (this.size === 1 && this.has(connection)) clearInterval(this.timer);
+    return super.delete(connection);
   }
   private sweep(): void {
     const now = this.now(), stoodStill = now - this.sweptAt > MOST_LATE;
@@ -3265,6 +3265,7 @@ class UpstreamConnection extends Connection implements BodySource {
     let head = `${method} ${target} HTTP/1.1\r\n${lines}`;
     if (chunked) head += "Transfer-Encoding: chunked\r\n";
     else if (body !== NO_BODY || BODY_EXPECTED.has(method)) head += `Content-Length: ${body.length}\r\n`;
+    this.hasLeft = false;
     this.write(head + "\r\n");
     this.since = attempt.connectedAt = client.time;
     this.sent = body === NO_BODY;
@@ -3394,10 +3395,10 @@ class UpstreamConnection extends Connection implements BodySource {
     this.finish(attempt);
   }
 
-  /** The response is complete: the connection returns to its pool, unless it came before all of its request had left. */
+  /** The response is complete: the connection returns to its pool, unless it came before any of its request had left. */
   private finish(attempt: Attempt): void {
     const { client, socket } = this, idle = Math.min(IDLE, this.keepAlive - 1_000);
-    if (this.sent && this.unwritten === "" && idle > 0 && client.time - this.bornAt < MAX_AGE) {
+    if (this.sent && this.hasLeft && idle > 0 && client.time - this.bornAt < MAX_AGE) {
       this.idleUntil = client.time + idle;
       this.pool.push(this);
     } else socket.destroy();
@@ -3423,8 +3424,7 @@ class UpstreamConnection extends Connection implements BodySource {
       return attempt.onEnd(tunnel.problem, tunnel.problem ?? "", true);
     }
     const silent = this.head === undefined && this.rest === undefined && this.overhead === 0;
-    const isUnsent = this.unwritten !== "" && attempt.body.bytes !== undefined; // none of it has left yet
-    if (why === "reset" && this.reused && silent && (isUnsent || mayRepeat(attempt))) {
+    if (why === "reset" && this.reused && silent && (mayRepeat(attempt) || !this.hasLeft && attempt.body.bytes)) {
       this.attempt = undefined; // a stale keep-alive connection: repeat once, on a new one
       return this.client.open(attempt);
     }
