@@ -3268,8 +3268,8 @@ class UpstreamConnection extends Connection implements BodySource {
     this.hasLeft = false;
     this.write(head + "\r\n");
     this.since = attempt.connectedAt = client.time;
-    this.sent = body === NO_BODY;
-    if (this.sent) return;
+    attempt.uploaded = 0; // it may have been sent before, on a connection that had ended
+    if (body === NO_BODY) return void (this.sent = true);
     const isOver = () => this.attempt !== attempt;
     body.read({
       data: (bytes) => {

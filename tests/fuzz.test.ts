@@ -679,7 +679,7 @@ for (const left of [false, true]) {
     await turn();
     dialed[0]!.feed([answer]);
     await first.outcome;
-    const { outcome, order } = sendAttempt(client, { server, method: "POST", body: new TestBytes("abc") });
+    const { outcome, order, attempt } = sendAttempt(client, { server, method: "POST", body: new TestBytes("abc") });
     if (left) await turn();
     dialed[0]!.hangUp();
     await turn();
@@ -687,6 +687,7 @@ for (const left of [false, true]) {
     dialed[1]?.feed([answer]);
     const { status, failure, sent } = await outcome;
     assert.deepEqual([status, failure, sent], left ? [0, "reset", true] : [200, undefined, true]);
+    assert.equal(attempt.uploaded, 3, "the bytes of its body count once");
     assert.deepEqual(dialed.map(({ writes }) => writes), left ? [2] : [1, 1]);
     assert.deepEqual(order, left ? ["sent", "end"] : ["sent", "sent again", "head", "body", "end"]);
     for (const socket of dialed) socket.destroy();
