@@ -32,14 +32,7 @@
 import { createHash, createHmac, createPrivateKey, randomBytes, X509Certificate } from "node:crypto";
 import * as fs from "node:fs";
 import { STATUS_CODES } from "node:http";
-import {
-  type AddressInfo,
-  connect as netConnect,
-  createServer,
-  isIP,
-  type NetConnectOpts,
-  type Socket,
-} from "node:net";
+import { type AddressInfo, connect as netConnect, createServer, isIP, type Socket } from "node:net";
 import process from "node:process";
 import {
   connect as tlsConnect,
@@ -1319,7 +1312,7 @@ class StreamedBody implements Body {
   received = 0;
   held = false; // the source is paused
   over = false; // complete, failed or cancelled
-  readonly hasTimeouts: boolean = true; // its connection looks that it does not stand still
+  readonly hasTimeouts: boolean = true; // the connection that it comes from ends it when it stands still
 
   private readonly source: BodySource;
   private reader: BodyReader | undefined;
@@ -1804,7 +1797,7 @@ function entry<K extends WeakKey | string | number, V>(
   return value;
 }
 
-/** One request's life, from its head to the end of the answer's body. */
+/** One request's life, from its head to the end of the answer's body. A class, for the reason of `NOT_SENT_YET`. */
 export class Exchange implements Draw {
   // given
   readonly balancer: Balancer;
@@ -2417,7 +2410,7 @@ const NOT_IN_TRAILERS =
 const chunkHead = (size: number): string => `${size.toString(16)}\r\n`;
 const lastChunk = (trailers: Fields): string => `0\r\n${linesOf(trailers)}\r\n`;
 
-// --- 3.2 Sockets: pausing, writing and resetting them ---
+// --- 3.2 Sockets: pausing, writing and resetting them; what both sides of HTTP have, and the sweep of timeouts ---
 
 const MOST_LATE = 1_000; // milliseconds between sweeps above which the process was stalled
 
@@ -2473,7 +2466,7 @@ const hasRoom = (socket: Socket): boolean => socket.writableLength < WINDOW;
 abstract class Connection {
   readonly socket: Socket;
   protected unwritten = ""; // texts of this turn
-  protected hasLeft = false; // some of what it says now has left
+  protected hasLeft = false; // the socket has got the beginning of the latest message
 
   constructor(socket: Socket) {
     this.socket = socket;
@@ -2488,10 +2481,9 @@ abstract class Connection {
 
   flush(): void {
     const { socket, unwritten: text } = this;
-    if (text === "") return;
+    if (text === "" || socket.destroyed) return;
     this.unwritten = "";
     this.hasLeft = true;
-    if (socket.destroyed) return;
     if ("encrypted" in socket) socket.write(Buffer.from(text, "latin1")); // Deno writes queued texts as UTF-8 (2.9.6)
     else socket.write(text, "latin1");
   }
@@ -2531,6 +2523,7 @@ abstract class Connection {
     this.socket.end();
   }
 }
+
 /** Open connections. One timer checks the timeouts of all, so that a request needs none; it stops when none are left. */
 class Connections<C extends Connection> extends Set<C> {
   private readonly now: () => number;
@@ -2715,9 +2708,8 @@ class ByteTunnel implements Tunnel {
 
   /** Compares byte counts from sweep to sweep, so that passing bytes never reads the clock. */
   look(now: number): void {
-    const { client, server, idle } = this,
-      passed = client.bytes + server.bytes,
-      isHalf = client.isDone || server.isDone;
+    const { client, server, idle } = this, isHalf = client.isDone || server.isDone;
+    const passed = client.bytes + server.bytes;
     if (passed !== this.seen) [this.seen, this.since] = [passed, now];
     const silence = now - this.since, parting = this.closing || this.webSocket && isHalf;
     if (silence < (parting ? Math.min(PARTING, idle) : idle)) return;
@@ -3479,7 +3471,7 @@ const READ_ON = 100; // milliseconds
  * Connects without TLS. All these connections read into one buffer, out of which what came is copied: without it every read
  * allocates 64 KiB, which takes 5 to 10 % of the speed (tried on Deno 2.9.6 and Node 24.21). On Bun 1.4.5 it is slower.
  */
-function connectPlain(address: NetConnectOpts): Socket {
+function connectPlain(address: { host: string; port: number }): Socket {
   if ("Bun" in globalThis) return netConnect(address);
   const callback = (size: number) => socket.push(copied(RECEIVED.subarray(0, size)));
   const socket: Socket = netConnect({ ...address, onread: { buffer: RECEIVED, callback } });
@@ -3580,7 +3572,7 @@ class FetchBody extends StreamedBody {
   constructor(fetched: ReadableStream<Uint8Array<ArrayBuffer>>, length: number, whyBroken: () => Failure) {
     super(length, {
       onRead: () => void this.pump(),
-      hold() {}, // `pump` looks
+      hold() {}, // `pump` asks whether the body is held
       release: () => this.goOn?.(),
       abandon: () => void (this.input ?? fetched).cancel().catch(() => {}),
     });
@@ -5555,7 +5547,7 @@ function detectLoop({ balancer, block }: Exchange): FailureName | undefined {
 
 const OURS = new Set(["x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "forwarded", "x-request-id"]);
 
-/** The lines that all requests of a client have with this head. The latest are kept as one text, which saves 1 us. */
+/** The header lines in which a client's requests with one head do not differ. The latest are kept, which saves 1 us. */
 function commonLines(exchange: Exchange, host: string): string {
   const { balancer: { via }, block, host: named, peer, scheme, forwarded } = exchange, passing = passingFields(block);
   const { latest } = passing, told = (name: string) => forwarded?.get(name);
@@ -5697,7 +5689,10 @@ function reportServer(service: Service, server: Server, detail: string, effects:
 /** Called when an attempt has its response head, or has failed without one. */
 type Decide = (attempt: ExchangeAttempt) => void;
 
-/** The initial values of an attempt. */
+/**
+ * The initial values of an attempt. Spread first: a plain literal that is in flight in the first collections is one that V8
+ * keeps among the old objects, where each dead attempt keeps all of its request until the next full collection.
+ */
 const NOT_SENT_YET = {
   ...{ connectedAt: 0, uploaded: 0, received: 0, headAt: 0, endedAt: 0, sent: true, hasLost: false, detail: "" },
   ...{ carrier: undefined, response: undefined, failure: undefined, afterEnd: undefined },
@@ -8166,11 +8161,11 @@ const PRINT: Record<typeof here, (bytes: Uint8Array) => Promise<number>> = {
 };
 type DenoApi = { Deno: { stdout: { write(bytes: Uint8Array): Promise<number> } } };
 
-/** Milliseconds that never go back, and the date: read once in a turn of the event loop, which costs the edge nothing. */
+/** Milliseconds that never go back, and the date: read once in a turn of the event loop; at the edge each time. */
 function clock(): { now: number; date: Date } {
   if (clockOfTurn) return clockOfTurn;
   const read = { now: performance.now(), date: new Date() };
-  if (here === "edge") return read; // its clock stands during a turn, and no turn may end another's
+  if (here === "edge") return read; // an immediate there ends with its request, and may never run
   setImmediate(() => clockOfTurn = undefined);
   return clockOfTurn = read;
 }
