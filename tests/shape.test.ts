@@ -39,7 +39,7 @@ const NODE_SECTIONS = new Set([
  * Functions above Runtimes that reach into one, as there is no other way. The comment of each has the version that it was
  * tried with, and what happens without it.
  */
-const REACHING = new Set(["socketBelow", "connectPlain", "acceptAgain"]);
+const REACHING = new Set(["socketBelow", "connectPlain", "withSharedReads", "acceptAgain"]);
 /** The chapter whose types refer to each other: an exchange has a route, a route has conditions on exchanges. */
 const MUTUAL = "Records";
 
