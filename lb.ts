@@ -53,6 +53,7 @@ import {
   type TLSSocket,
 } from "node:tls";
 import { availableParallelism } from "node:os";
+import { Duplex } from "node:stream";
 import { isDeepStrictEqual, parseArgs, promisify } from "node:util";
 import { isMainThread, parentPort, Worker, workerData } from "node:worker_threads";
 import { toJsonSchema } from "@valibot/to-json-schema";
@@ -280,12 +281,13 @@ const shown = (host: string, port: number): string => `${host || "0.0.0.0"}:${po
 
 // --- 1.2 Services: what a service and its servers may say ---
 
-const ORIGIN = /^(?:(https?):\/\/)?(\[[^\]]*\]|[^:[\]/?#@]*)(?::(\d{1,5}))?\/?$/i;
+const ORIGIN = /^(?:(https?|h2c):\/\/)?(\[[^\]]*\]|[^:[\]/?#@]*)(?::(\d{1,5}))?\/?$/i;
 const SERVER = "a server such as localhost:8081 or http://localhost (no user, no path)";
 const Url = word(SERVER, ORIGIN, (_, scheme = "", host, port) => {
-  const number = Number(port ?? { http: 80, https: 443 }[lower(scheme)]), name = `${lower(host)}:${number}`;
+  const number = Number(port ?? { http: 80, h2c: 80, https: 443 }[lower(scheme)]), name = `${lower(host)}:${number}`;
   const fits = isHost(host) && number > 0 && number < 65536 && URL.canParse(`http://${name}`);
-  return fits && { name, url: new URL(`${scheme || "http"}://${name}`).origin };
+  const { origin } = new URL(`${/^https$/i.test(scheme) ? "https" : "http"}://${fits ? name : "none"}`);
+  return fits && { name, url: /^h2c$/i.test(scheme) ? origin.replace("http", "h2c") : origin };
 });
 const also = {
   weight: opt(whole(0, 256), 1),
@@ -385,6 +387,7 @@ const Cors = or("off", { ...v.parse(CorsMap, {}), origin: [] as string[] }, Safe
 const Name = opt(Text, "");
 const TlsMap = map({ ca: Name, cert: Name, key: Name, servername: Name, insecure: opt(Bool, false) });
 const Tls = v.pipe(TlsMap, v.check((tls) => !tls.cert === !tls.key, "needs cert and key together"));
+const HttpVersion = v.pipe(oneOf(1, 1.1, 2, "auto"), v.transform((version) => version === 1.1 ? 1 : version));
 const RetryOn = either("connect, reset, or 400 to 599", v.picklist(["connect", "reset"]), whole(400, 599));
 const Fallback = or("none", "", ServiceName, "a name");
 const HostHeader = either("keep, server or a host", v.picklist(["keep", "server"]), Host);
@@ -423,6 +426,7 @@ const settings = {
     "off",
   ),
   tls: key(Tls, "PEM files; the name to verify; insecure: any will do", v.getDefaults(TlsMap)),
+  http: key(HttpVersion, "with https:// servers: 1.1, 2, or auto, which takes 2 where the server offers it", 1.1),
   ...policy,
 };
 
@@ -541,12 +545,17 @@ const ListenerMap = map({
   address: need(Listen, "a port or an address"),
   tls: key(Certificates, "certificates; by the name that is asked for, else the first", []),
   client_ca: key(Text, "PEM: clients have to show a certificate that one of these has signed", ""),
+  h2c: key(Bool, "without TLS: clients may begin with HTTP/2 (prior knowledge)", false),
 });
 const ListenerSchema = v.pipe(
   either("a port or an address, or a map with address and tls", Listen, ListenerMap),
-  v.transform((at) => "port" in at ? { address: at, tls: [], client_ca: "" } : at),
+  v.transform((at) => "port" in at ? { address: at, tls: [], client_ca: "", h2c: false } : at),
   v.transform(({ address, ...rest }) => ({ ...address, ...rest })),
   v.check((at) => !at.client_ca || at.tls.length > 0, "client_ca needs tls"),
+  v.check(
+    (at) => !at.h2c || at.tls.length === 0,
+    "h2c is HTTP/2 without TLS; with tls clients choose HTTP/2 by themselves",
+  ),
 );
 // Connections that are not HTTP.
 const TcpTimeouts = map({ connect: opt(Duration, "3s"), idle: opt(Duration, "5m") });
@@ -1112,6 +1121,7 @@ export const FAILURES = {
   "uri-too-long": { status: 414, text: "the request's target is too long" },
   "bad-expect": { status: 417, text: "this expectation cannot be met" },
   "client-busy": { status: 429, text: "too many requests at once" },
+  "flood": { status: 429, text: "too many frames that ask for nothing" },
   "rate": { status: 429, text: "too many requests" },
   "headers-too-large": { status: 431, text: "the request's headers are too large" },
   "client-left": { status: 499, text: "the client has left" },
@@ -1232,6 +1242,7 @@ export type RequestProblem =
   | "bad-expect"
   | "uri-too-long"
   | "headers-too-large"
+  | "flood" // of frames, over HTTP/2
   | "client-timeout";
 
 /** A response, from a server or from the balancer. */
@@ -1549,6 +1560,7 @@ export interface Server extends Latency {
   state: ServerConfig["state"];
   service: string;
   tls: ServiceConfig["tls"];
+  http: ServiceConfig["http"]; // the version to ask it with; auto: 2 if it offers that
   hash: number; // of its name, for rendezvous
   effective: number; // its weight as of now: less during slow start
   limit: number; // requests in flight at most: its `max`, `max_in_flight`, or what `auto` has found
@@ -1604,8 +1616,12 @@ interface Latency {
 }
 const NO_LATENCY: Latency = { samples: 0, latency: 0, typical: 0, judged: 0, failing: 0, recent: 0 };
 
-const newServer = (config: ServerConfig, service: string, tls: ServiceConfig["tls"]): Server => ({
-  ...{ ...config, service, tls, hash: hash(config.name), effective: config.weight, limit: Infinity },
+const newServer = (
+  config: ServerConfig,
+  service: string,
+  { tls, http }: Pick<ServiceConfig, "tls" | "http">,
+): Server => ({
+  ...{ ...config, service, tls, http, hash: hash(config.name), effective: config.weight, limit: Infinity },
   ...{ up: true, until: 0, trying: false, slow: false, pausedUntil: 0, since: 0, back: -Infinity },
   ...{ failures: 0, ejections: 0, probeAt: 0, passes: 0, fails: 0, probedAt: 0, probeTook: 0, probeProblem: "" },
   ...{ inFlight: 0, waiting: 0, waitingSince: 0, current: 0, limitWindow: newLimitWindow(0, 0), load: 0, picksThen: 0 },
@@ -2214,6 +2230,15 @@ const knownFields = memo(parseFields, 2_048);
 
 const joinValues = (before: string, value: string): string => before ? `${before}, ${value}` : value;
 
+const VALUE = /^[\t\x20-\x7e\x80-\xff]*$/;
+
+/** The target's authority and Host must name the same host (RFC 9112 section 3.2.2 would ignore Host: nobody may win). */
+function sameAuthority(authority: string, host: string): boolean {
+  if (authority === host) return true;
+  const plain = (name: string) => name.toLowerCase().replace(/:(?:80|443)?$/, "");
+  return plain(authority) === plain(host);
+}
+
 /** The text up to the empty line. Looked for as text, because Deno takes six times as long to find it in the bytes. */
 function headText(bytes: Bytes, most: number): string | undefined {
   for (const window of [2_048, most + 4]) {
@@ -2404,10 +2429,11 @@ function decodeChunkLine(receiving: BodyDecoder, line: string): string | undefin
   }
 }
 
-/** Keeps a trailer, unless it frames, routes or authenticates (RFC 9110 section 6.5.1). */
+/** Whether a field may be a trailer: none that frames, routes or authenticates (RFC 9110 section 6.5.1). */
+const mayTrail = (name: string): boolean => fieldRole(name) === "pass" && !NOT_IN_TRAILERS.test(name);
 function addTrailer(receiving: BodyDecoder, line: string): void {
   const colon = line.indexOf(":"), name = line.slice(0, colon);
-  if (fieldRole(name) !== "pass" || NOT_IN_TRAILERS.test(name)) return;
+  if (!mayTrail(name)) return;
   if (receiving.trailers === NO_TRAILERS) receiving.trailers = [];
   receiving.trailers.push(name, trimmed(line, colon + 1, line.length));
 }
@@ -2420,6 +2446,7 @@ const lastChunk = (trailers: Fields): string => `0\r\n${linesOf(trailers)}\r\n`;
 
 // --- 3.2 Sockets: pausing, writing and resetting them; what both sides of HTTP have, and the sweep of timeouts ---
 
+const CLOSED = "it closed the connection";
 const MOST_LATE = 1_000; // milliseconds between sweeps above which the process was stalled
 
 /**
@@ -2476,9 +2503,22 @@ abstract class Connection {
   protected unwritten = ""; // texts of this turn
   protected hasLeft = false; // the socket has got the beginning of the latest message
 
+  protected reason = CLOSED; // why it is closed, as the socket tells
+  protected isReplaced = false; // by a connection of another version, which has the socket now
+
   constructor(socket: Socket) {
     this.socket = socket;
+    socket.on("data", (bytes: Bytes) => this.isReplaced || this.onData(bytes));
+    socket.on("drain", () => this.isReplaced || this.onDrain());
+    socket.on("end", () => this.isReplaced || this.onEnd());
+    socket.on("error", (error: Error) => void (this.reason = error.message || String(error))); // `close` follows
+    socket.on("close", () => this.isReplaced || this.onClose());
   }
+
+  abstract onData(bytes: Bytes): void;
+  abstract onDrain(): void;
+  abstract onEnd(): void;
+  abstract onClose(): void;
 
   /** Writes a text as Latin-1, behind the others of this turn. */
   protected write(text: string): void {
@@ -2489,7 +2529,7 @@ abstract class Connection {
 
   flush(): void {
     const { socket, unwritten: text } = this;
-    if (text === "" || socket.destroyed) return;
+    if (text === "" || socket.destroyed || socket.writableEnded) return;
     this.unwritten = "";
     this.hasLeft = true;
     if ("encrypted" in socket) socket.write(Buffer.from(text, "latin1")); // Deno writes queued texts as UTF-8 (2.9.6)
@@ -2788,6 +2828,16 @@ export interface ServerContext {
   limits(): Pick<Config["limits"], "header" | "keep_alive" | "header_size" | "header_fields">;
   draining(): boolean;
   now(): number; // milliseconds
+  http2?: boolean; // the listener takes HTTP/2 without TLS
+}
+const PREFACE = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"; // RFC 9113 section 3.4
+
+/** The owner of a client's connection. */
+interface ClientOwner {
+  readonly context: ServerContext;
+  readonly connections: { delete(connection: ClientConnection): boolean };
+  /** The client has begun with the preface of HTTP/2. */
+  switchToHttp2(from: ClientConnection, received: Bytes): void;
 }
 
 /** A request on its connection. */
@@ -2812,7 +2862,7 @@ type ConnectionPhase = "idle" | "head" | "request" | "discarding" | "lingering" 
 class ClientConnection extends Connection implements BodySource {
   readonly scheme: string;
   readonly peer: string;
-  private readonly server: HttpServer;
+  private readonly server: ClientOwner;
   private phase: ConnectionPhase = "idle";
   private since: number; // when the phase began, or something last passed in it; `head`: when the head began
   private lingersUntil = 0; // when a connection that we have ended is closed at the latest
@@ -2831,17 +2881,12 @@ class ClientConnection extends Connection implements BodySource {
   private probes = 0;
   private tunnel: Tunnel | undefined;
 
-  constructor(server: HttpServer, socket: Socket, scheme: string) {
+  constructor(server: ClientOwner, socket: Socket, scheme: string) {
     super(socket);
     this.server = server;
     this.scheme = scheme;
     this.peer = unmapped(socket.remoteAddress);
     this.since = server.context.now();
-    socket.on("data", (bytes: Bytes) => this.onData(bytes));
-    socket.on("drain", () => this.onDrain());
-    socket.on("end", () => this.onEnd());
-    socket.on("error", () => {}); // `close` follows
-    socket.on("close", () => this.onClose());
   }
 
   private enter(phase: ConnectionPhase): void {
@@ -2849,7 +2894,7 @@ class ClientConnection extends Connection implements BodySource {
     this.since = this.server.context.now();
   }
 
-  private onData(bytes: Bytes): void {
+  onData(bytes: Bytes): void {
     if (this.tunnel) return this.tunnel.client.onData(bytes);
     if (this.phase === "lingering") return void (this.since = this.server.context.now());
     if (this.receiving) return this.receiveBody(this.receiving, bytes);
@@ -2870,6 +2915,7 @@ class ClientConnection extends Connection implements BodySource {
     if (this.proceeding) return;
     this.proceeding = true;
     while ((this.phase === "idle" || this.phase === "head") && this.rest.length && hasRoom(this.socket)) {
+      if (!this.served && this.server.context.http2 && this.hasPreface()) return;
       if (!this.takeRequest()) break;
     }
     this.proceeding = false;
@@ -2878,6 +2924,17 @@ class ClientConnection extends Connection implements BodySource {
     if (!this.heldBack || this.rest.length >= DISCARDED) return;
     this.heldBack = false;
     resumeSocket(this.socket);
+  }
+
+  /** Whether the first bytes are those of HTTP/2, which goes on from here, or may become them. */
+  private hasPreface(): boolean {
+    const begin = this.rest.toString("latin1", 0, PREFACE.length);
+    if (!PREFACE.startsWith(begin)) return false;
+    this.proceeding = false;
+    if (this.phase === "idle") this.enter("head");
+    this.isReplaced = begin === PREFACE;
+    if (this.isReplaced) this.server.switchToHttp2(this, this.rest);
+    return true;
   }
 
   /** Takes one request off the front of what has come; false where its head is not whole yet. */
@@ -3081,14 +3138,14 @@ class ClientConnection extends Connection implements BodySource {
     if (this.clientEnded) this.tunnel.client.onEnd();
   }
 
-  private onDrain(): void {
+  onDrain(): void {
     if (this.tunnel) this.tunnel.client.onDrain();
     else if (this.answer) this.answer.resume();
     else this.proceed();
   }
 
   /** The client has half-closed. It still gets its response, unless its request is incomplete. */
-  private onEnd(): void {
+  onEnd(): void {
     this.clientEnded = true;
     if (this.tunnel) return this.tunnel.client.onEnd();
     if (this.receiving && this.phase === "request") this.leave();
@@ -3097,7 +3154,7 @@ class ClientConnection extends Connection implements BodySource {
     else this.end();
   }
 
-  private onClose(): void {
+  onClose(): void {
     this.server.connections.delete(this);
     this.tunnel?.client.onClose();
     this.leave();
@@ -3161,36 +3218,10 @@ class ClientConnection extends Connection implements BodySource {
   }
 }
 
-/** An HTTP/1.1 server for connections that a listener accepts. */
-export class HttpServer {
-  readonly context: ServerContext;
-  readonly connections: Connections<ClientConnection>;
-
-  constructor(context: ServerContext) {
-    this.context = context;
-    this.connections = new Connections(context.now);
-  }
-
-  accept(socket: Socket, scheme: string): void {
-    this.connections.add(new ClientConnection(this, socket, scheme));
-  }
-
-  /** Refuses a connection above the limit. */
-  refuse(socket: Socket, why: FailureName): void {
-    const { body, fields, status } = failureReply(why), reason = STATUS_CODES[status] ?? "";
-    const head = `HTTP/1.1 ${status} ${reason}\r\n${linesOf(fields)}${dateLine(new Date())}Connection: close\r\n\r\n`;
-    socket.on("error", () => {}); // `close` follows
-    socket.end(head + body.bytes!.toString("latin1"));
-    socket.resume();
-    setTimeout(() => socket.destroy(), REFUSED).unref();
-  }
-}
-
 // --- 3.5 Client: connections to servers, one request after the other on each ---
 
 const MAX_AGE = 60_000; // milliseconds: an older connection is not used again, so that names are resolved again
 const IDLE = 4_000; // milliseconds: below the 5 s after which Node's servers close
-const CLOSED = "it closed the connection";
 
 const BODY_EXPECTED = new Set(["POST", "PUT", "PATCH"]);
 /** Methods that may be sent again when it is not known whether the server has seen them (RFC 9110 section 9.2.2). */
@@ -3200,31 +3231,60 @@ const IDEMPOTENT = new Set(["GET", "HEAD", "OPTIONS", "PUT", "DELETE", "PROPFIND
 const mayRepeat = ({ method, body }: Pick<Attempt, "method" | "body">): boolean =>
   IDEMPOTENT.has(method) && body.bytes !== undefined;
 
+/** The owner of connections to servers. */
+interface Dialer {
+  time: number; // when `now` was last asked
+  readonly pools: WeakMap<Server, UpstreamConnection[]>;
+  readonly connections: { delete(connection: UpstreamConnection): boolean };
+  now(): number;
+  /** Sends an attempt over a new connection. */
+  open(attempt: Attempt): void;
+}
+
+/** The progress of an attempt, by which its timeouts are checked. */
+interface Progress {
+  since: number; // when something last passed
+  connected: boolean;
+  sent: boolean; // the whole request is out
+  isFull: boolean; // the upload waits for the server
+  head: ResponseHead | undefined;
+  body: StreamedBody | undefined; // the response's
+}
+
+/** Which of its timeouts an attempt has exceeded, if any. */
+function whatIsLate({ startedAt, timeouts }: Attempt, at: Progress, now: number): Failure | undefined {
+  const silence = now - at.since, { connect, response, idle, request } = timeouts;
+  if (!at.connected) return silence < connect ? undefined : "connect-timeout";
+  if (at.sent && !at.head) return silence < response ? undefined : "timeout";
+  if (silence < idle && (at.sent || now - startedAt < request)) return undefined;
+  if (at.body?.held || !at.sent && !at.isFull) return "client-timeout"; // it is the client's turn
+  return at.head ? "idle" : "timeout";
+}
+
 /** One connection to a server. */
-class UpstreamConnection extends Connection implements BodySource {
-  readonly client: HttpClient;
+class UpstreamConnection extends Connection implements BodySource, Progress {
+  readonly client: Dialer;
   readonly pool: UpstreamConnection[];
   readonly bornAt: number;
   idleUntil = 0;
   attempt: Attempt | undefined; // undefined: it waits for the next one
 
-  private since: number; // when something last passed
-  private sent = false; // the whole request is out
-  private isFull = false; // the upload waits for room in the socket
-  private connected = false;
+  since: number; // when something last passed
+  sent = false; // the whole request is out
+  isFull = false; // the upload waits for room in the socket
+  connected = false;
   private reused = false;
-  private head: ResponseHead | undefined;
+  head: ResponseHead | undefined;
   private receiving: BodyDecoder | undefined; // the answer's body
   private rest: Bytes | undefined; // of a head that has not come whole
   private overhead = 0; // bytes of interim answers
-  private body: StreamedBody | undefined; // the answer's
+  body: StreamedBody | undefined; // the answer's
   private keepAlive = 0; // milliseconds, as the head says; 0 as soon as more came than was announced
   private tunnel: Tunnel | undefined;
 
-  constructor(client: HttpClient, socket: Socket, attempt: Attempt) {
+  constructor(client: Dialer, socket: Socket, attempt: Attempt) {
     super(socket);
     const { server } = attempt;
-    let reason = CLOSED;
     this.client = client;
     this.pool = entry(client.pools, server, () => []);
     this.bornAt = this.since = client.time;
@@ -3234,16 +3294,6 @@ class UpstreamConnection extends Connection implements BodySource {
       this.connected = true;
       client.time = client.now();
       if (this.attempt) this.send(this.attempt);
-    });
-    socket.on("data", (bytes: Bytes) => this.onData(bytes));
-    socket.on("drain", () => this.onDrain());
-    socket.on("end", () => this.onEnd());
-    socket.on("error", (error: Error) => void (reason = error.message || String(error)));
-    socket.on("close", () => {
-      this.fail(this.connected ? "reset" : "connect", reason);
-      const at = this.pool.indexOf(this);
-      if (at >= 0) this.pool.splice(at, 1);
-      client.connections.delete(this);
     });
   }
 
@@ -3293,14 +3343,14 @@ class UpstreamConnection extends Connection implements BodySource {
     });
   }
 
-  private onDrain(): void {
+  onDrain(): void {
     if (this.tunnel) return this.tunnel.server.onDrain();
     this.isFull = false;
     this.since = this.client.time;
     if (this.attempt && !this.sent) this.attempt.body.resume();
   }
 
-  private onData(bytes: Bytes): void {
+  onData(bytes: Bytes): void {
     const { attempt } = this;
     if (this.tunnel) return this.tunnel.server.onData(bytes);
     if (!attempt) return void this.socket.destroy(); // bytes without a request
@@ -3387,7 +3437,7 @@ class UpstreamConnection extends Connection implements BodySource {
   }
 
   /** The server has ended its side: the end of a body without a length, else a failure. */
-  private onEnd(): void {
+  onEnd(): void {
     const { attempt } = this;
     if (this.tunnel) return this.tunnel.server.onEnd();
     if (!attempt || this.receiving?.framing !== "close") return this.fail("reset", CLOSED);
@@ -3433,6 +3483,13 @@ class UpstreamConnection extends Connection implements BodySource {
     attempt.onEnd(why, detail, this.connected);
   }
 
+  onClose(): void {
+    this.fail(this.connected ? "reset" : "connect", this.reason);
+    const at = this.pool.indexOf(this);
+    if (at >= 0) this.pool.splice(at, 1);
+    this.client.connections.delete(this);
+  }
+
   cancel(why: Failure): void {
     if (this.attempt && !this.tunnel) this.fail(why, FAILURES[why].text);
   }
@@ -3447,17 +3504,8 @@ class UpstreamConnection extends Connection implements BodySource {
   look(now: number): void {
     if (this.tunnel) return this.tunnel.look(now);
     if (!this.attempt) return void (now >= this.idleUntil && this.socket.destroy());
-    const late = this.whatIsLate(this.attempt, now);
+    const late = whatIsLate(this.attempt, this, now);
     if (late) this.fail(late, `silent for ${Math.round(now - this.since)} ms`);
-  }
-
-  private whatIsLate({ startedAt, timeouts }: Attempt, now: number): Failure | undefined {
-    const silence = now - this.since, { connect, response, idle, request } = timeouts;
-    if (!this.connected) return silence < connect ? undefined : "connect-timeout";
-    if (this.sent && !this.head) return silence < response ? undefined : "timeout";
-    if (silence < idle && (this.sent || now - startedAt < request)) return undefined;
-    if (this.body?.held || !this.sent && !this.isFull) return "client-timeout"; // it is the client's turn
-    return this.head ? "idle" : "timeout";
   }
 }
 
@@ -3492,7 +3540,7 @@ function connectPlain(address: { host: string; port: number }): Socket {
 }
 
 /** A socket to a server; the addresses of a name are tried one after another (RFC 8305). */
-function dial({ url, tls }: Server): Socket {
+function dial({ url, tls }: Server, protocols = ["http/1.1"]): Socket {
   const { hostname, port, protocol } = new URL(url), host = bare(hostname), secure = protocol === "https:";
   const address = {
     host,
@@ -3509,7 +3557,7 @@ function dial({ url, tls }: Server): Socket {
     ...(tls.ca && { ca: fs.readFileSync(tls.ca) }),
     ...(tls.cert && { cert: fs.readFileSync(tls.cert), key: fs.readFileSync(tls.key) }),
     rejectUnauthorized: !tls.insecure,
-    ALPNProtocols: ["http/1.1"],
+    ALPNProtocols: protocols,
   }));
 }
 
@@ -3528,23 +3576,1374 @@ function connectWithin(timeout: number, socket: Socket): Promise<Socket | WireEr
   });
 }
 
+// --- 3.6 HTTP/2: header compression, frames and flow control, and its connections of both sides (RFC 9113, RFC 7541) ---
+
+const STREAM_WINDOW = 262_144; // bytes of one body that a peer may send before they are read
+const CONNECTION_WINDOW = 1_048_576; // the same of all bodies; raised as they come, for each stream has its own limit
+const MAX_FRAME = 16_384; // bytes, ours and a peer's that does not say more
+const MAX_WINDOW = 2 ** 31 - 1;
+const MAX_STREAMS = 100; // of a client at once, as haproxy's; of a server that does not say
+const PATIENCE = 300; // frames that ask for nothing, beyond one for each response and 100 each second
+
+const FRAME = {
+  ...{ data: 0, headers: 1, priority: 2, reset: 3, settings: 4, push: 5, ping: 6, goAway: 7, window: 8 },
+  continuation: 9,
+} as const;
+const END_STREAM = 1, ACK = 1, END_HEADERS = 4, PADDED = 8, PRIORITY = 32; // flags of frames
+const SETTING = { push: 2, streams: 3, window: 4, frame: 5, list: 6, connect: 8 } as const;
+/** Error codes (RFC 9113 section 7): the position is the code. */
+const HTTP2_ERRORS = [
+  ...[
+    "NO_ERROR",
+    "PROTOCOL_ERROR",
+    "INTERNAL_ERROR",
+    "FLOW_CONTROL_ERROR",
+    "SETTINGS_TIMEOUT",
+    "STREAM_CLOSED",
+  ] as const,
+  ...[
+    "FRAME_SIZE_ERROR",
+    "REFUSED_STREAM",
+    "CANCEL",
+    "COMPRESSION_ERROR",
+    "CONNECT_ERROR",
+    "ENHANCE_YOUR_CALM",
+  ] as const,
+];
+type Http2Error = (typeof HTTP2_ERRORS)[number];
+
+/** What a peer did wrong: it ends a stream or, where the stream is 0, the connection. */
+class Http2Failure extends Error {
+  readonly code: Http2Error;
+  readonly stream: number;
+  constructor(code: Http2Error, detail: string, stream = 0) {
+    super(detail);
+    this.code = code;
+    this.stream = stream;
+  }
+}
+
+// Header compression.
+
+/** The static table (RFC 7541 appendix A). */
+const STATIC_FIELDS =
+  `:authority|:method GET|:method POST|:path /|:path /index.html|:scheme http|:scheme https|:status 200|
+:status 204|:status 206|:status 304|:status 400|:status 404|:status 500|accept-charset|accept-encoding gzip, deflate|
+accept-language|accept-ranges|accept|access-control-allow-origin|age|allow|authorization|cache-control|content-disposition|
+content-encoding|content-language|content-length|content-location|content-range|content-type|cookie|date|etag|expect|expires|
+from|host|if-match|if-modified-since|if-none-match|if-range|if-unmodified-since|last-modified|link|location|max-forwards|
+proxy-authenticate|proxy-authorization|range|referer|refresh|retry-after|server|set-cookie|strict-transport-security|
+transfer-encoding|user-agent|vary|via|www-authenticate`.replaceAll("\n", "").split("|").map(
+    (field): [string, string] => {
+      const blank = field.indexOf(" ");
+      return blank < 0 ? [field, ""] : [field.slice(0, blank), field.slice(blank + 1)];
+    },
+  );
+const STATIC_INDEX = new Map(STATIC_FIELDS.map(([name, value], i) => [`${name}: ${value}`, i + 1]));
+const STATIC_NAMES = new Map(STATIC_FIELDS.map(([name], i): [string, number] => [name, i + 1]).reverse());
+
+/** The lengths in bits of the Huffman code's 257 symbols, in base 36 (RFC 7541 appendix B). The code is canonical. */
+const HUFFMAN_LENGTHS =
+  "dnsssssssoussussssssssusssssssss6aacd68baa8b8666555666666678f6cad67777777777777777777777878djde6f56565666577666567655677777fbeds" +
+  "kmkkmmmnmnnnnnonoomnonnnnlmnmnnomlkmmnnlnmmolmnnllmlnmnnkmmmnmmnqqkjmnmpqqqrrqopjlqrrqrollqqsrrrkoklmllnmmppooqnqrqqrrrrrsrrrrrqu";
+
+/** The symbols of each length, and the code of the first. */
+const HUFFMAN = Array.from({ length: 31 }, () => ({ first: 0, symbols: [] as number[] }));
+[...HUFFMAN_LENGTHS].forEach((length, symbol) => HUFFMAN[parseInt(length, 36)]!.symbols.push(symbol));
+for (let i = 1; i < HUFFMAN.length; i++) {
+  HUFFMAN[i]!.first = (HUFFMAN[i - 1]!.first + HUFFMAN[i - 1]!.symbols.length) * 2;
+}
+
+function decodeHuffman(bytes: Bytes): string {
+  let text = "", code = 0, length = 0;
+  for (const byte of bytes) {
+    for (let bit = 7; bit >= 0; bit--) {
+      code = code * 2 + (byte >> bit & 1);
+      const row = HUFFMAN[++length], symbol = row?.symbols[code - row.first];
+      if (row === undefined || symbol === 256) {
+        throw new Http2Failure("COMPRESSION_ERROR", "a text is not in the Huffman code");
+      }
+      if (symbol === undefined) continue;
+      text += String.fromCharCode(symbol);
+      code = length = 0;
+    }
+  }
+  if (length > 7 || code !== 2 ** length - 1) {
+    throw new Http2Failure("COMPRESSION_ERROR", "a text has other padding than ones");
+  }
+  return text;
+}
+
+/** An integer behind the flags of its first byte (RFC 7541 section 5.1). */
+function hpackInteger(value: number, bits: number, flags: number): string {
+  const most = (1 << bits) - 1;
+  if (value < most) return String.fromCharCode(flags | value);
+  let text = String.fromCharCode(flags | most);
+  for (value -= most; value > 127; value >>= 7) text += String.fromCharCode(value & 127 | 128);
+  return text + String.fromCharCode(value);
+}
+const hpackText = (text: string): string => hpackInteger(text.length, 7, 0) + text;
+
+const NEVER_INDEXED = new Set(["authorization", "cookie", "proxy-authorization", "set-cookie"]);
+/**
+ * A field line, compressed. What ends at this hop is left out. Only the static table is used: the text is the same on all
+ * connections, and most are known already, which saves more time than a dynamic table saves bytes.
+ */
+const compressLine = memo((line) => {
+  const colon = line.indexOf(":", 1), name = lower(line.slice(0, colon)), value = line.slice(colon + 2);
+  const role = fieldRole(name);
+  if (role === "te" ? value !== "trailers" : role !== "pass" && role !== "content-length" && role !== "expect") {
+    return "";
+  }
+  const whole = STATIC_INDEX.get(`${name}: ${value}`), known = STATIC_NAMES.get(name) ?? 0;
+  if (whole) return hpackInteger(whole, 7, 128);
+  return hpackInteger(known, 4, NEVER_INDEXED.has(name) ? 16 : 0) + (known ? "" : hpackText(name)) + hpackText(value);
+}, 300);
+function compressLines(lines: string): string {
+  let block = "";
+  for (let at = 0, next; at < lines.length; at = next + 2) {
+    next = lines.indexOf("\r\n", at);
+    block += compressLine(lines.slice(at, next));
+  }
+  return block;
+}
+/** Most responses of a server have the lines of the one before. */
+const compressHead = memo(compressLines, 2_048);
+
+/** The fields of a header block. The same block means the same as long as the dynamic table does not change. */
+interface HeaderBlock {
+  readonly fields: string[]; // name, value, ...
+  readonly size: number; // as RFC 9113 section 6.5.2 counts it; above the limit not all fields are there
+  request?: Http2Head;
+  response?: ResponseHead | string;
+}
+
+/** Decompresses the header blocks of one connection, in their order. */
+class HeaderDecoder {
+  private readonly table: [string, string][] = []; // the newest last
+  private readonly known = new Map<string, HeaderBlock>();
+  private size = 0; // of the table, in bytes
+  private most = 4_096;
+  private bytes: Bytes = NO_BYTES;
+  private at = 0;
+
+  /** @throws {Http2Failure} where it is not valid. Of more than `limit` bytes the first are there. */
+  decode(bytes: Bytes, limit: number): HeaderBlock {
+    const text = bytes.toString("latin1"), before = this.known.get(text), fields: string[] = [];
+    if (before) return before;
+    let size = 0, mayResize = true, changes = false;
+    [this.bytes, this.at] = [bytes, 0];
+    while (this.at < bytes.length) {
+      const first = bytes[this.at]!;
+      if (first >> 5 === 1) {
+        const most = this.integer(5);
+        if (!mayResize || most > 4_096) throw new Http2Failure("COMPRESSION_ERROR", "the table may not have this size");
+        this.most = most;
+        changes = true;
+        this.shrink();
+        continue;
+      }
+      mayResize = false;
+      const indexed = first >= 128, added = !indexed && first >= 64, index = this.integer(indexed ? 7 : added ? 6 : 4);
+      const [name, value] = indexed ? this.entry(index) : [index ? this.entry(index)[0] : this.text(), this.text()];
+      size += name.length + value.length + 32;
+      if (size <= limit) fields.push(name, value);
+      if (!added) continue;
+      this.table.push([name, value]);
+      this.size += name.length + value.length + 32;
+      changes = true;
+      this.shrink();
+    }
+    const block = { fields, size };
+    if (changes) this.known.clear();
+    else if (this.known.size < 100 && text.length < 500) this.known.set(text, block);
+    return block;
+  }
+
+  private shrink(): void {
+    while (this.size > this.most) {
+      const [name, value] = this.table.shift()!;
+      this.size -= name.length + value.length + 32;
+    }
+  }
+  private entry(index: number): [string, string] {
+    const found = index <= STATIC_FIELDS.length
+      ? STATIC_FIELDS[index - 1]
+      : this.table[this.table.length - (index - STATIC_FIELDS.length)];
+    if (!found) throw new Http2Failure("COMPRESSION_ERROR", `nothing stands at ${index} of the table`);
+    return found;
+  }
+  private integer(bits: number): number {
+    const most = (1 << bits) - 1;
+    let value = this.bytes[this.at++]! & most;
+    for (let shift = 0; value >= most; shift += 7) {
+      const byte = this.bytes[this.at++];
+      if (byte === undefined || shift > 21) {
+        throw new Http2Failure("COMPRESSION_ERROR", "a number is cut off or too large");
+      }
+      value += (byte & 127) << shift;
+      if (byte < 128) break;
+    }
+    return value;
+  }
+  private text(): string {
+    const isHuffman = this.bytes[this.at]! >= 128, length = this.integer(7), end = this.at + length;
+    if (end > this.bytes.length) throw new Http2Failure("COMPRESSION_ERROR", "a text is cut off");
+    const bytes = this.bytes.subarray(this.at, this.at = end);
+    return isHuffman ? decodeHuffman(bytes) : bytes.toString("latin1");
+  }
+}
+
+// Heads.
+
+/** The head of a request on a stream. `malformed`: it breaks the rules of HTTP/2 itself, and the stream is reset. */
+interface Http2Head extends RequestHead {
+  readonly length: number; // of the body, as announced; -1: only its end tells
+  readonly announced: boolean;
+  readonly malformed: boolean;
+}
+const PSEUDO_FIELDS = new Set([":method", ":scheme", ":authority", ":path", ":protocol"]);
+const TARGET = /^(?:\/[\x21-\x7e\x80-\xff]*|\*)$/;
+
+/** Reads pseudo-fields and fields (RFC 9113 section 8.2 and 8.3); undefined if they are malformed. */
+function readHttp2Fields(given: readonly string[], pseudo: ReadonlySet<string>) {
+  const own = new Map<string, string>(), fields: string[] = [];
+  let [cookie, te, length, at] = [-1, "", "", 0];
+  for (; given[at]?.startsWith(":"); at += 2) {
+    if (!pseudo.has(given[at]!) || own.has(given[at]!) || !VALUE.test(given[at + 1]!)) return undefined;
+    own.set(given[at]!, given[at + 1]!);
+  }
+  for (; at < given.length; at += 2) {
+    const name = given[at]!, value = given[at + 1]!, role = fieldRole(name);
+    if (!isLowerToken(name) || !VALUE.test(value) || /^[\t ]|[\t ]$/.test(value)) return undefined;
+    if (role === "te" && value === "trailers") te = value;
+    else if (role === "content-length") {
+      if (length || !/^\d{1,15}$/.test(value)) return undefined;
+      length = value;
+      fields.push(name, value);
+    } else if (name === "cookie" && cookie >= 0) fields[cookie] += `; ${value}`; // crumbs (section 8.2.3)
+    else if (role === "pass" || role === "host" || role === "expect") {
+      if (name === "cookie") cookie = fields.length + 1;
+      fields.push(name, value);
+    } else return undefined; // it is for connections of HTTP/1.1
+  }
+  return { own, fields, te, length };
+}
+const isLowerToken = memo((name) => TOKEN.test(name) && name === name.toLowerCase());
+
+function http2RequestHead({ fields: given, size }: HeaderBlock, limits: HeadLimits): Http2Head {
+  const read = size > limits.header_size ? undefined : readHttp2Fields(given, PSEUDO_FIELDS);
+  const { own, fields, te, length } = read ?? { own: new Map<string, string>(), fields: [], te: "", length: "" };
+  const [method, target, protocol] = [own.get(":method") ?? "", own.get(":path") ?? "", own.get(":protocol") ?? ""];
+  const authority = own.get(":authority"), named = fieldOf(fields, "host"), host = authority ?? named ?? "";
+  const expect = fieldOf(fields, "expect") ?? "", isConnect = method === "CONNECT" && !protocol;
+  const isWhole = isConnect
+    ? Boolean(authority) && own.size === 2
+    : TOKEN.test(method) && TARGET.test(target) && /^https?$/.test(own.get(":scheme") ?? "");
+  const malformed = size <= limits.header_size &&
+    (!isWhole || Boolean(protocol) && (method !== "CONNECT" || !TOKEN.test(protocol)));
+  const problem = ((): RequestProblem | undefined => {
+    if (malformed) return "bad-request";
+    if (size > limits.header_size || fields.length / 2 > limits.header_fields) return "headers-too-large";
+    if (named !== undefined && (authority !== undefined && !sameAuthority(authority, named) || /,/.test(named))) {
+      return "bad-host";
+    }
+    return expect && !/^100-continue$/i.test(expect) ? "bad-expect" : undefined;
+  })();
+  return {
+    ...{
+      method: protocol ? "GET" : method,
+      target: isConnect ? host : target,
+      version: "2.0",
+      host,
+      problem,
+      malformed,
+    },
+    block: { fields: ["host", host, ...without(fields, OF_THIS_HOP)], passing: undefined },
+    ...{ upgrade: protocol, trailers: te !== "", expects: expect !== "" },
+    ...{ length: length ? Number(length) : -1, announced: length !== "" },
+  };
+}
+type HeadLimits = Pick<Config["limits"], "header_size" | "header_fields">;
+const OF_THIS_HOP = new Set(["host", "expect"]);
+
+/** The head of a response on a stream, or what is wrong with it. */
+function http2ResponseHead({ fields: given, size }: HeaderBlock): ResponseHead | string {
+  if (size > MAX_HEAD || given.length > 2 * MAX_FIELDS) return "its head is too long";
+  const read = readHttp2Fields(given, STATUS_FIELD), code = read?.own.get(":status") ?? "", status = Number(code);
+  if (!read || !/^[1-9]\d\d$/.test(code) || status === 101) return "its head is malformed";
+  const fields = status === 204 || status === 205 ? without(read.fields, LENGTH_NAME) : read.fields;
+  return {
+    ...{ status, reason: "", fields, lines: linesOf(fields), framing: "none", upgrade: "", keepAlive: Infinity },
+    length: read.length ? Number(read.length) : -1,
+  };
+}
+const STATUS_FIELD = new Set([":status"]);
+
+// Frames.
+
+const u32 = (value: number): string =>
+  String.fromCharCode(value >>> 24, value >>> 16 & 255, value >>> 8 & 255, value & 255);
+const frameHead = (length: number, type: number, flags: number, stream: number): string =>
+  String.fromCharCode(length >>> 16, length >>> 8 & 255, length & 255, type, flags) + u32(stream);
+const settingsFrame = (settings: [number, number][]): string =>
+  frameHead(settings.length * 6, FRAME.settings, 0, 0) +
+  settings.map(([name, value]) => String.fromCharCode(0, name) + u32(value)).join("");
+
+/** One request and its response (RFC 9113 section 5). */
+abstract class Http2Stream implements BodySource {
+  readonly connection: Http2Connection;
+  id: number;
+  window: number; // bytes that the peer takes
+  body: StreamedBody | undefined; // what comes in
+  hasEnded = false; // the peer has ended its side
+  sent = false; // we have ended ours
+  protected source: Body | undefined; // of what goes out
+  private queue: Bytes[] = []; // read from it, waiting for windows and for room in the socket
+  private trailers: Fields | undefined; // its end, behind the queue
+  private credit = STREAM_WINDOW; // bytes that the peer may send
+  private unread = 0; // bytes that have come since the peer was told to send more
+
+  constructor(connection: Http2Connection, id: number) {
+    this.connection = connection;
+    this.id = id;
+    this.window = connection.initialWindow;
+  }
+
+  abstract onBlock(block: HeaderBlock, ends: boolean): void;
+  /** The peer has reset it, or its connection is gone. `unseen`: the peer has not looked at the request. */
+  abstract onGone(detail: string, unseen: boolean): void;
+  abstract abandon(): void;
+  abstract onSourceFailed(why: Failure): void;
+  /** What the peer sent is not what it announced. */
+  abstract onMalformed(detail: string): void;
+  onSent(_bytes: number): void {}
+
+  onData(bytes: Bytes, size: number, ends: boolean): void {
+    const { body, id } = this;
+    if (this.hasEnded) throw new Http2Failure("STREAM_CLOSED", "data behind the end of a stream", id);
+    this.credit -= size;
+    if (this.credit < 0) throw new Http2Failure("FLOW_CONTROL_ERROR", "more data than its window allows", id);
+    this.unread += size;
+    if (bytes.length) body?.push(bytes);
+    if (body && !body.over && body.length >= 0 && body.received > body.length) this.break("more data than announced");
+    if (ends) this.onEnd(NO_FIELDS);
+    else this.giveCredit();
+  }
+
+  /** The peer has ended its side. */
+  protected onEnd(trailers: Fields): void {
+    const { body } = this;
+    this.hasEnded = true;
+    if (body && !body.over && body.received < body.length) this.break("less data than announced");
+    body?.end(trailers);
+    this.close();
+  }
+  private break(detail: string): never {
+    this.onMalformed(detail);
+    throw new Http2Failure("PROTOCOL_ERROR", detail, this.id);
+  }
+
+  protected onTrailers({ fields: given }: HeaderBlock, ends: boolean): void {
+    const read = ends ? readHttp2Fields(given, NO_NAMES) : undefined;
+    if (this.hasEnded) throw new Http2Failure("STREAM_CLOSED", "a head behind the end of a stream", this.id);
+    if (!read) throw new Http2Failure("PROTOCOL_ERROR", "trailers are malformed", this.id);
+    const trailers: string[] = [];
+    for (const [name, value] of pairs(read.fields)) if (mayTrail(name)) trailers.push(name, value);
+    this.onEnd(trailers);
+  }
+
+  hold(): void {}
+  release(): void {
+    this.giveCredit();
+  }
+  private giveCredit(): void {
+    if (this.hasEnded || this.body?.held || this.unread < STREAM_WINDOW / 2) return;
+    this.connection.raiseWindow(this.id, this.unread);
+    this.credit += this.unread;
+    this.unread = 0;
+  }
+
+  /** Sends a body, as fast as both windows and the socket take it. */
+  protected sendBody(body: Body): void {
+    this.source = body;
+    if (body.bytes) {
+      if (body.bytes.length) this.queue.push(body.bytes);
+      this.trailers = NO_FIELDS;
+      return this.pump();
+    }
+    body.read({
+      data: (bytes) => {
+        if (this.sent) return;
+        this.queue.push(bytes);
+        this.pump();
+        if (this.queue.length) body.pause();
+      },
+      end: (trailers) => {
+        this.trailers = trailers;
+        this.pump();
+      },
+      fail: (why) => this.sent || this.onSourceFailed(why),
+    });
+  }
+
+  /** Whether something waits for the peer to raise a window, or to read. */
+  isBlocked(): boolean {
+    return this.queue.length > 0;
+  }
+
+  /** Sends what may be sent now. */
+  pump(): void {
+    const { connection, queue } = this;
+    while (queue.length && !this.sent) {
+      const bytes = queue[0]!, size = Math.min(bytes.length, this.window, connection.window, connection.maxFrame);
+      if (size <= 0 || !hasRoom(connection.socket)) return void connection.blocked.add(this);
+      const isWhole = size === bytes.length, isLast = isWhole && queue.length === 1 && this.trailers?.length === 0;
+      if (isWhole) queue.shift();
+      else queue[0] = bytes.subarray(size);
+      this.window -= size;
+      connection.sendData(this.id, isWhole ? bytes : bytes.subarray(0, size), isLast);
+      this.onSent(size);
+      if (isLast) return this.endSide();
+    }
+    connection.blocked.delete(this);
+    if (this.sent) return;
+    if (!this.trailers) return this.source?.resume();
+    if (this.trailers.length) connection.sendHead(this.id, compressLines(linesOf(this.trailers)), true);
+    else connection.sendData(this.id, NO_BYTES, true);
+    this.endSide();
+  }
+  /** Our side has ended. */
+  protected endSide(): void {
+    this.sent = true;
+    this.close();
+  }
+
+  /** Ends the stream with a code, before its regular end. */
+  reset(code: Http2Error): void {
+    this.connection.sendReset(this.id, code);
+    this.drop();
+  }
+  /** Nothing more is sent. */
+  drop(): void {
+    this.sent = this.hasEnded = true;
+    this.queue.length = 0;
+    this.connection.blocked.delete(this);
+    this.connection.remove(this.id);
+  }
+  private close(): void {
+    if (!this.sent || !this.hasEnded) return;
+    this.connection.onStreamDone();
+    this.drop();
+  }
+}
+const NO_NAMES: ReadonlySet<string> = new Set();
+
+/** A connection that speaks HTTP/2: what both sides have. */
+abstract class Http2Connection extends Connection {
+  readonly streams = new Map<number, Http2Stream>();
+  readonly blocked = new Set<Http2Stream>(); // those that wait for a window, or for room in the socket
+  window = 65_535; // bytes that the peer takes on all streams
+  initialWindow = 65_535;
+  maxFrame = MAX_FRAME;
+  maxStreams = MAX_STREAMS; // that the peer takes from us
+  protected lastId = 0; // the highest that a client has begun
+  protected isOver = false; // a GOAWAY has ended it
+  protected rest: Bytes = NO_BYTES; // of a frame that has not come whole
+  protected hasSettings = false;
+  private readonly decoder = new HeaderDecoder();
+  private readonly resets = new Set<number>(); // the latest streams that we have reset: their frames may still be coming
+  private block: { id: number; flags: number; pieces: Bytes[]; size: number; since: number } | undefined; // until its END_HEADERS
+  private unread = 0;
+  private credit = CONNECTION_WINDOW;
+  private wasted = 0; // frames that asked for nothing
+  private wastedAt = 0;
+
+  abstract now(): number;
+  abstract headLimit(): number; // bytes of a header list
+  abstract onHead(id: number, block: HeaderBlock, ends: boolean): void;
+  /** The peer broke the rules, and the connection ends. */
+  abstract onBroken(failure: Http2Failure): void;
+  abstract onGoAway(last: number, code: number): void;
+  onPong(): void {}
+
+  onData(bytes: Bytes): void {
+    const data = this.rest.length ? Buffer.concat([this.rest, bytes]) : bytes;
+    let at = 0;
+    this.rest = NO_BYTES;
+    while (data.length - at >= 9 && !this.isOver) {
+      const length = data.readUIntBE(at, 3), end = at + 9 + length;
+      if (length <= MAX_FRAME && end > data.length) break;
+      const stream = data.readUInt32BE(at + 5) & MAX_WINDOW;
+      this.takeFrame(data[at + 3]!, data[at + 4]!, stream, data.subarray(at + 9, end), length);
+      at = end;
+    }
+    if (!this.isOver) this.rest = behind(data, at);
+    if (!hasRoom(this.socket)) this.hold(); // a peer that does not read is not read
+  }
+  onDrain(): void {
+    if (!this.isOver) this.release();
+    this.pumpBlocked();
+  }
+
+  private takeFrame(type: number, flags: number, id: number, payload: Bytes, length: number): void {
+    try {
+      if (length > MAX_FRAME) throw new Http2Failure("FRAME_SIZE_ERROR", `a frame of ${length} bytes`);
+      this.onFrame(type, flags, id, payload);
+    } catch (error) {
+      if (!(error instanceof Http2Failure)) throw error;
+      const stream = this.streams.get(error.stream);
+      if (!error.stream) return this.fail(error);
+      stream?.onGone(error.message, false);
+      this.sendReset(error.stream, error.code);
+      stream?.drop();
+      this.waste();
+    }
+  }
+
+  private onFrame(type: number, flags: number, id: number, payload: Bytes): void {
+    if (!this.hasSettings && type !== FRAME.settings) throw new Http2Failure("PROTOCOL_ERROR", "no SETTINGS first");
+    if (this.block && (type !== FRAME.continuation || id !== this.block.id)) {
+      throw new Http2Failure("PROTOCOL_ERROR", "a frame inside a header block");
+    }
+    const isOfStream = type <= FRAME.reset || type === FRAME.push || type === FRAME.continuation;
+    if (type <= FRAME.continuation && type !== FRAME.window && isOfStream !== id > 0) {
+      throw new Http2Failure("PROTOCOL_ERROR", `frame ${type} on stream ${id}`);
+    }
+    const size = FRAME_SIZES[type], isSized = size === undefined || payload.length === size;
+    if (!isSized) throw new Http2Failure("FRAME_SIZE_ERROR", `frame ${type}`, type === FRAME.priority ? id : 0);
+    switch (type) {
+      case FRAME.data:
+        return this.onDataFrame(id, unpadded(payload, flags), payload.length, (flags & END_STREAM) > 0);
+      case FRAME.headers:
+        return this.onHeadersFrame(id, flags, unpadded(payload, flags));
+      case FRAME.reset:
+        return this.onReset(id, payload.readUInt32BE(0));
+      case FRAME.settings:
+        return this.onSettings(flags, payload);
+      case FRAME.ping:
+        if (flags & ACK) return this.onPong();
+        this.write(frameHead(8, FRAME.ping, ACK, 0) + payload.toString("latin1"));
+        return this.waste();
+      case FRAME.goAway:
+        if (payload.length < 8) throw new Http2Failure("FRAME_SIZE_ERROR", "GOAWAY");
+        return this.onGoAway(payload.readUInt32BE(0) & MAX_WINDOW, payload.readUInt32BE(4));
+      case FRAME.window:
+        return this.onWindow(id, payload.readUInt32BE(0) & MAX_WINDOW);
+      case FRAME.continuation:
+        return this.onContinuation(id, flags, payload);
+      case FRAME.push:
+        throw new Http2Failure("PROTOCOL_ERROR", "PUSH_PROMISE");
+      case FRAME.priority:
+        if ((payload.readUInt32BE(0) & MAX_WINDOW) === id) {
+          throw new Http2Failure("PROTOCOL_ERROR", "it depends on itself", id);
+        }
+        return this.waste();
+      default:
+        return this.waste();
+    }
+  }
+
+  /** Counts a frame that asks for nothing. Too many are an attack (CVE-2019-9512, -9515, -9518, CVE-2023-44487). */
+  protected waste(): void {
+    const now = this.now();
+    this.wasted = Math.max(0, this.wasted - (now - this.wastedAt) / 10) + 1;
+    this.wastedAt = now;
+    if (this.wasted > PATIENCE) {
+      this.fail(new Http2Failure("ENHANCE_YOUR_CALM", "too many frames that ask for nothing"));
+    }
+  }
+  onStreamDone(): void {
+    this.wasted = Math.max(0, this.wasted - 1);
+  }
+
+  private onDataFrame(id: number, bytes: Bytes, size: number, ends: boolean): void {
+    this.credit -= size;
+    this.unread += size;
+    if (this.credit < 0) throw new Http2Failure("FLOW_CONTROL_ERROR", "more data than the connection's window allows");
+    if (this.unread >= CONNECTION_WINDOW / 2) {
+      this.raiseWindow(0, this.unread);
+      this.credit += this.unread;
+      this.unread = 0;
+    }
+    if (!bytes.length && !ends) this.waste();
+    this.streamOf(id)?.onData(bytes, size, ends);
+  }
+
+  private onHeadersFrame(id: number, flags: number, payload: Bytes): void {
+    const hasPriority = (flags & PRIORITY) > 0;
+    if (hasPriority && payload.length < 5) throw new Http2Failure("FRAME_SIZE_ERROR", "HEADERS");
+    this.block = { id, flags, pieces: [], size: 0, since: flags & END_HEADERS ? 0 : this.now() };
+    const dependsOnItself = hasPriority && (payload.readUInt32BE(0) & MAX_WINDOW) === id;
+    this.onContinuation(id, flags, hasPriority ? payload.subarray(5) : payload);
+    if (dependsOnItself) throw new Http2Failure("PROTOCOL_ERROR", "it depends on itself", id);
+  }
+  private onContinuation(id: number, flags: number, payload: Bytes): void {
+    const { block } = this;
+    if (!block) throw new Http2Failure("PROTOCOL_ERROR", "CONTINUATION without HEADERS");
+    block.size += payload.length + 32; // empty ones are not free, either
+    block.pieces.push(payload);
+    if (block.size > this.headLimit() + MAX_FRAME) {
+      throw new Http2Failure("ENHANCE_YOUR_CALM", "an endless header block");
+    }
+    if (!(flags & END_HEADERS)) return;
+    this.block = undefined;
+    const bytes = block.pieces.length === 1 ? payload : Buffer.concat(block.pieces);
+    this.onHead(id, this.decoder.decode(bytes, this.headLimit()), (block.flags & END_STREAM) > 0);
+  }
+
+  private onReset(id: number, code: number): void {
+    const stream = this.openStream(id);
+    this.waste();
+    stream?.drop();
+    stream?.onGone(`it was reset (${HTTP2_ERRORS[code] ?? code})`, HTTP2_ERRORS[code] === "REFUSED_STREAM");
+  }
+
+  private onSettings(flags: number, payload: Bytes): void {
+    if (payload.length % 6 || flags & ACK && payload.length) throw new Http2Failure("FRAME_SIZE_ERROR", "SETTINGS");
+    if (flags & ACK) return;
+    if (this.hasSettings) this.waste();
+    this.hasSettings = true;
+    for (let at = 0; at < payload.length; at += 6) {
+      this.onSetting(payload.readUInt16BE(at), payload.readUInt32BE(at + 2));
+    }
+    this.write(frameHead(0, FRAME.settings, ACK, 0));
+    this.pumpBlocked();
+  }
+  private onSetting(name: number, value: number): void {
+    const isFlag = name === SETTING.push || name === SETTING.connect;
+    if (isFlag && value > 1 || name === SETTING.frame && (value < MAX_FRAME || value >= 2 ** 24)) {
+      throw new Http2Failure("PROTOCOL_ERROR", `SETTINGS ${name} is ${value}`);
+    }
+    if (name === SETTING.streams) this.maxStreams = value;
+    if (name === SETTING.frame) this.maxFrame = Math.min(value, LENT_SIZE);
+    if (name !== SETTING.window) return;
+    if (value > MAX_WINDOW) throw new Http2Failure("FLOW_CONTROL_ERROR", `SETTINGS ${name} is ${value}`);
+    for (const stream of this.streams.values()) {
+      stream.window += value - this.initialWindow;
+      if (stream.window > MAX_WINDOW) throw new Http2Failure("FLOW_CONTROL_ERROR", "a window over 2^31-1");
+    }
+    this.initialWindow = value;
+  }
+
+  private onWindow(id: number, more: number): void {
+    const stream = id ? this.openStream(id) : this;
+    if (!more) throw new Http2Failure("PROTOCOL_ERROR", "WINDOW_UPDATE of 0", id);
+    if (!stream) return;
+    stream.window += more;
+    if (stream.window > MAX_WINDOW) throw new Http2Failure("FLOW_CONTROL_ERROR", "a window over 2^31-1", id);
+    if (id) this.streams.get(id)!.pump();
+    else this.pumpBlocked();
+  }
+  /** Every stream that waits sends in turn. */
+  private pumpBlocked(): void {
+    for (const stream of [...this.blocked]) {
+      this.blocked.delete(stream);
+      stream.pump();
+    }
+  }
+
+  /** The stream of a frame that may cross its end. */
+  private openStream(id: number): Http2Stream | undefined {
+    if (this.isIdle(id)) throw new Http2Failure("PROTOCOL_ERROR", `stream ${id} has not begun`);
+    return this.streams.get(id);
+  }
+  /** The stream of a frame; undefined where one that we have reset is meant. */
+  protected streamOf(id: number): Http2Stream | undefined {
+    const stream = this.streams.get(id);
+    if (stream || this.resets.has(id)) return stream;
+    throw this.isIdle(id)
+      ? new Http2Failure("PROTOCOL_ERROR", `stream ${id} has not begun`)
+      : new Http2Failure("STREAM_CLOSED", `stream ${id} is closed`);
+  }
+  /** Whether a header block began before `since` and is not complete. */
+  protected isInsideHead(since: number): boolean {
+    return this.block !== undefined && this.block.since <= since;
+  }
+  protected isIdle(id: number): boolean {
+    return id % 2 === 0 || id > this.lastId;
+  }
+  protected wasReset(id: number): boolean {
+    return this.resets.has(id);
+  }
+  remove(id: number): void {
+    this.streams.delete(id);
+  }
+
+  protected override write(text: string): void {
+    if (!this.isOver) super.write(text);
+  }
+  raiseWindow(id: number, bytes: number): void {
+    this.write(frameHead(4, FRAME.window, 0, id) + u32(bytes));
+  }
+  sendHead(id: number, block: string, ends: boolean): void {
+    const { maxFrame } = this, flags = ends ? END_STREAM : 0;
+    if (block.length <= maxFrame) {
+      return this.write(frameHead(block.length, FRAME.headers, flags | END_HEADERS, id) + block);
+    }
+    for (let at = 0; at < block.length; at += maxFrame) {
+      const part = block.slice(at, at + maxFrame), last = at + maxFrame >= block.length ? END_HEADERS : 0;
+      this.write(frameHead(part.length, at ? FRAME.continuation : FRAME.headers, at ? last : flags, id) + part);
+    }
+  }
+  sendData(id: number, bytes: Bytes, ends: boolean): void {
+    if (this.isOver) return;
+    this.window -= bytes.length;
+    this.write(frameHead(bytes.length, FRAME.data, ends ? END_STREAM : 0, id));
+    if (bytes.length) this.writeBody(bytes, false);
+  }
+  sendReset(id: number, code: Http2Error): void {
+    this.write(frameHead(4, FRAME.reset, 0, id) + u32(HTTP2_ERRORS.indexOf(code)));
+    this.resets.add(id);
+    if (this.resets.size > 1_000) this.resets.delete(this.resets.values().next().value!);
+  }
+  sendGoAway(last: number, code: Http2Error, detail = ""): void {
+    this.write(frameHead(8 + detail.length, FRAME.goAway, 0, 0) + u32(last) + u32(HTTP2_ERRORS.indexOf(code)) + detail);
+  }
+
+  /** Ends the connection for what the peer did. */
+  protected fail(failure: Http2Failure): void {
+    if (this.isOver) return;
+    this.sendGoAway(this.lastId, failure.code, failure.message);
+    this.isOver = true;
+    this.onBroken(failure);
+    this.leaveAll(failure.message);
+    this.end();
+    this.release(); // what still comes is read and thrown away, so that the peer gets the GOAWAY
+  }
+  /** All streams are gone. */
+  protected leaveAll(detail: string): void {
+    for (const stream of [...this.streams.values()]) {
+      stream.drop();
+      stream.onGone(detail, false);
+    }
+  }
+}
+/** The lengths of frames that have one. */
+const FRAME_SIZES: Record<number, number> = {
+  [FRAME.priority]: 5,
+  [FRAME.reset]: 4,
+  [FRAME.ping]: 8,
+  [FRAME.window]: 4,
+};
+
+function unpadded(payload: Bytes, flags: number): Bytes {
+  if (!(flags & PADDED)) return payload;
+  const end = payload.length - (payload[0] ?? 0);
+  if (end < 1) throw new Http2Failure("PROTOCOL_ERROR", "more padding than payload");
+  return payload.subarray(1, end);
+}
+
+// Connections of clients.
+
+/** A request of a client on its stream. */
+class ClientStream extends Http2Stream {
+  readonly request: HttpRequest & { expects: boolean };
+  private readonly head: Http2Head;
+  private isAnswered = false;
+  private isTunnel = false;
+  private answeredAt = Infinity; // when the response was out
+
+  constructor(connection: Http2ClientConnection, id: number, head: Http2Head, ends: boolean) {
+    super(connection, id);
+    const { scheme, peer } = connection;
+    this.head = head;
+    this.hasEnded = ends;
+    if (!ends || head.upgrade) this.body = new StreamedBody(head.length, this);
+    if (ends) this.body?.end(NO_FIELDS);
+    this.request = {
+      ...head,
+      ...{ scheme, peer, source: undefined, gone: false, onGone: undefined },
+      block: isWebSocket(head.upgrade) ? withKey(head.block) : head.block,
+      body: head.upgrade ? NO_BODY : this.body ?? (head.announced ? EMPTY_BODY : NO_BODY),
+      respond: (response) => this.respond(response),
+      inform: (status, _reason, fields) => this.inform(status, fields),
+    };
+  }
+
+  onBlock(block: HeaderBlock, ends: boolean): void {
+    this.onTrailers(block, ends);
+  }
+  onRead(): void {
+    if (!this.request.expects || this.isAnswered) return;
+    this.request.expects = false;
+    this.inform(100, NO_FIELDS);
+  }
+  private inform(status: number, fields: Fields): void {
+    if (!this.isAnswered && !this.sent) {
+      this.connection.sendHead(this.id, compressLines(`:status: ${status}\r\n${linesOf(fields)}`), false);
+    }
+  }
+
+  private respond(response: HttpResponse): void {
+    const { status, fields, body, tunnel } = response, { connection, id, request, head } = this;
+    if (this.isAnswered || this.sent && id) return body.cancel();
+    this.isAnswered = true;
+    if (head.malformed) {
+      body.cancel();
+      this.finish();
+      return id ? this.reset("PROTOCOL_ERROR") : undefined;
+    }
+    if (tunnel) return this.switch(fields, tunnel);
+    if (head.upgrade && status < 300) { // to the client a 200 would mean that the server has switched
+      body.cancel();
+      this.isAnswered = false;
+      return this.respond(failureReply("invalid-answer"));
+    }
+    const isBodiless = request.method === "HEAD" || BODILESS.has(status) || body.bytes?.length === 0;
+    const date = fieldOf(fields, "date") === undefined ? compressLine(dateLine(new Date()).trimEnd()) : "";
+    const block = compressHead(`:status: ${status}\r\n${response.lines ?? linesOf(fields)}`) + date;
+    connection.sendHead(id, block, isBodiless);
+    if (!isBodiless) return this.sendBody(body);
+    body.cancel();
+    this.endSide();
+  }
+
+  /** The server speaks the protocol that the client asked for (RFC 8441): bytes pass both ways. */
+  private switch(fields: Fields, server: UpstreamEnd): void {
+    const lines = `:status: 200\r\n${linesOf(without(fields, HANDSHAKE))}`;
+    this.finish();
+    this.isTunnel = true;
+    this.connection.sendHead(this.id, compressLines(lines), false);
+    const socket = this.asSocket(this.body!), { client } = new ByteTunnel(socket, server);
+    socket.on("data", (bytes: Bytes) => client.onData(bytes)).on("drain", () => client.onDrain());
+    socket.on("end", () => client.onEnd()).on("close", () => client.onClose()).on("error", () => {});
+  }
+
+  /** The stream as the client's socket of a tunnel. */
+  private asSocket(incoming: Body): Socket {
+    let goOn: (() => void) | undefined;
+    const outgoing = new StreamedBody(-1, { hold() {}, release: () => goOn?.(), abandon: () => socket.destroy() });
+    const socket: Duplex = new Duplex({
+      read: () => incoming.resume(),
+      write(bytes: Bytes, _encoding, done) {
+        outgoing.push(bytes);
+        if (outgoing.held) goOn = done;
+        else done();
+      },
+      final(done) {
+        outgoing.end(NO_FIELDS);
+        done();
+      },
+      destroy(error, done) {
+        outgoing.end("reset");
+        incoming.cancel();
+        done(error);
+      },
+    });
+    this.sendBody(outgoing);
+    incoming.read({
+      data: (bytes) => socket.push(bytes) || incoming.pause(),
+      end: () => socket.push(null),
+      fail: () => socket.destroy(),
+    });
+    const destroySoon = () => socket.writableFinished ? socket.destroy() : socket.end(() => socket.destroy());
+    return Object.assign(socket, { destroySoon }) as unknown as Socket;
+  }
+
+  override endSide(): void {
+    if (this.isTunnel) return super.endSide();
+    this.finish();
+    this.body?.cancel();
+    this.answeredAt = this.connection.now();
+    super.endSide();
+  }
+  /** Ends an upload that nobody wants, when the client has had time to get the response: curl 7.88 loses it to a reset. */
+  look(now: number): void {
+    if (now - this.answeredAt >= LINGER.without) this.reset("NO_ERROR");
+  }
+  private finish(): void {
+    this.request.gone = true;
+    this.request.onGone = undefined;
+  }
+  abandon(): void {} // the rest is thrown away
+  onSourceFailed(): void {
+    this.finish();
+    this.reset(this.isTunnel ? "CANCEL" : "INTERNAL_ERROR");
+  }
+  onMalformed(): void {
+    this.body?.end("bad-body");
+  }
+  onGone(): void {
+    const { request, body, source } = this;
+    body?.end("client-left");
+    if (request.gone) return;
+    request.gone = true;
+    request.onGone?.();
+    request.onGone = undefined;
+    source?.cancel();
+  }
+}
+
+/** RFC 8441 has no key, but servers of HTTP/1.1 want one. */
+const withKey = ({ fields }: FieldBlock): FieldBlock => (
+  { fields: [...fields, "sec-websocket-key", randomBytes(16).toString("base64")], passing: undefined }
+);
+const HANDSHAKE = new Set(["sec-websocket-accept"]);
+
+interface Http2ClientOwner {
+  readonly context: ServerContext;
+  readonly connections: { delete(connection: Http2ClientConnection): boolean };
+}
+
+/** One connection of a client. */
+class Http2ClientConnection extends Http2Connection {
+  readonly scheme: string;
+  readonly peer: string;
+  private readonly owner: Http2ClientOwner;
+  private readonly context: ServerContext;
+  private since: number; // when the last stream ended, or the connection began
+  private hasPreface = false;
+  private served = 0; // requests
+  private begun: ClientStream[] = []; // by what is being read
+  private leavingAt = 0; // when the client was told to open no more streams; 0: not yet
+  private isRefusing = false; // new streams
+  private clientEnded = false; // the client has ended its side
+  private unsent = 0; // what waited for the client when it was last looked at
+  private movedAt: number; // when it last took something
+
+  constructor(owner: Http2ClientOwner, socket: Socket, scheme: string) {
+    super(socket);
+    const { context } = this.owner = owner;
+    this.context = context;
+    this.scheme = scheme;
+    this.peer = unmapped(socket.remoteAddress);
+    this.since = this.movedAt = context.now();
+    const { header_size } = context.limits();
+    this.write(settingsFrame([
+      ...[[SETTING.streams, MAX_STREAMS], [SETTING.window, STREAM_WINDOW]] as [number, number][],
+      ...[[SETTING.list, header_size], [SETTING.connect, 1]] as [number, number][],
+    ]));
+    this.raiseWindow(0, CONNECTION_WINDOW - 65_535);
+  }
+
+  now(): number {
+    return this.context.now();
+  }
+  headLimit(): number {
+    return this.context.limits().header_size;
+  }
+
+  override onData(bytes: Bytes): void {
+    if (this.isOver) return;
+    if (!this.hasPreface) {
+      this.rest = this.rest.length ? Buffer.concat([this.rest, bytes]) : bytes;
+      const text = this.rest.toString("latin1", 0, PREFACE.length);
+      if (!PREFACE.startsWith(text)) return this.fail(new Http2Failure("PROTOCOL_ERROR", "not the preface of HTTP/2"));
+      if (text.length < PREFACE.length) return;
+      this.hasPreface = true;
+      [bytes, this.rest] = [behind(this.rest, PREFACE.length), NO_BYTES];
+    }
+    super.onData(bytes);
+    const { begun } = this;
+    if (!begun.length) return;
+    this.begun = []; // by now small bodies have come whole
+    for (const stream of begun) this.context.handle(stream.request);
+  }
+
+  onHead(id: number, block: HeaderBlock, ends: boolean): void {
+    const stream = this.streams.get(id);
+    if (stream) return stream.onBlock(block, ends);
+    if (this.wasReset(id)) return;
+    if (id % 2 === 0) throw new Http2Failure("PROTOCOL_ERROR", `stream ${id} is not a client's`);
+    if (id <= this.lastId) throw new Http2Failure("STREAM_CLOSED", `stream ${id} is closed`);
+    this.lastId = id;
+    if (this.streams.size >= MAX_STREAMS || this.isRefusing) {
+      if (!this.isRefusing) this.waste();
+      return this.sendReset(id, "REFUSED_STREAM");
+    }
+    const head = block.request ??= http2RequestHead(block, this.context.limits());
+    this.begin(id, head, ends);
+  }
+  private begin(id: number, head: Http2Head, ends: boolean): void {
+    const stream = new ClientStream(this, id, head, ends);
+    this.streams.set(id, stream);
+    this.served++;
+    this.begun.push(stream);
+  }
+
+  override onStreamDone(): void {
+    super.onStreamDone();
+    this.since = this.context.now();
+  }
+  override remove(id: number): void {
+    super.remove(id);
+    if ((this.leavingAt || this.clientEnded) && !this.streams.size) this.goAway();
+  }
+
+  /** It is counted and logged as a request that is not valid. */
+  onBroken({ code }: Http2Failure): void {
+    this.since = this.context.now();
+    const problem = code === "ENHANCE_YOUR_CALM" ? "flood" : "bad-request", limits = this.context.limits();
+    const head = http2RequestHead({ fields: [], size: 0 }, limits);
+    this.context.handle(new ClientStream(this, 0, { ...head, problem, malformed: true }, true).request);
+  }
+
+  onGoAway(): void {} // it finishes what it has begun
+  /** The client has half-closed: it still gets the responses to whole requests. */
+  onEnd(): void {
+    this.clientEnded = true;
+    for (const stream of [...this.streams.values()].filter(({ hasEnded }) => !hasEnded)) {
+      stream.drop();
+      stream.onGone(CLOSED, false);
+    }
+    if (!this.streams.size) this.goAway();
+  }
+  onClose(): void {
+    this.isOver = true;
+    this.leaveAll("the client has left");
+    this.owner.connections.delete(this);
+  }
+
+  /** Has the client open no more streams. Those that it has opened meanwhile are still served (RFC 9113 section 6.8). */
+  closeIdle(): void {
+    if (this.leavingAt || this.isOver) return;
+    this.leavingAt = this.context.now();
+    this.sendGoAway(MAX_WINDOW, "NO_ERROR");
+    this.write(frameHead(8, FRAME.ping, 0, 0) + "draining");
+  }
+  override onPong(): void {
+    if (this.leavingAt && !this.streams.size) this.goAway();
+  }
+  private goAway(): void {
+    if (this.isOver) return;
+    this.sendGoAway(this.lastId, "NO_ERROR");
+    this.isOver = true;
+    this.since = this.context.now();
+    this.end();
+  }
+
+  isWriting(): boolean {
+    return this.unwritten !== "" || this.socket.writableLength > 0 || this.blocked.size > 0;
+  }
+
+  look(now: number): void {
+    const { header, keep_alive } = this.context.limits(), { socket, streams, blocked } = this;
+    const unsent = socket.writableLength + this.window,
+      waited = now - this.since,
+      isWaiting = socket.writableLength > 0 || blocked.size > 0;
+    if (unsent !== this.unsent || !isWaiting) this.movedAt = now;
+    this.unsent = unsent;
+    for (const stream of streams.values()) (stream as ClientStream).look(now);
+    if (this.isOver) {
+      if (waited >= (socket.writableLength ? keep_alive : LINGER.silent)) socket.destroy();
+    } else if (now - this.movedAt >= keep_alive) {
+      this.fail(new Http2Failure("ENHANCE_YOUR_CALM", "the client does not read"));
+    } else if (!this.hasSettings || this.isInsideHead(now - header)) {
+      if (waited >= header) this.fail(new Http2Failure("ENHANCE_YOUR_CALM", "the client is too slow"));
+    } else if (this.clientEnded) this.write(frameHead(8, FRAME.ping, 0, 0) + "are you?"); // a reset says that it is gone
+    else if (!streams.size && waited >= keep_alive) this.goAway();
+    else if (this.leavingAt && !this.isRefusing && now - this.leavingAt >= LEAVING) {
+      this.isRefusing = true;
+      this.sendGoAway(this.lastId, "NO_ERROR");
+      if (!streams.size) this.goAway();
+    }
+  }
+}
+const LEAVING = 1_000; // milliseconds in which a client of HTTP/2 hears that it may open no more streams
+
+// Connections to servers.
+
+/** An attempt on its stream. */
+class UpstreamStream extends Http2Stream implements Progress {
+  readonly attempt: Attempt;
+  since: number;
+  head: ResponseHead | undefined;
+  private readonly to: Http2UpstreamConnection;
+  private isDone = false;
+
+  constructor(to: Http2UpstreamConnection, attempt: Attempt) {
+    super(to, 0);
+    this.to = to;
+    this.attempt = attempt;
+    this.since = to.client.time;
+    attempt.carrier = this;
+  }
+  get connected(): boolean {
+    return this.to.connected;
+  }
+  get isFull(): boolean {
+    return this.isBlocked();
+  }
+
+  send(id: number): void {
+    const { to, attempt, attempt: { method, target, lines, body, server } } = this;
+    const host = /^host: (.*)\r\n/im.exec(lines)?.[1] ?? "",
+      scheme = server.url.startsWith("https:") ? "https" : "http";
+    const isSized = body.length >= 0 && (body !== NO_BODY || BODY_EXPECTED.has(method));
+    const length = isSized ? `content-length: ${body.length}\r\n` : "";
+    const pseudo = `:method: ${method}\r\n:scheme: ${scheme}\r\n:authority: ${host}\r\n:path: ${target}\r\n`;
+    this.id = id;
+    this.window = to.initialWindow;
+    this.since = attempt.connectedAt = to.client.time;
+    attempt.uploaded = 0;
+    to.sendHead(id, compressLines(pseudo + lines + length), body === NO_BODY);
+    if (body === NO_BODY) this.endSide();
+    else this.sendBody(body);
+  }
+
+  onBlock(block: HeaderBlock, ends: boolean): void {
+    const { attempt } = this, head = block.response ??= http2ResponseHead(block);
+    this.since = this.to.client.time = this.to.now();
+    if (this.head) return this.onTrailers(block, ends);
+    if (typeof head === "string") return this.malformed(head);
+    const { status, reason, fields, lines } = head;
+    if (status < 200 && ends) return this.malformed("its interim response is the last");
+    if (status < 200) return status > 100 ? attempt.onInform(status, reason, fields) : undefined;
+    const isBodiless = attempt.method === "HEAD" || BODILESS.has(status);
+    if (ends && !isBodiless && head.length > 0) return this.malformed("it has no body, but a length");
+    this.head = head;
+    if (!ends) this.body = new StreamedBody(isBodiless ? -1 : head.length, this);
+    attempt.onHead({ status, reason, fields, lines, body: this.body ?? (isBodiless ? NO_BODY : EMPTY_BODY) });
+    if (ends && !this.isDone) this.onEnd(NO_FIELDS);
+  }
+  private malformed(detail: string): void {
+    this.onMalformed(detail);
+    throw new Http2Failure("PROTOCOL_ERROR", detail, this.id);
+  }
+  onMalformed(detail: string): void {
+    this.fail("invalid-answer", detail);
+  }
+
+  override onData(bytes: Bytes, size: number, ends: boolean): void {
+    if (!this.head) return this.malformed("data in front of its head");
+    this.since = this.to.client.time = this.to.now();
+    this.attempt.received += bytes.length;
+    super.onData(bytes, size, ends);
+  }
+  override onSent(bytes: number): void {
+    this.attempt.uploaded += bytes;
+    this.since = this.to.client.time;
+  }
+
+  /** The response is complete; what is left of the upload nobody wants. */
+  protected override onEnd(trailers: Fields): void {
+    const { attempt } = this;
+    super.onEnd(trailers);
+    if (this.isDone) return;
+    this.isDone = true;
+    attempt.carrier = undefined;
+    if (!this.sent) {
+      attempt.body.cancel();
+      this.reset("NO_ERROR");
+    }
+    attempt.onEnd(undefined, "", true);
+  }
+
+  onGone(detail: string, unseen: boolean): void {
+    this.fail(this.to.connected ? "reset" : "connect", detail, unseen);
+  }
+  onSourceFailed(why: Failure): void {
+    this.fail(why, FAILURES[why].text);
+  }
+  cancel(why: Failure): void {
+    this.fail(why, FAILURES[why].text);
+  }
+  abandon(): void {
+    this.cancel("client-left");
+  }
+  override release(): void {
+    this.since = this.to.client.time;
+    super.release();
+  }
+
+  /** The attempt has failed; one that the server has not looked at goes to another connection, once. */
+  fail(why: Failure, detail: string, unseen = false): void {
+    const { attempt, to, to: { client } } = this, { body } = attempt, isFresh = this.id === 1;
+    if (this.isDone) return;
+    this.isDone = true;
+    if (to.streams.get(this.id) === this) this.reset("CANCEL");
+    else this.drop();
+    const maySend = why === "reset" && !this.head && (unseen || !isFresh && mayRepeat(attempt));
+    if (maySend && body.bytes !== undefined && !client.moved.has(attempt)) {
+      client.moved.add(attempt);
+      return client.send(attempt);
+    }
+    attempt.carrier = undefined;
+    if (!this.sent && to.connected) body.cancel();
+    this.body?.end(why);
+    attempt.onEnd(why, detail, to.connected && !unseen);
+  }
+}
+
+/** One connection to a server, shared by attempts. */
+class Http2UpstreamConnection extends Http2Connection {
+  readonly client: Http2Dialer;
+  readonly server: Server;
+  connected = false;
+  idleUntil = Infinity;
+  private readonly waiting = new Set<UpstreamStream>(); // for the connection
+  private readonly bornAt: number;
+  private isLeaving = false; // the server has sent GOAWAY
+  private endedAt = 0;
+
+  constructor(client: Http2Dialer, socket: Socket, server: Server) {
+    super(socket);
+    this.client = client;
+    this.server = server;
+    this.bornAt = client.time;
+    socket.on(server.url.startsWith("https:") ? "secureConnect" : "connect", () => this.onConnect());
+  }
+
+  now(): number {
+    return this.client.now();
+  }
+  headLimit(): number {
+    return MAX_HEAD;
+  }
+
+  private onConnect(): void {
+    const { socket, waiting, client, server } = this;
+    client.time = client.now();
+    if (server.url.startsWith("https:") && (socket as TLSSocket).alpnProtocol !== "h2") {
+      this.isOver = true;
+      socket.destroy();
+      for (const { attempt } of waiting) client.onNoHttp2(attempt);
+      return waiting.clear();
+    }
+    this.connected = true;
+    this.write(PREFACE + settingsFrame([[SETTING.push, 0], [SETTING.window, STREAM_WINDOW], [SETTING.list, MAX_HEAD]]));
+    this.raiseWindow(0, CONNECTION_WINDOW - 65_535);
+    for (const stream of waiting) this.begin(stream);
+    waiting.clear();
+  }
+
+  /** Whether another attempt may use it. */
+  isOpen(): boolean {
+    const { isOver, isLeaving, client, bornAt, waiting, streams, lastId } = this;
+    return !isOver && !isLeaving && !this.socket.destroyed && client.time - bornAt < MAX_AGE &&
+      lastId < MAX_WINDOW - 2 &&
+      waiting.size + streams.size < this.maxStreams;
+  }
+  take(attempt: Attempt): void {
+    const stream = new UpstreamStream(this, attempt);
+    if (this.connected) this.begin(stream);
+    else this.waiting.add(stream);
+  }
+  private begin(stream: UpstreamStream): void {
+    this.lastId += this.lastId ? 2 : 1;
+    this.streams.set(this.lastId, stream);
+    stream.send(this.lastId);
+  }
+
+  onHead(id: number, block: HeaderBlock, ends: boolean): void {
+    this.streamOf(id)?.onBlock(block, ends);
+  }
+  override remove(id: number): void {
+    super.remove(id);
+    if (this.streams.size) return;
+    this.idleUntil = this.client.time + IDLE;
+    if (this.isLeaving) this.goAway();
+  }
+  private goAway(): void {
+    if (this.isOver) return;
+    this.sendGoAway(0, "NO_ERROR");
+    this.isOver = true;
+    this.endedAt = this.client.time;
+    this.end();
+  }
+
+  onGoAway(last: number): void {
+    this.isLeaving = true;
+    for (const [id, stream] of [...this.streams]) {
+      if (id <= last) continue;
+      stream.drop();
+      stream.onGone("it ends the connection", true);
+    }
+    if (!this.streams.size) this.goAway();
+  }
+  onBroken(): void {
+    this.endedAt = this.client.time;
+  }
+  onEnd(): void {
+    this.leaveAll(CLOSED);
+    this.goAway();
+  }
+  onClose(): void {
+    this.isOver = true;
+    for (const stream of this.waiting) stream.onGone(this.reason, false);
+    this.waiting.clear();
+    this.leaveAll(this.reason);
+    this.client.onClosed(this);
+  }
+
+  look(now: number): void {
+    for (const stream of [...this.waiting, ...this.streams.values()] as UpstreamStream[]) {
+      const late = whatIsLate(stream.attempt, stream, now);
+      if (late) stream.fail(late, `silent for ${Math.round(now - stream.since)} ms`);
+      if (late) this.waiting.delete(stream);
+    }
+    const { connected, waiting, streams, socket } = this;
+    if (this.isOver ? now - this.endedAt >= LINGER.silent : !connected && !waiting.size) socket.destroy();
+    else if (connected && !streams.size && now >= this.idleUntil) this.goAway();
+  }
+}
+
+/** What connections to servers need from their owner. */
+interface Http2Dialer extends Pick<Dialer, "time"> {
+  readonly moved: WeakSet<Attempt>; // attempts that have changed their connection
+  now(): number;
+  send(attempt: Attempt): void;
+  onNoHttp2(attempt: Attempt): void;
+  onClosed(connection: Http2UpstreamConnection): void;
+}
+
+// --- 3.7 Versions: which version of HTTP a connection speaks, and the pools of connections ---
+
+/** A server for connections that a listener accepts. */
+export class HttpServer implements ClientOwner {
+  readonly context: ServerContext;
+  readonly connections: Connections<ClientConnection | Http2ClientConnection>;
+
+  constructor(context: ServerContext) {
+    this.context = context;
+    this.connections = new Connections(context.now);
+  }
+
+  accept(socket: Socket, scheme: string): void {
+    const isHttp2 = (socket as TLSSocket).alpnProtocol === "h2";
+    this.connections.add(new (isHttp2 ? Http2ClientConnection : ClientConnection)(this, socket, scheme));
+  }
+
+  switchToHttp2(from: ClientConnection, received: Bytes): void {
+    const to = new Http2ClientConnection(this, from.socket, from.scheme);
+    this.connections.add(to);
+    this.connections.delete(from);
+    to.onData(received);
+  }
+
+  /** Refuses a connection above the limit. */
+  refuse(socket: Socket, why: FailureName): void {
+    const { body, fields, status } = failureReply(why), reason = STATUS_CODES[status] ?? "";
+    const head = `HTTP/1.1 ${status} ${reason}\r\n${linesOf(fields)}${dateLine(new Date())}Connection: close\r\n\r\n`;
+    socket.on("error", () => {}); // `close` follows
+    socket.end(head + body.bytes!.toString("latin1"));
+    socket.resume();
+    setTimeout(() => socket.destroy(), REFUSED).unref();
+  }
+}
+
 /** All connections to servers of one balancer. */
-export class HttpClient {
+export class HttpClient implements Dialer {
   readonly now: () => number;
   readonly pools = new WeakMap<Server, UpstreamConnection[]>(); // those that wait, the newest last
   time = 0; // when `now` was last asked: at most a TICK ago while there are connections
-  private readonly dial: (server: Server) => Socket;
-  readonly connections = new Connections<UpstreamConnection>(() => this.time = this.now());
+  readonly shared = new WeakMap<Server, Http2UpstreamConnection[]>(); // connections of HTTP/2
+  readonly moved = new WeakSet<Attempt>();
+  private readonly withoutHttp2 = new WeakSet<Server>(); // they have chosen HTTP/1.1
+  private readonly dial: typeof dial;
+  readonly connections = new Connections<UpstreamConnection | Http2UpstreamConnection>(() => this.time = this.now());
 
-  constructor(own: { now?: () => number; dial?: (server: Server) => Socket } = {}) {
+  constructor(own: { now?: () => number; dial?: typeof dial } = {}) {
     this.now = own.now ?? (() => performance.now());
     this.dial = own.dial ?? dial;
   }
 
   /** Hands an attempt to the newest connection that waits, or opens one. */
   send(attempt: Attempt): void {
-    const pool = this.pools.get(attempt.server);
+    const { server, upgrade } = attempt, pool = this.pools.get(server);
     this.time = this.now();
+    if (server.http !== 1 && !upgrade && !this.withoutHttp2.has(server)) return this.share(attempt);
     for (let connection; (connection = pool?.pop());) {
       if (connection.socket.readable && this.time < connection.idleUntil) return connection.begin(attempt);
       connection.socket.destroy();
@@ -3553,13 +4952,41 @@ export class HttpClient {
   }
 
   open(attempt: Attempt): void {
-    let socket: Socket;
-    try {
-      socket = this.dial(attempt.server);
-    } catch (error) { // a certificate file that cannot be read
-      return attempt.onEnd("connect", String(error), false);
+    const socket = this.connectFor(attempt);
+    if (socket) this.connections.add(new UpstreamConnection(this, socket, attempt));
+  }
+
+  /** Hands an attempt to a connection of HTTP/2 that has room for it, or opens one. */
+  private share(attempt: Attempt): void {
+    const { server } = attempt, open = entry(this.shared, server, (): Http2UpstreamConnection[] => []);
+    let connection = open.find((one) => one.isOpen());
+    if (!connection) {
+      const socket = this.connectFor(attempt, server.http === 2 ? ["h2"] : ["h2", "http/1.1"]);
+      if (!socket) return;
+      this.connections.add(connection = new Http2UpstreamConnection(this, socket, server));
+      open.push(connection);
     }
-    this.connections.add(new UpstreamConnection(this, socket, attempt));
+    connection.take(attempt);
+  }
+
+  private connectFor(attempt: Attempt, protocols?: string[]): Socket | undefined {
+    try {
+      return this.dial(attempt.server, protocols);
+    } catch (error) { // a certificate file that cannot be read
+      attempt.onEnd("connect", String(error), false);
+      return undefined;
+    }
+  }
+
+  onNoHttp2(attempt: Attempt): void {
+    if (attempt.server.http === 2) return attempt.onEnd("connect", "it does not speak HTTP/2", false);
+    this.withoutHttp2.add(attempt.server);
+    this.send(attempt);
+  }
+  onClosed(connection: Http2UpstreamConnection): void {
+    const open = this.shared.get(connection.server);
+    this.connections.delete(connection);
+    if (open?.includes(connection)) open.splice(open.indexOf(connection), 1);
   }
 
   /** Resolves when a TCP connection to the server stands, rejects otherwise. */
@@ -3570,7 +4997,7 @@ export class HttpClient {
   }
 }
 
-// --- 3.6 Fetch: where Request, Response and streams meet our records ---
+// --- 3.8 Fetch: where Request, Response and streams meet our records ---
 
 /** A body from a stream of the Fetch API. */
 class FetchBody extends StreamedBody {
@@ -3677,18 +5104,10 @@ const HOP_FIELDS = Object.keys(FIELD_ROLES).filter((name) => !/^(?:content-lengt
 const withoutHopFields = (fields: Fields): Fields =>
   without(fields, new Set([...HOP_FIELDS, ...connectionNames(fieldOf(fields, "connection") ?? "")]));
 const isToken = memo((text) => TOKEN.test(text));
-const VALUE = /^[\t\x20-\x7e\x80-\xff]*$/;
 /** Whether all fields are valid: a line break would begin another header, or another request. */
 function isPrintable(fields: Fields): boolean {
   for (let i = 0; i < fields.length; i += 2) if (!isToken(fields[i]!) || !VALUE.test(fields[i + 1]!)) return false;
   return true;
-}
-
-/** The target's authority and Host must name the same host (RFC 9112 section 3.2.2 would ignore Host: nobody may win). */
-function sameAuthority(authority: string, host: string): boolean {
-  if (authority === host) return true;
-  const plain = (name: string) => name.toLowerCase().replace(/:(?:80|443)?$/, "");
-  return plain(authority) === plain(host);
 }
 
 /** Converts a request for middleware; with its body and abort signal only if `withBody`. */
@@ -6361,7 +7780,8 @@ function buildService(config: ServiceConfig, name: string, strategy: Strategy, n
   const servers = config.servers.map((wanted) => {
     const before = byUrl.get(wanted.url), since = before?.state === wanted.state ? before.since : now;
     const isNew = previous && before?.state !== "ready" && wanted.state === "ready";
-    const server = Object.assign(before ?? newServer(wanted, name, config.tls), wanted, { tls: config.tls, since });
+    const http = wanted.url.startsWith("h2c:") ? 2 : wanted.url.startsWith("https:") ? config.http : 1;
+    const server = Object.assign(before ?? newServer(wanted, name, config), wanted, { tls: config.tls, http, since });
     if (isNew) server.back = now;
     const found = wasAuto ? server.limit : FIRST_LIMIT; // what `auto` has found stays found
     server.limit = Math.min(server.max, isAuto ? found : config.max_in_flight);
@@ -8091,7 +9511,7 @@ function tlsServer({ pairs, clientCa }: Secure, take: (socket: TLSSocket) => voi
   const options: TlsOptions = {
     ...contexts[0].own,
     ...(clientCa && { requestCert: true, rejectUnauthorized: true }),
-    ALPNProtocols: ["http/1.1", "http/1.0"],
+    ALPNProtocols: ["h2", "http/1.1", "http/1.0"],
     // Deno, told to choose, sends no alert to those that it refuses (2.9.6)
     ...(contexts.length > 1 && { SNICallback: (name, done) => done(null, certificateFor(contexts, name).context) }),
     allowHalfOpen: true,
@@ -8377,7 +9797,7 @@ function load({ file, env, listen, admin, log }: Call, text = readText(file)): C
   const config = parseConfig(text, env, file), { source } = config;
   if (listen !== undefined) {
     const at = readOption("--listen, --port, LB_LISTEN or LB_PORT", Listen, listen);
-    config.listen = [{ ...at, tls: [], client_ca: "" }];
+    config.listen = [{ ...at, tls: [], client_ca: "", h2c: false }];
     source.listen = /^\d+$/.test(listen) ? Number(listen) : listen;
   }
   if (admin !== undefined) {
@@ -8619,7 +10039,7 @@ async function openListener({ lb, shared, ports }: ListenContext, name: string, 
   if (isHttp(name)) {
     const { handle } = lb, { now } = balancer.effects, draining = () => balancer.draining;
     const refused = (why: FailureName) => countFailure(balancer, why);
-    return await listenHttp(where, secure, { ...hooks, handle, draining, now, refused });
+    return await listenHttp(where, secure, { ...hooks, handle, draining, now, refused, http2: at.h2c });
   }
   const tcp = hostOf(name);
   return await listen(where, secure, {
