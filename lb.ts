@@ -342,12 +342,18 @@ const Probe = map({
   timeout: key(Duration, "a probe that takes longer has failed", "2s"),
   expect: key(many(Statuses, "a status", 1), "200, 200-399, or a list", [200]),
   body: key(Text, "what the body has to contain", ""),
+  grpc: key(
+    v.pipe(Text, v.maxLength(100, "$ is longer than 100 letters")),
+    "the service that grpc.health.v1 is asked about, over HTTP/2; empty: the whole server",
+  ),
   rise: key(whole(1, 100), "successes in a row until it may be asked again", 2),
   fall: key(whole(1, 100), "failures in a row until it may not be asked", 3),
   method: key(oneOf("GET", "HEAD", "OPTIONS", "POST"), "to ask with", "GET"),
   headers: key(dict(HeaderName, Printable), "of the request", {}),
 });
-const Probing = v.pipe(Probe, v.transform((one) => ({ kind: one.path ? "http" as const : "tcp" as const, ...one })));
+const kindOfProbe = ({ grpc, path }: Out<typeof Probe>) =>
+  grpc !== undefined ? "grpc" as const : path ? "http" as const : "tcp" as const;
+const Probing = v.pipe(Probe, v.transform((one) => ({ kind: kindOfProbe(one), ...one })));
 const Health = or("off", { kind: "off" as const, ...v.parse(Probe, {}) }, Probing);
 const Slow = or("off", Infinity, numeral(1.1, 1000), "a number from 1.1 to 1000");
 const EjectMap = map({
@@ -388,7 +394,8 @@ const Name = opt(Text, "");
 const TlsMap = map({ ca: Name, cert: Name, key: Name, servername: Name, insecure: opt(Bool, false) });
 const Tls = v.pipe(TlsMap, v.check((tls) => !tls.cert === !tls.key, "needs cert and key together"));
 const HttpVersion = v.pipe(oneOf(1, 1.1, 2, "auto"), v.transform((version) => version === 1.1 ? 1 : version));
-const RetryOn = either("connect, reset, or 400 to 599", v.picklist(["connect", "reset"]), whole(400, 599));
+const RETRY_CAUSES = ["connect", "reset", "unavailable"] as const; // the last is gRPC's
+const RetryOn = either("connect, reset, unavailable, or 400 to 599", v.picklist(RETRY_CAUSES), whole(400, 599));
 const Fallback = or("none", "", ServiceName, "a name");
 const HostHeader = either("keep, server or a host", v.picklist(["keep", "server"]), Host);
 const CookieName = word("a cookie name", TOKEN);
@@ -1312,6 +1319,7 @@ class MemoryBody implements Body {
 export const NO_BODY: Body = new MemoryBody(NO_BYTES);
 const EMPTY_BODY: Body = new MemoryBody(NO_BYTES); // Content-Length: 0
 const WINDOW = 262_144; // bytes that wait for a slow reader before the source is paused
+const KEPT = 65_536; // bytes: a body up to this size is kept for another attempt
 
 /** The connection that a body comes from. */
 interface BodySource {
@@ -1326,9 +1334,9 @@ interface BodySource {
 /** A body that a connection receives. */
 class StreamedBody implements Body {
   readonly length: number;
-  readonly bytes = undefined;
   limit = Infinity; // bytes that are taken, at most
   received = 0;
+  kept: Bytes[] | undefined; // all of it so far, where it may have to be sent again
   held = false; // the source is paused
   over = false; // complete, failed or cancelled
   readonly hasTimeouts: boolean = true; // the connection that it comes from ends it when it stands still
@@ -1346,8 +1354,14 @@ class StreamedBody implements Body {
     this.source = source;
   }
 
+  get bytes(): Bytes | undefined {
+    return this.kept && this.over && typeof this.outcome === "object" ? Buffer.concat(this.kept) : undefined;
+  }
+
   read(reader: BodyReader): void {
-    if (this.isRead) return reader.fail("bad-body"); // it has been read before
+    const { bytes } = this;
+    if (this.isRead && !bytes) return reader.fail("bad-body"); // it has been read before
+    if (this.isRead) return inMemory([bytes!]).read(reader);
     this.isRead = true;
     if (this.received > this.limit) {
       this.cancel();
@@ -1382,6 +1396,8 @@ class StreamedBody implements Body {
     if (this.over) return;
     this.received += bytes.length;
     if (this.received > this.limit) return this.end("body-too-large");
+    if (this.received > KEPT) this.kept = undefined;
+    this.kept?.push(bytes);
     if (this.reader && !this.paused && this.waiting.length === 0) return this.reader.data(bytes);
     this.waiting.push(bytes);
     this.waitingBytes += bytes.length;
@@ -1482,6 +1498,14 @@ function linesOf(fields: Fields): string {
   for (let i = 0; i < fields.length; i += 2) lines += `${fields[i]}: ${fields[i + 1]}\r\n`;
   return lines;
 }
+
+/** Whether a request is a call of gRPC, which is over HTTP/2 only. */
+const isGrpc = ({ version, block }: Pick<RequestHead, "version" | "block">): boolean =>
+  version === "2.0" && /^application\/grpc(?:$|[+;])/.test(fieldOf(block.fields, "content-type") ?? "");
+const GRPC_UNAVAILABLE = "14"; // a status of gRPC
+/** The status of a call that has ended: from the trailers, or from a head that has them. */
+const grpcStatus = ({ trailers, response }: ExchangeAttempt): string | undefined =>
+  fieldOf(trailers, "grpc-status") ?? fieldOf(response?.fields ?? NO_FIELDS, "grpc-status");
 
 /** Fields as pairs of name and value. */
 const pairs = (fields: Fields): [string, string][] =>
@@ -1724,6 +1748,7 @@ export interface Service {
   hedgesWon: number; // those that answered first
   copies: { answered: number; failed: number; skipped: number; inFlight: number }; // of `mirror`; in no other counter
   tallies: Tallies; // of requests that have ended
+  grpc: Map<string, number>; // calls of gRPC by their status
 }
 
 const newService = (name: string) => ({
@@ -1732,7 +1757,7 @@ const newService = (name: string) => ({
   ...{ retrying: 0, saved: 0, secondAt: -Infinity, retried: 0 },
   ...{ meanLatency: 0, times: NO_TIMES, measured: 0, hedgeDelay: 0, median: 0, crowd: 0, peaceUntil: 0 },
   ...{ comparedAt: -Infinity, compareAt: 0, inFlight: 0, retries: 0, hedges: 0, hedgesWon: 0 },
-  ...{ copies: { answered: 0, failed: 0, skipped: 0, inFlight: 0 }, tallies: newTallies() },
+  ...{ copies: { answered: 0, failed: 0, skipped: 0, inFlight: 0 }, tallies: newTallies(), grpc: new Map() },
 });
 const NO_TIMES = new Float64Array(0);
 
@@ -1937,6 +1962,7 @@ export interface Attempt extends AttemptEvents {
   connectedAt: number; // when the request could be written; 0: not yet, or not known
   uploaded: number; // bytes of the request's body that were passed on, where it is a stream
   received: number; // bytes of the answer's body
+  trailers: Fields; // of the response, once it is complete
   carrier: { cancel(why: Failure): void } | undefined; // cancels it; undefined: not begun, or over
 }
 
@@ -1945,7 +1971,15 @@ const newAttempt = (
   given: Pick<Attempt, "server" | "method" | "target" | "lines" | "body" | "timeouts" | "startedAt">,
   events: AttemptEvents,
 ): Attempt => ({
-  ...{ upgrade: "", tunnels: new Set(), connectedAt: 0, uploaded: 0, received: 0, carrier: undefined },
+  ...{
+    upgrade: "",
+    tunnels: new Set(),
+    connectedAt: 0,
+    uploaded: 0,
+    received: 0,
+    trailers: NO_FIELDS,
+    carrier: undefined,
+  },
   ...given,
   ...events,
 });
@@ -2087,6 +2121,7 @@ export interface AccessRecord {
   head: number | undefined; // the answer's head was there
   ended: number;
   failure: string | undefined;
+  grpc: string | undefined; // the status of a call of gRPC
 }
 
 // -----------------------------------------------------------------------------------------------------------
@@ -4066,6 +4101,7 @@ abstract class Http2Connection extends Connection {
   abstract onBroken(failure: Http2Failure): void;
   abstract onGoAway(last: number, code: number): void;
   onPong(): void {}
+  onFirstSettings(): void {}
 
   onData(bytes: Bytes): void {
     const data = this.rest.length ? Buffer.concat([this.rest, bytes]) : bytes;
@@ -4202,12 +4238,14 @@ abstract class Http2Connection extends Connection {
   private onSettings(flags: number, payload: Bytes): void {
     if (payload.length % 6 || flags & ACK && payload.length) throw new Http2Failure("FRAME_SIZE_ERROR", "SETTINGS");
     if (flags & ACK) return;
-    if (this.hasSettings) this.waste();
+    const isFirst = !this.hasSettings;
+    if (!isFirst) this.waste();
     this.hasSettings = true;
     for (let at = 0; at < payload.length; at += 6) {
       this.onSetting(payload.readUInt16BE(at), payload.readUInt32BE(at + 2));
     }
     this.write(frameHead(0, FRAME.settings, ACK, 0));
+    if (isFirst) this.onFirstSettings();
     this.pumpBlocked();
   }
   private onSetting(name: number, value: number): void {
@@ -4350,6 +4388,7 @@ class ClientStream extends Http2Stream {
     this.head = head;
     this.hasEnded = ends;
     if (!ends || head.upgrade) this.body = new StreamedBody(head.length, this);
+    if (this.body && isGrpc(head)) this.body.kept = [];
     if (ends) this.body?.end(NO_FIELDS);
     this.request = {
       ...head,
@@ -4719,6 +4758,7 @@ class UpstreamStream extends Http2Stream implements Progress {
   /** The response is complete; what is left of the upload nobody wants. */
   protected override onEnd(trailers: Fields): void {
     const { attempt } = this;
+    attempt.trailers = trailers;
     super.onEnd(trailers);
     if (this.isDone) return;
     this.isDone = true;
@@ -4801,10 +4841,18 @@ class Http2UpstreamConnection extends Http2Connection {
       for (const { attempt } of waiting) client.onNoHttp2(attempt);
       return waiting.clear();
     }
-    this.connected = true;
     this.write(PREFACE + settingsFrame([[SETTING.push, 0], [SETTING.window, STREAM_WINDOW], [SETTING.list, MAX_HEAD]]));
     this.raiseWindow(0, CONNECTION_WINDOW - 65_535);
-    for (const stream of waiting) this.begin(stream);
+  }
+
+  /** The server says how many streams it takes. */
+  override onFirstSettings(): void {
+    const { waiting, client } = this;
+    this.connected = true;
+    for (const stream of waiting) {
+      if (this.streams.size < this.maxStreams) this.begin(stream);
+      else client.send(stream.attempt);
+    }
     waiting.clear();
   }
 
@@ -6017,6 +6065,49 @@ function probeHttp(service: Service, server: Server, effects: Effects, giveUp: A
   });
 }
 
+/** Asks grpc.health.v1: rejects, or resolves to what is wrong with the server. */
+function probeGrpc(service: Service, server: Server, effects: Effects, giveUp: AbortSignal) {
+  const { timeout, grpc = "" } = service.config.health, name = Buffer.from(grpc), pieces: Bytes[] = [];
+  if (server.http === 1) return Promise.resolve("gRPC needs HTTP/2: an h2c:// server, or http: 2");
+  const message = name.length ? [Buffer.from([10, name.length]), name] : [], size = message.length && name.length + 2;
+  const own = ["content-type", "application/grpc", "te", "trailers", "user-agent", "lb.ts probe"];
+  const fields = ["host", server.host || hostOf(server.url), ...own];
+  const timeouts = { connect: timeout, response: timeout, idle: timeout, request: Infinity };
+  const given = {
+    method: "POST",
+    target: "/grpc.health.v1.Health/Check",
+    body: inMemory([Buffer.from([0, 0, 0, 0, size]), ...message]),
+  };
+  return new Promise<string | undefined>((resolve, reject) => {
+    const attempt: Attempt = newAttempt({
+      ...given,
+      server,
+      timeouts,
+      lines: linesOf(fields),
+      startedAt: effects.now(),
+    }, {
+      onInform() {},
+      onHead: ({ status, fields, body }) =>
+        body.read({
+          data: (bytes) => void pieces.push(bytes),
+          fail: (why) => reject(new Error(FAILURES[why].text)),
+          end(trailers) {
+            const code = fieldOf(trailers, "grpc-status") ?? fieldOf(fields, "grpc-status");
+            if (code !== "0") return resolve(code ? `grpc-status ${code}` : `status ${status} without a grpc-status`);
+            const answer = Buffer.concat(pieces); // 5 bytes, then field 1: UNKNOWN, SERVING, NOT_SERVING, SERVICE_UNKNOWN
+            const state = answer[5] === 8 ? answer[6]! : 0;
+            resolve(
+              state === 1 ? undefined : `it is ${["UNKNOWN", "", "NOT_SERVING", "SERVICE_UNKNOWN"][state] ?? state}`,
+            );
+          },
+        }),
+      onEnd: (failure, detail) => failure && reject(new Error(detail)),
+    });
+    giveUp.addEventListener("abort", () => attempt.carrier?.cancel("client-left"));
+    effects.send(attempt);
+  });
+}
+
 /** What is wrong with the body of a probe's answer, or undefined. */
 function bodyProblem(wanted: string, taken: Body | Failure): string | undefined {
   if (typeof taken === "string") return FAILURES[taken].text;
@@ -6027,7 +6118,8 @@ function bodyProblem(wanted: string, taken: Body | Failure): string | undefined 
 async function probe(service: Service, server: Server, effects: Effects): Promise<string | undefined> {
   const { kind, timeout } = service.config.health;
   const giveUp = new AbortController();
-  const asked = kind === "tcp" ? effects.connect(server, timeout) : probeHttp(service, server, effects, giveUp.signal);
+  const ask = kind === "grpc" ? probeGrpc : probeHttp;
+  const asked = kind === "tcp" ? effects.connect(server, timeout) : ask(service, server, effects, giveUp.signal);
   const late = effects.sleep(timeout, giveUp.signal).then(() => `no answer within ${timeout} ms`);
   try {
     return await Promise.race([asked, late]) ?? undefined;
@@ -6312,11 +6404,14 @@ function mayRetry(
   effects: Effects,
 ): boolean {
   if (retry >= policy.retries) return false;
-  const { response, failure } = attempt, what = response ? response.status : RETRIED_AS[failure!];
+  const { response, failure } = attempt;
+  const isUnavailable = isGrpc(exchange.request) &&
+    fieldOf(response?.fields ?? NO_FIELDS, "grpc-status") === GRPC_UNAVAILABLE;
+  const what = isUnavailable ? "unavailable" : response ? response.status : RETRIED_AS[failure!];
   if (what === undefined || !retryOn.has(what)) return false;
   if (exchange.request.gone) return false;
   const sent = response !== undefined || attempt.sent;
-  if (sent && !mayRepeat(exchange)) return false;
+  if (sent && !(isUnavailable ? exchange.body.bytes : mayRepeat(exchange))) return false;
   const now = effects.now(), { candidates } = service;
   if (!fallback && candidates.length > 0 && forRetry(service, candidates, exchange.tried, now).length === 0) {
     return false;
@@ -6454,6 +6549,7 @@ function accessRecord(exchange: Exchange, endedAt: number): AccessRecord {
     head: since(attempt?.headAt),
     ended: since(endedAt) ?? 0,
     failure: exchange.problem || undefined,
+    grpc: isGrpc(exchange.request) && attempt ? grpcStatus(attempt) : undefined,
   };
 }
 
@@ -6468,6 +6564,8 @@ const escaped = (text: string, unsafe: RegExp): string =>
     : text;
 const inQuotes = (text = "-"): string => `"${escaped(text, UNSAFE_IN_QUOTES)}"`;
 const oneWord = (text: string | undefined): string => text ? escaped(text, UNSAFE_IN_WORD) : "-";
+const failureOf = ({ failure, grpc = "0" }: AccessRecord): string =>
+  failure ?? (grpc === "0" ? "-" : oneWord(`grpc-status-${grpc}`));
 
 /** `0.250`: milliseconds with the microseconds. */
 function inMillis(time: number | undefined): string {
@@ -6486,7 +6584,7 @@ const LINE_FORMATS: Record<LineFormat, (record: AccessRecord) => string> = {
     const request = `"${oneWord(r.method)} ${escaped(target, UNSAFE_IN_QUOTES)} ${r.protocol}"`;
     const times = `${inMillis(r.connected)}/${inMillis(r.head)}/${inMillis(r.ended)}`;
     return `${oneWord(r.client)} - - [${clfTime(r.time)}] ${request} ${r.status} ${r.bytes} ${inQuotes(r.referer)} ` +
-      `${inQuotes(r.agent)} ${oneWord(r.service)} ${oneWord(r.server)} ${r.attempts} ${times} ${r.failure ?? "-"} ` +
+      `${inQuotes(r.agent)} ${oneWord(r.service)} ${oneWord(r.server)} ${r.attempts} ${times} ${failureOf(r)} ` +
       `${oneWord(r.id)} ${r.trace ?? "-"}`;
   },
   /** OpenTelemetry's semantic conventions, and `lb.` before names that they lack. Undefined fields are left out. */
@@ -6501,6 +6599,7 @@ const LINE_FORMATS: Record<LineFormat, (record: AccessRecord) => string> = {
       "url.path": r.path,
       "url.query": r.query,
       "http.response.status_code": r.status,
+      "rpc.grpc.status_code": r.grpc === undefined ? undefined : Number(r.grpc),
       "http.request.body.size": r.received,
       "http.response.body.size": r.bytes,
       "http.request.header.referer": r.referer,
@@ -6705,6 +6804,7 @@ const METRICS = {
     lb_open_connections: ["Requests in flight (connections that wait for the next are not seen)", (e) => e.inFlight],
   }),
   failure: metrics<[number]>({ lb_failures_total: ["Requests that failed, by what x-lb-failure says", (n) => n] }),
+  grpc: metrics<[number]>({ lb_service_grpc_responses_total: ["Calls of gRPC that have ended, by status", (n) => n] }),
   serviceRequests: requestMetrics("service"),
   service: metrics<[Service]>({
     lb_service_retries_total: ["Further attempts after the first", (s) => s.retries],
@@ -6766,6 +6866,7 @@ export function samplesOf(balancer: Balancer): Map<string, number> {
     const { name, config: { strategy } } = service, own = labelsOf({ service: name });
     putRequests(METRICS.serviceRequests, own, service.tallies);
     put(METRICS.service, own, service);
+    for (const [status, times] of service.grpc) put(METRICS.grpc, `${own},${labelsOf({ grpc_status: status })}`, times);
     for (const server of service.servers) {
       const labels = labelsOf({ service: name, url: server.url });
       put(METRICS.server, labels, server, server.state === "ready" && isHealthy(server, now));
@@ -6901,6 +7002,22 @@ function respondLiterally(
   const fields = applyRules([...own, ...[...headers].flat()], route.response.headers);
   if (!BODILESS.has(status)) return textReply(status, body, fields);
   return { status, reason: "", fields, body: NO_BODY };
+}
+
+/** The status of gRPC for each status of a failure; others are UNKNOWN. */
+const GRPC_STATUSES: Record<number, number> = {
+  ...{ 400: 13, 403: 7, 404: 12, 405: 12, 408: 4, 413: 8, 417: 13, 429: 8, 431: 8, 499: 1, 500: 13, 502: 14, 503: 14 },
+  ...{ 504: 4, 508: 13 },
+};
+/** A failure as a client of gRPC reads it: its own status in a response that is nothing but a head. */
+function grpcReply(kind: FailureName): HttpResponse {
+  const { status, text } = FAILURES[kind], own = ["grpc-status", `${GRPC_STATUSES[status] ?? 2}`, "grpc-message", text];
+  return {
+    status: 200,
+    reason: "",
+    fields: ["content-type", "application/grpc", ...own, "x-lb-failure", kind],
+    body: NO_BODY,
+  };
 }
 
 const ANY_METHOD = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
@@ -7126,13 +7243,14 @@ type Decide = (attempt: ExchangeAttempt) => void;
  */
 const NOT_SENT_YET = {
   ...{ connectedAt: 0, uploaded: 0, received: 0, headAt: 0, endedAt: 0, sent: true, hasLost: false, detail: "" },
-  ...{ carrier: undefined, response: undefined, failure: undefined, afterEnd: undefined },
+  ...{ trailers: NO_FIELDS, carrier: undefined, response: undefined, failure: undefined, afterEnd: undefined },
 };
 
 /** An attempt at the picked server. */
 function newServerAttempt(exchange: Exchange, server: Server, decide: Decide): ExchangeAttempt {
   const { method, body, upgrade, destination, balancer: { tunnels } } = exchange, route = exchange.route!;
-  const lines = outboundLines(exchange, server), { service, policy: { timeouts } } = destination!;
+  const lines = outboundLines(exchange, server), { service, policy } = destination!;
+  const timeouts = isGrpc(exchange.request) ? withDeadline(exchange, policy.timeouts) : policy.timeouts;
   const attempt: ExchangeAttempt = {
     ...NOT_SENT_YET,
     exchange,
@@ -7154,6 +7272,15 @@ function newServerAttempt(exchange: Exchange, server: Server, decide: Decide): E
   };
   return attempt;
 }
+
+/** What a call of gRPC leaves of the timeouts: its deadline (`grpc-timeout: 100m`) bounds the response and the request. */
+function withDeadline(exchange: Exchange, timeouts: Policy["timeouts"]): Policy["timeouts"] {
+  const [, count, unit] = /^(\d{1,8})([HMSmun])$/.exec(fieldOf(exchange.block.fields, "grpc-timeout") ?? "") ?? [];
+  if (!unit) return timeouts;
+  const left = Math.max(1, exchange.started + Number(count) * GRPC_UNITS[unit]! - exchange.now);
+  return { ...timeouts, response: Math.min(left, timeouts.response), request: Math.min(left, timeouts.request) };
+}
+const GRPC_UNITS: Record<string, number> = { H: 3.6e6, M: 6e4, S: 1e3, m: 1, u: 1e-3, n: 1e-6 }; // milliseconds
 
 function send(attempt: ExchangeAttempt): void {
   const { exchange, server, startedAt } = attempt;
@@ -7264,6 +7391,8 @@ function finish(exchange: Exchange): void {
   if (destination) {
     destination.service.inFlight--;
     count(tallyOf(destination.service.tallies, exchange), milliseconds, received, bytes, failed);
+    const status = isGrpc(exchange.request) && answering && grpcStatus(answering), { grpc } = destination.service;
+    if (status && /^(?:\d|1[0-6])$/.test(status)) grpc.set(status, (grpc.get(status) ?? 0) + 1);
   }
   if (problem) countFailure(balancer, problem);
   const { format } = exchange.table.config.log;
@@ -7284,13 +7413,13 @@ function respond(attempt: ExchangeAttempt, response: HttpResponse): void {
   if (attempt.endedAt) finish(exchange);
 }
 
-/** Sends a local reply, and finishes the exchange. */
-function respondLocally(exchange: Exchange, response: HttpResponse): void {
+/** Sends a local reply, and finishes the exchange. `shown`: what the client gets, where that is another one. */
+function respondLocally(exchange: Exchange, response: HttpResponse, shown = response): void {
   const own = [...exchange.quota, ...choiceFields(exchange)];
   const rest = own.length ? without(response.fields, new Set(own.filter((_, i) => i % 2 === 0))) : response.fields;
   exchange.status = response.status;
   exchange.bytes = exchange.method === "HEAD" ? 0 : Math.max(0, response.body.length);
-  exchange.reply({ ...response, fields: [...rest, ...own] });
+  exchange.reply(shown === response ? { ...response, fields: [...rest, ...own] } : shown);
   finish(exchange);
 }
 
@@ -7299,6 +7428,7 @@ function refuse(exchange: Exchange, kind: FailureName): void {
   const reply = failureReply(kind, fieldOf(exchange.block.fields, "accept"), exchange.id);
   const allow = [...new Set(exchange.allow ?? ANY_METHOD)].join(", ");
   exchange.problem = kind;
+  if (isGrpc(exchange.request)) return respondLocally(exchange, reply, grpcReply(kind));
   respondLocally(exchange, reply.status === 405 ? { ...reply, fields: [...reply.fields, "allow", allow] } : reply);
 }
 
@@ -7426,8 +7556,6 @@ async function sendCopy(exchange: Exchange, destination: Destination): Promise<v
 }
 
 // --- 8.6 Balance: the request path, step by step ---
-
-const KEPT = 65_536; // bytes: a body up to this size is read first, and kept for another attempt
 
 /** A new exchange, with the client's address and id from a trusted peer. */
 function exchangeOf(balancer: Balancer, request: HttpRequest, isWrapped = false): Exchange {
@@ -7630,7 +7758,14 @@ function settleRelay(balancer: Balancer, relay: Relay): void {
   if (log.format === "off" || !problem && effects.random() >= log.sample) return;
   effects.write({
     ...{ time: effects.date(), client: relay.client, method: "TCP", protocol: "-", scheme: "tcp", host: undefined },
-    ...{ url: `tcp://${relay.target}`, path: undefined, query: undefined, referer: undefined, agent: undefined },
+    ...{
+      url: `tcp://${relay.target}`,
+      path: undefined,
+      query: undefined,
+      referer: undefined,
+      agent: undefined,
+      grpc: undefined,
+    },
     ...{ status, received, bytes, id: relay.id, trace: undefined, span: undefined },
     ...{ route: service.name, service: service.name, server: tried.at(-1)?.name, attempts: tried.length },
     ...{ connected: connectedAt ? connectedAt - started : undefined, head: undefined, ended },
@@ -10204,13 +10339,13 @@ function divideLimits(config: Config, workers: number): Config {
 const countsOf = ({ table, requests, inFlight, entrypoints, failures, effects }: Balancer) => ({
   ...{ requests, inFlight, entrypoints, failures },
   services: new Map([...table.services].map(([name, service]) => {
-    const { turn, inFlight, retrying, retries, hedges, hedgesWon, copies, tallies, waiting } = service;
+    const { turn, inFlight, retrying, retries, hedges, hedgesWon, copies, tallies, grpc, waiting } = service;
     const servers = new Map(service.servers.map((server) => {
       const { url, inFlight, picks, answers, retries, ejected, counters, failures, failing, limit } = server;
       const more = { spent: server.latency * answers, ejectedFor: Math.max(0, server.until - effects.now()) };
       return [url, { inFlight, picks, answers, retries, ejected, counters, failures, failing, limit, ...more }];
     }));
-    const own = { turn, inFlight, retrying, retries, hedges, hedgesWon, copies, tallies };
+    const own = { turn, inFlight, retrying, retries, hedges, hedgesWon, copies, tallies, grpc };
     return [name, { ...own, queued: waiting.size, panicked: Number(service.panicking), servers }];
   })),
 });
@@ -10572,7 +10707,7 @@ function makeAtTheEdge(): LoadBalancer {
   const text = fs.readFileSync("/bundle/routes.yml", "utf8"); // it lies beside the bundle
   const config = parseConfig(text, process.env), services = [...config.services.values()];
   for (const service of services) {
-    if (service.health.kind === "tcp") service.health = { ...service.health, kind: "off" }; // passive only
+    if (!/^(?:http|off)$/.test(service.health.kind)) service.health = { ...service.health, kind: "off" }; // passive only
   }
   const lb = createLoadBalancer(config), file = parseDocument(text);
   const left = ["listen", "admin", "tcp"].filter((key) => file.has(key));
