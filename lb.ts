@@ -4790,13 +4790,8 @@ function releaseServer(service: Service, server: Server): void {
  * Waits until `pick` finds a server with room, first come, first served; or for a reason to wait no longer. What ends it
  * may happen in another request, so that it only takes the server there, and cleans up at home (the edge insists on that).
  */
-async function waitInQueue(
-  service: Service,
-  exchange: Exchange,
-  effects: Effects,
-  pick: () => Server | undefined,
-): Promise<Server | FailureName> {
-  const { waiting, config: { queue } } = service;
+async function waitInQueue(exchange: Exchange, pick: () => Server | undefined): Promise<Server | FailureName> {
+  const { service } = exchange.destination!, { waiting, config: { queue } } = service;
   if (waiting.size >= queue.size) return "queue-full";
   if (exchange.request.gone) return "client-left";
   const { promise, resolve, reject } = Promise.withResolvers<Server | FailureName>();
@@ -4818,7 +4813,7 @@ async function waitInQueue(
   const over = new AbortController();
   waiting.add(proceed);
   exchange.onLeave = () => leave("client-left");
-  effects.sleep(queue.timeout, over.signal).then(() => {
+  exchange.balancer.effects.sleep(queue.timeout, over.signal).then(() => {
     wakeQueue(service); // an ejection may have ended unnoticed
     leave("queue-timeout");
   });
@@ -4864,20 +4859,15 @@ function forRetry(service: Service, candidates: readonly Server[], tried: Server
  * seen the request or it is idempotent and its body is at hand; somebody is left who has not asked to be left alone; and
  * the budget has room. A connection that never stood put no load on any server, and so costs no budget.
  */
-function mayRetry(
-  exchange: Exchange,
-  { policy, retryOn, service, fallback }: Destination,
-  attempt: ExchangeAttempt,
-  retry: number,
-  effects: Effects,
-): boolean {
+function mayRetry(attempt: ExchangeAttempt, retry: number): boolean {
+  const { exchange, response, failure } = attempt, { policy, retryOn, service, fallback } = exchange.destination!;
   if (retry >= policy.retries) return false;
-  const { response, failure } = attempt, what = response ? response.status : RETRIED_AS[failure!];
+  const what = response ? response.status : RETRIED_AS[failure!];
   if (what === undefined || !retryOn.has(what)) return false;
   if (exchange.request.gone) return false;
   const sent = response !== undefined || attempt.sent;
   if (sent && !mayRepeat(exchange)) return false;
-  const now = effects.now(), { candidates } = service;
+  const now = exchange.balancer.effects.now(), { candidates } = service;
   if (!fallback && candidates.length > 0 && forRetry(service, candidates, exchange.tried, now).length === 0) {
     return false;
   }
@@ -5508,7 +5498,7 @@ function hostFor(exchange: Exchange, server: Server): string {
   return /^(?:keep|server)$/.test(host_header) ? hostOf(server.url) : host_header;
 }
 
-// --- 8.3 Picking: the server of the next attempt: now, later, or of the fallback service ---
+// --- 8.3 Picking: the server of the next attempt ---
 
 /** The choice of the service's strategy. */
 function runStrategy(service: Service, candidates: Candidates, exchange: Exchange): Server {
@@ -5518,8 +5508,8 @@ function runStrategy(service: Service, candidates: Candidates, exchange: Exchang
 }
 
 /** The client's previous server while it is eligible; else another one, with a new cookie. */
-function pickSticky(service: Service, candidates: Candidates, exchange: Exchange, effects: Effects): Server {
-  const before = stickyServer(service, exchange, effects);
+function pickSticky(service: Service, candidates: Candidates, exchange: Exchange): Server {
+  const { effects } = exchange.balancer, before = stickyServer(service, exchange, effects);
   const stays = before !== undefined && candidates.includes(before);
   const server = stays ? before : runStrategy(service, candidates, exchange);
   exchange.block = { fields: withoutCookie(exchange.block.fields, service.config.sticky.cookie), passing: undefined };
@@ -5534,42 +5524,18 @@ function takeServer({ tried, destination, now }: Exchange, server: Server): Serv
 }
 
 /** Picks the server of the next attempt. It counts as in flight from here to `judgeFailure` or `settle`. */
-function pickServer(exchange: Exchange, effects: Effects, now: number): Server | undefined {
+function pickServer(exchange: Exchange, now: number): Server | undefined {
   const { tried } = exchange, { service } = exchange.destination!;
   exchange.now = now;
-  if (now >= service.compareAt) compare(service, now, effects);
+  if (now >= service.compareAt) compare(service, now, exchange.balancer.effects);
   let candidates = candidatesOf(service, now);
   if (tried.length) candidates = forRetry(service, candidates, tried, now);
   candidates = withRoom(service, candidates);
   if (candidates.length === 0) return undefined;
   const server = service.config.sticky.cookie
-    ? pickSticky(service, candidates as Candidates, exchange, effects)
+    ? pickSticky(service, candidates as Candidates, exchange)
     : runStrategy(service, candidates as Candidates, exchange);
   return takeServer(exchange, server);
-}
-
-/** Picks for a new request: those in the queue go first. */
-function pickNow(exchange: Exchange, effects: Effects, now: number): Server | undefined {
-  const { service } = exchange.destination!;
-  if (service.waiting.size > 0) wakeQueue(service);
-  return pickServer(exchange, effects, now);
-}
-
-/** Waits in the queue, or goes to the fallback service; gives a server, or the failure for the client. */
-async function queueOrFallback(exchange: Exchange, failure: FailureName, effects: Effects) {
-  const pick = () => pickServer(exchange, effects, effects.now());
-  for (;;) {
-    const { service, fallback } = exchange.destination!;
-    const waits = candidatesOf(service, effects.now()).length > 0 && !(fallback && exchange.tried.length);
-    const server = waits ? await waitInQueue(service, exchange, effects, pick) : failure;
-    if (typeof server !== "string" || server === "client-left" || !fallback) return server;
-    service.inFlight--;
-    fallback.service.inFlight++;
-    exchange.destination = fallback;
-    exchange.cookie = "";
-    const other = pickNow(exchange, effects, effects.now());
-    if (other) return other;
-  }
 }
 
 // --- 8.4 Attempts and accounting: one request to one server, which never throws, counted once ---
@@ -5876,7 +5842,7 @@ function mirror(exchange: Exchange, destination: Destination): void {
 async function sendCopy(exchange: Exchange, destination: Destination): Promise<void> {
   const { balancer, method, body } = exchange, { effects } = balancer, { service } = destination;
   const copy: Exchange = { ...exchange, destination, tried: [], onLeave: undefined };
-  const server = pickServer(copy, effects, effects.now());
+  const server = pickServer(copy, effects.now());
   if (server === undefined) return void service.copies.skipped++;
   if (server.trying) endTrial(service, server, "undecided", effects); // a copy tries nobody out
   const lines = outboundLines(copy, server), route = exchange.route!;
@@ -6000,13 +5966,22 @@ function takeBody(exchange: Exchange): void {
   (body as FetchBody).isEmpty().then((isEmpty) => go(isEmpty ? NO_BODY : body), () => go("bad-body"));
 }
 
-/** Asks a server: at once, or when one has room. */
+/** Asks a server: at once, or when one has room; else one of the fallback service. Requests in the queue go first. */
 function ask(exchange: Exchange, retry: number, now: number, failure: FailureName = "no-server"): void {
-  const { effects } = exchange.balancer, server = pickNow(exchange, effects, now);
+  const { effects } = exchange.balancer, { service, fallback } = exchange.destination!;
+  if (service.waiting.size > 0) wakeQueue(service);
+  const server = pickServer(exchange, now);
   if (server) return forward(exchange, server, retry);
-  queueOrFallback(exchange, failure, effects).then((later) => {
-    if (typeof later === "string") refuse(exchange, later);
-    else guarded(exchange, () => forward(exchange, later, retry));
+  const waits = candidatesOf(service, now).length > 0 && !(fallback && exchange.tried.length);
+  const found = waits ? waitInQueue(exchange, () => pickServer(exchange, effects.now())) : Promise.resolve(failure);
+  found.then((later) => {
+    if (typeof later !== "string") return forward(exchange, later, retry);
+    if (later === "client-left" || !fallback) return refuse(exchange, later);
+    service.inFlight--;
+    fallback.service.inFlight++;
+    exchange.destination = fallback;
+    exchange.cookie = "";
+    ask(exchange, retry, effects.now(), failure);
   }).catch((error) => failInternally(exchange, error));
 }
 
@@ -6027,10 +6002,9 @@ function forward(exchange: Exchange, server: Server, retry: number): void {
 
 /** Sends the response or failure of an attempt to the client, or asks another server. */
 function conclude(attempt: ExchangeAttempt, retry: number): void {
-  const { exchange, response, failure = "reset" } = attempt, destination = exchange.destination!;
-  const { effects } = exchange.balancer;
+  const { exchange, response, failure = "reset" } = attempt, { effects } = exchange.balancer;
   if (retry > 0) attempt.service.retrying--;
-  if (!mayRetry(exchange, destination, attempt, retry, effects)) {
+  if (!mayRetry(attempt, retry)) {
     if (response) return respond(attempt, response);
     return refuse(exchange, exchange.request.gone ? "client-left" : failure);
   }
