@@ -4732,25 +4732,19 @@ function admit(balancer: Balancer, socket: Socket): FailureName | undefined {
   return undefined;
 }
 
-/** When a bucket is full again. A bucket that nobody has drawn from for as long as it takes to fill need not be kept. */
-function fullAt(buckets: Buckets, bucket: string, now: number): number {
-  const { rate: { requests, per, burst }, recent, turnedAt } = buckets;
-  if (now - turnedAt >= burst * per / requests || recent.size >= MOST_BUCKETS / 2) {
-    Object.assign(buckets, { recent: new Map(), older: recent, turnedAt: now });
-  }
-  return Math.max(now, buckets.recent.get(bucket) ?? buckets.older.get(bucket) ?? 0);
-}
-
 /**
  * Whether a client may ask once more: its bucket holds `burst` tokens, gets `requests` new ones `per` time, and each
  * request takes one. The answer says how many are left and the seconds until there is one more (the IETF's RateLimit
  * fields, draft-ietf-httpapi-ratelimit-headers-10).
  */
 function withinRate(buckets: Buckets, exchange: Exchange): boolean {
-  const { requests, per, burst } = buckets.rate;
-  const now = exchange.started, each = per / requests;
-  const bucket = bucketOf(exchange, buckets.rate);
-  const before = (fullAt(buckets, bucket, now) - now) / each; // tokens that are missing
+  const { rate, recent, turnedAt } = buckets, { requests, per, burst } = rate;
+  const now = exchange.started, each = per / requests, bucket = bucketOf(exchange, rate);
+  if (now - turnedAt >= burst * each || recent.size >= MOST_BUCKETS / 2) { // buckets not drawn from since are full
+    Object.assign(buckets, { recent: new Map(), older: recent, turnedAt: now });
+  }
+  const fullAt = Math.max(now, buckets.recent.get(bucket) ?? buckets.older.get(bucket) ?? 0);
+  const before = (fullAt - now) / each; // tokens that are missing
   const within = before <= burst - 1 + 1e-6;
   const missing = within ? before + 1 : before;
   if (within) buckets.recent.set(bucket, now + missing * each);
@@ -5358,7 +5352,7 @@ const METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8";
 // --- 8.1 Local replies: redirects, fixed responses, OPTIONS ---
 
 /** Where a redirect leads: taken literally, or the request's own address with some parts replaced. */
-function redirect(exchange: Exchange, action: Extract<RouteConfig["action"], { kind: "redirect" }>): HttpResponse {
+function redirect(exchange: Exchange, action: Out<typeof Redirect>): HttpResponse {
   const { to, scheme, host, port, path, status } = action;
   const spoken = exchange.forwarded?.get("x-forwarded-proto") ?? "";
   const proto = scheme || (/^https?$/.test(spoken) ? spoken : exchange.scheme);
@@ -5372,10 +5366,7 @@ function redirect(exchange: Exchange, action: Extract<RouteConfig["action"], { k
 }
 
 /** The response that a route's `respond` holds. */
-function respondLiterally(
-  route: Route,
-  { status, body, headers }: Extract<RouteConfig["action"], { kind: "respond" }>,
-): HttpResponse {
+function respondLiterally(route: Route, { status, body, headers }: Out<typeof Respond>): HttpResponse {
   const own = headers.has("content-type") || !body ? [] : ["content-type", "text/plain; charset=utf-8"];
   const fields = applyRules([...own, ...[...headers].flat()], route.response.headers);
   if (!BODILESS.has(status)) return textReply(status, body, fields);
@@ -5466,9 +5457,9 @@ function commonLines(exchange: Exchange, host: string): string {
   return text;
 }
 
-/** The fields of the request as a server gets them, as they are written. */
+/** The fields of the request as a server gets them, after the route's rules, as they are written. */
 function outboundLines(exchange: Exchange, server: Server): string {
-  const { balancer, forwarded, upgrade, request } = exchange;
+  const { balancer, forwarded, upgrade, request } = exchange, { hasRules, request: rules } = exchange.route!;
   if (exchange.trace) exchange.span = newId(balancer);
   else startTrace(exchange);
   let out = `${commonLines(exchange, hostFor(exchange, server))}x-request-id: ${exchange.id}\r\n` +
@@ -5477,7 +5468,7 @@ function outboundLines(exchange: Exchange, server: Server): string {
   if (upgrade) out += `connection: Upgrade\r\nupgrade: ${upgrade}\r\n`;
   else if (request.trailers) out += "te: trailers\r\nconnection: TE\r\n";
   for (const [name, value] of forwarded ?? []) if (!OURS.has(name)) out += `${name}: ${value}\r\n`;
-  return out;
+  return hasRules ? linesOf(applyRules(fieldsOf(out), rules.headers)) : out;
 }
 
 /** A server's response after the route's rules, with our cookie and rate fields. */
@@ -5567,8 +5558,8 @@ const NOT_SENT_YET = {
 
 /** An attempt at the picked server. */
 function newServerAttempt(exchange: Exchange, server: Server, decide: Decide): ExchangeAttempt {
-  const { method, body, upgrade, destination, balancer: { tunnels } } = exchange, route = exchange.route!;
-  const lines = outboundLines(exchange, server), { service, policy: { timeouts } } = destination!;
+  const { method, body, upgrade, destination, balancer: { tunnels } } = exchange;
+  const { service, policy: { timeouts } } = destination!;
   const attempt: ExchangeAttempt = {
     ...NOT_SENT_YET,
     exchange,
@@ -5581,9 +5572,9 @@ function newServerAttempt(exchange: Exchange, server: Server, decide: Decide): E
     tunnels,
     decide,
     startedAt: exchange.now,
-    target: targetOf(exchange, route),
-    lines: route.hasRules ? withRules(lines, route) : lines,
-    span: exchange.span,
+    target: targetOf(exchange, exchange.route!),
+    lines: outboundLines(exchange, server),
+    span: exchange.span, // of these lines
     onInform: (...interim) => exchange.attempt === attempt && exchange.request.inform(...interim),
     onHead: (response) => onAnswer(attempt, response),
     onEnd: (failure, detail, sent) => onAttemptEnd(attempt, failure, detail, sent),
@@ -5664,11 +5655,6 @@ function settle(attempt: ExchangeAttempt, status: number): void {
   if (exchange.attempt === attempt && exchange.status) finish(exchange);
 }
 
-/** The fields of a request after its route's rules. */
-function withRules(lines: string, route: Route): string {
-  return linesOf(applyRules(fieldsOf(lines), route.request.headers));
-}
-
 /** Runs code that may throw, such as a custom strategy: the error fails this request only. */
 function guarded(exchange: Exchange, run: () => void): void {
   try {
@@ -5722,11 +5708,9 @@ function respond(attempt: ExchangeAttempt, response: HttpResponse): void {
 
 /** Sends a local reply, and finishes the exchange. */
 function respondLocally(exchange: Exchange, response: HttpResponse): void {
-  const own = exchange.quota;
-  const rest = own.length ? without(response.fields, new Set(own.filter((_, i) => i % 2 === 0))) : response.fields;
   exchange.status = response.status;
   exchange.bytes = exchange.method === "HEAD" ? 0 : Math.max(0, response.body.length);
-  exchange.reply({ ...response, fields: [...rest, ...own] });
+  exchange.reply({ ...response, fields: [...response.fields, ...exchange.quota] });
   finish(exchange);
 }
 
@@ -5845,11 +5829,10 @@ async function sendCopy(exchange: Exchange, destination: Destination): Promise<v
   const server = pickServer(copy, effects.now());
   if (server === undefined) return void service.copies.skipped++;
   if (server.trying) endTrial(service, server, "undecided", effects); // a copy tries nobody out
-  const lines = outboundLines(copy, server), route = exchange.route!;
-  const given = { server, method, body, target: targetOf(copy, route), timeouts: destination.policy.timeouts };
-  const ruled = { ...given, lines: route.hasRules ? withRules(lines, route) : lines, startedAt: copy.now };
+  const { policy: { timeouts } } = destination, lines = outboundLines(copy, server);
+  const given = { server, method, body, target: targetOf(copy, copy.route!), lines, timeouts, startedAt: copy.now };
   const problem = await new Promise<string | undefined>((resolve) =>
-    effects.send(newAttempt(ruled, {
+    effects.send(newAttempt(given, {
       onInform() {},
       onHead: (response) => response.body.read({ data() {}, end() {}, fail() {} }),
       onEnd: (failure, detail) => resolve(failure && detail),
