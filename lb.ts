@@ -18,12 +18,12 @@
  *      4 Routing           validation, matching and rewriting
  *      5 Load balancing    strategies, eligibility, outlier detection, health checks, sticky sessions
  *      6 Traffic control   limits and queue, retries, hedging
- *      7 Observability     traces, access log, metrics, explain
+ *      7 Observability     traces, access log, metrics
  *      8 Request path      local replies, proxy headers, picking, attempts and accounting, hedged and mirrored
  *                          attempts, balance
  *      9 TCP proxy         connections that are not HTTP
  *     10 Assembly          the table of a config, and the state carried over a reload
- *     11 Admin             views, config edits, endpoints, API description, dashboard, access
+ *     11 Admin             views, explain, config edits, endpoints, API description, dashboard, access
  *     12 Program           TLS, runtimes, library, command line, listeners, workers, main, edge
  *
  * @module
@@ -1209,7 +1209,6 @@ export interface FieldBlock {
 export interface PassingFields {
   readonly lines: string; // as wire text
   readonly via: string;
-  readonly maxForwards: string;
   latest?: { via: string; peer: string; scheme: string; named: string; host: string; text: string }; // of `commonLines`
 }
 
@@ -1688,23 +1687,6 @@ export interface Strategy {
 /** The number that a strategy compares; the lowest wins. */
 export type Score = (server: Server, candidates: Candidates, draw: Draw) => number;
 
-/** One server in the explanation of a choice. */
-export interface Verdict {
-  server: string;
-  asked: boolean; // whether it was eligible
-  why?: string; // the reason
-  score?: number; // where its strategy has one
-  limit?: number; // requests in flight at most, where that is found out (`max_in_flight: auto`)
-}
-
-/** One choice among the servers of a service. */
-export interface Choice {
-  service: string;
-  strategy: string;
-  takes: string | null; // the server; null: there is none to take
-  servers: Verdict[];
-}
-
 /** One service: its servers and strategy, from the config in force, and the state that survives a reload. */
 export interface Service {
   // config
@@ -1881,7 +1863,6 @@ export class Exchange implements Draw {
   route: Route | undefined = undefined;
   destination: Destination | undefined = undefined;
   readonly tried: Server[] = [];
-  choices: Choice[] | undefined = undefined; // so far, where an operator asks for them
   cookie = ""; // Set-Cookie for a client that is new to its server, or empty
   quota = NO_FIELDS; // what the answer says about the client's rate
   trace = ""; // 32 digits, from the client or begun by us; empty: not asked for yet
@@ -2021,7 +2002,6 @@ export interface Balancer {
   ids: number; // of traces and spans, so far
   readonly entrypoints: Map<string, Entrypoint>; // by name
   readonly failures: Map<string, number>; // how often each of FAILURES was the end of a request
-  readonly guesses: Buckets; // wrong tokens in x-lb-explain
 }
 
 function newBalancer(table: Table, effects: Effects, runtime: string): Balancer {
@@ -2035,7 +2015,6 @@ function newBalancer(table: Table, effects: Effects, runtime: string): Balancer 
     tokens: { ...table.config.admin },
     ...{ inFlight: 0, connections: 0, connected: new Map(), clients: new Map(), tunnels: new Set(), relays: new Set() },
     ...{ workers: new Map(), requests: 0, ids: 0, entrypoints: new Map(), failures: new Map() },
-    guesses: newBuckets({ requests: 1, per: 1_000, burst: 5, by: "" }),
   };
 }
 
@@ -2812,9 +2791,9 @@ class ByteTunnel implements Tunnel {
 
 const ENCODER = new TextEncoder();
 
-/** JSON in ASCII: its length is its size, and it is safe in headers and log lines. */
-function asciiJson(value: unknown, replace?: (key: string, value: unknown) => unknown): string {
-  const text = JSON.stringify(value, replace);
+/** JSON in ASCII: its length is its size, and it is safe in log lines. */
+function asciiJson(value: unknown): string {
+  const text = JSON.stringify(value);
   if (Buffer.byteLength(text) === text.length && !text.includes("\x7f")) return text; // faster than a search
   return text.replace(/[^\x20-\x7e]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
 }
@@ -6264,25 +6243,19 @@ function admit(balancer: Balancer, socket: Socket): FailureName | undefined {
   return undefined;
 }
 
-/** When a bucket is full again. A bucket that nobody has drawn from for as long as it takes to fill need not be kept. */
-function fullAt(buckets: Buckets, bucket: string, now: number): number {
-  const { rate: { requests, per, burst }, recent, turnedAt } = buckets;
-  if (now - turnedAt >= burst * per / requests || recent.size >= MOST_BUCKETS / 2) {
-    Object.assign(buckets, { recent: new Map(), older: recent, turnedAt: now });
-  }
-  return Math.max(now, buckets.recent.get(bucket) ?? buckets.older.get(bucket) ?? 0);
-}
-
 /**
  * Whether a client may ask once more: its bucket holds `burst` tokens, gets `requests` new ones `per` time, and each
  * request takes one. The answer says how many are left and the seconds until there is one more (the IETF's RateLimit
  * fields, draft-ietf-httpapi-ratelimit-headers-10).
  */
 function withinRate(buckets: Buckets, exchange: Exchange): boolean {
-  const { requests, per, burst } = buckets.rate;
-  const now = exchange.started, each = per / requests;
-  const bucket = bucketOf(exchange, buckets.rate);
-  const before = (fullAt(buckets, bucket, now) - now) / each; // tokens that are missing
+  const { rate, recent, turnedAt } = buckets, { requests, per, burst } = rate;
+  const now = exchange.started, each = per / requests, bucket = bucketOf(exchange, rate);
+  if (now - turnedAt >= burst * each || recent.size >= MOST_BUCKETS / 2) { // buckets not drawn from since are full
+    Object.assign(buckets, { recent: new Map(), older: recent, turnedAt: now });
+  }
+  const fullAt = Math.max(now, buckets.recent.get(bucket) ?? buckets.older.get(bucket) ?? 0);
+  const before = (fullAt - now) / each; // tokens that are missing
   const within = before <= burst - 1 + 1e-6;
   const missing = within ? before + 1 : before;
   if (within) buckets.recent.set(bucket, now + missing * each);
@@ -6322,13 +6295,8 @@ function releaseServer(service: Service, server: Server): void {
  * Waits until `pick` finds a server with room, first come, first served; or for a reason to wait no longer. What ends it
  * may happen in another request, so that it only takes the server there, and cleans up at home (the edge insists on that).
  */
-async function waitInQueue(
-  service: Service,
-  exchange: Exchange,
-  effects: Effects,
-  pick: () => Server | undefined,
-): Promise<Server | FailureName> {
-  const { waiting, config: { queue } } = service;
+async function waitInQueue(exchange: Exchange, pick: () => Server | undefined): Promise<Server | FailureName> {
+  const { service } = exchange.destination!, { waiting, config: { queue } } = service;
   if (waiting.size >= queue.size) return "queue-full";
   if (exchange.request.gone) return "client-left";
   const { promise, resolve, reject } = Promise.withResolvers<Server | FailureName>();
@@ -6350,7 +6318,7 @@ async function waitInQueue(
   const over = new AbortController();
   waiting.add(proceed);
   exchange.onLeave = () => leave("client-left");
-  effects.sleep(queue.timeout, over.signal).then(() => {
+  exchange.balancer.effects.sleep(queue.timeout, over.signal).then(() => {
     wakeQueue(service); // an ejection may have ended unnoticed
     leave("queue-timeout");
   });
@@ -6396,15 +6364,9 @@ function forRetry(service: Service, candidates: readonly Server[], tried: Server
  * seen the request or it is idempotent and its body is at hand; somebody is left who has not asked to be left alone; and
  * the budget has room. A connection that never stood put no load on any server, and so costs no budget.
  */
-function mayRetry(
-  exchange: Exchange,
-  { policy, retryOn, service, fallback }: Destination,
-  attempt: ExchangeAttempt,
-  retry: number,
-  effects: Effects,
-): boolean {
+function mayRetry(attempt: ExchangeAttempt, retry: number): boolean {
+  const { exchange, response, failure } = attempt, { policy, retryOn, service, fallback } = exchange.destination!;
   if (retry >= policy.retries) return false;
-  const { response, failure } = attempt;
   const isUnavailable = isGrpc(exchange.request) &&
     fieldOf(response?.fields ?? NO_FIELDS, "grpc-status") === GRPC_UNAVAILABLE;
   const what = isUnavailable ? "unavailable" : response ? response.status : RETRIED_AS[failure!];
@@ -6412,7 +6374,7 @@ function mayRetry(
   if (exchange.request.gone) return false;
   const sent = response !== undefined || attempt.sent;
   if (sent && !(isUnavailable ? exchange.body.bytes : mayRepeat(exchange))) return false;
-  const now = effects.now(), { candidates } = service;
+  const now = exchange.balancer.effects.now(), { candidates } = service;
   if (!fallback && candidates.length > 0 && forRetry(service, candidates, exchange.tried, now).length === 0) {
     return false;
   }
@@ -6475,8 +6437,8 @@ const mayHedge = ({ method, body, upgrade }: Exchange, { hedge, measured }: Serv
 
 // -----------------------------------------------------------------------------------------------------------
 // 7. Observability
-// What is written down and counted. Requests never wait for the log, counters add up over workers, and an
-// operator can ask which server was taken and why not the others.
+// What is written down and counted, under names that OpenTelemetry and Traefik use. Requests never wait for the
+// log, and counters add up over workers.
 // -----------------------------------------------------------------------------------------------------------
 
 // --- 7.1 Traces: W3C Trace Context ---
@@ -6899,77 +6861,6 @@ export function renderMetrics(samples: ReadonlyMap<string, number>): string {
 
 const METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8";
 
-// --- 7.4 Explain: which server was taken, and why not the others ---
-
-/** What speaks against asking a server, and where it may be asked all the same, why that is. */
-function whyNot(server: Server, may: boolean, { tried, now }: Exchange): string {
-  const { state, weight, inFlight, up, probeProblem, until, trying, pausedUntil, backup } = server;
-  const left = (time: number) => Math.ceil((time - now) / 1_000);
-  const room = Math.floor(server.limit);
-  if (state !== "ready") return state === "drain" ? "it drains" : "in maintenance";
-  if (weight === 0) return "its weight is 0";
-  if (tried.includes(server)) return "tried before";
-  const problem = up ? "" : `down${probeProblem && `: ${probeProblem}`}`;
-  const ill = problem || (until > now ? `ejected for another ${left(until)} s` : "");
-  if (may) return ill && `${ill}, but too few are healthy`;
-  const calm = pausedUntil > now ? `it wants to be left alone for another ${left(pausedUntil)} s` : "";
-  return ill || (trying ? "another request tries it out" : calm) ||
-    (inFlight >= room ? `full: ${inFlight} of ${room}` : backup ? "a backup" : "");
-}
-
-/** Who of a service may be asked, with what score, why the others may not, and who takes the request. */
-function choiceOf(
-  service: Service,
-  candidates: readonly Server[],
-  exchange: Exchange,
-  effects: Effects,
-  taker: Server | undefined,
-): Choice {
-  const { strategy, config, name } = service;
-  const score = strategy.score ?? SCORES[config.strategy.name];
-  const before = config.sticky.cookie ? stickyServer(service, exchange, effects) : undefined;
-  const servers = service.servers.map((server): Verdict => {
-    const asked = candidates.includes(server), named = server === before && "the cookie names it";
-    const why = [whyNot(server, asked, exchange), named].filter(Boolean).join("; ");
-    const points = asked ? score?.(server, candidates as Candidates, exchange) : undefined;
-    const short = points !== undefined && { score: Number(points.toPrecision(4)) };
-    const auto = config.max_in_flight === AUTO && { limit: Math.floor(server.limit) };
-    return { server: server.name, asked, ...(why && { why }), ...short, ...auto };
-  });
-  return { service: name, strategy: config.strategy.name, takes: taker?.name ?? null, servers };
-}
-
-/**
- * Whether x-lb-explain shows a token of the admin API. Signatures are compared, so that time tells nothing; and whoever
- * guesses wrong a few times is not listened to for a while.
- */
-function isOperator({ effects, guesses }: Balancer, exchange: Exchange): boolean {
-  const given = fieldOf(exchange.block.fields, "x-lb-explain"), { admin } = exchange.table.config;
-  if (!given || !admin?.token) return false;
-  const bucket = bucketOf(exchange, guesses.rate), { requests, per, burst } = guesses.rate, each = per / requests;
-  const full = fullAt(guesses, bucket, exchange.started);
-  if (full > exchange.started + (burst - 1) * each) return false;
-  const signed = (text: string) => effects.sign(effects.secret(), text);
-  if ([admin.token, admin.read_token].some((token) => token && signed(token) === signed(given))) return true;
-  guesses.recent.set(bucket, full + each);
-  return false;
-}
-
-/** Of what x-lb-explain says: enough to see why, and never more than a client's parser takes. */
-const SHOWN = { choices: 3, servers: 16, letters: 100 };
-
-/** What an operator is told of the choices so far, as compact JSON. No cache may keep it. */
-function choiceFields({ route, choices }: Exchange): Fields {
-  if (!choices) return NO_FIELDS;
-  const brief = (key: string, value: unknown) => key === "why" ? String(value).slice(0, SHOWN.letters) : value;
-  const last = choices.slice(-SHOWN.choices).map(({ servers, ...choice }) => {
-    const more = servers.length - SHOWN.servers;
-    return { ...choice, servers: servers.slice(0, SHOWN.servers), ...(more > 0 && { more }) };
-  });
-  const json = asciiJson({ route: route?.name ?? "", choices: last }, brief);
-  return ["x-lb-explain", json, "cache-control", "no-store"];
-}
-
 // -----------------------------------------------------------------------------------------------------------
 // 8. Request path
 // From the head of a request to the last byte of its response. The functions of 8.6 are the steps, in order:
@@ -6980,7 +6871,7 @@ function choiceFields({ route, choices }: Exchange): Fields {
 // --- 8.1 Local replies: redirects, fixed responses, OPTIONS ---
 
 /** Where a redirect leads: taken literally, or the request's own address with some parts replaced. */
-function redirect(exchange: Exchange, action: Extract<RouteConfig["action"], { kind: "redirect" }>): HttpResponse {
+function redirect(exchange: Exchange, action: Out<typeof Redirect>): HttpResponse {
   const { to, scheme, host, port, path, status } = action;
   const spoken = exchange.forwarded?.get("x-forwarded-proto") ?? "";
   const proto = scheme || (/^https?$/.test(spoken) ? spoken : exchange.scheme);
@@ -6994,10 +6885,7 @@ function redirect(exchange: Exchange, action: Extract<RouteConfig["action"], { k
 }
 
 /** The response that a route's `respond` holds. */
-function respondLiterally(
-  route: Route,
-  { status, body, headers }: Extract<RouteConfig["action"], { kind: "respond" }>,
-): HttpResponse {
+function respondLiterally(route: Route, { status, body, headers }: Out<typeof Respond>): HttpResponse {
   const own = headers.has("content-type") || !body ? [] : ["content-type", "text/plain; charset=utf-8"];
   const fields = applyRules([...own, ...[...headers].flat()], route.response.headers);
   if (!BODILESS.has(status)) return textReply(status, body, fields);
@@ -7020,28 +6908,25 @@ function grpcReply(kind: FailureName): HttpResponse {
   };
 }
 
-const ANY_METHOD = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
-/** The balancer's own response to OPTIONS. */
-const optionsReply = (methods: string[]): HttpResponse =>
-  textReply(200, "", ["allow", (methods.length ? methods : ANY_METHOD).join(", ")]);
+const ANY_METHOD = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"; // of Allow
 
 // --- 8.2 Proxy headers: what passes to a server and back ---
 
 /** What is done with a request's field. `told`: trusted peers only; `drop`: it ends here, or is set anew. */
-type FieldAction = "pass" | "drop" | "told" | "via" | "max-forwards";
+type FieldAction = "pass" | "drop" | "told" | "via";
 const DROPPED = new Set(
   `connection content-length expect host http2-settings keep-alive proxy proxy-authorization proxy-connection te
-  traceparent tracestate transfer-encoding upgrade x-lb-explain`.split(/\s+/),
+  traceparent tracestate transfer-encoding upgrade`.split(/\s+/),
 );
 const FORWARDED = /^(?:forwarded$|x-forwarded|x-real-ip$|x-request-id$)/;
 
 /** Drops look-alikes of special names (`X_Forwarded_For`, `Content.Length`, `A--B`): some servers fold them. */
 const fieldAction = memo((spelled): FieldAction => {
   const name = spelled.toLowerCase(), folded = name.replaceAll(/[_.-]+/g, "-");
+  if (name === "via") return "via";
   if (DROPPED.has(folded)) return "drop";
-  const isOurs = folded === "via" || folded === "max-forwards";
-  const passage = FORWARDED.test(folded) ? "told" : isOurs ? folded : "pass";
-  return passage !== "pass" && name !== folded ? "drop" : passage;
+  if (!FORWARDED.test(folded)) return "pass";
+  return name === folded ? "told" : "drop";
 });
 
 /** What a trusted peer says about the client, by name in lower case. */
@@ -7065,24 +6950,17 @@ function clientBehind(peer: string, told: ReadonlyMap<string, string>, trusts: T
   return client;
 }
 
-/** Max-Forwards, which is about OPTIONS only (RFC 9110 section 7.6.2); at 0 a request goes no further. */
-const oneHopLess = ({ method }: Exchange, hops: string): string =>
-  method === "OPTIONS" && /^\d{1,9}$/.test(hops) ? `${Math.max(0, Number(hops) - 1)}` : hops;
-const goesNoFurther = ({ method, block }: Exchange): boolean =>
-  method === "OPTIONS" && /^0+$/.test(passingFields(block).maxForwards);
-
 /** The fields of a request that pass to servers, worked out once for each head. */
 function passingFields(block: FieldBlock): PassingFields {
   if (block.passing) return block.passing;
   const { fields } = block, passing: string[] = [];
-  let [via, maxForwards] = ["", ""];
+  let via = "";
   for (let i = 0; i < fields.length; i += 2) {
     const passage = fieldAction(fields[i]!);
     if (passage === "pass") passing.push(fields[i]!, fields[i + 1]!);
     else if (passage === "via") via = joinValues(via, fields[i + 1]!);
-    else if (passage === "max-forwards") maxForwards = joinValues(maxForwards, fields[i + 1]!);
   }
-  return block.passing = { lines: linesOf(passing), via, maxForwards };
+  return block.passing = { lines: linesOf(passing), via };
 }
 
 const MAX_HOPS = 20; // entries of Via
@@ -7114,26 +6992,25 @@ function commonLines(exchange: Exchange, host: string): string {
   return text;
 }
 
-/** The fields of the request as a server gets them, as they are written. */
+/** The fields of the request as a server gets them, after the route's rules, as they are written. */
 function outboundLines(exchange: Exchange, server: Server): string {
-  const { balancer, forwarded, upgrade, request, block } = exchange, { maxForwards } = passingFields(block);
+  const { balancer, forwarded, upgrade, request } = exchange, { hasRules, request: rules } = exchange.route!;
   if (exchange.trace) exchange.span = newId(balancer);
   else startTrace(exchange);
   let out = `${commonLines(exchange, hostFor(exchange, server))}x-request-id: ${exchange.id}\r\n` +
     `traceparent: 00-${exchange.trace}-${exchange.span}-${exchange.traceFlags}\r\n`;
   if (exchange.traceState) out += `tracestate: ${exchange.traceState}\r\n`;
-  if (maxForwards) out += `max-forwards: ${oneHopLess(exchange, maxForwards)}\r\n`;
   if (upgrade) out += `connection: Upgrade\r\nupgrade: ${upgrade}\r\n`;
   else if (request.trailers) out += "te: trailers\r\nconnection: TE\r\n";
   for (const [name, value] of forwarded ?? []) if (!OURS.has(name)) out += `${name}: ${value}\r\n`;
-  return out;
+  return hasRules ? linesOf(applyRules(fieldsOf(out), rules.headers)) : out;
 }
 
-/** A server's response after the route's rules, with our cookie, rate and explain fields. */
+/** A server's response after the route's rules, with our cookie and rate fields. */
 function inboundResponse(exchange: Exchange, response: HttpResponse): HttpResponse {
-  const { cookie, quota, choices } = exchange, { hasRules, response: rules } = exchange.route!;
-  if (!hasRules && !cookie && !quota.length && !choices) return response;
-  const own = [...quota, ...cookie ? ["set-cookie", cookie] : [], ...choiceFields(exchange)];
+  const { cookie, quota } = exchange, { hasRules, response: rules } = exchange.route!;
+  if (!hasRules && !cookie && !quota.length) return response;
+  const own = [...quota, ...cookie ? ["set-cookie", cookie] : []];
   const fields = [...hasRules ? applyRules(response.fields, rules.headers) : response.fields, ...own];
   return { ...response, fields, lines: undefined };
 }
@@ -7147,7 +7024,7 @@ function hostFor(exchange: Exchange, server: Server): string {
   return /^(?:keep|server)$/.test(host_header) ? hostOf(server.url) : host_header;
 }
 
-// --- 8.3 Picking: the server of the next attempt: now, later, or of the fallback service ---
+// --- 8.3 Picking: the server of the next attempt ---
 
 /** The choice of the service's strategy. */
 function runStrategy(service: Service, candidates: Candidates, exchange: Exchange): Server {
@@ -7157,20 +7034,13 @@ function runStrategy(service: Service, candidates: Candidates, exchange: Exchang
 }
 
 /** The client's previous server while it is eligible; else another one, with a new cookie. */
-function pickSticky(service: Service, candidates: Candidates, exchange: Exchange, effects: Effects): Server {
-  const before = stickyServer(service, exchange, effects);
+function pickSticky(service: Service, candidates: Candidates, exchange: Exchange): Server {
+  const { effects } = exchange.balancer, before = stickyServer(service, exchange, effects);
   const stays = before !== undefined && candidates.includes(before);
   const server = stays ? before : runStrategy(service, candidates, exchange);
   exchange.block = { fields: withoutCookie(exchange.block.fields, service.config.sticky.cookie), passing: undefined };
   exchange.cookie = server === before ? "" : cookieFor(service, server, exchange, effects);
   return server;
-}
-
-/** Records a choice for explain. Of a request in the queue only the latest is kept. */
-function noteChoice(exchange: Exchange, candidates: readonly Server[], effects: Effects, taker?: Server): undefined {
-  const { service } = exchange.destination!, choices = exchange.choices!, last = choices.at(-1);
-  if (last?.service === service.name && !last.takes) choices.pop();
-  choices.push(choiceOf(service, candidates, exchange, effects, taker));
 }
 
 function takeServer({ tried, destination, now }: Exchange, server: Server): Server {
@@ -7180,43 +7050,18 @@ function takeServer({ tried, destination, now }: Exchange, server: Server): Serv
 }
 
 /** Picks the server of the next attempt. It counts as in flight from here to `judgeFailure` or `settle`. */
-function pickServer(exchange: Exchange, effects: Effects, now: number): Server | undefined {
+function pickServer(exchange: Exchange, now: number): Server | undefined {
   const { tried } = exchange, { service } = exchange.destination!;
   exchange.now = now;
-  if (now >= service.compareAt) compare(service, now, effects);
+  if (now >= service.compareAt) compare(service, now, exchange.balancer.effects);
   let candidates = candidatesOf(service, now);
   if (tried.length) candidates = forRetry(service, candidates, tried, now);
   candidates = withRoom(service, candidates);
-  if (candidates.length === 0) return exchange.choices && noteChoice(exchange, candidates, effects);
+  if (candidates.length === 0) return undefined;
   const server = service.config.sticky.cookie
-    ? pickSticky(service, candidates as Candidates, exchange, effects)
+    ? pickSticky(service, candidates as Candidates, exchange)
     : runStrategy(service, candidates as Candidates, exchange);
-  if (exchange.choices) noteChoice(exchange, candidates, effects, server);
   return takeServer(exchange, server);
-}
-
-/** Picks for a new request: those in the queue go first. */
-function pickNow(exchange: Exchange, effects: Effects, now: number): Server | undefined {
-  const { service } = exchange.destination!;
-  if (service.waiting.size > 0) wakeQueue(service);
-  return pickServer(exchange, effects, now);
-}
-
-/** Waits in the queue, or goes to the fallback service; gives a server, or the failure for the client. */
-async function queueOrFallback(exchange: Exchange, failure: FailureName, effects: Effects) {
-  const pick = () => pickServer(exchange, effects, effects.now());
-  for (;;) {
-    const { service, fallback } = exchange.destination!;
-    const waits = candidatesOf(service, effects.now()).length > 0 && !(fallback && exchange.tried.length);
-    const server = waits ? await waitInQueue(service, exchange, effects, pick) : failure;
-    if (typeof server !== "string" || server === "client-left" || !fallback) return server;
-    service.inFlight--;
-    fallback.service.inFlight++;
-    exchange.destination = fallback;
-    exchange.cookie = "";
-    const other = pickNow(exchange, effects, effects.now());
-    if (other) return other;
-  }
 }
 
 // --- 8.4 Attempts and accounting: one request to one server, which never throws, counted once ---
@@ -7248,8 +7093,8 @@ const NOT_SENT_YET = {
 
 /** An attempt at the picked server. */
 function newServerAttempt(exchange: Exchange, server: Server, decide: Decide): ExchangeAttempt {
-  const { method, body, upgrade, destination, balancer: { tunnels } } = exchange, route = exchange.route!;
-  const lines = outboundLines(exchange, server), { service, policy } = destination!;
+  const { method, body, upgrade, destination, balancer: { tunnels } } = exchange;
+  const { service, policy } = destination!;
   const timeouts = isGrpc(exchange.request) ? withDeadline(exchange, policy.timeouts) : policy.timeouts;
   const attempt: ExchangeAttempt = {
     ...NOT_SENT_YET,
@@ -7263,9 +7108,9 @@ function newServerAttempt(exchange: Exchange, server: Server, decide: Decide): E
     tunnels,
     decide,
     startedAt: exchange.now,
-    target: targetOf(exchange, route),
-    lines: route.hasRules ? withRules(lines, route) : lines,
-    span: exchange.span,
+    target: targetOf(exchange, exchange.route!),
+    lines: outboundLines(exchange, server),
+    span: exchange.span, // of these lines
     onInform: (...interim) => exchange.attempt === attempt && exchange.request.inform(...interim),
     onHead: (response) => onAnswer(attempt, response),
     onEnd: (failure, detail, sent) => onAttemptEnd(attempt, failure, detail, sent),
@@ -7355,11 +7200,6 @@ function settle(attempt: ExchangeAttempt, status: number): void {
   if (exchange.attempt === attempt && exchange.status) finish(exchange);
 }
 
-/** The fields of a request after its route's rules. */
-function withRules(lines: string, route: Route): string {
-  return linesOf(applyRules(fieldsOf(lines), route.request.headers));
-}
-
 /** Runs code that may throw, such as a custom strategy: the error fails this request only. */
 function guarded(exchange: Exchange, run: () => void): void {
   try {
@@ -7415,18 +7255,16 @@ function respond(attempt: ExchangeAttempt, response: HttpResponse): void {
 
 /** Sends a local reply, and finishes the exchange. `shown`: what the client gets, where that is another one. */
 function respondLocally(exchange: Exchange, response: HttpResponse, shown = response): void {
-  const own = [...exchange.quota, ...choiceFields(exchange)];
-  const rest = own.length ? without(response.fields, new Set(own.filter((_, i) => i % 2 === 0))) : response.fields;
   exchange.status = response.status;
   exchange.bytes = exchange.method === "HEAD" ? 0 : Math.max(0, response.body.length);
-  exchange.reply(shown === response ? { ...response, fields: [...rest, ...own] } : shown);
+  exchange.reply({ ...shown, fields: [...shown.fields, ...exchange.quota] });
   finish(exchange);
 }
 
 /** Replies with a failure. */
 function refuse(exchange: Exchange, kind: FailureName): void {
   const reply = failureReply(kind, fieldOf(exchange.block.fields, "accept"), exchange.id);
-  const allow = [...new Set(exchange.allow ?? ANY_METHOD)].join(", ");
+  const allow = exchange.allow ? [...new Set(exchange.allow)].join(", ") : ANY_METHOD;
   exchange.problem = kind;
   if (isGrpc(exchange.request)) return respondLocally(exchange, reply, grpcReply(kind));
   respondLocally(exchange, reply.status === 405 ? { ...reply, fields: [...reply.fields, "allow", allow] } : reply);
@@ -7508,7 +7346,6 @@ function pickSecond(exchange: Exchange, first: ExchangeAttempt): Server | undefi
   if (!spendRetry(service, 0, now)) return undefined;
   try {
     const server = runStrategy(service, others as readonly Server[] as Candidates, exchange);
-    if (exchange.choices) noteChoice(exchange, others, effects, server);
     return takeServer(exchange, server);
   } catch (error) { // a strategy threw: nothing waits for the first attempt any more
     addBackgroundWork(exchange, abandon(first, effects));
@@ -7536,15 +7373,14 @@ function mirror(exchange: Exchange, destination: Destination): void {
 /** Sends the copy once and discards the response. Only the server's room is used; no health or latency is counted. */
 async function sendCopy(exchange: Exchange, destination: Destination): Promise<void> {
   const { balancer, method, body } = exchange, { effects } = balancer, { service } = destination;
-  const copy: Exchange = { ...exchange, destination, tried: [], choices: undefined, onLeave: undefined };
-  const server = pickServer(copy, effects, effects.now());
+  const copy: Exchange = { ...exchange, destination, tried: [], onLeave: undefined };
+  const server = pickServer(copy, effects.now());
   if (server === undefined) return void service.copies.skipped++;
   if (server.trying) endTrial(service, server, "undecided", effects); // a copy tries nobody out
-  const lines = outboundLines(copy, server), route = exchange.route!;
-  const given = { server, method, body, target: targetOf(copy, route), timeouts: destination.policy.timeouts };
-  const ruled = { ...given, lines: route.hasRules ? withRules(lines, route) : lines, startedAt: copy.now };
+  const { policy: { timeouts } } = destination, lines = outboundLines(copy, server);
+  const given = { server, method, body, target: targetOf(copy, copy.route!), lines, timeouts, startedAt: copy.now };
   const problem = await new Promise<string | undefined>((resolve) =>
-    effects.send(newAttempt(ruled, {
+    effects.send(newAttempt(given, {
       onInform() {},
       onHead: (response) => response.body.read({ data() {}, end() {}, fail() {} }),
       onEnd: (failure, detail) => resolve(failure && detail),
@@ -7577,12 +7413,11 @@ function balance(balancer: Balancer, request: HttpRequest, isWrapped = false): v
   request.onGone = () => exchange.onLeave?.();
   guarded(exchange, () => {
     const refusal = validate(exchange) ?? detectLoop(exchange) ?? checkConcurrency(balancer, exchange);
-    if (exchange.table.config.admin?.token && isOperator(balancer, exchange)) exchange.choices = [];
     if (refusal) return refuse(exchange, refusal);
     if (request.source?.bodyUsed) throw new Error("middleware has read a body that the request's server wants, too");
     exchange.upgrade = upgradeOf(request);
     const route = exchange.route = matchRoute(exchange.table, exchange);
-    if (!route && exchange.path === "*") return respondLocally(exchange, optionsReply([]));
+    if (!route && exchange.path === "*") return respondLocally(exchange, textReply(200, "", ["allow", ANY_METHOD]));
     if (!route) return refuse(exchange, exchange.allow ? "bad-method" : "no-route");
     if (route.admits && !route.admits(exchange.client)) return refuse(exchange, "denied");
     if (route.buckets && !withinRate(route.buckets, exchange)) return refuse(exchange, "rate");
@@ -7603,7 +7438,6 @@ function act(exchange: Exchange, route: Route): void {
   const { action } = route;
   if (action.kind === "redirect") return respondLocally(exchange, redirect(exchange, action));
   if (action.kind === "respond") return respondLocally(exchange, respondLiterally(route, action));
-  if (goesNoFurther(exchange)) return respondLocally(exchange, optionsReply(route.methods));
   const destination = exchange.destination = drawDestination(route, exchange, exchange.balancer.effects);
   destination.service.inFlight++;
   if (!destination.around || exchange.upgrade) takeBody(exchange);
@@ -7661,13 +7495,22 @@ function takeBody(exchange: Exchange): void {
   (body as FetchBody).isEmpty().then((isEmpty) => go(isEmpty ? NO_BODY : body), () => go("bad-body"));
 }
 
-/** Asks a server: at once, or when one has room. */
+/** Asks a server: at once, or when one has room; else one of the fallback service. Requests in the queue go first. */
 function ask(exchange: Exchange, retry: number, now: number, failure: FailureName = "no-server"): void {
-  const { effects } = exchange.balancer, server = pickNow(exchange, effects, now);
+  const { effects } = exchange.balancer, { service, fallback } = exchange.destination!;
+  if (service.waiting.size > 0) wakeQueue(service);
+  const server = pickServer(exchange, now);
   if (server) return forward(exchange, server, retry);
-  queueOrFallback(exchange, failure, effects).then((later) => {
-    if (typeof later === "string") refuse(exchange, later);
-    else guarded(exchange, () => forward(exchange, later, retry));
+  const waits = candidatesOf(service, now).length > 0 && !(fallback && exchange.tried.length);
+  const found = waits ? waitInQueue(exchange, () => pickServer(exchange, effects.now())) : Promise.resolve(failure);
+  found.then((later) => {
+    if (typeof later !== "string") return forward(exchange, later, retry);
+    if (later === "client-left" || !fallback) return refuse(exchange, later);
+    service.inFlight--;
+    fallback.service.inFlight++;
+    exchange.destination = fallback;
+    exchange.cookie = "";
+    ask(exchange, retry, effects.now(), failure);
   }).catch((error) => failInternally(exchange, error));
 }
 
@@ -7688,10 +7531,9 @@ function forward(exchange: Exchange, server: Server, retry: number): void {
 
 /** Sends the response or failure of an attempt to the client, or asks another server. */
 function conclude(attempt: ExchangeAttempt, retry: number): void {
-  const { exchange, response, failure = "reset" } = attempt, destination = exchange.destination!;
-  const { effects } = exchange.balancer;
+  const { exchange, response, failure = "reset" } = attempt, { effects } = exchange.balancer;
   if (retry > 0) attempt.service.retrying--;
-  if (!mayRetry(exchange, destination, attempt, retry, effects)) {
+  if (!mayRetry(attempt, retry)) {
     if (response) return respond(attempt, response);
     return refuse(exchange, exchange.request.gone ? "client-left" : failure);
   }
@@ -8101,7 +7943,7 @@ function assembleBalancer(config: Config, all: Effects, known: Strategies, runti
 // routes.yml, saved, and put in force.
 // -----------------------------------------------------------------------------------------------------------
 
-// --- 11.1 Views: servers, services, routes and what would become of a request, as plain JSON ---
+// --- 11.1 Views: servers, services and routes, as plain JSON ---
 
 /** Who asks, and the token that it has shown. */
 type AdminEnv = { Variables: { peer: string; shown: "token" | "read token" | "" } };
@@ -8228,14 +8070,37 @@ export type Snapshot = ReturnType<typeof snapshotOf>;
 
 const invalidAt = (path: string, message: string) => invalid([{ path, message }]);
 
-// Explaining: what would become of a request, without asking anybody and without changing anything.
+// --- 11.2 Explain: which route and server a request would take, and why not the others, without asking any ---
+
+/** What speaks against asking a server, and where it may be asked all the same, why that is. */
+function whyNot(server: Server, may: boolean, now: number): string {
+  const { state, weight, inFlight, up, probeProblem, until, trying, pausedUntil, backup } = server;
+  const left = (time: number) => Math.ceil((time - now) / 1_000);
+  const room = Math.floor(server.limit);
+  if (state !== "ready") return state === "drain" ? "it drains" : "in maintenance";
+  if (weight === 0) return "its weight is 0";
+  const problem = up ? "" : `down${probeProblem && `: ${probeProblem}`}`;
+  const ill = problem || (until > now ? `ejected for another ${left(until)} s` : "");
+  if (may) return ill && `${ill}, but too few are healthy`;
+  const calm = pausedUntil > now ? `it wants to be left alone for another ${left(pausedUntil)} s` : "";
+  return ill || (trying ? "another request tries it out" : calm) ||
+    (inFlight >= room ? `full: ${inFlight} of ${room}` : backup ? "a backup" : "");
+}
 
 /** One service as a request would find it: its records are copies, with which its strategy may do what it likes. */
-function explainService({ service: found, weight }: Destination, exchange: Exchange, effects: Effects) {
+function explainService({ service: found, weight }: Destination, exchange: Exchange) {
   const service = { ...found, servers: found.servers.map((server) => ({ ...server })), candidatesUntil: 0 };
-  const asked = withRoom(service, candidatesOf(service, exchange.now));
-  const taker = asked.length > 0 ? runStrategy(service, asked as Candidates, exchange) : undefined;
-  return { weight, ...choiceOf(service, asked, exchange, effects, taker) };
+  const { name, config, strategy } = service, score = strategy.score ?? SCORES[config.strategy.name];
+  const candidates = withRoom(service, candidatesOf(service, exchange.now)) as Candidates;
+  const taker = candidates.length > 0 ? runStrategy(service, candidates, exchange) : undefined;
+  const servers = service.servers.map((server) => {
+    const asked = candidates.includes(server), why = whyNot(server, asked, exchange.now);
+    const points = asked ? score?.(server, candidates, exchange) : undefined;
+    const short = points !== undefined && { score: Number(points.toPrecision(4)) };
+    const auto = config.max_in_flight === AUTO && { limit: Math.floor(server.limit) };
+    return { server: server.name, asked, ...(why && { why }), ...short, ...auto };
+  });
+  return { weight, service: name, strategy: config.strategy.name, takes: taker?.name ?? null, servers };
 }
 
 /** Which route a request would take, or why it takes none; which services and servers; and who would take it. */
@@ -8245,7 +8110,7 @@ function explain(balancer: Balancer, method: string, url: string) {
   if (!METHOD.test(method) || REFUSED_METHODS.has(method)) {
     throw invalidAt("method", `${quote(method)} is not a method that can be forwarded`);
   }
-  const effects = { ...balancer.effects, random: Math.random };
+  const effects = { ...balancer.effects, random: Math.random }; // which leaves a seeded one as it is
   const from = { address: "127.0.0.1", scheme: new URL(url).protocol.slice(0, -1), headers: [] };
   const request = requestOf(new Request(url, { method }), from, () => {});
   const exchange = exchangeOf({ ...balancer, effects, entrypoints: new Map() }, request);
@@ -8257,9 +8122,8 @@ function explain(balancer: Balancer, method: string, url: string) {
   const { name, action, admits, destinations, mirror } = route;
   const found = { route: name, action: action.kind, restricted: admits !== undefined, weight: route.weight };
   if (action.kind !== "forward") return { ...found, status: action.status };
-  exchange.now = effects.now();
   const chain = (one: Destination, fallback = false): (ReturnType<typeof explainService> & { fallback: boolean })[] => [
-    { fallback, ...explainService(one, exchange, effects) },
+    { fallback, ...explainService(one, exchange) },
     ...one.fallback ? chain(one.fallback, true) : [],
   ];
   const services = destinations.flatMap((one) => chain(one));
@@ -8267,7 +8131,7 @@ function explain(balancer: Balancer, method: string, url: string) {
   return { ...found, target: `${method} ${targetOf(exchange, route)}`, services, ...copies };
 }
 
-// --- 11.2 Config edits: the file after a change: its comments and order stay, and it is always whole on disk ---
+// --- 11.3 Config edits: the file after a change: its comments and order stay, and it is always whole on disk ---
 
 /** A value as YAML on one line. */
 function inline(value: unknown): string {
@@ -8503,7 +8367,7 @@ function changesOf(lb: LoadBalancer, parse: Parse, file?: string): Change {
   return (...asked) => last = last.then(() => apply(...asked), () => apply(...asked)) as Promise<void>;
 }
 
-// --- 11.3 Endpoints: the API, one operation a row ---
+// --- 11.4 Endpoints: the API, one operation a row ---
 
 const State = map({
   state: need(also.state.wrapped, "drain: no new requests, those in flight finish; maint: no probes either"),
@@ -8879,7 +8743,7 @@ const OPERATIONS: Record<string, Operation> = {
   },
 };
 
-// --- 11.4 API description: OpenAPI and a page, from the schemas that check the bodies ---
+// --- 11.5 API description: OpenAPI and a page, from the schemas that check the bodies ---
 
 const STRING = { type: "string" };
 const INTEGER = { type: "integer" };
@@ -9038,7 +8902,7 @@ function docs(): Hono<AdminEnv> {
   return app;
 }
 
-// --- 11.5 Dashboard: one page, no script from anywhere else ---
+// --- 11.6 Dashboard: one page, no script from anywhere else ---
 
 const DASHBOARD_STYLE = `
 #services, #charts, form { display: grid; gap: 16px; }
@@ -9436,7 +9300,7 @@ export function dashboard(
   return app;
 }
 
-// --- 11.6 Access: hosts, sites and tokens, checked before anything is looked at ---
+// --- 11.7 Access: hosts, sites and tokens, checked before anything is looked at ---
 
 /** What every answer says to browsers, and to what is between them and us. */
 const ALWAYS = {

@@ -247,6 +247,14 @@ test("a client of a split stays with its service, also when its server there die
   assert.match((await rig.ask(moved)).server, /[abc]/, "a share of 0 is none");
 });
 
+test("a client whom another service answers in the end gets no cookie of a server that was tried before", async () => {
+  const services = "shop: { servers: [a:1], sticky: { cookie: lb }, fallback: spare }, spare: { servers: [x:1] }";
+  const { ask, down } = setUp(services);
+  down.add("a");
+  const { server, set } = await ask();
+  assert.deepEqual([server, set], ["x", []]);
+});
+
 test("a split in which only one service is sticky is drawn anew each time: it would collect all clients", async () => {
   const rig = setUp(`shop: { servers: [a:1] }, next: { servers: [x:1], sticky: { cookie: lb } }`, SPLIT);
   rig.draws.push(0.9);
