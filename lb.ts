@@ -1293,7 +1293,10 @@ export interface Tunnel {
   look(now: number): void;
 }
 
-/** A body in memory, which can be sent again. */
+/** Received bytes, and the buffers that are used again when these have been written. Other views, as of a stream, are not here. */
+const lent = new WeakMap<Bytes, Bytes>();
+
+/** A body in memory, which can be sent again: its bytes are no longer lent. */
 class MemoryBody implements Body {
   readonly bytes: Bytes;
   readonly length: number;
@@ -1301,6 +1304,7 @@ class MemoryBody implements Body {
   constructor(bytes: Bytes) {
     this.bytes = bytes;
     this.length = bytes.length;
+    lent.delete(bytes);
   }
   read(reader: BodyReader): void {
     if (this.bytes.length) reader.data(this.bytes);
@@ -2486,7 +2490,6 @@ const resetSocket = (socket: Socket): unknown =>
 
 const LENT_SIZE = 65_536; // bytes
 const idleBuffers: Bytes[] = []; // that nobody uses: 4 MiB at most
-const lent = new WeakMap<Bytes, Bytes>(); // what was read, and its buffer; other views of it, as of a stream, are not here
 
 /** A copy. A large one is in a buffer that is used again when it has been written: V8 is slow to collect thousands. */
 function copied(bytes: Bytes): Bytes {
@@ -2501,8 +2504,9 @@ function copied(bytes: Bytes): Bytes {
 /** Writes bytes. A buffer that was lent is free again when all of it has gone out. */
 function writeBytes(socket: Socket, bytes: Bytes): void {
   const buffer = lent.get(bytes);
-  if (buffer) socket.write(bytes, () => void (idleBuffers.length < 64 && idleBuffers.push(buffer)));
-  else socket.write(bytes);
+  if (!buffer) return void socket.write(bytes);
+  lent.delete(bytes); // once
+  socket.write(bytes, () => void (idleBuffers.length < 64 && idleBuffers.push(buffer)));
 }
 
 /** Whether less than WINDOW waits in a socket. `write` returns false even where all went out at once. */
@@ -4970,7 +4974,8 @@ export class HttpClient implements Dialer {
   send(attempt: Attempt): void {
     const { server, upgrade } = attempt, pool = this.pools.get(server);
     this.time = this.now();
-    if (server.http !== 1 && !upgrade && !this.withoutHttp2.has(server)) return this.share(attempt);
+    const mayShare = (server.http === 2 || server.http === "auto") && !upgrade && !this.withoutHttp2.has(server);
+    if (mayShare) return this.share(attempt);
     for (let connection; (connection = pool?.pop());) {
       if (connection.socket.readable && this.time < connection.idleUntil) return connection.begin(attempt);
       connection.socket.destroy();

@@ -16,7 +16,7 @@ import { after, before, test as nodeTest } from "node:test";
 import { connect as connectTls, createServer as createTlsServer } from "node:tls";
 import { fileURLToPath } from "node:url";
 import { A, CA, KEY } from "./certificates.ts";
-import { type Program, runtime, sleep, startProgram, until } from "./rig.ts";
+import { answer, type Program, rawRequest, runtime, scriptedServer, sleep, startProgram, until, value } from "./rig.ts";
 
 const KIB = 1024, MIB = 1024 * KIB;
 const { LB_FLOW } = process.env, [, amount = "64", unit = "MiB"] = /^(\d+)(MiB|GiB)$/.exec(LB_FLOW ?? "") ?? [];
@@ -684,6 +684,48 @@ test("an upload whose server dies in the middle of it is answered 502, or reset"
     client.socket.destroy();
   }));
   await nothingInFlight();
+});
+
+test("a body that is kept for a retry or a copy stays this client's, whatever others send meanwhile", async () => {
+  const got: string[] = [], OF_ONE_READ = 40_000; // 32 KiB and more are read into buffers that are used again
+  const dies = await scriptedServer(async (visit, request) => {
+    const isFirst = value(request, "x-who") === "one";
+    await sleep(300); // others send
+    if (isFirst) visit.socket.resetAndDestroy();
+    else visit.send(answer("ok"));
+  });
+  const keeps = await scriptedServer((visit, request) => {
+    got.push(`${value(request, "x-who")} ${String.fromCharCode(...new Set(request.body))} ${request.body.length}`);
+    visit.send(answer("ok"));
+  });
+  const own = await startProgram({
+    log: "off",
+    services: { copies: { servers: [keeps.address], health: "off" } },
+    routes: [
+      { path: "/retry", servers: [dies.address, keeps.address], strategy: "first", health: "off" },
+      { path: "/copy", servers: [dies.address], health: "off", mirror: { service: "copies", percent: 100 } },
+    ],
+  });
+  try {
+    const put = (path: string, who: string, letter: string) =>
+      rawRequest(own.port, [
+        `PUT ${path} HTTP/1.1\r\nHost: a.test\r\nX-Who: ${who}\r\nContent-Length: ${OF_ONE_READ}\r\n\r\n`,
+        50, // so that the body comes in a read of its own
+        letter.repeat(OF_ONE_READ),
+      ]);
+    for (const path of ["/retry", "/copy"]) {
+      got.length = 0;
+      const first = put(path, "one", "A");
+      await sleep(150);
+      await Promise.all([first, ...["B", "C", "D"].map((letter) => put(path, "other", letter))]);
+      await until("the copies are there", () => got.length >= (path === "/copy" ? 4 : 1));
+      for (const one of got) assert.match(one, /^(?:one A|other [BCD]) 40000$/);
+      assert.ok(got.includes("one A 40000"), path);
+    }
+  } finally {
+    await own.stop();
+    await Promise.all([dies.close(), keeps.close()]);
+  }
 });
 
 // ─── Early answers ───
