@@ -3728,6 +3728,16 @@ function compressLines(lines: string): string {
 /** Most responses of a server have the lines of the one before. */
 const compressHead = memo(compressLines, 2_048);
 
+/** A header block until its END_HEADERS. */
+interface OpenBlock {
+  readonly id: number;
+  readonly flags: number; // of its HEADERS
+  readonly isBad: boolean; // its priority depends on itself
+  readonly since: number; // milliseconds; 0: it came whole
+  readonly pieces: Bytes[];
+  size: number;
+}
+
 /** The fields of a header block. The same block means the same as long as the dynamic table does not change. */
 interface HeaderBlock {
   readonly fields: string[]; // name, value, ...
@@ -3943,8 +3953,9 @@ abstract class Http2Stream implements BodySource {
     this.credit -= size;
     if (this.credit < 0) throw new Http2Failure("FLOW_CONTROL_ERROR", "more data than its window allows", id);
     this.unread += size;
+    const isTooLong = body && !body.over && body.length >= 0 && body.received + bytes.length > body.length;
+    if (isTooLong) this.break("more data than announced");
     if (bytes.length) body?.push(bytes);
-    if (body && !body.over && body.length >= 0 && body.received > body.length) this.break("more data than announced");
     if (ends) this.onEnd(NO_FIELDS);
     else this.giveCredit();
   }
@@ -4069,9 +4080,10 @@ abstract class Http2Connection extends Connection {
   protected isOver = false; // a GOAWAY has ended it
   protected rest: Bytes = NO_BYTES; // of a frame that has not come whole
   protected hasSettings = false;
+  protected readonly maxPush: number = 1; // that SETTINGS_ENABLE_PUSH may be
   private readonly decoder = new HeaderDecoder();
-  private readonly resets = new Set<number>(); // the latest streams that we have reset: their frames may still be coming
-  private block: { id: number; flags: number; pieces: Bytes[]; size: number; since: number } | undefined; // until its END_HEADERS
+  private readonly closed = new Map<number, boolean>(); // the latest; true: we have reset it, and frames of it may be coming
+  private block: OpenBlock | undefined;
   private unread = 0;
   private credit = CONNECTION_WINDOW;
   private wasted = 0; // frames that asked for nothing
@@ -4114,7 +4126,7 @@ abstract class Http2Connection extends Connection {
       const stream = this.streams.get(error.stream);
       if (!error.stream) return this.fail(error);
       stream?.onGone(error.message, false);
-      this.sendReset(error.stream, error.code);
+      if (!this.wasReset(error.stream)) this.sendReset(error.stream, error.code);
       stream?.drop();
       this.waste();
     }
@@ -4192,10 +4204,9 @@ abstract class Http2Connection extends Connection {
   private onHeadersFrame(id: number, flags: number, payload: Bytes): void {
     const hasPriority = (flags & PRIORITY) > 0;
     if (hasPriority && payload.length < 5) throw new Http2Failure("FRAME_SIZE_ERROR", "HEADERS");
-    this.block = { id, flags, pieces: [], size: 0, since: flags & END_HEADERS ? 0 : this.now() };
-    const dependsOnItself = hasPriority && (payload.readUInt32BE(0) & MAX_WINDOW) === id;
+    const isBad = hasPriority && (payload.readUInt32BE(0) & MAX_WINDOW) === id;
+    this.block = { id, flags, isBad, pieces: [], size: 0, since: flags & END_HEADERS ? 0 : this.now() };
     this.onContinuation(id, flags, hasPriority ? payload.subarray(5) : payload);
-    if (dependsOnItself) throw new Http2Failure("PROTOCOL_ERROR", "it depends on itself", id);
   }
   private onContinuation(id: number, flags: number, payload: Bytes): void {
     const { block } = this;
@@ -4208,7 +4219,9 @@ abstract class Http2Connection extends Connection {
     if (!(flags & END_HEADERS)) return;
     this.block = undefined;
     const bytes = block.pieces.length === 1 ? payload : Buffer.concat(block.pieces);
-    this.onHead(id, this.decoder.decode(bytes, this.headLimit()), (block.flags & END_STREAM) > 0);
+    const head = this.decoder.decode(bytes, this.headLimit());
+    if (block.isBad) throw new Http2Failure("PROTOCOL_ERROR", "it depends on itself", id);
+    this.onHead(id, head, (block.flags & END_STREAM) > 0);
   }
 
   private onReset(id: number, code: number): void {
@@ -4233,7 +4246,10 @@ abstract class Http2Connection extends Connection {
   }
   private onSetting(name: number, value: number): void {
     const isFlag = name === SETTING.push || name === SETTING.connect;
-    if (isFlag && value > 1 || name === SETTING.frame && (value < MAX_FRAME || value >= 2 ** 24)) {
+    if (
+      isFlag && value > (name === SETTING.push ? this.maxPush : 1) ||
+      name === SETTING.frame && (value < MAX_FRAME || value >= 2 ** 24)
+    ) {
       throw new Http2Failure("PROTOCOL_ERROR", `SETTINGS ${name} is ${value}`);
     }
     if (name === SETTING.streams) this.maxStreams = value;
@@ -4272,7 +4288,7 @@ abstract class Http2Connection extends Connection {
   /** The stream of a frame; undefined where one that we have reset is meant. */
   protected streamOf(id: number): Http2Stream | undefined {
     const stream = this.streams.get(id);
-    if (stream || this.resets.has(id)) return stream;
+    if (stream || this.wasReset(id)) return stream;
     throw this.isIdle(id)
       ? new Http2Failure("PROTOCOL_ERROR", `stream ${id} has not begun`)
       : new Http2Failure("STREAM_CLOSED", `stream ${id} is closed`);
@@ -4285,10 +4301,15 @@ abstract class Http2Connection extends Connection {
     return id % 2 === 0 || id > this.lastId;
   }
   protected wasReset(id: number): boolean {
-    return this.resets.has(id);
+    return this.closed.get(id) === true;
   }
-  remove(id: number): void {
+  protected wasClosed(id: number): boolean {
+    return this.closed.has(id);
+  }
+  remove(id: number, isReset = false): void {
     this.streams.delete(id);
+    this.closed.set(id, isReset || this.wasReset(id));
+    if (this.closed.size > MAX_STREAMS) this.closed.delete(this.closed.keys().next().value!);
   }
 
   protected override write(text: string): void {
@@ -4315,8 +4336,7 @@ abstract class Http2Connection extends Connection {
   }
   sendReset(id: number, code: Http2Error): void {
     this.write(frameHead(4, FRAME.reset, 0, id) + u32(HTTP2_ERRORS.indexOf(code)));
-    this.resets.add(id);
-    if (this.resets.size > 1_000) this.resets.delete(this.resets.values().next().value!);
+    this.remove(id, true);
   }
   sendGoAway(last: number, code: Http2Error, detail = ""): void {
     this.write(frameHead(8 + detail.length, FRAME.goAway, 0, 0) + u32(last) + u32(HTTP2_ERRORS.indexOf(code)) + detail);
@@ -4568,13 +4588,16 @@ class Http2ClientConnection extends Http2Connection {
     if (stream) return stream.onBlock(block, ends);
     if (this.wasReset(id)) return;
     if (id % 2 === 0) throw new Http2Failure("PROTOCOL_ERROR", `stream ${id} is not a client's`);
-    if (id <= this.lastId) throw new Http2Failure("STREAM_CLOSED", `stream ${id} is closed`);
+    if (id <= this.lastId) {
+      throw new Http2Failure(this.wasClosed(id) ? "STREAM_CLOSED" : "PROTOCOL_ERROR", `stream ${id} is closed`);
+    }
     this.lastId = id;
     if (this.streams.size >= MAX_STREAMS || this.isRefusing) {
       if (!this.isRefusing) this.waste();
       return this.sendReset(id, "REFUSED_STREAM");
     }
     const head = block.request ??= http2RequestHead(block, this.context.limits());
+    if (ends && head.length > 0) throw new Http2Failure("PROTOCOL_ERROR", "no body where one was announced", id);
     this.begin(id, head, ends);
   }
   private begin(id: number, head: Http2Head, ends: boolean): void {
@@ -4588,8 +4611,8 @@ class Http2ClientConnection extends Http2Connection {
     super.onStreamDone();
     this.since = this.context.now();
   }
-  override remove(id: number): void {
-    super.remove(id);
+  override remove(id: number, isReset?: boolean): void {
+    super.remove(id, isReset);
     if ((this.leavingAt || this.clientEnded) && !this.streams.size) this.goAway();
   }
 
@@ -4794,6 +4817,7 @@ class Http2UpstreamConnection extends Http2Connection {
   readonly client: Http2Dialer;
   readonly server: Server;
   connected = false;
+  protected override readonly maxPush = 0;
   idleUntil = Infinity;
   private readonly waiting = new Set<UpstreamStream>(); // for the connection
   private readonly bornAt: number;
@@ -4860,8 +4884,8 @@ class Http2UpstreamConnection extends Http2Connection {
   onHead(id: number, block: HeaderBlock, ends: boolean): void {
     this.streamOf(id)?.onBlock(block, ends);
   }
-  override remove(id: number): void {
-    super.remove(id);
+  override remove(id: number, isReset?: boolean): void {
+    super.remove(id, isReset);
     if (this.streams.size) return;
     this.idleUntil = this.client.time + IDLE;
     if (this.isLeaving) this.goAway();
@@ -7417,6 +7441,7 @@ function balance(balancer: Balancer, request: HttpRequest, isWrapped = false): v
   exchange.entrypoint.inFlight++;
   request.onGone = () => exchange.onLeave?.();
   guarded(exchange, () => {
+    if (request.gone) return refuse(exchange, "client-left");
     const refusal = validate(exchange) ?? detectLoop(exchange) ?? checkConcurrency(balancer, exchange);
     if (refusal) return refuse(exchange, refusal);
     if (request.source?.bodyUsed) throw new Error("middleware has read a body that the request's server wants, too");
