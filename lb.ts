@@ -14,7 +14,7 @@
  *      1 Configuration     value types, services, routes and listeners, YAML, checks and defaults
  *      2 Records           failures, messages, services and routes, exchanges and attempts, balancer and
  *                          effects
- *      3 HTTP              parser, sockets, tunnels, server, client, fetch
+ *      3 HTTP              parser, sockets, tunnels, server, client, HTTP/2, versions, fetch
  *      4 Routing           validation, matching and rewriting
  *      5 Load balancing    strategies, eligibility, outlier detection, health checks, sticky sessions
  *      6 Traffic control   limits and queue, retries, hedging

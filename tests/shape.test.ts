@@ -23,6 +23,7 @@ const NODE_SECTIONS = new Set([
   "Server",
   "Client",
   "HTTP/2",
+  "Versions",
   "Tunnels",
   "TCP proxy",
   "Views",
@@ -276,7 +277,7 @@ function bound(tokens: Token[]): Set<string> {
 function isUse(tokens: Token[], i: number): boolean {
   const [before, after] = [tokens[i - 1]?.text ?? ";", tokens[i + 1]?.text ?? ""];
   if (before === "." || before === "?.") return false;
-  if (/^(?:readonly|private|static|override|get|set)$/.test(before)) return false;
+  if (/^(?:abstract|readonly|private|static|override|get|set)$/.test(before)) return false;
   const begins = /^(?:[{},;([]|async)$/.test(before);
   if (begins && before !== "}" && (after === ":" || after === "?" && tokens[i + 2]?.text === ":")) return false;
   if (begins && after === "?" && tokens[i + 2]?.text === "(" && /^[{;]$/.test(before)) return false; // optional method
