@@ -9532,7 +9532,7 @@ function certificateFor<P extends { names: string[] }>(pairs: readonly [P, ...P[
  * A server of node:tls that does not listen: it is fed with connections that have been accepted already, so that limits are
  * asked before the handshake, and other certificates are another object.
  */
-function tlsServer({ pairs, clientCa }: Secure, take: (socket: TLSSocket) => void): TlsServer {
+function tlsServer({ pairs, clientCa }: Secure, protocols: string[], take: (socket: TLSSocket) => void): TlsServer {
   const contexts = pairs.map(({ names, cert, key }) => {
     const own = { cert, key, minVersion: "TLSv1.2" as const, ...(clientCa && { ca: clientCa }) };
     return { names, own, context: createSecureContext(own) };
@@ -9540,7 +9540,7 @@ function tlsServer({ pairs, clientCa }: Secure, take: (socket: TLSSocket) => voi
   const options: TlsOptions = {
     ...contexts[0].own,
     ...(clientCa && { requestCert: true, rejectUnauthorized: true }),
-    ALPNProtocols: ["h2", "http/1.1", "http/1.0"],
+    ALPNProtocols: protocols,
     // Deno, told to choose, sends no alert to those that it refuses (2.9.6)
     ...(contexts.length > 1 && { SNICallback: (name, done) => done(null, certificateFor(contexts, name).context) }),
     allowHalfOpen: true,
@@ -9870,6 +9870,7 @@ type Admit = (socket: Socket) => FailureName | undefined;
 /** What a listener does with its connections. */
 interface ListenerHooks {
   admit: Admit;
+  protocols: string[]; // that clients over TLS may choose (ALPN)
   limits(): Pick<Config["limits"], "header">; // a handshake may take as long as a head
   take(socket: Socket, address: string): void;
   refuse(socket: Socket, why: FailureName, address: string): void;
@@ -9884,7 +9885,7 @@ async function listen(at: ListenAt, secure: Secure | undefined, hooks: ListenerH
   const peerOf = ({ remoteAddress, remotePort }: Socket) => `${remoteAddress} ${remotePort}`;
   let address = shown(host, port);
   const secured = (own: Secure) =>
-    tlsServer(own, (socket) => {
+    tlsServer(own, hooks.protocols, (socket) => {
       shaking.delete(peerOf(socket));
       socket.allowHalfOpen = true;
       hooks.take(socket, address);
@@ -9964,6 +9965,7 @@ async function listenHttp(at: ListenAt, secure: Secure | undefined, hooks: HttpH
   const listener = await listen(at, secure, {
     admit: hooks.admit,
     limits: hooks.limits,
+    protocols: ["h2", "http/1.1", "http/1.0"],
     take: (socket) => http.accept(socket, "encrypted" in socket ? "https" : "http"),
     refuse(socket, why) {
       hooks.refused(why);
@@ -10073,6 +10075,7 @@ async function openListener({ lb, shared, ports }: ListenContext, name: string, 
   const tcp = hostOf(name);
   return await listen(where, secure, {
     ...hooks,
+    protocols: ["http/1.1", "http/1.0"], // not HTTP/2, which servers behind TLS seldom speak
     take: (socket, address) => relayTcp(balancer, tcp, address, socket),
     refuse: (socket, why, address) => relayTcp(balancer, tcp, address, socket, why),
   });

@@ -246,7 +246,7 @@ test("what is older than TLS 1.2, or no TLS at all, is refused, and costs nobody
     socket.destroy();
   }));
 
-test("TLS 1.2 and 1.3 are spoken, and HTTP/1.1 alone is offered", () =>
+test("TLS 1.2 and 1.3 are spoken, and HTTP/2 and HTTP/1.1 are offered", () =>
   running({}, async (lb, _, [port]) => {
     for (const version of ["TLSv1.2", "TLSv1.3"] as const) {
       const socket = await dial(port!, { minVersion: version, maxVersion: version });
@@ -256,8 +256,8 @@ test("TLS 1.2 and 1.3 are spoken, and HTTP/1.1 alone is offered", () =>
       socket.destroy();
     }
     const { out } = await curl(lb, port!, ["--http2", "-o", "@out", "-w", "%{http_version}"]);
-    assert.equal(out, "1.1");
-    await assert.rejects(dial(port!, { ALPNProtocols: ["h2"] }), /alert/i);
+    assert.equal(out, "2");
+    await assert.rejects(dial(port!, { ALPNProtocols: ["h3"] }), /alert/i);
     const silent = connectTls({ port: port!, host: "127.0.0.1", ca: CA, servername: "a.test" }); // asks for no protocol
     assert.match(await ask(silent), /^HTTP\/1\.1 200/);
     silent.destroy();
@@ -273,7 +273,7 @@ for (
   test(`a client that comes again resumes its session: ${what}`, () =>
     running({ listen: { address: LOCAL, ...front } }, async (lb, server, [port]) => {
       const dashed = (dashes: string) => own.map((one) => one.startsWith("@") ? one : dashes + one);
-      const args13 = ["--tlsv1.3", ...dashed("--"), "-H", "Connection: close"];
+      const args13 = ["--http1.1", "--tlsv1.3", ...dashed("--"), "-H", "Connection: close"];
       const once = await curl(lb, port!, args13, ["/1", "/2"]);
       assert.equal(once.code, 0, once.err);
       assert.deepEqual([timesShown(once), once.err.match(/Connected to/g)?.length], [1, 2], once.err);
@@ -309,7 +309,7 @@ test("an answer that breaks off never looks whole over TLS: neither chunked, nor
     else visit.socket.resetAndDestroy();
   };
   return running({}, async (lb, _, [port]) => {
-    const cut = await curl(lb, port!, [], ["/cut"]), whole = await curl(lb, port!, [], ["/whole"]);
+    const cut = await curl(lb, port!, ["--http1.1"], ["/cut"]), whole = await curl(lb, port!, [], ["/whole"]);
     assert.deepEqual([cut.out, whole.out, whole.code], ["half", "half", 0]);
     assert.match(String(cut.code), /^(18|56)$/, "a partial file, or a failure in receiving");
     assert.deepEqual((await curl(lb, port!, ["--http1.0"], ["/whole"])).out, "half");
@@ -936,9 +936,9 @@ test("names of files are relative to routes.yml, unless they begin at the root",
   });
   const { listen, services } = parseConfig(text, {}, "/etc/lb/routes.yml");
   assert.deepEqual(listen, [
-    { host: "", port: 81, tls: [], client_ca: "" },
+    { host: "", port: 81, tls: [], client_ca: "", h2c: false },
     {
-      ...{ host: "[::1]", port: 82, client_ca: "/etc/lb/../x" },
+      ...{ host: "[::1]", port: 82, client_ca: "/etc/lb/../x", h2c: false },
       tls: [{ cert: "/etc/lb/a.pem", key: "/etc/lb/a.key" }, { cert: "/c/a", key: "C:\\k" }],
     },
   ]);
