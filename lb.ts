@@ -4384,6 +4384,9 @@ class ClientStream extends Http2Stream {
   private isAnswered = false;
   private isTunnel = false;
   private answeredAt = Infinity; // when the response was out
+  private sentBytes = 0;
+  private seenBytes = 0; // the same, when it was last looked at
+  private movedAt = 0; // when some were last sent, or none waited
 
   constructor(connection: Http2ClientConnection, id: number, head: Http2Head, ends: boolean) {
     super(connection, id);
@@ -4490,9 +4493,18 @@ class ClientStream extends Http2Stream {
     this.answeredAt = this.connection.now();
     super.endSide();
   }
-  /** Ends an upload that nobody wants, when the client has had time to get the response: curl 7.88 loses it to a reset. */
-  look(now: number): void {
+  /**
+   * Ends an upload that nobody wants, when the client has had time to get the response. Gives the milliseconds for which the
+   * client has taken nothing of what waits for it.
+   */
+  look(now: number): number {
     if (now - this.answeredAt >= LINGER.without) this.reset("NO_ERROR");
+    if (!this.isBlocked() || this.sentBytes !== this.seenBytes) this.movedAt = now;
+    this.seenBytes = this.sentBytes;
+    return now - this.movedAt;
+  }
+  override onSent(bytes: number): void {
+    this.sentBytes += bytes;
   }
   private finish(): void {
     this.request.gone = true;
@@ -4540,6 +4552,7 @@ class Http2ClientConnection extends Http2Connection {
   private begun: ClientStream[] = []; // by what is being read
   private leavingAt = 0; // when the client was told to open no more streams; 0: not yet
   private isRefusing = false; // new streams
+  private lastServed = Infinity; // the last stream that is served, once the client has been told
   private clientEnded = false; // the client has ended its side
   private unsent = 0; // what waited for the client when it was last looked at
   private movedAt: number; // when it last took something
@@ -4652,7 +4665,7 @@ class Http2ClientConnection extends Http2Connection {
   }
   private goAway(): void {
     if (this.isOver) return;
-    this.sendGoAway(this.lastId, "NO_ERROR");
+    this.sendGoAway(Math.min(this.lastId, this.lastServed), "NO_ERROR"); // never more than it said before
     this.isOver = true;
     this.since = this.context.now();
     this.end();
@@ -4663,24 +4676,25 @@ class Http2ClientConnection extends Http2Connection {
   }
 
   look(now: number): void {
-    const { header, keep_alive } = this.context.limits(), { socket, streams, blocked } = this;
-    const unsent = socket.writableLength + this.window,
-      waited = now - this.since,
-      isWaiting = socket.writableLength > 0 || blocked.size > 0;
-    if (unsent !== this.unsent || !isWaiting) this.movedAt = now;
+    const { header, keep_alive } = this.context.limits(), { socket, streams } = this, unsent = socket.writableLength;
+    const waited = now - this.since;
+    if (unsent === 0 || unsent !== this.unsent) this.movedAt = now;
     this.unsent = unsent;
-    for (const stream of streams.values()) (stream as ClientStream).look(now);
+    for (const stream of [...streams.values()] as ClientStream[]) {
+      if (stream.look(now) >= keep_alive) this.movedAt = -Infinity;
+    }
     if (this.isOver) {
       if (waited >= (socket.writableLength ? keep_alive : LINGER.silent)) socket.destroy();
     } else if (now - this.movedAt >= keep_alive) {
       this.fail(new Http2Failure("ENHANCE_YOUR_CALM", "the client does not read"));
-    } else if (!this.hasSettings || this.isInsideHead(now - header)) {
-      if (waited >= header) this.fail(new Http2Failure("ENHANCE_YOUR_CALM", "the client is too slow"));
+    } else if (!this.hasSettings && waited >= header || this.isInsideHead(now - header)) {
+      this.fail(new Http2Failure("ENHANCE_YOUR_CALM", "the client is too slow"));
     } else if (this.clientEnded) this.write(frameHead(8, FRAME.ping, 0, 0) + "are you?"); // a reset says that it is gone
     else if (!streams.size && waited >= keep_alive) this.goAway();
     else if (this.leavingAt && !this.isRefusing && now - this.leavingAt >= LEAVING) {
       this.isRefusing = true;
-      this.sendGoAway(this.lastId, "NO_ERROR");
+      this.lastServed = this.lastId;
+      this.sendGoAway(this.lastServed, "NO_ERROR");
       if (!streams.size) this.goAway();
     }
   }
