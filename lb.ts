@@ -1193,7 +1193,7 @@ export interface PassingFields {
   readonly lines: string; // as wire text
   readonly via: string;
   readonly maxForwards: string;
-  latest?: { via: string; peer: string; scheme: string; named: string; host: string; text: string }; // of `commonLines`
+  latest?: { via: string; client: string; scheme: string; named: string; host: string; text: string }; // of `commonLines`
 }
 
 /** The head of a request. */
@@ -1805,6 +1805,16 @@ function entry<K extends WeakKey | string | number, V>(
   return value;
 }
 
+/** Who asks, over what and for which host: from the connection, or as trusted peers tell it. */
+export interface Origin {
+  readonly client: string; // its address
+  readonly scheme: string; // http or https, as the client speaks it
+  readonly host: string; // with its port, where a peer tells it; empty: the request's own Host
+  readonly port: string; // that the client has asked, where a peer tells it; else empty
+  readonly chain: readonly string[]; // addresses from the client to the connected peer, which is the last
+  readonly isTold: boolean; // by a trusted peer
+}
+
 /** One request's life, from its head to the end of the answer's body. A class, for the reason of `NOT_SENT_YET`. */
 export class Exchange implements Draw {
   // given
@@ -1812,8 +1822,8 @@ export class Exchange implements Draw {
   readonly table: Table; // in force when it came in
   readonly request: HttpRequest;
   readonly method: string;
-  readonly peer: string; // the address that is connected; `client` is who asks through it
-  readonly scheme: string; // that the peer speaks
+  readonly origin: Origin;
+  readonly client: string; // the same as the origin's
   readonly started: number; // milliseconds
   readonly entrypoint: Entrypoint;
   readonly logged: boolean; // in the sample of the access log; failures are logged anyway
@@ -1821,12 +1831,11 @@ export class Exchange implements Draw {
   readonly random: () => number;
 
   // read
-  id = "";
-  client: string;
+  readonly id: string;
   host: string; // as sent; matched without case and port
-  path = ""; // normalised: what is matched is what is forwarded
-  query = ""; // with its question mark, or empty
-  forwarded: ReadonlyMap<string, string> | undefined = undefined; // what a trusted peer says about the client
+  path = ""; // normalised: what is matched
+  sent = ""; // the same as it came, but for dot segments: what is forwarded
+  query = ""; // as it came, with its question mark, or empty
   block: FieldBlock; // the request's fields, less the sticky cookie once it has been read
   body: Body;
   upgrade = ""; // the protocol that it asks to switch to, where it may; else empty
@@ -1859,15 +1868,16 @@ export class Exchange implements Draw {
   problem: FailureName | "" = ""; // why it failed
   isFinished = false; // it is counted
 
-  constructor(balancer: Balancer, request: HttpRequest, isWrapped: boolean) {
+  constructor(balancer: Balancer, request: HttpRequest, origin: Origin, id: string, isWrapped: boolean) {
     const { table, effects } = balancer, { sample } = table.config.log;
     this.balancer = balancer;
     this.table = table;
     this.request = request;
     this.isWrapped = isWrapped;
     this.method = request.method;
-    this.scheme = request.scheme;
-    this.peer = this.client = request.peer;
+    this.origin = origin;
+    this.client = origin.client;
+    this.id = id;
     this.host = request.host;
     this.block = request.block;
     this.body = request.body;
@@ -3827,8 +3837,9 @@ const hostIsValid = memo((host) => {
   return parts !== null && Number(parts[1] ?? 0) <= 65_535;
 });
 
-/** Removes dot segments, also encoded ones (RFC 3986 section 5.2.4). `%2F` is not a slash. */
+/** Removes dot segments (RFC 3986 section 5.2.4). `%2F` is not a slash. */
 function removeDots(path: string): string {
+  if (!path.includes("/.")) return path;
   const out: string[] = [];
   const segments = path.split("/").slice(1);
   segments.forEach((segment, i) => {
@@ -3841,17 +3852,19 @@ function removeDots(path: string): string {
   return "/" + out.join("/");
 }
 
-/** The path as it is matched and forwarded, or undefined where it cannot be trusted to mean one thing. */
-function normalizePath(path: string): string | undefined {
+/** Bytes above 0x7f as a URI writes them. */
+const percentEncoded = (text: string) => text.replace(/[\x80-\xff]/g, (byte) => `%${HEX[byte.charCodeAt(0)]!}`);
+
+/** A path in one spelling, or undefined where it cannot be trusted to mean one thing. Its dot segments are still there. */
+function respellPath(path: string): string | undefined {
   if (PLAIN_PATH.test(path)) return path;
   if (path[0] !== "/" || FORBIDDEN_IN_PATH.test(path)) return undefined;
   if (/%(?![0-9a-f]{2})|%00/i.test(path)) return undefined;
-  const bytes = path.replace(/[\x80-\xff]/g, (byte) => `%${HEX[byte.charCodeAt(0)]!}`);
-  const decoded = bytes.replace(/%[0-9a-f]{2}/gi, (hex) => {
+  const decoded = percentEncoded(path).replace(/%[0-9a-f]{2}/gi, (hex) => {
     const character = String.fromCharCode(parseInt(hex.slice(1), 16));
     return UNRESERVED.test(character) ? character : hex.toUpperCase();
   });
-  return removeDots(encodeURI(decoded).replaceAll("%25", "%"));
+  return encodeURI(decoded).replaceAll("%25", "%");
 }
 
 /** The path and query of a target, which may be a whole URL (RFC 9112 section 3.2); undefined where it is neither. */
@@ -3874,10 +3887,12 @@ function validate(exchange: Exchange): Refusal | undefined {
   if (target === undefined) return "bad-request";
   if (target.length > MAX_TARGET) return "uri-too-long";
   const mark = target.indexOf("?"), sent = mark < 0 ? target : target.slice(0, mark);
-  const path = sent === "*" ? sent : normalizePath(sent), query = mark < 0 ? "" : target.slice(mark);
-  if (path === undefined || FORBIDDEN_IN_QUERY.test(query)) return "bad-request";
+  const spelled = sent === "*" ? sent : respellPath(sent), query = mark < 0 ? "" : target.slice(mark);
+  if (spelled === undefined || FORBIDDEN_IN_QUERY.test(query)) return "bad-request";
+  const path = removeDots(spelled);
   if (exchange.isWrapped && path !== sent) return "bad-request"; // middleware has matched another path than servers would get
   exchange.path = path;
+  exchange.sent = path === spelled ? sent : path; // servers do not agree on dots behind two slashes
   exchange.query = query;
   return undefined;
 }
@@ -3904,13 +3919,10 @@ function compileHosts(routes: Route[]): HostTable {
 
 /** The route that a request belongs to, in Gateway API's order (README, "Which route wins"). */
 function matchRoute(table: Table, exchange: Exchange): Route | undefined {
-  const own = table.schemes.size > 0 ? table.schemes.get(schemeOf(exchange)) : undefined;
+  const own = table.schemes.size > 0 ? table.schemes.get(exchange.origin.scheme) : undefined;
   return (own && matchHost(own, exchange)) ?? matchHost(table.hosts, exchange) ??
     (exchange.allow === undefined ? table.fallback : undefined);
 }
-
-/** What the client speaks, as a trusted peer tells it, or as it is spoken here. */
-const schemeOf = ({ forwarded, scheme }: Exchange): string => forwarded?.get("x-forwarded-proto") ?? scheme;
 
 /** The host itself, then the longest wildcard: labels are taken off from the left, and no host begins with a dot. */
 function matchHost({ named, any }: HostTable, exchange: Exchange): Route | undefined {
@@ -3965,7 +3977,7 @@ function firstThatFits(routes: Route[] | undefined, exchange: Exchange, matched:
 
 type Read = (exchange: Exchange, name: string) => string | null | undefined;
 const headerOf: Read = ({ block }, name) => fieldOf(block.fields, name);
-const queryOf: Read = ({ query }, name) => new URLSearchParams(query).get(name);
+const queryOf: Read = ({ query }, name) => new URLSearchParams(percentEncoded(query)).get(name);
 
 function compileCondition(condition: Condition, read: Read): (exchange: Exchange) => boolean {
   const { name } = condition;
@@ -3998,26 +4010,36 @@ function compileAdmission(allow: string[], deny: string[]): Route["admits"] {
   return memo((client) => !denied(client) && (!allow.length || allowed(client)));
 }
 
-/** The path that the server sees: what matched is replaced, and what follows it stays. */
-function rewritePath({ rewrite }: Route, path: string, matched: string | RE2JS): string {
-  if (rewrite.kind === "none") return path;
+/** The path that the server sees: what matched is replaced, and what follows it stays as it came. */
+function rewritePath({ rewrite }: Route, { path, sent, matched }: Exchange): string {
+  if (rewrite.kind === "none") return sent;
   if (rewrite.kind === "whole") return rewrite.path;
-  if (typeof matched === "string") return rewrite.path.replace(/\/+$/, "") + path.slice(matched.length) || "/";
+  if (typeof matched === "string") {
+    const rest = path === matched ? "" : sent.slice(cut(sent, matched.split("/").length - 1).length);
+    return rewrite.path.replace(/\/+$/, "") + rest || "/";
+  }
   const rewritten = matched.matcher(path).replaceFirst(rewrite.path);
   return removeDots(rewritten.startsWith("/") ? rewritten : `/${rewritten}`);
 }
 
-/** The target that the server sees: path and query after the route's rules. */
-function targetOf(exchange: Exchange, route: Route): string {
-  if (exchange.path === "*") return "*";
-  const path = rewritePath(route, exchange.path, exchange.matched);
-  const { set, remove } = route.request.query;
-  if (!set.size && !remove.length) return path + exchange.query;
-  const query = new URLSearchParams(exchange.query);
-  for (const name of remove) query.delete(name);
-  for (const [name, value] of set) query.set(name, value);
-  return path + (query.size ? `?${query}` : "");
+/** The query after a route's rules. Parameters that no rule names stay as they came, byte for byte. */
+function rewriteQuery(query: string, { set, remove }: Route["request"]["query"]): string {
+  if (!set.size && !remove.length) return query;
+  const nameOf = (pair: string) => new URLSearchParams(`?${percentEncoded(pair)}`).keys().next().value ?? "";
+  const unset = new Map(set), rest: string[] = [];
+  for (const pair of query ? query.slice(1).split("&") : []) {
+    const name = nameOf(pair), value = unset.get(name);
+    if (value !== undefined) rest.push(`${new URLSearchParams([[name, value]])}`);
+    else if (!set.has(name) && !remove.includes(name)) rest.push(pair);
+    unset.delete(name);
+  }
+  if (unset.size) rest.push(`${new URLSearchParams([...unset])}`);
+  return rest.length ? `?${rest.join("&")}` : "";
 }
+
+/** The target that the server sees: path and query after the route's rules. */
+const targetOf = (exchange: Exchange, route: Route): string =>
+  exchange.path === "*" ? "*" : rewritePath(route, exchange) + rewriteQuery(exchange.query, route.request.query);
 
 type Rules = RouteConfig["response"]["headers"];
 
@@ -4680,7 +4702,7 @@ function cookieFor(service: Service, server: Server, exchange: Exchange, effects
   );
   const at = values.findIndex((value) => signedServers(service, effects).has(value));
   values.splice(at < 0 ? values.length : at, 1, valueFor(service, server, effects));
-  const https = schemeOf(exchange) === "https";
+  const https = exchange.origin.scheme === "https";
   const age = max_age ? `; Max-Age=${Math.ceil(max_age / 1_000)}` : "";
   return `${cookie}=${values.join(".")}; Path=/${age}; HttpOnly; SameSite=Lax${https ? "; Secure" : ""}`;
 }
@@ -5006,12 +5028,12 @@ const receivedBy = ({ uploaded, body }: Attempt): number => Math.max(uploaded, b
 
 function accessRecord(exchange: Exchange, endedAt: number): AccessRecord {
   if (!exchange.trace) startTrace(exchange);
-  const { client, scheme, status, bytes, id, trace, path, tried, attempt, started, destination } = exchange;
+  const { client, origin, status, bytes, id, trace, path, tried, attempt, started, destination } = exchange;
   const { block: { fields }, version, target } = exchange.request;
   const since = (time = 0) => time > 0 && time >= started ? Math.min(time, endedAt) - started : undefined;
   return {
     client,
-    scheme,
+    scheme: origin.scheme,
     status,
     bytes,
     id,
@@ -5019,7 +5041,7 @@ function accessRecord(exchange: Exchange, endedAt: number): AccessRecord {
     time: exchange.balancer.effects.date(),
     method: exchange.method || "-",
     protocol: `HTTP/${version}`,
-    host: hostName(exchange.host) || undefined,
+    host: hostName(origin.host || exchange.host) || undefined,
     url: path ? undefined : target || "-",
     path: path || undefined,
     query: exchange.query.slice(1) || undefined,
@@ -5461,11 +5483,9 @@ function choiceFields({ route, choices }: Exchange): Fields {
 
 /** Where a redirect leads: taken literally, or the request's own address with some parts replaced. */
 function redirect(exchange: Exchange, action: Extract<RouteConfig["action"], { kind: "redirect" }>): HttpResponse {
-  const { to, scheme, host, port, path, status } = action;
-  const spoken = exchange.forwarded?.get("x-forwarded-proto") ?? "";
-  const proto = scheme || (/^https?$/.test(spoken) ? spoken : exchange.scheme);
-  const asked = exchange.forwarded?.get("x-forwarded-host") ?? exchange.host;
-  const own = /:\d+$/.exec(asked)?.[0] ?? ""; // it goes with its host and scheme
+  const { to, scheme, host, port, path, status } = action, { origin } = exchange;
+  const proto = scheme || origin.scheme, asked = origin.host || exchange.host;
+  const own = /:\d+$/.exec(asked)?.[0] ?? (origin.port && `:${origin.port}`); // it goes with its host and scheme
   const shown = port ? `:${port}` : scheme || host ? "" : own;
   const usual = proto === "https" ? ":443" : ":80";
   const authority = (host || hostName(asked)) + (shown === usual ? "" : shown);
@@ -5508,25 +5528,69 @@ const fieldAction = memo((spelled): FieldAction => {
   return passage !== "pass" && name !== folded ? "drop" : passage;
 });
 
-/** What a trusted peer says about the client, by name in lower case. */
-function forwardedBy(fields: Fields): Map<string, string> {
-  const told = new Map<string, string>();
-  for (let i = 0; i < fields.length; i += 2) {
-    const name = fields[i]!.toLowerCase();
-    if (fieldAction(name) === "told") told.set(name, joinValues(told.get(name) ?? "", fields[i + 1]!));
+/** No value that counts in these lists has a comma or a semicolon, not in quotes either. */
+const pieces = (text: string, separator: string): string[] => text.split(separator).map((piece) => piece.trim());
+const FORWARDED_PARAMETER = /^([\w-]+)=(?:"([^"\\]*)"|([^\s"]*))$/;
+
+/** The parameters of an entry of Forwarded (RFC 7239 section 4); none where it is not valid, or says a thing twice. */
+function parametersOf(entry: string): Map<string, string> {
+  const parameters = new Map<string, string>();
+  for (const text of pieces(entry, ";").filter(Boolean)) {
+    const [, name = "", quoted, plain = ""] = FORWARDED_PARAMETER.exec(text) ?? [];
+    if (!name || parameters.has(lower(name))) return new Map();
+    parameters.set(lower(name), quoted ?? plain);
   }
-  return told;
+  return parameters;
 }
 
-/** The client behind trusted proxies: X-Forwarded-For from right to left, up to the first who is not trusted. */
-function clientBehind(peer: string, told: ReadonlyMap<string, string>, trusts: Table["trusts"]): string {
-  let client = peer;
-  for (const hop of (told.get("x-forwarded-for") ?? "").split(",").reverse()) {
-    const address = hop.trim();
-    if (!trusts(client) || !isAddress(address)) break;
-    client = ipaddr.process(address).toString();
+/** The address of a node, without its port (RFC 7239 section 6; Azure writes one); empty: it is unknown or hidden. */
+function addressOf(node: string): string {
+  const bare = node.replace(/^(?:\[([0-9a-f:.]+)\]|([\d.]+))(?::[\w.-]+)?$/i, "$1$2");
+  return isAddress(bare) ? ipaddr.process(bare).toString() : "";
+}
+
+/** The schemes that trusted peers tell; some name those of WebSockets. */
+const TOLD_SCHEMES = new Map([["http", "http"], ["https", "https"], ["ws", "http"], ["wss", "https"]]);
+
+/** The addresses from the client to a peer, as the nodes before it are told: farthest first, the peer last. */
+function chainTo(peer: string, nodes: string[], trusts: Table["trusts"]): string[] {
+  const chain = [peer];
+  for (const node of nodes.reverse()) {
+    const address = addressOf(node);
+    if (!address || !trusts(chain[0]!)) break;
+    chain.unshift(address);
   }
-  return client;
+  return chain;
+}
+
+/**
+ * Who asks. A trusted peer is believed about its own peer, and so on, from right to left, up to the first that is not trusted;
+ * scheme and host are what the farthest of the trusted tells. Forwarded adds what X-Forwarded-* leave open where it names the
+ * same addresses. What is not valid does not count.
+ */
+function originOf({ peer, scheme: spoken, block: { fields } }: HttpRequest, trusts: Table["trusts"]): Origin {
+  if (!trusts(peer)) return { client: peer, scheme: spoken, host: "", port: "", chain: [peer], isTold: false };
+  const listed = (name: string) => pieces(fieldOf(fields, name) ?? "", ",");
+  const entries = listed("forwarded").map(parametersOf);
+  const parameters = (name: string) => entries.map((entry) => entry.get(name) ?? "");
+  const [usual, standard] = [
+    chainTo(peer, listed("x-forwarded-for"), trusts),
+    chainTo(peer, parameters("for"), trusts),
+  ];
+  const chain = usual.length > 1 ? usual : standard, agrees = `${chain}` === `${standard}`;
+  const believed = (list: string[]) => list.slice(-Math.max(1, chain.length - 1));
+  const told = (name: string) => [
+    ...believed(listed(`x-forwarded-${name}`)),
+    ...agrees ? believed(parameters(name)) : [],
+  ];
+  const scheme = told("proto").map((text) => TOLD_SCHEMES.get(lower(text))).find(Boolean) ?? spoken;
+  const wrong = scheme === "https" ? "80" : "443"; // as a proxy behind the one that ends TLS says it
+  const isPort = (text: string) => /^[1-9]\d{0,4}$/.test(text) && Number(text) <= 65_535 && text !== wrong;
+  return {
+    ...{ client: chain[0]!, scheme, chain, isTold: true },
+    host: told("host").find((host) => hostIsValid(host)) ?? "",
+    port: told("port").find(isPort) ?? "",
+  };
 }
 
 /** Max-Forwards, which is about OPTIONS only (RFC 9110 section 7.6.2); at 0 a request goes no further. */
@@ -5557,30 +5621,36 @@ function detectLoop({ balancer, block }: Exchange): FailureName | undefined {
   return via && (via.includes(balancer.via) || via.split(",").length > MAX_HOPS) ? "loop" : undefined;
 }
 
-const OURS = new Set(["x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "forwarded", "x-request-id"]);
+/** Fields of trusted peers that are written anew; all others of theirs pass. */
+const OURS = new Set(
+  ["for", "host", "proto", "port"].map((name) => `x-forwarded-${name}`).concat("forwarded", "x-request-id"),
+);
+/** An address as Forwarded writes it (RFC 7239 section 6). */
+const forwardedNode = (address: string): string => address.includes(":") ? `"[${address}]"` : address;
 
 /** The header lines in which a client's requests with one head do not differ. The latest are kept, which saves 1 us. */
 function commonLines(exchange: Exchange, host: string): string {
-  const { balancer: { via }, block, host: named, peer, scheme, forwarded } = exchange, passing = passingFields(block);
-  const { latest } = passing, told = (name: string) => forwarded?.get(name);
-  const isSame = latest && latest.peer === peer && latest.named === named && latest.host === host;
-  if (isSame && !forwarded && latest.scheme === scheme && latest.via === via) return latest.text;
-  const asked = told("x-forwarded-host") ?? named, node = peer.includes(":") ? `"[${peer}]"` : peer; // as RFC 7239 writes it
-  const hop = `for=${node};${named && `host="${named}";`}proto=${scheme}`;
-  const text = `host: ${host}\r\n${passing.lines}` +
-    `x-forwarded-for: ${joinValues(told("x-forwarded-for") ?? "", peer)}\r\n` +
-    (asked && `x-forwarded-host: ${asked}\r\n`) +
-    `x-forwarded-proto: ${told("x-forwarded-proto") ?? scheme}\r\n` +
-    `forwarded: ${joinValues(told("forwarded") ?? "", hop)}\r\nvia: ${joinValues(passing.via, via)}\r\n`;
-  if (!forwarded) {
-    passing.latest = { via, peer, scheme, named, host, text: Buffer.from(text, "latin1").toString("latin1") };
+  const { balancer: { via }, block, host: named, origin } = exchange, { client, scheme, port, chain } = origin;
+  const passing = passingFields(block), { latest } = passing;
+  const isSame = latest && latest.client === client && latest.named === named && latest.host === host;
+  if (isSame && !origin.isTold && latest.scheme === scheme && latest.via === via) return latest.text;
+  const asked = origin.host || named, [node, ...proxies] = chain.map(forwardedNode);
+  const hop = `for=${node};${asked && `host="${asked}";`}proto=${scheme}`;
+  const text = `host: ${host}\r\n${passing.lines}x-forwarded-for: ${chain.join(", ")}\r\n` +
+    (asked && `x-forwarded-host: ${asked}\r\n`) + `x-forwarded-proto: ${scheme}\r\n` +
+    (port && `x-forwarded-port: ${port}\r\n`) +
+    `forwarded: ${[hop, ...proxies.map((proxy) => `for=${proxy}`)].join(", ")}\r\nvia: ${
+      joinValues(passing.via, via)
+    }\r\n`;
+  if (!origin.isTold) {
+    passing.latest = { via, client, scheme, named, host, text: Buffer.from(text, "latin1").toString("latin1") };
   }
   return text;
 }
 
 /** The fields of the request as a server gets them, as they are written. */
 function outboundLines(exchange: Exchange, server: Server): string {
-  const { balancer, forwarded, upgrade, request, block } = exchange, { maxForwards } = passingFields(block);
+  const { balancer, origin, upgrade, request, block } = exchange, { maxForwards } = passingFields(block);
   if (exchange.trace) exchange.span = newId(balancer);
   else startTrace(exchange);
   let out = `${commonLines(exchange, hostFor(exchange, server))}x-request-id: ${exchange.id}\r\n` +
@@ -5589,8 +5659,8 @@ function outboundLines(exchange: Exchange, server: Server): string {
   if (maxForwards) out += `max-forwards: ${oneHopLess(exchange, maxForwards)}\r\n`;
   if (upgrade) out += `connection: Upgrade\r\nupgrade: ${upgrade}\r\n`;
   else if (request.trailers) out += "te: trailers\r\nconnection: TE\r\n";
-  for (const [name, value] of forwarded ?? []) if (!OURS.has(name)) out += `${name}: ${value}\r\n`;
-  return out;
+  const told = origin.isTold ? pairs(block.fields).filter(([name]) => fieldAction(name) === "told") : [];
+  return out + linesOf(without(told.flat(), OURS));
 }
 
 /** A server's response after the route's rules, with our cookie, rate and explain fields. */
@@ -6010,16 +6080,13 @@ async function sendCopy(exchange: Exchange, destination: Destination): Promise<v
 
 const KEPT = 65_536; // bytes: a body up to this size is read first, and kept for another attempt
 
-/** A new exchange, with the client's address and id from a trusted peer. */
+/** A new exchange; a trusted peer may have given it an id. */
 function exchangeOf(balancer: Balancer, request: HttpRequest, isWrapped = false): Exchange {
-  const exchange = new Exchange(balancer, request, isWrapped), { config, trusts } = exchange.table;
-  if (config.trust.length > 0 && trusts(request.peer)) {
-    const told = exchange.forwarded = forwardedBy(request.block.fields);
-    exchange.client = clientBehind(request.peer, told, trusts);
-  }
+  const origin = originOf(request, balancer.table.trusts);
+  const given = origin.isTold ? fieldOf(request.block.fields, "x-request-id") : undefined;
   balancer.requests++;
-  exchange.id = exchange.forwarded?.get("x-request-id") ?? `${balancer.name}-${balancer.requests.toString(36)}`;
-  return exchange;
+  const id = given ?? `${balancer.name}-${balancer.requests.toString(36)}`;
+  return new Exchange(balancer, request, origin, id, isWrapped);
 }
 
 /** Answers one request. `isWrapped`: middleware has seen it before. */

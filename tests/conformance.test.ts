@@ -234,16 +234,15 @@ const targets: Row[] = [
     "//b.test/~row": "two slashes at the beginning of the path",
     "/~row/!$&'()*+,;=:@-._~": "all characters that a path may have",
     "/~row/.a/..b/...": "names that begin with dots",
-    "/~row/caf%C3%A9": "encoded UTF-8 in the path",
+    "/~row/caf%C3%A9/%c3%a9": "encoded UTF-8 in the path, in both spellings",
+    "/~row/caf\xe9/\xc3\xa9": "bytes above 0x7f in the path",
+    "/~row/%7Eme/%41%2e": "needless escapes in the path",
+    "/~row/'\"<>|^`{}[]": "other characters that a URI must not have, in the path",
   }).map(([path, name]): Row => ({
     name: `${name}: passes as sent`,
     send: [get("", path), answered, NEXT],
     expect: "200 200",
-    check: (seen) =>
-      assert.equal(
-        target(seen[0]!).replace(/~\d{3}/, "~row").replaceAll("%2f", "%2F"),
-        path.replaceAll("%2f", "%2F"),
-      ),
+    check: (seen) => assert.equal(target(seen[0]!).replace(/~\d{3}/, "~row"), path),
   })),
   ...Object.entries({
     "/~row/a/../b": "/~row/b",
