@@ -55,16 +55,17 @@ import {
 import { availableParallelism } from "node:os";
 import { isDeepStrictEqual, parseArgs, promisify } from "node:util";
 import { isMainThread, parentPort, Worker, workerData } from "node:worker_threads";
+import { constants as zlib, createGzip } from "node:zlib";
 import { toJsonSchema } from "@valibot/to-json-schema";
 import { closest, distance } from "fastest-levenshtein";
 import { type Context, Hono, type MiddlewareHandler } from "hono";
 import { bodyLimit } from "hono/body-limit";
-import { compress } from "hono/compress";
 import { cors } from "hono/cors";
 import { html, raw } from "hono/html";
 import { methodNotAllowed } from "hono/method-not-allowed";
 import { NONCE, secureHeaders } from "hono/secure-headers";
 import { streamSSE } from "hono/streaming";
+import { COMPRESSIBLE_CONTENT_TYPE_REGEX } from "hono/utils/compress";
 import { parse as parseCookie } from "hono/utils/cookie";
 import ipaddr from "ipaddr.js";
 import { RE2JS, type RE2JSSyntaxException } from "re2js";
@@ -1726,7 +1727,8 @@ export interface Destination {
   weight: number;
   policy: Policy;
   retryOn: ReadonlySet<string | number>;
-  around: Around | undefined; // compress and cors
+  around: Around | undefined; // cors
+  compress: boolean;
   fallback: Destination | undefined; // used when no server here is eligible
 }
 
@@ -2807,6 +2809,37 @@ type IncomingRequest = HttpRequest & FramedHead & { expects: boolean; body: Body
 function letOthersGoFirst(socket: Socket, isHeld: () => boolean): void {
   pauseSocket(socket);
   setImmediate(() => isHeld() || resumeSocket(socket));
+}
+
+/** A body in gzip, of which each piece goes out when it comes: CompressionStream holds them back on Bun and Node. */
+function gzipped(body: Body): Body {
+  const gzip = createGzip({ flush: zlib.Z_SYNC_FLUSH });
+  let trailers = NO_FIELDS;
+  const packed: StreamedBody = new StreamedBody(-1, {
+    onRead: () =>
+      body.read({
+        data(bytes) {
+          if (!gzip.write(bytes)) body.pause();
+        },
+        end(given) {
+          trailers = given;
+          gzip.end();
+        },
+        fail(why) {
+          gzip.destroy();
+          packed.end(why);
+        },
+      }),
+    hold: () => gzip.pause(),
+    release: () => gzip.resume(),
+    abandon() {
+      gzip.destroy();
+      body.cancel();
+    },
+  });
+  gzip.on("data", (bytes: Bytes) => packed.push(bytes)).on("drain", () => body.resume());
+  gzip.on("end", () => packed.end(trailers));
+  return packed;
 }
 
 /** The bytes from here on. None of them keeps the others in memory: thousands of connections wait for their next request. */
@@ -5672,6 +5705,36 @@ function inboundResponse(exchange: Exchange, response: HttpResponse): HttpRespon
   return { ...response, fields, lines: undefined };
 }
 
+const LEAST_COMPRESSED = 1_024; // bytes; what is shorter hardly gets smaller
+const VARIES = /(?:^|,)[\t ]*(?:\*|accept-encoding)[\t ]*(?:,|$)/i;
+const CODED = new Set(["content-length", "etag"]); // fields of a response that gzip changes
+
+/** Whether Accept-Encoding takes gzip (RFC 9110 section 12.5.3). */
+function acceptsGzip(accept: string): boolean {
+  const qualities = new Map(
+    pieces(accept, ",").map((entry) => {
+      const [, coding = "", quality = "1"] = /^([^\s;]+)\s*(?:;\s*q=([\d.]+))?$/i.exec(entry) ?? [];
+      return [lower(coding), Number(quality)];
+    }),
+  );
+  return (qualities.get("gzip") ?? qualities.get("*") ?? 0) > 0;
+}
+
+/** A response in gzip, where the service says so: text that is not encoded yet, for clients that accept it. */
+function compress(exchange: Exchange, response: HttpResponse): HttpResponse {
+  const { status, fields, body } = response, valueOf = (name: string) => fieldOf(fields, name) ?? "";
+  if (!exchange.destination!.compress || status === 206 || BODILESS.has(status) || response.tunnel) return response;
+  const isFixed = valueOf("content-encoding") !== "" || /no-transform/i.test(valueOf("cache-control"));
+  const isShort = body.length >= 0 && body.length < LEAST_COMPRESSED;
+  if (isFixed || isShort || !COMPRESSIBLE_CONTENT_TYPE_REGEX.test(valueOf("content-type"))) return response;
+  const varied = [...fields, ...VARIES.test(valueOf("vary")) ? [] : ["vary", "Accept-Encoding"]];
+  const plain = { ...response, fields: varied, lines: undefined };
+  const accept = fieldOf(exchange.request.block.fields, "accept-encoding") ?? "";
+  if (exchange.method === "HEAD" || !acceptsGzip(accept)) return plain;
+  const etag = valueOf("etag"), weak = etag && ["etag", etag.startsWith("W/") ? etag : `W/${etag}`];
+  return { ...plain, fields: [...without(varied, CODED), ...weak, "content-encoding", "gzip"], body: gzipped(body) };
+}
+
 /** The Host that a server sees: its own literal, the route's, or as `host_header` says. */
 function hostFor(exchange: Exchange, server: Server): string {
   const { host_header } = exchange.destination!.policy;
@@ -5931,7 +5994,7 @@ function respond(attempt: ExchangeAttempt, response: HttpResponse): void {
   const { exchange } = attempt;
   exchange.attempt = attempt;
   exchange.status = response.status;
-  exchange.reply(inboundResponse(exchange, response));
+  exchange.reply(compress(exchange, inboundResponse(exchange, response)));
   if (attempt.endedAt) finish(exchange);
 }
 
@@ -6096,7 +6159,7 @@ function balance(balancer: Balancer, request: HttpRequest, isWrapped = false): v
   exchange.entrypoint.inFlight++;
   request.onGone = () => exchange.onLeave?.();
   guarded(exchange, () => {
-    const refusal = validate(exchange) ?? detectLoop(exchange) ?? checkConcurrency(balancer, exchange);
+    const refusal = validate(exchange) ?? detectLoop(exchange);
     if (exchange.table.config.admin?.token && isOperator(balancer, exchange)) exchange.choices = [];
     if (refusal) return refuse(exchange, refusal);
     if (request.source?.bodyUsed) throw new Error("middleware has read a body that the request's server wants, too");
@@ -6104,10 +6167,9 @@ function balance(balancer: Balancer, request: HttpRequest, isWrapped = false): v
     const route = exchange.route = matchRoute(exchange.table, exchange);
     if (!route && exchange.path === "*") return respondLocally(exchange, optionsReply([]));
     if (!route) return refuse(exchange, exchange.allow ? "bad-method" : "no-route");
-    if (route.admits && !route.admits(exchange.client)) return refuse(exchange, "denied");
-    if (route.buckets && !withinRate(route.buckets, exchange)) return refuse(exchange, "rate");
-    if (exchange.body.length > route.body_limit) return refuse(exchange, "body-too-large");
-    act(exchange, route);
+    const destination = route.action.kind === "forward" ? drawDestination(route, exchange) : undefined;
+    if (destination?.around && !exchange.upgrade) void actWithin(exchange, destination);
+    else act(exchange, destination);
   });
 }
 
@@ -6118,28 +6180,37 @@ function upgradeOf({ upgrade, method, block: { fields } }: HttpRequest): string 
   return isWebSocket(upgrade) && (method !== "GET" || !hasKey) ? "" : upgrade;
 }
 
-/** Does what the route says: answers by itself, or asks servers, with Hono's middleware around that where it is wanted. */
-function act(exchange: Exchange, route: Route): void {
-  const { action } = route;
+/** Why the route does not take a request, if it does not. */
+function checkAdmission(exchange: Exchange): FailureName | undefined {
+  const { admits, buckets, body_limit } = exchange.route!, full = checkConcurrency(exchange.balancer, exchange);
+  if (full) return full;
+  if (admits && !admits(exchange.client)) return "denied";
+  if (buckets && !withinRate(buckets, exchange)) return "rate";
+  return exchange.body.length > body_limit ? "body-too-large" : undefined;
+}
+
+/** Does what the route says, if it takes the request: answers by itself, or asks servers. */
+function act(exchange: Exchange, destination: Destination | undefined): void {
+  const route = exchange.route!, { action } = route, refusal = checkAdmission(exchange);
+  if (refusal) return refuse(exchange, refusal);
   if (action.kind === "redirect") return respondLocally(exchange, redirect(exchange, action));
   if (action.kind === "respond") return respondLocally(exchange, respondLiterally(route, action));
   if (goesNoFurther(exchange)) return respondLocally(exchange, optionsReply(route.methods));
-  const destination = exchange.destination = drawDestination(route, exchange, exchange.balancer.effects);
-  destination.service.inFlight++;
-  if (!destination.around || exchange.upgrade) takeBody(exchange);
-  else void actWithin(exchange, destination.around);
+  exchange.destination = destination!;
+  destination!.service.inFlight++;
+  takeBody(exchange);
 }
 
-/** Runs middleware, which may respond in place of a server, as CORS does to preflights. */
-async function actWithin(exchange: Exchange, around: Around): Promise<void> {
+/** The same with Hono's middleware around it, which may answer in its place, as CORS does to preflights. */
+async function actWithin(exchange: Exchange, destination: Destination): Promise<void> {
   const { reply, request } = exchange;
   const answer = () =>
     new Promise<Response>((resolve) => {
       exchange.reply = (response) => resolve(toResponse(response, exchange.method));
-      takeBody(exchange);
+      act(exchange, destination);
     });
   try {
-    const response = fromResponse(await around.fetch(toRequest(request, false), { answer }));
+    const response = fromResponse(await destination.around!.fetch(toRequest(request, false), { answer }));
     exchange.reply = reply;
     if (exchange.status) reply(response);
     else respondLocally(exchange, response);
@@ -6150,9 +6221,9 @@ async function actWithin(exchange: Exchange, around: Around): Promise<void> {
 }
 
 /** A service of a split: the client's previous one, or one by weight. */
-function drawDestination(route: Route, exchange: Exchange, effects: Effects): Destination {
+function drawDestination(route: Route, exchange: Exchange): Destination {
   const { destinations, weight, sticky } = route;
-  const before = sticky ? stickyDestination(route, exchange, effects) : undefined;
+  const before = sticky ? stickyDestination(route, exchange, exchange.balancer.effects) : undefined;
   if (before) return before;
   let mark = destinations.length > 1 ? exchange.random() * weight : 0;
   return destinations.find((one) => (mark -= one.weight) < 0) ?? destinations[0]!;
@@ -6452,46 +6523,38 @@ function buildService(config: ServiceConfig, name: string, strategy: Strategy, n
   });
 }
 
-/** compress and cors are Hono's own middleware, around the answers of the routes that ask for them. */
-function layersOf({ compress: compressed, cors: shared }: Policy): Around | undefined {
-  if (!compressed && !shared.origin.length) return undefined;
+/** cors is Hono's own middleware, around the answers of the routes that ask for it. */
+function layersOf({ cors: shared }: Policy): Around | undefined {
+  if (!shared.origin.length) return undefined;
   const around: Around = new Hono();
-  if (shared.origin.length) {
-    around.use(cors({
-      origin: shared.origin.includes("*") ? "*" : shared.origin,
-      allowMethods: shared.allow_methods,
-      allowHeaders: shared.allow_headers,
-      exposeHeaders: shared.expose_headers,
-      credentials: shared.credentials,
-      ...(shared.max_age > 0 && { maxAge: shared.max_age / 1_000 }),
-    }));
-  }
-  if (compressed) around.use(compress({ encoding: "gzip" }));
+  around.use(cors({
+    origin: shared.origin.includes("*") ? "*" : shared.origin,
+    allowMethods: shared.allow_methods,
+    allowHeaders: shared.allow_headers,
+    exposeHeaders: shared.expose_headers,
+    credentials: shared.credentials,
+    ...(shared.max_age > 0 && { maxAge: shared.max_age / 1_000 }),
+  }));
   around.all("*", (context) => context.env.answer());
   return around;
 }
 
 const bucketsId = ({ name, rate }: RouteConfig): string => JSON.stringify([name, rate]);
 
-/** What stands around the answers stays the same where another service falls in. */
-function destinationOf(target: Target, services: Map<string, Service>, around: Destination["around"]): Destination {
+/** `outer`: of the service that the route names; what it does to answers stays where another service falls in. */
+function destinationOf(target: Target, services: Map<string, Service>, outer = target.policy): Destination {
   const { service, weight, policy, fallback } = target;
   return {
-    service: services.get(service)!,
-    weight,
-    policy,
-    retryOn: new Set<string | number>(policy.retry_on),
-    around,
-    fallback: fallback && destinationOf(fallback, services, around),
+    ...{ service: services.get(service)!, weight, policy, retryOn: new Set<string | number>(policy.retry_on) },
+    ...{ around: layersOf(outer), compress: outer.compress },
+    fallback: fallback && destinationOf(fallback, services, outer),
   };
 }
 
 function buildRoute(config: RouteConfig, services: Map<string, Service>, buckets: Table["buckets"]): Route {
   const { methods, request, response, action, headers, query } = config;
   const preflight = methods.length > 0 && config.policy.cors.origin.length > 0 && !methods.includes("OPTIONS");
-  const destinations = action.kind === "forward"
-    ? action.targets.map((target) => destinationOf(target, services, layersOf(target.policy)))
-    : [];
+  const destinations = action.kind === "forward" ? action.targets.map((target) => destinationOf(target, services)) : [];
   const { service, percent } = config.mirror, copies = services.get(service);
   const policy = copies && { ...copies.config, retry_on: [] }; // a copy is sent once
   const mirror = policy && { service, policy, weight: percent / 100, fallback: undefined };
@@ -6506,7 +6569,7 @@ function buildRoute(config: RouteConfig, services: Map<string, Service>, buckets
       ...headers.map((condition) => compileCondition(condition, headerOf)),
       ...query.map((condition) => compileCondition(condition, queryOf)),
     ],
-    mirror: mirror && destinationOf(mirror, services, undefined),
+    mirror: mirror && destinationOf(mirror, services),
     admits: compileAdmission(config.allow, config.deny),
     buckets: buckets.get(bucketsId(config)),
     hasRules: [request.headers, response.headers].some(({ set, add, remove }) =>
