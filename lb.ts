@@ -1733,7 +1733,7 @@ export interface Destination {
 }
 
 /** Hono middleware around a response, which it gets by calling `env.answer`. */
-export type Around = Hono<{ Bindings: { answer: () => Promise<Response> } }>;
+export type Around = Hono<{ Bindings: { answer: () => Response } }>;
 
 /** One route, compiled: every decision about its shape was taken when the table was built. */
 export interface Route extends Omit<RouteConfig, "mirror"> {
@@ -3844,8 +3844,8 @@ async function nativeFetch(url: string, attempt: FetchAttempt): Promise<Response
 
 // -----------------------------------------------------------------------------------------------------------
 // 4. Routing
-// Which route a request belongs to. One normalised path is both matched and forwarded, so that no rule can be
-// talked around. Routes are compiled once per table: a thousand cost what one costs.
+// Which route a request belongs to. The normal form of its path is matched; what is forwarded is what came, where
+// both mean the same to every server. Routes are compiled once per table: a thousand cost what one costs.
 // -----------------------------------------------------------------------------------------------------------
 
 // --- 4.1 Validation: method, Host, target, framing and loops ---
@@ -6168,8 +6168,9 @@ function balance(balancer: Balancer, request: HttpRequest, isWrapped = false): v
     if (!route && exchange.path === "*") return respondLocally(exchange, optionsReply([]));
     if (!route) return refuse(exchange, exchange.allow ? "bad-method" : "no-route");
     const destination = route.action.kind === "forward" ? drawDestination(route, exchange) : undefined;
-    if (destination?.around && !exchange.upgrade) void actWithin(exchange, destination);
-    else act(exchange, destination);
+    const go = () => act(exchange, destination);
+    if (destination?.around && !exchange.upgrade) void actWithin(exchange, destination, go);
+    else go();
   });
 }
 
@@ -6201,24 +6202,27 @@ function act(exchange: Exchange, destination: Destination | undefined): void {
   takeBody(exchange);
 }
 
-/** The same with Hono's middleware around it, which may answer in its place, as CORS does to preflights. */
-async function actWithin(exchange: Exchange, destination: Destination): Promise<void> {
+/** The same behind Hono's CORS, which answers preflights. Its fields go with any other answer, in place of a server's own. */
+async function actWithin(exchange: Exchange, { around }: Destination, go: () => void): Promise<void> {
   const { reply, request } = exchange;
-  const answer = () =>
-    new Promise<Response>((resolve) => {
-      exchange.reply = (response) => resolve(toResponse(response, exchange.method));
-      act(exchange, destination);
-    });
+  let isWanted = false;
+  const answer = () => {
+    isWanted = true;
+    return new Response();
+  };
   try {
-    const response = fromResponse(await destination.around!.fetch(toRequest(request, false), { answer }));
-    exchange.reply = reply;
-    if (exchange.status) reply(response);
-    else respondLocally(exchange, response);
+    const response = await around!.fetch(toRequest(request, false), { answer });
+    if (!isWanted) return respondLocally(exchange, fromResponse(response));
+    const own = [...response.headers].flat();
+    exchange.reply = (answer) =>
+      reply({ ...answer, fields: [...withoutCors(answer.fields), ...own], lines: undefined });
   } catch (error) {
-    exchange.reply = reply;
-    failInternally(exchange, error);
+    return failInternally(exchange, error);
   }
+  guarded(exchange, go);
 }
+const withoutCors = (fields: Fields): string[] =>
+  pairs(fields).filter(([name]) => !/^access-control-/i.test(name)).flat();
 
 /** A service of a split: the client's previous one, or one by weight. */
 function drawDestination(route: Route, exchange: Exchange): Destination {

@@ -4,7 +4,9 @@
 
 import assert from "node:assert/strict";
 import { after, before, test } from "node:test";
+import { gunzipSync } from "node:zlib";
 import {
+  answer,
   echo,
   echoServer,
   get,
@@ -44,6 +46,7 @@ before(async () => {
       { path: "/rate", service: "shop", rate: { requests: 1, per: "1h" } },
       { path: "/hash", service: "hashed" },
       { path: "/sticky", servers, sticky: { cookie: "lb" } },
+      { path: "/cors/open", service: "shop", cors: { origin: "https://page.test" } },
       { path: "/cors/deny", service: "shop", cors: { origin: "*" }, deny: ["127.0.0.1"] },
       { path: "/cors/rate", service: "shop", cors: { origin: "*" }, rate: { requests: 1, per: "1h" } },
       { path: "/cors/small", service: "shop", cors: { origin: "*" }, body_limit: 3 },
@@ -282,6 +285,58 @@ test("a preflight costs no token and is answered where a rule refuses the reques
     assert.deepEqual([status(allowed), value(allowed, "access-control-allow-origin")], [204, "*"], path);
   }
 });
+
+const WHOLE = "HTTP/1.1 103 Early Hints\r\nLink: </a.css>\r\n\r\n" +
+  "HTTP/1.1 999 Request Denied\r\nX-a: 1\r\nx-A: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nX-Sum: 7\r\n\r\n";
+for (const path of ["/", "/cors/open", "/text"]) {
+  test(`103, a reason of its own, status 999, fields as spelled and trailers pass: ${path}: A2`, async () => {
+    server.reset((visit) => visit.send(WHOLE));
+    const { bytes, interim } = await rawRequest(program.port, get(path, `${ORIGIN}TE: trailers\r\n`));
+    const text = bytes.toString("latin1");
+    assert.deepEqual(interim.map((one) => [status(one), value(one, "link")]), [[103, "</a.css>"]]);
+    assert.match(text, /\r\n\r\nHTTP\/1\.1 999 Request Denied\r\nX-a: 1\r\nx-A: 2\r\n/);
+    assert.match(text, /\r\n2\r\nok\r\n0\r\nX-Sum: 7\r\n\r\n$/);
+    assert.equal(text.includes("access-control-allow-origin: https://page.test\r\n"), path === "/cors/open");
+  });
+}
+
+test("with cors a server's own Access-Control-* do not pass, neither for a page that may read nor for another: A7", async () => {
+  const own: Script = (visit) =>
+    visit.send(answer("ok", "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: x\r\nVary: b\r\n"));
+  for (const [origin, allowed] of [["https://page.test", "https://page.test"], ["https://other.test", ""]]) {
+    const given = await ask(get("/cors/open", `Origin: ${origin}\r\n`), own);
+    const names = ["access-control-allow-origin", "access-control-expose-headers", "vary"];
+    assert.deepEqual(names.map((name) => value(given, name)), [allowed, "", "b, Origin"]);
+  }
+});
+
+test("trailers pass behind a body that compress encodes: A4", async () => {
+  server.reset((visit) =>
+    visit.send(
+      'HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nETag: "1"\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nX-Sum: 7\r\n\r\n',
+    )
+  );
+  const fields = "TE: trailers\r\nAccept-Encoding: *;q=0.1\r\n";
+  const { answers, bytes } = await rawRequest(program.port, get("/text", fields));
+  assert.match(bytes.toString("latin1"), /\r\n0\r\nX-Sum: 7\r\n\r\n$/);
+  assert.equal(gunzipSync(answers[0]!.body).toString(), "ok");
+  assert.deepEqual(["etag", "vary"].map((name) => value(answers[0]!, name)), ['W/"1"', "Accept-Encoding"]);
+});
+
+const NOT_ENCODED: Record<string, [accepted: string, head: string]> = {
+  "a client that does not take gzip": ["br, gzip;q=0", "Content-Type: text/html\r\n"],
+  "an answer that is encoded": ["gzip", "Content-Type: text/html\r\nContent-Encoding: br\r\n"],
+  "an answer that nobody may transform": ["gzip", "Content-Type: text/html\r\nCache-Control: no-transform\r\n"],
+  "an image": ["gzip", "Content-Type: image/png\r\n"],
+  "events": ["gzip", "Content-Type: text/event-stream\r\n"],
+};
+for (const [name, [accepted, fields]] of Object.entries(NOT_ENCODED)) {
+  test(`compress leaves alone what is not for it: ${name}: A4`, async () => {
+    const text = "hello ".repeat(500), given = answer(text, fields);
+    const got = await ask(get("/text", `Accept-Encoding: ${accepted}\r\n`), (visit) => visit.send(given));
+    assert.deepEqual([got.body.toString(), value(got, "content-length")], [text, "3000"]);
+  });
+}
 
 test("an answer whose lines end with LF alone is refused at once: A3", async () => {
   const refused = await ask(get("/"), (visit) => visit.send("HTTP/1.1 200 OK\nContent-Length: 2\n\nok"));
