@@ -1,6 +1,6 @@
-// What real clients, proxies and servers send: cases from public reports, over sockets. The id behind a test's name is that
-// of its case: R are requests, P requests behind another proxy, A answers of servers. Most R and A cases are rows of
-// conformance.test.ts; here stand those that need a config of their own.
+// What real clients, proxies and servers send: cases from the field, over sockets. The id at the end of a test's name is
+// that of its case: R are requests, P requests behind another proxy, A answers of servers. Most R and A cases are rows of
+// conformance.test.ts, with their ids; here stand those that need routes of their own.
 
 import assert from "node:assert/strict";
 import { after, before, test } from "node:test";
