@@ -1854,6 +1854,7 @@ export class Exchange implements Draw {
   choices: Choice[] | undefined = undefined; // so far, where an operator asks for them
   cookie = ""; // Set-Cookie for a client that is new to its server, or empty
   quota = NO_FIELDS; // what the answer says about the client's rate
+  shared: [name: string, value: string][] = []; // what it says about pages that may read it, by CORS
   trace = ""; // 32 digits, from the client or begun by us; empty: not asked for yet
   traceFlags = ""; // 01: sampled
   traceState = ""; // that came with it
@@ -5667,14 +5668,12 @@ function commonLines(exchange: Exchange, host: string): string {
   const passing = passingFields(block), { latest } = passing;
   const isSame = latest && latest.client === client && latest.named === named && latest.host === host;
   if (isSame && !origin.isTold && latest.scheme === scheme && latest.via === via) return latest.text;
-  const asked = origin.host || named, [node, ...proxies] = chain.map(forwardedNode);
-  const hop = `for=${node};${asked && `host="${asked}";`}proto=${scheme}`;
+  const asked = origin.host || named, [node, ...proxies] = chain.map((address) => `for=${forwardedNode(address)}`);
+  const forwarded = [`${node};${asked && `host="${asked}";`}proto=${scheme}`, ...proxies].join(", ");
   const text = `host: ${host}\r\n${passing.lines}x-forwarded-for: ${chain.join(", ")}\r\n` +
     (asked && `x-forwarded-host: ${asked}\r\n`) + `x-forwarded-proto: ${scheme}\r\n` +
     (port && `x-forwarded-port: ${port}\r\n`) +
-    `forwarded: ${[hop, ...proxies.map((proxy) => `for=${proxy}`)].join(", ")}\r\nvia: ${
-      joinValues(passing.via, via)
-    }\r\n`;
+    `forwarded: ${forwarded}\r\nvia: ${joinValues(passing.via, via)}\r\n`;
   if (!origin.isTold) {
     passing.latest = { via, client, scheme, named, host, text: Buffer.from(text, "latin1").toString("latin1") };
   }
@@ -5696,13 +5695,25 @@ function outboundLines(exchange: Exchange, server: Server): string {
   return out + linesOf(without(told.flat(), OURS));
 }
 
-/** A server's response after the route's rules, with our cookie, rate and explain fields. */
+/** A server's fields without its own CORS. */
+const withoutCors = (fields: Fields): string[] =>
+  pairs(fields).filter(([name]) => !/^access-control-/i.test(name)).flat();
+
+/** Fields with what our CORS says in place of what says the same; Vary grows. */
+function withShared(fields: Fields, shared: Exchange["shared"]): Fields {
+  const names = new Set(shared.map(([name]) => name));
+  names.delete("vary");
+  return shared.length ? [...without(fields, names), ...shared.flat()] : fields;
+}
+
+/** A server's response after the route's rules, with our CORS, cookie, rate and explain fields. */
 function inboundResponse(exchange: Exchange, response: HttpResponse): HttpResponse {
-  const { cookie, quota, choices } = exchange, { hasRules, response: rules } = exchange.route!;
-  if (!hasRules && !cookie && !quota.length && !choices) return response;
+  const { cookie, quota, shared, choices } = exchange, { hasRules, response: rules } = exchange.route!;
+  if (!hasRules && !cookie && !quota.length && !shared.length && !choices) return response;
   const own = [...quota, ...cookie ? ["set-cookie", cookie] : [], ...choiceFields(exchange)];
-  const fields = [...hasRules ? applyRules(response.fields, rules.headers) : response.fields, ...own];
-  return { ...response, fields, lines: undefined };
+  const given = shared.length ? withoutCors(response.fields) : response.fields;
+  const ruled = withShared(hasRules ? applyRules(given, rules.headers) : given, shared);
+  return { ...response, fields: [...ruled, ...own], lines: undefined };
 }
 
 const LEAST_COMPRESSED = 1_024; // bytes; what is shorter hardly gets smaller
@@ -6004,7 +6015,7 @@ function respondLocally(exchange: Exchange, response: HttpResponse): void {
   const rest = own.length ? without(response.fields, new Set(own.filter((_, i) => i % 2 === 0))) : response.fields;
   exchange.status = response.status;
   exchange.bytes = exchange.method === "HEAD" ? 0 : Math.max(0, response.body.length);
-  exchange.reply({ ...response, fields: [...rest, ...own] });
+  exchange.reply({ ...response, fields: [...withShared(rest, exchange.shared), ...own] });
   finish(exchange);
 }
 
@@ -6202,27 +6213,22 @@ function act(exchange: Exchange, destination: Destination | undefined): void {
   takeBody(exchange);
 }
 
-/** The same behind Hono's CORS, which answers preflights. Its fields go with any other answer, in place of a server's own. */
+/** The same behind Hono's CORS, which answers preflights; what it sets goes with any other answer. */
 async function actWithin(exchange: Exchange, { around }: Destination, go: () => void): Promise<void> {
-  const { reply, request } = exchange;
   let isWanted = false;
   const answer = () => {
     isWanted = true;
     return new Response();
   };
   try {
-    const response = await around!.fetch(toRequest(request, false), { answer });
+    const response = await around!.fetch(toRequest(exchange.request, false), { answer });
     if (!isWanted) return respondLocally(exchange, fromResponse(response));
-    const own = [...response.headers].flat();
-    exchange.reply = (answer) =>
-      reply({ ...answer, fields: [...withoutCors(answer.fields), ...own], lines: undefined });
+    exchange.shared = [...response.headers];
   } catch (error) {
     return failInternally(exchange, error);
   }
   guarded(exchange, go);
 }
-const withoutCors = (fields: Fields): string[] =>
-  pairs(fields).filter(([name]) => !/^access-control-/i.test(name)).flat();
 
 /** A service of a split: the client's previous one, or one by weight. */
 function drawDestination(route: Route, exchange: Exchange): Destination {

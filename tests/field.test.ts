@@ -46,7 +46,12 @@ before(async () => {
       { path: "/rate", service: "shop", rate: { requests: 1, per: "1h" } },
       { path: "/hash", service: "hashed" },
       { path: "/sticky", servers, sticky: { cookie: "lb" } },
-      { path: "/cors/open", service: "shop", cors: { origin: "https://page.test" } },
+      {
+        path: "/cors/open",
+        service: "shop",
+        cors: { origin: "https://page.test" },
+        response: { headers: { set: { "x-rule": "1", "access-control-max-age": "5" } } },
+      },
       { path: "/cors/deny", service: "shop", cors: { origin: "*" }, deny: ["127.0.0.1"] },
       { path: "/cors/rate", service: "shop", cors: { origin: "*" }, rate: { requests: 1, per: "1h" } },
       { path: "/cors/small", service: "shop", cors: { origin: "*" }, body_limit: 3 },
@@ -305,8 +310,8 @@ test("with cors a server's own Access-Control-* do not pass, neither for a page 
     visit.send(answer("ok", "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: x\r\nVary: b\r\n"));
   for (const [origin, allowed] of [["https://page.test", "https://page.test"], ["https://other.test", ""]]) {
     const given = await ask(get("/cors/open", `Origin: ${origin}\r\n`), own);
-    const names = ["access-control-allow-origin", "access-control-expose-headers", "vary"];
-    assert.deepEqual(names.map((name) => value(given, name)), [allowed, "", "b, Origin"]);
+    const names = ["access-control-allow-origin", "access-control-expose-headers", "vary", "access-control-max-age"];
+    assert.deepEqual(names.map((name) => value(given, name)), [allowed, "", "b, Origin", "5"]); // 5: by a rule
   }
 });
 
