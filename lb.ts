@@ -1187,6 +1187,22 @@ export interface FieldBlock {
   readonly fields: Fields;
   /** The fields to forward; undefined: not derived yet. */
   passing: PassingFields | undefined;
+  /** Who has asked with this head last. */
+  origin?: Origin | undefined;
+}
+
+/** Who asks, over what and for which host: from the connection, or as trusted peers tell it. */
+export interface Origin {
+  readonly peer: string; // the address that is connected
+  readonly spoken: string; // http or https, to the peer
+  readonly trusts: (peer: string) => boolean; // who is believed
+
+  readonly client: string; // its address
+  readonly scheme: string; // http or https, as the client speaks it
+  readonly host: string; // with its port, where a peer tells it; empty: the request's own Host
+  readonly port: string; // that the client has asked, where a peer tells it; else empty
+  readonly chain: readonly string[]; // addresses from the client to the peer
+  readonly isTold: boolean; // by a trusted peer
 }
 
 /** The request's fields that are forwarded, and the values of those that the balancer rewrites. */
@@ -1194,7 +1210,7 @@ export interface PassingFields {
   readonly lines: string; // as wire text
   readonly via: string;
   readonly maxForwards: string;
-  latest?: { via: string; client: string; scheme: string; named: string; host: string; text: string }; // of `commonLines`
+  latest?: { via: string; origin: Origin; named: string; host: string; text: string }; // of `commonLines`
 }
 
 /** The head of a request. */
@@ -1807,16 +1823,6 @@ function entry<K extends WeakKey | string | number, V>(
   return value;
 }
 
-/** Who asks, over what and for which host: from the connection, or as trusted peers tell it. */
-export interface Origin {
-  readonly client: string; // its address
-  readonly scheme: string; // http or https, as the client speaks it
-  readonly host: string; // with its port, where a peer tells it; empty: the request's own Host
-  readonly port: string; // that the client has asked, where a peer tells it; else empty
-  readonly chain: readonly string[]; // addresses from the client to the connected peer, which is the last
-  readonly isTold: boolean; // by a trusted peer
-}
-
 /** One request's life, from its head to the end of the answer's body. A class, for the reason of `NOT_SENT_YET`. */
 export class Exchange implements Draw {
   // given
@@ -2215,7 +2221,7 @@ function parseFields(text: string): ParsedFields {
   }
   const hop = connectionNames(connection), rest = hop.size ? without(fields, hop) : fields;
   return {
-    ...{ fields: rest, lines: linesOf(rest), passing: undefined, count: valid ? count : -1 },
+    ...{ fields: rest, lines: linesOf(rest), passing: undefined, origin: undefined, count: valid ? count : -1 },
     ...{ length, connection, upgrade, expect, host, hosts, idle },
     encoding: encoding === "" ? "(empty)" : encoding ?? "",
     trailers: hasOption(te, TRAILERS_OPTION),
@@ -5563,7 +5569,8 @@ const fieldAction = memo((spelled): FieldAction => {
 });
 
 /** No value that counts in these lists has a comma or a semicolon, not in quotes either. */
-const pieces = (text: string, separator: string): string[] => text.split(separator).map((piece) => piece.trim());
+const pieces = (text: string | undefined, separator: string): string[] =>
+  text === undefined ? [] : text.split(separator).map((piece) => piece.trim());
 const FORWARDED_PARAMETER = /^([\w-]+)=(?:"([^"\\]*)"|([^\s"]*))$/;
 
 /** The parameters of an entry of Forwarded (RFC 7239 section 4); none where it is not valid, or says a thing twice. */
@@ -5602,29 +5609,34 @@ function chainTo(peer: string, nodes: string[], trusts: Table["trusts"]): string
  * scheme and host are what the farthest of the trusted tells. Forwarded adds what X-Forwarded-* leave open where it names the
  * same addresses. What is not valid does not count.
  */
-function originOf({ peer, scheme: spoken, block: { fields } }: HttpRequest, trusts: Table["trusts"]): Origin {
-  if (!trusts(peer)) return { client: peer, scheme: spoken, host: "", port: "", chain: [peer], isTold: false };
-  const listed = (name: string) => pieces(fieldOf(fields, name) ?? "", ",");
+function readOrigin(fields: Fields, known: Pick<Origin, "peer" | "spoken" | "trusts">): Origin {
+  const { peer, spoken, trusts } = known;
+  const listed = (name: string) => pieces(fieldOf(fields, name), ",");
   const entries = listed("forwarded").map(parametersOf);
   const parameters = (name: string) => entries.map((entry) => entry.get(name) ?? "");
-  const [usual, standard] = [
-    chainTo(peer, listed("x-forwarded-for"), trusts),
-    chainTo(peer, parameters("for"), trusts),
-  ];
+  const usual = chainTo(peer, listed("x-forwarded-for"), trusts), standard = chainTo(peer, parameters("for"), trusts);
   const chain = usual.length > 1 ? usual : standard, agrees = `${chain}` === `${standard}`;
-  const believed = (list: string[]) => list.slice(-Math.max(1, chain.length - 1));
-  const told = (name: string) => [
-    ...believed(listed(`x-forwarded-${name}`)),
-    ...agrees ? believed(parameters(name)) : [],
-  ];
+  const told = (name: string) =>
+    [listed(`x-forwarded-${name}`), agrees ? parameters(name) : []].flatMap((list) =>
+      list.slice(-Math.max(1, chain.length - 1)) // as many as there are proxies
+    );
   const scheme = told("proto").map((text) => TOLD_SCHEMES.get(lower(text))).find(Boolean) ?? spoken;
   const wrong = scheme === "https" ? "80" : "443"; // as a proxy behind the one that ends TLS says it
   const isPort = (text: string) => /^[1-9]\d{0,4}$/.test(text) && Number(text) <= 65_535 && text !== wrong;
   return {
-    ...{ client: chain[0]!, scheme, chain, isTold: true },
+    ...{ ...known, client: chain[0]!, scheme, chain, isTold: true },
     host: told("host").find((host) => hostIsValid(host)) ?? "",
     port: told("port").find(isPort) ?? "",
   };
+}
+
+/** Who asks: read once for each head that comes again from the same peer, which saves up to 15 us. */
+function originOf({ peer, scheme: spoken, block }: HttpRequest, trusts: Table["trusts"]): Origin {
+  const { origin } = block;
+  if (origin?.peer === peer && origin.spoken === spoken && origin.trusts === trusts) return origin;
+  const known = { peer, spoken, trusts };
+  if (trusts(peer)) return block.origin = readOrigin(block.fields, known);
+  return block.origin = { ...known, client: peer, scheme: spoken, host: "", port: "", chain: [peer], isTold: false };
 }
 
 /** Max-Forwards, which is about OPTIONS only (RFC 9110 section 7.6.2); at 0 a request goes no further. */
@@ -5664,25 +5676,25 @@ const forwardedNode = (address: string): string => address.includes(":") ? `"[${
 
 /** The header lines in which a client's requests with one head do not differ. The latest are kept, which saves 1 us. */
 function commonLines(exchange: Exchange, host: string): string {
-  const { balancer: { via }, block, host: named, origin } = exchange, { client, scheme, port, chain } = origin;
+  const { balancer: { via }, block, host: named, origin } = exchange, { scheme, port, chain } = origin;
   const passing = passingFields(block), { latest } = passing;
-  const isSame = latest && latest.client === client && latest.named === named && latest.host === host;
-  if (isSame && !origin.isTold && latest.scheme === scheme && latest.via === via) return latest.text;
+  const isSame = latest?.origin === origin && latest.named === named && latest.host === host && latest.via === via;
+  if (isSame) return latest.text;
   const asked = origin.host || named, [node, ...proxies] = chain.map((address) => `for=${forwardedNode(address)}`);
   const forwarded = [`${node};${asked && `host="${asked}";`}proto=${scheme}`, ...proxies].join(", ");
-  const text = `host: ${host}\r\n${passing.lines}x-forwarded-for: ${chain.join(", ")}\r\n` +
+  const told = origin.isTold ? pairs(block.fields).filter(([name]) => fieldAction(name) === "told").flat() : [];
+  const text =
+    `host: ${host}\r\n${passing.lines}${linesOf(without(told, OURS))}x-forwarded-for: ${chain.join(", ")}\r\n` +
     (asked && `x-forwarded-host: ${asked}\r\n`) + `x-forwarded-proto: ${scheme}\r\n` +
     (port && `x-forwarded-port: ${port}\r\n`) +
     `forwarded: ${forwarded}\r\nvia: ${joinValues(passing.via, via)}\r\n`;
-  if (!origin.isTold) {
-    passing.latest = { via, client, scheme, named, host, text: Buffer.from(text, "latin1").toString("latin1") };
-  }
+  passing.latest = { via, origin, named, host, text: Buffer.from(text, "latin1").toString("latin1") };
   return text;
 }
 
 /** The fields of the request as a server gets them, as they are written. */
 function outboundLines(exchange: Exchange, server: Server): string {
-  const { balancer, origin, upgrade, request, block } = exchange, { maxForwards } = passingFields(block);
+  const { balancer, upgrade, request, block } = exchange, { maxForwards } = passingFields(block);
   if (exchange.trace) exchange.span = newId(balancer);
   else startTrace(exchange);
   let out = `${commonLines(exchange, hostFor(exchange, server))}x-request-id: ${exchange.id}\r\n` +
@@ -5691,8 +5703,7 @@ function outboundLines(exchange: Exchange, server: Server): string {
   if (maxForwards) out += `max-forwards: ${oneHopLess(exchange, maxForwards)}\r\n`;
   if (upgrade) out += `connection: Upgrade\r\nupgrade: ${upgrade}\r\n`;
   else if (request.trailers) out += "te: trailers\r\nconnection: TE\r\n";
-  const told = origin.isTold ? pairs(block.fields).filter(([name]) => fieldAction(name) === "told") : [];
-  return out + linesOf(without(told.flat(), OURS));
+  return out;
 }
 
 /** A server's fields without its own CORS. */

@@ -5,6 +5,7 @@
 import assert from "node:assert/strict";
 import { after, before, test } from "node:test";
 import { gunzipSync } from "node:zlib";
+import { type Attempt, createLoadBalancer, parseConfig } from "../lb.ts";
 import {
   answer,
   echo,
@@ -14,6 +15,7 @@ import {
   type Program,
   rawRequest,
   readGzip,
+  requestOf,
   type Script,
   type ScriptedServer,
   startProgram,
@@ -235,6 +237,20 @@ test("what trusted proxies tell besides passes as they spell it: P1", async () =
   const [seen] = (await ask(get("/", `${FOR}X-Forwarded-Prefix: /Shop\r\nX-Real-IP: ${CLIENT}\r\n`)), server.requests);
   const passed = seen!.headers.filter(([name]) => /prefix|real/i.test(name));
   assert.deepEqual(passed, [["X-Forwarded-Prefix", "/Shop"], ["X-Real-IP", CLIENT]]);
+});
+
+test("the same head is read anew for another peer and after trust has changed: P1", () => {
+  const config = (trust: string) => parseConfig(`trust: [${trust}]\ndefault: { servers: [a:1], health: off }`);
+  const seen: (string | undefined)[] = [];
+  const send = ({ lines }: Attempt) => void seen.push(/^x-forwarded-for: (.*)\r$/m.exec(lines)?.[1]);
+  const lb = createLoadBalancer(config("10.0.0.1"), { send, write() {} });
+  const block = { fields: ["host", "a.test", "x-forwarded-for", CLIENT], passing: undefined };
+  const from = (...peers: string[]) => peers.forEach((peer) => lb.handle(requestOf({ block, peer })));
+  from("192.0.2.9", "10.0.0.1", "10.0.0.1", "192.0.2.9");
+  void lb.reload(config("192.0.2.9"));
+  from("192.0.2.9", "10.0.0.1");
+  const through = `${CLIENT}, 10.0.0.1`;
+  assert.deepEqual(seen, ["192.0.2.9", through, through, "192.0.2.9", `${CLIENT}, 192.0.2.9`, "10.0.0.1"]);
 });
 
 // ─── R: nothing that passes is rewritten ───
