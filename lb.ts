@@ -56,16 +56,17 @@ import { availableParallelism } from "node:os";
 import { Duplex } from "node:stream";
 import { isDeepStrictEqual, parseArgs, promisify } from "node:util";
 import { isMainThread, parentPort, Worker, workerData } from "node:worker_threads";
+import { constants as zlib, createGzip } from "node:zlib";
 import { toJsonSchema } from "@valibot/to-json-schema";
 import { closest, distance } from "fastest-levenshtein";
 import { type Context, Hono, type MiddlewareHandler } from "hono";
 import { bodyLimit } from "hono/body-limit";
-import { compress } from "hono/compress";
 import { cors } from "hono/cors";
 import { html, raw } from "hono/html";
 import { methodNotAllowed } from "hono/method-not-allowed";
 import { NONCE, secureHeaders } from "hono/secure-headers";
 import { streamSSE } from "hono/streaming";
+import { COMPRESSIBLE_CONTENT_TYPE_REGEX } from "hono/utils/compress";
 import { parse as parseCookie } from "hono/utils/cookie";
 import ipaddr from "ipaddr.js";
 import { RE2JS, type RE2JSSyntaxException } from "re2js";
@@ -1203,13 +1204,29 @@ export interface FieldBlock {
   readonly fields: Fields;
   /** The fields to forward; undefined: not derived yet. */
   passing: PassingFields | undefined;
+  /** Who has asked with this head last. */
+  origin?: Origin | undefined;
+}
+
+/** Who asks, over what and for which host: from the connection, or as trusted peers tell it. */
+export interface Origin {
+  readonly peer: string; // the address that is connected
+  readonly spoken: string; // http or https, to the peer
+  readonly trusts: (peer: string) => boolean; // who is believed
+
+  readonly client: string; // its address
+  readonly scheme: string; // http or https, as the client speaks it
+  readonly host: string; // with its port, where a peer tells it; empty: the request's own Host
+  readonly port: string; // that the client has asked, where a peer tells it; else empty
+  readonly chain: readonly string[]; // addresses from the client to the peer
+  readonly isTold: boolean; // by a trusted peer
 }
 
 /** The request's fields that are forwarded, and the values of those that the balancer rewrites. */
 export interface PassingFields {
   readonly lines: string; // as wire text
   readonly via: string;
-  latest?: { via: string; peer: string; scheme: string; named: string; host: string; text: string }; // of `commonLines`
+  latest?: { via: string; origin: Origin; named: string; host: string; text: string }; // of `commonLines`
 }
 
 /** The head of a request. */
@@ -1753,12 +1770,13 @@ export interface Destination {
   weight: number;
   policy: Policy;
   retryOn: ReadonlySet<string | number>;
-  around: Around | undefined; // compress and cors
+  around: Around | undefined; // cors
+  compress: boolean;
   fallback: Destination | undefined; // used when no server here is eligible
 }
 
 /** Hono middleware around a response, which it gets by calling `env.answer`. */
-export type Around = Hono<{ Bindings: { answer: () => Promise<Response> } }>;
+export type Around = Hono<{ Bindings: { answer: () => Response } }>;
 
 /** One route, compiled: every decision about its shape was taken when the table was built. */
 export interface Route extends Omit<RouteConfig, "mirror"> {
@@ -1839,8 +1857,8 @@ export class Exchange implements Draw {
   readonly table: Table; // in force when it came in
   readonly request: HttpRequest;
   readonly method: string;
-  readonly peer: string; // the address that is connected; `client` is who asks through it
-  readonly scheme: string; // that the peer speaks
+  readonly origin: Origin;
+  readonly client: string; // the same as the origin's
   readonly started: number; // milliseconds
   readonly entrypoint: Entrypoint;
   readonly logged: boolean; // in the sample of the access log; failures are logged anyway
@@ -1848,12 +1866,11 @@ export class Exchange implements Draw {
   readonly random: () => number;
 
   // read
-  id = "";
-  client: string;
+  readonly id: string;
   host: string; // as sent; matched without case and port
-  path = ""; // normalised: what is matched is what is forwarded
-  query = ""; // with its question mark, or empty
-  forwarded: ReadonlyMap<string, string> | undefined = undefined; // what a trusted peer says about the client
+  path = ""; // normalised: what is matched
+  sent = ""; // the same as it came, but for dot segments: what is forwarded
+  query = ""; // as it came, with its question mark, or empty
   block: FieldBlock; // the request's fields, less the sticky cookie once it has been read
   body: Body;
   upgrade = ""; // the protocol that it asks to switch to, where it may; else empty
@@ -1869,6 +1886,7 @@ export class Exchange implements Draw {
   readonly tried: Server[] = [];
   cookie = ""; // Set-Cookie for a client that is new to its server, or empty
   quota = NO_FIELDS; // what the answer says about the client's rate
+  shared: [name: string, value: string][] = []; // what it says about pages that may read it, by CORS
   trace = ""; // 32 digits, from the client or begun by us; empty: not asked for yet
   traceFlags = ""; // 01: sampled
   traceState = ""; // that came with it
@@ -1885,15 +1903,16 @@ export class Exchange implements Draw {
   problem: FailureName | "" = ""; // why it failed
   isFinished = false; // it is counted
 
-  constructor(balancer: Balancer, request: HttpRequest, isWrapped: boolean) {
+  constructor(balancer: Balancer, request: HttpRequest, origin: Origin, id: string, isWrapped: boolean) {
     const { table, effects } = balancer, { sample } = table.config.log;
     this.balancer = balancer;
     this.table = table;
     this.request = request;
     this.isWrapped = isWrapped;
     this.method = request.method;
-    this.scheme = request.scheme;
-    this.peer = this.client = request.peer;
+    this.origin = origin;
+    this.client = origin.client;
+    this.id = id;
     this.host = request.host;
     this.block = request.block;
     this.body = request.body;
@@ -2236,7 +2255,7 @@ function parseFields(text: string): ParsedFields {
   }
   const hop = connectionNames(connection), rest = hop.size ? without(fields, hop) : fields;
   return {
-    ...{ fields: rest, lines: linesOf(rest), passing: undefined, count: valid ? count : -1 },
+    ...{ fields: rest, lines: linesOf(rest), passing: undefined, origin: undefined, count: valid ? count : -1 },
     ...{ length, connection, upgrade, expect, host, hosts, idle },
     encoding: encoding === "" ? "(empty)" : encoding ?? "",
     trailers: hasOption(te, TRAILERS_OPTION),
@@ -2865,6 +2884,37 @@ type IncomingRequest = HttpRequest & FramedHead & { expects: boolean; body: Body
 function letOthersGoFirst(socket: Socket, isHeld: () => boolean): void {
   pauseSocket(socket);
   setImmediate(() => isHeld() || resumeSocket(socket));
+}
+
+/** A body in gzip, of which each piece goes out when it comes: CompressionStream holds them back on Bun and Node. */
+function gzipped(body: Body): Body {
+  const gzip = createGzip({ flush: zlib.Z_SYNC_FLUSH });
+  let trailers = NO_FIELDS;
+  const packed: StreamedBody = new StreamedBody(-1, {
+    onRead: () =>
+      body.read({
+        data(bytes) {
+          if (!gzip.write(bytes)) body.pause();
+        },
+        end(given) {
+          trailers = given;
+          gzip.end();
+        },
+        fail(why) {
+          gzip.destroy();
+          packed.end(why);
+        },
+      }),
+    hold: () => gzip.pause(),
+    release: () => gzip.resume(),
+    abandon() {
+      gzip.destroy();
+      body.cancel();
+    },
+  });
+  gzip.on("data", (bytes: Bytes) => packed.push(bytes)).on("drain", () => body.resume());
+  gzip.on("end", () => packed.end(trailers));
+  return packed;
 }
 
 /** The bytes from here on. None of them keeps the others in memory: thousands of connections wait for their next request. */
@@ -5290,8 +5340,8 @@ async function nativeFetch(url: string, attempt: FetchAttempt): Promise<Response
 
 // -----------------------------------------------------------------------------------------------------------
 // 4. Routing
-// Which route a request belongs to. One normalised path is both matched and forwarded, so that no rule can be
-// talked around. Routes are compiled once per table: a thousand cost what one costs.
+// Which route a request belongs to. The normal form of its path is matched; what is forwarded is what came, where
+// both mean the same to every server. Routes are compiled once per table: a thousand cost what one costs.
 // -----------------------------------------------------------------------------------------------------------
 
 // --- 4.1 Validation: method, Host, target, framing and loops ---
@@ -5316,8 +5366,9 @@ const hostIsValid = memo((host) => {
   return parts !== null && Number(parts[1] ?? 0) <= 65_535;
 });
 
-/** Removes dot segments, also encoded ones (RFC 3986 section 5.2.4). `%2F` is not a slash. */
+/** Removes dot segments (RFC 3986 section 5.2.4). `%2F` is not a slash. */
 function removeDots(path: string): string {
+  if (!path.includes("/.")) return path;
   const out: string[] = [];
   const segments = path.split("/").slice(1);
   segments.forEach((segment, i) => {
@@ -5330,17 +5381,19 @@ function removeDots(path: string): string {
   return "/" + out.join("/");
 }
 
-/** The path as it is matched and forwarded, or undefined where it cannot be trusted to mean one thing. */
-function normalizePath(path: string): string | undefined {
+/** Bytes above 0x7f as a URI writes them. */
+const percentEncoded = (text: string) => text.replace(/[\x80-\xff]/g, (byte) => `%${HEX[byte.charCodeAt(0)]!}`);
+
+/** A path in one spelling, or undefined where it cannot be trusted to mean one thing. Its dot segments are still there. */
+function respellPath(path: string): string | undefined {
   if (PLAIN_PATH.test(path)) return path;
   if (path[0] !== "/" || FORBIDDEN_IN_PATH.test(path)) return undefined;
   if (/%(?![0-9a-f]{2})|%00/i.test(path)) return undefined;
-  const bytes = path.replace(/[\x80-\xff]/g, (byte) => `%${HEX[byte.charCodeAt(0)]!}`);
-  const decoded = bytes.replace(/%[0-9a-f]{2}/gi, (hex) => {
+  const decoded = percentEncoded(path).replace(/%[0-9a-f]{2}/gi, (hex) => {
     const character = String.fromCharCode(parseInt(hex.slice(1), 16));
     return UNRESERVED.test(character) ? character : hex.toUpperCase();
   });
-  return removeDots(encodeURI(decoded).replaceAll("%25", "%"));
+  return encodeURI(decoded).replaceAll("%25", "%");
 }
 
 /** The path and query of a target, which may be a whole URL (RFC 9112 section 3.2); undefined where it is neither. */
@@ -5363,10 +5416,12 @@ function validate(exchange: Exchange): Refusal | undefined {
   if (target === undefined) return "bad-request";
   if (target.length > MAX_TARGET) return "uri-too-long";
   const mark = target.indexOf("?"), sent = mark < 0 ? target : target.slice(0, mark);
-  const path = sent === "*" ? sent : normalizePath(sent), query = mark < 0 ? "" : target.slice(mark);
-  if (path === undefined || FORBIDDEN_IN_QUERY.test(query)) return "bad-request";
+  const spelled = sent === "*" ? sent : respellPath(sent), query = mark < 0 ? "" : target.slice(mark);
+  if (spelled === undefined || FORBIDDEN_IN_QUERY.test(query)) return "bad-request";
+  const path = removeDots(spelled);
   if (exchange.isWrapped && path !== sent) return "bad-request"; // middleware has matched another path than servers would get
   exchange.path = path;
+  exchange.sent = path === spelled ? sent : path; // servers do not agree on dots behind two slashes
   exchange.query = query;
   return undefined;
 }
@@ -5393,13 +5448,10 @@ function compileHosts(routes: Route[]): HostTable {
 
 /** The route that a request belongs to, in Gateway API's order (README, "Which route wins"). */
 function matchRoute(table: Table, exchange: Exchange): Route | undefined {
-  const own = table.schemes.size > 0 ? table.schemes.get(schemeOf(exchange)) : undefined;
+  const own = table.schemes.size > 0 ? table.schemes.get(exchange.origin.scheme) : undefined;
   return (own && matchHost(own, exchange)) ?? matchHost(table.hosts, exchange) ??
     (exchange.allow === undefined ? table.fallback : undefined);
 }
-
-/** What the client speaks, as a trusted peer tells it, or as it is spoken here. */
-const schemeOf = ({ forwarded, scheme }: Exchange): string => forwarded?.get("x-forwarded-proto") ?? scheme;
 
 /** The host itself, then the longest wildcard: labels are taken off from the left, and no host begins with a dot. */
 function matchHost({ named, any }: HostTable, exchange: Exchange): Route | undefined {
@@ -5454,7 +5506,7 @@ function firstThatFits(routes: Route[] | undefined, exchange: Exchange, matched:
 
 type Read = (exchange: Exchange, name: string) => string | null | undefined;
 const headerOf: Read = ({ block }, name) => fieldOf(block.fields, name);
-const queryOf: Read = ({ query }, name) => new URLSearchParams(query).get(name);
+const queryOf: Read = ({ query }, name) => new URLSearchParams(percentEncoded(query)).get(name);
 
 function compileCondition(condition: Condition, read: Read): (exchange: Exchange) => boolean {
   const { name } = condition;
@@ -5487,26 +5539,36 @@ function compileAdmission(allow: string[], deny: string[]): Route["admits"] {
   return memo((client) => !denied(client) && (!allow.length || allowed(client)));
 }
 
-/** The path that the server sees: what matched is replaced, and what follows it stays. */
-function rewritePath({ rewrite }: Route, path: string, matched: string | RE2JS): string {
-  if (rewrite.kind === "none") return path;
+/** The path that the server sees: what matched is replaced, and what follows it stays as it came. */
+function rewritePath({ rewrite }: Route, { path, sent, matched }: Exchange): string {
+  if (rewrite.kind === "none") return sent;
   if (rewrite.kind === "whole") return rewrite.path;
-  if (typeof matched === "string") return rewrite.path.replace(/\/+$/, "") + path.slice(matched.length) || "/";
+  if (typeof matched === "string") {
+    const rest = path === matched ? "" : sent.slice(cut(sent, matched.split("/").length - 1).length);
+    return rewrite.path.replace(/\/+$/, "") + rest || "/";
+  }
   const rewritten = matched.matcher(path).replaceFirst(rewrite.path);
   return removeDots(rewritten.startsWith("/") ? rewritten : `/${rewritten}`);
 }
 
-/** The target that the server sees: path and query after the route's rules. */
-function targetOf(exchange: Exchange, route: Route): string {
-  if (exchange.path === "*") return "*";
-  const path = rewritePath(route, exchange.path, exchange.matched);
-  const { set, remove } = route.request.query;
-  if (!set.size && !remove.length) return path + exchange.query;
-  const query = new URLSearchParams(exchange.query);
-  for (const name of remove) query.delete(name);
-  for (const [name, value] of set) query.set(name, value);
-  return path + (query.size ? `?${query}` : "");
+/** The query after a route's rules. Parameters that no rule names stay as they came, byte for byte. */
+function rewriteQuery(query: string, { set, remove }: Route["request"]["query"]): string {
+  if (!set.size && !remove.length) return query;
+  const nameOf = (pair: string) => new URLSearchParams(`?${percentEncoded(pair)}`).keys().next().value ?? "";
+  const unset = new Map(set), rest: string[] = [];
+  for (const pair of query ? query.slice(1).split("&") : []) {
+    const name = nameOf(pair), value = unset.get(name);
+    if (value !== undefined) rest.push(`${new URLSearchParams([[name, value]])}`);
+    else if (!set.has(name) && !remove.includes(name)) rest.push(pair);
+    unset.delete(name);
+  }
+  if (unset.size) rest.push(`${new URLSearchParams([...unset])}`);
+  return rest.length ? `?${rest.join("&")}` : "";
 }
+
+/** The target that the server sees: path and query after the route's rules. */
+const targetOf = (exchange: Exchange, route: Route): string =>
+  exchange.path === "*" ? "*" : rewritePath(route, exchange) + rewriteQuery(exchange.query, route.request.query);
 
 type Rules = RouteConfig["response"]["headers"];
 
@@ -6213,7 +6275,7 @@ function cookieFor(service: Service, server: Server, exchange: Exchange, effects
   );
   const at = values.findIndex((value) => signedServers(service, effects).has(value));
   values.splice(at < 0 ? values.length : at, 1, valueFor(service, server, effects));
-  const https = schemeOf(exchange) === "https";
+  const https = exchange.origin.scheme === "https";
   const age = max_age ? `; Max-Age=${Math.ceil(max_age / 1_000)}` : "";
   return `${cookie}=${values.join(".")}; Path=/${age}; HttpOnly; SameSite=Lax${https ? "; Secure" : ""}`;
 }
@@ -6525,12 +6587,12 @@ const receivedBy = ({ uploaded, body }: Attempt): number => Math.max(uploaded, b
 
 function accessRecord(exchange: Exchange, endedAt: number): AccessRecord {
   if (!exchange.trace) startTrace(exchange);
-  const { client, scheme, status, bytes, id, trace, path, tried, attempt, started, destination } = exchange;
+  const { client, origin, status, bytes, id, trace, path, tried, attempt, started, destination } = exchange;
   const { block: { fields }, version, target } = exchange.request;
   const since = (time = 0) => time > 0 && time >= started ? Math.min(time, endedAt) - started : undefined;
   return {
     client,
-    scheme,
+    scheme: origin.scheme,
     status,
     bytes,
     id,
@@ -6538,7 +6600,7 @@ function accessRecord(exchange: Exchange, endedAt: number): AccessRecord {
     time: exchange.balancer.effects.date(),
     method: exchange.method || "-",
     protocol: `HTTP/${version}`,
-    host: hostName(exchange.host) || undefined,
+    host: hostName(origin.host || exchange.host) || undefined,
     url: path ? undefined : target || "-",
     path: path || undefined,
     query: exchange.query.slice(1) || undefined,
@@ -6915,11 +6977,9 @@ const METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8";
 
 /** Where a redirect leads: taken literally, or the request's own address with some parts replaced. */
 function redirect(exchange: Exchange, action: Out<typeof Redirect>): HttpResponse {
-  const { to, scheme, host, port, path, status } = action;
-  const spoken = exchange.forwarded?.get("x-forwarded-proto") ?? "";
-  const proto = scheme || (/^https?$/.test(spoken) ? spoken : exchange.scheme);
-  const asked = exchange.forwarded?.get("x-forwarded-host") ?? exchange.host;
-  const own = /:\d+$/.exec(asked)?.[0] ?? ""; // it goes with its host and scheme
+  const { to, scheme, host, port, path, status } = action, { origin } = exchange;
+  const proto = scheme || origin.scheme, asked = origin.host || exchange.host;
+  const own = /:\d+$/.exec(asked)?.[0] ?? (origin.port && `:${origin.port}`); // it goes with its host and scheme
   const shown = port ? `:${port}` : scheme || host ? "" : own;
   const usual = proto === "https" ? ":443" : ":80";
   const authority = (host || hostName(asked)) + (shown === usual ? "" : shown);
@@ -6972,25 +7032,75 @@ const fieldAction = memo((spelled): FieldAction => {
   return name === folded ? "told" : "drop";
 });
 
-/** What a trusted peer says about the client, by name in lower case. */
-function forwardedBy(fields: Fields): Map<string, string> {
-  const told = new Map<string, string>();
-  for (let i = 0; i < fields.length; i += 2) {
-    const name = fields[i]!.toLowerCase();
-    if (fieldAction(name) === "told") told.set(name, joinValues(told.get(name) ?? "", fields[i + 1]!));
+/** No value that counts in these lists has a comma or a semicolon, not in quotes either. */
+const pieces = (text: string | undefined, separator: string): string[] =>
+  text === undefined ? [] : text.split(separator).map((piece) => piece.trim());
+const FORWARDED_PARAMETER = /^([\w-]+)=(?:"([^"\\]*)"|([^\s"]*))$/;
+
+/** The parameters of an entry of Forwarded (RFC 7239 section 4); none where it is not valid, or says a thing twice. */
+function parametersOf(entry: string): Map<string, string> {
+  const parameters = new Map<string, string>();
+  for (const text of pieces(entry, ";").filter(Boolean)) {
+    const [, name = "", quoted, plain = ""] = FORWARDED_PARAMETER.exec(text) ?? [];
+    if (!name || parameters.has(lower(name))) return new Map();
+    parameters.set(lower(name), quoted ?? plain);
   }
-  return told;
+  return parameters;
 }
 
-/** The client behind trusted proxies: X-Forwarded-For from right to left, up to the first who is not trusted. */
-function clientBehind(peer: string, told: ReadonlyMap<string, string>, trusts: Table["trusts"]): string {
-  let client = peer;
-  for (const hop of (told.get("x-forwarded-for") ?? "").split(",").reverse()) {
-    const address = hop.trim();
-    if (!trusts(client) || !isAddress(address)) break;
-    client = ipaddr.process(address).toString();
+/** The address of a node, without its port (RFC 7239 section 6; Azure writes one); empty: it is unknown or hidden. */
+function addressOf(node: string): string {
+  const bare = node.replace(/^(?:\[([0-9a-f:.]+)\]|([\d.]+))(?::[\w.-]+)?$/i, "$1$2");
+  return isAddress(bare) ? ipaddr.process(bare).toString() : "";
+}
+
+/** The schemes that trusted peers tell; some name those of WebSockets. */
+const TOLD_SCHEMES = new Map([["http", "http"], ["https", "https"], ["ws", "http"], ["wss", "https"]]);
+
+/** The addresses from the client to a peer, as the nodes before it are told: farthest first, the peer last. */
+function chainTo(peer: string, nodes: string[], trusts: Table["trusts"]): string[] {
+  const chain = [peer];
+  for (const node of nodes.reverse()) {
+    const address = addressOf(node);
+    if (!address || !trusts(chain[0]!)) break;
+    chain.unshift(address);
   }
-  return client;
+  return chain;
+}
+
+/**
+ * Who asks. A trusted peer is believed about its own peer, and so on, from right to left, up to the first that is not trusted;
+ * scheme and host are what the farthest of the trusted tells. Forwarded adds what X-Forwarded-* leave open where it names the
+ * same addresses. What is not valid does not count.
+ */
+function readOrigin(fields: Fields, known: Pick<Origin, "peer" | "spoken" | "trusts">): Origin {
+  const { peer, spoken, trusts } = known;
+  const listed = (name: string) => pieces(fieldOf(fields, name), ",");
+  const entries = listed("forwarded").map(parametersOf);
+  const parameters = (name: string) => entries.map((entry) => entry.get(name) ?? "");
+  const usual = chainTo(peer, listed("x-forwarded-for"), trusts), standard = chainTo(peer, parameters("for"), trusts);
+  const chain = usual.length > 1 ? usual : standard, agrees = `${chain}` === `${standard}`;
+  const told = (name: string) =>
+    [listed(`x-forwarded-${name}`), agrees ? parameters(name) : []].flatMap((list) =>
+      list.slice(-Math.max(1, chain.length - 1)) // as many as there are proxies
+    );
+  const scheme = told("proto").map((text) => TOLD_SCHEMES.get(lower(text))).find(Boolean) ?? spoken;
+  const wrong = scheme === "https" ? "80" : "443"; // as a proxy behind the one that ends TLS says it
+  const isPort = (text: string) => /^[1-9]\d{0,4}$/.test(text) && Number(text) <= 65_535 && text !== wrong;
+  return {
+    ...{ ...known, client: chain[0]!, scheme, chain, isTold: true },
+    host: told("host").find((host) => hostIsValid(host)) ?? "",
+    port: told("port").find(isPort) ?? "",
+  };
+}
+
+/** Who asks: read once for each head that comes again from the same peer, which saves up to 15 us. */
+function originOf({ peer, scheme: spoken, block }: HttpRequest, trusts: Table["trusts"]): Origin {
+  const { origin } = block;
+  if (origin?.peer === peer && origin.spoken === spoken && origin.trusts === trusts) return origin;
+  const known = { peer, spoken, trusts };
+  if (trusts(peer)) return block.origin = readOrigin(block.fields, known);
+  return block.origin = { ...known, client: peer, scheme: spoken, host: "", port: "", chain: [peer], isTold: false };
 }
 
 /** The fields of a request that pass to servers, worked out once for each head. */
@@ -7014,30 +7124,34 @@ function detectLoop({ balancer, block }: Exchange): FailureName | undefined {
   return via && (via.includes(balancer.via) || via.split(",").length > MAX_HOPS) ? "loop" : undefined;
 }
 
-const OURS = new Set(["x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "forwarded", "x-request-id"]);
+/** Fields of trusted peers that are written anew; all others of theirs pass. */
+const OURS = new Set(
+  ["for", "host", "proto", "port"].map((name) => `x-forwarded-${name}`).concat("forwarded", "x-request-id"),
+);
+/** An address as Forwarded writes it (RFC 7239 section 6). */
+const forwardedNode = (address: string): string => address.includes(":") ? `"[${address}]"` : address;
 
 /** The header lines in which a client's requests with one head do not differ. The latest are kept, which saves 1 us. */
 function commonLines(exchange: Exchange, host: string): string {
-  const { balancer: { via }, block, host: named, peer, scheme, forwarded } = exchange, passing = passingFields(block);
-  const { latest } = passing, told = (name: string) => forwarded?.get(name);
-  const isSame = latest && latest.peer === peer && latest.named === named && latest.host === host;
-  if (isSame && !forwarded && latest.scheme === scheme && latest.via === via) return latest.text;
-  const asked = told("x-forwarded-host") ?? named, node = peer.includes(":") ? `"[${peer}]"` : peer; // as RFC 7239 writes it
-  const hop = `for=${node};${named && `host="${named}";`}proto=${scheme}`;
-  const text = `host: ${host}\r\n${passing.lines}` +
-    `x-forwarded-for: ${joinValues(told("x-forwarded-for") ?? "", peer)}\r\n` +
-    (asked && `x-forwarded-host: ${asked}\r\n`) +
-    `x-forwarded-proto: ${told("x-forwarded-proto") ?? scheme}\r\n` +
-    `forwarded: ${joinValues(told("forwarded") ?? "", hop)}\r\nvia: ${joinValues(passing.via, via)}\r\n`;
-  if (!forwarded) {
-    passing.latest = { via, peer, scheme, named, host, text: Buffer.from(text, "latin1").toString("latin1") };
-  }
+  const { balancer: { via }, block, host: named, origin } = exchange, { scheme, port, chain } = origin;
+  const passing = passingFields(block), { latest } = passing;
+  const isSame = latest?.origin === origin && latest.named === named && latest.host === host && latest.via === via;
+  if (isSame) return latest.text;
+  const asked = origin.host || named, [node, ...proxies] = chain.map((address) => `for=${forwardedNode(address)}`);
+  const forwarded = [`${node};${asked && `host="${asked}";`}proto=${scheme}`, ...proxies].join(", ");
+  const told = origin.isTold ? pairs(block.fields).filter(([name]) => fieldAction(name) === "told").flat() : [];
+  const text =
+    `host: ${host}\r\n${passing.lines}${linesOf(without(told, OURS))}x-forwarded-for: ${chain.join(", ")}\r\n` +
+    (asked && `x-forwarded-host: ${asked}\r\n`) + `x-forwarded-proto: ${scheme}\r\n` +
+    (port && `x-forwarded-port: ${port}\r\n`) +
+    `forwarded: ${forwarded}\r\nvia: ${joinValues(passing.via, via)}\r\n`;
+  passing.latest = { via, origin, named, host, text: Buffer.from(text, "latin1").toString("latin1") };
   return text;
 }
 
 /** The fields of the request as a server gets them, after the route's rules, as they are written. */
 function outboundLines(exchange: Exchange, server: Server): string {
-  const { balancer, forwarded, upgrade, request } = exchange, { hasRules, request: rules } = exchange.route!;
+  const { balancer, upgrade, request } = exchange, { hasRules, request: rules } = exchange.route!;
   if (exchange.trace) exchange.span = newId(balancer);
   else startTrace(exchange);
   let out = `${commonLines(exchange, hostFor(exchange, server))}x-request-id: ${exchange.id}\r\n` +
@@ -7045,17 +7159,58 @@ function outboundLines(exchange: Exchange, server: Server): string {
   if (exchange.traceState) out += `tracestate: ${exchange.traceState}\r\n`;
   if (upgrade) out += `connection: Upgrade\r\nupgrade: ${upgrade}\r\n`;
   else if (request.trailers) out += "te: trailers\r\nconnection: TE\r\n";
-  for (const [name, value] of forwarded ?? []) if (!OURS.has(name)) out += `${name}: ${value}\r\n`;
   return hasRules ? linesOf(applyRules(fieldsOf(out), rules.headers)) : out;
 }
 
-/** A server's response after the route's rules, with our cookie and rate fields. */
+/** A server's fields without its own CORS. */
+const withoutCors = (fields: Fields): string[] =>
+  pairs(fields).filter(([name]) => !/^access-control-/i.test(name)).flat();
+
+/** Fields with what our CORS says in place of what says the same; Vary grows. */
+function withShared(fields: Fields, shared: Exchange["shared"]): Fields {
+  const names = new Set(shared.map(([name]) => name));
+  names.delete("vary");
+  return shared.length ? [...without(fields, names), ...shared.flat()] : fields;
+}
+
+/** A server's response after the route's rules, with our CORS, cookie and rate fields. */
 function inboundResponse(exchange: Exchange, response: HttpResponse): HttpResponse {
-  const { cookie, quota } = exchange, { hasRules, response: rules } = exchange.route!;
-  if (!hasRules && !cookie && !quota.length) return response;
+  const { cookie, quota, shared } = exchange, { hasRules, response: rules } = exchange.route!;
+  if (!hasRules && !cookie && !quota.length && !shared.length) return response;
   const own = [...quota, ...cookie ? ["set-cookie", cookie] : []];
-  const fields = [...hasRules ? applyRules(response.fields, rules.headers) : response.fields, ...own];
-  return { ...response, fields, lines: undefined };
+  const given = shared.length ? withoutCors(response.fields) : response.fields;
+  const ruled = withShared(hasRules ? applyRules(given, rules.headers) : given, shared);
+  return { ...response, fields: [...ruled, ...own], lines: undefined };
+}
+
+const LEAST_COMPRESSED = 1_024; // bytes; what is shorter hardly gets smaller
+const VARIES = /(?:^|,)[\t ]*(?:\*|accept-encoding)[\t ]*(?:,|$)/i;
+const CODED = new Set(["content-length", "etag"]); // fields of a response that gzip changes
+
+/** Whether Accept-Encoding takes gzip (RFC 9110 section 12.5.3). */
+function acceptsGzip(accept: string): boolean {
+  const qualities = new Map(
+    pieces(accept, ",").map((entry) => {
+      const [, coding = "", quality = "1"] = /^([^\s;]+)\s*(?:;\s*q=([\d.]+))?$/i.exec(entry) ?? [];
+      return [lower(coding), Number(quality)];
+    }),
+  );
+  return (qualities.get("gzip") ?? qualities.get("*") ?? 0) > 0;
+}
+
+/** A response in gzip, where the service says so: text that is not encoded yet, for clients that accept it. */
+function compress(exchange: Exchange, response: HttpResponse): HttpResponse {
+  const { status, fields, body } = response, valueOf = (name: string) => fieldOf(fields, name) ?? "";
+  if (!exchange.destination!.compress || status === 206 || BODILESS.has(status) || response.tunnel) return response;
+  const isFixed = valueOf("content-encoding") !== "" || /no-transform/i.test(valueOf("cache-control"));
+  const isShort = body.length >= 0 && body.length < LEAST_COMPRESSED;
+  if (isFixed || isShort || !COMPRESSIBLE_CONTENT_TYPE_REGEX.test(valueOf("content-type"))) return response;
+  const varied = [...fields, ...VARIES.test(valueOf("vary")) ? [] : ["vary", "Accept-Encoding"]];
+  const plain = { ...response, fields: varied, lines: undefined };
+  const accept = fieldOf(exchange.request.block.fields, "accept-encoding") ?? "";
+  if (exchange.method === "HEAD" || !acceptsGzip(accept)) return plain;
+  const etag = valueOf("etag"), weak = etag && ["etag", etag.startsWith("W/") ? etag : `W/${etag}`];
+  return { ...plain, fields: [...without(varied, CODED), ...weak, "content-encoding", "gzip"], body: gzipped(body) };
 }
 
 /** The Host that a server sees: its own literal, the route's, or as `host_header` says. */
@@ -7292,7 +7447,7 @@ function respond(attempt: ExchangeAttempt, response: HttpResponse): void {
   const { exchange } = attempt;
   exchange.attempt = attempt;
   exchange.status = response.status;
-  exchange.reply(inboundResponse(exchange, response));
+  exchange.reply(compress(exchange, inboundResponse(exchange, response)));
   if (attempt.endedAt) finish(exchange);
 }
 
@@ -7300,7 +7455,7 @@ function respond(attempt: ExchangeAttempt, response: HttpResponse): void {
 function respondLocally(exchange: Exchange, response: HttpResponse, shown = response): void {
   exchange.status = response.status;
   exchange.bytes = exchange.method === "HEAD" ? 0 : Math.max(0, response.body.length);
-  exchange.reply({ ...shown, fields: [...shown.fields, ...exchange.quota] });
+  exchange.reply({ ...shown, fields: [...withShared(shown.fields, exchange.shared), ...exchange.quota] });
   finish(exchange);
 }
 
@@ -7436,16 +7591,13 @@ async function sendCopy(exchange: Exchange, destination: Destination): Promise<v
 
 // --- 8.6 Balance: the request path, step by step ---
 
-/** A new exchange, with the client's address and id from a trusted peer. */
+/** A new exchange; a trusted peer may have given it an id. */
 function exchangeOf(balancer: Balancer, request: HttpRequest, isWrapped = false): Exchange {
-  const exchange = new Exchange(balancer, request, isWrapped), { config, trusts } = exchange.table;
-  if (config.trust.length > 0 && trusts(request.peer)) {
-    const told = exchange.forwarded = forwardedBy(request.block.fields);
-    exchange.client = clientBehind(request.peer, told, trusts);
-  }
+  const origin = originOf(request, balancer.table.trusts);
+  const given = origin.isTold ? fieldOf(request.block.fields, "x-request-id") : undefined;
   balancer.requests++;
-  exchange.id = exchange.forwarded?.get("x-request-id") ?? `${balancer.name}-${balancer.requests.toString(36)}`;
-  return exchange;
+  const id = given ?? `${balancer.name}-${balancer.requests.toString(36)}`;
+  return new Exchange(balancer, request, origin, id, isWrapped);
 }
 
 /** Answers one request. `isWrapped`: middleware has seen it before. */
@@ -7456,17 +7608,17 @@ function balance(balancer: Balancer, request: HttpRequest, isWrapped = false): v
   request.onGone = () => exchange.onLeave?.();
   guarded(exchange, () => {
     if (request.gone) return refuse(exchange, "client-left");
-    const refusal = validate(exchange) ?? detectLoop(exchange) ?? checkConcurrency(balancer, exchange);
+    const refusal = validate(exchange) ?? detectLoop(exchange);
     if (refusal) return refuse(exchange, refusal);
     if (request.source?.bodyUsed) throw new Error("middleware has read a body that the request's server wants, too");
     exchange.upgrade = upgradeOf(request);
     const route = exchange.route = matchRoute(exchange.table, exchange);
     if (!route && exchange.path === "*") return respondLocally(exchange, textReply(200, "", ["allow", ANY_METHOD]));
     if (!route) return refuse(exchange, exchange.allow ? "bad-method" : "no-route");
-    if (route.admits && !route.admits(exchange.client)) return refuse(exchange, "denied");
-    if (route.buckets && !withinRate(route.buckets, exchange)) return refuse(exchange, "rate");
-    if (exchange.body.length > route.body_limit) return refuse(exchange, "body-too-large");
-    act(exchange, route);
+    const destination = route.action.kind === "forward" ? drawDestination(route, exchange) : undefined;
+    const go = () => act(exchange, destination);
+    if (destination?.around && !exchange.upgrade) void actWithin(exchange, destination, go);
+    else go();
   });
 }
 
@@ -7477,40 +7629,47 @@ function upgradeOf({ upgrade, method, block: { fields } }: HttpRequest): string 
   return isWebSocket(upgrade) && (method !== "GET" || !hasKey) ? "" : upgrade;
 }
 
-/** Does what the route says: answers by itself, or asks servers, with Hono's middleware around that where it is wanted. */
-function act(exchange: Exchange, route: Route): void {
-  const { action } = route;
-  if (action.kind === "redirect") return respondLocally(exchange, redirect(exchange, action));
-  if (action.kind === "respond") return respondLocally(exchange, respondLiterally(route, action));
-  const destination = exchange.destination = drawDestination(route, exchange, exchange.balancer.effects);
-  destination.service.inFlight++;
-  if (!destination.around || exchange.upgrade) takeBody(exchange);
-  else void actWithin(exchange, destination.around);
+/** Why the route does not take a request, if it does not. */
+function checkAdmission(exchange: Exchange): FailureName | undefined {
+  const { admits, buckets, body_limit } = exchange.route!, full = checkConcurrency(exchange.balancer, exchange);
+  if (full) return full;
+  if (admits && !admits(exchange.client)) return "denied";
+  if (buckets && !withinRate(buckets, exchange)) return "rate";
+  return exchange.body.length > body_limit ? "body-too-large" : undefined;
 }
 
-/** Runs middleware, which may respond in place of a server, as CORS does to preflights. */
-async function actWithin(exchange: Exchange, around: Around): Promise<void> {
-  const { reply, request } = exchange;
-  const answer = () =>
-    new Promise<Response>((resolve) => {
-      exchange.reply = (response) => resolve(toResponse(response, exchange.method));
-      takeBody(exchange);
-    });
+/** Does what the route says, if it takes the request: answers by itself, or asks servers. */
+function act(exchange: Exchange, destination: Destination | undefined): void {
+  const route = exchange.route!, { action } = route, refusal = checkAdmission(exchange);
+  if (refusal) return refuse(exchange, refusal);
+  if (action.kind === "redirect") return respondLocally(exchange, redirect(exchange, action));
+  if (action.kind === "respond") return respondLocally(exchange, respondLiterally(route, action));
+  exchange.destination = destination!;
+  destination!.service.inFlight++;
+  takeBody(exchange);
+}
+
+/** The same behind Hono's CORS, which answers preflights; what it sets goes with any other answer. */
+async function actWithin(exchange: Exchange, { around }: Destination, go: () => void): Promise<void> {
+  let isWanted = false;
+  const answer = () => {
+    isWanted = true;
+    return new Response();
+  };
   try {
-    const response = fromResponse(await around.fetch(toRequest(request, false), { answer }));
-    exchange.reply = reply;
-    if (exchange.status) reply(response);
-    else respondLocally(exchange, response);
+    const response = await around!.fetch(toRequest(exchange.request, false), { answer });
+    if (!isWanted) return respondLocally(exchange, fromResponse(response));
+    exchange.shared = [...response.headers];
   } catch (error) {
-    exchange.reply = reply;
-    failInternally(exchange, error);
+    return failInternally(exchange, error);
   }
+  guarded(exchange, go);
 }
 
 /** A service of a split: the client's previous one, or one by weight. */
-function drawDestination(route: Route, exchange: Exchange, effects: Effects): Destination {
+function drawDestination(route: Route, exchange: Exchange): Destination {
   const { destinations, weight, sticky } = route;
-  const before = sticky ? stickyDestination(route, exchange, effects) : undefined;
+  const before = sticky ? stickyDestination(route, exchange, exchange.balancer.effects) : undefined;
   if (before) return before;
   let mark = destinations.length > 1 ? exchange.random() * weight : 0;
   return destinations.find((one) => (mark -= one.weight) < 0) ?? destinations[0]!;
@@ -7826,46 +7985,38 @@ function buildService(config: ServiceConfig, name: string, strategy: Strategy, n
   });
 }
 
-/** compress and cors are Hono's own middleware, around the answers of the routes that ask for them. */
-function layersOf({ compress: compressed, cors: shared }: Policy): Around | undefined {
-  if (!compressed && !shared.origin.length) return undefined;
+/** cors is Hono's own middleware, around the answers of the routes that ask for it. */
+function layersOf({ cors: shared }: Policy): Around | undefined {
+  if (!shared.origin.length) return undefined;
   const around: Around = new Hono();
-  if (shared.origin.length) {
-    around.use(cors({
-      origin: shared.origin.includes("*") ? "*" : shared.origin,
-      allowMethods: shared.allow_methods,
-      allowHeaders: shared.allow_headers,
-      exposeHeaders: shared.expose_headers,
-      credentials: shared.credentials,
-      ...(shared.max_age > 0 && { maxAge: shared.max_age / 1_000 }),
-    }));
-  }
-  if (compressed) around.use(compress({ encoding: "gzip" }));
+  around.use(cors({
+    origin: shared.origin.includes("*") ? "*" : shared.origin,
+    allowMethods: shared.allow_methods,
+    allowHeaders: shared.allow_headers,
+    exposeHeaders: shared.expose_headers,
+    credentials: shared.credentials,
+    ...(shared.max_age > 0 && { maxAge: shared.max_age / 1_000 }),
+  }));
   around.all("*", (context) => context.env.answer());
   return around;
 }
 
 const bucketsId = ({ name, rate }: RouteConfig): string => JSON.stringify([name, rate]);
 
-/** What stands around the answers stays the same where another service falls in. */
-function destinationOf(target: Target, services: Map<string, Service>, around: Destination["around"]): Destination {
+/** `outer`: of the service that the route names; what it does to answers stays where another service falls in. */
+function destinationOf(target: Target, services: Map<string, Service>, outer = target.policy): Destination {
   const { service, weight, policy, fallback } = target;
   return {
-    service: services.get(service)!,
-    weight,
-    policy,
-    retryOn: new Set<string | number>(policy.retry_on),
-    around,
-    fallback: fallback && destinationOf(fallback, services, around),
+    ...{ service: services.get(service)!, weight, policy, retryOn: new Set<string | number>(policy.retry_on) },
+    ...{ around: layersOf(outer), compress: outer.compress },
+    fallback: fallback && destinationOf(fallback, services, outer),
   };
 }
 
 function buildRoute(config: RouteConfig, services: Map<string, Service>, buckets: Table["buckets"]): Route {
   const { methods, request, response, action, headers, query } = config;
   const preflight = methods.length > 0 && config.policy.cors.origin.length > 0 && !methods.includes("OPTIONS");
-  const destinations = action.kind === "forward"
-    ? action.targets.map((target) => destinationOf(target, services, layersOf(target.policy)))
-    : [];
+  const destinations = action.kind === "forward" ? action.targets.map((target) => destinationOf(target, services)) : [];
   const { service, percent } = config.mirror, copies = services.get(service);
   const policy = copies && { ...copies.config, retry_on: [] }; // a copy is sent once
   const mirror = policy && { service, policy, weight: percent / 100, fallback: undefined };
@@ -7880,7 +8031,7 @@ function buildRoute(config: RouteConfig, services: Map<string, Service>, buckets
       ...headers.map((condition) => compileCondition(condition, headerOf)),
       ...query.map((condition) => compileCondition(condition, queryOf)),
     ],
-    mirror: mirror && destinationOf(mirror, services, undefined),
+    mirror: mirror && destinationOf(mirror, services),
     admits: compileAdmission(config.allow, config.deny),
     buckets: buckets.get(bucketsId(config)),
     hasRules: [request.headers, response.headers].some(({ set, add, remove }) =>

@@ -524,13 +524,13 @@ const HEADERS: [why: string, from: Partial<Client>, sent: string, seen: string][
     "a trusted peer's are added to",
     TRUSTED,
     "X-Forwarded-For: 203.0.113.9 | X-Forwarded-For: 10.0.0.1 | Forwarded: for=203.0.113.9",
-    'x-forwarded-for: 203.0.113.9, 10.0.0.1, 10.1.2.3 | forwarded: for=203.0.113.9, for=10.1.2.3;host="h.test";proto=http',
+    'x-forwarded-for: 203.0.113.9, 10.0.0.1, 10.1.2.3 | forwarded: for=203.0.113.9;host="h.test";proto=http, for=10.0.0.1, for=10.1.2.3',
   ],
   [
     "or kept",
     TRUSTED,
     "X-Forwarded-Host: shop.test | X-Forwarded-Proto: https | X-Forwarded-Prefix: /x | X-Real-IP: 203.0.113.9 | X-Request-Id: theirs",
-    "x-forwarded-host: shop.test | x-forwarded-proto: https | x-forwarded-prefix: /x | x-real-ip: 203.0.113.9 | x-request-id: theirs",
+    "x-forwarded-host: shop.test | x-forwarded-proto: https | X-Forwarded-Prefix: /x | X-Real-IP: 203.0.113.9 | x-request-id: theirs",
   ],
   [
     "an IPv6 address stands in brackets and quotes in Forwarded",

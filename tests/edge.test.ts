@@ -19,6 +19,7 @@ import {
   answer,
   type Message,
   rawRequest,
+  readGzip,
   runtime,
   type Script,
   type ScriptedServer,
@@ -452,6 +453,43 @@ test(
   },
 );
 
+test("at the edge too there is one reading of what proxies tell: P1, P2, P3", { skip }, async (t) => {
+  const a = await server(t);
+  const lb = await edge(t, {
+    trust: ["192.0.2.0/24"],
+    routes: [{ path: "/deny", servers: over(a), deny: ["203.0.113.7"] }, { path: "/old", redirect: { path: "/new" } }],
+    default: { servers: over(a) },
+  });
+  const told = [
+    "X-Forwarded-For: 203.0.113.7\r\nX-Forwarded-Proto: https\r\n",
+    "X-Forwarded-For: 203.0.113.7:51008\r\nX-Forwarded-Proto: https\r\n",
+    'Forwarded: for="203.0.113.7:443";proto=https\r\n',
+  ];
+  for (const lines of told) {
+    const headers = `CF-Connecting-IP: 192.0.2.1\r\n${lines}`;
+    await lb.ask("/", { headers });
+    const seen = ["x-forwarded-for", "x-forwarded-proto", "forwarded"].map((name) => value(a.requests.at(-1)!, name));
+    const story = 'for=203.0.113.7;host="a.test";proto=https, for=192.0.2.1';
+    assert.deepEqual(seen, ["203.0.113.7, 192.0.2.1", "https", story], lines);
+    assert.equal(status(await lb.ask("/deny", { headers })), 403, lines);
+    assert.equal(value(await lb.ask("/old", { headers }), "location"), "https://a.test/new", lines);
+  }
+});
+
+test("at the edge too a rule for one query parameter leaves the others as they are: R10, R11", { skip }, async (t) => {
+  const a = await server(t);
+  const lb = await edge(t, { default: { servers: over(a), request: { query: { set: { b: 2 }, remove: ["c"] } } } });
+  await lb.ask("/caf%c3%a9/%7Eme?a=%20+~&&b=1&c&d=%7e\\&e");
+  assert.equal(target(a.requests[0]!), "/caf%c3%a9/%7Eme?a=%20+~&&b=2&d=%7e\\&e");
+});
+
+test("at the edge too a page can read what is refused on a route with cors: A7", { skip }, async (t) => {
+  const a = await server(t);
+  const lb = await edge(t, { default: { servers: over(a), cors: { origin: "*" }, body_limit: 3 } });
+  const refused = await lb.ask("/", { method: "POST", headers: "Origin: https://page.test\r\n", body: "four" });
+  assert.deepEqual([failure(refused), value(refused, "access-control-allow-origin")], ["413 body-too-large", "*"]);
+});
+
 test("headers of one hop end there, both ways", { skip }, async (t) => {
   const lines = "Connection: x-hop\r\nX-Hop: 1\r\nX-Kept: 1\r\nKeep-Alive: timeout=5\r\nProxy-Connection: close\r\n";
   const a = await server(t, (visit) => visit.send(answer("ok", lines)));
@@ -522,6 +560,17 @@ test("compress compresses once what the server did not", { skip }, async (t) => 
   const answered = await lb.ask("/", { headers: "Accept-Encoding: gzip\r\n" });
   assert.equal(value(answered, "content-encoding"), "gzip");
   assert.ok(gunzipSync(answered.body).equals(TEXT));
+});
+
+test("at the edge too compress sends each piece when it comes: A4", { skip }, async (t) => {
+  let got = "";
+  const a = await server(t, async (visit) => {
+    await visit.send(head("Content-Type: text/html\r\nTransfer-Encoding: chunked\r\n"), "7\r\npiece 1\r\n");
+    await until("the client has the first piece", () => got.includes("piece 1"));
+    await visit.send("7\r\npiece 2\r\n0\r\n\r\n");
+  });
+  const lb = await edge(t, { default: { servers: over(a), compress: true } });
+  assert.equal(await readGzip(lb.port, "/", (text) => got = text), "piece 1piece 2");
 });
 
 test("HEAD, 204, 304 and 206 pass with their headers and without a body of our making", { skip }, async (t) => {

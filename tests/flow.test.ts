@@ -734,7 +734,7 @@ const TOO_MUCH = "HTTP/1.1 413 Too Much\r\nContent-Length: 9\r\nConnection: clos
 const CLIENTS = 20;
 
 for (const { front, back } of WAYS) {
-  test(`a server that answers early, and closes with the upload unread, is heard by all: ${front} to ${back}`, async () => {
+  test(`a server that answers early, and closes with the upload unread, is heard by all, and it is not its failure (A1): ${front} to ${back}`, async () => {
     scripts["/early"] = (socket) => {
       stopReading(socket);
       socket.write(TOO_MUCH, () => socket.destroy());

@@ -154,7 +154,7 @@ const paths: Row[] = [
     name: "an encoded line break",
     send: get("/a%0d%0aX:%20y"),
     expect: "200",
-    seen: ["GET /a%0D%0AX:%20y"],
+    seen: ["GET /a%0d%0aX:%20y"],
   },
   { name: "an encoded NUL", send: get("/a%00b"), expect: "400" },
   { name: "a fragment", send: get("/a#/b"), expect: "400" },

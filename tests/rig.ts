@@ -6,13 +6,17 @@ import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
 import { spawn } from "node:child_process";
 import { createHash } from "node:crypto";
+import { once } from "node:events";
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { get as httpGet, type IncomingMessage } from "node:http";
 import { type AddressInfo, connect, createServer, type Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import type { Readable } from "node:stream";
+import { pipeline } from "node:stream/promises";
 import { fileURLToPath } from "node:url";
+import { createGunzip } from "node:zlib";
 import type {
   Attempt,
   Body,
@@ -188,6 +192,18 @@ export async function rawRequest(
   }
   socket.destroy();
   return { ...read(), closed, bytes: Buffer.concat(got) };
+}
+
+/** The text of an answer that comes in gzip; `heard` gets with each piece all that has come so far. */
+export async function readGzip(port: number, path: string, heard: (text: string) => void): Promise<string> {
+  const request = httpGet({ port, host: "127.0.0.1", path, headers: { "accept-encoding": "br, gzip;q=0.5" } });
+  const [response] = await once(request, "response") as [IncomingMessage];
+  let text = "";
+  assert.equal(response.headers["content-encoding"], "gzip");
+  await pipeline(response, createGunzip(), async (plain: AsyncIterable<Buffer>) => {
+    for await (const bytes of plain) heard(text += bytes.toString());
+  });
+  return text;
 }
 
 /** A request that asks to close the connection, so that nobody has to wait for more. */
