@@ -889,6 +889,7 @@ function check(file: Raw, more: string[], say: Report) {
     taken.add(name);
   }
   checkTcp(file, say);
+  checkHttp2(file, say);
   checkPorts(file, say);
   const none = !hasRoutes(file);
   if (!none && Array.isArray(file.listen) && !file.listen.length) say(["listen"], "is empty: nobody could ask");
@@ -912,6 +913,21 @@ function checkTcp(file: Raw, say: Report) {
     }
     if (name && names.has(`${name}`)) say([...path, "name"], `${quote(name)} names another service already`);
     names.add(`${name}`);
+  }
+}
+
+/** Over TLS a server can be asked for HTTP/2; without it there is nothing to ask, and its URL has to say so. */
+function checkHttp2(file: Raw, say: Report) {
+  for (const [path, { http, servers }] of [...mapsIn(file, "services"), ...entriesOf(file)]) {
+    if (http !== 2) continue;
+    for (const [i, server] of [servers ?? []].flat().entries()) {
+      const url = String(isRecord(server) ? server.url : server), bareUrl = url.replace(/^http:\/\//i, "");
+      if (/^(?:https|h2c):/i.test(url)) continue;
+      say(
+        [...path, "servers", ...Array.isArray(servers) ? [i] : []],
+        `${quote(url)} is asked without TLS: for HTTP/2 write h2c://${bareUrl}`,
+      );
+    }
   }
 }
 
@@ -2031,7 +2047,7 @@ function newBalancer(table: Table, effects: Effects, runtime: string): Balancer 
   const startedAt = effects.date(), name = hash(`${effects.random()} ${startedAt.getTime()}`).toString(36);
   const word = () => effects.random() * 2 ** 32;
   return {
-    ...{ effects, name, via: `1.1 lb-${name}`, runtime, startedAt },
+    ...{ effects, name, via: `lb-${name}`, runtime, startedAt },
     seed: Math.floor(word()),
     origin: digits(word()) + digits(word()),
     ...{ table, reloads: 0, reloadedAt: startedAt, reloadFailed: false, draining: false },
@@ -4581,8 +4597,12 @@ class ClientStream extends Http2Stream {
 
 /** RFC 8441 has no key, but servers of HTTP/1.1 want one. */
 const withKey = ({ fields }: FieldBlock): FieldBlock => (
-  { fields: [...fields, "sec-websocket-key", randomBytes(16).toString("base64")], passing: undefined }
+  {
+    fields: [...without(fields, KEY_NAME), "sec-websocket-key", randomBytes(16).toString("base64")],
+    passing: undefined,
+  }
 );
+const KEY_NAME = new Set(["sec-websocket-key"]);
 const HANDSHAKE = new Set(["sec-websocket-accept"]);
 
 interface Http2ClientOwner {
@@ -4864,8 +4884,9 @@ class UpstreamStream extends Http2Stream implements Progress {
     this.isDone = true;
     if (to.streams.get(this.id) === this) this.reset("CANCEL");
     else this.drop();
-    const maySend = why === "reset" && !this.head && (unseen || !isFresh && mayRepeat(attempt));
-    if (maySend && body.bytes !== undefined && !client.moved.has(attempt)) {
+    const maySend = !this.head && (unseen || why === "reset" && !isFresh && mayRepeat(attempt));
+    const isWhole = body.bytes !== undefined || this.id === 0; // nothing of it has been sent
+    if (maySend && isWhole && !client.moved.has(attempt)) {
       client.moved.add(attempt);
       return client.send(attempt);
     }
@@ -4893,6 +4914,7 @@ class Http2UpstreamConnection extends Http2Connection {
     this.client = client;
     this.server = server;
     this.bornAt = client.time;
+    this.maxStreams = client.mostStreams.get(server) ?? MAX_STREAMS;
     socket.on(server.url.startsWith("https:") ? "secureConnect" : "connect", () => this.onConnect());
   }
 
@@ -4918,13 +4940,12 @@ class Http2UpstreamConnection extends Http2Connection {
 
   /** The server says how many streams it takes. */
   override onFirstSettings(): void {
-    const { waiting, client } = this;
+    const { waiting, client, server, maxStreams } = this, all = [...waiting];
     this.connected = true;
-    for (const stream of waiting) {
-      if (this.streams.size < this.maxStreams) this.begin(stream);
-      else client.send(stream.attempt);
-    }
+    client.mostStreams.set(server, maxStreams);
     waiting.clear();
+    for (const stream of all.splice(0, maxStreams)) this.begin(stream);
+    for (const stream of all) stream.fail("reset", "it takes no more streams", true);
   }
 
   /** Whether another attempt may use it. */
@@ -5001,6 +5022,7 @@ class Http2UpstreamConnection extends Http2Connection {
 /** What connections to servers need from their owner. */
 interface Http2Dialer extends Pick<Dialer, "time"> {
   readonly moved: WeakSet<Attempt>; // attempts that have changed their connection
+  readonly mostStreams: WeakMap<Server, number>; // that a server takes at once on a connection, as it said last
   now(): number;
   send(attempt: Attempt): void;
   onNoHttp2(attempt: Attempt): void;
@@ -5049,6 +5071,7 @@ export class HttpClient implements Dialer {
   time = 0; // when `now` was last asked: at most a TICK ago while there are connections
   readonly shared = new WeakMap<Server, Http2UpstreamConnection[]>(); // connections of HTTP/2
   readonly moved = new WeakSet<Attempt>();
+  readonly mostStreams = new WeakMap<Server, number>();
   private readonly withoutHttp2 = new WeakSet<Server>(); // they have chosen HTTP/1.1
   private readonly dial: typeof dial;
   readonly connections = new Connections<UpstreamConnection | Http2UpstreamConnection>(() => this.time = this.now());
@@ -7133,7 +7156,8 @@ const forwardedNode = (address: string): string => address.includes(":") ? `"[${
 
 /** The header lines in which a client's requests with one head do not differ. The latest are kept, which saves 1 us. */
 function commonLines(exchange: Exchange, host: string): string {
-  const { balancer: { via }, block, host: named, origin } = exchange, { scheme, port, chain } = origin;
+  const { balancer: { via }, block, host: named, origin, request: { version } } = exchange,
+    { scheme, port, chain } = origin;
   const passing = passingFields(block), { latest } = passing;
   const isSame = latest?.origin === origin && latest.named === named && latest.host === host && latest.via === via;
   if (isSame) return latest.text;
@@ -7144,7 +7168,7 @@ function commonLines(exchange: Exchange, host: string): string {
     `host: ${host}\r\n${passing.lines}${linesOf(without(told, OURS))}x-forwarded-for: ${chain.join(", ")}\r\n` +
     (asked && `x-forwarded-host: ${asked}\r\n`) + `x-forwarded-proto: ${scheme}\r\n` +
     (port && `x-forwarded-port: ${port}\r\n`) +
-    `forwarded: ${forwarded}\r\nvia: ${joinValues(passing.via, via)}\r\n`;
+    `forwarded: ${forwarded}\r\nvia: ${joinValues(passing.via, `${version === "2.0" ? "2" : "1.1"} ${via}`)}\r\n`;
   passing.latest = { via, origin, named, host, text: Buffer.from(text, "latin1").toString("latin1") };
   return text;
 }
