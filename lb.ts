@@ -2881,7 +2881,7 @@ export interface ServerContext {
   limits(): Pick<Config["limits"], "header" | "keep_alive" | "header_size" | "header_fields">;
   draining(): boolean;
   now(): number; // milliseconds
-  http2?: boolean; // the listener takes HTTP/2 without TLS
+  http2?(): boolean; // whether the listener takes HTTP/2 without TLS
 }
 const PREFACE = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"; // RFC 9113 section 3.4
 
@@ -2999,7 +2999,7 @@ class ClientConnection extends Connection implements BodySource {
     if (this.proceeding) return;
     this.proceeding = true;
     while ((this.phase === "idle" || this.phase === "head") && this.rest.length && hasRoom(this.socket)) {
-      if (!this.served && this.server.context.http2 && this.hasPreface()) return;
+      if (!this.served && this.rest[0] === PREFACE.charCodeAt(0) && this.hasPreface()) return;
       if (!this.takeRequest()) break;
     }
     this.proceeding = false;
@@ -3013,7 +3013,7 @@ class ClientConnection extends Connection implements BodySource {
   /** Whether the first bytes are those of HTTP/2, which goes on from here, or may become them. */
   private hasPreface(): boolean {
     const begin = this.rest.toString("latin1", 0, PREFACE.length);
-    if (!PREFACE.startsWith(begin)) return false;
+    if (!PREFACE.startsWith(begin) || !this.server.context.http2?.()) return false;
     this.proceeding = false;
     if (this.phase === "idle") this.enter("head");
     this.isReplaced = begin === PREFACE;
@@ -10259,7 +10259,8 @@ async function openListener({ lb, shared, ports }: ListenContext, name: string, 
   if (isHttp(name)) {
     const { handle } = lb, { now } = balancer.effects, draining = () => balancer.draining;
     const refused = (why: FailureName) => countFailure(balancer, why);
-    return await listenHttp(where, secure, { ...hooks, handle, draining, now, refused, http2: at.h2c });
+    const http2 = () => listenersOf(balancer.table).get(name)?.h2c === true;
+    return await listenHttp(where, secure, { ...hooks, handle, draining, now, refused, http2 });
   }
   const tcp = hostOf(name);
   return await listen(where, secure, {

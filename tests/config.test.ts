@@ -27,7 +27,7 @@ const both = (keys: string, servers: string, env: Record<string, string>) => {
 };
 
 /** A listener without TLS. */
-const plain = (host: string, port: number) => ({ host, port, tls: [], client_ca: "" });
+const plain = (host: string, port: number) => ({ host, port, tls: [], client_ca: "", h2c: false });
 
 test("Whirlwind's own file works as it is", () => {
   const { services, routes } = parseConfig(`
@@ -71,7 +71,8 @@ test("what is left out has the documented default", () => {
     max: Infinity,
     state: "ready",
   }]);
-  const { headers, ...probe } = health;
+  const { headers, grpc, ...probe } = health;
+  assert.equal(grpc, undefined);
   assert.equal(headers.size, 0);
   assert.deepEqual(probe, {
     kind: "tcp",
@@ -101,6 +102,7 @@ test("what is left out has the documented default", () => {
     sticky: { cookie: "", secret: "", max_age: 0 },
     host_header: "keep",
     compress: false,
+    http: 1,
     tls: { ca: "", cert: "", key: "", servername: "", insecure: false },
   });
 });
@@ -416,7 +418,7 @@ const WRONG_KEYS: [keys: string, ...expected: string[]][] = [
   ["timeouts: []", "38: timeouts: a list is not a map with keys such as connect, response, idle"],
   [
     "retry_on: [conect, 200, 502]",
-    '39: retry_on[0]: "conect" is not connect, reset, or 400 to 599',
+    '39: retry_on[0]: "conect" is not connect, reset, unavailable, or 400 to 599',
     "47: retry_on[1]: 200 is not a whole number from 400 to 599",
   ],
   ["rate: 5", "34: rate: 5 is not off or a map"],
@@ -541,7 +543,7 @@ const WRONG: [text: string, ...expected: string[]][] = [
   [`${ROUTE}log: { sampel: 1% }`, '2:8: log.sampel: unknown key; did you mean "sample"?'],
   [
     `${ROUTE}defaults: { servers: [a:1] }`,
-    "2:13: defaults.servers: unknown key; allowed: strategy, health, eject, slow_start, panic, retry_budget, hedge, max_in_flight, queue, fallback, sticky, tls, retries, retry_on, timeouts, host_header, compress, cors",
+    "2:13: defaults.servers: unknown key; allowed: strategy, health, eject, slow_start, panic, retry_budget, hedge, max_in_flight, queue, fallback, sticky, tls, http, retries, retry_on, timeouts, host_header, compress, cors",
   ],
   [`${ROUTE}hosts: { host: a }`, "2:8: hosts: a map is not a list of hosts"],
   [`${ROUTE}services: [a]`, "2:11: services: a list is not a map"],

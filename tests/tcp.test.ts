@@ -657,7 +657,7 @@ for (
   });
 }
 
-const plain = (host: string, port: number) => ({ host, port, tls: [], client_ca: "" });
+const plain = (host: string, port: number) => ({ host, port, tls: [], client_ca: "", h2c: false });
 
 test("defaults hold for tcp as far as they fit, and who has only tcp needs no other listener", () => {
   const { services, tcp, listen, source } = parseConfig(`
