@@ -3667,6 +3667,7 @@ const CONNECTION_WINDOW = 1_048_576; // the same of all bodies; raised as they c
 const MAX_FRAME = 16_384; // bytes, ours and a peer's that does not say more
 const MAX_WINDOW = 2 ** 31 - 1;
 const MAX_STREAMS = 100; // of a client at once, as haproxy's; of a server that does not say
+const MOST_RESETS = 1_000; // streams that were reset, which a connection remembers
 const PATIENCE = 300; // frames that ask for nothing, beyond one for each response and 100 each second
 
 const FRAME = {
@@ -4148,7 +4149,8 @@ abstract class Http2Connection extends Connection {
   protected hasSettings = false;
   protected readonly maxPush: number = 1; // that SETTINGS_ENABLE_PUSH may be
   private readonly decoder = new HeaderDecoder();
-  private readonly closed = new Map<number, boolean>(); // the latest; true: we have reset it, and frames of it may be coming
+  private readonly ended = new Set<number>(); // the latest streams
+  private readonly resets = new Set<number>(); // the latest that we have reset: frames of them may be coming
   private block: OpenBlock | undefined;
   private unread = 0;
   private credit = CONNECTION_WINDOW;
@@ -4301,7 +4303,8 @@ abstract class Http2Connection extends Connection {
     if (payload.length % 6 || flags & ACK && payload.length) throw new Http2Failure("FRAME_SIZE_ERROR", "SETTINGS");
     if (flags & ACK) return;
     const isFirst = !this.hasSettings;
-    if (!isFirst) this.waste();
+    if (isFirst) this.maxStreams = MAX_STREAMS;
+    else this.waste();
     this.hasSettings = true;
     for (let at = 0; at < payload.length; at += 6) {
       this.onSetting(payload.readUInt16BE(at), payload.readUInt32BE(at + 2));
@@ -4367,15 +4370,16 @@ abstract class Http2Connection extends Connection {
     return id % 2 === 0 || id > this.lastId;
   }
   protected wasReset(id: number): boolean {
-    return this.closed.get(id) === true;
+    return this.resets.has(id);
   }
   protected wasClosed(id: number): boolean {
-    return this.closed.has(id);
+    return this.ended.has(id);
   }
   remove(id: number, isReset = false): void {
+    const latest = isReset ? this.resets : this.ended;
     this.streams.delete(id);
-    this.closed.set(id, isReset || this.wasReset(id));
-    if (this.closed.size > MAX_STREAMS) this.closed.delete(this.closed.keys().next().value!);
+    latest.add(id);
+    if (latest.size > (isReset ? MOST_RESETS : MAX_STREAMS)) latest.delete(latest.values().next().value!);
   }
 
   protected override write(text: string): void {
