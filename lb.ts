@@ -255,11 +255,64 @@ const Local = v.pipe(Listen, v.transform(({ host, port }) => ({ host: host || "1
 const isLoopback = (host: string) =>
   host === "localhost" || host === "[::1]" || isIPv4(host) && host.startsWith("127.");
 const Bearer = word("a token of 8 or more letters, digits and -._~+/", /^[\w.~+/-]{8,}=*$/); // RFC 6750 section 2.1
-const PATH = /^\/[!-"$->@-~]*$/; // ASCII without space, ? and #
-const Path = word("a path such as /v1 (it begins with / and has no query)", PATH, (path) => {
-  return /\/\.\.?(?:\/|$)/.test(path) ? new Error("no request has . or .. in its path") : path;
+const UNRESERVED = /[\w.~-]/;
+/** Percent-encoding in its normal form: in capitals, and only where it is needed (RFC 3986 section 6.2.2). */
+const normalEncoding = (path: string): string => {
+  const decoded = path.replace(/%[0-9a-f]{2}/gi, (hex) => {
+    const character = String.fromCharCode(parseInt(hex.slice(1), 16));
+    return UNRESERVED.test(character) ? character : hex.toUpperCase();
+  });
+  return encodeURI(decoded).replaceAll("%25", "%");
+};
+const A_PATH = "a path such as /v1 (it begins with / and has no query)", NO_DOTS = "no request has . or .. in its path";
+const hasDots = (path: string) => /\/\.\.?(?:[/?]|$)/.test(path);
+const ProbePath = word("a path such as /healthz (it begins with /)", /^\/[!-"$-~]*$/, (path) => {
+  return hasDots(path) ? new Error(NO_DOTS) : path; // ASCII without space and #
 });
-const Prefix = v.pipe(Path, v.transform((path) => path.replace(/\/+$/, "")));
+/** Where a rewrite leads. Nobody means a star or a name literally there. */
+const Path = word(A_PATH, /^\/[!-"$->@-~]*$/, (path) => {
+  if (hasDots(path)) return new Error(NO_DOTS);
+  if (!/\*|\{|\/:[a-z]/i.test(path)) return path;
+  return new Error("it is taken literally; what follows the match stays by itself, and $1 is a group of {regex: ...}");
+});
+const ONE_SEGMENT = /^(?::([a-z_]\w*)|\{([a-z_]\w*)\})$/i;
+/** A regular expression for a path with stars, or with names inside segments. */
+const regexFor = (path: string): string => {
+  const open = path.replace(/\*+$/, "");
+  if (!open) return "/";
+  const pieces = open.split(/(\*\*|\*|:[a-z_]\w*|\{[^}]*\})/i);
+  const parts = pieces.map((piece, i) =>
+    i % 2 ? piece === "**" ? ".*" : "[^/]+" : piece.replace(/[.+()|[\]^$]/g, "\\$&")
+  );
+  return `{regex: '${path.startsWith("/") ? "^" : ""}${parts.join("")}${open === path ? "$" : ""}'}`;
+};
+/**
+ * A path as people write it, in the normal form of requests, with `{name}` where any segment fits. What looks like a
+ * pattern and is none is refused, for taken literally it would match nothing.
+ */
+const readPattern = (written: string): string | Error => {
+  const segments = written.split("/");
+  const odd = (segment: string) => /^:|[{}*]/.test(segment) && !ONE_SEGMENT.test(segment);
+  if (segments.some(odd)) {
+    const named = written.replace(/(?<=\/)\*(?=\/)/g, "{any}");
+    const write = named.split("/").some(odd) ? regexFor(written) : named;
+    return new Error(`a segment is literal, or any one as :id or {id}; /* ends a prefix; otherwise write ${write}`);
+  }
+  if (/%(?![0-9a-f]{2})|%00|\\|\p{Cs}/iu.test(written)) {
+    return new Error("no request has a bare %, %00 or \\ in its path");
+  }
+  const normal = segments.map((segment) => {
+    const [, colon, braces] = ONE_SEGMENT.exec(segment) ?? [], name = colon ?? braces;
+    return name ? `{${name}}` : normalEncoding(segment);
+  });
+  return hasDots(normal.join("/")) ? new Error(NO_DOTS) : normal.join("/");
+};
+const PATTERN = /^[/*][^\x00-\x20?#\x7f]*$/;
+const Exact = word(A_PATH, PATTERN, readPattern);
+const Prefix = word(A_PATH, PATTERN, (path) => {
+  const pattern = readPattern(path.replace(/\/\*\*?$/, "/"));
+  return typeof pattern === "string" ? pattern.replace(/\/+$/, "") : pattern;
+});
 /** RE2 syntax: linear time by construction, so that no pattern can be made slow by a request. */
 const Regex = word("a regular expression (RE2)", /^[^]*$/, (text) => {
   try {
@@ -335,7 +388,7 @@ const Statuses = word("a status such as 200, or 200-399", /^([1-5]\d\d)(?:-([1-5
   return from <= to && [Number(from), Number(to)] as [number, number];
 });
 const Probe = map({
-  path: key(either("a path", v.literal(""), Path), "a request to it; without it a TCP connect", ""),
+  path: key(either("a path", v.literal(""), ProbePath), "a request to it; without it a TCP connect", ""),
   interval: key(Duration, "time between two probes", "10s"),
   timeout: key(Duration, "a probe that takes longer has failed", "2s"),
   expect: key(many(Statuses, "a status", 1), "200, 200-399, or a list", [200]),
@@ -442,7 +495,7 @@ const TestSchema = v.pipe(
 const tests = (name: v.GenericSchema<unknown, string>) =>
   v.pipe(dict(name, TestSchema), v.transform((all) => [...all].map(([name, test]): Condition => ({ name, ...test }))));
 const PathMatch = v.pipe(
-  either("a path, {exact: ...} or {regex: ...}", Prefix, choice({ exact: opt(Path), regex: opt(Regex) })),
+  either("a path, {exact: ...} or {regex: ...}", Prefix, choice({ exact: opt(Exact), regex: opt(Regex) })),
   v.transform((path): PathRule => {
     if (typeof path === "string") return { kind: "prefix", path };
     return path.exact === undefined ? { kind: "regex", source: path.regex! } : { kind: "exact", path: path.exact };
@@ -603,7 +656,7 @@ type FieldTest = { kind: "is"; value: string } | { kind: "regex"; source: string
 };
 /** What a header or a query parameter has to be. */
 export type Condition = { name: string } & FieldTest;
-/** A path, as a route names it; prefixes without a slash at their end. */
+/** A path, as a route names it; prefixes without a slash at their end. `{name}` stands for any one segment. */
 export type PathRule = { kind: "prefix" | "exact"; path: string } | { kind: "regex"; source: string };
 /** A service that a route leads to, its share, the policy that holds on that way, and who is asked in its place. */
 export type Target = { service: string; weight: number; policy: Policy; fallback: Target | undefined };
@@ -1783,6 +1836,7 @@ const newPathTable = () => ({
   exact: new Map<string, Route[]>(),
   prefix: new Map<string, Route[]>(),
   depth: 0, // slashes in the longest prefix: deeper is not looked for
+  shapes: [] as string[], // of patterns such as /users/{id}, a character a segment: 1 where any one fits
   regex: [] as { pattern: RE2JS; routes: Route[] }[],
 });
 
@@ -3813,7 +3867,6 @@ const HOST = /^(?:[a-z0-9_](?:[a-z0-9_.-]{0,253})|\[[0-9a-f:.]{2,45}\])(?::(\d{0
 const PLAIN_PATH = /^\/(?:[\w~!$&'()*+,;=:@-]|\/(?!\.)|(?<!\/)\.)*$/; // nothing encoded, no segment beginning with a dot
 const FORBIDDEN_IN_PATH = /[\x00-\x20\x7f\\#]/;
 const FORBIDDEN_IN_QUERY = /[\x00-\x20\x7f#]/; // as sent otherwise: browsers send a backslash as it is, and so do we
-const UNRESERVED = /[\w.~-]/;
 
 /** `a.example:80`, `A.example` and `a.example.` are one host: ports are not part of what routes match. */
 const hostName = memo((host) => {
@@ -3847,11 +3900,7 @@ function normalizePath(path: string): string | undefined {
   if (path[0] !== "/" || FORBIDDEN_IN_PATH.test(path)) return undefined;
   if (/%(?![0-9a-f]{2})|%00/i.test(path)) return undefined;
   const bytes = path.replace(/[\x80-\xff]/g, (byte) => `%${HEX[byte.charCodeAt(0)]!}`);
-  const decoded = bytes.replace(/%[0-9a-f]{2}/gi, (hex) => {
-    const character = String.fromCharCode(parseInt(hex.slice(1), 16));
-    return UNRESERVED.test(character) ? character : hex.toUpperCase();
-  });
-  return removeDots(encodeURI(decoded).replaceAll("%25", "%"));
+  return removeDots(normalEncoding(bytes));
 }
 
 /** The path and query of a target, which may be a whole URL (RFC 9112 section 3.2); undefined where it is neither. */
@@ -3894,13 +3943,23 @@ function compileHosts(routes: Route[]): HostTable {
     for (const table of tables.length ? tables : [hosts.any]) {
       for (const path of route.paths.length ? route.paths : [ANY_PATH]) {
         if (path.kind === "regex") table.regex.push({ pattern: RE2JS.compile(path.source), routes: [route] });
-        else entry(table[path.kind], path.path, () => []).push(route);
-        if (path.kind === "prefix") table.depth = Math.max(table.depth, path.path.split("/").length - 1);
+        else putPath(table, path, route);
       }
     }
   }
   return hosts;
 }
+
+function putPath(table: PathTable, { kind, path }: Extract<PathRule, { path: string }>, route: Route): void {
+  const segments = path.split("/"), shape = segments.map((segment) => segment.startsWith("{") ? "1" : "0").join("");
+  entry(table[kind], shapeKey(segments, shape), () => []).push(route);
+  if (kind === "prefix") table.depth = Math.max(table.depth, segments.length - 1);
+  if (shape.includes("1")) table.shapes = [...new Set([...table.shapes, shape])].sort(); // literal segments go first
+}
+
+/** A path with `{}` where a shape takes any segment. No request's path has braces, and an empty segment stays. */
+const shapeKey = (segments: string[], shape: string): string =>
+  segments.map((segment, i) => shape[i] === "1" && segment ? "{}" : segment).join("/");
 
 /** The route that a request belongs to, in Gateway API's order (README, "Which route wins"). */
 function matchRoute(table: Table, exchange: Exchange): Route | undefined {
@@ -3924,15 +3983,28 @@ function matchHost({ named, any }: HostTable, exchange: Exchange): Route | undef
 
 function matchPath(table: PathTable, exchange: Exchange): Route | undefined {
   const { path } = exchange;
-  const exact = firstThatFits(table.exact.get(path), exchange, path);
+  const exact = matchText(table, "exact", exchange, path);
   if (exact) return exact;
   for (let prefix = cut(path, table.depth);; prefix = prefix.slice(0, prefix.lastIndexOf("/"))) {
-    const route = firstThatFits(table.prefix.get(prefix), exchange, prefix);
+    const route = matchText(table, "prefix", exchange, prefix);
     if (route) return route;
     if (prefix === "") break;
   }
   for (const { pattern, routes } of table.regex) {
     const route = pattern.matcher(path).find() && firstThatFits(routes, exchange, pattern);
+    if (route) return route;
+  }
+  return undefined;
+}
+
+/** The route of a path or a part of it: literally, else by patterns of as many segments. */
+function matchText(table: PathTable, kind: "exact" | "prefix", exchange: Exchange, text: string): Route | undefined {
+  const literal = firstThatFits(table[kind].get(text), exchange, text);
+  if (literal || table.shapes.length === 0) return literal;
+  const segments = text.split("/");
+  for (const shape of table.shapes) {
+    if (shape.length !== segments.length) continue;
+    const route = firstThatFits(table[kind].get(shapeKey(segments, shape)), exchange, text);
     if (route) return route;
   }
   return undefined;

@@ -290,6 +290,51 @@ test("conditions of a route take their general form", () => {
   assert.deepEqual(query, [{ name: "debug", kind: "is", value: "true" }]);
 });
 
+const HINT =
+  "is not a path such as /v1 (it begins with / and has no query): a segment is literal, or any one as :id or " +
+  "{id}; /* ends a prefix; otherwise write ";
+for (
+  const [path, write] of [
+    ["/api*", "{regex: '^/api'}"],
+    ["/a/*/b", "/a/{any}/b"],
+    ["*.php", "{regex: '[^/]+\\.php$'}"],
+    ["/f/*.php", "{regex: '^/f/[^/]+\\.php$'}"],
+    ["/f/**/x", "{regex: '^/f/.*/x$'}"],
+    ["*", "/"],
+    ["/f/:name.json", "{regex: '^/f/[^/]+\\.json$'}"],
+    ["/f/{id:[0-9]+}", "{regex: '^/f/[^/]+$'}"],
+    ["/f/{rest...}", "{regex: '^/f/[^/]+$'}"],
+    ["/f/:", "{regex: '^/f/:$'}"],
+    [{ exact: "/a/*" }, "{regex: '^/a/'}"],
+  ] as const
+) {
+  test(`a path that looks like a pattern and is none is refused with what to write: ${JSON.stringify(path)}`, () => {
+    const text = typeof path === "string" ? path : path.exact;
+    const [first, ...more] = mistakes(`${SHOP}routes: [{ service: shop, path: ${JSON.stringify(path)} }]`);
+    assert.deepEqual([first!.replace(/^.*?: /, "").replace(/^\S+: /, ""), more], [`"${text}" ${HINT}${write}`, []]);
+    if (write.startsWith("{regex")) route(`{ service: shop, path: ${write} }`);
+  });
+}
+
+test("paths of routes stand in the normal form of requests", () => {
+  const paths = (...all: string[]) => route(JSON.stringify({ service: "shop", path: all })).paths;
+  const normal = (...all: string[]) => paths(...all).map((rule) => rule.kind === "prefix" && rule.path);
+  assert.deepEqual(normal("/api/*", "/api/**", "/*", "/a/", "/:a/{b}/"), ["/api", "/api", "", "/a", "/{a}/{b}"]);
+  assert.deepEqual(normal("/caf%c3%a9", "/café", "/x%41", "/a|b", "/a%2fb"), [
+    ...["/caf%C3%A9", "/caf%C3%A9", "/xA", "/a%7Cb", "/a%2Fb"],
+  ]);
+  for (const path of ["/100%", "/a%00", "/a\\b", "/%2e%2e/x", "/a/./b", "/\ud800"]) {
+    assert.match(mistakes(JSON.stringify({ paths: [{ path, servers: ["a:1"] }] })).join(), /: no request has /, path);
+  }
+});
+
+test("a rewrite takes no pattern, and the path of a probe may have a query", () => {
+  for (const path of ["/v2/*", "/v2/:id", "/v2/{id}"]) {
+    assert.match(mistakes(`${SHOP}default: { service: shop, rewrite: { path: "${path}" } }`).join(), /taken literally/);
+  }
+  assert.equal(service(`health: { path: "/health?standbyok=true" }`).health.path, "/health?standbyok=true");
+});
+
 test("a rewrite replaces what matched or the whole path, and strip is a rewrite to /", () => {
   const rewrite = (yaml: string) => route(`{ service: shop, rewrite: ${yaml} }`).rewrite;
   assert.deepEqual(rewrite("{}"), { kind: "none", path: "", host: "" });
@@ -438,7 +483,7 @@ const WRONG_KEYS: [keys: string, ...expected: string[]][] = [
     "46: strategy.hash: needs exactly one of header, cookie, query, path, client",
   ],
   ["cors: { credentials: true }", "34: cors: credentials need origins by name, not *"],
-  ["health: { path: up }", '44: health.path: "up" is not a path such as /v1 (it begins with / and has no query)'],
+  ["health: { path: up }", '44: health.path: "up" is not a path such as /healthz (it begins with /)'],
   ["health: { expect: [399-200] }", '47: health.expect[0]: "399-200" is not a status such as 200, or 200-399'],
   ["panic: 50", "35: panic: 50 is not a percentage from 0% to 100%"],
   ["panic: 101%", '35: panic: "101%" is not a percentage from 0% to 100%'],
