@@ -110,9 +110,15 @@ const notAList = <S extends Schema>(schema: S, message: string): S => ({
   "~run": (dataset: v.UnknownDataset, config: v.Config<v.BaseIssue<unknown>>) =>
     (Array.isArray(dataset.value) ? v.string(message) : schema)["~run"](dataset, config),
 });
+/** A key of a map with its default, as one would write it. */
+const exampleOf = (entries: v.ObjectEntries): string => {
+  const [name, value] = Object.entries(entries).map(([key, schema]) => [key, "default" in schema ? schema.default : ""])
+    .find(([, or]) => or && typeof or !== "object") ?? [Object.keys(entries)[0], "..."];
+  return `{ ${name}: ${value} }`;
+};
 /** A map with known keys. Unlike `v.strictObject`, which stops at the first one, it reports every unknown key. */
-const map = <const E extends v.ObjectEntries>(entries: E) => {
-  const message = `$ is not a map with keys such as ${Object.keys(entries).slice(0, 3).join(", ")}`;
+const map = <const E extends v.ObjectEntries>(entries: E, example: string = exampleOf(entries)) => {
+  const message = `$ is not a map such as ${example}`;
   const schema = v.objectWithRest(entries, v.never(Object.keys(entries).join(" ")), message);
   return notAList(schema as unknown as v.ObjectSchema<E, string>, message);
 };
@@ -132,9 +138,10 @@ const opt = v.optional; // for keys that their map's own description explains
 const escapeKey = (name: string) => /^(__proto__|constructor|prototype)$/.test(name) ? `\0${name}` : name;
 const unescaped = (name: string) => name.replace(/^\0/, "");
 /** A map with free keys becomes a `Map`, in which no name is special. */
-const dict = <I, O>(name: v.GenericSchema<unknown, string>, value: v.GenericSchema<I, O>) =>
-  v.pipe(
-    notAList(v.record(v.string(), value, "$ is not a map"), "$ is not a map"),
+const dict = <I, O>(name: v.GenericSchema<unknown, string>, value: v.GenericSchema<I, O>, example: string) => {
+  const message = `$ is not a map such as ${example}`;
+  return v.pipe(
+    notAList(v.record(v.string(), value, message), message),
     v.rawCheck<Record<string, O>>(({ dataset: { value: input }, addIssue }) => { // also where a value is wrong
       const seen = new Set<string>();
       for (const [key, value] of Object.entries(record(input))) {
@@ -148,6 +155,7 @@ const dict = <I, O>(name: v.GenericSchema<unknown, string>, value: v.GenericSche
       new Map(Object.entries(input).map(([key, value]) => [v.parse(name, unescaped(key)), value]))
     ),
   );
+};
 const either = <const O extends Schema[]>(what: string, ...options: O) => v.union(options, `$ is not ${what}`);
 const oneOf = <const N extends (string | number)[]>(...names: N) =>
   v.picklist(names, `$ is not one of ${names.filter((name) => name !== "").join(", ")}`);
@@ -157,6 +165,45 @@ const many = <S extends Schema>(item: S, what: string, least = 0) => {
   const one = v.pipe(item, v.transform((one: Out<S>) => [one]));
   return v.pipe(v.union([one, v.array(item, message)], message), v.check((list) => list.length >= least, message));
 };
+/** A short form: it means, and --print-config shows, what `long` makes of it. */
+const brief = <S extends Schema, L extends Schema>(short: S, long: (value: v.InferInput<S>) => unknown, schema: L) => ({
+  ...short as unknown as v.GenericSchema<v.InferInput<S>, Out<L>>,
+  long,
+  "~run": (dataset: v.UnknownDataset, config: v.Config<v.BaseIssue<unknown>>) => {
+    const { value } = dataset, read = short["~run"](dataset, config);
+    return (read.issues ? read : schema["~run"]({ value: long(value) }, config)) as v.OutputDataset<
+      Out<L>,
+      v.BaseIssue<unknown>
+    >;
+  },
+});
+/** Either a short form, or the long one. */
+const orBrief = <S extends Schema, L extends Schema>(what: string, ...of: Parameters<typeof brief<S, L>>) =>
+  either(what, brief(...of), of[2]);
+/** What is known of a schema's parts: valibot keeps those of the first schema in a pipe. */
+type Parts = {
+  type: string;
+  long?(value: unknown): unknown;
+  wrapped?: Schema;
+  options?: Schema[];
+  item?: Schema;
+  value?: Schema;
+  entries?: Record<string, Schema>;
+};
+/** A valid value with its short forms written out. */
+function longForm(schema: Schema, value: unknown): unknown {
+  const { type, long, wrapped, options, item, value: values, entries } = schema as unknown as Parts;
+  if (long) return long(value);
+  if (wrapped) return longForm(wrapped, value);
+  if (type === "union") {
+    const option = options!.find((one) => v.safeParse(one, value).success);
+    return option ? longForm(option, value) : value;
+  }
+  if (Array.isArray(value)) return item ? value.map((one) => longForm(item, one)) : value;
+  if (!isRecord(value)) return value;
+  const of = (key: string) => entries ? entries[key] : values;
+  return Object.fromEntries(Object.entries(value).map(([key, one]) => [key, of(key) ? longForm(of(key)!, one) : one]));
+}
 /** The word off or none, which means `meant`, or something else. */
 const or = <T, S extends Schema>(off: "off" | "none", meant: T, schema: S, what = "a map") =>
   v.pipe(
@@ -228,7 +275,7 @@ const HeaderName = word("a header name", TOKEN, lower);
 // Where a message ends and the next one begins is ours to say.
 const FRAMING = "connection|content-length|host|keep-alive|proxy-connection|te|trailer|transfer-encoding|upgrade";
 const RuleName = word("a header name that a rule may change", token(FRAMING), lower);
-const RuleNames = many(RuleName, "a header name"), RuleValues = dict(RuleName, Printable);
+const RuleNames = many(RuleName, "a header name"), RuleValues = dict(RuleName, Printable, "{ x-name: value }");
 const isIPv4 = ipaddr.IPv4.isValidFourPartDecimal;
 const isIPv6 = (text: string) => text.includes(":") && !text.includes("%") && ipaddr.IPv6.isValid(text);
 const isAddress = (text: string) => isIPv4(text) || isIPv6(text);
@@ -335,11 +382,16 @@ const shown = (host: string, port: number): string => `${host || "0.0.0.0"}:${po
 
 const ORIGIN = /^(?:(https?):\/\/)?(\[[^\]]*\]|[^:[\]/?#@]*)(?::(\d{1,5}))?\/?$/i;
 const SERVER = "a server such as localhost:8081 or http://localhost (no user, no path)";
-const Url = word(SERVER, ORIGIN, (_, scheme = "", host, port) => {
-  const number = Number(port ?? { http: 80, https: 443 }[lower(scheme)]), name = `${lower(host)}:${number}`;
-  const fits = isHost(host) && number > 0 && number < 65536 && URL.canParse(`http://${name}`);
-  return fits && { name, url: new URL(`${scheme || "http"}://${name}`).origin };
-});
+const isPort = (server: unknown): boolean => /^\d{1,5}$/.test(String(server));
+const Url = {
+  ...word(SERVER, ORIGIN, (text, scheme = "", given, at) => {
+    const [host, port] = isPort(text) ? ["localhost", text] : [given!, at];
+    const number = Number(port ?? { http: 80, https: 443 }[lower(scheme)]), name = `${lower(host)}:${number}`;
+    const isThere = isHost(host.replace(/\.$/, "")) && URL.canParse(`http://${name}`); // a last dot: no search domains
+    return isThere && number > 0 && number < 65536 && { name, url: new URL(`${scheme || "http"}://${name}`).origin };
+  }),
+  long: (server: unknown) => isPort(server) ? `localhost:${server}` : server,
+};
 const also = {
   weight: opt(whole(0, 256), 1),
   host: opt(Host, ""),
@@ -384,9 +436,12 @@ const StrategySchema = v.pipe(
     return { name: "hash", by, key: key === true ? "" : key };
   }),
 );
-const Statuses = word("a status such as 200, or 200-399", /^([1-5]\d\d)(?:-([1-5]\d\d))?$/, (_, from, to = from) => {
+const A_STATUS = "a status such as 200, 2xx, or 200-399";
+const StatusRange = word(A_STATUS, /^([1-5]\d\d)(?:-([1-5]\d\d))?$/, (_, from, to = from) => {
   return from <= to && [Number(from), Number(to)] as [number, number];
 });
+const Hundred = word(A_STATUS, /^[1-5](?:xx|XX)$/);
+const Statuses = orBrief(A_STATUS, Hundred, (text) => String(text).replace(/xx/i, "00-$`99"), StatusRange);
 const Probe = map({
   path: key(either("a path", v.literal(""), ProbePath), "a request to it; without it a TCP connect", ""),
   interval: key(Duration, "time between two probes", "10s"),
@@ -396,10 +451,12 @@ const Probe = map({
   rise: key(whole(1, 100), "successes in a row until it may be asked again", 2),
   fall: key(whole(1, 100), "failures in a row until it may not be asked", 3),
   method: key(oneOf("GET", "HEAD", "OPTIONS", "POST"), "to ask with", "GET"),
-  headers: key(dict(HeaderName, Printable), "of the request", {}),
+  headers: key(dict(HeaderName, Printable, "{ x-name: value }"), "of the request", {}),
 });
 const Probing = v.pipe(Probe, v.transform((one) => ({ kind: one.path ? "http" as const : "tcp" as const, ...one })));
-const Health = or("off", { kind: "off" as const, ...v.parse(Probe, {}) }, Probing);
+const A_PROBE = "a path, or a map such as { path: /healthz }";
+const ShortProbe = orBrief(A_PROBE, ProbePath, (path) => ({ path }), Probing);
+const Health = or("off", { kind: "off" as const, ...v.parse(Probe, {}) }, ShortProbe, A_PROBE);
 const Slow = or("off", Infinity, numeral(1.1, 1000), "a number from 1.1 to 1000");
 const EjectMap = map({
   failures: key(whole(1, 1e6), "failed requests in a row", 5),
@@ -417,7 +474,9 @@ const InFlight = v.pipe(
   v.transform((limit) => limit === "auto" ? AUTO : limit),
 );
 const Hedge = or("off", 0, Quantile, "a share such as p95, from p50 to p99");
-const Queue = or("off", { size: 0, timeout: 0 }, QueueMap);
+const A_QUEUE = "how many wait, or a map such as { size: 100 }";
+const ShortQueue = orBrief(A_QUEUE, QueueMap.entries.size, (size) => ({ size }), QueueMap);
+const Queue = or("off", { size: 0, timeout: 0 }, ShortQueue, A_QUEUE);
 const Timeouts = map({
   connect: opt(Duration, "3s"),
   response: opt(Duration, "60s"),
@@ -434,7 +493,9 @@ const CorsMap = map({
 });
 const credible = (cors: Out<typeof CorsMap>) => !cors.credentials || !cors.origin.includes("*");
 const SafeCors = v.pipe(CorsMap, v.check(credible, "credentials need origins by name, not *"));
-const Cors = or("off", { ...v.parse(CorsMap, {}), origin: [] as string[] }, SafeCors);
+const ORIGINS = 'an origin, a list of them, or a map such as { origin: "https://a.example" }';
+const ShortCors = orBrief(ORIGINS, Texts, (origin) => ({ origin }), SafeCors);
+const Cors = or("off", { ...v.parse(CorsMap, {}), origin: [] as string[] }, ShortCors, ORIGINS);
 const Name = opt(Text, "");
 const TlsMap = map({ ca: Name, cert: Name, key: Name, servername: Name, insecure: opt(Bool, false) });
 const Tls = v.pipe(TlsMap, v.check((tls) => !tls.cert === !tls.key, "needs cert and key together"));
@@ -445,7 +506,10 @@ const CookieName = word("a cookie name", TOKEN);
 const Secret = v.pipe(Text, v.nonEmpty("the secret is empty"));
 const StickyMap = map({ cookie: opt(CookieName, "lb"), secret: opt(Secret), max_age: opt(duration(0), 0) });
 const Stuck = v.pipe(StickyMap, v.transform((one) => ({ secret: "", ...one })));
-const Sticky = or("off", { cookie: "", secret: "", max_age: 0 }, Stuck);
+const A_COOKIE = "the name of a cookie, or a map such as { cookie: lb }";
+const ShortSticky = orBrief(A_COOKIE, CookieName, (cookie) => ({ cookie }), Stuck);
+const Sticky = or("off", { cookie: "", secret: "", max_age: 0 }, ShortSticky, A_COOKIE);
+const Compress = orBrief("true, false or gzip", v.literal("gzip"), () => true, Bool);
 /** What a route may also say, and then wins over its service. */
 const policy = {
   retries: key(whole(0, 10), "further attempts, always at another server while one is left", 1),
@@ -456,7 +520,7 @@ const policy = {
     v.getDefaults(Timeouts),
   ),
   host_header: key(HostHeader, "keep (the client's), server (the server's own), or a literal", "keep"),
-  compress: key(Bool, "gzip for text when the client accepts it and the server did not", false),
+  compress: key(Compress, "gzip for text when the client accepts it and the server did not", false),
   cors: key(Cors, "off, or who may read the answers in a browser", "off"),
 };
 const settings = {
@@ -493,7 +557,10 @@ const TestSchema = v.pipe(
   }),
 );
 const tests = (name: v.GenericSchema<unknown, string>) =>
-  v.pipe(dict(name, TestSchema), v.transform((all) => [...all].map(([name, test]): Condition => ({ name, ...test }))));
+  v.pipe(
+    dict(name, TestSchema, "{ name: value }"),
+    v.transform((all) => [...all].map(([name, test]): Condition => ({ name, ...test }))),
+  );
 const PathMatch = v.pipe(
   either("a path, {exact: ...} or {regex: ...}", Prefix, choice({ exact: opt(Exact), regex: opt(Regex) })),
   v.transform((path): PathRule => {
@@ -501,7 +568,7 @@ const PathMatch = v.pipe(
     return path.exact === undefined ? { kind: "regex", source: path.regex! } : { kind: "exact", path: path.exact };
   }),
 );
-const Rewrite = v.pipe(
+const RewriteMap = v.pipe(
   map({ path: opt(Path), whole: opt(Path), host: opt(Host, "") }),
   v.check(({ path, whole }) => path === undefined || whole === undefined, "path and whole exclude each other"),
   v.transform(({ path, whole, host }): { kind: "none" | "replace" | "whole"; path: string; host: string } => {
@@ -509,30 +576,60 @@ const Rewrite = v.pipe(
     return { kind: path === undefined ? "none" : "replace", path: path ?? "", host };
   }),
 );
+const REWRITE = "a path, or a map such as { path: /v2 }";
+const Rewrite = orBrief(REWRITE, Path, (path) => ({ path }), RewriteMap);
 const HeaderRules = map({ set: opt(RuleValues, {}), add: opt(RuleValues, {}), remove: opt(RuleNames, []) });
-const QueryRules = map({ set: opt(dict(Text, Text), {}), remove: opt(many(Text, "a name"), []) });
+const QueryRules = map({ set: opt(dict(Text, Text, "{ name: value }"), {}), remove: opt(many(Text, "a name"), []) });
 const RequestRules = map({ headers: opt(HeaderRules, {}), query: opt(QueryRules, {}) });
-const To = word("a URL or path to go to", /^(?:(?:https?:\/\/|\/)[!-~]+|\/|)$/i);
+const To = word("a URL or path to go to", /^(?:(?:https?:\/\/|\/)[!-~]+|\/)$/i);
 const Place = word("a path such as /v1", /^(?:\/[!-~]*|)$/);
 const parts = { scheme: opt(oneOf("http", "https", ""), ""), host: opt(Host, ""), port: opt(whole(0, 65535), 0) };
-const Redirect = v.pipe(
-  map({ to: opt(To, ""), ...parts, path: opt(Place, ""), status: opt(oneOf(301, 302, 303, 307, 308), 302) }),
+const RedirectMap = v.pipe(
+  map({
+    to: opt(either("a URL or path to go to", v.literal(""), To), ""),
+    ...parts,
+    path: opt(Place, ""),
+    status: opt(oneOf(301, 302, 303, 307, 308), 302),
+  }),
   v.check((one) => !one.to !== !(one.scheme || one.host || one.port || one.path), "needs either to or its parts"),
   v.transform((one) => ({ kind: "redirect" as const, ...one })),
 );
-const Respond = v.pipe(
+const REDIRECT = "a URL or path to go to, or a map such as { scheme: https }";
+const Redirect = orBrief(REDIRECT, To, (to) => ({ to }), RedirectMap);
+const RespondMap = v.pipe(
   map({ status: opt(whole(200, 599), 200), body: opt(Text, ""), headers: opt(RuleValues, {}) }),
   v.check((one) => !one.body || ![204, 205, 304].includes(one.status), "an answer with this status has no body"),
   v.transform((one) => ({ kind: "respond" as const, ...one })),
+);
+const Respond = orBrief(
+  "a status, or a map such as { status: 404 }",
+  whole(200, 599),
+  (status) => ({ status }),
+  RespondMap,
 );
 const RateKey = either("ip or {header: name}", v.literal("ip"), map({ header: HeaderName }));
 const RateMap = v.pipe(
   map({ requests: whole(1, 1e6), per: opt(Duration, "1s"), by: opt(RateKey, "ip"), burst: opt(whole(1, 1e6)) }),
   v.transform(({ by, ...one }) => ({ ...one, burst: one.burst ?? one.requests, by: by === "ip" ? "" : by.header })),
 );
-const RateSchema = or("off", undefined, RateMap);
+const A_RATE = "a rate such as 5/s, or a map such as { requests: 5, per: 1s }";
+const PER = /^([1-9]\d{0,6})\/(\d*)(ms|s|m|h|d)$/;
+const readRate = (rate: string | number) => {
+  const [, requests, count, unit] = PER.exec(String(rate))!;
+  return { requests: Number(requests), per: `${count || 1}${unit}` };
+};
+const RateWord = word(A_RATE, PER, (text, requests) => Number(requests) <= 1e6 && text);
+const ShortRate = orBrief(A_RATE, RateWord, readRate, RateMap);
+const RateSchema = or("off", undefined, ShortRate, A_RATE);
 const MirrorMap = map({ service: ServiceName, percent: opt(numeral(0, 100), 100) });
-const Mirror = or("off", { service: "", percent: 0 }, MirrorMap);
+const A_MIRROR = "a service, or a map such as { service: shop, percent: 10 }";
+const ShortMirror = orBrief(A_MIRROR, ServiceName, (service) => ({ service, percent: 100 }), MirrorMap);
+const Mirror = or("off", { service: "", percent: 0 }, ShortMirror, A_MIRROR);
+const Share = either(
+  "a whole number from 0 to 1000000, or a percentage",
+  whole(0, 1e6),
+  v.pipe(Percent, v.transform((part) => part * 100)),
+);
 const place = {
   host: key(many(HostPattern, "a host"), '"*.example.com" is any labels in front, not example.com itself', []),
   path: key(many(PathMatch, "a path"), "prefix by whole segments, {exact: /v1}, {regex: ...}, or a list", []),
@@ -547,7 +644,10 @@ const conditions = {
 const actions = {
   service: key(ServiceName, "one of services"),
   servers: key(Servers, "a service of its own; any key of one may stand beside it"),
-  split: key(dict(ServiceName, whole(0, 1e6)), "services and their weights"),
+  split: key(
+    dict(ServiceName, Share, "{ shop: 90%, next: 10% }"),
+    "services and their shares, as weights or percentages",
+  ),
   redirect: key(Redirect, "to, literally, or scheme, host, port and path (what is not named stays); status"),
   respond: key(Respond, "an answer of its own: status, body and headers"),
 };
@@ -563,6 +663,13 @@ const changes = {
   body_limit: key(Size, "of a request's body", "none"),
 };
 const target = { ...actions, ...changes, ...settings }, route = { ...place, ...conditions, ...target };
+const DefaultMap = map(target, "{ service: shop }");
+const Default = orBrief(
+  "a service, or a map such as { service: shop }",
+  ServiceName,
+  (service) => ({ service }),
+  DefaultMap,
+);
 const HostRoute = map({ ...route, host: need(many(HostPattern, "a host", 1), "a host or a list") });
 const PathRoute = map({ ...route, path: need(many(PathMatch, "a path", 1), "this path and all below it") });
 const ServiceSchema = map({
@@ -574,16 +681,18 @@ const AdminMap = map({
   token: key(Bearer, "what a request has to show; required beyond loopback"),
   read_token: key(Bearer, "another one, which may only look"),
 });
-const Admin = v.pipe(
+const AdminChecked = v.pipe(
   AdminMap,
   v.check(({ listen, token }) => !!token || isLoopback(listen.host), "needs a token, as it listens beyond loopback"),
   v.check(({ token, read_token }) => !read_token || !!token, "needs a token beside read_token"),
   v.check(({ token, read_token }) => !token || token !== read_token, "token and read_token are the same"),
 );
+const ADMIN = "a port, an address, or a map such as { listen: 9090 }";
+const Admin = orBrief(ADMIN, Local, (listen) => ({ listen }), AdminChecked);
 const LogFormat = oneOf("combined", "json", "off");
 const LogMap = map({ format: opt(LogFormat, "combined"), sample: opt(Percent, "100%") });
 const Log = v.pipe(
-  either("combined, json or off, or a map with format and sample", LogFormat, LogMap),
+  either("combined, json or off, or a map such as { format: json, sample: 10% }", LogFormat, LogMap),
   v.transform((log): Out<typeof LogMap> => typeof log === "string" ? { format: log, sample: 1 } : log),
 );
 // Where clients connect.
@@ -639,11 +748,15 @@ const RoutesFile = map({
   log: key(Log, "combined, json or off; or {format, sample}: a share of what succeeds", "combined"),
   name_routes: key(Bool, "true: every service answers under /<its name>/..., prefix stripped", false),
   defaults: key(map(settings), "any key of a service, for all services", {}),
-  services: key(dict(ServiceName, ServiceSchema), "servers that answer the same", {}),
+  services: key(
+    dict(ServiceName, ServiceSchema, "{ shop: { servers: [localhost:8081] } }"),
+    "servers that answer the same",
+    {},
+  ),
   hosts: key(v.array(HostRoute, "$ is not a list of hosts"), "one host to some servers", []),
   paths: key(v.array(PathRoute, "$ is not a list of paths"), "one path to some servers", []),
   routes: key(v.array(map(route), "$ is not a list of routes"), "the general form", []),
-  default: key(map(target), "when nothing matches; without it 404"),
+  default: key(Default, "when nothing matches; without it 404"),
   tcp: key(v.array(Tcp, "$ is not a list of services"), "connections that are not HTTP, to some servers", []),
 });
 
@@ -730,7 +843,9 @@ function newFindings(file: string) {
   const lines = new LineCounter(), places = new Map<string, Offsets>();
   const found = new Map<string, Mistake & { offset: number }>();
   const say: Report = (path, message, at) => {
-    const offset = typeof at === "number" ? at : places.get(JSON.stringify(path))?.[at ?? "value"] ?? 0;
+    const written = path.findLastIndex((_, i) => places.has(JSON.stringify(path.slice(0, i + 1)))) + 1; // not what a short form leaves out
+    const place = places.get(JSON.stringify(path.slice(0, written)));
+    const offset = typeof at === "number" ? at : place?.[at ?? "value"] ?? 0;
     const { line, col } = lines.linePos(offset);
     const mistake = { line: line || 1, column: col || 1, path: dotted(path), message, offset };
     found.set(JSON.stringify([offset, path, message]), mistake);
@@ -767,7 +882,9 @@ function scalar({ value, source = "", type }: Scalar, env: Env | undefined, comp
   const meant = type === "PLAIN" && out !== text && /^(true|false|(0|[1-9]\d{0,14})(\.\d{0,9}[1-9])?)$/.test(out);
   return meant ? JSON.parse(out) : out;
 }
-/** Without `env` variables stay as they are written. */
+/** `<<: *name` puts another map's keys under the own ones (YAML 1.1). */
+const isMerge = ({ key }: { key: Node }): boolean => isScalar(key) && key.source === "<<" && key.type === "PLAIN";
+/** Without `env` variables and merge keys stay as they are written. */
 function nodeReader(env: Env | undefined, places: Map<string, Offsets>, say: Report) {
   const anchors = new Map<string, unknown>(), meant = new Map<unknown, unknown>(); // anchored nodes, and what aliases repeat
   let count = 0;
@@ -789,15 +906,22 @@ function nodeReader(env: Env | undefined, places: Map<string, Offsets>, say: Rep
       return void say(path, `*${node.source} names nothing above; text that begins with * stands in quotes`);
     }
     if (!isMap<Node>(node)) return null;
-    const out: Raw = {};
+    const out: Raw = {}, own = new Set<string>();
+    for (const { key, value } of env ? node.items.filter(isMerge) : []) {
+      const maps = isSeq(value) ? value.items.toReversed() : [value]; // the first of a list wins
+      for (const one of maps) Object.assign(out, read(one, path, here));
+      places.set(JSON.stringify(path), { key: at.key, value: start });
+    }
     for (const { key, value } of node.items) {
+      if (env && isMerge({ key })) continue;
       const offset = key.range?.[0] ?? start;
       if (!isScalar(key)) {
         say(path, "a key is a single word", offset);
         continue;
       }
       const name = escapeKey(unwrapped(key.source ?? String(key.value)));
-      if (Object.hasOwn(out, name)) say([...path, name], "stands twice", offset);
+      if (own.has(name)) say([...path, name], "stands twice", offset);
+      own.add(name);
       out[name] = read(value, [...path, name], { key: offset, value: offset });
     }
     return out;
@@ -854,6 +978,8 @@ const mapsIn = (file: Raw, ...keys: string[]) =>
     const all = file[key], pairs = Array.isArray(all) ? [...all.entries()] : Object.entries(record(all));
     return pairs.filter(([, one]) => isRecord(one)).map(([at, one]): [Keys, Raw] => [[key, at], one as Raw]);
   });
+/** Where a file says what becomes of requests and connections. */
+const ROUTED = ["hosts", "paths", "routes", "default", "tcp"];
 const topMap = (file: Raw, key: string): [Keys, Raw][] => isRecord(file[key]) ? [[[key], file[key]]] : [];
 const entriesOf = (file: Raw) => [...mapsIn(file, "hosts", "paths", "routes"), ...topMap(file, "default")];
 const SEGMENT = /^(?!\.\.?$)[\w.~-]+$/;
@@ -871,6 +997,15 @@ function groupsOf(path: unknown): number {
   } catch { // said elsewhere
     return Infinity;
   }
+}
+
+/** Weights are of any sum, and percentages of 100. */
+function checkShares(shares: unknown[], complain: Complain): void {
+  const percent = shares.filter((share) => typeof share === "string" && share.endsWith("%"));
+  const sum = percent.reduce<number>((sum, share) => sum + parseFloat(String(share)), 0);
+  if (percent.length > 0 && percent.length < shares.length) complain("shares are all percentages, or all weights");
+  else if (percent.length > 0 && Math.abs(sum - 100) > 0.5) complain(`the percentages add up to ${sum}%, not to 100%`);
+  else if (shares.length > 0 && shares.every((share) => share === 0)) complain("no service has a weight above 0");
 }
 
 /** Whoever falls back to others must not come back to himself. */
@@ -909,9 +1044,7 @@ function check(file: Raw, more: string[], say: Report) {
     known([...path, "mirror", "service"], record(entry.mirror).service, "service", services);
     const split = Object.entries(record(entry.split));
     for (const [name] of split) known([...path, "split", name], unescaped(name), "service", services, "key");
-    if (isRecord(entry.split) && split.every(([, weight]) => weight === 0)) {
-      say([...path, "split"], "no service has a weight above 0");
-    }
+    checkShares(split.map(([, share]) => share), (message) => say([...path, "split"], message));
     for (const key of has.includes("servers") ? [] : Object.keys(entry)) {
       if (!Object.hasOwn(settings, key) || Object.hasOwn(policy, key)) continue;
       say([...path, key], "belongs to a service: it stands there, or beside servers", "key");
@@ -929,7 +1062,8 @@ function check(file: Raw, more: string[], say: Report) {
   const none = !hasRoutes(file);
   if (!none && Array.isArray(file.listen) && !file.listen.length) say(["listen"], "is empty: nobody could ask");
   const later = isTrue(file.name_routes) && services.length === 0; // they come over the admin API
-  if (none && !later && !mapsIn(file, "tcp").length) {
+  const isLeftOut = ROUTED.every((key) => [file[key] ?? []].flat().length === 0);
+  if (none && !later && isLeftOut) {
     say([], "no way leads to a server: hosts, paths, routes, default or tcp is needed");
   }
 }
@@ -1054,21 +1188,27 @@ function expandConfig(source: Raw, text: string, file: string): Config {
   return { ...top, services: parsed, routes, tcp, source, text, file, places };
 }
 
+/** Keys at the top that begin with x- hold what anchors name, as in Compose. */
+const ignoringExtensions = (file: unknown): unknown =>
+  isRecord(file) ? Object.fromEntries(Object.entries(file).filter(([key]) => !key.startsWith("x-"))) : file;
+
 /**
  * Reads routes.yml (YAML, and so JSON); `${NAME}` is taken from `env`, and `more` are strategies beside the built-in ones.
  * @throws {ConfigError} with all mistakes, in the order of the file
  */
 export function parseConfig(text: string, env: Env = {}, file = "routes.yml", more: string[] = []): Config {
-  const findings = newFindings(file), { found, say, end } = findings, raw = readYaml(text, env, findings);
+  const findings = newFindings(file), { found, say, end } = findings;
+  const raw = ignoringExtensions(readYaml(text, env, findings));
+  let long: Raw = {};
   const unreadable = new Set([...found.values()].map((mistake) => mistake.path));
   if (raw !== undefined && !unreadable.has("")) {
     const sayMore: Report = (path, message, at) => unreadable.has(dotted(path)) || say(path, message, at);
     const issues = v.safeParse(RoutesFile, raw).issues ?? [];
     for (const one of issues.flatMap((issue) => flatten(issue))) report(one, sayMore);
-    if (isRecord(raw)) check(raw, more, sayMore);
+    if (isRecord(raw)) check(long = longForm(RoutesFile, raw) as Raw, more, sayMore);
   }
   end();
-  return expandConfig(writeDefaults(raw as Raw), text, file);
+  return expandConfig(writeDefaults(long), text, file);
 }
 
 /**
@@ -1829,6 +1969,9 @@ export interface Table {
 
 /** The host and port of a server's URL. */
 const hostOf = (url: string): string => url.slice(url.indexOf("//") + 2);
+
+/** The same as a Host field has it: no server expects the last dot of an absolute name there. */
+const hostFieldOf = (url: string): string => hostOf(url).replace(/\.(?=:|$)/, "");
 
 /** The routes of one host name, by kind of path. Within one path those with more conditions stand first. */
 type PathTable = ReturnType<typeof newPathTable>;
@@ -3556,7 +3699,7 @@ function dial({ url, tls }: Server): Socket {
     allowHalfOpen: true,
   };
   if (!secure) return readOnAfterFailedWrites(connectPlain(address));
-  const name = tls.servername || host;
+  const name = tls.servername || host.replace(/\.$/, ""); // no last dot in SNI (RFC 6066 section 3)
   return readOnAfterFailedWrites(tlsConnect({
     ...address,
     ...(isIP(name) ? {} : { servername: name }),
@@ -4650,7 +4793,7 @@ function setHealth(service: Service, server: Server, up: boolean, effects: Effec
 /** One probe over HTTP: what is wrong with the answer, or undefined. Its body is read to the end or cancelled. */
 function probeHttp(service: Service, server: Server, effects: Effects, giveUp: AbortSignal) {
   const { health } = service.config, { method, timeout, path: target } = health, body = NO_BODY;
-  const own = ["host", server.host || hostOf(server.url), "user-agent", "lb.ts probe"];
+  const own = ["host", server.host || hostFieldOf(server.url), "user-agent", "lb.ts probe"];
   const fields = [...own, ...[...health.headers].flat()];
   const timeouts = { connect: timeout, response: timeout, idle: timeout, request: Infinity };
   const given = { server, method, target, lines: linesOf(fields), body, timeouts, startedAt: effects.now() };
@@ -5680,7 +5823,7 @@ function hostFor(exchange: Exchange, server: Server): string {
   const literal = exchange.route!.rewrite.host || server.host;
   if (literal) return literal;
   if (host_header === "keep" && exchange.host) return exchange.host;
-  return /^(?:keep|server)$/.test(host_header) ? hostOf(server.url) : host_header;
+  return /^(?:keep|server)$/.test(host_header) ? hostFieldOf(server.url) : host_header;
 }
 
 // --- 8.3 Picking: the server of the next attempt: now, later, or of the fallback service ---
@@ -6945,13 +7088,16 @@ function put(raw: Raw, path: Keys, value: unknown): void {
   else if (Array.isArray(parent)) parent.splice(Number(last), 1);
   else delete parent[last];
 }
-/** A merge patch (RFC 7396): maps are merged, null takes away, anything else replaces. */
-function merged(under: unknown, patch: unknown): unknown {
+/**
+ * A merge patch (RFC 7396): maps are merged, null takes away, anything else replaces. `long` is what `under` says without
+ * short forms: a map that is merged into one is merged into what that means.
+ */
+function merged(under: unknown, patch: unknown, long = under): unknown {
   if (!isRecord(patch)) return patch;
-  const out = { ...record(under) };
+  const out = { ...record(isRecord(under) ? under : long) };
   for (const [key, value] of Object.entries(patch)) {
     if (value === null) delete out[key];
-    else out[key] = merged(out[key], value);
+    else out[key] = merged(out[key], value, at(long, [key]));
   }
   return out;
 }
@@ -7163,7 +7309,8 @@ async function writeService(asked: Asked): Promise<Response> {
     isNew = entry === undefined;
     if (req.method === "POST" && !isNew) throw new AdminError(409, `there is a service ${quote(name)} already`);
     if (req.method === "PATCH" && isNew) throw new AdminError(404, `there is no service ${quote(name)}`);
-    const own = req.method === "PATCH" ? merged(keysOf(entry, true), value) as Raw : value;
+    const under = keysOf(entry, true), isPatch = req.method === "PATCH";
+    const own = isPatch ? merged(under, value, longForm(ServiceSchema, under)) as Raw : value;
     put(raw, place, { ...keysOf(entry, false), ...own });
   });
   return answerService(asked, isNew ? 201 : 200);
@@ -7180,8 +7327,8 @@ function shortest(entry: Raw, ...changed: string[]): unknown {
 /** Where in a service's entry its servers are listed, and which is at which place: one that is repeated at several. */
 function listOf(raw: Raw, config: Config, name: string) {
   const place = [...placeOf(config, name), "servers"];
-  const listed = [at(raw, place)].flat(),
-    now = [at(config.source, place)].flat().map((one) => v.parse(ServerSchema, one));
+  const inForce = [at(config.source, place)].flat(), now = inForce.map((one) => v.parse(ServerSchema, one));
+  const listed = [at(raw, place) ?? inForce].flat(); // a merge key (<<) has brought them in
   return { place, listed, now };
 }
 
@@ -7246,7 +7393,7 @@ async function writeConfig(asked: Asked): Promise<Response> {
   }
   await change(context, (raw, config) => {
     if (replaces && isYaml) return text;
-    return rewrite(config.text, replaces ? value : merged(raw, value));
+    return rewrite(config.text, replaces ? value : merged(raw, value, longForm(RoutesFile, raw)));
   }, (config) => config.text);
   return answerConfig(asked);
 }

@@ -445,6 +445,124 @@ routes:
   assert.deepEqual(headers.map(({ name }) => name), names.map((name) => name.toLowerCase()));
 });
 
+// Short forms beside `path: /x, service: shop` of a route or in a service: short, long.
+const SHORT_FORMS: [short: string, long: string, where: "service" | "route" | "top"][] = [
+  ["sticky: lb", "sticky: { cookie: lb }", "service"],
+  ["health: /healthz", "health: { path: /healthz }", "service"],
+  ["health: { path: /up, expect: 2xx }", "health: { path: /up, expect: 200-299 }", "service"],
+  ["health: { expect: [204, 3xx] }", "health: { expect: [204, 300-399] }", "service"],
+  ['cors: "*"', 'cors: { origin: "*" }', "service"],
+  ["cors: [https://a.test, https://b.test]", "cors: { origin: [https://a.test, https://b.test] }", "service"],
+  ["compress: gzip", "compress: true", "service"],
+  ["queue: 7", "queue: { size: 7 }", "service"],
+  ["rate: 5/s", "rate: { requests: 5, per: 1s }", "route"],
+  ["rate: 100/10m", "rate: { requests: 100, per: 10m }", "route"],
+  ["rewrite: /v2", "rewrite: { path: /v2 }", "route"],
+  ["mirror: shop", "mirror: { service: shop, percent: 100 }", "route"],
+  ["default: shop", "default: { service: shop }", "top"],
+  ["default: { redirect: https://b.test/ }", "default: { redirect: { to: https://b.test/ } }", "top"],
+  ["default: { respond: 404 }", "default: { respond: { status: 404 } }", "top"],
+  ["default: { split: { shop: 90%, next: 10% } }", "default: { split: { shop: 90, next: 10 } }", "top"],
+  ["admin: 9091", "admin: { listen: 127.0.0.1:9091 }", "top"],
+  ["admin: localhost:9091", "admin: { listen: localhost:9091 }", "top"],
+  ["default: { servers: [8081] }", "default: { servers: [localhost:8081] }", "top"],
+  ["default: { servers: 8081 }", "default: { servers: localhost:8081 }", "top"],
+  ['default: { servers: [{ url: "8081", max: 3 }] }', "default: { servers: [{ url: localhost:8081, max: 3 }] }", "top"],
+];
+for (const [short, long, where] of SHORT_FORMS) {
+  test(`${short} is ${long}, and printed as that`, () => {
+    const file = (keys: string) => {
+      const service = where === "service" ? `, ${keys}` : "", route = where === "route" ? `, ${keys}` : "";
+      return `services: { shop: { servers: [a:1]${service} }, next: { servers: [a:1] } }
+routes: [{ path: /x, service: shop${route} }, { path: /y, service: next }]
+${where === "top" ? keys : ""}`;
+    };
+    const one = parseConfig(file(short)), other = parseConfig(file(long));
+    const known = ({ services, routes, admin }: typeof one) => ({ services, routes, admin });
+    assert.deepEqual(known(one), known(other));
+    if (!short.includes("split")) assert.deepEqual(one.source, parseConfig(printConfig(one)).source);
+    if (!short.includes("split") && !short.startsWith("admin")) assert.deepEqual(one.source, other.source);
+  });
+}
+
+test("off stays off where a name could stand, and a short form lies over defaults as a map does", () => {
+  assert.equal(service("sticky: off").sticky.cookie, "");
+  assert.deepEqual(service("cors: off").cors.origin, []);
+  assert.equal(route("{ service: shop, mirror: off }").mirror.service, "");
+  const { services } = parseConfig(
+    `defaults: { health: { interval: 3s }, sticky: { secret: abc } }\n${
+      SHOP.replace("]", "], health: /up, sticky: id")
+    }default: shop`,
+  );
+  const { health, sticky } = services.get("shop")!;
+  assert.deepEqual([health.path, health.interval], ["/up", 3000]);
+  assert.deepEqual(sticky, { cookie: "id", secret: "abc", max_age: 0 });
+});
+
+const ONE_SENTENCE: [text: string, ...expected: string[]][] = [
+  ["default: php", '1:10: default.service: "php" is not a service (there is none)'],
+  ["default: [php]", "1:10: default: a list is not a service, or a map such as { service: shop }"],
+  [
+    `${SHOP}default: { split: { shop: 90%, shop2: 20% } }`,
+    '2:32: default.split.shop2: "shop2" is not a service (shop); did you mean "shop"?',
+    "2:19: default.split: the percentages add up to 110%, not to 100%",
+  ],
+  [
+    `${SHOP}default: { split: { shop: 90%, shop2: 20 } }`,
+    '2:32: default.split.shop2: "shop2" is not a service (shop); did you mean "shop"?',
+    "2:19: default.split: shares are all percentages, or all weights",
+  ],
+  [`${SHOP}default: { redirect: b.test }`, '2:22: default.redirect: "b.test" is not a URL or path to go to'],
+  [`${SHOP}default: { respond: 4040 }`, "2:21: default.respond: 4040 is not a whole number from 200 to 599"],
+  [
+    `${SHOP}default: { service: shop, mirror: shp }`,
+    '2:35: default.mirror.service: "shp" is not a service (shop); did you mean "shop"?',
+  ],
+  [
+    `${SHOP}default: { service: shop, rewrite: [/v2] }`,
+    "2:36: default.rewrite: a list is not a path, or a map such as { path: /v2 }",
+  ],
+  [
+    "default: { servers: [a:1], sticky: true }",
+    "1:36: default.sticky: true is not off or the name of a cookie, or a map such as { cookie: lb }",
+  ],
+  [
+    "default: { servers: [a:1], health: true }",
+    "1:36: default.health: true is not off or a path, or a map such as { path: /healthz }",
+  ],
+  [
+    "default: { servers: [70000] }",
+    "1:22: default.servers[0]: 70000 is not a server such as localhost:8081 or http://localhost (no user, no path)",
+  ],
+];
+for (const [text, ...expected] of ONE_SENTENCE) {
+  test(`one sentence each: ${expected[0]}`, () => assert.deepEqual(mistakes(text).sort(), expected.sort()));
+}
+
+test("merge keys and x- keys are read as Compose reads them", () => {
+  const { services } = parseConfig(`
+x-usual: &usual { retries: 3, health: { path: /up, interval: 3s } }
+x-other: &other { retries: 4, panic: 10% }
+services:
+  a: { <<: *usual, servers: [a:1] }
+  b: { servers: [a:1], <<: [*usual, *other] }
+  c: { <<: *usual, servers: [a:1], retries: 1, health: { path: /c } }
+default: a`);
+  const facts = [...services.values()].map((
+    { retries, panic, health },
+  ) => [retries, panic, health.path, health.interval]);
+  assert.deepEqual(facts, [[3, 0.5, "/up", 3000], [3, 0.1, "/up", 3000], [1, 0.5, "/c", 10_000]]);
+  assert.deepEqual(mistakes("x-a: &a { retires: 3 }\nservices: { a: { servers: [a:1],\n  <<: *a } }\ndefault: a"), [
+    '1:11: services.a.retires: unknown key; did you mean "retries"?',
+  ]);
+  assert.deepEqual(mistakes(`${SHOP}default: shop\ny-a: 1`).length, 1);
+});
+
+test("an absolute name with its last dot is a server", () => {
+  const [server] = service("", "[x.svc.cluster.local.:80]").servers;
+  assert.deepEqual([server!.name, server!.url], ["x.svc.cluster.local.:80", "http://x.svc.cluster.local."]);
+});
+
 const EXAMPLES = "localhost:8081 or http://localhost (no user, no path)";
 // Beside `default: { servers: [a:1], `: keys, mistakes as `column: path below default: message`.
 const WRONG_KEYS: [keys: string, ...expected: string[]][] = [
@@ -457,19 +575,20 @@ const WRONG_KEYS: [keys: string, ...expected: string[]][] = [
   ["eject: { slow: 1 }", "43: eject.slow: 1 is not a number from 1.1 to 1000"],
   ["eject: { slow: none }", '43: eject.slow: "none" is not off or a number from 1.1 to 1000'],
   ["eject: { for: 25h }", '42: eject.for: "25h" is not a duration such as 500ms, 2s or 1m: more than 0 and at most 1d'],
-  ["timeouts: [1]", "38: timeouts: a list is not a map with keys such as connect, response, idle"],
-  ["timeouts: []", "38: timeouts: a list is not a map with keys such as connect, response, idle"],
+  ["timeouts: [1]", "38: timeouts: a list is not a map such as { connect: 3s }"],
+  ["timeouts: []", "38: timeouts: a list is not a map such as { connect: 3s }"],
   [
     "retry_on: [conect, 200, 502]",
     '39: retry_on[0]: "conect" is not connect, reset, or 400 to 599',
     "47: retry_on[1]: 200 is not a whole number from 400 to 599",
   ],
-  ["rate: 5", "34: rate: 5 is not off or a map"],
+  ["rate: 5", "34: rate: 5 is not a rate such as 5/s, or a map such as { requests: 5, per: 1s }"],
   ["rate: {}", "34: rate: requests is missing"],
   ["rate: { requests: 1, by: cookie }", '53: rate.by: "cookie" is not ip or {header: name}'],
   ["hedge: p49", '35: hedge: "p49" is not a share such as p95, from p50 to p99'],
   ["hedge: 95", "35: hedge: 95 is not a share such as p95, from p50 to p99"],
-  ["queue: 100", "35: queue: 100 is not off or a map"],
+  ["queue: 0", "35: queue: 0 is not a whole number from 1 to 100000"],
+  ["queue: some", '35: queue: "some" is not off or how many wait, or a map such as { size: 100 }'],
   ["queue: { size: 0 }", "43: queue.size: 0 is not a whole number from 1 to 100000"],
   ["max_in_flight: 0", "43: max_in_flight: 0 is not a whole number from 1 to 1000000"],
   ["max_in_flight: car", '43: max_in_flight: "car" is not auto, none or a whole number from 1 to 1000000'],
@@ -484,12 +603,12 @@ const WRONG_KEYS: [keys: string, ...expected: string[]][] = [
   ],
   ["cors: { credentials: true }", "34: cors: credentials need origins by name, not *"],
   ["health: { path: up }", '44: health.path: "up" is not a path such as /healthz (it begins with /)'],
-  ["health: { expect: [399-200] }", '47: health.expect[0]: "399-200" is not a status such as 200, or 200-399'],
+  ["health: { expect: [399-200] }", '47: health.expect[0]: "399-200" is not a status such as 200, 2xx, or 200-399'],
   ["panic: 50", "35: panic: 50 is not a percentage from 0% to 100%"],
   ["panic: 101%", '35: panic: "101%" is not a percentage from 0% to 100%'],
   ["retries: 11", "37: retries: 11 is not a whole number from 0 to 10"],
   ["retries: 1.5", "37: retries: 1.5 is not a whole number from 0 to 10"],
-  ["compress: yes", '38: compress: "yes" is not true or false'],
+  ["compress: yes", '38: compress: "yes" is not true, false or gzip'],
   ["tls: { cert: c.pem }", "33: tls: needs cert and key together"],
 ];
 // file, mistakes
@@ -500,7 +619,7 @@ const WRONG: [text: string, ...expected: string[]][] = [
   ]),
   ["", "1:1: the file is empty"],
   ["# nothing\n", "1:1: the file is empty"],
-  ["[1]", "1:1: a list is not a map with keys such as listen, admin, trust"],
+  ["[1]", "1:1: a list is not a map such as { listen: 8080 }"],
   ["listen: 80", "1:1: no way leads to a server: hosts, paths, routes, default or tcp is needed"],
   [SHOP, "1:1: no way leads to a server: hosts, paths, routes, default or tcp is needed"],
   [
@@ -580,7 +699,7 @@ const WRONG: [text: string, ...expected: string[]][] = [
     `${ROUTE}limits: { header_size: 2MiB }`,
     '2:24: limits.header_size: "2MiB" is not a size such as 64KiB, from 1KiB to 1MiB',
   ],
-  [`${ROUTE}log: xml`, '2:6: log: "xml" is not combined, json or off, or a map with format and sample'],
+  [`${ROUTE}log: xml`, '2:6: log: "xml" is not combined, json or off, or a map such as { format: json, sample: 10% }'],
   [`${ROUTE}log: { format: xml }`, '2:16: log.format: "xml" is not one of combined, json, off'],
   [`${ROUTE}log: { sample: 2 }`, "2:16: log.sample: 2 is not a percentage from 0% to 100%"],
   [`${ROUTE}log: { sampel: 1% }`, '2:8: log.sampel: unknown key; did you mean "sample"?'],
@@ -589,7 +708,7 @@ const WRONG: [text: string, ...expected: string[]][] = [
     "2:13: defaults.servers: unknown key; allowed: strategy, health, eject, slow_start, panic, retry_budget, hedge, max_in_flight, queue, fallback, sticky, tls, retries, retry_on, timeouts, host_header, compress, cors",
   ],
   [`${ROUTE}hosts: { host: a }`, "2:8: hosts: a map is not a list of hosts"],
-  [`${ROUTE}services: [a]`, "2:11: services: a list is not a map"],
+  [`${ROUTE}services: [a]`, "2:11: services: a list is not a map such as { shop: { servers: [localhost:8081] } }"],
   [`${ROUTE}hosts: [{ servers: [a:1] }]`, "2:9: hosts[0]: host is missing"],
   [`${ROUTE}paths: [{ servers: [a:1] }]`, "2:9: paths[0]: path is missing"],
   [`${SHOP}hosts: [{ host: a.b }]`, "2:9: hosts[0]: needs exactly one of service, servers, split, redirect, respond"],
@@ -940,7 +1059,7 @@ query: { debug: True, version: 1.10 }`,
   assert.equal(mirror.percent, 2.5);
   assert.deepEqual(mistakes('default: { servers: [a:1], retries: "1", compress: "true" }'), [
     '1:37: default.retries: "1" is not a whole number from 0 to 10',
-    '1:52: default.compress: "true" is not true or false',
+    '1:52: default.compress: "true" is not true, false or gzip',
   ]);
 });
 
