@@ -56,7 +56,7 @@ import { availableParallelism } from "node:os";
 import { isDeepStrictEqual, parseArgs, promisify } from "node:util";
 import { isMainThread, parentPort, Worker, workerData } from "node:worker_threads";
 import { toJsonSchema } from "@valibot/to-json-schema";
-import { closest, distance } from "fastest-levenshtein";
+import { distance } from "fastest-levenshtein";
 import { type Context, Hono, type MiddlewareHandler } from "hono";
 import { bodyLimit } from "hono/body-limit";
 import { compress } from "hono/compress";
@@ -833,10 +833,6 @@ const quote = (value: unknown) => {
   const text = value.replace(/^(\w+:\/\/)?.*@/s, "$1***@");
   return JSON.stringify(text.length > 58 ? `${text.slice(0, 56)}...` : text);
 };
-const guess = (wrong: string, known: string[]) => {
-  const near = known.length ? closest(wrong, known) : "";
-  return near && distance(wrong, near) <= Math.ceil(wrong.length / 3) ? `; did you mean "${near}"?` : "";
-};
 
 /** What is found wrong with a text, and where; `end` throws if there is anything. */
 function newFindings(file: string) {
@@ -954,6 +950,125 @@ function flatten(issue: Issue, above: Keys = []): { issue: Issue; path: Keys }[]
   const meant = deeper.length ? deeper : below.filter((sub) => sub.kind !== "schema" || flatten(sub)[0]!.issue !== sub);
   return meant.length ? meant.flatMap((sub) => flatten(sub, path)) : [{ issue, path }];
 }
+/** What other programs call it, by what it is called here; `a.b` is the key b in the map a. */
+const OTHER_NAMES: Record<string, string> = {
+  services: "upstream upstreams backend backends cluster clusters pool pools",
+  service: "upstream backend cluster pool proxy_pass reverse_proxy",
+  servers: "upstream upstreams backend backends target targets endpoint endpoints node nodes members server",
+  url: "address addr host target server",
+  routes: "rules locations route ingress",
+  default: "default_backend default_service fallback catch_all",
+  fallback: "backup_service backup",
+  strategy: "balance lb_policy algorithm policy lb_method lb_algorithm load_balancing balancing mode",
+  "least-connections": "leastconn least_conn least_connection leastconnections",
+  "round-robin": "rr roundrobin round_robin wrr weighted weighted_round_robin static_rr",
+  "two-choices": "p2c random_choose two_random power_of_two",
+  "peak-ewma": "ewma peakewma",
+  "least-response-time": "least_time leasttime least_latency fastest",
+  "ip-hash": "source client_ip ip_hash source_ip src iphash",
+  health: "healthcheck health_check healthchecks health_checks check probe probes health_uri httpchk active_health",
+  path: "uri url location prefix path_prefix pathprefix endpoint",
+  expect: "status expect_status expected_status status_code expected_codes codes",
+  fall: "unhealthy_threshold fails max_fails failure_threshold failures",
+  rise: "healthy_threshold passes success_threshold successes",
+  eject: "circuit_breaker circuitbreaker outlier_detection max_fails fail_timeout passive_health",
+  retries: "retry max_retries num_retries attempts tries lb_retries redispatch",
+  retry_on: "proxy_next_upstream retry_conditions retry_if",
+  max: "maxconn max_conns",
+  max_in_flight: "max_connections max_conns maxconn max_requests concurrency",
+  "limits.connections": "max_connections maxconn worker_connections",
+  connections: "max_connections maxconn worker_connections",
+  rate: "rate_limit ratelimit limit_req rate_limiting throttle",
+  requests: "limit average count rate",
+  per: "period window interval time",
+  by: "key source",
+  body_limit: "client_max_body_size max_body_size max_request_body max_body request_body",
+  "timeouts.response": "proxy_read_timeout read_timeout response_timeout timeout_server server_timeout",
+  "timeouts.connect": "connect_timeout proxy_connect_timeout dial_timeout timeout_connect",
+  "timeouts.idle": "idle_timeout",
+  "timeouts.request": "request_timeout client_body_timeout timeout_client",
+  slow_start: "slowstart warmup warm_up",
+  compress: "gzip compression encode brotli deflate",
+  strip: "strip_prefix strippath strip_path handle_path",
+  rewrite: "replace_path url_rewrite rewrite_target add_prefix",
+  status: "code status_code",
+  redirect: "redir return redirect_to",
+  respond: "static_response fixed_response direct_response return",
+  split: "canary traffic_split weights weighted",
+  mirror: "shadow request_mirror mirroring",
+  trust: "trusted_proxies set_real_ip_from real_ip_from trusted trust_proxy forwarded_headers",
+  log: "access_log accesslog logging logs",
+  allow: "whitelist allowlist ip_whitelist ip_allowlist",
+  deny: "blacklist denylist ip_denylist block",
+  sticky: "session sessions session_affinity affinity stickiness sticky_session sticky_sessions cookie persistence",
+  cert: "certificate cert_file ssl_certificate crt certfile",
+  key: "key_file private_key ssl_certificate_key keyfile",
+  tls: "ssl certificates https",
+  listen: "port ports bind address listeners listener entrypoints entry_points",
+  host: "domain domains hostname host_name server_name vhost",
+  methods: "method verbs",
+  "request.headers": "header_up proxy_set_header request_headers set_header",
+  "response.headers": "header_down add_header response_headers",
+  origin: "origins allow_origin allow_origins allowed_origins",
+  allow_methods: "allowed_methods methods",
+  allow_headers: "allowed_headers headers",
+  credentials: "allow_credentials",
+  admin: "api stats dashboard management",
+  ca: "ca_file root_ca trusted_ca ca_cert",
+  servername: "sni server_name",
+  insecure: "insecure_skip_verify skip_verify tls_insecure_skip_verify",
+  proxy_protocol: "send_proxy send_proxy_v2",
+};
+/** What is looked for here and stands elsewhere, or nowhere. */
+const HINTS: Record<string, string> = {
+  hsts: "write response: { headers: { set: { strict-transport-security: max-age=31536000 } } }",
+  auth: "nobody is asked for a password here: that is middleware of your own, with lb.ts as a library",
+  root: "no files are served here: name a server that does, such as servers: [localhost:8081]",
+};
+Object.assign(HINTS, { basic_auth: HINTS.auth, basicauth: HINTS.auth, jwt: HINTS.auth, oauth: HINTS.auth });
+Object.assign(HINTS, { file_server: HINTS.root, static: HINTS.root, files: HINTS.root });
+
+const asWritten = (name: string): string => name.includes(".") ? name.replace(/\.(.*)/, ": { $1 }") : `"${name}"`;
+const firstPart = (name: string): string => name.split(".")[0]!;
+/** The entries of the maps that a key may hold. */
+function entriesIn(schema: Schema): Record<string, Schema>[] {
+  const { type, wrapped, options, entries } = schema as unknown as Parts;
+  if (wrapped) return entriesIn(wrapped);
+  if (type === "union") return options!.flatMap(entriesIn);
+  return entries ? [entries] : [];
+}
+/** Where in a file a key belongs. */
+function placesOf(name: string): string[] {
+  const key = firstPart(name),
+    ways: Record<string, Schema> = { ...place, ...conditions, ...actions, ...changes, ...policy };
+  const scopes = { "the top of the file": RoutesFile.entries, "a service": ServiceSchema.entries, "a route": ways };
+  const found = Object.entries(scopes).filter(([, entries]) => Object.hasOwn(entries, key)).map(([scope]) => scope);
+  const above: Record<string, Schema> = { ...RoutesFile.entries, ...ServiceSchema.entries, ...ways };
+  for (const [outer, schema] of Object.entries(above)) {
+    if (/^defaults?$/.test(outer) || !entriesIn(schema).some((entries) => Object.hasOwn(entries, key))) continue;
+    found.push(outer === "servers" ? `a server: { url, ${key} }` : `${outer}: { ${key} }`);
+  }
+  return found;
+}
+/** At most three of them. */
+const listed = (words: string[]): string => {
+  const [first, ...others] = words.slice(0, 3).toReversed();
+  return others.length ? `${others.toReversed().join(", ")} or ${first}` : `${first}`;
+};
+/** What may have been meant by a name: what is called so elsewhere, or by other programs, then what is spelt alike. */
+function guess(wrong: string, known: string[], isKey = false): string {
+  const plain = lower(wrong.replace(/(?<=[a-z])(?=[A-Z])|[-. ]+/g, "_"));
+  if (isKey && Object.hasOwn(HINTS, plain)) return `; ${HINTS[plain]}`;
+  const meant = Object.keys(OTHER_NAMES).filter((name) => OTHER_NAMES[name]!.split(" ").includes(plain));
+  const here = meant.filter((name) => known.includes(firstPart(name)));
+  if (here.length) return `; did you mean ${listed(here.map(asWritten))}?`;
+  const apart = (name: string) => distance(wrong, name), least = Math.min(...known.map(apart));
+  const elsewhere = isKey && least > 1 && [wrong, ...meant].find((name) => placesOf(name).length > 0);
+  if (elsewhere) return `; ${asWritten(elsewhere).replace(/^"|"$/g, "")} belongs to ${listed(placesOf(elsewhere))}`;
+  const near = least <= Math.ceil(wrong.length / 3) ? known.filter((name) => apart(name) === least) : [];
+  return near.length ? `; did you mean ${listed(near.map(asWritten))}?` : "";
+}
+
 /** Keys that somebody may look for beside those of tcp. */
 const FOR_REQUESTS = new Set(Object.keys({ ...route, ...Timeouts.entries }));
 
@@ -964,7 +1079,7 @@ function report({ issue, path }: { issue: Issue; path: Keys }, say: Report) {
     if (path[0] === "tcp" && FOR_REQUESTS.has(name)) {
       return say(path, "is for requests: tcp passes bytes as they are, and knows of none", "key");
     }
-    return say(path, `unknown key${guess(name, known) || `; allowed: ${known.join(", ")}`}`, "key");
+    return say(path, `unknown key${guess(name, known, true) || `; allowed: ${known.join(", ")}`}`, "key");
   }
   if (ofKey && issue.kind === "schema") return say(path.slice(0, -1), `${name} is missing`);
   const secret = path.some((key) => SECRET.test(String(key)));
@@ -1023,6 +1138,8 @@ function checkFallbacks(file: Raw, say: Report) {
   });
 }
 
+const HASH_OF =
+  "hash needs what to hash, as in { hash: { header: x-user } }, or cookie, query, path: true, client: true";
 function check(file: Raw, more: string[], say: Report) {
   const services = Object.keys(record(file.services)).map(unescaped), strategies = [...STRATEGIES, ...more];
   const known = (path: Keys, name: unknown, what: string, names: string[], at?: "key") => {
@@ -1032,7 +1149,8 @@ function check(file: Raw, more: string[], say: Report) {
   };
   const entries = entriesOf(file);
   for (const [path, own] of [...topMap(file, "defaults"), ...mapsIn(file, "services", "tcp"), ...entries]) {
-    known([...path, "strategy"], own.strategy, "strategy", strategies);
+    if (own.strategy === "hash") say([...path, "strategy"], HASH_OF);
+    else known([...path, "strategy"], own.strategy, "strategy", strategies);
     if (own.fallback !== "none") known([...path, "fallback"], own.fallback, "service", services);
   }
   checkFallbacks(file, say);
@@ -7300,7 +7418,7 @@ async function writeService(asked: Asked): Promise<Response> {
   const unknown = Object.keys(value).filter((key) => !serviceKeys.has(key));
   if (unknown.length) {
     throw invalid(
-      unknown.map((key) => ({ path: unescaped(key), message: `unknown key${guess(key, [...serviceKeys])}` })),
+      unknown.map((key) => ({ path: unescaped(key), message: `unknown key${guess(key, [...serviceKeys], true)}` })),
     );
   }
   let isNew = false;

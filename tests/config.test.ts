@@ -445,6 +445,102 @@ routes:
   assert.deepEqual(headers.map(({ name }) => name), names.map((name) => name.toLowerCase()));
 });
 
+// Where a key stands, keys and what is said of each; "key" alone: did you mean "key"?
+const KEYS_OF_OTHERS: [
+  where: "top" | "service" | "server" | "health" | "route" | "limits" | "tls" | "cors",
+  keys: string,
+  said: string,
+][] = [
+  ["top", "upstream upstreams backend backends", "services"],
+  ["top", "trusted_proxies set_real_ip_from", "trust"],
+  ["top", "access_log logging", "log"],
+  ["top", "port bind address", "listen"],
+  ["top", "max_connections", "did you mean limits: { connections }?"],
+  ["top", "retries timeouts", "KEY belongs to a service or a route"],
+  ["top", "weight", "weight belongs to a server: { url, weight }"],
+  ["service", "balance lb_policy algorithm", "strategy"],
+  ["service", "healthcheck health_check check healthCheck", "health"],
+  ["service", "circuit_breaker outlier_detection fail_timeout", "eject"],
+  ["service", "max_fails", "eject"],
+  ["service", "retry max_retries", "retries"],
+  ["service", "max_connections maxconn max_conns", "max_in_flight"],
+  ["service", "proxy_read_timeout read_timeout", "did you mean timeouts: { response }?"],
+  ["service", "connect_timeout", "did you mean timeouts: { connect }?"],
+  ["service", "gzip compression", "compress"],
+  ["service", "session affinity stickiness cookie", "sticky"],
+  ["service", "upstreams backends", "servers"],
+  ["service", "weight", "weight belongs to a server: { url, weight }"],
+  ["service", "interval", "interval belongs to health: { interval }"],
+  ["service", "rate_limit ratelimit limit_req", "rate belongs to a route"],
+  ["service", "whitelist allowlist", "allow belongs to a route"],
+  ["server", "maxconn max_conns", "max"],
+  ["server", "host_name wieght", '"host_name": did you mean "host"? "wieght": did you mean "weight"?'],
+  ["server", "retries", "retries belongs to a service or a route"],
+  ["health", "uri url", "path"],
+  ["health", "status", "expect"],
+  ["health", "unhealthy_threshold fails", "fall"],
+  ["health", "healthy_threshold passes", "rise"],
+  ["route", "rate_limit ratelimit limit_req", "rate"],
+  ["route", "client_max_body_size max_body_size", "body_limit"],
+  ["route", "strip_prefix stripPrefix strip-prefix", "strip"],
+  ["route", "whitelist allowlist", "allow"],
+  ["route", "blacklist denylist", "deny"],
+  ["route", "code", "status belongs to redirect: { status } or respond: { status }"],
+  ["route", "method", "methods"],
+  ["route", "hsts", "write response: { headers: { set: { strict-transport-security: max-age=31536000 } } }"],
+  [
+    "route",
+    "auth basic_auth",
+    "nobody is asked for a password here: that is middleware of your own, with lb.ts as a library",
+  ],
+  ["route", "root file_server", "no files are served here: name a server that does, such as servers: [localhost:8081]"],
+  ["limits", "max_connections", 'did you mean "connections"?'],
+  ["tls", "certificate cert_file", "cert"],
+  ["tls", "key_file", "key"],
+  ["cors", "allowed_origins", "origin"],
+];
+for (const [where, keys, said] of KEYS_OF_OTHERS) {
+  for (const key of keys.split(" ")) {
+    const place = (at: string) => at === where ? `, ${key}: 1` : "";
+    const file = `services: { shop: { servers: [{ url: a:1${place("server")} }], health: { path: /${
+      place("health")
+    } }, cors: { max_age: 0s${place("cors")} }${place("service")} } }
+routes: [{ path: /, service: shop${place("route")} }]
+limits: { requests: 1${place("limits")} }
+listen: [{ address: 1, tls: { cert: c, key: k${place("tls")} } }]
+${where === "top" ? `${key}: 1` : ""}`;
+    const hint = said.match(`"${key}": (did you mean "\\w+"\\?)`)?.[1] ??
+      (/ /.test(said) ? said.replace("KEY", key) : `did you mean "${said}"?`);
+    test(`in ${where}, ${key} is unknown: ${hint}`, () => {
+      const [one, ...more] = mistakes(file);
+      assert.deepEqual([one!.replace(/^\S+ \S+ /, ""), more], [`unknown key; ${hint}`, []]);
+    });
+  }
+}
+
+test("names of strategies are guessed by what other programs call them, and hash says what it needs", () => {
+  const said = (name: string) => mistakes(`default: { servers: [a:1], strategy: ${name} }`).join().replace(/^.*; /, "");
+  for (
+    const [names, meant] of [
+      ["leastconn least_conn", "least-connections"],
+      ["rr roundrobin", "round-robin"],
+      ["p2c", "two-choices"],
+      ["ewma", "peak-ewma"],
+      ["source client_ip", "ip-hash"],
+    ] as const
+  ) {
+    for (const name of names.split(" ")) assert.equal(said(name), `did you mean "${meant}"?`);
+  }
+  assert.deepEqual(mistakes("default: { servers: [a:1], strategy: hash }"), [
+    "1:38: default.strategy: hash needs what to hash, as in { hash: { header: x-user } }, or cookie, query, path: true, client: true",
+  ]);
+});
+
+test("what is spelt alike is named at most three times", () => {
+  const names = ["shop1", "shop2", "shop3", "shop4"].map((name) => `${name}: { servers: [a:1] }`).join(", ");
+  assert.match(mistakes(`services: { ${names} }\ndefault: shop`).join(), /did you mean "shop1", "shop2" or "shop3"\?$/);
+});
+
 // Short forms beside `path: /x, service: shop` of a route or in a service: short, long.
 const SHORT_FORMS: [short: string, long: string, where: "service" | "route" | "top"][] = [
   ["sticky: lb", "sticky: { cookie: lb }", "service"],
@@ -705,7 +801,7 @@ const WRONG: [text: string, ...expected: string[]][] = [
   [`${ROUTE}log: { sampel: 1% }`, '2:8: log.sampel: unknown key; did you mean "sample"?'],
   [
     `${ROUTE}defaults: { servers: [a:1] }`,
-    "2:13: defaults.servers: unknown key; allowed: strategy, health, eject, slow_start, panic, retry_budget, hedge, max_in_flight, queue, fallback, sticky, tls, retries, retry_on, timeouts, host_header, compress, cors",
+    "2:13: defaults.servers: unknown key; servers belongs to a service or a route",
   ],
   [`${ROUTE}hosts: { host: a }`, "2:8: hosts: a map is not a list of hosts"],
   [`${ROUTE}services: [a]`, "2:11: services: a list is not a map such as { shop: { servers: [localhost:8081] } }"],
