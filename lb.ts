@@ -122,10 +122,15 @@ const map = <const E extends v.ObjectEntries>(entries: E, example: string = exam
   const schema = v.objectWithRest(entries, v.never(Object.keys(entries).join(" ")), message);
   return notAList(schema as unknown as v.ObjectSchema<E, string>, message);
 };
+/** Tells editors that a map has exactly one of these keys. */
+const withOneOf = <S extends Schema>(schema: S, keys: string[]): S => Object.assign(schema, { oneOf: keys });
 /** A map with exactly one of these keys. */
 const choice = <const E extends v.ObjectEntries>(entries: E) => {
   const message = `needs exactly one of ${Object.keys(entries).join(", ")}`;
-  return v.pipe(map(entries), v.check((chosen) => Object.keys(chosen).length === 1, message));
+  return v.pipe(
+    withOneOf(map(entries), Object.keys(entries)),
+    v.check((chosen) => Object.keys(chosen).length === 1, message),
+  );
 };
 /** A key that may be left out; without a fallback it then stays absent. */
 const key = <S extends Schema, D extends v.InferInput<S> | undefined = undefined>(schema: S, about: string, or?: D) =>
@@ -210,11 +215,21 @@ const or = <T, S extends Schema>(off: "off" | "none", meant: T, schema: S, what 
     either(`${off} or ${what}`, v.literal(off), schema),
     v.transform((value): T | Out<S> => value === off ? meant : value as Out<S>),
   );
+type Json = ReturnType<typeof toJsonSchema>;
+/** The JSON Schema of words and numbers of a pattern. */
+function patternJson(pattern: RegExp): Json {
+  const text: Json = { type: "string", pattern: pattern.source };
+  if (pattern.test("7") || pattern.test("200")) return { ...text, type: ["string", "number"] } as unknown as Json;
+  return pattern.test("0") ? { anyOf: [text, { const: 0 }] } : text;
+}
 type Reader<T> = (text: string, ...groups: string[]) => T | Error | false;
-/** A word or number. `read` makes a value of the pattern's groups; false refuses it, and so does an Error, which says why. */
-const word = <T = string>(what: string, pattern: RegExp, read: Reader<T> = (text) => text as T) =>
+/**
+ * A word or number. `read` makes a value of the pattern's groups; false refuses it, and so does an Error, which says why.
+ * Editors show what the pattern refuses, or `strict`, where that refuses more.
+ */
+const word = <T = string>(what: string, pattern: RegExp, read: Reader<T> = (text) => text as T, strict = pattern) =>
   v.pipe(
-    either(what, v.string(), v.number()),
+    Object.assign(either(what, v.string(), v.number()), { json: patternJson(strict) }),
     v.rawTransform<string | number, T>(({ dataset, addIssue, NEVER }) => {
       const found = pattern.exec(String(dataset.value)) as [string] | null;
       const value: T | Error | false = found !== null && read(...found);
@@ -241,15 +256,16 @@ const whole = (least: number, most: number) => {
 
 // Times become milliseconds, percentages fractions, sizes bytes, and none becomes Infinity.
 const UNITS: Record<string, number> = { ms: 1, s: 1e3, m: 60e3, h: 3600e3, d: 86400e3 };
+const TIME = /^(?:0|(\d+(?:\.\d+)?)(ms|s|m|h|d))$/, MORE_THAN_0 = /^(?=.*[1-9])\d+(?:\.\d+)?(?:ms|s|m|h|d)$/;
 const duration = (least: number) =>
-  word("a duration such as 500ms, 2s or 1m", /^(?:0|(\d+(?:\.\d+)?)(ms|s|m|h|d))$/, (_, count = "0", unit = "s") => {
+  word("a duration such as 500ms, 2s or 1m", TIME, (_, count = "0", unit = "s") => {
     const ms = Math.round(Number(count) * UNITS[unit]!);
     return ms >= least && ms <= UNITS.d! ? ms : new Error(`${least ? "more than 0 and " : ""}at most 1d`);
-  });
+  }, least ? MORE_THAN_0 : TIME);
 /** Text such as 500ms, 2s or 1m to milliseconds. */
 export const Duration = duration(1);
 const Percent = word("a percentage from 0% to 100%", /^(?:100|\d?\d(?:\.\d+)?)%$/, (text) => parseFloat(text) / 100);
-const SIZE = /^(?:none|(\d+(?:\.\d+)?) ?(?:([kmgt]?)(i?)b)?)$/i;
+const SIZE = /^(?:[nN]one|NONE|(\d+(?:\.\d+)?) ?(?:([kKmMgGtT]?)([iI]?)[bB])?)$/;
 const bytesIn: Reader<number> = (_, count, prefix = "", i) => {
   const bytes = Math.floor(Number(count) * (i ? 1024 : 1000) ** " kmgt".indexOf(lower(prefix) || " "));
   return count === undefined ? Infinity : Number.isSafeInteger(bytes) && bytes;
@@ -266,15 +282,22 @@ const Text = v.pipe(either("text", v.string(), v.number(), v.boolean()), v.trans
 const Printable = v.pipe(Text, v.regex(/^[\t\x20-\x7e\x80-\xff]*$/, "$ cannot stand in a header"), v.trim());
 const Texts = many(Printable, "a text");
 const lower = (text: string) => text.toLowerCase();
-const token = (not: string) => new RegExp(`^(?!(?:${not})$)[!#$%&'*+.^_\`|~0-9a-z-]+$`, "i"); // RFC 9110 section 5.6.2
+const TOKEN = /^[!#$%&'*+.^_`|~0-9A-Za-z-]+$/; // RFC 9110 section 5.6.2
 const upper = (text: string) => text.toUpperCase();
-const Method = word("a method that can be forwarded, such as GET", token("trace|connect"), upper);
+const Method = word(
+  "a method that can be forwarded, such as GET",
+  TOKEN,
+  (text) => !/^(trace|connect)$/i.test(text) && upper(text),
+);
 const Methods = many(Method, "a method");
-const TOKEN = token("");
 const HeaderName = word("a header name", TOKEN, lower);
 // Where a message ends and the next one begins is ours to say.
-const FRAMING = "connection|content-length|host|keep-alive|proxy-connection|te|trailer|transfer-encoding|upgrade";
-const RuleName = word("a header name that a rule may change", token(FRAMING), lower);
+const FRAMING = /^(connection|content-length|host|keep-alive|proxy-connection|te|trailer|transfer-encoding|upgrade)$/;
+const RuleName = word(
+  "a header name that a rule may change",
+  TOKEN,
+  (name) => !FRAMING.test(lower(name)) && lower(name),
+);
 const RuleNames = many(RuleName, "a header name"), RuleValues = dict(RuleName, Printable, "{ x-name: value }");
 const isIPv4 = ipaddr.IPv4.isValidFourPartDecimal;
 const isIPv6 = (text: string) => text.includes(":") && !text.includes("%") && ipaddr.IPv6.isValid(text);
@@ -355,13 +378,16 @@ const readPattern = (written: string): string | Error => {
   return hasDots(normal.join("/")) ? new Error(NO_DOTS) : normal.join("/");
 };
 const PATTERN = /^[/*][^\x00-\x20?#\x7f]*$/;
-const Exact = word(A_PATH, PATTERN, readPattern);
-const Prefix = word(A_PATH, PATTERN, (path) => {
+const SEGMENTS = String
+  .raw`(?:/(?::[A-Za-z_]\w*|\{[A-Za-z_]\w*\}|(?!:)(?:[^\x00-\x20?#\x7f/{}*\\%]|%[0-9A-Fa-f]{2})*))`;
+const Exact = word(A_PATH, PATTERN, readPattern, new RegExp(`^${SEGMENTS}+$`));
+const readPrefix: Reader<string> = (path) => {
   const pattern = readPattern(path.replace(/\/\*\*?$/, "/"));
   return typeof pattern === "string" ? pattern.replace(/\/+$/, "") : pattern;
-});
+};
+const Prefix = word(A_PATH, PATTERN, readPrefix, new RegExp(`^(?:${SEGMENTS}+|${SEGMENTS}*/\\*\\*?)$`));
 /** RE2 syntax: linear time by construction, so that no pattern can be made slow by a request. */
-const Regex = word("a regular expression (RE2)", /^[^]*$/, (text) => {
+const Regex = word("a regular expression (RE2)", /^[\s\S]*$/, (text) => {
   try {
     return RE2JS.compile(text), text;
   } catch (error) { // its message has the pattern, which may be a secret
@@ -380,7 +406,7 @@ const shown = (host: string, port: number): string => `${host || "0.0.0.0"}:${po
 
 // --- 1.2 Services: what a service and its servers may say ---
 
-const ORIGIN = /^(?:(https?):\/\/)?(\[[^\]]*\]|[^:[\]/?#@]*)(?::(\d{1,5}))?\/?$/i;
+const ORIGIN = /^(?:([hH][tT][tT][pP][sS]?):\/\/)?(\[[^\]]*\]|[^:[\]/?#@]*)(?::(\d{1,5}))?\/?$/;
 const SERVER = "a server such as localhost:8081 or http://localhost (no user, no path)";
 const isPort = (server: unknown): boolean => /^\d{1,5}$/.test(String(server));
 const Url = {
@@ -426,7 +452,7 @@ export const STRATEGIES = ["round-robin", "first", "random", "two-choices", "lea
 type Hashed = "header" | "cookie" | "query" | "path" | "client";
 const named = { header: opt(HeaderName), cookie: opt(Text), query: opt(Text) };
 const HashMap = map({ hash: choice({ ...named, path: opt(True), client: opt(True) }) });
-const AnyName = v.union([v.picklist(STRATEGIES), v.string()]);
+const AnyName = Object.assign(v.union([v.picklist(STRATEGIES), v.string()]), { json: { enum: STRATEGIES } });
 /** Any name, for users may bring strategies of their own: `check` knows which there are. */
 const StrategySchema = v.pipe(
   either("a strategy such as random or {hash: {header: name}}", AnyName, HashMap),
@@ -581,7 +607,7 @@ const Rewrite = orBrief(REWRITE, Path, (path) => ({ path }), RewriteMap);
 const HeaderRules = map({ set: opt(RuleValues, {}), add: opt(RuleValues, {}), remove: opt(RuleNames, []) });
 const QueryRules = map({ set: opt(dict(Text, Text, "{ name: value }"), {}), remove: opt(many(Text, "a name"), []) });
 const RequestRules = map({ headers: opt(HeaderRules, {}), query: opt(QueryRules, {}) });
-const To = word("a URL or path to go to", /^(?:(?:https?:\/\/|\/)[!-~]+|\/)$/i);
+const To = word("a URL or path to go to", /^(?:(?:[hH][tT][tT][pP][sS]?:\/\/|\/)[!-~]+|\/)$/);
 const Place = word("a path such as /v1", /^(?:\/[!-~]*|)$/);
 const parts = { scheme: opt(oneOf("http", "https", ""), ""), host: opt(Host, ""), port: opt(whole(0, 65535), 0) };
 const RedirectMap = v.pipe(
@@ -663,15 +689,20 @@ const changes = {
   body_limit: key(Size, "of a request's body", "none"),
 };
 const target = { ...actions, ...changes, ...settings }, route = { ...place, ...conditions, ...target };
-const DefaultMap = map(target, "{ service: shop }");
+const ACTIONS = Object.keys(actions), A_ROUTE = "{ path: /api, service: shop }";
+const DefaultMap = withOneOf(map(target, "{ service: shop }"), ACTIONS),
+  AnyRoute = withOneOf(map(route, A_ROUTE), ACTIONS);
 const Default = orBrief(
   "a service, or a map such as { service: shop }",
   ServiceName,
   (service) => ({ service }),
   DefaultMap,
 );
-const HostRoute = map({ ...route, host: need(many(HostPattern, "a host", 1), "a host or a list") });
-const PathRoute = map({ ...route, path: need(many(PathMatch, "a path", 1), "this path and all below it") });
+const HostRoute = withOneOf(map({ ...route, host: need(many(HostPattern, "a host", 1), "a host or a list") }), ACTIONS);
+const PathRoute = withOneOf(
+  map({ ...route, path: need(many(PathMatch, "a path", 1), "this path and all below it") }),
+  ACTIONS,
+);
 const ServiceSchema = map({
   servers: need(Servers, "host:port, URL, or {url, weight, host, backup, max, state}"),
   ...settings,
@@ -755,7 +786,7 @@ const RoutesFile = map({
   ),
   hosts: key(v.array(HostRoute, "$ is not a list of hosts"), "one host to some servers", []),
   paths: key(v.array(PathRoute, "$ is not a list of paths"), "one path to some servers", []),
-  routes: key(v.array(map(route), "$ is not a list of routes"), "the general form", []),
+  routes: key(v.array(AnyRoute, "$ is not a list of routes"), "the general form", []),
   default: key(Default, "when nothing matches; without it 404"),
   tcp: key(v.array(Tcp, "$ is not a list of services"), "connections that are not HTTP, to some servers", []),
 });
@@ -1154,10 +1185,10 @@ function check(file: Raw, more: string[], say: Report) {
     if (own.fallback !== "none") known([...path, "fallback"], own.fallback, "service", services);
   }
   checkFallbacks(file, say);
-  const names = Object.keys(actions), taken = new Set<string>();
+  const taken = new Set<string>();
   for (const [path, entry] of entries) {
-    const has = names.filter((name) => Object.hasOwn(entry, name)), but = has.length && `, not ${has.join(" and ")}`;
-    if (has.length !== 1) say(path, `needs exactly one of ${names.join(", ")}${but || ""}`);
+    const has = ACTIONS.filter((name) => Object.hasOwn(entry, name)), but = has.length && `, not ${has.join(" and ")}`;
+    if (has.length !== 1) say(path, `needs exactly one of ${ACTIONS.join(", ")}${but || ""}`);
     known([...path, "service"], entry.service, "service", services);
     known([...path, "mirror", "service"], record(entry.mirror).service, "service", services);
     const split = Object.entries(record(entry.split));
@@ -1339,16 +1370,82 @@ function readAsWritten(text: string, file: string): unknown {
   return written;
 }
 
-const schemaOf = (schema: Schema, target: "draft-07" | "draft-2020-12") =>
-  toJsonSchema(schema, {
-    target,
-    typeMode: "input",
-    errorMode: "ignore",
-    overrideSchema: ({ valibotSchema, jsonSchema }) =>
-      valibotSchema.type === "object_with_rest" ? { ...jsonSchema, additionalProperties: false } : undefined,
-  });
+/** What editors are told beside what valibot does. */
+function overrideSchema({ valibotSchema, jsonSchema }: { valibotSchema: object; jsonSchema: Json }): Json | undefined {
+  const { type, json, oneOf } = valibotSchema as { type: string; json?: Json; oneOf?: string[] };
+  if (type !== "object_with_rest") return json;
+  const one = oneOf && { oneOf: oneOf.map((key) => ({ required: [key] })) };
+  return { ...jsonSchema, ...one, additionalProperties: false };
+}
+const schemaOf = (schema: Schema, target: "draft-07" | "draft-2020-12"): Json =>
+  toJsonSchema(schema, { target, typeMode: "input", errorMode: "ignore", overrideSchema });
+
+/** Changes the schemas that a schema consists of: those of keys by their names, others without. */
+function within(schema: Json, change: (part: Json, key?: string) => Json): Json {
+  const out: Raw = { ...schema };
+  if (isRecord(out.additionalProperties)) out.additionalProperties = change(out.additionalProperties);
+  if (isRecord(out.items)) out.items = change(out.items);
+  if (schema.properties) out.properties = mapValues(schema.properties, (part, key) => change(part as Json, key));
+  if (schema.anyOf) out.anyOf = schema.anyOf.map((part) => change(part as Json));
+  return out as Json;
+}
+/** The same in fewer words: one choice instead of choices among choices. */
+function tidy(schema: Json): Json {
+  const { anyOf, required, ...rest } = within(schema, tidy);
+  const same = { ...rest, ...(required?.length && { required }) };
+  if (!anyOf) return same;
+  const parts = (anyOf as Json[]).flatMap((part) =>
+    Object.keys(part).join() === "anyOf" ? part.anyOf as Json[] : [part]
+  );
+  const isPlain = (part: Json) => Object.keys(part).join() === "type";
+  const plain = parts.filter(isPlain).flatMap(({ type }) => type!);
+  const others = parts.filter((part) => ![part.type].flat().some((type) => plain.includes(type!)));
+  const all = plain.length ? [...others, { type: plain.length > 1 ? plain : plain[0] }] : others;
+  return { ...same, ...(all.length > 1 ? { anyOf: all } : all[0]) } as Json;
+}
+const VARIABLE = { type: "string" as const, pattern: "\\$\\{" };
+/** The same, with `${NAME}` in place of any value. */
+function withVariables(schema: Json): Json {
+  const { type, anyOf, pattern, enum: words, const: one, ...rest } = schema, types = [type ?? []].flat();
+  if (anyOf) {
+    const parts = (anyOf as Json[]).map((part) => part.pattern || !isValue(part) ? withVariables(part) : part);
+    const isOpen = parts.some((part) => [part.type].flat().includes("string") && !part.enum) || !parts.some(isValue);
+    return { ...schema, anyOf: isOpen ? parts : [...parts, VARIABLE] };
+  }
+  if (pattern) return { ...schema, pattern: `${pattern}|${VARIABLE.pattern}` };
+  if (words) return { ...rest, anyOf: [{ enum: words }, VARIABLE] };
+  if (one !== undefined) return { ...rest, anyOf: [{ const: one }, VARIABLE] };
+  if (!isValue(schema) || types.includes("string")) return within(schema, withVariables);
+  return { ...schema, ...VARIABLE, type: [...types, "string"] } as unknown as Json;
+}
+const isValue = ({ type, enum: words, const: one }: Json): boolean =>
+  words !== undefined || one !== undefined || type !== undefined && type !== "object" && type !== "array";
+/** What stands more than once stands in `$defs`, under the name of a key that holds it. */
+function withDefs(schema: Json): Json {
+  const counts = new Map<string, number>(), names = new Map<string, string>(), $defs: Record<string, Json> = {};
+  const count = (part: Json): Json => {
+    const text = JSON.stringify(part), seen = counts.get(text) ?? 0;
+    counts.set(text, seen + 1);
+    return seen ? part : within(part, count);
+  };
+  const share = (above: string) => (part: Json, key = above): Json => {
+    const text = JSON.stringify(part);
+    if (counts.get(text)! < 2 || text.length < 60) return within(part, share(key));
+    if (!names.has(text)) {
+      let name = key;
+      for (let i = 2; Object.hasOwn($defs, name); i++) name = `${key}${i}`;
+      names.set(text, name);
+      $defs[name] = {}; // taken, while its parts are shared
+      $defs[name] = within(part, share(key));
+    }
+    return { $ref: `#/$defs/${names.get(text)}` };
+  };
+  count(schema);
+  return { ...within(schema, share("value")), $defs } as Json;
+}
 /** JSON Schema (draft-07) of routes.yml as it is written, for editors. */
-export const jsonSchema = () => schemaOf(RoutesFile, "draft-07");
+export const jsonSchema = (): Json =>
+  withDefs({ ...withVariables(tidy(schemaOf(RoutesFile, "draft-07"))), patternProperties: { "^x-": {} } });
 
 /** Names as they were before they were veiled. */
 function unescapedAll(value: unknown): unknown {
@@ -9462,7 +9559,7 @@ function textAskedFor(call: Call): string | undefined {
   const { options } = call;
   if (options.help) return USAGE;
   if (options.version) return VERSION;
-  if (options.schema) return JSON.stringify(jsonSchema(), null, 2);
+  if (options.schema) return JSON.stringify(jsonSchema(), null, 1);
   if (options.check) return checked(call);
   if (options["print-config"]) return printConfig(load(call));
   return typeof options.explain === "string" ? explained(load(call), options.explain) : undefined;

@@ -1,5 +1,7 @@
 import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
 import { test } from "node:test";
+import { parse as parseYaml } from "yaml";
 import { ConfigError, jsonSchema, parseConfig, printConfig } from "../lb.ts";
 
 const ROUTE = "default: { servers: [a:1] }\n";
@@ -1116,8 +1118,145 @@ routes:
   assert.match(text, /x-other: seen/);
 });
 
+// deno-lint-ignore no-explicit-any
+type Json = any;
+const SCHEMA: Json = jsonSchema();
+/** What a JSON Schema has against a value, as paths; of the keywords that ours uses, and of no others. */
+function against(schema: Json, value: Json, at = "$"): string[] {
+  const isMap = typeof value === "object" && value !== null && !Array.isArray(value);
+  const is: Record<string, boolean> = {
+    ...{
+      object: isMap,
+      array: Array.isArray(value),
+      string: typeof value === "string",
+      boolean: typeof value === "boolean",
+    },
+    ...{ number: typeof value === "number", integer: Number.isInteger(value) },
+  };
+  const wrong = (holds: boolean) => holds ? [] : [at];
+  const keywords: Record<string, (said: Json) => string[]> = {
+    $ref: (ref) => against(SCHEMA.$defs[ref.replace("#/$defs/", "")], value, at),
+    type: (types) => wrong([types].flat().some((type) => is[type])),
+    pattern: (pattern) => wrong(!is.string || new RegExp(pattern, "u").test(value)),
+    enum: (all) => wrong(all.includes(value)),
+    const: (one) => wrong(one === value),
+    minimum: (least) => wrong(!is.number || value >= least),
+    maximum: (most) => wrong(!is.number || value <= most),
+    anyOf: (all) => {
+      const found = all.map((one: Json) => against(one, value, at));
+      return found.some((one: string[]) => !one.length)
+        ? []
+        : found.toSorted((a: string[], b: string[]) => b[0]!.length - a[0]!.length)[0];
+    },
+    oneOf: (all) => wrong(all.filter((one: Json) => !against(one, value, at).length).length === 1),
+    required: (keys) => wrong(!isMap || keys.every((key: string) => Object.hasOwn(value, key))),
+    properties: (of) =>
+      isMap
+        ? Object.keys(of).filter((key) => Object.hasOwn(value, key)).flatMap((key) =>
+          against(of[key], value[key], `${at}.${key}`)
+        )
+        : [],
+    propertyNames: (of) => isMap ? Object.keys(value).flatMap((key) => against(of, key, `${at}.${key}`)) : [],
+    items: (of) => is.array ? value.flatMap((one: Json, i: number) => against(of, one, `${at}[${i}]`)) : [],
+    additionalProperties: (of) => {
+      const known = (key: string) =>
+        Object.hasOwn(schema.properties ?? {}, key) || schema.patternProperties && /^x-/.test(key);
+      const others = isMap ? Object.keys(value).filter((key) => !known(key)) : [];
+      return others.flatMap((key) => of === false ? [`${at}.${key}`] : against(of, value[key], `${at}.${key}`));
+    },
+    ...Object.fromEntries(
+      "$schema $defs description default patternProperties".split(" ").map((key) => [key, () => []]),
+    ),
+  };
+  return Object.entries(schema).flatMap(([key, said]) => {
+    assert.ok(Object.hasOwn(keywords, key), `${at}: ${key}`);
+    return keywords[key]!(said);
+  });
+}
+/** What an editor shows for a file. */
+const shownFor = (text: string) => against(SCHEMA, parseYaml(text, { merge: true }));
+
+test("the JSON Schema is below 60 kB as it is printed, and has a definition for whatever stands twice", () => {
+  assert.ok(JSON.stringify(SCHEMA, null, 1).length < 60_000);
+  const defs = new Set(Object.keys(SCHEMA.$defs)), used = new Set<string>();
+  JSON.stringify(SCHEMA, (key, value) => {
+    if (key === "$ref") used.add(value.replace("#/$defs/", ""));
+    return value;
+  });
+  assert.ok(defs.size > 30);
+  assert.deepEqual([...used].sort(), [...defs].sort());
+});
+
+test("an editor shows nothing for what the program takes", () => {
+  const readme = readFileSync(new URL("../README.md", import.meta.url), "utf8");
+  const files = [...readme.matchAll(/```yaml\n(.*?)```/gs)].map(([, text]) => text!);
+  const merging = "x-a: &a { retries: 1 }\nservices: { s: { <<: *a, servers: [a:1] } }\ndefault: s";
+  const variables =
+    'listen: "${PORT}"\nname_routes: "${A}"\ndefault: { servers: "${A}", retries: "${A}", health: { interval: "${A}", method: "${A}" }, sticky: "${A}" }';
+  const shorts = SHORT_FORMS.flatMap(([short, long, where]) =>
+    [short, long].map((keys) =>
+      where === "top"
+        ? keys
+        : where === "service"
+        ? `services: { shop: { servers: [a:1], ${keys} } }`
+        : `routes: [{ path: /x, service: shop, ${keys} }]`
+    )
+  );
+  for (const text of [FULL, ROUTE, SHOP, merging, variables, ...files, ...shorts]) {
+    assert.deepEqual(shownFor(text), [], text);
+  }
+});
+
+for (
+  const [text, ...places] of [
+    ["default: { servers: [a:1], health: { interval: 5 } }", "$.default.health.interval"],
+    ["default: { servers: [a:1], health: { interval: 5 sec } }", "$.default.health.interval"],
+    ["default: { servers: [a:1], health: { interval: 0s } }", "$.default.health.interval"],
+    ["default: { servers: [a:1], timeouts: { response: 30 } }", "$.default.timeouts.response"],
+    ["default: { servers: [a:1], slow_start: 3 }", "$.default.slow_start"],
+    ["default: { servers: [a:1], panic: 50 }", "$.default.panic"],
+    ["default: { servers: [a:1], retries: 11 }", "$.default.retries"],
+    ['default: { servers: [a:1], retries: "1" }', "$.default.retries"],
+    ["default: { servers: [a:1], strategy: robin }", "$.default.strategy"],
+    ["default: { servers: [a:1], strategy: hash }", "$.default.strategy"],
+    ["default: { servers: [http://a:1/path] }", "$.default.servers"],
+    ["default: { servers: [{ url: a:1, wieght: 2 }] }", "$.default.servers[0].wieght"],
+    ["default: { servers: [a:1], rate: 5 }", "$.default.rate"],
+    ["default: { servers: [a:1], body_limit: big }", "$.default.body_limit"],
+    ["default: { servers: [a:1], sticky: a b }", "$.default.sticky"],
+    ["default: { timeouts: { connect: 1s } }", "$.default"],
+    ["routes: [{ path: /a }]", "$.routes[0]"],
+    ["hosts: [{ host: a.b }]", "$.hosts[0]"],
+    ["paths: [{ path: /a, service: a, redirect: /b }]", "$.paths[0]"],
+    ["paths: [{ servers: [a:1] }]", "$.paths[0]"],
+    ["routes: [{ path: /api*, service: a }]", "$.routes[0].path"],
+    ['routes: [{ path: "/f/{id}.json", service: a }]', "$.routes[0].path"],
+    ["routes: [{ path: { exact: /a/* }, service: a }]", "$.routes[0].path.exact"],
+    ["routes: [{ path: [/v1?x], service: a }]", "$.routes[0].path"],
+    ["routes: [{ path: { exact: /a, regex: b }, service: a }]", "$.routes[0].path"],
+    ["listn: 80", "$.listn"],
+    ["log: xml", "$.log"],
+    ["limits: { header: 10 }", "$.limits.header"],
+  ]
+) {
+  test(`an editor shows what the program refuses: ${text}`, () => {
+    assert.notEqual(mistakes(text!).length, 0);
+    const shown = shownFor(text!);
+    assert.ok(shown.length > 0 && shown.every((at) => at.startsWith(places[0]!)), `${shown}`);
+  });
+}
+
+/** A schema with its definitions in their places. */
+const resolved = (part: Json): Json => {
+  if (Array.isArray(part)) return part.map(resolved);
+  if (typeof part !== "object" || part === null) return part;
+  if (part.$ref) return resolved(SCHEMA.$defs[part.$ref.replace("#/$defs/", "")]);
+  const { $defs: _, ...rest } = part;
+  return Object.fromEntries(Object.entries(rest).map(([key, one]) => [key, resolved(one)]));
+};
+
 test("the JSON Schema closes every map, and describes all of its keys or the map as a whole", () => {
-  const schema = jsonSchema();
+  const schema = resolved(SCHEMA);
   assert.equal(schema.$schema, "http://json-schema.org/draft-07/schema#");
   type Node = { description?: string; properties?: Record<string, Node>; additionalProperties?: unknown };
   let maps = 0;
