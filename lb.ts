@@ -827,18 +827,21 @@ export type Config = Pick<Out<typeof RoutesFile>, "listen" | "admin" | "trust" |
   text: string;
   file: string;
   places: Map<string, Keys>;
+  warnings: string[]; // routes that are never reached, services that nothing leads to
 };
 
 // --- 1.4 YAML: from a text to plain values, each with its place in the file ---
 
 /** One thing that is wrong with a file, and where. */
 export type Mistake = { line: number; column: number; path: string; message: string };
+const lineOf = (file: string, { line, column, path, message }: Mistake): string =>
+  `${file}:${line}:${column}: ${path && `${path}: `}${message}`;
 /** Everything that is wrong with a file, one mistake a line: `routes.yml:12:7: listen: 99999 is not a port`. */
 export class ConfigError extends Error {
   override name = "ConfigError";
   mistakes: Mistake[];
   constructor(file: string, mistakes: Mistake[]) {
-    super(mistakes.map((m) => `${file}:${m.line}:${m.column}: ${m.path && `${m.path}: `}${m.message}`).join("\n"));
+    super(mistakes.map((mistake) => lineOf(file, mistake)).join("\n"));
     this.mistakes = mistakes;
   }
 }
@@ -877,11 +880,12 @@ function newFindings(file: string) {
     const mistake = { line: line || 1, column: col || 1, path: dotted(path), message, offset };
     found.set(JSON.stringify([offset, path, message]), mistake);
   };
+  const list = (): Mistake[] =>
+    [...found.values()].sort((a, b) => a.offset - b.offset).slice(0, MOST.mistakes).map(({ offset: _, ...one }) => one);
   const end = () => {
-    const mistakes = [...found.values()].sort((a, b) => a.offset - b.offset).slice(0, MOST.mistakes);
-    if (mistakes.length) throw new ConfigError(file, mistakes.map(({ offset: _, ...mistake }) => mistake));
+    if (found.size) throw new ConfigError(file, list());
   };
-  return { lines, places, found, say, end };
+  return { lines, places, found, say, list, end };
 }
 type Findings = ReturnType<typeof newFindings>;
 
@@ -1334,7 +1338,102 @@ function expandConfig(source: Raw, text: string, file: string): Config {
   const places = new Map([...services].map(([name, own]) => [name, stands.get(own)!]));
   locate(file, parsed.values(), listen, ...tcp.map((one) => one.listen));
   const top = { listen, admin, trust, limits, log, name_routes };
-  return { ...top, services: parsed, routes, tcp, source, text, file, places };
+  return { ...top, services: parsed, routes, tcp, source, text, file, places, warnings: [] };
+}
+
+/** Among routes of one place those with a method, then with more conditions go first. */
+const rankOf = ({ methods, headers, query }: Pick<RouteConfig, "methods" | "headers" | "query">): number =>
+  (methods.length ? 1e6 : 0) + headers.length * 1e3 + query.length;
+/** Whether what `inner` takes by method, headers and query `outer` takes too. */
+function includesAll(outer: RouteConfig, inner: RouteConfig): boolean {
+  const has = (all: Condition[]) => (one: Condition) =>
+    all.some((other) => JSON.stringify(one) === JSON.stringify(other));
+  const methods = !outer.methods.length ||
+    inner.methods.length > 0 && inner.methods.every((one) => outer.methods.includes(one));
+  return methods && outer.headers.every(has(inner.headers)) && outer.query.every(has(inner.query));
+}
+/** The part of a regular expression that is the same text in all paths that it takes; empty where that is not plain. */
+const literalHead = (regex: string): string =>
+  regex.includes("|") ? "" : /^\^((?:[\w/-](?![*?+{]))*)/.exec(regex)?.[1] ?? "";
+/** Prefixes that a path begins with, itself first. */
+function prefixesOf(path: string): string[] {
+  const segments = path.split("/");
+  return segments.map((_, i) => segments.slice(0, segments.length - i).join("/"));
+}
+const hostsAbove = (
+  host: string,
+): string[] => [
+  host,
+  ...host.replace(/^\*\./, "").split(".").map((_, i, labels) => `*.${labels.slice(i + 1).join(".")}`),
+  "",
+];
+/** Where a route is looked up: hosts and paths that requests are compared with. */
+const placeKey = (host: string, { kind, ...path }: PathRule): string =>
+  `${host} ${kind} ${"path" in path ? path.path.replace(/\{\w+\}/g, "{}") : path.source}`;
+
+/**
+ * Finds the routes that take all requests of another one before it is asked: at the same place with no more conditions; a
+ * prefix that a regular expression's paths begin with; and those of a scheme, which are asked before all others.
+ */
+function findShadows(routes: RouteConfig[]): Map<RouteConfig, RouteConfig[]> {
+  const anywhere: PathRule[] = [{ kind: "prefix", path: "" }], order = new Map(routes.map((route, i) => [route, i]));
+  const placesOf = ({ hosts, paths }: RouteConfig) =>
+    (hosts.length ? hosts : [""]).flatMap((host) => (paths.length ? paths : anywhere).map((path) => ({ host, path })));
+  const at = new Map<string, RouteConfig[]>();
+  for (const route of routes) {
+    for (const { host, path } of placesOf(route)) {
+      const key = placeKey(host, path);
+      at.set(key, [...at.get(key) ?? [], route]);
+    }
+  }
+  const before = (one: RouteConfig, other: RouteConfig) =>
+    other.fallback || rankOf(one) > rankOf(other) ||
+    rankOf(one) === rankOf(other) && order.get(one)! < order.get(other)!;
+  const coverOf = (route: RouteConfig, { host, path }: { host: string; path: PathRule }, scheme: string) => {
+    const isRegex = path.kind === "regex", head = isRegex ? literalHead(path.source) : path.path;
+    const prefixes = prefixesOf(
+      isRegex ? head.slice(0, head.lastIndexOf("/") + 1).replace(/\/$/, "") : head.replace(/\/$/, ""),
+    );
+    const under = (hosts: string[]) =>
+      hosts.flatMap((one) => prefixes.flatMap((path) => at.get(placeKey(one, { kind: "prefix", path })) ?? []));
+    const same = at.get(placeKey(host, path)) ?? [];
+    const fits = (one: RouteConfig) => one !== route && !one.fallback && includesAll(one, route);
+    return same.find((one) => fits(one) && one.scheme === route.scheme && before(one, route)) ??
+      (isRegex ? under([host]).find((one) => fits(one) && one.scheme === route.scheme) : undefined) ??
+      (route.scheme ? undefined : under(hostsAbove(host)).find((one) => fits(one) && one.scheme === scheme));
+  };
+  const shadows = new Map<RouteConfig, RouteConfig[]>();
+  for (const route of routes) {
+    const schemes = route.scheme ? [route.scheme] : ["http", "https"];
+    const covers = placesOf(route).flatMap((place) => schemes.map((scheme) => coverOf(route, place, scheme)));
+    if (!covers.includes(undefined)) shadows.set(route, [...new Set(covers as RouteConfig[])]);
+  }
+  return shadows;
+}
+
+/** Says what is right and cannot be meant: routes that are never reached, and services that nothing leads to. */
+function warn({ routes, source }: Config, say: Report): void {
+  const written = entriesOf(source).map(([path]) => path),
+    isLast = routes.at(-1)?.fallback,
+    generated = routes.length - written.length;
+  const pathOf = (route: RouteConfig): Keys | undefined => {
+    const i = routes.indexOf(route);
+    return route.fallback ? ["default"] : i < routes.length - generated - (isLast ? 1 : 0) ? written[i] : undefined;
+  };
+  for (const [route, covers] of findShadows(routes)) {
+    const path = pathOf(route),
+      names = covers.slice(0, 3).map((one) => dotted(pathOf(one) ?? ["name_routes"])).join(" and ");
+    if (path) say(path, `can never be reached: ${names} ${covers.length > 1 ? "take" : "takes"} all of its requests`);
+  }
+  const used = new Set<string>();
+  const use = ({ service, fallback }: Target): unknown => used.add(service) && fallback && use(fallback);
+  for (const { action, mirror } of routes) {
+    if (action.kind === "forward") action.targets.forEach(use);
+    used.add(mirror.service);
+  }
+  for (const [path] of mapsIn(source, "services")) {
+    if (!used.has(unescaped(String(path[1])))) say(path, "nothing leads to this service", "key");
+  }
 }
 
 /** Keys at the top that begin with x- hold what anchors name, as in Compose. */
@@ -1346,7 +1445,7 @@ const ignoringExtensions = (file: unknown): unknown =>
  * @throws {ConfigError} with all mistakes, in the order of the file
  */
 export function parseConfig(text: string, env: Env = {}, file = "routes.yml", more: string[] = []): Config {
-  const findings = newFindings(file), { found, say, end } = findings;
+  const findings = newFindings(file), { found, say, list, end } = findings;
   const raw = ignoringExtensions(readYaml(text, env, findings));
   let long: Raw = {};
   const unreadable = new Set([...found.values()].map((mistake) => mistake.path));
@@ -1357,7 +1456,9 @@ export function parseConfig(text: string, env: Env = {}, file = "routes.yml", mo
     if (isRecord(raw)) check(long = longForm(RoutesFile, raw) as Raw, more, sayMore);
   }
   end();
-  return expandConfig(writeDefaults(long), text, file);
+  const config = expandConfig(writeDefaults(long), text, file);
+  warn(config, say);
+  return { ...config, warnings: list().map((one) => lineOf(file, one)) };
 }
 
 /**
@@ -6864,7 +6965,7 @@ function buildRoute(config: RouteConfig, services: Map<string, Service>, buckets
     destinations,
     weight: destinations.reduce((sum, one) => sum + one.weight, 0),
     sticky: destinations.length > 1 && destinations.every((one) => !one.weight || one.service.config.sticky.cookie),
-    rank: (methods.length ? 1e6 : 0) + headers.length * 1e3 + query.length,
+    rank: rankOf(config),
     conditions: [
       ...headers.map((condition) => compileCondition(condition, headerOf)),
       ...query.map((condition) => compileCondition(condition, queryOf)),
@@ -9523,6 +9624,7 @@ async function quit({ balancer }: LoadBalancer, opening: Promise<Listeners>, gra
 /** Says what is balanced, and which files that are named cannot be used. */
 function announce({ balancer: { table, effects } }: LoadBalancer): void {
   for (const problem of problemsOf(table.config, effects.date())) effects.report("error", problem);
+  for (const warning of table.config.warnings) effects.report("warn", warning);
   const services = [...table.services.values()];
   for (const { name, servers, config } of services.slice(0, 20)) {
     effects.report("info", `${name}: ${config.strategy.name} over ${servers.map((server) => server.name).join(", ")}`);
@@ -9551,7 +9653,8 @@ function reloadFile(call: Call, lb: LoadBalancer, onlyIfOther = false): void {
 function checked(call: Call): string {
   const config = load(call), problems = problemsOf(config, new Date());
   if (problems.length) throw new StartError(problems.map((one) => `${call.file}: ${one}`).join("\n"));
-  return `${call.file} is fine: services: ${config.services.size}, routes: ${config.routes.length}`;
+  const warnings = config.warnings.map((one) => `warning: ${one}\n`).join("");
+  return `${warnings}${call.file} is fine: services: ${config.services.size}, routes: ${config.routes.length}`;
 }
 
 /** What an option asks for that only prints; undefined: the program shall run. */

@@ -1001,6 +1001,82 @@ test("the error carries its mistakes and the name of the file", () => {
   });
 });
 
+// Routes of services `shop` and `next`, and what is warned of.
+const UNREACHED: [routes: string, ...expected: string[]][] = [
+  [
+    "[{ path: /a, service: shop }, { path: /a/, service: next }]",
+    "routes[1]: can never be reached: routes[0] takes all of its requests",
+  ],
+  ["[{ path: /a, service: shop }, { path: /a/b, service: next }]"],
+  ["[{ path: /a, service: shop, methods: [GET] }, { path: /a, service: next }]"],
+  ["[{ path: /a, service: shop }, { path: /a, service: next, methods: [GET] }]"],
+  [
+    "[{ path: /a, service: shop, methods: [GET, PUT] }, { path: /a, service: next, methods: [PUT] }]",
+    "routes[1]: can never be reached: routes[0] takes all of its requests",
+  ],
+  ["[{ path: /a, service: shop, methods: [GET] }, { path: /a, service: next, methods: [PUT] }]"],
+  ["[{ path: /a, service: shop, headers: { a: b } }, { path: /a, service: next, headers: { a: c } }]"],
+  [
+    "[{ path: /a, service: shop, headers: { a: b }, query: { c: d } }, { path: /a, service: next, headers: { a: b }, query: { c: d } }]",
+    "routes[1]: can never be reached: routes[0] takes all of its requests",
+  ],
+  [
+    "[{ path: /u/:id, service: shop }, { path: /u/:name, service: next }]",
+    "routes[1]: can never be reached: routes[0] takes all of its requests",
+  ],
+  ["[{ path: /u/:id, service: shop }, { path: /u/me, service: next }]"],
+  [
+    "[{ path: /, service: shop }, { path: { regex: ^/api/ }, service: next }]",
+    "routes[1]: can never be reached: routes[0] takes all of its requests",
+  ],
+  [
+    "[{ path: /api, service: shop }, { path: { regex: '^/api/v[12]/' }, service: next }]",
+    "routes[1]: can never be reached: routes[0] takes all of its requests",
+  ],
+  ["[{ path: /api, service: shop }, { path: { regex: ^/api/* }, service: next }, { path: { regex: '^/api/|^/b' }, service: next }, { path: { regex: ^/ap }, service: next }]"],
+  ["[{ path: /a, service: shop }, { host: a.b, path: /a, service: next }, { host: '*.b', path: /a, service: next }]"],
+  [
+    "[{ host: a.b, service: shop }, { host: A.b., path: /, service: next }]",
+    "routes[1]: can never be reached: routes[0] takes all of its requests",
+  ],
+  ["[{ path: [/a, /b], service: shop }, { path: [/a, /c], service: next }]"],
+  [
+    "[{ path: /a, service: shop }, { path: /b, service: shop }, { path: [/a, /b], service: next }]",
+    "routes[2]: can never be reached: routes[0] and routes[1] take all of its requests",
+  ],
+  ["[{ scheme: http, redirect: { scheme: https } }, { path: /a, service: shop }, { path: /b, service: next }]"],
+  [
+    "[{ scheme: http, redirect: { scheme: https } }, { host: '*.b', scheme: https, service: shop }, { host: a.b, path: /b, service: next }]",
+    "routes[2]: can never be reached: routes[0] and routes[1] take all of its requests",
+  ],
+  ["[{ scheme: https, service: shop }, { scheme: http, path: /b, service: next }]"],
+  ["[{ service: shop }]\ndefault: next", "default: can never be reached: routes[0] takes all of its requests"],
+  ["[{ path: /x, service: shop }]\ndefault: next"],
+  ["[{ path: /x, service: shop }]", "services.next: nothing leads to this service"],
+  ["[{ path: /x, service: shop, mirror: next }]"],
+  ["[{ path: /x, split: { shop: 1, next: 0 } }]"],
+  ["[{ path: /x, service: shop }]\nname_routes: true"],
+  ["[{ path: /shop, service: shop }]\nname_routes: true"],
+];
+for (const [routes, ...expected] of UNREACHED) {
+  test(`${expected.join() || "no warning"}: ${routes}`, () => {
+    const { warnings } = parseConfig(
+      `services: { shop: { servers: [a:1] }, next: { servers: [b:1] } }\nroutes: ${routes}`,
+    );
+    assert.deepEqual(warnings.map((line) => line.replace(/^routes\.yml:\d+:\d+: /, "")), expected);
+  });
+}
+
+test("a service that others fall back to is led to, and a warning has its place", () => {
+  const { warnings } = parseConfig(`services:
+  shop: { servers: [a:1], fallback: next }
+  next: { servers: [a:1], fallback: last }
+  last: { servers: [a:1] }
+  spare: { servers: [a:1] }
+default: shop`);
+  assert.deepEqual(warnings, ["routes.yml:5:3: services.spare: nothing leads to this service"]);
+});
+
 const FULL = `
 listen: [8080, "[::1]:81", { address: 8443, tls: { cert: c.pem, key: k.pem }, client_ca: ca.pem }]
 trust: [10.0.0.0/8, "::1"]
@@ -1035,10 +1111,13 @@ tcp:
   - { listen: ["[::1]:25", 26], name: mail, servers: [m:25], proxy_protocol: true, allow: 10.0.0.0/8, deny: 10.0.0.1 }
 `;
 
+/** What of a config depends on how its file is written. */
+const PLACES = { text: "", warnings: [] };
+
 test("what is printed is read again as the same config", () => {
   for (const text of [FULL, ROUTE, SHOP + "default: { split: { shop: 1 }, cors: {} }"]) {
     const config = parseConfig(text);
-    assert.deepEqual({ ...parseConfig(printConfig(config)), text: "" }, { ...config, text: "" });
+    assert.deepEqual({ ...parseConfig(printConfig(config)), ...PLACES }, { ...config, ...PLACES });
   }
 });
 
@@ -1082,7 +1161,7 @@ test("any times, shares, sizes and texts survive printing and reading", { timeou
     const { action } = config.routes[1]!;
     assert.equal(action.kind === "respond" && action.body, body);
     assert.equal(config.services.get("s")!.timeouts.idle, ms);
-    assert.deepEqual({ ...parseConfig(printConfig(config)), text: "" }, { ...config, text: "" });
+    assert.deepEqual({ ...parseConfig(printConfig(config)), ...PLACES }, { ...config, ...PLACES });
   }
 });
 

@@ -203,6 +203,24 @@ test("--check gives 0 and one line for a file that is fine", () =>
     }
   }));
 
+test("--check and the start warn of routes that are never reached and of services that nothing leads to", async () => {
+  const text =
+    "services: { shop: { servers: [a:1] }, spare: { servers: [b:1] } }\nroutes: [{ respond: 200 }, { path: /, service: shop }]\n";
+  const warnings = [
+    "1:39: services.spare: nothing leads to this service",
+    "2:28: routes[1]: can never be reached: routes[0] takes all of its requests",
+  ];
+  await inFolder({ "routes.yml": text }, async (folder) => {
+    const { code, out, err } = await call(["--check"], { cwd: folder });
+    assert.deepEqual([code, err], [0, ""]);
+    const fine = "routes.yml is fine: services: 2, routes: 2";
+    assert.deepEqual(out.trimEnd().split("\n"), [...warnings.map((one) => `warning: routes.yml:${one}`), fine]);
+  });
+  await running(text, async (lb) => {
+    await until("the start warns", () => warnings.every((one) => lb.err().includes(`routes.yml:${one}`)));
+  });
+});
+
 test("--check gives 1 and every mistake with its line", () =>
   inFolder({
     "bad.yml": `services:
