@@ -312,10 +312,11 @@ const Network = word("an address or a network such as 10.0.0.0/8", NETWORK, (tex
 const Networks = many(Network, "an address or a network");
 const AUTHORITY = /^(\[[^\]]*\]|[^:[\]]*)(?::(\d{1,5}))?$/;
 const Host = word("a host such as www.example.com", AUTHORITY, (text, host) => (!text || isHost(host)) && text);
-const HostPattern = word('a host such as www.example.com or "*.example.com"', AUTHORITY, (_, host) => {
+const HostPattern = word('a host such as www.example.com or "*.example.com"', AUTHORITY, (_, host, port) => {
   const name = lower(host).replace(/\.$/, "");
-  return isHost(name.replace(/^\*\./, "")) && !/^\*\.[[\d.]+$/.test(name) && name;
-});
+  if (!isHost(name.replace(/^\*\./, "")) || /^\*\.[[\d.]+$/.test(name)) return false;
+  return port ? new Error(`routes match hosts on all ports; write ${host}`) : name;
+}, /^(?:\[[^\]]*\]|[^:[\]]*)$/);
 const LISTEN = /^(?:(.*):)?(\d{1,5})$/;
 const Listen = word("a port, or an address such as 127.0.0.1:8080 or [::]:8080", LISTEN, (_, host = "", port) => {
   return Number(port) < 65536 && (!host || isHost(host)) && { host, port: Number(port) };
@@ -527,7 +528,14 @@ const TlsMap = map({ ca: Name, cert: Name, key: Name, servername: Name, insecure
 const Tls = v.pipe(TlsMap, v.check((tls) => !tls.cert === !tls.key, "needs cert and key together"));
 const RetryOn = either("connect, reset, or 400 to 599", v.picklist(["connect", "reset"]), whole(400, 599));
 const Fallback = or("none", "", ServiceName, "a name");
-const HostHeader = either("keep, server or a host", v.picklist(["keep", "server"]), Host);
+/** What other programs call the server's own name, and the client's. */
+const OWN_HOST = /^(?:upstream|upstream_hostport|auto|rewrite|\{.*upstream.*|\$proxy_host)$/;
+const SENT_HOST = /^(?:preserve|pass|original|\{.*host.*|\$(?:http_)?host)$/;
+const HostHeader = word("keep, server or a host such as www.example.com", /^\S+$/, (host) => {
+  if (OWN_HOST.test(host)) return new Error("the server's own is called server");
+  if (SENT_HOST.test(host)) return new Error("the client's is called keep");
+  return /^(?:keep|server)$/.test(host) || v.is(Host, host) ? host : false;
+}, AUTHORITY);
 const CookieName = word("a cookie name", TOKEN);
 const Secret = v.pipe(Text, v.nonEmpty("the secret is empty"));
 const StickyMap = map({ cookie: opt(CookieName, "lb"), secret: opt(Secret), max_age: opt(duration(0), 0) });

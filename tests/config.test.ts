@@ -112,7 +112,7 @@ test("hosts, paths, routes and default become routes in this order, the last one
 default: { service: shop }
 routes: [{ name: general, service: shop }, { service: shop, host: [a.b, C.d], path: /v1/ }]
 paths: [{ path: /p, service: shop }, { path: /p, service: shop }]
-hosts: [{ host: "*.X.com:80", service: shop }]
+hosts: [{ host: "*.X.com.", service: shop }]
 ${SHOP}`);
   assert.deepEqual(routes.map(({ name, fallback }) => [name, fallback]), [
     ["*.x.com", false],
@@ -272,7 +272,7 @@ test("health, eject and cors can be switched off and on", () => {
 
 test("conditions of a route take their general form", () => {
   const { hosts, paths, methods, headers, query } = route(`{
-    host: ["WWW.Example.com.:8080", "*.example.com", "[::1]:80", 10.0.0.1],
+    host: ["WWW.Example.com.", "*.example.com", "[::1]", 10.0.0.1],
     path: [/, /v1/, {exact: /a/}, {regex: "^/v[12]/"}], methods: [get, m-search],
     headers: { X-Beta: 1, x-version: 1.10, cookie: {regex: lb}, x-a: {present: false} }, query: { debug: true }, service: shop }`);
   assert.deepEqual(hosts, ["www.example.com", "*.example.com", "[::1]", "10.0.0.1"]);
@@ -690,7 +690,17 @@ const WRONG_KEYS: [keys: string, ...expected: string[]][] = [
   ["queue: { size: 0 }", "43: queue.size: 0 is not a whole number from 1 to 100000"],
   ["max_in_flight: 0", "43: max_in_flight: 0 is not a whole number from 1 to 1000000"],
   ["max_in_flight: car", '43: max_in_flight: "car" is not auto, none or a whole number from 1 to 1000000'],
-  ["host_header: a b", '41: host_header: "a b" is not a host such as www.example.com'],
+  ["host_header: a b", '41: host_header: "a b" is not keep, server or a host such as www.example.com'],
+  ...["upstream", '"{upstream_hostport}"', "$proxy_host"].map((host): [string, string] => [
+    `host_header: ${host}`,
+    `41: host_header: "${
+      host.replaceAll('"', "")
+    }" is not keep, server or a host such as www.example.com: the server's own is called server`,
+  ]),
+  [
+    "host_header: $host",
+    '41: host_header: "$host" is not keep, server or a host such as www.example.com: the client\'s is called keep',
+  ],
   [
     "strategy: robin",
     '38: strategy: "robin" is not a strategy (round-robin, first, random, two-choices, least-connections, least-response-time, peak-ewma, ip-hash)',
@@ -847,6 +857,10 @@ const WRONG: [text: string, ...expected: string[]][] = [
     ...['19: routes[0].host[0]: "*"', '24: routes[0].host[1]: "a.*.b"', '31: routes[0].host[2]: "*.1.2.3.4"'].map((
       at,
     ) => `2:${at} is not a host such as www.example.com or "*.example.com"`),
+  ],
+  [
+    `${SHOP}hosts: [{ host: "*.a.test:8080", service: shop }]`,
+    '2:17: hosts[0].host: "*.a.test:8080" is not a host such as www.example.com or "*.example.com": routes match hosts on all ports; write *.a.test',
   ],
   [
     `${SHOP}routes: [{ path: v1, service: shop }]`,
