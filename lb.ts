@@ -4012,6 +4012,18 @@ function connectPlain(address: { host: string; port: number }): Socket {
   return socket;
 }
 
+type Pem = "CERTIFICATE" | "PRIVATE KEY";
+/** What a PEM file has of one kind: haproxy's hold certificates and key together, and editors put a mark in front. */
+function readPem(file: string, kind: Pem): string {
+  try {
+    const text = fs.readFileSync(file, "utf8");
+    return text.match(new RegExp(`-----BEGIN ([A-Z ]*)${kind}-----[^]*?-----END \\1${kind}-----`, "g"))?.join("\n") ??
+      "";
+  } catch (error) {
+    throw new Error(`${file} cannot be read: ${(error as Error).message}`);
+  }
+}
+
 /** A socket to a server; the addresses of a name are tried one after another (RFC 8305). */
 function dial({ url, tls }: Server): Socket {
   const { hostname, port, protocol } = new URL(url), host = bare(hostname), secure = protocol === "https:";
@@ -4027,8 +4039,8 @@ function dial({ url, tls }: Server): Socket {
   return readOnAfterFailedWrites(tlsConnect({
     ...address,
     ...(isIP(name) ? {} : { servername: name }),
-    ...(tls.ca && { ca: fs.readFileSync(tls.ca) }),
-    ...(tls.cert && { cert: fs.readFileSync(tls.cert), key: fs.readFileSync(tls.key) }),
+    ...(tls.ca && { ca: readPem(tls.ca, "CERTIFICATE") }),
+    ...(tls.cert && { cert: readPem(tls.cert, "CERTIFICATE"), key: readPem(tls.key, "PRIVATE KEY") }),
     rejectUnauthorized: !tls.insecure,
     ALPNProtocols: ["http/1.1"],
   }));
@@ -8573,17 +8585,9 @@ interface Secure {
   clientCa: string; // or empty
 }
 
-function readPem(file: string): string {
-  try {
-    return fs.readFileSync(file, "utf8");
-  } catch (error) {
-    throw new Error(`${file} cannot be read: ${(error as Error).message}`);
-  }
-}
-
 /** What is in a file, or an error that says what is not. */
-function parsed<T>(file: string, what: string, parse: (text: string) => T): T {
-  const text = readPem(file);
+function parsed<T>(file: string, what: string, kind: Pem, parse: (text: string) => T): T {
+  const text = readPem(file, kind);
   try {
     return parse(text);
   } catch {
@@ -8592,14 +8596,16 @@ function parsed<T>(file: string, what: string, parse: (text: string) => T): T {
 }
 
 const readCertificate = (file: string): X509Certificate =>
-  parsed(file, "certificate", (text) => new X509Certificate(text));
+  parsed(file, "certificate", "CERTIFICATE", (text) => new X509Certificate(text));
 
 /** @throws {Error} with the file and what is wrong with it */
 function readPair({ cert, key }: ListenerConfig["tls"][number]): Pair {
   const certificate = readCertificate(cert);
-  const own = certificate.checkPrivateKey(parsed(key, "private key without a password", createPrivateKey));
+  const own = certificate.checkPrivateKey(
+    parsed(key, "private key without a password", "PRIVATE KEY", createPrivateKey),
+  );
   if (!own) throw new Error(`${key} is not the key of ${cert}`);
-  return { cert: readPem(cert), key: readPem(key), names: namesOf(certificate) };
+  return { cert: readPem(cert, "CERTIFICATE"), key: readPem(key, "PRIVATE KEY"), names: namesOf(certificate) };
 }
 
 /** The host names that a certificate is for. */
@@ -8612,7 +8618,7 @@ function namesOf({ subjectAltName = "", subject }: X509Certificate): string[] {
 /** @throws {Error} with the file and what is wrong with it */
 function readSecure({ tls, client_ca }: Pick<ListenerConfig, "tls" | "client_ca">): Secure {
   if (client_ca) readCertificate(client_ca);
-  return { pairs: tls.map(readPair) as Secure["pairs"], clientCa: client_ca && readPem(client_ca) };
+  return { pairs: tls.map(readPair) as Secure["pairs"], clientCa: client_ca && readPem(client_ca, "CERTIFICATE") };
 }
 
 /** The certificate for a name; one for `*.example.com` has any label in place of the star (RFC 6125 section 6.4.3). */
