@@ -8824,7 +8824,7 @@ async function checkUnused(host: string, port: number): Promise<void> {
     }).on("error", () => resolve(false));
   });
   await new Promise((resolve) => server.close(resolve));
-  if (taken) throw new Error("the address is already in use");
+  if (taken) throw Object.assign(new Error(), { code: "EADDRINUSE" });
 }
 
 // --- 12.3 Library: a balancer with the effects of this runtime ---
@@ -8890,12 +8890,20 @@ const WorkerCount = word("auto or a whole number from 1 to 256", /^(?:auto|[1-9]
   return text === "auto" ? availableParallelism() : Number(text) <= 256 && Number(text);
 });
 
+/** What is wrong with an option, from what node:util says of it. */
+function misused({ code, message }: { code: string; message: string }): string {
+  const [, option = ""] = /'(?:-\w, )?(--?[\w-]+)/.exec(message) ?? [], names = Object.keys(OPTIONS);
+  const hint = guess(option.replace(/^-+/, ""), names).replace(/"(?=\w)/g, '"--');
+  if (code === "ERR_PARSE_ARGS_UNKNOWN_OPTION") return `${option} is not an option${hint}`;
+  return `${option} ${/argument missing/.test(message) ? "needs a value" : "takes no value"}`;
+}
+
 function readCall(args: string[], env: Call["env"]): Call {
   let parsed;
   try {
     parsed = parseArgs({ args, options: OPTIONS, allowPositionals: true });
   } catch (error) {
-    throw new UsageError((error as Error).message);
+    throw new UsageError(misused(error as Error & { code: string }));
   }
   const { values, positionals } = parsed;
   if (positionals.length > 1) throw new UsageError(`one file expected, not ${positionals.join(" and ")}`);
@@ -8941,11 +8949,17 @@ function load({ file, env, listen, admin, log }: Call, text = readText(file)): C
   return config;
 }
 
+const READ_ERRORS: Record<string, string> = {
+  ENOENT: "there is no such file; -c FILE names another one, --demo needs none",
+  EACCES: "this user may not read it",
+  EISDIR: "it is a folder",
+};
 function readText(file: string): string {
   try {
     return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(fs.readFileSync(file)); // else saving would lose bytes
   } catch (error) {
-    const message = `cannot be read: ${(error as Error).message}`;
+    const { code = "", message: said } = error as Error & { code?: string };
+    const message = `cannot be read: ${READ_ERRORS[code] ?? said}`;
     throw new ConfigError(file, [{ line: 1, column: 1, path: "", message }]);
   }
 }
@@ -9050,8 +9064,19 @@ function withSharedReads(accepted: Socket): Socket {
 }
 const KEEP_ALIVE = 60_000; // milliseconds of silence before TCP keep-alive tests whether a client is there
 
-const cannotListen = (host: string, port: number) => (error: Error): never => {
-  throw new StartError(`cannot listen on ${shown(host, port)}: ${error.message}`);
+/** Why an address cannot be listened on, and what to do, by the code of the error; Deno has EINVAL for EADDRNOTAVAIL. */
+const LISTEN_ERRORS: Record<string, string> = {
+  EADDRINUSE: "another process has this port: end it, or choose another port",
+  EACCES: "this user may not use ports below 1024: choose another port, or run " +
+    `setcap cap_net_bind_service=+ep ${process.execPath}`,
+  EADDRNOTAVAIL: "this machine does not have this address",
+  EINVAL: "this machine does not have this address",
+  ENOTFOUND: "the name does not resolve to an address",
+};
+const cannotListen = (host: string, port: number) => (error: Error & { code?: string }): never => {
+  const isUnresolved = /EAI_|Failed to listen at/.test(error.message); // Bun's message, without a code (1.4.5)
+  const why = LISTEN_ERRORS[isUnresolved && !isIP(bare(host)) ? "ENOTFOUND" : error.code ?? ""] ?? error.message;
+  throw new StartError(`cannot listen on ${shown(host, port)}: ${why}`);
 };
 
 /** What a listener of HTTP does with its requests and connections. */
