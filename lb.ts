@@ -510,8 +510,11 @@ const Timeouts = map({
   idle: opt(Duration, "5m"),
   request: opt(or("none", Infinity, Duration, "a duration such as 30s"), "none"),
 });
+const WEB_ORIGIN = /^(?:\*|null|[a-z][a-z0-9+.-]*:\/\/(?:\*\.)?(?:\[[^\]]*\]|[^*:[\]/?#@\s]+)(?::\d{1,5})?)$/;
+const WebOrigin = word('an origin such as https://a.example, https://*.example or "*"', WEB_ORIGIN);
+const WebOrigins = many(WebOrigin, "an origin");
 const CorsMap = map({
-  origin: key(Texts, "origins that may read the answers", ["*"]),
+  origin: key(WebOrigins, "origins that may read the answers; https://*.example.com is any below it", ["*"]),
   allow_methods: key(Methods, "methods they may use", ["GET", "HEAD", "PUT", "POST", "DELETE", "PATCH"]),
   allow_headers: key(Texts, "headers they may send; none: those they ask for", []),
   expose_headers: key(Texts, "headers they may read", []),
@@ -521,7 +524,7 @@ const CorsMap = map({
 const credible = (cors: Out<typeof CorsMap>) => !cors.credentials || !cors.origin.includes("*");
 const SafeCors = v.pipe(CorsMap, v.check(credible, "credentials need origins by name, not *"));
 const ORIGINS = 'an origin, a list of them, or a map such as { origin: "https://a.example" }';
-const ShortCors = orBrief(ORIGINS, Texts, (origin) => ({ origin }), SafeCors);
+const ShortCors = orBrief(ORIGINS, WebOrigins, (origin) => ({ origin }), SafeCors);
 const Cors = or("off", { ...v.parse(CorsMap, {}), origin: [] as string[] }, ShortCors, ORIGINS);
 const Name = opt(Text, "");
 const TlsMap = map({ ca: Name, cert: Name, key: Name, servername: Name, insecure: opt(Bool, false) });
@@ -541,7 +544,9 @@ const Secret = v.pipe(Text, v.nonEmpty("the secret is empty"));
 const StickyMap = map({ cookie: opt(CookieName, "lb"), secret: opt(Secret), max_age: opt(duration(0), 0) });
 const Stuck = v.pipe(StickyMap, v.transform((one) => ({ secret: "", ...one })));
 const A_COOKIE = "the name of a cookie, or a map such as { cookie: lb }";
-const ShortSticky = orBrief(A_COOKIE, CookieName, (cookie) => ({ cookie }), Stuck);
+const NO_COOKIE = /^(?:on|yes|no|none|true|false|enabled?|disabled?|cookie|source|ip)$/i;
+const ShortCookie = word(A_COOKIE, TOKEN, (name) => !NO_COOKIE.test(name) && name);
+const ShortSticky = orBrief(A_COOKIE, ShortCookie, (cookie) => ({ cookie }), Stuck);
 const Sticky = or("off", { cookie: "", secret: "", max_age: 0 }, ShortSticky, A_COOKIE);
 const Compress = orBrief("true, false or gzip", v.literal("gzip"), () => true, Bool);
 /** What a route may also say, and then wins over its service. */
@@ -1209,6 +1214,10 @@ function check(file: Raw, more: string[], say: Report) {
     for (const key of has.includes("servers") ? [] : Object.keys(entry)) {
       if (!Object.hasOwn(settings, key) || Object.hasOwn(policy, key)) continue;
       say([...path, key], "belongs to a service: it stands there, or beside servers", "key");
+    }
+    const isOwn = has.length === 1 && (has[0] === "redirect" || has[0] === "respond");
+    if (isOwn && entry.cors && entry.cors !== "off") {
+      say([...path, "cors"], `is for answers of servers: a ${has[0]} has headers of its own under response`, "key");
     }
     const groups = Math.min(...[entry.path].flat().map(groupsOf)), rewritten = record(entry.rewrite).path;
     const group = Math.max(0, ...[...String(rewritten).matchAll(/\$(\d+)/g)].map((found) => Number(found[1])));
@@ -2191,6 +2200,7 @@ export interface Service {
   strategy: Strategy;
   key: (exchange: Exchange) => string; // what `hash` hashes
   cookies: Map<string, Server> | undefined; // the servers by the values of the sticky cookie, once they are signed
+  lostCookie: string; // the name of the sticky cookie, once a server has set one of that name: it is the application's
   hedge: number; // the quantile of latency after which a second attempt is sent; 0: never
   bounded: boolean; // some server has a `max`, or the service a `max_in_flight`
 
@@ -2228,7 +2238,7 @@ export interface Service {
 }
 
 const newService = (name: string) => ({
-  ...{ name, candidates: [] as readonly Server[], candidatesUntil: 0, panicking: false, turn: 0 },
+  ...{ name, candidates: [] as readonly Server[], candidatesUntil: 0, panicking: false, turn: 0, lostCookie: "" },
   waiting: new Set<() => boolean>(),
   ...{ retrying: 0, saved: 0, secondAt: -Infinity, retried: 0 },
   ...{ meanLatency: 0, times: NO_TIMES, measured: 0, hedgeDelay: 0, median: 0, crowd: 0, peaceUntil: 0 },
@@ -5236,6 +5246,19 @@ function cookieFor(service: Service, server: Server, exchange: Exchange, effects
   return `${cookie}=${values.join(".")}; Path=/${age}; HttpOnly; SameSite=Lax${https ? "; Secure" : ""}`;
 }
 
+/** Notices that a server sets the sticky cookie itself. Then it is the application's, which both would break otherwise. */
+function noteCookies({ destination, cookie, balancer: { effects } }: Exchange, fields: Fields): string {
+  const { service } = destination!, { cookie: name } = service.config.sticky;
+  const isSet = name &&
+    pairs(fields).some(([field, value]) => lower(field) === "set-cookie" && value.startsWith(`${name}=`));
+  if (!isSet) return cookie;
+  const said =
+    `${service.name}: its servers set the cookie ${name} themselves, and so sticky does not: it needs another name, such as lb`;
+  if (service.lostCookie !== name) effects.report("warn", said);
+  service.lostCookie = name;
+  return "";
+}
+
 /** Headers without one cookie: it is between the client and us. */
 function withoutCookie(headers: readonly string[], name: string): readonly string[] {
   const out: string[] = [];
@@ -6146,7 +6169,8 @@ function outboundLines(exchange: Exchange, server: Server): string {
 
 /** A server's response after the route's rules, with our cookie, rate and explain fields. */
 function inboundResponse(exchange: Exchange, response: HttpResponse): HttpResponse {
-  const { cookie, quota, choices } = exchange, { hasRules, response: rules } = exchange.route!;
+  const { quota, choices } = exchange, { hasRules, response: rules } = exchange.route!;
+  const cookie = noteCookies(exchange, response.fields);
   if (!hasRules && !cookie && !quota.length && !choices) return response;
   const own = [...quota, ...cookie ? ["set-cookie", cookie] : [], ...choiceFields(exchange)];
   const fields = [...hasRules ? applyRules(response.fields, rules.headers) : response.fields, ...own];
@@ -6173,6 +6197,7 @@ function runStrategy(service: Service, candidates: Candidates, exchange: Exchang
 
 /** The client's previous server while it is eligible; else another one, with a new cookie. */
 function pickSticky(service: Service, candidates: Candidates, exchange: Exchange, effects: Effects): Server {
+  if (service.lostCookie === service.config.sticky.cookie) return runStrategy(service, candidates, exchange);
   const before = stickyServer(service, exchange, effects);
   const stays = before !== undefined && candidates.includes(before);
   const server = stays ? before : runStrategy(service, candidates, exchange);
@@ -6623,7 +6648,12 @@ async function actWithin(exchange: Exchange, around: Around): Promise<void> {
       takeBody(exchange);
     });
   try {
-    const response = fromResponse(await around.fetch(toRequest(request, false), { answer }));
+    const asked = toRequest(request, false), isPreflight = asked.headers.has("access-control-request-method");
+    // other OPTIONS are the server's (WebDAV, tus), and Hono would take them for preflights
+    const sent = exchange.method === "OPTIONS" && !isPreflight
+      ? new Request(asked.url, { headers: asked.headers })
+      : asked;
+    const response = fromResponse(await around.fetch(sent, { answer }));
     exchange.reply = reply;
     if (exchange.status) reply(response);
     else respondLocally(exchange, response);
@@ -6936,13 +6966,24 @@ function buildService(config: ServiceConfig, name: string, strategy: Strategy, n
   });
 }
 
+/** Whether an origin is one of these; `https://*.example.com` is any below it, and as for hosts not itself. */
+const originMatcher = (allowed: string[]) => (origin: string): string | null => {
+  const fits = (one: string) => {
+    const [before = "", behind] = one.split("*");
+    return behind === undefined
+      ? one === origin
+      : origin.startsWith(before) && origin.slice(before.length + 1).endsWith(behind);
+  };
+  return allowed.some(fits) ? origin : null;
+};
+
 /** compress and cors are Hono's own middleware, around the answers of the routes that ask for them. */
 function layersOf({ compress: compressed, cors: shared }: Policy): Around | undefined {
   if (!compressed && !shared.origin.length) return undefined;
   const around: Around = new Hono();
   if (shared.origin.length) {
     around.use(cors({
-      origin: shared.origin.includes("*") ? "*" : shared.origin,
+      origin: shared.origin.includes("*") ? "*" : originMatcher(shared.origin),
       allowMethods: shared.allow_methods,
       allowHeaders: shared.allow_headers,
       exposeHeaders: shared.expose_headers,

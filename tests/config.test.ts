@@ -709,6 +709,12 @@ const WRONG_KEYS: [keys: string, ...expected: string[]][] = [
     "strategy: { hash: { header: a, cookie: b } }",
     "46: strategy.hash: needs exactly one of header, cookie, query, path, client",
   ],
+  ["cors: on", '34: cors: "on" is not an origin such as https://a.example, https://*.example or "*"'],
+  [
+    "cors: { origin: https://a.test/ }",
+    '44: cors.origin: "https://a.test/" is not an origin such as https://a.example, https://*.example or "*"',
+  ],
+  ["sticky: on", '36: sticky: "on" is not the name of a cookie, or a map such as { cookie: lb }'],
   ["cors: { credentials: true }", "34: cors: credentials need origins by name, not *"],
   ["health: { path: up }", '44: health.path: "up" is not a path such as /healthz (it begins with /)'],
   ["health: { expect: [399-200] }", '47: health.expect[0]: "399-200" is not a status such as 200, 2xx, or 200-399'],
@@ -920,6 +926,10 @@ const WRONG: [text: string, ...expected: string[]][] = [
   [
     `${SHOP}default: { service: shop, body_limit: big }`,
     '2:39: default.body_limit: "big" is not a size such as 512kB, 10MB, 1MiB, a number of bytes, or none',
+  ],
+  [
+    "default: { respond: 200, cors: { origin: '*' } }",
+    "1:26: default.cors: is for answers of servers: a respond has headers of its own under response",
   ],
   ["default: { redirect: {} }", "1:22: default.redirect: needs either to or its parts"],
   [

@@ -79,6 +79,7 @@ before(async () => {
       { path: "/%78%41", ...says("needless") },
       { path: { exact: "/a|b" }, ...says("bar") },
       { path: "/v1/projects:list", ...says("colon") },
+      { path: "/cors/below", service, cors: { origin: ["https://*.b.test", "http://c.test:81"] } },
       { path: "/tea", respond: { status: 418, body: "short", headers: { "x-tea": "1" } } },
     ],
     paths: [{ path: "/cut", servers: [`http://${server.address}`], strip: true }],
@@ -239,6 +240,38 @@ test("cors: one of the origins may read the answers, with cookies, and its prefl
   assert.match(value(allowed!, "access-control-allow-methods"), /\bPUT\b/);
   assert.equal(server.requests.length, asked);
 });
+
+test("cors: an OPTIONS that asks for no method is no preflight, and goes to the server", async () => {
+  const asked = server.requests.length;
+  const { answers: [one] } = await rawRequest(
+    program.port,
+    get("/cors", "Origin: https://app.test\r\n").replace("GET", "OPTIONS"),
+    QUICK,
+  );
+  assert.deepEqual([status(one!), value(one!, "access-control-allow-origin")], [200, "https://app.test"]);
+  assert.equal(server.requests.length, asked + 1);
+  assert.match(server.requests[asked]!.start, /^OPTIONS \/cors /);
+});
+
+for (
+  const [origin, isAllowed] of [
+    ["https://a.b.test", true],
+    ["https://x.a.b.test", true],
+    ["https://b.test", false],
+    ["https://.b.test", false],
+    ["https://ab.test", false],
+    ["http://a.b.test", false],
+    ["https://a.b.test:8443", false],
+    ["https://a.b.test.evil.test", false],
+    ["http://c.test:81", true],
+    ["http://c.test", false],
+  ] as const
+) {
+  test(`cors: ${origin} ${isAllowed ? "is" : "is not"} below https://*.b.test, or the other origin`, async () => {
+    const one = await ask("/cors/below", `Origin: ${origin}\r\n`);
+    assert.equal(value(one, "access-control-allow-origin"), isAllowed ? origin : "");
+  });
+}
 
 for (const method of ["OPTIONS", "DELETE", "POST"]) {
   test(`a request without a body stays one: ${method}`, async () => {
