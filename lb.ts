@@ -9764,6 +9764,9 @@ async function main(args: string[], env: Call["env"]): Promise<void> {
 
 // --- 12.8 Edge: the handlers that the platform calls ---
 
+/** Limits of connections and heads, which the platform has of its own. */
+const SOCKET_LIMITS = ["connections", "client_connections", "header", "keep_alive", "header_size", "header_fields"];
+
 /** The balancer of the edge. What cannot be there is left out, and said in one line, so that one file serves both. */
 function makeAtTheEdge(): LoadBalancer {
   const text = fs.readFileSync("/bundle/routes.yml", "utf8"); // it lies beside the bundle
@@ -9773,8 +9776,10 @@ function makeAtTheEdge(): LoadBalancer {
   }
   const lb = createLoadBalancer(config), file = parseDocument(text);
   const left = ["listen", "admin", "tcp"].filter((key) => file.has(key));
+  left.push(...SOCKET_LIMITS.filter((key) => file.hasIn(["limits", key])).map((key) => `limits.${key}`));
   if (services.some(({ tls }) => Object.values(tls).some(Boolean))) left.push("tls of servers");
   const { report } = lb.balancer.effects;
+  for (const warning of config.warnings) report("warn", warning);
   if (left.length) report("info", `left out of routes.yml, as the platform does it: ${left.join(", ")}`);
   return lb;
 }
