@@ -357,11 +357,21 @@ const regexFor = (path: string): string => {
   );
   return `{regex: '${path.startsWith("/") ? "^" : ""}${parts.join("")}${open === path ? "$" : ""}'}`;
 };
+/** What to write for a regular expression that stands where a path does. */
+const insteadOf = (regex: string): string => {
+  const plain = regex.replace(/^\^/, "").replace(/\{\w+:([^}]*)\}/g, "$1");
+  const [, prefix, isAll] = /^(\/[\w/.-]*?)(?:\/?(\(?\.\*\)?\$?)|\$)$/.exec(plain) ?? [];
+  if (prefix === undefined) return `{regex: '^${plain}'}`;
+  return isAll ? prefix : `{exact: ${prefix}}`;
+};
 /**
  * A path as people write it, in the normal form of requests, with `{name}` where any segment fits. What looks like a
  * pattern and is none is refused, for taken literally it would match nothing.
  */
 const readPattern = (written: string): string | Error => {
+  if (/^\^|[[\]]|\.[*+]|\\[dwsDWS]|\$$/.test(written)) {
+    return new Error(`a regular expression is {regex: ...}; write ${insteadOf(written)}`);
+  }
   const segments = written.split("/");
   const odd = (segment: string) => /^:|[{}*]/.test(segment) && !ONE_SEGMENT.test(segment);
   if (segments.some(odd)) {
@@ -378,7 +388,7 @@ const readPattern = (written: string): string | Error => {
   });
   return hasDots(normal.join("/")) ? new Error(NO_DOTS) : normal.join("/");
 };
-const PATTERN = /^[/*][^\x00-\x20?#\x7f]*$/;
+const PATTERN = /^[/*^][^\x00-\x20?#\x7f]*$/;
 const SEGMENTS = String
   .raw`(?:/(?::[A-Za-z_]\w*|\{[A-Za-z_]\w*\}|(?!:)(?:[^\x00-\x20?#\x7f/{}*\\%]|%[0-9A-Fa-f]{2})*))`;
 const Exact = word(A_PATH, PATTERN, readPattern, new RegExp(`^${SEGMENTS}+$`));
@@ -620,7 +630,10 @@ const Rewrite = orBrief(REWRITE, Path, (path) => ({ path }), RewriteMap);
 const HeaderRules = map({ set: opt(RuleValues, {}), add: opt(RuleValues, {}), remove: opt(RuleNames, []) });
 const QueryRules = map({ set: opt(dict(Text, Text, "{ name: value }"), {}), remove: opt(many(Text, "a name"), []) });
 const RequestRules = map({ headers: opt(HeaderRules, {}), query: opt(QueryRules, {}) });
-const To = word("a URL or path to go to", /^(?:(?:[hH][tT][tT][pP][sS]?:\/\/|\/)[!-~]+|\/)$/);
+const To = word("a URL or path to go to", /^(?:(?:[hH][tT][tT][pP][sS]?:\/\/|\/)[!-~]+|\/)$/, (to) => {
+  if (!/\$\w|[{}]|\*$|\/:[a-z]/i.test(to)) return to;
+  return new Error("it is taken literally; { host: b.example } and { scheme: https } keep path and query");
+});
 const Place = word("a path such as /v1", /^(?:\/[!-~]*|)$/);
 const parts = { scheme: opt(oneOf("http", "https", ""), ""), host: opt(Host, ""), port: opt(whole(0, 65535), 0) };
 const RedirectMap = v.pipe(
@@ -719,7 +732,7 @@ const PathRoute = withOneOf(
 const ServiceSchema = map({
   servers: need(Servers, "host:port, URL, or {url, weight, host, backup, max, state}"),
   ...settings,
-});
+}, "{ servers: [localhost:8081] }");
 const AdminMap = map({
   listen: key(Local, "where operators connect; a port alone is on 127.0.0.1", "127.0.0.1:9090"),
   token: key(Bearer, "what a request has to show; required beyond loopback"),
@@ -797,11 +810,23 @@ const RoutesFile = map({
     "servers that answer the same",
     {},
   ),
-  hosts: key(v.array(HostRoute, "$ is not a list of hosts"), "one host to some servers", []),
-  paths: key(v.array(PathRoute, "$ is not a list of paths"), "one path to some servers", []),
-  routes: key(v.array(AnyRoute, "$ is not a list of routes"), "the general form", []),
+  hosts: key(
+    v.array(HostRoute, "$ is not a list such as [{ host: a.example, service: shop }]"),
+    "one host to some servers",
+    [],
+  ),
+  paths: key(
+    v.array(PathRoute, "$ is not a list such as [{ path: /api, service: shop }]"),
+    "one path to some servers",
+    [],
+  ),
+  routes: key(v.array(AnyRoute, "$ is not a list such as [{ path: /api, service: shop }]"), "the general form", []),
   default: key(Default, "when nothing matches; without it 404"),
-  tcp: key(v.array(Tcp, "$ is not a list of services"), "connections that are not HTTP, to some servers", []),
+  tcp: key(
+    v.array(Tcp, "$ is not a list such as [{ listen: 5432, servers: [localhost:5433] }]"),
+    "connections that are not HTTP, to some servers",
+    [],
+  ),
 });
 
 /** A service, as it is parsed. */
@@ -1015,12 +1040,12 @@ const OTHER_NAMES: Record<string, string> = {
   "least-response-time": "least_time leasttime least_latency fastest",
   "ip-hash": "source client_ip ip_hash source_ip src iphash",
   health: "healthcheck health_check healthchecks health_checks check probe probes health_uri httpchk active_health",
-  path: "uri url location prefix path_prefix pathprefix endpoint",
+  path: "uri url location match rule prefix path_prefix pathprefix endpoint",
   expect: "status expect_status expected_status status_code expected_codes codes",
   fall: "unhealthy_threshold fails max_fails failure_threshold failures",
   rise: "healthy_threshold passes success_threshold successes",
   eject: "circuit_breaker circuitbreaker outlier_detection max_fails fail_timeout passive_health",
-  retries: "retry max_retries num_retries attempts tries lb_retries redispatch",
+  retries: "retry max_retries num_retries attempts tries lb_retries redispatch retry_policy",
   retry_on: "proxy_next_upstream retry_conditions retry_if",
   max: "maxconn max_conns",
   max_in_flight: "max_connections max_conns maxconn max_requests concurrency",
@@ -1052,8 +1077,8 @@ const OTHER_NAMES: Record<string, string> = {
   cert: "certificate cert_file ssl_certificate crt certfile",
   key: "key_file private_key ssl_certificate_key keyfile",
   tls: "ssl certificates https",
-  listen: "port ports bind address listeners listener entrypoints entry_points",
-  host: "domain domains hostname host_name server_name vhost",
+  listen: "frontend frontends port ports bind address listeners listener entrypoints entry_points",
+  host: "match rule domain domains hostname host_name server_name vhost",
   methods: "method verbs",
   "request.headers": "header_up proxy_set_header request_headers set_header",
   "response.headers": "header_down add_header response_headers",
@@ -1113,7 +1138,10 @@ function guess(wrong: string, known: string[], isKey = false): string {
   const apart = (name: string) => distance(wrong, name), least = Math.min(...known.map(apart));
   const elsewhere = isKey && least > 1 && [wrong, ...meant].find((name) => placesOf(name).length > 0);
   if (elsewhere) return `; ${asWritten(elsewhere).replace(/^"|"$/g, "")} belongs to ${listed(placesOf(elsewhere))}`;
-  const near = least <= Math.ceil(wrong.length / 3) ? known.filter((name) => apart(name) === least) : [];
+  const isNear = (name: string) => least < 2 || name[0] === wrong[0]; // http is not tcp
+  const near = least <= Math.ceil(wrong.length / 3)
+    ? known.filter((name) => apart(name) === least && isNear(name))
+    : [];
   return near.length ? `; did you mean ${listed(near.map(asWritten))}?` : "";
 }
 
@@ -1205,7 +1233,10 @@ function check(file: Raw, more: string[], say: Report) {
   const taken = new Set<string>();
   for (const [path, entry] of entries) {
     const has = ACTIONS.filter((name) => Object.hasOwn(entry, name)), but = has.length && `, not ${has.join(" and ")}`;
-    if (has.length !== 1) say(path, `needs exactly one of ${ACTIONS.join(", ")}${but || ""}`);
+    const isMisnamed = Object.keys(entry).some((key) => !Object.hasOwn(route, key) && guess(key, ACTIONS)); // said already
+    if (has.length > 1 || !has.length && !isMisnamed) {
+      say(path, `needs exactly one of ${ACTIONS.join(", ")}${but || ""}`);
+    }
     known([...path, "service"], entry.service, "service", services);
     known([...path, "mirror", "service"], record(entry.mirror).service, "service", services);
     const split = Object.entries(record(entry.split));
@@ -1233,7 +1264,8 @@ function check(file: Raw, more: string[], say: Report) {
   if (!none && Array.isArray(file.listen) && !file.listen.length) say(["listen"], "is empty: nobody could ask");
   const later = isTrue(file.name_routes) && services.length === 0; // they come over the admin API
   const isLeftOut = ROUTED.every((key) => [file[key] ?? []].flat().length === 0);
-  if (none && !later && isLeftOut) {
+  const isKnown = Object.keys(file).every((key) => Object.hasOwn(RoutesFile.entries, key)); // else it may be under that
+  if (none && !later && isLeftOut && isKnown) {
     say([], "no way leads to a server: hosts, paths, routes, default or tcp is needed");
   }
 }

@@ -304,7 +304,6 @@ for (
     ["/f/**/x", "{regex: '^/f/.*/x$'}"],
     ["*", "/"],
     ["/f/:name.json", "{regex: '^/f/[^/]+\\.json$'}"],
-    ["/f/{id:[0-9]+}", "{regex: '^/f/[^/]+$'}"],
     ["/f/{rest...}", "{regex: '^/f/[^/]+$'}"],
     ["/f/:", "{regex: '^/f/:$'}"],
     [{ exact: "/a/*" }, "{regex: '^/a/'}"],
@@ -317,6 +316,36 @@ for (
     if (write.startsWith("{regex")) route(`{ service: shop, path: ${write} }`);
   });
 }
+
+for (
+  const [path, write] of [
+    ["^/api", "{regex: '^/api'}"],
+    ["/api/.*", "/api"],
+    ["/api/(.*)$", "/api"],
+    ["^/.*", "/"],
+    ["/api$", "{exact: /api}"],
+    ["/v[12]/", "{regex: '^/v[12]/'}"],
+    ["/v\\d+/x", "{regex: '^/v\\d+/x'}"],
+    ["/a.+", "{regex: '^/a.+'}"],
+    ["/f/{id:[0-9]+}/x", "{regex: '^/f/[0-9]+/x'}"],
+  ]
+) {
+  test(`a regular expression in place of a path is refused with what to write: ${path}`, () => {
+    const [said, ...more] = mistakes(`${SHOP}routes: [{ service: shop, path: ${JSON.stringify(path)} }]`);
+    assert.deepEqual(more, []);
+    assert.ok(said!.endsWith(`: a regular expression is {regex: ...}; write ${write}`), said);
+    route(`{ service: shop, path: ${write} }`);
+  });
+}
+
+test("a redirect is taken literally, and so what looks like a variable of other programs is refused", () => {
+  for (const to of ["https://b.test$request_uri", "https://{host}/x", "/new/*", "/new/:id"]) {
+    assert.match(
+      mistakes(`default: { redirect: "${to}" }`).join(),
+      /is not a URL or path to go to: it is taken literally; \{ host/,
+    );
+  }
+});
 
 test("paths of routes stand in the normal form of requests", () => {
   const paths = (...all: string[]) => route(JSON.stringify({ service: "shop", path: all })).paths;
@@ -821,7 +850,21 @@ const WRONG: [text: string, ...expected: string[]][] = [
     `${ROUTE}defaults: { servers: [a:1] }`,
     "2:13: defaults.servers: unknown key; servers belongs to a service or a route",
   ],
-  [`${ROUTE}hosts: { host: a }`, "2:8: hosts: a map is not a list of hosts"],
+  ["upstreams: { app: {} }", '1:1: upstreams: unknown key; did you mean "services"?'],
+  [
+    "http: {}",
+    "1:1: http: unknown key; allowed: listen, admin, trust, limits, log, name_routes, defaults, services, hosts, paths, routes, default, tcp",
+  ],
+  [
+    `${SHOP}routes: [{ path: /, proxy_pass: http://shop }]`,
+    '2:21: routes[0].proxy_pass: unknown key; did you mean "service"?',
+  ],
+  [
+    "services: { api: [a:1] }\ndefault: api",
+    "1:18: services.api: a list is not a map such as { servers: [localhost:8081] }",
+  ],
+  [`${SHOP}routes: { /a: shop }`, "2:9: routes: a map is not a list such as [{ path: /api, service: shop }]"],
+  [`${ROUTE}hosts: { host: a }`, "2:8: hosts: a map is not a list such as [{ host: a.example, service: shop }]"],
   [`${ROUTE}services: [a]`, "2:11: services: a list is not a map such as { shop: { servers: [localhost:8081] } }"],
   [`${ROUTE}hosts: [{ servers: [a:1] }]`, "2:9: hosts[0]: host is missing"],
   [`${ROUTE}paths: [{ servers: [a:1] }]`, "2:9: paths[0]: path is missing"],
