@@ -9139,7 +9139,7 @@ const KEEP_ALIVE = 60_000; // milliseconds of silence before TCP keep-alive test
 
 /** Why an address cannot be listened on, and what to do, by the code of the error; Deno has EINVAL for EADDRNOTAVAIL. */
 const LISTEN_ERRORS: Record<string, string> = {
-  EADDRINUSE: "another process has this port: end it, or choose another port",
+  EADDRINUSE: "the port is in use: end the process that has it, or choose another port",
   EACCES: "this user may not use ports below 1024: choose another port, or run " +
     `setcap cap_net_bind_service=+ep ${process.execPath}`,
   EADDRNOTAVAIL: "this machine does not have this address",

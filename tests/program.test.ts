@@ -286,15 +286,17 @@ test("a port that is taken ends the program with 1 and is named", () =>
       const { code, err } = await call(["--listen", address], { cwd: folder });
       assert.equal(code, 1);
       assert.ok(
-        err.endsWith(`cannot listen on ${address}: another process has this port: end it, or choose another port\n`),
+        err.endsWith(
+          `cannot listen on ${address}: the port is in use: end the process that has it, or choose another port\n`,
+        ),
         err,
       );
       const more = await call(["--listen", "127.0.0.1:0", "--admin", address], { cwd: folder });
       assert.equal(more.code, 1);
-      assert.match(more.err, /another process has this port/);
+      assert.match(more.err, /the port is in use/);
       const workers = await call(["--listen", address, "--workers", "2"], { cwd: folder });
       assert.equal(workers.code, 1);
-      assert.match(workers.err, /another process has this port/);
+      assert.match(workers.err, /the port is in use/);
     })));
 
 // What cannot be done, as the same sentence on all runtimes: arguments, exit status, what is said.
