@@ -976,7 +976,7 @@ function nodeReader(env: Env | undefined, places: Map<string, Offsets>, say: Rep
     }
     if (!isMap<Node>(node)) return null;
     const out: Raw = {}, own = new Set<string>();
-    for (const { key, value } of env ? node.items.filter(isMerge) : []) {
+    for (const { value } of env ? node.items.filter(isMerge) : []) {
       const maps = isSeq(value) ? value.items.toReversed() : [value]; // the first of a list wins
       for (const one of maps) Object.assign(out, read(one, path, here));
       places.set(JSON.stringify(path), { key: at.key, value: start });
