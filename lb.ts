@@ -58,7 +58,7 @@ import { isDeepStrictEqual, parseArgs, promisify } from "node:util";
 import { isMainThread, parentPort, Worker, workerData } from "node:worker_threads";
 import { constants as zlib, createGzip } from "node:zlib";
 import { toJsonSchema } from "@valibot/to-json-schema";
-import { closest, distance } from "fastest-levenshtein";
+import { distance } from "fastest-levenshtein";
 import { type Context, Hono, type MiddlewareHandler } from "hono";
 import { bodyLimit } from "hono/body-limit";
 import { cors } from "hono/cors";
@@ -112,16 +112,27 @@ const notAList = <S extends Schema>(schema: S, message: string): S => ({
   "~run": (dataset: v.UnknownDataset, config: v.Config<v.BaseIssue<unknown>>) =>
     (Array.isArray(dataset.value) ? v.string(message) : schema)["~run"](dataset, config),
 });
+/** A key of a map with its default, as one would write it. */
+const exampleOf = (entries: v.ObjectEntries): string => {
+  const [name, value] = Object.entries(entries).map(([key, schema]) => [key, "default" in schema ? schema.default : ""])
+    .find(([, or]) => or && typeof or !== "object") ?? [Object.keys(entries)[0], "..."];
+  return `{ ${name}: ${value} }`;
+};
 /** A map with known keys. Unlike `v.strictObject`, which stops at the first one, it reports every unknown key. */
-const map = <const E extends v.ObjectEntries>(entries: E) => {
-  const message = `$ is not a map with keys such as ${Object.keys(entries).slice(0, 3).join(", ")}`;
+const map = <const E extends v.ObjectEntries>(entries: E, example: string = exampleOf(entries)) => {
+  const message = `$ is not a map such as ${example}`;
   const schema = v.objectWithRest(entries, v.never(Object.keys(entries).join(" ")), message);
   return notAList(schema as unknown as v.ObjectSchema<E, string>, message);
 };
+/** Tells editors that a map has exactly one of these keys. */
+const withOneOf = <S extends Schema>(schema: S, keys: string[]): S => Object.assign(schema, { oneOf: keys });
 /** A map with exactly one of these keys. */
 const choice = <const E extends v.ObjectEntries>(entries: E) => {
   const message = `needs exactly one of ${Object.keys(entries).join(", ")}`;
-  return v.pipe(map(entries), v.check((chosen) => Object.keys(chosen).length === 1, message));
+  return v.pipe(
+    withOneOf(map(entries), Object.keys(entries)),
+    v.check((chosen) => Object.keys(chosen).length === 1, message),
+  );
 };
 /** A key that may be left out; without a fallback it then stays absent. */
 const key = <S extends Schema, D extends v.InferInput<S> | undefined = undefined>(schema: S, about: string, or?: D) =>
@@ -134,9 +145,10 @@ const opt = v.optional; // for keys that their map's own description explains
 const escapeKey = (name: string) => /^(__proto__|constructor|prototype)$/.test(name) ? `\0${name}` : name;
 const unescaped = (name: string) => name.replace(/^\0/, "");
 /** A map with free keys becomes a `Map`, in which no name is special. */
-const dict = <I, O>(name: v.GenericSchema<unknown, string>, value: v.GenericSchema<I, O>) =>
-  v.pipe(
-    notAList(v.record(v.string(), value, "$ is not a map"), "$ is not a map"),
+const dict = <I, O>(name: v.GenericSchema<unknown, string>, value: v.GenericSchema<I, O>, example: string) => {
+  const message = `$ is not a map such as ${example}`;
+  return v.pipe(
+    notAList(v.record(v.string(), value, message), message),
     v.rawCheck<Record<string, O>>(({ dataset: { value: input }, addIssue }) => { // also where a value is wrong
       const seen = new Set<string>();
       for (const [key, value] of Object.entries(record(input))) {
@@ -150,6 +162,7 @@ const dict = <I, O>(name: v.GenericSchema<unknown, string>, value: v.GenericSche
       new Map(Object.entries(input).map(([key, value]) => [v.parse(name, unescaped(key)), value]))
     ),
   );
+};
 const either = <const O extends Schema[]>(what: string, ...options: O) => v.union(options, `$ is not ${what}`);
 const oneOf = <const N extends (string | number)[]>(...names: N) =>
   v.picklist(names, `$ is not one of ${names.filter((name) => name !== "").join(", ")}`);
@@ -159,17 +172,66 @@ const many = <S extends Schema>(item: S, what: string, least = 0) => {
   const one = v.pipe(item, v.transform((one: Out<S>) => [one]));
   return v.pipe(v.union([one, v.array(item, message)], message), v.check((list) => list.length >= least, message));
 };
+/** A short form: it means, and --print-config shows, what `long` makes of it. */
+const brief = <S extends Schema, L extends Schema>(short: S, long: (value: v.InferInput<S>) => unknown, schema: L) => ({
+  ...short as unknown as v.GenericSchema<v.InferInput<S>, Out<L>>,
+  long,
+  "~run": (dataset: v.UnknownDataset, config: v.Config<v.BaseIssue<unknown>>) => {
+    const { value } = dataset, read = short["~run"](dataset, config);
+    return (read.issues ? read : schema["~run"]({ value: long(value) }, config)) as v.OutputDataset<
+      Out<L>,
+      v.BaseIssue<unknown>
+    >;
+  },
+});
+/** Either a short form, or the long one. */
+const orBrief = <S extends Schema, L extends Schema>(what: string, ...of: Parameters<typeof brief<S, L>>) =>
+  either(what, brief(...of), of[2]);
+/** What is known of a schema's parts: valibot keeps those of the first schema in a pipe. */
+type Parts = {
+  type: string;
+  long?(value: unknown): unknown;
+  wrapped?: Schema;
+  options?: Schema[];
+  item?: Schema;
+  value?: Schema;
+  entries?: Record<string, Schema>;
+};
+/** A valid value with its short forms written out. */
+function longForm(schema: Schema, value: unknown): unknown {
+  const { type, long, wrapped, options, item, value: values, entries } = schema as unknown as Parts;
+  if (long) return long(value);
+  if (wrapped) return longForm(wrapped, value);
+  if (type === "union") {
+    const option = options!.find((one) => v.safeParse(one, value).success);
+    return option ? longForm(option, value) : value;
+  }
+  if (Array.isArray(value)) return item ? value.map((one) => longForm(item, one)) : value;
+  if (!isRecord(value)) return value;
+  const of = (key: string) => entries ? entries[key] : values;
+  return Object.fromEntries(Object.entries(value).map(([key, one]) => [key, of(key) ? longForm(of(key)!, one) : one]));
+}
 /** The word off or none, which means `meant`, or something else. */
 const or = <T, S extends Schema>(off: "off" | "none", meant: T, schema: S, what = "a map") =>
   v.pipe(
     either(`${off} or ${what}`, v.literal(off), schema),
     v.transform((value): T | Out<S> => value === off ? meant : value as Out<S>),
   );
+type Json = ReturnType<typeof toJsonSchema>;
+/** The JSON Schema of words and numbers of a pattern. */
+function patternJson(pattern: RegExp): Json {
+  const text: Json = { type: "string", pattern: pattern.source };
+  if (pattern.test("7") || pattern.test("200")) return { ...text, type: ["string", "number"] } as unknown as Json;
+  return pattern.test("0") ? { anyOf: [text, { const: 0 }] } : text;
+}
 type Reader<T> = (text: string, ...groups: string[]) => T | Error | false;
-/** A word or number. `read` makes a value of the pattern's groups; false refuses it, and so does an Error, which says why. */
-const word = <T = string>(what: string, pattern: RegExp, read: Reader<T> = (text) => text as T) =>
+/**
+ * A word or number. `read` makes a value of the pattern's groups; false refuses it, and so does an Error, which says why.
+ * Editors show what the pattern refuses, or `strict`, where that refuses more.
+ */
+const word = <T = string>(what: string, pattern: RegExp, read: Reader<T> = (text) => text as T, strict = pattern) =>
   v.pipe(
-    either(what, v.string(), v.number()),
+    Object.assign(either(what, v.string(), v.number()), { json: patternJson(strict) }),
     v.rawTransform<string | number, T>(({ dataset, addIssue, NEVER }) => {
       const found = pattern.exec(String(dataset.value)) as [string] | null;
       const value: T | Error | false = found !== null && read(...found);
@@ -196,15 +258,16 @@ const whole = (least: number, most: number) => {
 
 // Times become milliseconds, percentages fractions, sizes bytes, and none becomes Infinity.
 const UNITS: Record<string, number> = { ms: 1, s: 1e3, m: 60e3, h: 3600e3, d: 86400e3 };
+const TIME = /^(?:0|(\d+(?:\.\d+)?)(ms|s|m|h|d))$/, MORE_THAN_0 = /^(?=.*[1-9])\d+(?:\.\d+)?(?:ms|s|m|h|d)$/;
 const duration = (least: number) =>
-  word("a duration such as 500ms, 2s or 1m", /^(?:0|(\d+(?:\.\d+)?)(ms|s|m|h|d))$/, (_, count = "0", unit = "s") => {
+  word("a duration such as 500ms, 2s or 1m", TIME, (_, count = "0", unit = "s") => {
     const ms = Math.round(Number(count) * UNITS[unit]!);
     return ms >= least && ms <= UNITS.d! ? ms : new Error(`${least ? "more than 0 and " : ""}at most 1d`);
-  });
+  }, least ? MORE_THAN_0 : TIME);
 /** Text such as 500ms, 2s or 1m to milliseconds. */
 export const Duration = duration(1);
 const Percent = word("a percentage from 0% to 100%", /^(?:100|\d?\d(?:\.\d+)?)%$/, (text) => parseFloat(text) / 100);
-const SIZE = /^(?:none|(\d+(?:\.\d+)?) ?(?:([kmgt]?)(i?)b)?)$/i;
+const SIZE = /^(?:[nN]one|NONE|(\d+(?:\.\d+)?) ?(?:([kKmMgGtT]?)([iI]?)[bB])?)$/;
 const bytesIn: Reader<number> = (_, count, prefix = "", i) => {
   const bytes = Math.floor(Number(count) * (i ? 1024 : 1000) ** " kmgt".indexOf(lower(prefix) || " "));
   return count === undefined ? Infinity : Number.isSafeInteger(bytes) && bytes;
@@ -221,16 +284,23 @@ const Text = v.pipe(either("text", v.string(), v.number(), v.boolean()), v.trans
 const Printable = v.pipe(Text, v.regex(/^[\t\x20-\x7e\x80-\xff]*$/, "$ cannot stand in a header"), v.trim());
 const Texts = many(Printable, "a text");
 const lower = (text: string) => text.toLowerCase();
-const token = (not: string) => new RegExp(`^(?!(?:${not})$)[!#$%&'*+.^_\`|~0-9a-z-]+$`, "i"); // RFC 9110 section 5.6.2
+const TOKEN = /^[!#$%&'*+.^_`|~0-9A-Za-z-]+$/; // RFC 9110 section 5.6.2
 const upper = (text: string) => text.toUpperCase();
-const Method = word("a method that can be forwarded, such as GET", token("trace|connect"), upper);
+const Method = word(
+  "a method that can be forwarded, such as GET",
+  TOKEN,
+  (text) => !/^(trace|connect)$/i.test(text) && upper(text),
+);
 const Methods = many(Method, "a method");
-const TOKEN = token("");
 const HeaderName = word("a header name", TOKEN, lower);
 // Where a message ends and the next one begins is ours to say.
-const FRAMING = "connection|content-length|host|keep-alive|proxy-connection|te|trailer|transfer-encoding|upgrade";
-const RuleName = word("a header name that a rule may change", token(FRAMING), lower);
-const RuleNames = many(RuleName, "a header name"), RuleValues = dict(RuleName, Printable);
+const FRAMING = /^(connection|content-length|host|keep-alive|proxy-connection|te|trailer|transfer-encoding|upgrade)$/;
+const RuleName = word(
+  "a header name that a rule may change",
+  TOKEN,
+  (name) => !FRAMING.test(lower(name)) && lower(name),
+);
+const RuleNames = many(RuleName, "a header name"), RuleValues = dict(RuleName, Printable, "{ x-name: value }");
 const isIPv4 = ipaddr.IPv4.isValidFourPartDecimal;
 const isIPv6 = (text: string) => text.includes(":") && !text.includes("%") && ipaddr.IPv6.isValid(text);
 const isAddress = (text: string) => isIPv4(text) || isIPv6(text);
@@ -244,10 +314,11 @@ const Network = word("an address or a network such as 10.0.0.0/8", NETWORK, (tex
 const Networks = many(Network, "an address or a network");
 const AUTHORITY = /^(\[[^\]]*\]|[^:[\]]*)(?::(\d{1,5}))?$/;
 const Host = word("a host such as www.example.com", AUTHORITY, (text, host) => (!text || isHost(host)) && text);
-const HostPattern = word('a host such as www.example.com or "*.example.com"', AUTHORITY, (_, host) => {
+const HostPattern = word('a host such as www.example.com or "*.example.com"', AUTHORITY, (_, host, port) => {
   const name = lower(host).replace(/\.$/, "");
-  return isHost(name.replace(/^\*\./, "")) && !/^\*\.[[\d.]+$/.test(name) && name;
-});
+  if (!isHost(name.replace(/^\*\./, "")) || /^\*\.[[\d.]+$/.test(name)) return false;
+  return port ? new Error(`routes match hosts on all ports; write ${host}`) : name;
+}, /^(?:\[[^\]]*\]|[^:[\]]*)$/);
 const LISTEN = /^(?:(.*):)?(\d{1,5})$/;
 const Listen = word("a port, or an address such as 127.0.0.1:8080 or [::]:8080", LISTEN, (_, host = "", port) => {
   return Number(port) < 65536 && (!host || isHost(host)) && { host, port: Number(port) };
@@ -257,13 +328,79 @@ const Local = v.pipe(Listen, v.transform(({ host, port }) => ({ host: host || "1
 const isLoopback = (host: string) =>
   host === "localhost" || host === "[::1]" || isIPv4(host) && host.startsWith("127.");
 const Bearer = word("a token of 8 or more letters, digits and -._~+/", /^[\w.~+/-]{8,}=*$/); // RFC 6750 section 2.1
-const PATH = /^\/[!-"$->@-~]*$/; // ASCII without space, ? and #
-const Path = word("a path such as /v1 (it begins with / and has no query)", PATH, (path) => {
-  return /\/\.\.?(?:\/|$)/.test(path) ? new Error("no request has . or .. in its path") : path;
+const UNRESERVED = /[\w.~-]/;
+/** Percent-encoding in its normal form: in capitals, and only where it is needed (RFC 3986 section 6.2.2). */
+const normalEncoding = (path: string): string => {
+  const decoded = path.replace(/%[0-9a-f]{2}/gi, (hex) => {
+    const character = String.fromCharCode(parseInt(hex.slice(1), 16));
+    return UNRESERVED.test(character) ? character : hex.toUpperCase();
+  });
+  return encodeURI(decoded).replaceAll("%25", "%");
+};
+const A_PATH = "a path such as /v1 (it begins with / and has no query)", NO_DOTS = "no request has . or .. in its path";
+const hasDots = (path: string) => /\/\.\.?(?:[/?]|$)/.test(path);
+const ProbePath = word("a path such as /healthz (it begins with /)", /^\/[!-"$-~]*$/, (path) => {
+  return hasDots(path) ? new Error(NO_DOTS) : path; // ASCII without space and #
 });
-const Prefix = v.pipe(Path, v.transform((path) => path.replace(/\/+$/, "")));
+/** Where a rewrite leads. Nobody means a star or a name literally there. */
+const Path = word(A_PATH, /^\/[!-"$->@-~]*$/, (path) => {
+  if (hasDots(path)) return new Error(NO_DOTS);
+  if (!/\*|\{|\/:[a-z]/i.test(path)) return path;
+  return new Error("it is taken literally; what follows the match stays by itself, and $1 is a group of {regex: ...}");
+});
+const ONE_SEGMENT = /^(?::([a-z_]\w*)|\{([a-z_]\w*)\})$/i;
+/** A regular expression for a path with stars, or with names inside segments. */
+const regexFor = (path: string): string => {
+  const open = path.replace(/\*+$/, "");
+  if (!open) return "/";
+  const pieces = open.split(/(\*\*|\*|:[a-z_]\w*|\{[^}]*\})/i);
+  const parts = pieces.map((piece, i) =>
+    i % 2 ? piece === "**" ? ".*" : "[^/]+" : piece.replace(/[.+()|[\]^$]/g, "\\$&")
+  );
+  return `{regex: '${path.startsWith("/") ? "^" : ""}${parts.join("")}${open === path ? "$" : ""}'}`;
+};
+/** What to write for a regular expression that stands where a path does. */
+const insteadOf = (regex: string): string => {
+  const plain = regex.replace(/^\^/, "").replace(/\{\w+:([^}]*)\}/g, "$1");
+  const [, prefix, isAll] = /^(\/[\w/.-]*?)(?:\/?(\(?\.\*\)?\$?)|\$)$/.exec(plain) ?? [];
+  if (prefix === undefined) return `{regex: '^${plain}'}`;
+  return isAll ? prefix : `{exact: ${prefix}}`;
+};
+/**
+ * A path as people write it, in the normal form of requests, with `{name}` where any segment fits. What looks like a
+ * pattern and is none is refused, for taken literally it would match nothing.
+ */
+const readPattern = (written: string): string | Error => {
+  if (/^\^|[[\]]|\.[*+]|\\[dwsDWS]|\$$/.test(written)) {
+    return new Error(`a regular expression is {regex: ...}; write ${insteadOf(written)}`);
+  }
+  const segments = written.split("/");
+  const odd = (segment: string) => /^:|[{}*]/.test(segment) && !ONE_SEGMENT.test(segment);
+  if (segments.some(odd)) {
+    const named = written.replace(/(?<=\/)\*(?=\/)/g, "{any}");
+    const write = named.split("/").some(odd) ? regexFor(written) : named;
+    return new Error(`a segment is literal, or any one as :id or {id}; /* ends a prefix; otherwise write ${write}`);
+  }
+  if (/%(?![0-9a-f]{2})|%00|\\|\p{Cs}/iu.test(written)) {
+    return new Error("no request has a bare %, %00 or \\ in its path");
+  }
+  const normal = segments.map((segment) => {
+    const [, colon, braces] = ONE_SEGMENT.exec(segment) ?? [], name = colon ?? braces;
+    return name ? `{${name}}` : normalEncoding(segment);
+  });
+  return hasDots(normal.join("/")) ? new Error(NO_DOTS) : normal.join("/");
+};
+const PATTERN = /^[/*^][^\x00-\x20?#\x7f]*$/;
+const SEGMENTS = String
+  .raw`(?:/(?::[A-Za-z_]\w*|\{[A-Za-z_]\w*\}|(?!:)(?:[^\x00-\x20?#\x7f/{}*\\%]|%[0-9A-Fa-f]{2})*))`;
+const Exact = word(A_PATH, PATTERN, readPattern, new RegExp(`^${SEGMENTS}+$`));
+const readPrefix: Reader<string> = (path) => {
+  const pattern = readPattern(path.replace(/\/\*\*?$/, "/"));
+  return typeof pattern === "string" ? pattern.replace(/\/+$/, "") : pattern;
+};
+const Prefix = word(A_PATH, PATTERN, readPrefix, new RegExp(`^(?:${SEGMENTS}+|${SEGMENTS}*/\\*\\*?)$`));
 /** RE2 syntax: linear time by construction, so that no pattern can be made slow by a request. */
-const Regex = word("a regular expression (RE2)", /^[^]*$/, (text) => {
+const Regex = word("a regular expression (RE2)", /^[\s\S]*$/, (text) => {
   try {
     return RE2JS.compile(text), text;
   } catch (error) { // its message has the pattern, which may be a secret
@@ -282,14 +419,20 @@ const shown = (host: string, port: number): string => `${host || "0.0.0.0"}:${po
 
 // --- 1.2 Services: what a service and its servers may say ---
 
-const ORIGIN = /^(?:(https?|h2c):\/\/)?(\[[^\]]*\]|[^:[\]/?#@]*)(?::(\d{1,5}))?\/?$/i;
+const ORIGIN = /^(?:([hH][tT][tT][pP][sS]?|[hH]2[cC]):\/\/)?(\[[^\]]*\]|[^:[\]/?#@]*)(?::(\d{1,5}))?\/?$/;
 const SERVER = "a server such as localhost:8081 or http://localhost (no user, no path)";
-const Url = word(SERVER, ORIGIN, (_, scheme = "", host, port) => {
-  const number = Number(port ?? { http: 80, h2c: 80, https: 443 }[lower(scheme)]), name = `${lower(host)}:${number}`;
-  const fits = isHost(host) && number > 0 && number < 65536 && URL.canParse(`http://${name}`);
-  const { origin } = new URL(`${/^https$/i.test(scheme) ? "https" : "http"}://${fits ? name : "none"}`);
-  return fits && { name, url: /^h2c$/i.test(scheme) ? origin.replace("http", "h2c") : origin };
-});
+const isPort = (server: unknown): boolean => /^\d{1,5}$/.test(String(server));
+const Url = {
+  ...word(SERVER, ORIGIN, (text, scheme = "", given, at) => {
+    const [host, port] = isPort(text) ? ["localhost", text] : [given!, at];
+    const number = Number(port ?? { http: 80, h2c: 80, https: 443 }[lower(scheme)]), name = `${lower(host)}:${number}`;
+    const isThere = isHost(host.replace(/\.$/, "")) && URL.canParse(`http://${name}`); // a last dot: no search domains
+    const fits = isThere && number > 0 && number < 65536, isH2c = lower(scheme) === "h2c";
+    const { origin } = new URL(`${isH2c ? "http" : scheme || "http"}://${fits ? name : "none"}`);
+    return fits && { name, url: isH2c ? origin.replace("http", "h2c") : origin };
+  }),
+  long: (server: unknown) => isPort(server) ? `localhost:${server}` : server,
+};
 const also = {
   weight: opt(whole(0, 256), 1),
   host: opt(Host, ""),
@@ -324,7 +467,7 @@ export const STRATEGIES = ["round-robin", "first", "random", "two-choices", "lea
 type Hashed = "header" | "cookie" | "query" | "path" | "client";
 const named = { header: opt(HeaderName), cookie: opt(Text), query: opt(Text) };
 const HashMap = map({ hash: choice({ ...named, path: opt(True), client: opt(True) }) });
-const AnyName = v.union([v.picklist(STRATEGIES), v.string()]);
+const AnyName = Object.assign(v.union([v.picklist(STRATEGIES), v.string()]), { json: { enum: STRATEGIES } });
 /** Any name, for users may bring strategies of their own: `check` knows which there are. */
 const StrategySchema = v.pipe(
   either("a strategy such as random or {hash: {header: name}}", AnyName, HashMap),
@@ -334,11 +477,14 @@ const StrategySchema = v.pipe(
     return { name: "hash", by, key: key === true ? "" : key };
   }),
 );
-const Statuses = word("a status such as 200, or 200-399", /^([1-5]\d\d)(?:-([1-5]\d\d))?$/, (_, from, to = from) => {
+const A_STATUS = "a status such as 200, 2xx, or 200-399";
+const StatusRange = word(A_STATUS, /^([1-5]\d\d)(?:-([1-5]\d\d))?$/, (_, from, to = from) => {
   return from <= to && [Number(from), Number(to)] as [number, number];
 });
+const Hundred = word(A_STATUS, /^[1-5](?:xx|XX)$/);
+const Statuses = orBrief(A_STATUS, Hundred, (text) => String(text).replace(/xx/i, "00-$`99"), StatusRange);
 const Probe = map({
-  path: key(either("a path", v.literal(""), Path), "a request to it; without it a TCP connect", ""),
+  path: key(either("a path", v.literal(""), ProbePath), "a request to it; without it a TCP connect", ""),
   interval: key(Duration, "time between two probes", "10s"),
   timeout: key(Duration, "a probe that takes longer has failed", "2s"),
   expect: key(many(Statuses, "a status", 1), "200, 200-399, or a list", [200]),
@@ -350,12 +496,14 @@ const Probe = map({
   rise: key(whole(1, 100), "successes in a row until it may be asked again", 2),
   fall: key(whole(1, 100), "failures in a row until it may not be asked", 3),
   method: key(oneOf("GET", "HEAD", "OPTIONS", "POST"), "to ask with", "GET"),
-  headers: key(dict(HeaderName, Printable), "of the request", {}),
+  headers: key(dict(HeaderName, Printable, "{ x-name: value }"), "of the request", {}),
 });
 const kindOfProbe = ({ grpc, path }: Out<typeof Probe>) =>
   grpc !== undefined ? "grpc" as const : path ? "http" as const : "tcp" as const;
 const Probing = v.pipe(Probe, v.transform((one) => ({ kind: kindOfProbe(one), ...one })));
-const Health = or("off", { kind: "off" as const, ...v.parse(Probe, {}) }, Probing);
+const A_PROBE = "a path, or a map such as { path: /healthz }";
+const ShortProbe = orBrief(A_PROBE, ProbePath, (path) => ({ path }), Probing);
+const Health = or("off", { kind: "off" as const, ...v.parse(Probe, {}) }, ShortProbe, A_PROBE);
 const Slow = or("off", Infinity, numeral(1.1, 1000), "a number from 1.1 to 1000");
 const EjectMap = map({
   failures: key(whole(1, 1e6), "failed requests in a row", 5),
@@ -373,15 +521,20 @@ const InFlight = v.pipe(
   v.transform((limit) => limit === "auto" ? AUTO : limit),
 );
 const Hedge = or("off", 0, Quantile, "a share such as p95, from p50 to p99");
-const Queue = or("off", { size: 0, timeout: 0 }, QueueMap);
+const A_QUEUE = "how many wait, or a map such as { size: 100 }";
+const ShortQueue = orBrief(A_QUEUE, QueueMap.entries.size, (size) => ({ size }), QueueMap);
+const Queue = or("off", { size: 0, timeout: 0 }, ShortQueue, A_QUEUE);
 const Timeouts = map({
   connect: opt(Duration, "3s"),
   response: opt(Duration, "60s"),
   idle: opt(Duration, "5m"),
   request: opt(or("none", Infinity, Duration, "a duration such as 30s"), "none"),
 });
+const WEB_ORIGIN = /^(?:\*|null|[a-z][a-z0-9+.-]*:\/\/(?:\*\.)?(?:\[[^\]]*\]|[^*:[\]/?#@\s]+)(?::\d{1,5})?)$/;
+const WebOrigin = word('an origin such as https://a.example, https://*.example or "*"', WEB_ORIGIN);
+const WebOrigins = many(WebOrigin, "an origin");
 const CorsMap = map({
-  origin: key(Texts, "origins that may read the answers", ["*"]),
+  origin: key(WebOrigins, "origins that may read the answers; https://*.example.com is any below it", ["*"]),
   allow_methods: key(Methods, "methods they may use", ["GET", "HEAD", "PUT", "POST", "DELETE", "PATCH"]),
   allow_headers: key(Texts, "headers they may send; none: those they ask for", []),
   expose_headers: key(Texts, "headers they may read", []),
@@ -390,7 +543,9 @@ const CorsMap = map({
 });
 const credible = (cors: Out<typeof CorsMap>) => !cors.credentials || !cors.origin.includes("*");
 const SafeCors = v.pipe(CorsMap, v.check(credible, "credentials need origins by name, not *"));
-const Cors = or("off", { ...v.parse(CorsMap, {}), origin: [] as string[] }, SafeCors);
+const ORIGINS = 'an origin, a list of them, or a map such as { origin: "https://a.example" }';
+const ShortCors = orBrief(ORIGINS, WebOrigins, (origin) => ({ origin }), SafeCors);
+const Cors = or("off", { ...v.parse(CorsMap, {}), origin: [] as string[] }, ShortCors, ORIGINS);
 const Name = opt(Text, "");
 const TlsMap = map({ ca: Name, cert: Name, key: Name, servername: Name, insecure: opt(Bool, false) });
 const Tls = v.pipe(TlsMap, v.check((tls) => !tls.cert === !tls.key, "needs cert and key together"));
@@ -398,12 +553,24 @@ const HttpVersion = v.pipe(oneOf(1, 1.1, 2, "auto"), v.transform((version) => ve
 const RETRY_CAUSES = ["connect", "reset", "unavailable"] as const; // the last is gRPC's
 const RetryOn = either("connect, reset, unavailable, or 400 to 599", v.picklist(RETRY_CAUSES), whole(400, 599));
 const Fallback = or("none", "", ServiceName, "a name");
-const HostHeader = either("keep, server or a host", v.picklist(["keep", "server"]), Host);
+/** What other programs call the server's own name, and the client's. */
+const OWN_HOST = /^(?:upstream|upstream_hostport|auto|rewrite|\{.*upstream.*|\$proxy_host)$/;
+const SENT_HOST = /^(?:preserve|pass|original|\{.*host.*|\$(?:http_)?host)$/;
+const HostHeader = word("keep, server or a host such as www.example.com", /^\S+$/, (host) => {
+  if (OWN_HOST.test(host)) return new Error("the server's own is called server");
+  if (SENT_HOST.test(host)) return new Error("the client's is called keep");
+  return /^(?:keep|server)$/.test(host) || v.is(Host, host) ? host : false;
+}, AUTHORITY);
 const CookieName = word("a cookie name", TOKEN);
 const Secret = v.pipe(Text, v.nonEmpty("the secret is empty"));
 const StickyMap = map({ cookie: opt(CookieName, "lb"), secret: opt(Secret), max_age: opt(duration(0), 0) });
 const Stuck = v.pipe(StickyMap, v.transform((one) => ({ secret: "", ...one })));
-const Sticky = or("off", { cookie: "", secret: "", max_age: 0 }, Stuck);
+const A_COOKIE = "the name of a cookie, or a map such as { cookie: lb }";
+const NO_COOKIE = /^(?:on|yes|no|none|true|false|enabled?|disabled?|cookie|source|ip)$/i;
+const ShortCookie = word(A_COOKIE, TOKEN, (name) => !NO_COOKIE.test(name) && name);
+const ShortSticky = orBrief(A_COOKIE, ShortCookie, (cookie) => ({ cookie }), Stuck);
+const Sticky = or("off", { cookie: "", secret: "", max_age: 0 }, ShortSticky, A_COOKIE);
+const Compress = orBrief("true, false or gzip", v.literal("gzip"), () => true, Bool);
 /** What a route may also say, and then wins over its service. */
 const policy = {
   retries: key(whole(0, 10), "further attempts, always at another server while one is left", 1),
@@ -414,7 +581,7 @@ const policy = {
     v.getDefaults(Timeouts),
   ),
   host_header: key(HostHeader, "keep (the client's), server (the server's own), or a literal", "keep"),
-  compress: key(Bool, "gzip for text when the client accepts it and the server did not", false),
+  compress: key(Compress, "gzip for text when the client accepts it and the server did not", false),
   cors: key(Cors, "off, or who may read the answers in a browser", "off"),
 };
 const settings = {
@@ -452,15 +619,18 @@ const TestSchema = v.pipe(
   }),
 );
 const tests = (name: v.GenericSchema<unknown, string>) =>
-  v.pipe(dict(name, TestSchema), v.transform((all) => [...all].map(([name, test]): Condition => ({ name, ...test }))));
+  v.pipe(
+    dict(name, TestSchema, "{ name: value }"),
+    v.transform((all) => [...all].map(([name, test]): Condition => ({ name, ...test }))),
+  );
 const PathMatch = v.pipe(
-  either("a path, {exact: ...} or {regex: ...}", Prefix, choice({ exact: opt(Path), regex: opt(Regex) })),
+  either("a path, {exact: ...} or {regex: ...}", Prefix, choice({ exact: opt(Exact), regex: opt(Regex) })),
   v.transform((path): PathRule => {
     if (typeof path === "string") return { kind: "prefix", path };
     return path.exact === undefined ? { kind: "regex", source: path.regex! } : { kind: "exact", path: path.exact };
   }),
 );
-const Rewrite = v.pipe(
+const RewriteMap = v.pipe(
   map({ path: opt(Path), whole: opt(Path), host: opt(Host, "") }),
   v.check(({ path, whole }) => path === undefined || whole === undefined, "path and whole exclude each other"),
   v.transform(({ path, whole, host }): { kind: "none" | "replace" | "whole"; path: string; host: string } => {
@@ -468,30 +638,63 @@ const Rewrite = v.pipe(
     return { kind: path === undefined ? "none" : "replace", path: path ?? "", host };
   }),
 );
+const REWRITE = "a path, or a map such as { path: /v2 }";
+const Rewrite = orBrief(REWRITE, Path, (path) => ({ path }), RewriteMap);
 const HeaderRules = map({ set: opt(RuleValues, {}), add: opt(RuleValues, {}), remove: opt(RuleNames, []) });
-const QueryRules = map({ set: opt(dict(Text, Text), {}), remove: opt(many(Text, "a name"), []) });
+const QueryRules = map({ set: opt(dict(Text, Text, "{ name: value }"), {}), remove: opt(many(Text, "a name"), []) });
 const RequestRules = map({ headers: opt(HeaderRules, {}), query: opt(QueryRules, {}) });
-const To = word("a URL or path to go to", /^(?:(?:https?:\/\/|\/)[!-~]+|\/|)$/i);
+const To = word("a URL or path to go to", /^(?:(?:[hH][tT][tT][pP][sS]?:\/\/|\/)[!-~]+|\/)$/, (to) => {
+  if (!/\$\w|[{}]|\*$|\/:[a-z]/i.test(to)) return to;
+  return new Error("it is taken literally; { host: b.example } and { scheme: https } keep path and query");
+});
 const Place = word("a path such as /v1", /^(?:\/[!-~]*|)$/);
 const parts = { scheme: opt(oneOf("http", "https", ""), ""), host: opt(Host, ""), port: opt(whole(0, 65535), 0) };
-const Redirect = v.pipe(
-  map({ to: opt(To, ""), ...parts, path: opt(Place, ""), status: opt(oneOf(301, 302, 303, 307, 308), 302) }),
+const RedirectMap = v.pipe(
+  map({
+    to: opt(either("a URL or path to go to", v.literal(""), To), ""),
+    ...parts,
+    path: opt(Place, ""),
+    status: opt(oneOf(301, 302, 303, 307, 308), 302),
+  }),
   v.check((one) => !one.to !== !(one.scheme || one.host || one.port || one.path), "needs either to or its parts"),
   v.transform((one) => ({ kind: "redirect" as const, ...one })),
 );
-const Respond = v.pipe(
+const REDIRECT = "a URL or path to go to, or a map such as { scheme: https }";
+const Redirect = orBrief(REDIRECT, To, (to) => ({ to }), RedirectMap);
+const RespondMap = v.pipe(
   map({ status: opt(whole(200, 599), 200), body: opt(Text, ""), headers: opt(RuleValues, {}) }),
   v.check((one) => !one.body || ![204, 205, 304].includes(one.status), "an answer with this status has no body"),
   v.transform((one) => ({ kind: "respond" as const, ...one })),
+);
+const Respond = orBrief(
+  "a status, or a map such as { status: 404 }",
+  whole(200, 599),
+  (status) => ({ status }),
+  RespondMap,
 );
 const RateKey = either("ip or {header: name}", v.literal("ip"), map({ header: HeaderName }));
 const RateMap = v.pipe(
   map({ requests: whole(1, 1e6), per: opt(Duration, "1s"), by: opt(RateKey, "ip"), burst: opt(whole(1, 1e6)) }),
   v.transform(({ by, ...one }) => ({ ...one, burst: one.burst ?? one.requests, by: by === "ip" ? "" : by.header })),
 );
-const RateSchema = or("off", undefined, RateMap);
+const A_RATE = "a rate such as 5/s, or a map such as { requests: 5, per: 1s }";
+const PER = /^([1-9]\d{0,6})\/(\d*)(ms|s|m|h|d)$/;
+const readRate = (rate: string | number) => {
+  const [, requests, count, unit] = PER.exec(String(rate))!;
+  return { requests: Number(requests), per: `${count || 1}${unit}` };
+};
+const RateWord = word(A_RATE, PER, (text, requests) => Number(requests) <= 1e6 && text);
+const ShortRate = orBrief(A_RATE, RateWord, readRate, RateMap);
+const RateSchema = or("off", undefined, ShortRate, A_RATE);
 const MirrorMap = map({ service: ServiceName, percent: opt(numeral(0, 100), 100) });
-const Mirror = or("off", { service: "", percent: 0 }, MirrorMap);
+const A_MIRROR = "a service, or a map such as { service: shop, percent: 10 }";
+const ShortMirror = orBrief(A_MIRROR, ServiceName, (service) => ({ service, percent: 100 }), MirrorMap);
+const Mirror = or("off", { service: "", percent: 0 }, ShortMirror, A_MIRROR);
+const Share = either(
+  "a whole number from 0 to 1000000, or a percentage",
+  whole(0, 1e6),
+  v.pipe(Percent, v.transform((part) => part * 100)),
+);
 const place = {
   host: key(many(HostPattern, "a host"), '"*.example.com" is any labels in front, not example.com itself', []),
   path: key(many(PathMatch, "a path"), "prefix by whole segments, {exact: /v1}, {regex: ...}, or a list", []),
@@ -506,7 +709,10 @@ const conditions = {
 const actions = {
   service: key(ServiceName, "one of services"),
   servers: key(Servers, "a service of its own; any key of one may stand beside it"),
-  split: key(dict(ServiceName, whole(0, 1e6)), "services and their weights"),
+  split: key(
+    dict(ServiceName, Share, "{ shop: 90%, next: 10% }"),
+    "services and their shares, as weights or percentages",
+  ),
   redirect: key(Redirect, "to, literally, or scheme, host, port and path (what is not named stays); status"),
   respond: key(Respond, "an answer of its own: status, body and headers"),
 };
@@ -522,27 +728,41 @@ const changes = {
   body_limit: key(Size, "of a request's body", "none"),
 };
 const target = { ...actions, ...changes, ...settings }, route = { ...place, ...conditions, ...target };
-const HostRoute = map({ ...route, host: need(many(HostPattern, "a host", 1), "a host or a list") });
-const PathRoute = map({ ...route, path: need(many(PathMatch, "a path", 1), "this path and all below it") });
+const ACTIONS = Object.keys(actions), A_ROUTE = "{ path: /api, service: shop }";
+const DefaultMap = withOneOf(map(target, "{ service: shop }"), ACTIONS),
+  AnyRoute = withOneOf(map(route, A_ROUTE), ACTIONS);
+const Default = orBrief(
+  "a service, or a map such as { service: shop }",
+  ServiceName,
+  (service) => ({ service }),
+  DefaultMap,
+);
+const HostRoute = withOneOf(map({ ...route, host: need(many(HostPattern, "a host", 1), "a host or a list") }), ACTIONS);
+const PathRoute = withOneOf(
+  map({ ...route, path: need(many(PathMatch, "a path", 1), "this path and all below it") }),
+  ACTIONS,
+);
 const ServiceSchema = map({
   servers: need(Servers, "host:port, URL, or {url, weight, host, backup, max, state}"),
   ...settings,
-});
+}, "{ servers: [localhost:8081] }");
 const AdminMap = map({
   listen: key(Local, "where operators connect; a port alone is on 127.0.0.1", "127.0.0.1:9090"),
   token: key(Bearer, "what a request has to show; required beyond loopback"),
   read_token: key(Bearer, "another one, which may only look"),
 });
-const Admin = v.pipe(
+const AdminChecked = v.pipe(
   AdminMap,
   v.check(({ listen, token }) => !!token || isLoopback(listen.host), "needs a token, as it listens beyond loopback"),
   v.check(({ token, read_token }) => !read_token || !!token, "needs a token beside read_token"),
   v.check(({ token, read_token }) => !token || token !== read_token, "token and read_token are the same"),
 );
+const ADMIN = "a port, an address, or a map such as { listen: 9090 }";
+const Admin = orBrief(ADMIN, Local, (listen) => ({ listen }), AdminChecked);
 const LogFormat = oneOf("combined", "json", "off");
 const LogMap = map({ format: opt(LogFormat, "combined"), sample: opt(Percent, "100%") });
 const Log = v.pipe(
-  either("combined, json or off, or a map with format and sample", LogFormat, LogMap),
+  either("combined, json or off, or a map such as { format: json, sample: 10% }", LogFormat, LogMap),
   v.transform((log): Out<typeof LogMap> => typeof log === "string" ? { format: log, sample: 1 } : log),
 );
 // Where clients connect.
@@ -603,12 +823,28 @@ const RoutesFile = map({
   log: key(Log, "combined, json or off; or {format, sample}: a share of what succeeds", "combined"),
   name_routes: key(Bool, "true: every service answers under /<its name>/..., prefix stripped", false),
   defaults: key(map(settings), "any key of a service, for all services", {}),
-  services: key(dict(ServiceName, ServiceSchema), "servers that answer the same", {}),
-  hosts: key(v.array(HostRoute, "$ is not a list of hosts"), "one host to some servers", []),
-  paths: key(v.array(PathRoute, "$ is not a list of paths"), "one path to some servers", []),
-  routes: key(v.array(map(route), "$ is not a list of routes"), "the general form", []),
-  default: key(map(target), "when nothing matches; without it 404"),
-  tcp: key(v.array(Tcp, "$ is not a list of services"), "connections that are not HTTP, to some servers", []),
+  services: key(
+    dict(ServiceName, ServiceSchema, "{ shop: { servers: [localhost:8081] } }"),
+    "servers that answer the same",
+    {},
+  ),
+  hosts: key(
+    v.array(HostRoute, "$ is not a list such as [{ host: a.example, service: shop }]"),
+    "one host to some servers",
+    [],
+  ),
+  paths: key(
+    v.array(PathRoute, "$ is not a list such as [{ path: /api, service: shop }]"),
+    "one path to some servers",
+    [],
+  ),
+  routes: key(v.array(AnyRoute, "$ is not a list such as [{ path: /api, service: shop }]"), "the general form", []),
+  default: key(Default, "when nothing matches; without it 404"),
+  tcp: key(
+    v.array(Tcp, "$ is not a list such as [{ listen: 5432, servers: [localhost:5433] }]"),
+    "connections that are not HTTP, to some servers",
+    [],
+  ),
 });
 
 /** A service, as it is parsed. */
@@ -620,7 +856,7 @@ type FieldTest = { kind: "is"; value: string } | { kind: "regex"; source: string
 };
 /** What a header or a query parameter has to be. */
 export type Condition = { name: string } & FieldTest;
-/** A path, as a route names it; prefixes without a slash at their end. */
+/** A path, as a route names it; prefixes without a slash at their end. `{name}` stands for any one segment. */
 export type PathRule = { kind: "prefix" | "exact"; path: string } | { kind: "regex"; source: string };
 /** A service that a route leads to, its share, the policy that holds on that way, and who is asked in its place. */
 export type Target = { service: string; weight: number; policy: Policy; fallback: Target | undefined };
@@ -647,18 +883,21 @@ export type Config = Pick<Out<typeof RoutesFile>, "listen" | "admin" | "trust" |
   text: string;
   file: string;
   places: Map<string, Keys>;
+  warnings: string[]; // routes that are never reached, services that nothing leads to
 };
 
 // --- 1.4 YAML: from a text to plain values, each with its place in the file ---
 
 /** One thing that is wrong with a file, and where. */
 export type Mistake = { line: number; column: number; path: string; message: string };
+const lineOf = (file: string, { line, column, path, message }: Mistake): string =>
+  `${file}:${line}:${column}: ${path && `${path}: `}${message}`;
 /** Everything that is wrong with a file, one mistake a line: `routes.yml:12:7: listen: 99999 is not a port`. */
 export class ConfigError extends Error {
   override name = "ConfigError";
   mistakes: Mistake[];
   constructor(file: string, mistakes: Mistake[]) {
-    super(mistakes.map((m) => `${file}:${m.line}:${m.column}: ${m.path && `${m.path}: `}${m.message}`).join("\n"));
+    super(mistakes.map((mistake) => lineOf(file, mistake)).join("\n"));
     this.mistakes = mistakes;
   }
 }
@@ -684,26 +923,25 @@ const quote = (value: unknown) => {
   const text = value.replace(/^(\w+:\/\/)?.*@/s, "$1***@");
   return JSON.stringify(text.length > 58 ? `${text.slice(0, 56)}...` : text);
 };
-const guess = (wrong: string, known: string[]) => {
-  const near = known.length ? closest(wrong, known) : "";
-  return near && distance(wrong, near) <= Math.ceil(wrong.length / 3) ? `; did you mean "${near}"?` : "";
-};
 
 /** What is found wrong with a text, and where; `end` throws if there is anything. */
 function newFindings(file: string) {
   const lines = new LineCounter(), places = new Map<string, Offsets>();
   const found = new Map<string, Mistake & { offset: number }>();
   const say: Report = (path, message, at) => {
-    const offset = typeof at === "number" ? at : places.get(JSON.stringify(path))?.[at ?? "value"] ?? 0;
+    const written = path.findLastIndex((_, i) => places.has(JSON.stringify(path.slice(0, i + 1)))) + 1; // not what a short form leaves out
+    const place = places.get(JSON.stringify(path.slice(0, written)));
+    const offset = typeof at === "number" ? at : place?.[at ?? "value"] ?? 0;
     const { line, col } = lines.linePos(offset);
     const mistake = { line: line || 1, column: col || 1, path: dotted(path), message, offset };
     found.set(JSON.stringify([offset, path, message]), mistake);
   };
+  const list = (): Mistake[] =>
+    [...found.values()].sort((a, b) => a.offset - b.offset).slice(0, MOST.mistakes).map(({ offset: _, ...one }) => one);
   const end = () => {
-    const mistakes = [...found.values()].sort((a, b) => a.offset - b.offset).slice(0, MOST.mistakes);
-    if (mistakes.length) throw new ConfigError(file, mistakes.map(({ offset: _, ...mistake }) => mistake));
+    if (found.size) throw new ConfigError(file, list());
   };
-  return { lines, places, found, say, end };
+  return { lines, places, found, say, list, end };
 }
 type Findings = ReturnType<typeof newFindings>;
 
@@ -731,7 +969,9 @@ function scalar({ value, source = "", type }: Scalar, env: Env | undefined, comp
   const meant = type === "PLAIN" && out !== text && /^(true|false|(0|[1-9]\d{0,14})(\.\d{0,9}[1-9])?)$/.test(out);
   return meant ? JSON.parse(out) : out;
 }
-/** Without `env` variables stay as they are written. */
+/** `<<: *name` puts another map's keys under the own ones (YAML 1.1). */
+const isMerge = ({ key }: { key: Node }): boolean => isScalar(key) && key.source === "<<" && key.type === "PLAIN";
+/** Without `env` variables and merge keys stay as they are written. */
 function nodeReader(env: Env | undefined, places: Map<string, Offsets>, say: Report) {
   const anchors = new Map<string, unknown>(), meant = new Map<unknown, unknown>(); // anchored nodes, and what aliases repeat
   let count = 0;
@@ -753,15 +993,22 @@ function nodeReader(env: Env | undefined, places: Map<string, Offsets>, say: Rep
       return void say(path, `*${node.source} names nothing above; text that begins with * stands in quotes`);
     }
     if (!isMap<Node>(node)) return null;
-    const out: Raw = {};
+    const out: Raw = {}, own = new Set<string>();
+    for (const { value } of env ? node.items.filter(isMerge) : []) {
+      const maps = isSeq(value) ? value.items.toReversed() : [value]; // the first of a list wins
+      for (const one of maps) Object.assign(out, read(one, path, here));
+      places.set(JSON.stringify(path), { key: at.key, value: start });
+    }
     for (const { key, value } of node.items) {
+      if (env && isMerge({ key })) continue;
       const offset = key.range?.[0] ?? start;
       if (!isScalar(key)) {
         say(path, "a key is a single word", offset);
         continue;
       }
       const name = escapeKey(unwrapped(key.source ?? String(key.value)));
-      if (Object.hasOwn(out, name)) say([...path, name], "stands twice", offset);
+      if (own.has(name)) say([...path, name], "stands twice", offset);
+      own.add(name);
       out[name] = read(value, [...path, name], { key: offset, value: offset });
     }
     return out;
@@ -794,6 +1041,128 @@ function flatten(issue: Issue, above: Keys = []): { issue: Issue; path: Keys }[]
   const meant = deeper.length ? deeper : below.filter((sub) => sub.kind !== "schema" || flatten(sub)[0]!.issue !== sub);
   return meant.length ? meant.flatMap((sub) => flatten(sub, path)) : [{ issue, path }];
 }
+/** What other programs call it, by what it is called here; `a.b` is the key b in the map a. */
+const OTHER_NAMES: Record<string, string> = {
+  services: "upstream upstreams backend backends cluster clusters pool pools",
+  service: "upstream backend cluster pool proxy_pass reverse_proxy",
+  servers: "upstream upstreams backend backends target targets endpoint endpoints node nodes members server",
+  url: "address addr host target server",
+  routes: "rules locations route ingress",
+  default: "default_backend default_service fallback catch_all",
+  fallback: "backup_service backup",
+  strategy: "balance lb_policy algorithm policy lb_method lb_algorithm load_balancing balancing mode",
+  "least-connections": "leastconn least_conn least_connection leastconnections",
+  "round-robin": "rr roundrobin round_robin wrr weighted weighted_round_robin static_rr",
+  "two-choices": "p2c random_choose two_random power_of_two",
+  "peak-ewma": "ewma peakewma",
+  "least-response-time": "least_time leasttime least_latency fastest",
+  "ip-hash": "source client_ip ip_hash source_ip src iphash",
+  health: "healthcheck health_check healthchecks health_checks check probe probes health_uri httpchk active_health",
+  path: "uri url location match rule prefix path_prefix pathprefix endpoint",
+  expect: "status expect_status expected_status status_code expected_codes codes",
+  fall: "unhealthy_threshold fails max_fails failure_threshold failures",
+  rise: "healthy_threshold passes success_threshold successes",
+  eject: "circuit_breaker circuitbreaker outlier_detection max_fails fail_timeout passive_health",
+  retries: "retry max_retries num_retries attempts tries lb_retries redispatch retry_policy",
+  retry_on: "proxy_next_upstream retry_conditions retry_if",
+  max: "maxconn max_conns",
+  max_in_flight: "max_connections max_conns maxconn max_requests concurrency",
+  "limits.connections": "max_connections maxconn worker_connections",
+  connections: "max_connections maxconn worker_connections",
+  rate: "rate_limit ratelimit limit_req rate_limiting throttle",
+  requests: "limit average count rate",
+  per: "period window interval time",
+  by: "key source",
+  body_limit: "client_max_body_size max_body_size max_request_body max_body request_body",
+  "timeouts.response": "proxy_read_timeout read_timeout response_timeout timeout_server server_timeout",
+  "timeouts.connect": "connect_timeout proxy_connect_timeout dial_timeout timeout_connect",
+  "timeouts.idle": "idle_timeout",
+  "timeouts.request": "request_timeout client_body_timeout timeout_client",
+  slow_start: "slowstart warmup warm_up",
+  compress: "gzip compression encode brotli deflate",
+  strip: "strip_prefix strippath strip_path handle_path",
+  rewrite: "replace_path url_rewrite rewrite_target add_prefix",
+  status: "code status_code",
+  redirect: "redir return redirect_to",
+  respond: "static_response fixed_response direct_response return",
+  split: "canary traffic_split weights weighted",
+  mirror: "shadow request_mirror mirroring",
+  trust: "trusted_proxies set_real_ip_from real_ip_from trusted trust_proxy forwarded_headers",
+  log: "access_log accesslog logging logs",
+  allow: "whitelist allowlist ip_whitelist ip_allowlist",
+  deny: "blacklist denylist ip_denylist block",
+  sticky: "session sessions session_affinity affinity stickiness sticky_session sticky_sessions cookie persistence",
+  cert: "certificate cert_file ssl_certificate crt certfile",
+  key: "key_file private_key ssl_certificate_key keyfile",
+  tls: "ssl certificates https",
+  listen: "frontend frontends port ports bind address listeners listener entrypoints entry_points",
+  host: "match rule domain domains hostname host_name server_name vhost",
+  methods: "method verbs",
+  "request.headers": "header_up proxy_set_header request_headers set_header",
+  "response.headers": "header_down add_header response_headers",
+  origin: "origins allow_origin allow_origins allowed_origins",
+  allow_methods: "allowed_methods methods",
+  allow_headers: "allowed_headers headers",
+  credentials: "allow_credentials",
+  admin: "api stats dashboard management",
+  ca: "ca_file root_ca trusted_ca ca_cert",
+  servername: "sni server_name",
+  insecure: "insecure_skip_verify skip_verify tls_insecure_skip_verify",
+  proxy_protocol: "send_proxy send_proxy_v2",
+};
+/** What is looked for here and stands elsewhere, or nowhere. */
+const HINTS: Record<string, string> = {
+  hsts: "write response: { headers: { set: { strict-transport-security: max-age=31536000 } } }",
+  auth: "nobody is asked for a password here: that is middleware of your own, with lb.ts as a library",
+  root: "no files are served here: name a server that does, such as servers: [localhost:8081]",
+};
+Object.assign(HINTS, { basic_auth: HINTS.auth, basicauth: HINTS.auth, jwt: HINTS.auth, oauth: HINTS.auth });
+Object.assign(HINTS, { file_server: HINTS.root, static: HINTS.root, files: HINTS.root });
+
+const asWritten = (name: string): string => name.includes(".") ? name.replace(/\.(.*)/, ": { $1 }") : `"${name}"`;
+const firstPart = (name: string): string => name.split(".")[0]!;
+/** The entries of the maps that a key may hold. */
+function entriesIn(schema: Schema): Record<string, Schema>[] {
+  const { type, wrapped, options, entries } = schema as unknown as Parts;
+  if (wrapped) return entriesIn(wrapped);
+  if (type === "union") return options!.flatMap(entriesIn);
+  return entries ? [entries] : [];
+}
+/** Where in a file a key belongs. */
+function placesOf(name: string): string[] {
+  const key = firstPart(name),
+    ways: Record<string, Schema> = { ...place, ...conditions, ...actions, ...changes, ...policy };
+  const scopes = { "the top of the file": RoutesFile.entries, "a service": ServiceSchema.entries, "a route": ways };
+  const found = Object.entries(scopes).filter(([, entries]) => Object.hasOwn(entries, key)).map(([scope]) => scope);
+  const above: Record<string, Schema> = { ...RoutesFile.entries, ...ServiceSchema.entries, ...ways };
+  for (const [outer, schema] of Object.entries(above)) {
+    if (/^defaults?$/.test(outer) || !entriesIn(schema).some((entries) => Object.hasOwn(entries, key))) continue;
+    found.push(outer === "servers" ? `a server: { url, ${key} }` : `${outer}: { ${key} }`);
+  }
+  return found;
+}
+/** At most three of them. */
+const listed = (words: string[]): string => {
+  const [first, ...others] = words.slice(0, 3).toReversed();
+  return others.length ? `${others.toReversed().join(", ")} or ${first}` : `${first}`;
+};
+/** What may have been meant by a name: what is called so elsewhere, or by other programs, then what is spelt alike. */
+function guess(wrong: string, known: string[], isKey = false): string {
+  const plain = lower(wrong.replace(/(?<=[a-z])(?=[A-Z])|[-. ]+/g, "_"));
+  if (isKey && Object.hasOwn(HINTS, plain)) return `; ${HINTS[plain]}`;
+  const meant = Object.keys(OTHER_NAMES).filter((name) => OTHER_NAMES[name]!.split(" ").includes(plain));
+  const here = meant.filter((name) => known.includes(firstPart(name)));
+  if (here.length) return `; did you mean ${listed(here.map(asWritten))}?`;
+  const apart = (name: string) => distance(wrong, name), least = Math.min(...known.map(apart));
+  const elsewhere = isKey && least > 1 && [wrong, ...meant].find((name) => placesOf(name).length > 0);
+  if (elsewhere) return `; ${asWritten(elsewhere).replace(/^"|"$/g, "")} belongs to ${listed(placesOf(elsewhere))}`;
+  const isNear = (name: string) => least < 2 || name[0] === wrong[0]; // http is not tcp
+  const near = least <= Math.ceil(wrong.length / 3)
+    ? known.filter((name) => apart(name) === least && isNear(name))
+    : [];
+  return near.length ? `; did you mean ${listed(near.map(asWritten))}?` : "";
+}
+
 /** Keys that somebody may look for beside those of tcp. */
 const FOR_REQUESTS = new Set(Object.keys({ ...route, ...Timeouts.entries }));
 
@@ -804,7 +1173,7 @@ function report({ issue, path }: { issue: Issue; path: Keys }, say: Report) {
     if (path[0] === "tcp" && FOR_REQUESTS.has(name)) {
       return say(path, "is for requests: tcp passes bytes as they are, and knows of none", "key");
     }
-    return say(path, `unknown key${guess(name, known) || `; allowed: ${known.join(", ")}`}`, "key");
+    return say(path, `unknown key${guess(name, known, true) || `; allowed: ${known.join(", ")}`}`, "key");
   }
   if (ofKey && issue.kind === "schema") return say(path.slice(0, -1), `${name} is missing`);
   const secret = path.some((key) => SECRET.test(String(key)));
@@ -818,6 +1187,8 @@ const mapsIn = (file: Raw, ...keys: string[]) =>
     const all = file[key], pairs = Array.isArray(all) ? [...all.entries()] : Object.entries(record(all));
     return pairs.filter(([, one]) => isRecord(one)).map(([at, one]): [Keys, Raw] => [[key, at], one as Raw]);
   });
+/** Where a file says what becomes of requests and connections. */
+const ROUTED = ["hosts", "paths", "routes", "default", "tcp"];
 const topMap = (file: Raw, key: string): [Keys, Raw][] => isRecord(file[key]) ? [[[key], file[key]]] : [];
 const entriesOf = (file: Raw) => [...mapsIn(file, "hosts", "paths", "routes"), ...topMap(file, "default")];
 const SEGMENT = /^(?!\.\.?$)[\w.~-]+$/;
@@ -837,6 +1208,15 @@ function groupsOf(path: unknown): number {
   }
 }
 
+/** Weights are of any sum, and percentages of 100. */
+function checkShares(shares: unknown[], complain: Complain): void {
+  const percent = shares.filter((share) => typeof share === "string" && share.endsWith("%"));
+  const sum = percent.reduce<number>((sum, share) => sum + parseFloat(String(share)), 0);
+  if (percent.length > 0 && percent.length < shares.length) complain("shares are all percentages, or all weights");
+  else if (percent.length > 0 && Math.abs(sum - 100) > 0.5) complain(`the percentages add up to ${sum}%, not to 100%`);
+  else if (shares.length > 0 && shares.every((share) => share === 0)) complain("no service has a weight above 0");
+}
+
 /** Whoever falls back to others must not come back to himself. */
 function checkFallbacks(file: Raw, say: Report) {
   const services = mapsIn(file, "services"), usual = record(file.defaults).fallback ?? "none";
@@ -852,6 +1232,8 @@ function checkFallbacks(file: Raw, say: Report) {
   });
 }
 
+const HASH_OF =
+  "hash needs what to hash, as in { hash: { header: x-user } }, or cookie, query, path: true, client: true";
 function check(file: Raw, more: string[], say: Report) {
   const services = Object.keys(record(file.services)).map(unescaped), strategies = [...STRATEGIES, ...more];
   const known = (path: Keys, name: unknown, what: string, names: string[], at?: "key") => {
@@ -861,24 +1243,30 @@ function check(file: Raw, more: string[], say: Report) {
   };
   const entries = entriesOf(file);
   for (const [path, own] of [...topMap(file, "defaults"), ...mapsIn(file, "services", "tcp"), ...entries]) {
-    known([...path, "strategy"], own.strategy, "strategy", strategies);
+    if (own.strategy === "hash") say([...path, "strategy"], HASH_OF);
+    else known([...path, "strategy"], own.strategy, "strategy", strategies);
     if (own.fallback !== "none") known([...path, "fallback"], own.fallback, "service", services);
   }
   checkFallbacks(file, say);
-  const names = Object.keys(actions), taken = new Set<string>();
+  const taken = new Set<string>();
   for (const [path, entry] of entries) {
-    const has = names.filter((name) => Object.hasOwn(entry, name)), but = has.length && `, not ${has.join(" and ")}`;
-    if (has.length !== 1) say(path, `needs exactly one of ${names.join(", ")}${but || ""}`);
+    const has = ACTIONS.filter((name) => Object.hasOwn(entry, name)), but = has.length && `, not ${has.join(" and ")}`;
+    const isMisnamed = Object.keys(entry).some((key) => !Object.hasOwn(route, key) && guess(key, ACTIONS)); // said already
+    if (has.length > 1 || !has.length && !isMisnamed) {
+      say(path, `needs exactly one of ${ACTIONS.join(", ")}${but || ""}`);
+    }
     known([...path, "service"], entry.service, "service", services);
     known([...path, "mirror", "service"], record(entry.mirror).service, "service", services);
     const split = Object.entries(record(entry.split));
     for (const [name] of split) known([...path, "split", name], unescaped(name), "service", services, "key");
-    if (isRecord(entry.split) && split.every(([, weight]) => weight === 0)) {
-      say([...path, "split"], "no service has a weight above 0");
-    }
+    checkShares(split.map(([, share]) => share), (message) => say([...path, "split"], message));
     for (const key of has.includes("servers") ? [] : Object.keys(entry)) {
       if (!Object.hasOwn(settings, key) || Object.hasOwn(policy, key)) continue;
       say([...path, key], "belongs to a service: it stands there, or beside servers", "key");
+    }
+    const isOwn = has.length === 1 && (has[0] === "redirect" || has[0] === "respond");
+    if (isOwn && entry.cors && entry.cors !== "off") {
+      say([...path, "cors"], `is for answers of servers: a ${has[0]} has headers of its own under response`, "key");
     }
     const groups = Math.min(...[entry.path].flat().map(groupsOf)), rewritten = record(entry.rewrite).path;
     const group = Math.max(0, ...[...String(rewritten).matchAll(/\$(\d+)/g)].map((found) => Number(found[1])));
@@ -894,7 +1282,9 @@ function check(file: Raw, more: string[], say: Report) {
   const none = !hasRoutes(file);
   if (!none && Array.isArray(file.listen) && !file.listen.length) say(["listen"], "is empty: nobody could ask");
   const later = isTrue(file.name_routes) && services.length === 0; // they come over the admin API
-  if (none && !later && !mapsIn(file, "tcp").length) {
+  const isLeftOut = ROUTED.every((key) => [file[key] ?? []].flat().length === 0);
+  const isKnown = Object.keys(file).every((key) => Object.hasOwn(RoutesFile.entries, key)); // else it may be under that
+  if (none && !later && isLeftOut && isKnown) {
     say([], "no way leads to a server: hosts, paths, routes, default or tcp is needed");
   }
 }
@@ -1031,24 +1421,127 @@ function expandConfig(source: Raw, text: string, file: string): Config {
   const places = new Map([...services].map(([name, own]) => [name, stands.get(own)!]));
   locate(file, parsed.values(), listen, ...tcp.map((one) => one.listen));
   const top = { listen, admin, trust, limits, log, name_routes };
-  return { ...top, services: parsed, routes, tcp, source, text, file, places };
+  return { ...top, services: parsed, routes, tcp, source, text, file, places, warnings: [] };
 }
+
+/** Among routes of one place those with a method, then with more conditions go first. */
+const rankOf = ({ methods, headers, query }: Pick<RouteConfig, "methods" | "headers" | "query">): number =>
+  (methods.length ? 1e6 : 0) + headers.length * 1e3 + query.length;
+/** Whether what `inner` takes by method, headers and query `outer` takes too. */
+function includesAll(outer: RouteConfig, inner: RouteConfig): boolean {
+  const has = (all: Condition[]) => (one: Condition) =>
+    all.some((other) => JSON.stringify(one) === JSON.stringify(other));
+  const methods = !outer.methods.length ||
+    inner.methods.length > 0 && inner.methods.every((one) => outer.methods.includes(one));
+  return methods && outer.headers.every(has(inner.headers)) && outer.query.every(has(inner.query));
+}
+/** The part of a regular expression that is the same text in all paths that it takes; empty where that is not plain. */
+const literalHead = (regex: string): string =>
+  regex.includes("|") ? "" : /^\^((?:[\w/-](?![*?+{]))*)/.exec(regex)?.[1] ?? "";
+/** Prefixes that a path begins with, itself first. */
+function prefixesOf(path: string): string[] {
+  const segments = path.split("/");
+  return segments.map((_, i) => segments.slice(0, segments.length - i).join("/"));
+}
+const hostsAbove = (
+  host: string,
+): string[] => [
+  host,
+  ...host.replace(/^\*\./, "").split(".").map((_, i, labels) => `*.${labels.slice(i + 1).join(".")}`),
+  "",
+];
+/** Where a route is looked up: hosts and paths that requests are compared with. */
+const placeKey = (host: string, { kind, ...path }: PathRule): string =>
+  `${host} ${kind} ${"path" in path ? path.path.replace(/\{\w+\}/g, "{}") : path.source}`;
+
+/**
+ * Finds the routes that take all requests of another one before it is asked: at the same place with no more conditions; a
+ * prefix that a regular expression's paths begin with; and those of a scheme, which are asked before all others.
+ */
+function findShadows(routes: RouteConfig[]): Map<RouteConfig, RouteConfig[]> {
+  const anywhere: PathRule[] = [{ kind: "prefix", path: "" }], order = new Map(routes.map((route, i) => [route, i]));
+  const placesOf = ({ hosts, paths }: RouteConfig) =>
+    (hosts.length ? hosts : [""]).flatMap((host) => (paths.length ? paths : anywhere).map((path) => ({ host, path })));
+  const at = new Map<string, RouteConfig[]>();
+  for (const route of routes) {
+    for (const { host, path } of placesOf(route)) {
+      const key = placeKey(host, path);
+      at.set(key, [...at.get(key) ?? [], route]);
+    }
+  }
+  const before = (one: RouteConfig, other: RouteConfig) =>
+    other.fallback || rankOf(one) > rankOf(other) ||
+    rankOf(one) === rankOf(other) && order.get(one)! < order.get(other)!;
+  const coverOf = (route: RouteConfig, { host, path }: { host: string; path: PathRule }, scheme: string) => {
+    const isRegex = path.kind === "regex", head = isRegex ? literalHead(path.source) : path.path;
+    const prefixes = prefixesOf(
+      isRegex ? head.slice(0, head.lastIndexOf("/") + 1).replace(/\/$/, "") : head.replace(/\/$/, ""),
+    );
+    const under = (hosts: string[]) =>
+      hosts.flatMap((one) => prefixes.flatMap((path) => at.get(placeKey(one, { kind: "prefix", path })) ?? []));
+    const same = at.get(placeKey(host, path)) ?? [];
+    const fits = (one: RouteConfig) => one !== route && !one.fallback && includesAll(one, route);
+    return same.find((one) => fits(one) && one.scheme === route.scheme && before(one, route)) ??
+      (isRegex ? under([host]).find((one) => fits(one) && one.scheme === route.scheme) : undefined) ??
+      (route.scheme ? undefined : under(hostsAbove(host)).find((one) => fits(one) && one.scheme === scheme));
+  };
+  const shadows = new Map<RouteConfig, RouteConfig[]>();
+  for (const route of routes) {
+    const schemes = route.scheme ? [route.scheme] : ["http", "https"];
+    const covers = placesOf(route).flatMap((place) => schemes.map((scheme) => coverOf(route, place, scheme)));
+    if (!covers.includes(undefined)) shadows.set(route, [...new Set(covers as RouteConfig[])]);
+  }
+  return shadows;
+}
+
+/** Says what is right and cannot be meant: routes that are never reached, and services that nothing leads to. */
+function warn({ routes, source }: Config, say: Report): void {
+  const written = entriesOf(source).map(([path]) => path),
+    isLast = routes.at(-1)?.fallback,
+    generated = routes.length - written.length;
+  const pathOf = (route: RouteConfig): Keys | undefined => {
+    const i = routes.indexOf(route);
+    return route.fallback ? ["default"] : i < routes.length - generated - (isLast ? 1 : 0) ? written[i] : undefined;
+  };
+  for (const [route, covers] of findShadows(routes)) {
+    const path = pathOf(route),
+      names = covers.slice(0, 3).map((one) => dotted(pathOf(one) ?? ["name_routes"])).join(" and ");
+    if (path) say(path, `can never be reached: ${names} ${covers.length > 1 ? "take" : "takes"} all of its requests`);
+  }
+  const used = new Set<string>();
+  const use = ({ service, fallback }: Target): unknown => used.add(service) && fallback && use(fallback);
+  for (const { action, mirror } of routes) {
+    if (action.kind === "forward") action.targets.forEach(use);
+    used.add(mirror.service);
+  }
+  for (const [path] of mapsIn(source, "services")) {
+    if (!used.has(unescaped(String(path[1])))) say(path, "nothing leads to this service", "key");
+  }
+}
+
+/** Keys at the top that begin with x- hold what anchors name, as in Compose. */
+const ignoringExtensions = (file: unknown): unknown =>
+  isRecord(file) ? Object.fromEntries(Object.entries(file).filter(([key]) => !key.startsWith("x-"))) : file;
 
 /**
  * Reads routes.yml (YAML, and so JSON); `${NAME}` is taken from `env`, and `more` are strategies beside the built-in ones.
  * @throws {ConfigError} with all mistakes, in the order of the file
  */
 export function parseConfig(text: string, env: Env = {}, file = "routes.yml", more: string[] = []): Config {
-  const findings = newFindings(file), { found, say, end } = findings, raw = readYaml(text, env, findings);
+  const findings = newFindings(file), { found, say, list, end } = findings;
+  const raw = ignoringExtensions(readYaml(text, env, findings));
+  let long: Raw = {};
   const unreadable = new Set([...found.values()].map((mistake) => mistake.path));
   if (raw !== undefined && !unreadable.has("")) {
     const sayMore: Report = (path, message, at) => unreadable.has(dotted(path)) || say(path, message, at);
     const issues = v.safeParse(RoutesFile, raw).issues ?? [];
     for (const one of issues.flatMap((issue) => flatten(issue))) report(one, sayMore);
-    if (isRecord(raw)) check(raw, more, sayMore);
+    if (isRecord(raw)) check(long = longForm(RoutesFile, raw) as Raw, more, sayMore);
   }
   end();
-  return expandConfig(writeDefaults(raw as Raw), text, file);
+  const config = expandConfig(writeDefaults(long), text, file);
+  warn(config, say);
+  return { ...config, warnings: list().map((one) => lineOf(file, one)) };
 }
 
 /**
@@ -1061,16 +1554,82 @@ function readAsWritten(text: string, file: string): unknown {
   return written;
 }
 
-const schemaOf = (schema: Schema, target: "draft-07" | "draft-2020-12") =>
-  toJsonSchema(schema, {
-    target,
-    typeMode: "input",
-    errorMode: "ignore",
-    overrideSchema: ({ valibotSchema, jsonSchema }) =>
-      valibotSchema.type === "object_with_rest" ? { ...jsonSchema, additionalProperties: false } : undefined,
-  });
+/** What editors are told beside what valibot does. */
+function overrideSchema({ valibotSchema, jsonSchema }: { valibotSchema: object; jsonSchema: Json }): Json | undefined {
+  const { type, json, oneOf } = valibotSchema as { type: string; json?: Json; oneOf?: string[] };
+  if (type !== "object_with_rest") return json;
+  const one = oneOf && { oneOf: oneOf.map((key) => ({ required: [key] })) };
+  return { ...jsonSchema, ...one, additionalProperties: false };
+}
+const schemaOf = (schema: Schema, target: "draft-07" | "draft-2020-12"): Json =>
+  toJsonSchema(schema, { target, typeMode: "input", errorMode: "ignore", overrideSchema });
+
+/** Changes the schemas that a schema consists of: those of keys by their names, others without. */
+function within(schema: Json, change: (part: Json, key?: string) => Json): Json {
+  const out: Raw = { ...schema };
+  if (isRecord(out.additionalProperties)) out.additionalProperties = change(out.additionalProperties);
+  if (isRecord(out.items)) out.items = change(out.items);
+  if (schema.properties) out.properties = mapValues(schema.properties, (part, key) => change(part as Json, key));
+  if (schema.anyOf) out.anyOf = schema.anyOf.map((part) => change(part as Json));
+  return out as Json;
+}
+/** The same in fewer words: one choice instead of choices among choices. */
+function tidy(schema: Json): Json {
+  const { anyOf, required, ...rest } = within(schema, tidy);
+  const same = { ...rest, ...(required?.length && { required }) };
+  if (!anyOf) return same;
+  const parts = (anyOf as Json[]).flatMap((part) =>
+    Object.keys(part).join() === "anyOf" ? part.anyOf as Json[] : [part]
+  );
+  const isPlain = (part: Json) => Object.keys(part).join() === "type";
+  const plain = parts.filter(isPlain).flatMap(({ type }) => type!);
+  const others = parts.filter((part) => ![part.type].flat().some((type) => plain.includes(type!)));
+  const all = plain.length ? [...others, { type: plain.length > 1 ? plain : plain[0] }] : others;
+  return { ...same, ...(all.length > 1 ? { anyOf: all } : all[0]) } as Json;
+}
+const VARIABLE = { type: "string" as const, pattern: "\\$\\{" };
+/** The same, with `${NAME}` in place of any value. */
+function withVariables(schema: Json): Json {
+  const { type, anyOf, pattern, enum: words, const: one, ...rest } = schema, types = [type ?? []].flat();
+  if (anyOf) {
+    const parts = (anyOf as Json[]).map((part) => part.pattern || !isValue(part) ? withVariables(part) : part);
+    const isOpen = parts.some((part) => [part.type].flat().includes("string") && !part.enum) || !parts.some(isValue);
+    return { ...schema, anyOf: isOpen ? parts : [...parts, VARIABLE] };
+  }
+  if (pattern) return { ...schema, pattern: `${pattern}|${VARIABLE.pattern}` };
+  if (words) return { ...rest, anyOf: [{ enum: words }, VARIABLE] };
+  if (one !== undefined) return { ...rest, anyOf: [{ const: one }, VARIABLE] };
+  if (!isValue(schema) || types.includes("string")) return within(schema, withVariables);
+  return { ...schema, ...VARIABLE, type: [...types, "string"] } as unknown as Json;
+}
+const isValue = ({ type, enum: words, const: one }: Json): boolean =>
+  words !== undefined || one !== undefined || type !== undefined && type !== "object" && type !== "array";
+/** What stands more than once stands in `$defs`, under the name of a key that holds it. */
+function withDefs(schema: Json): Json {
+  const counts = new Map<string, number>(), names = new Map<string, string>(), $defs: Record<string, Json> = {};
+  const count = (part: Json): Json => {
+    const text = JSON.stringify(part), seen = counts.get(text) ?? 0;
+    counts.set(text, seen + 1);
+    return seen ? part : within(part, count);
+  };
+  const share = (above: string) => (part: Json, key = above): Json => {
+    const text = JSON.stringify(part);
+    if (counts.get(text)! < 2 || text.length < 60) return within(part, share(key));
+    if (!names.has(text)) {
+      let name = key;
+      for (let i = 2; Object.hasOwn($defs, name); i++) name = `${key}${i}`;
+      names.set(text, name);
+      $defs[name] = {}; // taken, while its parts are shared
+      $defs[name] = within(part, share(key));
+    }
+    return { $ref: `#/$defs/${names.get(text)}` };
+  };
+  count(schema);
+  return { ...within(schema, share("value")), $defs } as Json;
+}
 /** JSON Schema (draft-07) of routes.yml as it is written, for editors. */
-export const jsonSchema = () => schemaOf(RoutesFile, "draft-07");
+export const jsonSchema = (): Json =>
+  withDefs({ ...withVariables(tidy(schemaOf(RoutesFile, "draft-07"))), patternProperties: { "^x-": {} } });
 
 /** Names as they were before they were veiled. */
 function unescapedAll(value: unknown): unknown {
@@ -1733,6 +2292,7 @@ export interface Service {
   strategy: Strategy;
   key: (exchange: Exchange) => string; // what `hash` hashes
   cookies: Map<string, Server> | undefined; // the servers by the values of the sticky cookie, once they are signed
+  lostCookie: string; // the name of the sticky cookie, once a server has set one of that name: it is the application's
   hedge: number; // the quantile of latency after which a second attempt is sent; 0: never
   bounded: boolean; // some server has a `max`, or the service a `max_in_flight`
 
@@ -1771,7 +2331,7 @@ export interface Service {
 }
 
 const newService = (name: string) => ({
-  ...{ name, candidates: [] as readonly Server[], candidatesUntil: 0, panicking: false, turn: 0 },
+  ...{ name, candidates: [] as readonly Server[], candidatesUntil: 0, panicking: false, turn: 0, lostCookie: "" },
   waiting: new Set<() => boolean>(),
   ...{ retrying: 0, saved: 0, secondAt: -Infinity, retried: 0 },
   ...{ meanLatency: 0, times: NO_TIMES, measured: 0, hedgeDelay: 0, median: 0, crowd: 0, peaceUntil: 0 },
@@ -1838,12 +2398,16 @@ export interface Table {
 /** The host and port of a server's URL. */
 const hostOf = (url: string): string => url.slice(url.indexOf("//") + 2);
 
+/** The same as a Host field has it: no server expects the last dot of an absolute name there. */
+const hostFieldOf = (url: string): string => hostOf(url).replace(/\.(?=:|$)/, "");
+
 /** The routes of one host name, by kind of path. Within one path those with more conditions stand first. */
 type PathTable = ReturnType<typeof newPathTable>;
 const newPathTable = () => ({
   exact: new Map<string, Route[]>(),
   prefix: new Map<string, Route[]>(),
   depth: 0, // slashes in the longest prefix: deeper is not looked for
+  shapes: [] as string[], // of patterns such as /users/{id}, a character a segment: 1 where any one fits
   regex: [] as { pattern: RE2JS; routes: Route[] }[],
 });
 
@@ -3623,6 +4187,18 @@ function connectPlain(address: { host: string; port: number }): Socket {
   return socket;
 }
 
+type Pem = "CERTIFICATE" | "PRIVATE KEY";
+/** What a PEM file has of one kind: haproxy's hold certificates and key together, and editors put a mark in front. */
+function readPem(file: string, kind: Pem): string {
+  try {
+    const text = fs.readFileSync(file, "utf8");
+    return text.match(new RegExp(`-----BEGIN ([A-Z ]*)${kind}-----[^]*?-----END \\1${kind}-----`, "g"))?.join("\n") ??
+      "";
+  } catch (error) {
+    throw new Error(`${file} cannot be read: ${(error as Error).message}`);
+  }
+}
+
 /** A socket to a server; the addresses of a name are tried one after another (RFC 8305). */
 function dial({ url, tls }: Server, protocols = ["http/1.1"]): Socket {
   const { hostname, port, protocol } = new URL(url), host = bare(hostname), secure = protocol === "https:";
@@ -3634,12 +4210,12 @@ function dial({ url, tls }: Server, protocols = ["http/1.1"]): Socket {
     allowHalfOpen: true,
   };
   if (!secure) return readOnAfterFailedWrites(connectPlain(address));
-  const name = tls.servername || host;
+  const name = tls.servername || host.replace(/\.$/, ""); // no last dot in SNI (RFC 6066 section 3)
   return readOnAfterFailedWrites(tlsConnect({
     ...address,
     ...(isIP(name) ? {} : { servername: name }),
-    ...(tls.ca && { ca: fs.readFileSync(tls.ca) }),
-    ...(tls.cert && { cert: fs.readFileSync(tls.cert), key: fs.readFileSync(tls.key) }),
+    ...(tls.ca && { ca: readPem(tls.ca, "CERTIFICATE") }),
+    ...(tls.cert && { cert: readPem(tls.cert, "CERTIFICATE"), key: readPem(tls.key, "PRIVATE KEY") }),
     rejectUnauthorized: !tls.insecure,
     ALPNProtocols: protocols,
   }));
@@ -5379,7 +5955,6 @@ const HOST = /^(?:[a-z0-9_](?:[a-z0-9_.-]{0,253})|\[[0-9a-f:.]{2,45}\])(?::(\d{0
 const PLAIN_PATH = /^\/(?:[\w~!$&'()*+,;=:@-]|\/(?!\.)|(?<!\/)\.)*$/; // nothing encoded, no segment beginning with a dot
 const FORBIDDEN_IN_PATH = /[\x00-\x20\x7f\\#]/;
 const FORBIDDEN_IN_QUERY = /[\x00-\x20\x7f#]/; // as sent otherwise: browsers send a backslash as it is, and so do we
-const UNRESERVED = /[\w.~-]/;
 
 /** `a.example:80`, `A.example` and `a.example.` are one host: ports are not part of what routes match. */
 const hostName = memo((host) => {
@@ -5416,11 +5991,7 @@ function respellPath(path: string): string | undefined {
   if (PLAIN_PATH.test(path)) return path;
   if (path[0] !== "/" || FORBIDDEN_IN_PATH.test(path)) return undefined;
   if (/%(?![0-9a-f]{2})|%00/i.test(path)) return undefined;
-  const decoded = percentEncoded(path).replace(/%[0-9a-f]{2}/gi, (hex) => {
-    const character = String.fromCharCode(parseInt(hex.slice(1), 16));
-    return UNRESERVED.test(character) ? character : hex.toUpperCase();
-  });
-  return encodeURI(decoded).replaceAll("%25", "%");
+  return normalEncoding(percentEncoded(path));
 }
 
 /** The path and query of a target, which may be a whole URL (RFC 9112 section 3.2); undefined where it is neither. */
@@ -5465,13 +6036,23 @@ function compileHosts(routes: Route[]): HostTable {
     for (const table of tables.length ? tables : [hosts.any]) {
       for (const path of route.paths.length ? route.paths : [ANY_PATH]) {
         if (path.kind === "regex") table.regex.push({ pattern: RE2JS.compile(path.source), routes: [route] });
-        else entry(table[path.kind], path.path, () => []).push(route);
-        if (path.kind === "prefix") table.depth = Math.max(table.depth, path.path.split("/").length - 1);
+        else putPath(table, path, route);
       }
     }
   }
   return hosts;
 }
+
+function putPath(table: PathTable, { kind, path }: Extract<PathRule, { path: string }>, route: Route): void {
+  const segments = path.split("/"), shape = segments.map((segment) => segment.startsWith("{") ? "1" : "0").join("");
+  entry(table[kind], shapeKey(segments, shape), () => []).push(route);
+  if (kind === "prefix") table.depth = Math.max(table.depth, segments.length - 1);
+  if (shape.includes("1")) table.shapes = [...new Set([...table.shapes, shape])].sort(); // literal segments go first
+}
+
+/** A path with `{}` where a shape takes any segment. No request's path has braces, and an empty segment stays. */
+const shapeKey = (segments: string[], shape: string): string =>
+  segments.map((segment, i) => shape[i] === "1" && segment ? "{}" : segment).join("/");
 
 /** The route that a request belongs to, in Gateway API's order (README, "Which route wins"). */
 function matchRoute(table: Table, exchange: Exchange): Route | undefined {
@@ -5492,15 +6073,28 @@ function matchHost({ named, any }: HostTable, exchange: Exchange): Route | undef
 
 function matchPath(table: PathTable, exchange: Exchange): Route | undefined {
   const { path } = exchange;
-  const exact = firstThatFits(table.exact.get(path), exchange, path);
+  const exact = matchText(table, "exact", exchange, path);
   if (exact) return exact;
   for (let prefix = cut(path, table.depth);; prefix = prefix.slice(0, prefix.lastIndexOf("/"))) {
-    const route = firstThatFits(table.prefix.get(prefix), exchange, prefix);
+    const route = matchText(table, "prefix", exchange, prefix);
     if (route) return route;
     if (prefix === "") break;
   }
   for (const { pattern, routes } of table.regex) {
     const route = pattern.matcher(path).find() && firstThatFits(routes, exchange, pattern);
+    if (route) return route;
+  }
+  return undefined;
+}
+
+/** The route of a path or a part of it: literally, else by patterns of as many segments. */
+function matchText(table: PathTable, kind: "exact" | "prefix", exchange: Exchange, text: string): Route | undefined {
+  const literal = firstThatFits(table[kind].get(text), exchange, text);
+  if (literal || table.shapes.length === 0) return literal;
+  const segments = text.split("/");
+  for (const shape of table.shapes) {
+    if (shape.length !== segments.length) continue;
+    const route = firstThatFits(table[kind].get(shapeKey(segments, shape)), exchange, text);
     if (route) return route;
   }
   return undefined;
@@ -6156,7 +6750,7 @@ function setHealth(service: Service, server: Server, up: boolean, effects: Effec
 /** One probe over HTTP: what is wrong with the answer, or undefined. Its body is read to the end or cancelled. */
 function probeHttp(service: Service, server: Server, effects: Effects, giveUp: AbortSignal) {
   const { health } = service.config, { method, timeout, path: target } = health, body = NO_BODY;
-  const own = ["host", server.host || hostOf(server.url), "user-agent", "lb.ts probe"];
+  const own = ["host", server.host || hostFieldOf(server.url), "user-agent", "lb.ts probe"];
   const fields = [...own, ...[...health.headers].flat()];
   const timeouts = { connect: timeout, response: timeout, idle: timeout, request: Infinity };
   const given = { server, method, target, lines: linesOf(fields), body, timeouts, startedAt: effects.now() };
@@ -6305,6 +6899,19 @@ function cookieFor(service: Service, server: Server, exchange: Exchange, effects
   const https = exchange.origin.scheme === "https";
   const age = max_age ? `; Max-Age=${Math.ceil(max_age / 1_000)}` : "";
   return `${cookie}=${values.join(".")}; Path=/${age}; HttpOnly; SameSite=Lax${https ? "; Secure" : ""}`;
+}
+
+/** Notices that a server sets the sticky cookie itself. Then it is the application's, which both would break otherwise. */
+function noteCookies({ destination, cookie, balancer: { effects } }: Exchange, fields: Fields): string {
+  const { service } = destination!, { cookie: name } = service.config.sticky;
+  const isSet = name &&
+    pairs(fields).some(([field, value]) => lower(field) === "set-cookie" && value.startsWith(`${name}=`));
+  if (!isSet) return cookie;
+  const said =
+    `${service.name}: its servers set the cookie ${name} themselves, and so sticky does not: it needs another name, such as lb`;
+  if (service.lostCookie !== name) effects.report("warn", said);
+  service.lostCookie = name;
+  return "";
 }
 
 /** Headers without one cookie: it is between the client and us. */
@@ -7203,7 +7810,8 @@ function withShared(fields: Fields, shared: Exchange["shared"]): Fields {
 
 /** A server's response after the route's rules, with our CORS, cookie and rate fields. */
 function inboundResponse(exchange: Exchange, response: HttpResponse): HttpResponse {
-  const { cookie, quota, shared } = exchange, { hasRules, response: rules } = exchange.route!;
+  const { quota, shared } = exchange, { hasRules, response: rules } = exchange.route!;
+  const cookie = noteCookies(exchange, response.fields);
   if (!hasRules && !cookie && !quota.length && !shared.length) return response;
   const own = [...quota, ...cookie ? ["set-cookie", cookie] : []];
   const given = shared.length ? withoutCors(response.fields) : response.fields;
@@ -7247,7 +7855,7 @@ function hostFor(exchange: Exchange, server: Server): string {
   const literal = exchange.route!.rewrite.host || server.host;
   if (literal) return literal;
   if (host_header === "keep" && exchange.host) return exchange.host;
-  return /^(?:keep|server)$/.test(host_header) ? hostOf(server.url) : host_header;
+  return /^(?:keep|server)$/.test(host_header) ? hostFieldOf(server.url) : host_header;
 }
 
 // --- 8.3 Picking: the server of the next attempt ---
@@ -7261,7 +7869,9 @@ function runStrategy(service: Service, candidates: Candidates, exchange: Exchang
 
 /** The client's previous server while it is eligible; else another one, with a new cookie. */
 function pickSticky(service: Service, candidates: Candidates, exchange: Exchange): Server {
-  const { effects } = exchange.balancer, before = stickyServer(service, exchange, effects);
+  const { effects } = exchange.balancer;
+  if (service.lostCookie === service.config.sticky.cookie) return runStrategy(service, candidates, exchange);
+  const before = stickyServer(service, exchange, effects);
   const stays = before !== undefined && candidates.includes(before);
   const server = stays ? before : runStrategy(service, candidates, exchange);
   exchange.block = { fields: withoutCookie(exchange.block.fields, service.config.sticky.cookie), passing: undefined };
@@ -7685,7 +8295,12 @@ async function actWithin(exchange: Exchange, { around }: Destination, go: () => 
     return new Response();
   };
   try {
-    const response = await around!.fetch(toRequest(exchange.request, false), { answer });
+    const asked = toRequest(exchange.request, false), isPreflight = asked.headers.has("access-control-request-method");
+    // other OPTIONS are the server's (WebDAV, tus), and Hono would take them for preflights
+    const sent = exchange.method === "OPTIONS" && !isPreflight
+      ? new Request(asked.url, { headers: asked.headers })
+      : asked;
+    const response = await around!.fetch(sent, { answer });
     if (!isWanted) return respondLocally(exchange, fromResponse(response));
     exchange.shared = [...response.headers];
   } catch (error) {
@@ -8013,12 +8628,23 @@ function buildService(config: ServiceConfig, name: string, strategy: Strategy, n
   });
 }
 
+/** Whether an origin is one of these; `https://*.example.com` is any below it, and as for hosts not itself. */
+const originMatcher = (allowed: string[]) => (origin: string): string | null => {
+  const fits = (one: string) => {
+    const [before = "", behind] = one.split("*");
+    return behind === undefined
+      ? one === origin
+      : origin.startsWith(before) && origin.slice(before.length + 1).endsWith(behind);
+  };
+  return allowed.some(fits) ? origin : null;
+};
+
 /** cors is Hono's own middleware, around the answers of the routes that ask for it. */
 function layersOf({ cors: shared }: Policy): Around | undefined {
   if (!shared.origin.length) return undefined;
   const around: Around = new Hono();
   around.use(cors({
-    origin: shared.origin.includes("*") ? "*" : shared.origin,
+    origin: shared.origin.includes("*") ? "*" : originMatcher(shared.origin),
     allowMethods: shared.allow_methods,
     allowHeaders: shared.allow_headers,
     exposeHeaders: shared.expose_headers,
@@ -8054,7 +8680,7 @@ function buildRoute(config: RouteConfig, services: Map<string, Service>, buckets
     destinations,
     weight: destinations.reduce((sum, one) => sum + one.weight, 0),
     sticky: destinations.length > 1 && destinations.every((one) => !one.weight || one.service.config.sticky.cookie),
-    rank: (methods.length ? 1e6 : 0) + headers.length * 1e3 + query.length,
+    rank: rankOf(config),
     conditions: [
       ...headers.map((condition) => compileCondition(condition, headerOf)),
       ...query.map((condition) => compileCondition(condition, queryOf)),
@@ -8515,13 +9141,16 @@ function put(raw: Raw, path: Keys, value: unknown): void {
   else if (Array.isArray(parent)) parent.splice(Number(last), 1);
   else delete parent[last];
 }
-/** A merge patch (RFC 7396): maps are merged, null takes away, anything else replaces. */
-function merged(under: unknown, patch: unknown): unknown {
+/**
+ * A merge patch (RFC 7396): maps are merged, null takes away, anything else replaces. `long` is what `under` says without
+ * short forms: a map that is merged into one is merged into what that means.
+ */
+function merged(under: unknown, patch: unknown, long = under): unknown {
   if (!isRecord(patch)) return patch;
-  const out = { ...record(under) };
+  const out = { ...record(isRecord(under) ? under : long) };
   for (const [key, value] of Object.entries(patch)) {
     if (value === null) delete out[key];
-    else out[key] = merged(out[key], value);
+    else out[key] = merged(out[key], value, at(long, [key]));
   }
   return out;
 }
@@ -8724,7 +9353,7 @@ async function writeService(asked: Asked): Promise<Response> {
   const unknown = Object.keys(value).filter((key) => !serviceKeys.has(key));
   if (unknown.length) {
     throw invalid(
-      unknown.map((key) => ({ path: unescaped(key), message: `unknown key${guess(key, [...serviceKeys])}` })),
+      unknown.map((key) => ({ path: unescaped(key), message: `unknown key${guess(key, [...serviceKeys], true)}` })),
     );
   }
   let isNew = false;
@@ -8733,7 +9362,8 @@ async function writeService(asked: Asked): Promise<Response> {
     isNew = entry === undefined;
     if (req.method === "POST" && !isNew) throw new AdminError(409, `there is a service ${quote(name)} already`);
     if (req.method === "PATCH" && isNew) throw new AdminError(404, `there is no service ${quote(name)}`);
-    const own = req.method === "PATCH" ? merged(keysOf(entry, true), value) as Raw : value;
+    const under = keysOf(entry, true), isPatch = req.method === "PATCH";
+    const own = isPatch ? merged(under, value, longForm(ServiceSchema, under)) as Raw : value;
     put(raw, place, { ...keysOf(entry, false), ...own });
   });
   return answerService(asked, isNew ? 201 : 200);
@@ -8750,8 +9380,8 @@ function shortest(entry: Raw, ...changed: string[]): unknown {
 /** Where in a service's entry its servers are listed, and which is at which place: one that is repeated at several. */
 function listOf(raw: Raw, config: Config, name: string) {
   const place = [...placeOf(config, name), "servers"];
-  const listed = [at(raw, place)].flat(),
-    now = [at(config.source, place)].flat().map((one) => v.parse(ServerSchema, one));
+  const inForce = [at(config.source, place)].flat(), now = inForce.map((one) => v.parse(ServerSchema, one));
+  const listed = [at(raw, place) ?? inForce].flat(); // a merge key (<<) has brought them in
   return { place, listed, now };
 }
 
@@ -8816,7 +9446,7 @@ async function writeConfig(asked: Asked): Promise<Response> {
   }
   await change(context, (raw, config) => {
     if (replaces && isYaml) return text;
-    return rewrite(config.text, replaces ? value : merged(raw, value));
+    return rewrite(config.text, replaces ? value : merged(raw, value, longForm(RoutesFile, raw)));
   }, (config) => config.text);
   return answerConfig(asked);
 }
@@ -9672,17 +10302,9 @@ interface Secure {
   clientCa: string; // or empty
 }
 
-function readPem(file: string): string {
-  try {
-    return fs.readFileSync(file, "utf8");
-  } catch (error) {
-    throw new Error(`${file} cannot be read: ${(error as Error).message}`);
-  }
-}
-
 /** What is in a file, or an error that says what is not. */
-function parsed<T>(file: string, what: string, parse: (text: string) => T): T {
-  const text = readPem(file);
+function parsed<T>(file: string, what: string, kind: Pem, parse: (text: string) => T): T {
+  const text = readPem(file, kind);
   try {
     return parse(text);
   } catch {
@@ -9691,14 +10313,16 @@ function parsed<T>(file: string, what: string, parse: (text: string) => T): T {
 }
 
 const readCertificate = (file: string): X509Certificate =>
-  parsed(file, "certificate", (text) => new X509Certificate(text));
+  parsed(file, "certificate", "CERTIFICATE", (text) => new X509Certificate(text));
 
 /** @throws {Error} with the file and what is wrong with it */
 function readPair({ cert, key }: ListenerConfig["tls"][number]): Pair {
   const certificate = readCertificate(cert);
-  const own = certificate.checkPrivateKey(parsed(key, "private key without a password", createPrivateKey));
+  const own = certificate.checkPrivateKey(
+    parsed(key, "private key without a password", "PRIVATE KEY", createPrivateKey),
+  );
   if (!own) throw new Error(`${key} is not the key of ${cert}`);
-  return { cert: readPem(cert), key: readPem(key), names: namesOf(certificate) };
+  return { cert: readPem(cert, "CERTIFICATE"), key: readPem(key, "PRIVATE KEY"), names: namesOf(certificate) };
 }
 
 /** The host names that a certificate is for. */
@@ -9711,7 +10335,7 @@ function namesOf({ subjectAltName = "", subject }: X509Certificate): string[] {
 /** @throws {Error} with the file and what is wrong with it */
 function readSecure({ tls, client_ca }: Pick<ListenerConfig, "tls" | "client_ca">): Secure {
   if (client_ca) readCertificate(client_ca);
-  return { pairs: tls.map(readPair) as Secure["pairs"], clientCa: client_ca && readPem(client_ca) };
+  return { pairs: tls.map(readPair) as Secure["pairs"], clientCa: client_ca && readPem(client_ca, "CERTIFICATE") };
 }
 
 /** The certificate for a name; one for `*.example.com` has any label in place of the star (RFC 6125 section 6.4.3). */
@@ -9917,7 +10541,7 @@ async function checkUnused(host: string, port: number): Promise<void> {
     }).on("error", () => resolve(false));
   });
   await new Promise((resolve) => server.close(resolve));
-  if (taken) throw new Error("the address is already in use");
+  if (taken) throw Object.assign(new Error(), { code: "EADDRINUSE" });
 }
 
 // --- 12.3 Library: a balancer with the effects of this runtime ---
@@ -9983,12 +10607,20 @@ const WorkerCount = word("auto or a whole number from 1 to 256", /^(?:auto|[1-9]
   return text === "auto" ? availableParallelism() : Number(text) <= 256 && Number(text);
 });
 
+/** What is wrong with an option, from what node:util says of it. */
+function misused({ code, message }: { code: string; message: string }): string {
+  const [, option = ""] = /'(?:-\w, )?(--?[\w-]+)/.exec(message) ?? [], names = Object.keys(OPTIONS);
+  const hint = guess(option.replace(/^-+/, ""), names).replace(/"(?=\w)/g, '"--');
+  if (code === "ERR_PARSE_ARGS_UNKNOWN_OPTION") return `${option} is not an option${hint}`;
+  return `${option} ${/argument missing/.test(message) ? "needs a value" : "takes no value"}`;
+}
+
 function readCall(args: string[], env: Call["env"]): Call {
   let parsed;
   try {
     parsed = parseArgs({ args, options: OPTIONS, allowPositionals: true });
   } catch (error) {
-    throw new UsageError((error as Error).message);
+    throw new UsageError(misused(error as Error & { code: string }));
   }
   const { values, positionals } = parsed;
   if (positionals.length > 1) throw new UsageError(`one file expected, not ${positionals.join(" and ")}`);
@@ -10034,11 +10666,17 @@ function load({ file, env, listen, admin, log }: Call, text = readText(file)): C
   return config;
 }
 
+const READ_ERRORS: Record<string, string> = {
+  ENOENT: "there is no such file; -c FILE names another one, --demo needs none",
+  EACCES: "this user may not read it",
+  EISDIR: "it is a folder",
+};
 function readText(file: string): string {
   try {
     return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(fs.readFileSync(file)); // else saving would lose bytes
   } catch (error) {
-    const message = `cannot be read: ${(error as Error).message}`;
+    const { code = "", message: said } = error as Error & { code?: string };
+    const message = `cannot be read: ${READ_ERRORS[code] ?? said}`;
     throw new ConfigError(file, [{ line: 1, column: 1, path: "", message }]);
   }
 }
@@ -10144,8 +10782,19 @@ function withSharedReads(accepted: Socket): Socket {
 }
 const KEEP_ALIVE = 60_000; // milliseconds of silence before TCP keep-alive tests whether a client is there
 
-const cannotListen = (host: string, port: number) => (error: Error): never => {
-  throw new StartError(`cannot listen on ${shown(host, port)}: ${error.message}`);
+/** Why an address cannot be listened on, and what to do, by the code of the error; Deno has EINVAL for EADDRNOTAVAIL. */
+const LISTEN_ERRORS: Record<string, string> = {
+  EADDRINUSE: "the port is in use: end the process that has it, or choose another port",
+  EACCES: "this user may not use ports below 1024: choose another port, or run " +
+    `setcap cap_net_bind_service=+ep ${process.execPath}`,
+  EADDRNOTAVAIL: "this machine does not have this address",
+  EINVAL: "this machine does not have this address",
+  ENOTFOUND: "the name does not resolve to an address",
+};
+const cannotListen = (host: string, port: number) => (error: Error & { code?: string }): never => {
+  const isUnresolved = /EAI_|Failed to listen at/.test(error.message); // Bun's message, without a code (1.4.5)
+  const why = LISTEN_ERRORS[isUnresolved && !isIP(bare(host)) ? "ENOTFOUND" : error.code ?? ""] ?? error.message;
+  throw new StartError(`cannot listen on ${shown(host, port)}: ${why}`);
 };
 
 /** What a listener of HTTP does with its requests and connections. */
@@ -10735,6 +11384,7 @@ async function quit({ balancer }: LoadBalancer, opening: Promise<Listeners>, gra
 /** Says what is balanced, and which files that are named cannot be used. */
 function announce({ balancer: { table, effects } }: LoadBalancer): void {
   for (const problem of problemsOf(table.config, effects.date())) effects.report("error", problem);
+  for (const warning of table.config.warnings) effects.report("warn", warning);
   const services = [...table.services.values()];
   for (const { name, servers, config } of services.slice(0, 20)) {
     effects.report("info", `${name}: ${config.strategy.name} over ${servers.map((server) => server.name).join(", ")}`);
@@ -10763,7 +11413,8 @@ function reloadFile(call: Call, lb: LoadBalancer, onlyIfOther = false): void {
 function checked(call: Call): string {
   const config = load(call), problems = problemsOf(config, new Date());
   if (problems.length) throw new StartError(problems.map((one) => `${call.file}: ${one}`).join("\n"));
-  return `${call.file} is fine: services: ${config.services.size}, routes: ${config.routes.length}`;
+  const warnings = config.warnings.map((one) => `warning: ${one}\n`).join("");
+  return `${warnings}${call.file} is fine: services: ${config.services.size}, routes: ${config.routes.length}`;
 }
 
 /** What an option asks for that only prints; undefined: the program shall run. */
@@ -10771,7 +11422,7 @@ function textAskedFor(call: Call): string | undefined {
   const { options } = call;
   if (options.help) return USAGE;
   if (options.version) return VERSION;
-  if (options.schema) return JSON.stringify(jsonSchema(), null, 2);
+  if (options.schema) return JSON.stringify(jsonSchema(), null, 1);
   if (options.check) return checked(call);
   if (options["print-config"]) return printConfig(load(call));
   return typeof options.explain === "string" ? explained(load(call), options.explain) : undefined;
@@ -10793,6 +11444,9 @@ async function main(args: string[], env: Call["env"]): Promise<void> {
 
 // --- 12.8 Edge: the handlers that the platform calls ---
 
+/** Limits of connections and heads, which the platform has of its own. */
+const SOCKET_LIMITS = ["connections", "client_connections", "header", "keep_alive", "header_size", "header_fields"];
+
 /** The balancer of the edge. What cannot be there is left out, and said in one line, so that one file serves both. */
 function makeAtTheEdge(): LoadBalancer {
   const text = fs.readFileSync("/bundle/routes.yml", "utf8"); // it lies beside the bundle
@@ -10802,8 +11456,10 @@ function makeAtTheEdge(): LoadBalancer {
   }
   const lb = createLoadBalancer(config), file = parseDocument(text);
   const left = ["listen", "admin", "tcp"].filter((key) => file.has(key));
+  left.push(...SOCKET_LIMITS.filter((key) => file.hasIn(["limits", key])).map((key) => `limits.${key}`));
   if (services.some(({ tls }) => Object.values(tls).some(Boolean))) left.push("tls of servers");
   const { report } = lb.balancer.effects;
+  for (const warning of config.warnings) report("warn", warning);
   if (left.length) report("info", `left out of routes.yml, as the platform does it: ${left.join(", ")}`);
   return lb;
 }

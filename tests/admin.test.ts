@@ -382,6 +382,36 @@ test("services come and go over the API, forward at once under their names, and 
     rmSync(folder, { recursive: true });
   }));
 
+test("a patch keeps what short forms and merge keys say", () =>
+  running(
+    `x-usual: &usual { servers: [127.0.0.1:1, 127.0.0.1:2], retries: 2 }
+services:
+  shop: { <<: *usual, health: /up, sticky: id } # the shop
+default: shop
+`,
+    async (lb) => {
+      const file = () => readFileSync(lb.file, "utf8");
+      assert.equal((await ask(lb, "PATCH /services/shop", { health: { interval: "9s" } })).status, 200);
+      assert.match(
+        file(),
+        /<<: \*usual, health: \{ path: \/up, interval: 9s \}, sticky: id \} # the shop\ndefault: shop\n/,
+      );
+      const patch = { services: { shop: { sticky: { max_age: "1d" } } }, default: { retries: 0 } };
+      assert.equal((await ask(lb, "PATCH /config", patch)).status, 200);
+      assert.match(
+        file(),
+        /sticky: \{ cookie: id, max_age: 1d \} \} # the shop\ndefault: \{ service: shop, retries: 0 \}\n/,
+      );
+      assert.equal((await ask(lb, "PATCH /services/shop/servers/127.0.0.1:2", { weight: 3 })).status, 200);
+      const { services } = parseConfig(file());
+      assert.deepEqual(services.get("shop")!.servers.map(({ name, weight }) => [name, weight]), [
+        ["127.0.0.1:1", 1],
+        ["127.0.0.1:2", 3],
+      ]);
+      assert.equal(services.get("shop")!.retries, 2);
+    },
+  ));
+
 test("a drained server gets no new requests, finishes those it has, and the answer can wait for them", async () => {
   let finish = () => {};
   const slow = await scriptedServer((visit) =>

@@ -1,5 +1,7 @@
 import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
 import { test } from "node:test";
+import { parse as parseYaml } from "yaml";
 import { ConfigError, jsonSchema, parseConfig, printConfig } from "../lb.ts";
 
 const ROUTE = "default: { servers: [a:1] }\n";
@@ -112,7 +114,7 @@ test("hosts, paths, routes and default become routes in this order, the last one
 default: { service: shop }
 routes: [{ name: general, service: shop }, { service: shop, host: [a.b, C.d], path: /v1/ }]
 paths: [{ path: /p, service: shop }, { path: /p, service: shop }]
-hosts: [{ host: "*.X.com:80", service: shop }]
+hosts: [{ host: "*.X.com.", service: shop }]
 ${SHOP}`);
   assert.deepEqual(routes.map(({ name, fallback }) => [name, fallback]), [
     ["*.x.com", false],
@@ -272,7 +274,7 @@ test("health, eject and cors can be switched off and on", () => {
 
 test("conditions of a route take their general form", () => {
   const { hosts, paths, methods, headers, query } = route(`{
-    host: ["WWW.Example.com.:8080", "*.example.com", "[::1]:80", 10.0.0.1],
+    host: ["WWW.Example.com.", "*.example.com", "[::1]", 10.0.0.1],
     path: [/, /v1/, {exact: /a/}, {regex: "^/v[12]/"}], methods: [get, m-search],
     headers: { X-Beta: 1, x-version: 1.10, cookie: {regex: lb}, x-a: {present: false} }, query: { debug: true }, service: shop }`);
   assert.deepEqual(hosts, ["www.example.com", "*.example.com", "[::1]", "10.0.0.1"]);
@@ -290,6 +292,80 @@ test("conditions of a route take their general form", () => {
     { name: "x-a", kind: "present", present: false },
   ]);
   assert.deepEqual(query, [{ name: "debug", kind: "is", value: "true" }]);
+});
+
+const HINT =
+  "is not a path such as /v1 (it begins with / and has no query): a segment is literal, or any one as :id or " +
+  "{id}; /* ends a prefix; otherwise write ";
+for (
+  const [path, write] of [
+    ["/api*", "{regex: '^/api'}"],
+    ["/a/*/b", "/a/{any}/b"],
+    ["*.php", "{regex: '[^/]+\\.php$'}"],
+    ["/f/*.php", "{regex: '^/f/[^/]+\\.php$'}"],
+    ["/f/**/x", "{regex: '^/f/.*/x$'}"],
+    ["*", "/"],
+    ["/f/:name.json", "{regex: '^/f/[^/]+\\.json$'}"],
+    ["/f/{rest...}", "{regex: '^/f/[^/]+$'}"],
+    ["/f/:", "{regex: '^/f/:$'}"],
+    [{ exact: "/a/*" }, "{regex: '^/a/'}"],
+  ] as const
+) {
+  test(`a path that looks like a pattern and is none is refused with what to write: ${JSON.stringify(path)}`, () => {
+    const text = typeof path === "string" ? path : path.exact;
+    const [first, ...more] = mistakes(`${SHOP}routes: [{ service: shop, path: ${JSON.stringify(path)} }]`);
+    assert.deepEqual([first!.replace(/^.*?: /, "").replace(/^\S+: /, ""), more], [`"${text}" ${HINT}${write}`, []]);
+    if (write.startsWith("{regex")) route(`{ service: shop, path: ${write} }`);
+  });
+}
+
+for (
+  const [path, write] of [
+    ["^/api", "{regex: '^/api'}"],
+    ["/api/.*", "/api"],
+    ["/api/(.*)$", "/api"],
+    ["^/.*", "/"],
+    ["/api$", "{exact: /api}"],
+    ["/v[12]/", "{regex: '^/v[12]/'}"],
+    ["/v\\d+/x", "{regex: '^/v\\d+/x'}"],
+    ["/a.+", "{regex: '^/a.+'}"],
+    ["/f/{id:[0-9]+}/x", "{regex: '^/f/[0-9]+/x'}"],
+  ]
+) {
+  test(`a regular expression in place of a path is refused with what to write: ${path}`, () => {
+    const [said, ...more] = mistakes(`${SHOP}routes: [{ service: shop, path: ${JSON.stringify(path)} }]`);
+    assert.deepEqual(more, []);
+    assert.ok(said!.endsWith(`: a regular expression is {regex: ...}; write ${write}`), said);
+    route(`{ service: shop, path: ${write} }`);
+  });
+}
+
+test("a redirect is taken literally, and so what looks like a variable of other programs is refused", () => {
+  for (const to of ["https://b.test$request_uri", "https://{host}/x", "/new/*", "/new/:id"]) {
+    assert.match(
+      mistakes(`default: { redirect: "${to}" }`).join(),
+      /is not a URL or path to go to: it is taken literally; \{ host/,
+    );
+  }
+});
+
+test("paths of routes stand in the normal form of requests", () => {
+  const paths = (...all: string[]) => route(JSON.stringify({ service: "shop", path: all })).paths;
+  const normal = (...all: string[]) => paths(...all).map((rule) => rule.kind === "prefix" && rule.path);
+  assert.deepEqual(normal("/api/*", "/api/**", "/*", "/a/", "/:a/{b}/"), ["/api", "/api", "", "/a", "/{a}/{b}"]);
+  assert.deepEqual(normal("/caf%c3%a9", "/café", "/x%41", "/a|b", "/a%2fb"), [
+    ...["/caf%C3%A9", "/caf%C3%A9", "/xA", "/a%7Cb", "/a%2Fb"],
+  ]);
+  for (const path of ["/100%", "/a%00", "/a\\b", "/%2e%2e/x", "/a/./b", "/\ud800"]) {
+    assert.match(mistakes(JSON.stringify({ paths: [{ path, servers: ["a:1"] }] })).join(), /: no request has /, path);
+  }
+});
+
+test("a rewrite takes no pattern, and the path of a probe may have a query", () => {
+  for (const path of ["/v2/*", "/v2/:id", "/v2/{id}"]) {
+    assert.match(mistakes(`${SHOP}default: { service: shop, rewrite: { path: "${path}" } }`).join(), /taken literally/);
+  }
+  assert.equal(service(`health: { path: "/health?standbyok=true" }`).health.path, "/health?standbyok=true");
 });
 
 test("a rewrite replaces what matched or the whole path, and strip is a rewrite to /", () => {
@@ -402,6 +478,220 @@ routes:
   assert.deepEqual(headers.map(({ name }) => name), names.map((name) => name.toLowerCase()));
 });
 
+// Where a key stands, keys and what is said of each; "key" alone: did you mean "key"?
+const KEYS_OF_OTHERS: [
+  where: "top" | "service" | "server" | "health" | "route" | "limits" | "tls" | "cors",
+  keys: string,
+  said: string,
+][] = [
+  ["top", "upstream upstreams backend backends", "services"],
+  ["top", "trusted_proxies set_real_ip_from", "trust"],
+  ["top", "access_log logging", "log"],
+  ["top", "port bind address", "listen"],
+  ["top", "max_connections", "did you mean limits: { connections }?"],
+  ["top", "retries timeouts", "KEY belongs to a service or a route"],
+  ["top", "weight", "weight belongs to a server: { url, weight }"],
+  ["service", "balance lb_policy algorithm", "strategy"],
+  ["service", "healthcheck health_check check healthCheck", "health"],
+  ["service", "circuit_breaker outlier_detection fail_timeout", "eject"],
+  ["service", "max_fails", "eject"],
+  ["service", "retry max_retries", "retries"],
+  ["service", "max_connections maxconn max_conns", "max_in_flight"],
+  ["service", "proxy_read_timeout read_timeout", "did you mean timeouts: { response }?"],
+  ["service", "connect_timeout", "did you mean timeouts: { connect }?"],
+  ["service", "gzip compression", "compress"],
+  ["service", "session affinity stickiness cookie", "sticky"],
+  ["service", "upstreams backends", "servers"],
+  ["service", "weight", "weight belongs to a server: { url, weight }"],
+  ["service", "interval", "interval belongs to health: { interval }"],
+  ["service", "rate_limit ratelimit limit_req", "rate belongs to a route"],
+  ["service", "whitelist allowlist", "allow belongs to a route"],
+  ["server", "maxconn max_conns", "max"],
+  ["server", "host_name wieght", '"host_name": did you mean "host"? "wieght": did you mean "weight"?'],
+  ["server", "retries", "retries belongs to a service or a route"],
+  ["health", "uri url", "path"],
+  ["health", "status", "expect"],
+  ["health", "unhealthy_threshold fails", "fall"],
+  ["health", "healthy_threshold passes", "rise"],
+  ["route", "rate_limit ratelimit limit_req", "rate"],
+  ["route", "client_max_body_size max_body_size", "body_limit"],
+  ["route", "strip_prefix stripPrefix strip-prefix", "strip"],
+  ["route", "whitelist allowlist", "allow"],
+  ["route", "blacklist denylist", "deny"],
+  ["route", "code", "status belongs to redirect: { status } or respond: { status }"],
+  ["route", "method", "methods"],
+  ["route", "hsts", "write response: { headers: { set: { strict-transport-security: max-age=31536000 } } }"],
+  [
+    "route",
+    "auth basic_auth",
+    "nobody is asked for a password here: that is middleware of your own, with lb.ts as a library",
+  ],
+  ["route", "root file_server", "no files are served here: name a server that does, such as servers: [localhost:8081]"],
+  ["limits", "max_connections", 'did you mean "connections"?'],
+  ["tls", "certificate cert_file", "cert"],
+  ["tls", "key_file", "key"],
+  ["cors", "allowed_origins", "origin"],
+];
+for (const [where, keys, said] of KEYS_OF_OTHERS) {
+  for (const key of keys.split(" ")) {
+    const place = (at: string) => at === where ? `, ${key}: 1` : "";
+    const file = `services: { shop: { servers: [{ url: a:1${place("server")} }], health: { path: /${
+      place("health")
+    } }, cors: { max_age: 0s${place("cors")} }${place("service")} } }
+routes: [{ path: /, service: shop${place("route")} }]
+limits: { requests: 1${place("limits")} }
+listen: [{ address: 1, tls: { cert: c, key: k${place("tls")} } }]
+${where === "top" ? `${key}: 1` : ""}`;
+    const hint = said.match(`"${key}": (did you mean "\\w+"\\?)`)?.[1] ??
+      (/ /.test(said) ? said.replace("KEY", key) : `did you mean "${said}"?`);
+    test(`in ${where}, ${key} is unknown: ${hint}`, () => {
+      const [one, ...more] = mistakes(file);
+      assert.deepEqual([one!.replace(/^\S+ \S+ /, ""), more], [`unknown key; ${hint}`, []]);
+    });
+  }
+}
+
+test("names of strategies are guessed by what other programs call them, and hash says what it needs", () => {
+  const said = (name: string) => mistakes(`default: { servers: [a:1], strategy: ${name} }`).join().replace(/^.*; /, "");
+  for (
+    const [names, meant] of [
+      ["leastconn least_conn", "least-connections"],
+      ["rr roundrobin", "round-robin"],
+      ["p2c", "two-choices"],
+      ["ewma", "peak-ewma"],
+      ["source client_ip", "ip-hash"],
+    ] as const
+  ) {
+    for (const name of names.split(" ")) assert.equal(said(name), `did you mean "${meant}"?`);
+  }
+  assert.deepEqual(mistakes("default: { servers: [a:1], strategy: hash }"), [
+    "1:38: default.strategy: hash needs what to hash, as in { hash: { header: x-user } }, or cookie, query, path: true, client: true",
+  ]);
+});
+
+test("what is spelt alike is named at most three times", () => {
+  const names = ["shop1", "shop2", "shop3", "shop4"].map((name) => `${name}: { servers: [a:1] }`).join(", ");
+  assert.match(mistakes(`services: { ${names} }\ndefault: shop`).join(), /did you mean "shop1", "shop2" or "shop3"\?$/);
+});
+
+// Short forms beside `path: /x, service: shop` of a route or in a service: short, long.
+const SHORT_FORMS: [short: string, long: string, where: "service" | "route" | "top"][] = [
+  ["sticky: lb", "sticky: { cookie: lb }", "service"],
+  ["health: /healthz", "health: { path: /healthz }", "service"],
+  ["health: { path: /up, expect: 2xx }", "health: { path: /up, expect: 200-299 }", "service"],
+  ["health: { expect: [204, 3xx] }", "health: { expect: [204, 300-399] }", "service"],
+  ['cors: "*"', 'cors: { origin: "*" }', "service"],
+  ["cors: [https://a.test, https://b.test]", "cors: { origin: [https://a.test, https://b.test] }", "service"],
+  ["compress: gzip", "compress: true", "service"],
+  ["queue: 7", "queue: { size: 7 }", "service"],
+  ["rate: 5/s", "rate: { requests: 5, per: 1s }", "route"],
+  ["rate: 100/10m", "rate: { requests: 100, per: 10m }", "route"],
+  ["rewrite: /v2", "rewrite: { path: /v2 }", "route"],
+  ["mirror: shop", "mirror: { service: shop, percent: 100 }", "route"],
+  ["default: shop", "default: { service: shop }", "top"],
+  ["default: { redirect: https://b.test/ }", "default: { redirect: { to: https://b.test/ } }", "top"],
+  ["default: { respond: 404 }", "default: { respond: { status: 404 } }", "top"],
+  ["default: { split: { shop: 90%, next: 10% } }", "default: { split: { shop: 90, next: 10 } }", "top"],
+  ["admin: 9091", "admin: { listen: 127.0.0.1:9091 }", "top"],
+  ["admin: localhost:9091", "admin: { listen: localhost:9091 }", "top"],
+  ["default: { servers: [8081] }", "default: { servers: [localhost:8081] }", "top"],
+  ["default: { servers: 8081 }", "default: { servers: localhost:8081 }", "top"],
+  ['default: { servers: [{ url: "8081", max: 3 }] }', "default: { servers: [{ url: localhost:8081, max: 3 }] }", "top"],
+];
+for (const [short, long, where] of SHORT_FORMS) {
+  test(`${short} is ${long}, and printed as that`, () => {
+    const file = (keys: string) => {
+      const service = where === "service" ? `, ${keys}` : "", route = where === "route" ? `, ${keys}` : "";
+      return `services: { shop: { servers: [a:1]${service} }, next: { servers: [a:1] } }
+routes: [{ path: /x, service: shop${route} }, { path: /y, service: next }]
+${where === "top" ? keys : ""}`;
+    };
+    const one = parseConfig(file(short)), other = parseConfig(file(long));
+    const known = ({ services, routes, admin }: typeof one) => ({ services, routes, admin });
+    assert.deepEqual(known(one), known(other));
+    if (!short.includes("split")) assert.deepEqual(one.source, parseConfig(printConfig(one)).source);
+    if (!short.includes("split") && !short.startsWith("admin")) assert.deepEqual(one.source, other.source);
+  });
+}
+
+test("off stays off where a name could stand, and a short form lies over defaults as a map does", () => {
+  assert.equal(service("sticky: off").sticky.cookie, "");
+  assert.deepEqual(service("cors: off").cors.origin, []);
+  assert.equal(route("{ service: shop, mirror: off }").mirror.service, "");
+  const { services } = parseConfig(
+    `defaults: { health: { interval: 3s }, sticky: { secret: abc } }\n${
+      SHOP.replace("]", "], health: /up, sticky: id")
+    }default: shop`,
+  );
+  const { health, sticky } = services.get("shop")!;
+  assert.deepEqual([health.path, health.interval], ["/up", 3000]);
+  assert.deepEqual(sticky, { cookie: "id", secret: "abc", max_age: 0 });
+});
+
+const ONE_SENTENCE: [text: string, ...expected: string[]][] = [
+  ["default: php", '1:10: default.service: "php" is not a service (there is none)'],
+  ["default: [php]", "1:10: default: a list is not a service, or a map such as { service: shop }"],
+  [
+    `${SHOP}default: { split: { shop: 90%, shop2: 20% } }`,
+    '2:32: default.split.shop2: "shop2" is not a service (shop); did you mean "shop"?',
+    "2:19: default.split: the percentages add up to 110%, not to 100%",
+  ],
+  [
+    `${SHOP}default: { split: { shop: 90%, shop2: 20 } }`,
+    '2:32: default.split.shop2: "shop2" is not a service (shop); did you mean "shop"?',
+    "2:19: default.split: shares are all percentages, or all weights",
+  ],
+  [`${SHOP}default: { redirect: b.test }`, '2:22: default.redirect: "b.test" is not a URL or path to go to'],
+  [`${SHOP}default: { respond: 4040 }`, "2:21: default.respond: 4040 is not a whole number from 200 to 599"],
+  [
+    `${SHOP}default: { service: shop, mirror: shp }`,
+    '2:35: default.mirror.service: "shp" is not a service (shop); did you mean "shop"?',
+  ],
+  [
+    `${SHOP}default: { service: shop, rewrite: [/v2] }`,
+    "2:36: default.rewrite: a list is not a path, or a map such as { path: /v2 }",
+  ],
+  [
+    "default: { servers: [a:1], sticky: true }",
+    "1:36: default.sticky: true is not off or the name of a cookie, or a map such as { cookie: lb }",
+  ],
+  [
+    "default: { servers: [a:1], health: true }",
+    "1:36: default.health: true is not off or a path, or a map such as { path: /healthz }",
+  ],
+  [
+    "default: { servers: [70000] }",
+    "1:22: default.servers[0]: 70000 is not a server such as localhost:8081 or http://localhost (no user, no path)",
+  ],
+];
+for (const [text, ...expected] of ONE_SENTENCE) {
+  test(`one sentence each: ${expected[0]}`, () => assert.deepEqual(mistakes(text).sort(), expected.sort()));
+}
+
+test("merge keys and x- keys are read as Compose reads them", () => {
+  const { services } = parseConfig(`
+x-usual: &usual { retries: 3, health: { path: /up, interval: 3s } }
+x-other: &other { retries: 4, panic: 10% }
+services:
+  a: { <<: *usual, servers: [a:1] }
+  b: { servers: [a:1], <<: [*usual, *other] }
+  c: { <<: *usual, servers: [a:1], retries: 1, health: { path: /c } }
+default: a`);
+  const facts = [...services.values()].map((
+    { retries, panic, health },
+  ) => [retries, panic, health.path, health.interval]);
+  assert.deepEqual(facts, [[3, 0.5, "/up", 3000], [3, 0.1, "/up", 3000], [1, 0.5, "/c", 10_000]]);
+  assert.deepEqual(mistakes("x-a: &a { retires: 3 }\nservices: { a: { servers: [a:1],\n  <<: *a } }\ndefault: a"), [
+    '1:11: services.a.retires: unknown key; did you mean "retries"?',
+  ]);
+  assert.deepEqual(mistakes(`${SHOP}default: shop\ny-a: 1`).length, 1);
+});
+
+test("an absolute name with its last dot is a server", () => {
+  const [server] = service("", "[x.svc.cluster.local.:80]").servers;
+  assert.deepEqual([server!.name, server!.url], ["x.svc.cluster.local.:80", "http://x.svc.cluster.local."]);
+});
+
 const EXAMPLES = "localhost:8081 or http://localhost (no user, no path)";
 // Beside `default: { servers: [a:1], `: keys, mistakes as `column: path below default: message`.
 const WRONG_KEYS: [keys: string, ...expected: string[]][] = [
@@ -414,23 +704,34 @@ const WRONG_KEYS: [keys: string, ...expected: string[]][] = [
   ["eject: { slow: 1 }", "43: eject.slow: 1 is not a number from 1.1 to 1000"],
   ["eject: { slow: none }", '43: eject.slow: "none" is not off or a number from 1.1 to 1000'],
   ["eject: { for: 25h }", '42: eject.for: "25h" is not a duration such as 500ms, 2s or 1m: more than 0 and at most 1d'],
-  ["timeouts: [1]", "38: timeouts: a list is not a map with keys such as connect, response, idle"],
-  ["timeouts: []", "38: timeouts: a list is not a map with keys such as connect, response, idle"],
+  ["timeouts: [1]", "38: timeouts: a list is not a map such as { connect: 3s }"],
+  ["timeouts: []", "38: timeouts: a list is not a map such as { connect: 3s }"],
   [
     "retry_on: [conect, 200, 502]",
     '39: retry_on[0]: "conect" is not connect, reset, unavailable, or 400 to 599',
     "47: retry_on[1]: 200 is not a whole number from 400 to 599",
   ],
-  ["rate: 5", "34: rate: 5 is not off or a map"],
+  ["rate: 5", "34: rate: 5 is not a rate such as 5/s, or a map such as { requests: 5, per: 1s }"],
   ["rate: {}", "34: rate: requests is missing"],
   ["rate: { requests: 1, by: cookie }", '53: rate.by: "cookie" is not ip or {header: name}'],
   ["hedge: p49", '35: hedge: "p49" is not a share such as p95, from p50 to p99'],
   ["hedge: 95", "35: hedge: 95 is not a share such as p95, from p50 to p99"],
-  ["queue: 100", "35: queue: 100 is not off or a map"],
+  ["queue: 0", "35: queue: 0 is not a whole number from 1 to 100000"],
+  ["queue: some", '35: queue: "some" is not off or how many wait, or a map such as { size: 100 }'],
   ["queue: { size: 0 }", "43: queue.size: 0 is not a whole number from 1 to 100000"],
   ["max_in_flight: 0", "43: max_in_flight: 0 is not a whole number from 1 to 1000000"],
   ["max_in_flight: car", '43: max_in_flight: "car" is not auto, none or a whole number from 1 to 1000000'],
-  ["host_header: a b", '41: host_header: "a b" is not a host such as www.example.com'],
+  ["host_header: a b", '41: host_header: "a b" is not keep, server or a host such as www.example.com'],
+  ...["upstream", '"{upstream_hostport}"', "$proxy_host"].map((host): [string, string] => [
+    `host_header: ${host}`,
+    `41: host_header: "${
+      host.replaceAll('"', "")
+    }" is not keep, server or a host such as www.example.com: the server's own is called server`,
+  ]),
+  [
+    "host_header: $host",
+    '41: host_header: "$host" is not keep, server or a host such as www.example.com: the client\'s is called keep',
+  ],
   [
     "strategy: robin",
     '38: strategy: "robin" is not a strategy (round-robin, first, random, two-choices, least-connections, least-response-time, peak-ewma, ip-hash)',
@@ -439,14 +740,20 @@ const WRONG_KEYS: [keys: string, ...expected: string[]][] = [
     "strategy: { hash: { header: a, cookie: b } }",
     "46: strategy.hash: needs exactly one of header, cookie, query, path, client",
   ],
+  ["cors: on", '34: cors: "on" is not an origin such as https://a.example, https://*.example or "*"'],
+  [
+    "cors: { origin: https://a.test/ }",
+    '44: cors.origin: "https://a.test/" is not an origin such as https://a.example, https://*.example or "*"',
+  ],
+  ["sticky: on", '36: sticky: "on" is not the name of a cookie, or a map such as { cookie: lb }'],
   ["cors: { credentials: true }", "34: cors: credentials need origins by name, not *"],
-  ["health: { path: up }", '44: health.path: "up" is not a path such as /v1 (it begins with / and has no query)'],
-  ["health: { expect: [399-200] }", '47: health.expect[0]: "399-200" is not a status such as 200, or 200-399'],
+  ["health: { path: up }", '44: health.path: "up" is not a path such as /healthz (it begins with /)'],
+  ["health: { expect: [399-200] }", '47: health.expect[0]: "399-200" is not a status such as 200, 2xx, or 200-399'],
   ["panic: 50", "35: panic: 50 is not a percentage from 0% to 100%"],
   ["panic: 101%", '35: panic: "101%" is not a percentage from 0% to 100%'],
   ["retries: 11", "37: retries: 11 is not a whole number from 0 to 10"],
   ["retries: 1.5", "37: retries: 1.5 is not a whole number from 0 to 10"],
-  ["compress: yes", '38: compress: "yes" is not true or false'],
+  ["compress: yes", '38: compress: "yes" is not true, false or gzip'],
   ["tls: { cert: c.pem }", "33: tls: needs cert and key together"],
 ];
 // file, mistakes
@@ -457,7 +764,7 @@ const WRONG: [text: string, ...expected: string[]][] = [
   ]),
   ["", "1:1: the file is empty"],
   ["# nothing\n", "1:1: the file is empty"],
-  ["[1]", "1:1: a list is not a map with keys such as listen, admin, trust"],
+  ["[1]", "1:1: a list is not a map such as { listen: 8080 }"],
   ["listen: 80", "1:1: no way leads to a server: hosts, paths, routes, default or tcp is needed"],
   [SHOP, "1:1: no way leads to a server: hosts, paths, routes, default or tcp is needed"],
   [
@@ -537,16 +844,30 @@ const WRONG: [text: string, ...expected: string[]][] = [
     `${ROUTE}limits: { header_size: 2MiB }`,
     '2:24: limits.header_size: "2MiB" is not a size such as 64KiB, from 1KiB to 1MiB',
   ],
-  [`${ROUTE}log: xml`, '2:6: log: "xml" is not combined, json or off, or a map with format and sample'],
+  [`${ROUTE}log: xml`, '2:6: log: "xml" is not combined, json or off, or a map such as { format: json, sample: 10% }'],
   [`${ROUTE}log: { format: xml }`, '2:16: log.format: "xml" is not one of combined, json, off'],
   [`${ROUTE}log: { sample: 2 }`, "2:16: log.sample: 2 is not a percentage from 0% to 100%"],
   [`${ROUTE}log: { sampel: 1% }`, '2:8: log.sampel: unknown key; did you mean "sample"?'],
   [
     `${ROUTE}defaults: { servers: [a:1] }`,
-    "2:13: defaults.servers: unknown key; allowed: strategy, health, eject, slow_start, panic, retry_budget, hedge, max_in_flight, queue, fallback, sticky, tls, http, retries, retry_on, timeouts, host_header, compress, cors",
+    "2:13: defaults.servers: unknown key; servers belongs to a service or a route",
   ],
-  [`${ROUTE}hosts: { host: a }`, "2:8: hosts: a map is not a list of hosts"],
-  [`${ROUTE}services: [a]`, "2:11: services: a list is not a map"],
+  ["upstreams: { app: {} }", '1:1: upstreams: unknown key; did you mean "services"?'],
+  [
+    "http: {}",
+    "1:1: http: unknown key; allowed: listen, admin, trust, limits, log, name_routes, defaults, services, hosts, paths, routes, default, tcp",
+  ],
+  [
+    `${SHOP}routes: [{ path: /, proxy_pass: http://shop }]`,
+    '2:21: routes[0].proxy_pass: unknown key; did you mean "service"?',
+  ],
+  [
+    "services: { api: [a:1] }\ndefault: api",
+    "1:18: services.api: a list is not a map such as { servers: [localhost:8081] }",
+  ],
+  [`${SHOP}routes: { /a: shop }`, "2:9: routes: a map is not a list such as [{ path: /api, service: shop }]"],
+  [`${ROUTE}hosts: { host: a }`, "2:8: hosts: a map is not a list such as [{ host: a.example, service: shop }]"],
+  [`${ROUTE}services: [a]`, "2:11: services: a list is not a map such as { shop: { servers: [localhost:8081] } }"],
   [`${ROUTE}hosts: [{ servers: [a:1] }]`, "2:9: hosts[0]: host is missing"],
   [`${ROUTE}paths: [{ servers: [a:1] }]`, "2:9: paths[0]: path is missing"],
   [`${SHOP}hosts: [{ host: a.b }]`, "2:9: hosts[0]: needs exactly one of service, servers, split, redirect, respond"],
@@ -587,6 +908,10 @@ const WRONG: [text: string, ...expected: string[]][] = [
     ...['19: routes[0].host[0]: "*"', '24: routes[0].host[1]: "a.*.b"', '31: routes[0].host[2]: "*.1.2.3.4"'].map((
       at,
     ) => `2:${at} is not a host such as www.example.com or "*.example.com"`),
+  ],
+  [
+    `${SHOP}hosts: [{ host: "*.a.test:8080", service: shop }]`,
+    '2:17: hosts[0].host: "*.a.test:8080" is not a host such as www.example.com or "*.example.com": routes match hosts on all ports; write *.a.test',
   ],
   [
     `${SHOP}routes: [{ path: v1, service: shop }]`,
@@ -646,6 +971,10 @@ const WRONG: [text: string, ...expected: string[]][] = [
   [
     `${SHOP}default: { service: shop, body_limit: big }`,
     '2:39: default.body_limit: "big" is not a size such as 512kB, 10MB, 1MiB, a number of bytes, or none',
+  ],
+  [
+    "default: { respond: 200, cors: { origin: '*' } }",
+    "1:26: default.cors: is for answers of servers: a respond has headers of its own under response",
   ],
   ["default: { redirect: {} }", "1:22: default.redirect: needs either to or its parts"],
   [
@@ -741,6 +1070,82 @@ test("the error carries its mistakes and the name of the file", () => {
   });
 });
 
+// Routes of services `shop` and `next`, and what is warned of.
+const UNREACHED: [routes: string, ...expected: string[]][] = [
+  [
+    "[{ path: /a, service: shop }, { path: /a/, service: next }]",
+    "routes[1]: can never be reached: routes[0] takes all of its requests",
+  ],
+  ["[{ path: /a, service: shop }, { path: /a/b, service: next }]"],
+  ["[{ path: /a, service: shop, methods: [GET] }, { path: /a, service: next }]"],
+  ["[{ path: /a, service: shop }, { path: /a, service: next, methods: [GET] }]"],
+  [
+    "[{ path: /a, service: shop, methods: [GET, PUT] }, { path: /a, service: next, methods: [PUT] }]",
+    "routes[1]: can never be reached: routes[0] takes all of its requests",
+  ],
+  ["[{ path: /a, service: shop, methods: [GET] }, { path: /a, service: next, methods: [PUT] }]"],
+  ["[{ path: /a, service: shop, headers: { a: b } }, { path: /a, service: next, headers: { a: c } }]"],
+  [
+    "[{ path: /a, service: shop, headers: { a: b }, query: { c: d } }, { path: /a, service: next, headers: { a: b }, query: { c: d } }]",
+    "routes[1]: can never be reached: routes[0] takes all of its requests",
+  ],
+  [
+    "[{ path: /u/:id, service: shop }, { path: /u/:name, service: next }]",
+    "routes[1]: can never be reached: routes[0] takes all of its requests",
+  ],
+  ["[{ path: /u/:id, service: shop }, { path: /u/me, service: next }]"],
+  [
+    "[{ path: /, service: shop }, { path: { regex: ^/api/ }, service: next }]",
+    "routes[1]: can never be reached: routes[0] takes all of its requests",
+  ],
+  [
+    "[{ path: /api, service: shop }, { path: { regex: '^/api/v[12]/' }, service: next }]",
+    "routes[1]: can never be reached: routes[0] takes all of its requests",
+  ],
+  ["[{ path: /api, service: shop }, { path: { regex: ^/api/* }, service: next }, { path: { regex: '^/api/|^/b' }, service: next }, { path: { regex: ^/ap }, service: next }]"],
+  ["[{ path: /a, service: shop }, { host: a.b, path: /a, service: next }, { host: '*.b', path: /a, service: next }]"],
+  [
+    "[{ host: a.b, service: shop }, { host: A.b., path: /, service: next }]",
+    "routes[1]: can never be reached: routes[0] takes all of its requests",
+  ],
+  ["[{ path: [/a, /b], service: shop }, { path: [/a, /c], service: next }]"],
+  [
+    "[{ path: /a, service: shop }, { path: /b, service: shop }, { path: [/a, /b], service: next }]",
+    "routes[2]: can never be reached: routes[0] and routes[1] take all of its requests",
+  ],
+  ["[{ scheme: http, redirect: { scheme: https } }, { path: /a, service: shop }, { path: /b, service: next }]"],
+  [
+    "[{ scheme: http, redirect: { scheme: https } }, { host: '*.b', scheme: https, service: shop }, { host: a.b, path: /b, service: next }]",
+    "routes[2]: can never be reached: routes[0] and routes[1] take all of its requests",
+  ],
+  ["[{ scheme: https, service: shop }, { scheme: http, path: /b, service: next }]"],
+  ["[{ service: shop }]\ndefault: next", "default: can never be reached: routes[0] takes all of its requests"],
+  ["[{ path: /x, service: shop }]\ndefault: next"],
+  ["[{ path: /x, service: shop }]", "services.next: nothing leads to this service"],
+  ["[{ path: /x, service: shop, mirror: next }]"],
+  ["[{ path: /x, split: { shop: 1, next: 0 } }]"],
+  ["[{ path: /x, service: shop }]\nname_routes: true"],
+  ["[{ path: /shop, service: shop }]\nname_routes: true"],
+];
+for (const [routes, ...expected] of UNREACHED) {
+  test(`${expected.join() || "no warning"}: ${routes}`, () => {
+    const { warnings } = parseConfig(
+      `services: { shop: { servers: [a:1] }, next: { servers: [b:1] } }\nroutes: ${routes}`,
+    );
+    assert.deepEqual(warnings.map((line) => line.replace(/^routes\.yml:\d+:\d+: /, "")), expected);
+  });
+}
+
+test("a service that others fall back to is led to, and a warning has its place", () => {
+  const { warnings } = parseConfig(`services:
+  shop: { servers: [a:1], fallback: next }
+  next: { servers: [a:1], fallback: last }
+  last: { servers: [a:1] }
+  spare: { servers: [a:1] }
+default: shop`);
+  assert.deepEqual(warnings, ["routes.yml:5:3: services.spare: nothing leads to this service"]);
+});
+
 const FULL = `
 listen: [8080, "[::1]:81", { address: 8443, tls: { cert: c.pem, key: k.pem }, client_ca: ca.pem }]
 trust: [10.0.0.0/8, "::1"]
@@ -775,10 +1180,13 @@ tcp:
   - { listen: ["[::1]:25", 26], name: mail, servers: [m:25], proxy_protocol: true, allow: 10.0.0.0/8, deny: 10.0.0.1 }
 `;
 
+/** What of a config depends on how its file is written. */
+const PLACES = { text: "", warnings: [] };
+
 test("what is printed is read again as the same config", () => {
   for (const text of [FULL, ROUTE, SHOP + "default: { split: { shop: 1 }, cors: {} }"]) {
     const config = parseConfig(text);
-    assert.deepEqual({ ...parseConfig(printConfig(config)), text: "" }, { ...config, text: "" });
+    assert.deepEqual({ ...parseConfig(printConfig(config)), ...PLACES }, { ...config, ...PLACES });
   }
 });
 
@@ -822,7 +1230,7 @@ test("any times, shares, sizes and texts survive printing and reading", { timeou
     const { action } = config.routes[1]!;
     assert.equal(action.kind === "respond" && action.body, body);
     assert.equal(config.services.get("s")!.timeouts.idle, ms);
-    assert.deepEqual({ ...parseConfig(printConfig(config)), text: "" }, { ...config, text: "" });
+    assert.deepEqual({ ...parseConfig(printConfig(config)), ...PLACES }, { ...config, ...PLACES });
   }
 });
 
@@ -858,8 +1266,145 @@ routes:
   assert.match(text, /x-other: seen/);
 });
 
+// deno-lint-ignore no-explicit-any
+type Json = any;
+const SCHEMA: Json = jsonSchema();
+/** What a JSON Schema has against a value, as paths; of the keywords that ours uses, and of no others. */
+function against(schema: Json, value: Json, at = "$"): string[] {
+  const isMap = typeof value === "object" && value !== null && !Array.isArray(value);
+  const is: Record<string, boolean> = {
+    ...{
+      object: isMap,
+      array: Array.isArray(value),
+      string: typeof value === "string",
+      boolean: typeof value === "boolean",
+    },
+    ...{ number: typeof value === "number", integer: Number.isInteger(value) },
+  };
+  const wrong = (holds: boolean) => holds ? [] : [at];
+  const keywords: Record<string, (said: Json) => string[]> = {
+    $ref: (ref) => against(SCHEMA.$defs[ref.replace("#/$defs/", "")], value, at),
+    type: (types) => wrong([types].flat().some((type) => is[type])),
+    pattern: (pattern) => wrong(!is.string || new RegExp(pattern, "u").test(value)),
+    enum: (all) => wrong(all.includes(value)),
+    const: (one) => wrong(one === value),
+    minimum: (least) => wrong(!is.number || value >= least),
+    maximum: (most) => wrong(!is.number || value <= most),
+    anyOf: (all) => {
+      const found = all.map((one: Json) => against(one, value, at));
+      return found.some((one: string[]) => !one.length)
+        ? []
+        : found.toSorted((a: string[], b: string[]) => b[0]!.length - a[0]!.length)[0];
+    },
+    oneOf: (all) => wrong(all.filter((one: Json) => !against(one, value, at).length).length === 1),
+    required: (keys) => wrong(!isMap || keys.every((key: string) => Object.hasOwn(value, key))),
+    properties: (of) =>
+      isMap
+        ? Object.keys(of).filter((key) => Object.hasOwn(value, key)).flatMap((key) =>
+          against(of[key], value[key], `${at}.${key}`)
+        )
+        : [],
+    propertyNames: (of) => isMap ? Object.keys(value).flatMap((key) => against(of, key, `${at}.${key}`)) : [],
+    items: (of) => is.array ? value.flatMap((one: Json, i: number) => against(of, one, `${at}[${i}]`)) : [],
+    additionalProperties: (of) => {
+      const known = (key: string) =>
+        Object.hasOwn(schema.properties ?? {}, key) || schema.patternProperties && /^x-/.test(key);
+      const others = isMap ? Object.keys(value).filter((key) => !known(key)) : [];
+      return others.flatMap((key) => of === false ? [`${at}.${key}`] : against(of, value[key], `${at}.${key}`));
+    },
+    ...Object.fromEntries(
+      "$schema $defs description default patternProperties".split(" ").map((key) => [key, () => []]),
+    ),
+  };
+  return Object.entries(schema).flatMap(([key, said]) => {
+    assert.ok(Object.hasOwn(keywords, key), `${at}: ${key}`);
+    return keywords[key]!(said);
+  });
+}
+/** What an editor shows for a file. */
+const shownFor = (text: string) => against(SCHEMA, parseYaml(text, { merge: true }));
+
+test("the JSON Schema is below 60 kB as it is printed, and has a definition for whatever stands twice", () => {
+  assert.ok(JSON.stringify(SCHEMA, null, 1).length < 60_000);
+  const defs = new Set(Object.keys(SCHEMA.$defs)), used = new Set<string>();
+  JSON.stringify(SCHEMA, (key, value) => {
+    if (key === "$ref") used.add(value.replace("#/$defs/", ""));
+    return value;
+  });
+  assert.ok(defs.size > 30);
+  assert.deepEqual([...used].sort(), [...defs].sort());
+});
+
+test("an editor shows nothing for what the program takes", () => {
+  const readme = readFileSync(new URL("../README.md", import.meta.url), "utf8");
+  const files = [...readme.matchAll(/```yaml\n(.*?)```/gs)].map(([, text]) => text!);
+  const merging = "x-a: &a { retries: 1 }\nservices: { s: { <<: *a, servers: [a:1] } }\ndefault: s";
+  const variables =
+    'listen: "${PORT}"\nname_routes: "${A}"\ndefault: { servers: "${A}", retries: "${A}", health: { interval: "${A}", method: "${A}" }, sticky: "${A}" }';
+  const shorts = SHORT_FORMS.flatMap(([short, long, where]) =>
+    [short, long].map((keys) =>
+      where === "top"
+        ? keys
+        : where === "service"
+        ? `services: { shop: { servers: [a:1], ${keys} } }`
+        : `routes: [{ path: /x, service: shop, ${keys} }]`
+    )
+  );
+  for (const text of [FULL, ROUTE, SHOP, merging, variables, ...files, ...shorts]) {
+    assert.deepEqual(shownFor(text), [], text);
+  }
+});
+
+for (
+  const [text, ...places] of [
+    ["default: { servers: [a:1], health: { interval: 5 } }", "$.default.health.interval"],
+    ["default: { servers: [a:1], health: { interval: 5 sec } }", "$.default.health.interval"],
+    ["default: { servers: [a:1], health: { interval: 0s } }", "$.default.health.interval"],
+    ["default: { servers: [a:1], timeouts: { response: 30 } }", "$.default.timeouts.response"],
+    ["default: { servers: [a:1], slow_start: 3 }", "$.default.slow_start"],
+    ["default: { servers: [a:1], panic: 50 }", "$.default.panic"],
+    ["default: { servers: [a:1], retries: 11 }", "$.default.retries"],
+    ['default: { servers: [a:1], retries: "1" }', "$.default.retries"],
+    ["default: { servers: [a:1], strategy: robin }", "$.default.strategy"],
+    ["default: { servers: [a:1], strategy: hash }", "$.default.strategy"],
+    ["default: { servers: [http://a:1/path] }", "$.default.servers"],
+    ["default: { servers: [{ url: a:1, wieght: 2 }] }", "$.default.servers[0].wieght"],
+    ["default: { servers: [a:1], rate: 5 }", "$.default.rate"],
+    ["default: { servers: [a:1], body_limit: big }", "$.default.body_limit"],
+    ["default: { servers: [a:1], sticky: a b }", "$.default.sticky"],
+    ["default: { timeouts: { connect: 1s } }", "$.default"],
+    ["routes: [{ path: /a }]", "$.routes[0]"],
+    ["hosts: [{ host: a.b }]", "$.hosts[0]"],
+    ["paths: [{ path: /a, service: a, redirect: /b }]", "$.paths[0]"],
+    ["paths: [{ servers: [a:1] }]", "$.paths[0]"],
+    ["routes: [{ path: /api*, service: a }]", "$.routes[0].path"],
+    ['routes: [{ path: "/f/{id}.json", service: a }]', "$.routes[0].path"],
+    ["routes: [{ path: { exact: /a/* }, service: a }]", "$.routes[0].path.exact"],
+    ["routes: [{ path: [/v1?x], service: a }]", "$.routes[0].path"],
+    ["routes: [{ path: { exact: /a, regex: b }, service: a }]", "$.routes[0].path"],
+    ["listn: 80", "$.listn"],
+    ["log: xml", "$.log"],
+    ["limits: { header: 10 }", "$.limits.header"],
+  ]
+) {
+  test(`an editor shows what the program refuses: ${text}`, () => {
+    assert.notEqual(mistakes(text!).length, 0);
+    const shown = shownFor(text!);
+    assert.ok(shown.length > 0 && shown.every((at) => at.startsWith(places[0]!)), `${shown}`);
+  });
+}
+
+/** A schema with its definitions in their places. */
+const resolved = (part: Json): Json => {
+  if (Array.isArray(part)) return part.map(resolved);
+  if (typeof part !== "object" || part === null) return part;
+  if (part.$ref) return resolved(SCHEMA.$defs[part.$ref.replace("#/$defs/", "")]);
+  const { $defs: _, ...rest } = part;
+  return Object.fromEntries(Object.entries(rest).map(([key, one]) => [key, resolved(one)]));
+};
+
 test("the JSON Schema closes every map, and describes all of its keys or the map as a whole", () => {
-  const schema = jsonSchema();
+  const schema = resolved(SCHEMA);
   assert.equal(schema.$schema, "http://json-schema.org/draft-07/schema#");
   type Node = { description?: string; properties?: Record<string, Node>; additionalProperties?: unknown };
   let maps = 0;
@@ -897,7 +1442,7 @@ query: { debug: True, version: 1.10 }`,
   assert.equal(mirror.percent, 2.5);
   assert.deepEqual(mistakes('default: { servers: [a:1], retries: "1", compress: "true" }'), [
     '1:37: default.retries: "1" is not a whole number from 0 to 10',
-    '1:52: default.compress: "true" is not true or false',
+    '1:52: default.compress: "true" is not true, false or gzip',
   ]);
 });
 

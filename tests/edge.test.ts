@@ -157,11 +157,12 @@ test(
 
 test("what the platform does is left out of the file with one line in the log", { skip }, async (t) => {
   const a = await server(t, "a");
-  const lb = await edge(t, { listen: ["127.0.0.1:1", "[::1]:1"], default: { servers: over(a) } });
+  const limits = { requests: 100, connections: 5, header_size: "8KiB" };
+  const lb = await edge(t, { listen: ["127.0.0.1:1", "[::1]:1"], limits, default: { servers: over(a) } });
   for (const path of ["/", "/", "/"]) assert.equal(body(await lb.ask(path)), "a");
   await sleep(50);
   assert.deepEqual(lb.logs.filter((line) => /left out/.test(line)), [
-    "info: left out of routes.yml, as the platform does it: listen",
+    "info: left out of routes.yml, as the platform does it: listen, limits.connections, limits.header_size",
   ]);
 });
 

@@ -614,7 +614,7 @@ export async function h2Client(port: number, options: ClientOptions = {}): Promi
     socket.once(tls ? "secureConnect" : "connect", () => resolve());
     socket.once("error", reject);
   });
-  client.send(opening, ...more);
+  client.send(...[opening, ...more].filter(({ length }) => length > 0)); // Deno fails with EPERM on an empty write over TLS
   return client;
 }
 

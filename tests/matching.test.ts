@@ -66,6 +66,20 @@ before(async () => {
       { path: "/params", service, request: { query: { set: { a: "new" }, remove: ["b"] } } },
       { path: "/small", service, body_limit: 10 },
       { path: "/cors", service, cors: { origin: ["https://app.test"], credentials: true, max_age: "1m" } },
+      { path: "/star/*", ...says("star") },
+      { path: "/star/deep/**", ...says("stars") },
+      { path: "/users/:id", ...says("one user") },
+      { path: "/users/:id/orders/{order}", ...says("an order") },
+      { path: "/users/me", ...says("me") },
+      { path: "/:kind/:id/orders/7", ...says("any seven") },
+      { path: { exact: "/only/:id" }, ...says("only one") },
+      { path: "/items/{id}", service, rewrite: { path: "/v3" } },
+      { path: "/caf%c3%a9", ...says("escaped") },
+      { path: "/tee/größe", ...says("unescaped") },
+      { path: "/%78%41", ...says("needless") },
+      { path: { exact: "/a|b" }, ...says("bar") },
+      { path: "/v1/projects:list", ...says("colon") },
+      { path: "/cors/below", service, cors: { origin: ["https://*.b.test", "http://c.test:81"] } },
       { path: "/tea", respond: { status: 418, body: "short", headers: { "x-tea": "1" } } },
     ],
     paths: [{ path: "/cut", servers: [`http://${server.address}`], strip: true }],
@@ -109,6 +123,34 @@ const ROUTED: [path: string, expected: string | number, headers?: string, host?:
   ["/ask?debug=2", 200],
   ["/gone", 410],
   ["/closed", 403],
+  ["/star", "star"],
+  ["/star/", "star"],
+  ["/star/x/y", "star"],
+  ["/stars", 200],
+  ["/star/*", "star"],
+  ["/star/deep/x", "stars"],
+  ["/users", 200],
+  ["/users/", 200],
+  ["/users//x", 200],
+  ["/users/12", "one user"],
+  ["/users/:id", "one user"],
+  ["/users/12/x", "one user"],
+  ["/users/me", "me"],
+  ["/users/me/x", "me"],
+  ["/users/meme", "one user"],
+  ["/users/12/orders/7", "an order"],
+  ["/firms/12/orders/7/x", "any seven"],
+  ["/only/7", "only one"],
+  ["/only/7/", 200],
+  ["/only/7/x", 200],
+  ["/caf%c3%a9", "escaped"],
+  ["/caf%C3%A9/x", "escaped"],
+  ["/caf\xc3\xa9", "escaped"],
+  ["/tee/gr%C3%B6%c3%9fe", "unescaped"],
+  ["/xA", "needless"],
+  ["/a|b", "bar"],
+  ["/a%7cb", "bar"],
+  ["/v1/projects:list", "colon"],
 ];
 
 for (const [path, expected, headers = "", host = "a.test"] of ROUTED) {
@@ -147,6 +189,7 @@ for (
     ["/literal", "/literal", () => "c.test"],
     ["/user/12/a/b?c=1", "/a/b/of/12?c=1", () => "a.test"],
     ["/named", "/named", () => "inner.test"],
+    ["/items/7/x?a=1", "/v3/x?a=1", () => "a.test"],
     ["/cut/a?b=1", "/a?b=1", () => "a.test"],
     ["/params?b=2&c=3&a=1", "/params?c=3&a=new", () => "a.test"],
     ["/nobody/asks/for/this", "/nobody/asks/for/this", () => "a.test"],
@@ -197,6 +240,38 @@ test("cors: one of the origins may read the answers, with cookies, and its prefl
   assert.match(value(allowed!, "access-control-allow-methods"), /\bPUT\b/);
   assert.equal(server.requests.length, asked);
 });
+
+test("cors: an OPTIONS that asks for no method is no preflight, and goes to the server", async () => {
+  const asked = server.requests.length;
+  const { answers: [one] } = await rawRequest(
+    program.port,
+    get("/cors", "Origin: https://app.test\r\n").replace("GET", "OPTIONS"),
+    QUICK,
+  );
+  assert.deepEqual([status(one!), value(one!, "access-control-allow-origin")], [200, "https://app.test"]);
+  assert.equal(server.requests.length, asked + 1);
+  assert.match(server.requests[asked]!.start, /^OPTIONS \/cors /);
+});
+
+for (
+  const [origin, isAllowed] of [
+    ["https://a.b.test", true],
+    ["https://x.a.b.test", true],
+    ["https://b.test", false],
+    ["https://.b.test", false],
+    ["https://ab.test", false],
+    ["http://a.b.test", false],
+    ["https://a.b.test:8443", false],
+    ["https://a.b.test.evil.test", false],
+    ["http://c.test:81", true],
+    ["http://c.test", false],
+  ] as const
+) {
+  test(`cors: ${origin} ${isAllowed ? "is" : "is not"} below https://*.b.test, or the other origin`, async () => {
+    const one = await ask("/cors/below", `Origin: ${origin}\r\n`);
+    assert.equal(value(one, "access-control-allow-origin"), isAllowed ? origin : "");
+  });
+}
 
 for (const method of ["OPTIONS", "DELETE", "POST"]) {
   test(`a request without a body stays one: ${method}`, async () => {

@@ -5,7 +5,16 @@ import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
 import { spawn, spawnSync } from "node:child_process";
 import { randomBytes } from "node:crypto";
-import { existsSync, mkdtempSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import {
+  chmodSync,
+  existsSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
 import { type AddressInfo, connect, createServer, type Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -203,6 +212,24 @@ test("--check gives 0 and one line for a file that is fine", () =>
     }
   }));
 
+test("--check and the start warn of routes that are never reached and of services that nothing leads to", async () => {
+  const text =
+    "services: { shop: { servers: [a:1] }, spare: { servers: [b:1] } }\nroutes: [{ respond: 200 }, { path: /, service: shop }]\n";
+  const warnings = [
+    "1:39: services.spare: nothing leads to this service",
+    "2:28: routes[1]: can never be reached: routes[0] takes all of its requests",
+  ];
+  await inFolder({ "routes.yml": text }, async (folder) => {
+    const { code, out, err } = await call(["--check"], { cwd: folder });
+    assert.deepEqual([code, err], [0, ""]);
+    const fine = "routes.yml is fine: services: 2, routes: 2";
+    assert.deepEqual(out.trimEnd().split("\n"), [...warnings.map((one) => `warning: routes.yml:${one}`), fine]);
+  });
+  await running(text, async (lb) => {
+    await until("the start warns", () => warnings.every((one) => lb.err().includes(`routes.yml:${one}`)));
+  });
+});
+
 test("--check gives 1 and every mistake with its line", () =>
   inFolder({
     "bad.yml": `services:
@@ -258,8 +285,75 @@ test("a port that is taken ends the program with 1 and is named", () =>
     fine(async (folder) => {
       const { code, err } = await call(["--listen", address], { cwd: folder });
       assert.equal(code, 1);
-      assert.ok(err.includes(`cannot listen on ${address}`), err);
+      assert.ok(
+        err.endsWith(
+          `cannot listen on ${address}: the port is in use: end the process that has it, or choose another port\n`,
+        ),
+        err,
+      );
+      const more = await call(["--listen", "127.0.0.1:0", "--admin", address], { cwd: folder });
+      assert.equal(more.code, 1);
+      assert.match(more.err, /the port is in use/);
+      const workers = await call(["--listen", address, "--workers", "2"], { cwd: folder });
+      assert.equal(workers.code, 1);
+      assert.match(workers.err, /the port is in use/);
     })));
+
+// What cannot be done, as the same sentence on all runtimes: arguments, exit status, what is said.
+const PLAIN_SENTENCES: [args: string[], code: number, said: RegExp][] = [
+  [
+    ["-c", "none.yml"],
+    1,
+    /^none\.yml:1:1: cannot be read: there is no such file; -c FILE names another one, --demo needs none\n$/,
+  ],
+  [["-c", "."], 1, /^\.:1:1: cannot be read: it is a folder\n$/],
+  [
+    ["--listen", "nowhere.invalid:8080"],
+    1,
+    /^cannot listen on nowhere\.invalid:8080: the name does not resolve to an address\n$/m,
+  ],
+  [
+    ["--listen", "198.51.100.7:8080"],
+    1,
+    /^cannot listen on 198\.51\.100\.7:8080: this machine does not have this address\n$/m,
+  ],
+  [["--chek"], 2, /^--chek is not an option; did you mean "--check"\?\n/],
+  [["--chek=1"], 2, /^--chek is not an option; did you mean "--check"\?\n/],
+  [["-x"], 2, /^-x is not an option\n/],
+  [["--port"], 2, /^--port needs a value\n/],
+  [["-p"], 2, /^--port needs a value\n/],
+  [["--check=yes"], 2, /^--check takes no value\n/],
+];
+for (const [args, code, said] of PLAIN_SENTENCES) {
+  test(`one sentence says what is wrong with ${args.join(" ")}`, () =>
+    fine(async (folder) => {
+      const found = await call(args, { cwd: folder });
+      assert.equal(found.code, code);
+      assert.match(found.err, said);
+      assert.ok(found.err.split("\n").length <= 3, found.err);
+    }));
+}
+
+// only root can run the program as nobody, and nobody may not read root's cache of Deno
+const CAN_BE_NOBODY = process.platform === "linux" && process.getuid?.() === 0 && runtime() !== "deno" &&
+  Number(readFileSync("/proc/sys/net/ipv4/ip_unprivileged_port_start", "utf8")) > 80;
+if (CAN_BE_NOBODY) {
+  test("a port that only root may use is refused with what to do", () =>
+    inFolder({ "routes.yml": FINE }, (folder) => {
+      chmodSync(folder, 0o755);
+      const args = [...RUN, ENTRY, "--listen", "127.0.0.1:80"];
+      const { status, stderr } = spawnSync(process.execPath, args, {
+        cwd: folder,
+        uid: 65534,
+        gid: 65534,
+        timeout: 30_000,
+      });
+      const said =
+        "cannot listen on 127.0.0.1:80: this user may not use ports below 1024: choose another port, or run setcap ";
+      assert.deepEqual([status, stderr.toString().slice(0, said.length)], [1, said]);
+      return Promise.resolve();
+    }));
+}
 
 test("--print-config prints a config that means the same", () =>
   fine(async (folder) => {

@@ -266,7 +266,15 @@ test("a split in which only one service is sticky is drawn anew each time: it wo
 test("routes.yml: what sticky may say, and its secret is never printed", () => {
   const file = (sticky: string) => parseConfig(`default: { servers: [a:1], sticky: ${sticky} }`);
   for (
-    const wrong of ["{ cookie: 'a b' }", "{ cookie: '' }", "{ secret: '' }", "{ name: lb }", "on", "{max_age: -1s}"]
+    const wrong of [
+      "{ cookie: 'a b' }",
+      "{ cookie: '' }",
+      "{ secret: '' }",
+      "{ name: lb }",
+      "on",
+      "yes",
+      "{max_age: -1s}",
+    ]
   ) {
     assert.throws(() => file(wrong), { name: "ConfigError" }, wrong);
   }
@@ -344,4 +352,31 @@ test("running: the clients of a server that dies move once", async (t) => {
     const again = await ask(cookieIn(moved));
     assert.deepEqual([again.body.toString(), values(again, "set-cookie")], [moved.body.toString(), []]);
   }
+});
+
+test("running: a server that sets a cookie of that name keeps it, and the log says so once", async (t) => {
+  const set = "Set-Cookie: PHPSESSID=of-the-application; path=/\r\n";
+  const server = await scriptedServer((visit) => visit.send(answer("", set)));
+  t.after(() => server.close());
+  const own = (cookie: string) => ({
+    log: "off",
+    default: { servers: [server.address], sticky: cookie, health: "off" },
+  });
+  const lb = await startProgram(own("PHPSESSID"));
+  t.after(() => lb.stop());
+  const ask = async (cookie: string) => {
+    const { answers: [one] } = await rawRequest(lb.port, get("/", `Cookie: ${cookie}\r\n`));
+    return [values(one!, "set-cookie"), value(server.requests.at(-1)!, "cookie")] as const;
+  };
+  const theirs = "PHPSESSID=of-the-application; path=/";
+  assert.deepEqual(await ask("a=1"), [[theirs], "a=1"]);
+  for (let i = 0; i < 2; i++) {
+    assert.deepEqual(await ask("PHPSESSID=of-the-application"), [[theirs], "PHPSESSID=of-the-application"]);
+  }
+  const warning =
+    /warn: default: its servers set the cookie PHPSESSID themselves, and so sticky does not: it needs another name, such as lb\n/g;
+  assert.equal(lb.output().match(warning)?.length, 1, lb.output());
+  await lb.reload(own("lb"));
+  const [cookies] = await ask("PHPSESSID=of-the-application");
+  assert.equal(cookies!.length, 2);
 });

@@ -224,6 +224,18 @@ test("the certificate is the one for the name that the client asks for; for othe
     { files: { ...FILES, "n.pem": NAMED, "n.key": KEY } },
   ));
 
+const TOGETHER = `\ufeffCommon name: a.test\n${KEY}\n${A}${CA}`.replaceAll("\n", "\r\n");
+test("a certificate and its key may stand in one file, with a mark, comments and other line ends, as in haproxy's", () => {
+  const one = { cert: "one.pem", key: "one.pem" }, files = { ...FILES, "one.pem": TOGETHER };
+  return running({ listen: { address: LOCAL, tls: [one, SECOND] } }, async (_, __, [port]) => {
+    assert.equal(await shownTo(port!, "a.test"), "a");
+    assert.equal(await shownTo(port!, "b.test"), "b");
+    const socket = await dial(port!);
+    assert.match(await ask(socket), /^HTTP\/1\.1 200/);
+    socket.destroy();
+  }, { files });
+});
+
 test("what is older than TLS 1.2, or no TLS at all, is refused, and costs nobody else anything", () =>
   running({}, async (_, __, [port]) => {
     for (
@@ -968,7 +980,7 @@ async function through(url: string, kinds: Record<string, object>): Promise<Reco
   const services = Object.fromEntries(
     Object.entries(kinds).map(([name, tls]) => [name, { servers: [url], health: "off", eject: "off", tls }]),
   );
-  const files = { ...FILES, "client.pem": CLIENT, "client.key": OTHER_KEY };
+  const files = { ...FILES, "client.pem": CLIENT, "client.key": OTHER_KEY, "both.pem": `\ufeff${OTHER_KEY}${CLIENT}` };
   const lb = await startProgram({ name_routes: true, services }, [], files);
   const found: Record<string, string> = {};
   try {
@@ -1004,9 +1016,10 @@ test("a server over TLS is asked only where its certificate is trusted and names
 test("a server that asks for a certificate is shown that of its service", async () => {
   const server = await secured({ requestCert: true, rejectUnauthorized: true, ca: CA });
   const shown = { ca: "ca.pem", cert: "client.pem", key: "client.key" };
-  const found = await through(server.url, { shown, bare: { ca: "ca.pem" } });
+  const together = { ca: "ca.pem", cert: "both.pem", key: "both.pem" };
+  const found = await through(server.url, { shown, together, bare: { ca: "ca.pem" } });
   await server.close();
-  assert.equal(found.shown, "none");
+  assert.deepEqual([found.shown, found.together], ["none", "none"]);
   assert.match(found.bare!, /^502 (connect|reset)$/);
 });
 
