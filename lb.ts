@@ -57,7 +57,7 @@ import { isDeepStrictEqual, parseArgs, promisify } from "node:util";
 import { isMainThread, parentPort, Worker, workerData } from "node:worker_threads";
 import { toJsonSchema } from "@valibot/to-json-schema";
 import { closest, distance } from "fastest-levenshtein";
-import { type Context, Hono, type MiddlewareHandler } from "hono";
+import { type Context, Hono, type HonoRequest, type MiddlewareHandler } from "hono";
 import { bodyLimit } from "hono/body-limit";
 import { compress } from "hono/compress";
 import { cors } from "hono/cors";
@@ -1001,18 +1001,29 @@ function expandConfig(source: Raw, text: string, file: string): Config {
   return { ...top, services: parsed, routes, tcp, source, text, file, places };
 }
 
+/** What a text is read with. */
+export interface ParseOptions {
+  /** Where `${NAME}` is taken from. */
+  env?: Env;
+  /** Its name, for messages, and for the names of files in it, which are relative to it. */
+  file?: string;
+  /** Strategies beside the built-in ones, by the names that the text may say. */
+  strategies?: Record<string, unknown>;
+}
+
 /**
- * Reads routes.yml (YAML, and so JSON); `${NAME}` is taken from `env`, and `more` are strategies beside the built-in ones.
+ * Reads routes.yml (YAML, and so JSON).
  * @throws {ConfigError} with all mistakes, in the order of the file
  */
-export function parseConfig(text: string, env: Env = {}, file = "routes.yml", more: string[] = []): Config {
+export function parseConfig(text: string, options: ParseOptions = {}): Config {
+  const { env = {}, file = "routes.yml", strategies: own = {} } = options;
   const findings = newFindings(file), { found, say, end } = findings, raw = readYaml(text, env, findings);
   const unreadable = new Set([...found.values()].map((mistake) => mistake.path));
   if (raw !== undefined && !unreadable.has("")) {
     const sayMore: Report = (path, message, at) => unreadable.has(dotted(path)) || say(path, message, at);
     const issues = v.safeParse(RoutesFile, raw).issues ?? [];
     for (const one of issues.flatMap((issue) => flatten(issue))) report(one, sayMore);
-    if (isRecord(raw)) check(raw, more, sayMore);
+    if (isRecord(raw)) check(raw, Object.keys(own), sayMore);
   }
   end();
   return expandConfig(writeDefaults(raw as Raw), text, file);
@@ -2017,7 +2028,7 @@ export interface Effects {
   /** Tells other threads that an operator has marked a server up or down. */
   told(service: Service, server: Server, up: boolean): void;
   /** Logs a request that has ended; `accessLine` makes a line of it. */
-  write(record: AccessRecord, format: LineFormat): void;
+  accessLog(record: AccessRecord, format: LineFormat): void;
   /** One line for the operator. */
   report(level: "info" | "warn" | "error", text: string): void;
 }
@@ -3625,13 +3636,18 @@ class FetchBody extends StreamedBody {
 /** The HttpRequest behind a Request that our own server has made. */
 const INCOMING = new WeakMap<Request, HttpRequest>();
 
-/** Converts a Request of the Fetch API. `answer` gets the Response. */
-function requestOf(source: Request, from: Client, answer: (response: Response) => void): HttpRequest {
+/** Converts a Request of the Fetch API. `answer` gets the Response; `kept` is its body, where others have read that. */
+function requestOf(
+  source: Request,
+  from: Client,
+  answer: (response: Response) => void,
+  kept?: Uint8Array,
+): HttpRequest {
   const { method } = source, incoming = INCOMING.get(source), over = new AbortController();
   const request: HttpRequest = {
     ...incoming ?? headOfRequest(source, from),
     ...{ scheme: from.scheme, peer: from.address, source, gone: source.signal.aborted, onGone: undefined },
-    body: incoming?.body ?? bodyOfRequest(source, () => request.gone),
+    body: kept ? new MemoryBody(Buffer.from(kept)) : incoming?.body ?? bodyOfRequest(source, () => request.gone),
     respond(response) {
       over.abort(); // from now on only the response's body reports that the client is gone
       if (incoming && response.tunnel) incoming.respond(response);
@@ -3653,7 +3669,7 @@ function requestOf(source: Request, from: Client, answer: (response: Response) =
 function headOfRequest({ method, url, headers }: Request, from: Client): RequestHead {
   const authority = url.indexOf("://") + 3, start = url.indexOf("/", authority), own = url.slice(authority, start);
   const length = headers.get("content-length"), encoding = headers.get("transfer-encoding");
-  const host = headers.get("host") ?? own;
+  const host = headers.get("host") ?? own; // Host wins, as with a request that comes over a socket
   const isBad = authority < 3 || start < 0 || length !== null && !/^\d{1,15}$/.test(length) ||
     encoding !== null && !/^chunked$/i.test(encoding) || !isPrintable(from.headers);
   return {
@@ -3661,7 +3677,7 @@ function headOfRequest({ method, url, headers }: Request, from: Client): Request
     target: url.slice(start).replace(/[^\x00-\xff]+/g, encodeURIComponent),
     block: { fields: withoutHopFields(from.headers), passing: undefined },
     upgrade: from.upgrades && headers.get("upgrade") || "",
-    problem: isBad ? "bad-request" : sameAuthority(own, host) ? undefined : "bad-host",
+    problem: isBad ? "bad-request" : undefined,
   };
 }
 
@@ -5131,7 +5147,7 @@ class AccessLog {
     [this.print, this.report] = [print, report];
   }
 
-  readonly write: Effects["write"] = (record, format) => {
+  readonly write: Effects["accessLog"] = (record, format) => {
     if (this.size > MOST_WAITING) return this.lose(1);
     if (this.records.push([record, format]) === 100) this.makeLines(); // whose bytes count
     this.schedule();
@@ -5850,7 +5866,7 @@ function finish(exchange: Exchange): void {
   const { format } = exchange.table.config.log;
   if (format === "off" || !exchange.logged && !problem && status < 500) return;
   try {
-    effects.write(accessRecord(exchange, endedAt), format);
+    effects.accessLog(accessRecord(exchange, endedAt), format);
   } catch (error) { // the request has had its answer
     effects.report("error", `the log cannot be written: ${error}`);
   }
@@ -6032,7 +6048,7 @@ function balance(balancer: Balancer, request: HttpRequest, isWrapped = false): v
     const refusal = validate(exchange) ?? detectLoop(exchange) ?? checkConcurrency(balancer, exchange);
     if (exchange.table.config.admin?.token && isOperator(balancer, exchange)) exchange.choices = [];
     if (refusal) return refuse(exchange, refusal);
-    if (request.source?.bodyUsed) throw new Error("middleware has read a body that the request's server wants, too");
+    if (request.source?.bodyUsed && !request.body.bytes) throw new Error(BODY_READ);
     exchange.upgrade = upgradeOf(request);
     const route = exchange.route = matchRoute(exchange.table, exchange);
     if (!route && exchange.path === "*") return respondLocally(exchange, optionsReply([]));
@@ -6043,6 +6059,10 @@ function balance(balancer: Balancer, request: HttpRequest, isWrapped = false): v
     act(exchange, route);
   });
 }
+
+const BODY_READ =
+  "middleware has read the body, and nothing has kept it for the server: read it by c.req.text() or the " +
+  "like, not as a form";
 
 /** The protocol that a request asks to switch to, where it may: not HTTP/2, and a WebSocket only by its whole handshake. */
 function upgradeOf({ upgrade, method, block: { fields } }: HttpRequest): string {
@@ -6209,7 +6229,7 @@ function settleRelay(balancer: Balancer, relay: Relay): void {
   }
   if (problem) countFailure(balancer, problem);
   if (log.format === "off" || !problem && effects.random() >= log.sample) return;
-  effects.write({
+  effects.accessLog({
     ...{ time: effects.date(), client: relay.client, method: "TCP", protocol: "-", scheme: "tcp", host: undefined },
     ...{ url: `tcp://${relay.target}`, path: undefined, query: undefined, referer: undefined, agent: undefined },
     ...{ status, received, bytes, id: relay.id, trace: undefined, span: undefined },
@@ -6345,7 +6365,10 @@ export interface LoadBalancer extends Hono {
    * With workers it resolves when all of them have it.
    */
   reload(config: Config): void | Promise<unknown>;
-  /** Probes the servers that are due. Call it in an interval; `serve` does. */
+  /** Probes the servers that are due, and again whenever some are, until `stop`. `serve` does both. */
+  start(): void;
+  stop(): void;
+  /** Probes the servers that are due, once. */
   probe(): Promise<void>;
   /** What is in force and in flight, to be read. */
   balancer: Balancer;
@@ -6508,18 +6531,33 @@ const handleByFetch = (fetch: Serve, report: Effects["report"]) => async (incomi
   }
 };
 
+/**
+ * The body that middleware has read, where Hono has kept it as it came. A form is not, for it gets other boundaries, and
+ * neither is what was no UTF-8 and has become text.
+ */
+async function keptBody(req: HonoRequest): Promise<Uint8Array | undefined> {
+  if (req.bodyCache.formData) return undefined;
+  const kept = await req.bytes().catch(() => undefined), length = req.header("content-length");
+  return kept && (length ? Number(length) === kept.length : !Buffer.from(kept).includes("\ufffd")) ? kept : undefined;
+}
+
 /** Puts a balancer together from its config, its effects and the strategies that the config may name. */
 function assembleBalancer(config: Config, all: Effects, known: Strategies, runtime: string): LoadBalancer {
   const balancer = newBalancer(buildTable(config, known, undefined, all.now()), all, runtime);
   const app = new Hono(), throughHono = app.fetch;
-  const answer = (request: Request, env: unknown, isWrapped: boolean) =>
+  let probing: ReturnType<typeof setInterval> | undefined;
+  const answer = (request: Request, env: unknown, isWrapped: boolean, kept?: Uint8Array) =>
     new Promise<Response>((resolve) =>
-      balance(balancer, requestOf(request, all.client(request, env), resolve), isWrapped)
+      balance(balancer, requestOf(request, all.client(request, env), resolve, kept), isWrapped)
     );
-  app.all("*", ({ req, env }) => answer(req.raw, env, true));
+  app.all("*", async ({ req, env }) => answer(req.raw, env, true, req.raw.bodyUsed ? await keptBody(req) : undefined));
   const isWrapped = () => app.routes.length > 1; // something is mounted here
   const fetch: typeof throughHono = (request, env, context) =>
     isWrapped() ? throughHono(request, env, context) : answer(request, env, false);
+  const probe = async () => {
+    await probeDue(balancer.table, all);
+    wakeQueues(balancer.table); // also where an ejection has ended
+  };
   const handleThroughHono = handleByFetch((request, env) => throughHono(request, env as object), all.report);
   return Object.assign(app, {
     fetch,
@@ -6533,12 +6571,17 @@ function assembleBalancer(config: Config, all: Effects, known: Strategies, runti
       balancer.reloadFailed = false;
       wakeQueues(balancer.table);
     },
-    async probe() {
-      await probeDue(balancer.table, all);
-      wakeQueues(balancer.table); // also where an ejection has ended
+    probe,
+    start() {
+      probing ??= setInterval(probe, PROBE_TICK);
+    },
+    stop() {
+      clearInterval(probing);
+      probing = undefined;
     },
   });
 }
+const PROBE_TICK = 100; // milliseconds between two looks at which probes are due
 
 // -----------------------------------------------------------------------------------------------------------
 // 11. Admin
@@ -7977,7 +8020,7 @@ function problemOf({ effects }: Balancer, error: Error, method: string): Respons
  * in force; one that is taken out of it stays in force, for the listener stays open.
  */
 export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<AdminEnv> {
-  const { file, parse = (text: string) => parseConfig(text, {}, file), hosts = [] } = options;
+  const { file, parse = (text: string) => parseConfig(text, file ? { file } : {}), hosts = [] } = options;
   const { balancer } = lb, app = new Hono<AdminEnv>(), change = changesOf(lb, parse, file);
   app.notFound(({ req }) => problem(404, `there is no ${req.path}`));
   app.onError((error, context) => problemOf(balancer, error, context.req.method));
@@ -8169,7 +8212,7 @@ const PRINT: Record<typeof here, (bytes: Uint8Array) => Promise<number>> = {
   deno: (bytes) => (globalThis as unknown as DenoApi).Deno.stdout.write(bytes), // its node:fs would hold up everything
   bun: (bytes) => printed(bytes),
   node: (bytes) => printed(bytes),
-  edge: (bytes) => Promise.resolve(bytes.length), // `Effects.write` goes to the platform's log
+  edge: (bytes) => Promise.resolve(bytes.length), // `Effects.accessLog` goes to the platform's log
 };
 type DenoApi = { Deno: { stdout: { write(bytes: Uint8Array): Promise<number> } } };
 
@@ -8236,7 +8279,7 @@ function defaultTransport(): Pick<Effects, "send" | "connect"> {
 }
 
 /** The effects of the runtime that this runs on. */
-function defaultEffects(): Effects {
+function defaultEffects(): Omit<Effects, "accessLog"> {
   let secret = "";
   return {
     ...defaultTransport(),
@@ -8253,7 +8296,6 @@ function defaultEffects(): Effects {
     client: clientOf,
     onProbed: () => {},
     told: () => {},
-    write: (record, format) => console.log(accessLine(record, format)),
     report: printReport,
   };
 }
@@ -8283,15 +8325,34 @@ async function checkUnused(host: string, port: number): Promise<void> {
 /** Effects of your own, in place of the runtime's. `fetch` sends attempts, where that is a function of the Fetch API. */
 export type OwnEffects = Partial<Effects> & { fetch?: Fetch };
 
+/** A strategy that is not ours, and may do what it likes: what it returns is looked at. */
+function checkedStrategy(name: string, own: Strategy): Strategy {
+  const checked: Strategy = (candidates, draw) => {
+    const server: unknown = own(candidates, draw);
+    if (candidates.includes(server as Server)) return server as Server;
+    const what = server instanceof Promise ? "a promise" : isRecord(server) ? "another object" : String(server);
+    throw new TypeError(
+      `strategy ${name} returned ${what}; it has to return one of the servers that it is called with`,
+    );
+  };
+  return Object.assign(checked, own.score && { score: own.score });
+}
+
+const logToConsole: Effects["accessLog"] = (record, format) => console.log(accessLine(record, format));
+
 /**
- * Makes a load balancer of a parsed config.
- * @param effects what shall differ from the runtime's own: a clock, a random, a transport
- * @param more strategies of your own, by the names that `strategy:` may then say
+ * Makes a load balancer of a parsed config. It has no access log unless the config says `log`, or there is an effect for it.
+ * @param options what shall differ from the runtime's own: a clock, a random, a transport; and strategies of your own,
+ *   by the names that `strategy:` may then say
  */
-export function createLoadBalancer(config: Config, effects: OwnEffects = {}, more: Strategies = {}): LoadBalancer {
-  const { fetch: own, ...others } = effects;
-  const all: Effects = { ...defaultEffects(), ...own && { send: sendByFetch(own) }, ...others };
-  return assembleBalancer(config, all, { ...strategies, ...more }, here);
+export function createLoadBalancer(config: Config, options: OwnEffects & { strategies?: Strategies } = {}) {
+  const { fetch: sends, strategies: own = {}, ...others } = options;
+  const accessLog: Effects["accessLog"] = (...entry) =>
+    "log" in writtenOf(lb.balancer.table.config) && logToConsole(...entry);
+  const all: Effects = { ...defaultEffects(), accessLog, ...sends && { send: sendByFetch(sends) }, ...others };
+  const checked = Object.entries(own).map(([name, strategy]) => [name, checkedStrategy(name, strategy)]);
+  const lb: LoadBalancer = assembleBalancer(config, all, { ...strategies, ...Object.fromEntries(checked) }, here);
+  return lb;
 }
 
 // --- 12.4 Command line: options, then the environment, then the file ---
@@ -8374,7 +8435,7 @@ function readOption<T>(name: string, schema: v.GenericSchema<unknown, T>, text: 
 
 /** Reads the file; options and the environment replace what it says. */
 function load({ file, env, listen, admin, log }: Call, text = readText(file)): Config {
-  const config = parseConfig(text, env, file), { source } = config;
+  const config = parseConfig(text, { env, file }), { source } = config;
   if (listen !== undefined) {
     const at = readOption("--listen, --port, LB_LISTEN or LB_PORT", Listen, listen);
     config.listen = [{ ...at, tls: [], client_ca: "" }];
@@ -8550,7 +8611,7 @@ export interface ServeOptions {
 /**
  * Serves a balancer, or an app that has one mounted, over our own server of HTTP/1.1: the one way in which everything
  * passes as it came, and WebSockets pass at all. A balancer's servers are probed until it is closed; where an app has it
- * mounted, call its `probe` in an interval.
+ * mounted, call its `start`.
  * @throws {Error} with the address and why it cannot be listened on
  */
 export async function serve(app: LoadBalancer | { fetch: Serve }, options: ServeOptions = {}): Promise<Listener> {
@@ -8565,15 +8626,14 @@ export async function serve(app: LoadBalancer | { fetch: Serve }, options: Serve
     admit: (socket) => isOurs ? admit(app.balancer, socket) : undefined,
     refused: (why) => isOurs && countFailure(app.balancer, why),
   });
-  const probing = isOurs ? setInterval(() => void app.probe(), PROBE_TICK) : undefined;
+  if (isOurs) app.start();
   const close = () => {
-    clearInterval(probing);
+    if (isOurs) app.stop();
     return listener.close();
   };
   signal?.addEventListener("abort", () => void close(), { once: true });
   return { ...listener, close };
 }
-const PROBE_TICK = 100; // milliseconds between two looks at which probes are due
 
 /** The listeners of a thread, or of all workers. */
 interface Listeners {
@@ -8841,7 +8901,7 @@ async function work({ config, file, ports, reports, workers, secret, down }: Wor
     sendLines(lines);
     return Promise.resolve(lines.length);
   }, report);
-  const lb = createLoadBalancer(read(config), { write: log.write, report, secret: () => secret });
+  const lb = createLoadBalancer(read(config), { accessLog: log.write, report, secret: () => secret });
   const { balancer } = lb, { effects } = balancer;
   process.on("uncaughtException", (error) => report("error", `internal: ${error.stack ?? error}`)); // serve on
   const find = (name: string, url: string) => {
@@ -9033,7 +9093,7 @@ async function run(call: Call): Promise<void> {
   let inForce = fileStamp(file), seen = inForce; // before it is read, so that no change after that is missed
   const config = load(call, text);
   const log = new AccessLog(PRINT[here], defaultEffects().report);
-  const lb = createLoadBalancer(config, { write: log.write });
+  const lb = createLoadBalancer(config, { accessLog: log.write });
   const { report } = lb.balancer.effects;
   process.on("exit", () => {
     try {
@@ -9049,7 +9109,7 @@ async function run(call: Call): Promise<void> {
     const { address } = await serve(admin, { hostname: config.admin.listen.host, port: config.admin.listen.port });
     report("info", `admin on http://${address}`);
   }
-  setInterval(() => void lb.probe(), PROBE_TICK);
+  lb.start();
   if (!isDemo) {
     process.on("SIGHUP", () => reloadFile(call, lb));
     setInterval(() => {
@@ -9150,11 +9210,11 @@ async function main(args: string[], env: Call["env"]): Promise<void> {
 /** The balancer of the edge. What cannot be there is left out, and said in one line, so that one file serves both. */
 function makeAtTheEdge(): LoadBalancer {
   const text = fs.readFileSync("/bundle/routes.yml", "utf8"); // it lies beside the bundle
-  const config = parseConfig(text, process.env), services = [...config.services.values()];
+  const config = parseConfig(text, { env: process.env }), services = [...config.services.values()];
   for (const service of services) {
     if (service.health.kind === "tcp") service.health = { ...service.health, kind: "off" }; // passive only
   }
-  const lb = createLoadBalancer(config), file = parseDocument(text);
+  const lb = createLoadBalancer(config, { accessLog: logToConsole }), file = parseDocument(text);
   const left = ["listen", "admin", "tcp"].filter((key) => file.has(key));
   if (services.some(({ tls }) => Object.values(tls).some(Boolean))) left.push("tls of servers");
   const { report } = lb.balancer.effects;

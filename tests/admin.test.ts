@@ -1074,7 +1074,7 @@ test("a clock that jumps an hour ejects nobody", async () => {
       attempt.ended(200, 2, undefined);
       return Promise.resolve(new Response("ok"));
     },
-    write: () => {},
+    accessLog: () => {},
     client: () => ({ address: "127.0.0.1", scheme: "http", headers: ["host", "a.test"] }),
   });
   for (const jump of [1, -1, 24]) {

@@ -29,7 +29,7 @@ routes: [{ path: /moved, redirect: { path: /new } }, { path: /only, methods: [PU
 paths: [{ path: /shop, service: shop }]`;
   const down = new Set<string>(), clock = { now: 0 };
   const sent: Fields[] = [];
-  const lb = createLoadBalancer(parseConfig(yaml, {}, "routes.yml", Object.keys(own)), {
+  const lb = createLoadBalancer(parseConfig(yaml, { strategies: own }), {
     now: () => clock.now,
     random: () => 0.5,
     report: () => {},
@@ -45,7 +45,8 @@ paths: [{ path: /shop, service: shop }]`;
       attempt.ended(200, 0);
       return Promise.resolve(new Response(null, { headers: { "cache-control": "public" } }));
     },
-  }, own);
+    strategies: own,
+  });
   const service = lb.balancer.table.services.get("shop")!;
   const set = (name: string, state: object) => {
     service.candidatesUntil = 0;
