@@ -8,7 +8,7 @@ const SHOP = "services: { shop: { servers: [a:1] } }\n";
 /** Every mistake of a file as `line:column: path: message`. */
 function mistakes(text: string, env: Record<string, string> = {}): string[] {
   try {
-    parseConfig(text, env);
+    parseConfig(text, { env });
   } catch (error) {
     assert.ok(error instanceof ConfigError, String(error));
     return error.message.split("\n").map((line) => line.replace(/^routes\.yml:/, ""));
@@ -22,7 +22,7 @@ const route = (yaml: string) => parseConfig(`${SHOP}routes: [ ${yaml} ]`).routes
 
 /** What a route with servers of its own says, and its service. */
 const both = (keys: string, servers: string, env: Record<string, string>) => {
-  const config = parseConfig(`${SHOP}routes:\n- path: /x\n  servers: ${servers}\n${keys.replace(/^/gm, "  ")}`, env);
+  const config = parseConfig(`${SHOP}routes:\n- path: /x\n  servers: ${servers}\n${keys.replace(/^/gm, "  ")}`, { env });
   return { ...config.routes[0]!, ...config.services.get("/x")! };
 };
 
