@@ -2027,6 +2027,8 @@ export interface Effects {
   onProbed(service: Service, server: Server, problem: string | undefined): void;
   /** Tells other threads that an operator has marked a server up or down. */
   told(service: Service, server: Server, up: boolean): void;
+  /** What the certificate in a file is for, and until when. */
+  certificate(file: string): { names: string[]; until: Date } | undefined;
   /** Logs a request that has ended; `accessLine` makes a line of it. */
   accessLog(record: AccessRecord, format: LineFormat): void;
   /** One line for the operator. */
@@ -6694,17 +6696,36 @@ function connections({ table, entrypoints, inFlight }: Balancer) {
   };
 }
 
+const workersView = ({ workers }: Balancer) => [...workers].map(([id, { since }]) => ({ id, since }));
+
+/** Where it listens, as the config says it, and with which certificates. */
+function listenersView({ table: { config }, effects }: Balancer) {
+  const view = (plain: string, secure: string) => ({ host, port, tls }: ListenerConfig) => ({
+    address: shown(host, port),
+    protocol: tls.length ? secure : plain,
+    certificates: tls.flatMap(({ cert }) => effects.certificate(cert) ?? []),
+  });
+  return [
+    ...config.listen.map(view("http", "https")),
+    ...config.tcp.flatMap((one) => one.listen.map(view("tcp", "tls"))),
+  ];
+}
+
 /** Everything that there is to see at this moment, as plain JSON. Times are seconds. */
-export function snapshotOf({ table, effects, requests, inFlight, draining, entrypoints }: Balancer) {
-  const now = effects.now(), services = [...table.services.values()];
+export function snapshotOf(balancer: Balancer) {
+  const { table, effects, runtime, requests, inFlight, draining, entrypoints } = balancer;
+  const now = effects.now(), date = effects.date().getTime(), services = [...table.services.values()];
+  const ago = (then: Date) => seconds(date - then.getTime());
   const total = totalOf(new Map([...entrypoints.values()].map(({ tallies }, i) => [i, totalOf(tallies)])));
   return {
-    version: VERSION,
-    time: seconds(now),
+    ...{ version: VERSION, runtime, time: seconds(now), uptime: ago(balancer.startedAt) },
+    reloads: { count: balancer.reloads, ago: ago(balancer.reloadedAt), failed: balancer.reloadFailed },
+    workers: workersView(balancer),
+    listeners: listenersView(balancer),
     draining,
     requests,
     in_flight: inFlight,
-    bounds: BUCKETS, // milliseconds
+    bounds: BUCKETS,
     total: countersView(total),
     routes: table.config.routes.map(routeView),
     services: services.map((service) => serviceView(service, now)),
@@ -6713,6 +6734,77 @@ export function snapshotOf({ table, effects, requests, inFlight, draining, entry
 
 /** What `snapshotOf` gives. */
 export type Snapshot = ReturnType<typeof snapshotOf>;
+
+// The same for people.
+
+type ServerView = ReturnType<typeof serverView>;
+type ServiceView = Snapshot["services"][number];
+
+/** How a server stands: a sign beside the word, and whether it is well. */
+const STATES = {
+  up: ["●", "good"],
+  unchecked: ["○", ""], // no probe and no request has asked it yet
+  failing: ["▲", "bad"], // requests fail there
+  trial: ["△", "warn"],
+  paused: ["○", "warn"],
+  draining: ["◐", "warn"],
+  drained: ["◐", "warn"],
+  maint: ["◇", "warn"],
+  ejected: ["▲", "bad"],
+  down: ["✕", "bad"],
+} satisfies Record<string, [sign: string, level: "good" | "warn" | "bad" | ""]>;
+type ShownState = keyof typeof STATES;
+
+const FAILING = 0.05; // the share of its latest requests from which a server is not called up
+/** `recent`: the share of the requests of the last 30 seconds that failed; undefined: there were none. */
+function stateOf({ status, in_flight, failing, check, counters }: ServerView, recent = failing): ShownState {
+  if (status === "drain") return in_flight ? "draining" : "drained";
+  if (status !== "up") return status;
+  if (Math.min(failing, recent) > FAILING) return "failing";
+  return check || counters.requests ? "up" : "unchecked";
+}
+
+/** Numbers as people read them. */
+const FORMAT = {
+  digits: new Intl.NumberFormat("en", { maximumSignificantDigits: 3 }),
+  whole: new Intl.NumberFormat("en"),
+  scaled(value: number | undefined, ...units: string[]): string {
+    if (value === undefined) return "–";
+    const steps = Math.min(Math.floor(Math.log10(Math.max(1, value * 1.0005)) / 3), units.length - 1);
+    return FORMAT.digits.format(value / 1_000 ** steps) + units[steps];
+  },
+  count: (n: number) => n < 1e5 ? FORMAT.whole.format(n) : FORMAT.scaled(n, "", " k", " M", " G", " T"),
+  rate: (perSecond: number | undefined) => FORMAT.scaled(perSecond, "/s", " k/s", " M/s"),
+  bytes: (n: number) => FORMAT.scaled(n, " B", " kB", " MB", " GB", " TB"),
+  time: (milliseconds: number | undefined) => FORMAT.scaled(milliseconds, " ms", " s"),
+  percent: (share: number | undefined) => FORMAT.scaled(share && 100 * share, " %"),
+  age(time: number): string {
+    const [name, unit] = (["d", "h", "m"] as const).map((unit) => [unit, UNITS[unit]! / 1_000] as const)
+      .find(([, unit]) => time >= 2 * unit) ?? ["s", 1];
+    return `${Math.floor(time / unit)} ${name}`;
+  },
+};
+
+/** Rows of cells as text, in columns. */
+function columns(rows: string[][]): string {
+  const widths = rows[0]!.map((_, i) => Math.max(...rows.map((row) => row[i]!.length)));
+  return rows.map((row) => `  ${row.map((cell, i) => cell.padEnd(widths[i]!)).join("  ").trimEnd()}\n`).join("");
+}
+
+function serversText(servers: ServerView[]): string {
+  const rows = servers.map((server) => [
+    ...[server.name, stateOf(server), FORMAT.age(server.status_for), `${server.weight}`],
+    ...[server.in_flight, server.counters.requests, server.counters.errors].map(FORMAT.count),
+    ...[FORMAT.time(server.latency || undefined), server.check?.problem ?? ""],
+  ]);
+  return columns([
+    ["SERVER", "STATE", "FOR", "WEIGHT", "IN FLIGHT", "REQUESTS", "ERRORS", "LATENCY", "PROBLEM"],
+    ...rows,
+  ]);
+}
+const serviceText = ({ name, strategy, askable, in_flight, waiting, servers }: ServiceView): string =>
+  `${name}: ${strategy}, ${askable} of ${servers.length} may be asked, ${in_flight} in flight, ${waiting} waiting\n` +
+  serversText(servers);
 
 const invalidAt = (path: string, message: string) => invalid([{ path, message }]);
 
@@ -6753,6 +6845,30 @@ function explain(balancer: Balancer, method: string, url: string) {
   const services = destinations.flatMap((one) => chain(one));
   const copies = mirror && { copies: mirror.service.name };
   return { ...found, target: `${method} ${targetOf(exchange, route)}`, services, ...copies };
+}
+
+function explanationText(found: ReturnType<typeof explain>): string {
+  if ("failure" in found) {
+    const allow = found.allow ? `; allowed: ${found.allow.join(", ")}` : "";
+    return `no route: ${found.status}, ${found.text} (x-lb-failure: ${found.failure})${allow}`;
+  }
+  const lines = [`route    ${found.route}`];
+  if ("status" in found) return `${lines[0]}\nanswer   ${found.action} ${found.status}`;
+  if (found.restricted) lines.push("clients  only those that allow and deny admit");
+  lines.push(`target   ${found.target}`);
+  if (found.copies) lines.push(`copies   ${found.copies}`);
+  for (const { service, weight, fallback, strategy, servers } of found.services) {
+    const part = weight < found.weight ? ` (${weight} of ${found.weight})` : "";
+    lines.push(`service  ${service}${fallback ? " (fallback)" : part}: ${strategy}`);
+    for (const { server, asked, why, score, limit } of servers) {
+      const words = [`server   ${server}: ${asked ? "may be asked" : "is not asked"}`];
+      if (why) words.push(`: ${why}`);
+      if (score !== undefined) words.push(`; score ${score}`);
+      if (limit !== undefined) words.push(`; at most ${limit} in flight`);
+      lines.push(words.join(""));
+    }
+  }
+  return lines.join("\n");
 }
 
 // --- 11.2 Config edits: the file after a change: its comments and order stay, and it is always whole on disk ---
@@ -7077,14 +7193,17 @@ const nameOf = ({ context: { req } }: Asked, config: Config): string => req.para
 
 function serviceOf(asked: Asked): Service {
   const { table } = asked.lb.balancer, name = nameOf(asked, table.config), service = table.services.get(name);
-  if (!service) throw new AdminError(404, `there is no service ${quote(name)}`);
+  if (!service) {
+    throw new AdminError(404, `there is no service ${quote(name)}${guess(name, [...table.services.keys()])}`);
+  }
   return service;
 }
 /** By its name or its URL. */
 function serverOf(asked: Asked): Server {
   const name = asked.context.req.param("server") ?? "", service = serviceOf(asked);
   const server = service.servers.find((one) => one.name === name || one.url === name);
-  if (!server) throw new AdminError(404, `${service.name} has no server ${quote(name)}`);
+  const names = service.servers.flatMap((one) => name.includes("/") ? one.url : one.name);
+  if (!server) throw new AdminError(404, `${service.name} has no server ${quote(name)}${guess(name, names)}`);
   return server;
 }
 
@@ -7133,7 +7252,7 @@ async function writeService(asked: Asked): Promise<Response> {
     const place = placeOf(config, name), entry = at(raw, place);
     isNew = entry === undefined;
     if (req.method === "POST" && !isNew) throw new AdminError(409, `there is a service ${quote(name)} already`);
-    if (req.method === "PATCH" && isNew) throw new AdminError(404, `there is no service ${quote(name)}`);
+    if (req.method === "PATCH" && isNew) serviceOf(asked); // which says so
     const own = req.method === "PATCH" ? merged(keysOf(entry, true), value) as Raw : value;
     put(raw, place, { ...keysOf(entry, false), ...own });
   });
@@ -8278,6 +8397,24 @@ function defaultTransport(): Pick<Effects, "send" | "connect"> {
   return { send: (attempt) => client.send(attempt), connect: (server, timeout) => client.connect(server, timeout) };
 }
 
+/** Reads a certificate, and reads it again when its file has changed. */
+function certificateReader(): Effects["certificate"] {
+  const known = new Map<string, { stamp: string; certificate: ReturnType<Effects["certificate"]> }>();
+  const read = (file: string) => {
+    try {
+      const certificate = readCertificate(file);
+      return { names: namesOf(certificate), until: new Date(certificate.validTo) };
+    } catch { // the start and the log have said why
+      return undefined;
+    }
+  };
+  return (file) => {
+    const stamp = fileStamp(file);
+    if (known.get(file)?.stamp !== stamp) known.set(file, { stamp, certificate: read(file) });
+    return known.get(file)!.certificate;
+  };
+}
+
 /** The effects of the runtime that this runs on. */
 function defaultEffects(): Omit<Effects, "accessLog"> {
   let secret = "";
@@ -8296,6 +8433,7 @@ function defaultEffects(): Omit<Effects, "accessLog"> {
     client: clientOf,
     onProbed: () => {},
     told: () => {},
+    certificate: certificateReader(),
     report: printReport,
   };
 }
@@ -9051,28 +9189,7 @@ async function startWorkers(lb: LoadBalancer, count: number, log: AccessLog): Pr
 function explained(config: Config, text: string): string {
   const [, method = "GET", url = ""] = /^(?:([A-Z]+) )?(https?:\/\/\S+)$/.exec(text.trim()) ?? [];
   if (!URL.canParse(url)) throw new UsageError(`--explain: "${text}" is not a request such as 'GET http://host/path'`);
-  const found = explain(createLoadBalancer(config).balancer, method, url);
-  if ("failure" in found) {
-    const allow = found.allow ? `; allowed: ${found.allow.join(", ")}` : "";
-    return `no route: ${found.status}, ${found.text} (x-lb-failure: ${found.failure})${allow}`;
-  }
-  const lines = [`route    ${found.route}`];
-  if ("status" in found) return `${lines[0]}\nanswer   ${found.action} ${found.status}`;
-  if (found.restricted) lines.push("clients  only those that allow and deny admit");
-  lines.push(`target   ${found.target}`);
-  if (found.copies) lines.push(`copies   ${found.copies}`);
-  for (const { service, weight, fallback, strategy, servers } of found.services) {
-    const part = weight < found.weight ? ` (${weight} of ${found.weight})` : "";
-    lines.push(`service  ${service}${fallback ? " (fallback)" : part}: ${strategy}`);
-    for (const { server, asked, why, score, limit } of servers) {
-      const words = [`server   ${server}: ${asked ? "may be asked" : "is not asked"}`];
-      if (why) words.push(`: ${why}`);
-      if (score !== undefined) words.push(`; score ${score}`);
-      if (limit !== undefined) words.push(`; at most ${limit} in flight`);
-      lines.push(words.join(""));
-    }
-  }
-  return lines.join("\n");
+  return explanationText(explain(createLoadBalancer(config).balancer, method, url));
 }
 
 /** Three small servers inside this process, and a config that balances over them. */
