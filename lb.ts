@@ -63,6 +63,7 @@ import { compress } from "hono/compress";
 import { cors } from "hono/cors";
 import { html, raw } from "hono/html";
 import { methodNotAllowed } from "hono/method-not-allowed";
+import { basePath } from "hono/route";
 import { NONCE, secureHeaders } from "hono/secure-headers";
 import { streamSSE } from "hono/streaming";
 import { parse as parseCookie } from "hono/utils/cookie";
@@ -6631,7 +6632,7 @@ const seconds = (milliseconds: number): number => Math.max(0, Math.round(millise
 
 /** What has been counted, as the API shows it: `durations` are classes up to each of `bounds`, and longer. */
 function countersView({ requests, errors, bytesIn, bytesOut, durations }: Counters) {
-  return { requests, errors, bytes_in: bytesIn, bytes_out: bytesOut, durations };
+  return { requests, errors, bytes_in: bytesIn, bytes_out: bytesOut, durations: [...durations] };
 }
 
 const finite = (limit: number): number | null => Number.isFinite(limit) ? limit : null;
@@ -6776,11 +6777,11 @@ const FORMAT = {
   count: (n: number) => n < 1e5 ? FORMAT.whole.format(n) : FORMAT.scaled(n, "", " k", " M", " G", " T"),
   rate: (perSecond: number | undefined) => FORMAT.scaled(perSecond, "/s", " k/s", " M/s"),
   bytes: (n: number) => FORMAT.scaled(n, " B", " kB", " MB", " GB", " TB"),
-  time: (milliseconds: number | undefined) => FORMAT.scaled(milliseconds, " ms", " s"),
+  time: (ms: number | undefined) => ms && ms < 1 ? `${ms.toFixed(2)} ms` : FORMAT.scaled(ms, " ms", " s"),
   percent: (share: number | undefined) => FORMAT.scaled(share && 100 * share, " %"),
   age(time: number): string {
-    const [name, unit] = (["d", "h", "m"] as const).map((unit) => [unit, UNITS[unit]! / 1_000] as const)
-      .find(([, unit]) => time >= 2 * unit) ?? ["s", 1];
+    const units: [string, number][] = [["d", 86_400], ["h", 3_600], ["m", 60]];
+    const [name, unit] = units.find(([, unit]) => time >= 2 * unit) ?? ["s", 1];
     return `${Math.floor(time / unit)} ${name}`;
   },
 };
@@ -6857,7 +6858,7 @@ function explanationText(found: ReturnType<typeof explain>): string {
   if (found.restricted) lines.push("clients  only those that allow and deny admit");
   lines.push(`target   ${found.target}`);
   if (found.copies) lines.push(`copies   ${found.copies}`);
-  for (const { service, weight, fallback, strategy, servers } of found.services) {
+  for (const { service, weight, fallback, strategy, servers, takes } of found.services) {
     const part = weight < found.weight ? ` (${weight} of ${found.weight})` : "";
     lines.push(`service  ${service}${fallback ? " (fallback)" : part}: ${strategy}`);
     for (const { server, asked, why, score, limit } of servers) {
@@ -6867,6 +6868,7 @@ function explanationText(found: ReturnType<typeof explain>): string {
       if (limit !== undefined) words.push(`; at most ${limit} in flight`);
       lines.push(words.join(""));
     }
+    lines.push(`takes    ${takes ?? "nobody"}`);
   }
   return lines.join("\n");
 }
@@ -7135,8 +7137,12 @@ interface Operation {
   does: string;
   takes?: keyof typeof SHAPES; // its body
   asks?: Record<string, string>; // its query
-  gives?: number[]; // statuses beside 200 and those of what is wrong
+  gives?: number[]; // statuses beside that of the example and those of what is wrong
+  returns?: string; // the name of what it answers, where that is JSON: one of SHAPES, or what its examples are like
+  like?: unknown; // an example of its body
+  at?: string[]; // paths of examples, where they are not EXAMPLE_PLACES; each is asked of a balancer of its own
   open?: true; // to everybody who gets here, without a token
+  text?(value: never): string; // what it answers to `Accept: text/plain`; else YAML
   run(asked: Asked): Response | Promise<Response>;
 }
 
@@ -7345,7 +7351,8 @@ function answerConfig({ context: { req }, lb }: Asked): Response {
   const { config } = lb.balancer.table, headers = { etag: tagOf(config.text)! };
   const shown = masked(writtenOf(config), hidden);
   if (/[/+]json/.test(req.header("accept") ?? "")) return jsonOf(unescapedAll(shown), 200, headers);
-  return new Response(rewrite(config.text, shown), { headers: { ...headers, "content-type": "application/yaml" } });
+  const type = /^text\//.test(req.header("accept") ?? "") ? "text/plain; charset=utf-8" : "application/yaml"; // browsers save YAML
+  return new Response(rewrite(config.text, shown), { headers: { ...headers, "content-type": type } });
 }
 
 const WAIT = { wait: "how long the answer may wait for requests in flight there, such as 30s; then 202" };
@@ -7354,6 +7361,8 @@ const WAIT = { wait: "how long the answer may wait for requests in flight there,
 const OPERATIONS: Record<string, Operation> = {
   "POST /": {
     does: "Changes the servers of the default service, or of the only one; one that is repeated weighs more",
+    returns: "ServiceState",
+    like: { servers: [{ addr: "10.0.0.1", port: 8080 }, { addr: "10.0.0.2", port: 8080 }] },
     takes: "Pool",
     run: async (asked) => {
       const { servers } = await checkedBody(asked.context, Pool);
@@ -7364,36 +7373,74 @@ const OPERATIONS: Record<string, Operation> = {
       return answerService(asked);
     },
   },
-  "GET /services": { does: "All services and their servers", run: ({ lb }) => jsonOf(snapshotOf(lb.balancer)) },
-  "GET /services/:service": { does: "One service, and how it is written", run: (asked) => answerService(asked) },
-  "POST /services/:service": { does: "A new service", takes: "Service", gives: [201], run: writeService },
+  "GET /services": {
+    does: "All services and their servers",
+    returns: "Snapshot",
+    text: ({ services }: Snapshot) => services.map(serviceText).join("\n"),
+    run: ({ lb }) => jsonOf(snapshotOf(lb.balancer)),
+  },
+  "GET /services/:service": {
+    does: "One service, and how it is written",
+    returns: "ServiceState",
+    text: serviceText,
+    run: (asked) => answerService(asked),
+  },
+  "POST /services/:service": {
+    does: "A new service",
+    returns: "ServiceState",
+    at: ["/services/new"],
+    like: { servers: ["10.0.0.9:80"] },
+    takes: "Service",
+    run: writeService,
+  },
   "PUT /services/:service": {
     does: "A service, new or in the place of the one there is",
+    returns: "ServiceState",
+    like: { servers: ["10.0.0.1:8080"], strategy: "random" },
     takes: "Service",
     gives: [201],
     run: writeService,
   },
   "PATCH /services/:service": {
     does: "Changes some keys of a service (RFC 7396: null takes one out)",
+    returns: "ServiceState",
+    like: { strategy: "random", retries: null },
     takes: "Settings",
     run: writeService,
   },
   "DELETE /services/:service": {
     does: "Takes a service out; requests in flight there finish",
+    returns: "ServiceState",
+    at: ["/services/spare"],
     run: async (asked) => {
-      const service = serviceOf(asked);
-      await editService(asked, (raw, config) => put(raw, placeOf(config, service.name), undefined));
-      return jsonOf(viewOf(asked, service));
+      const { name } = serviceOf(asked), last = answerService(asked);
+      await editService(asked, (raw, config) => put(raw, placeOf(config, name), undefined));
+      return last;
     },
   },
-  "GET /services/:service/servers": { does: "The servers of a service", run: (asked) => jsonOf(viewOf(asked).servers) },
-  "POST /services/:service/servers": { does: "A further server", takes: "Server", gives: [201], run: postServer },
+  "GET /services/:service/servers": {
+    does: "The servers of a service",
+    returns: "Servers",
+    text: serversText,
+    run: (asked) => jsonOf(viewOf(asked).servers),
+  },
+  "POST /services/:service/servers": {
+    does: "A further server",
+    returns: "ServerState",
+    like: { url: "10.0.0.4:8080", weight: 2 },
+    takes: "Server",
+    run: postServer,
+  },
   "GET /services/:service/servers/:server": {
     does: "One server, by its name or URL",
+    returns: "ServerState",
+    text: (one: ServerView) => serversText([one]),
     run: (asked) => answerServer(asked),
   },
   "PATCH /services/:service/servers/:server": {
     does: "Changes a server: its weight, say",
+    returns: "ServerState",
+    like: { weight: 3 },
     takes: "ServerPatch",
     asks: WAIT,
     gives: [202],
@@ -7401,6 +7448,7 @@ const OPERATIONS: Record<string, Operation> = {
   },
   "DELETE /services/:service/servers/:server": {
     does: "Takes a server out; requests in flight there finish (drain it first to wait for them)",
+    returns: "ServerState",
     gives: [202],
     run: async (asked) => {
       const server = serverOf(asked);
@@ -7410,6 +7458,8 @@ const OPERATIONS: Record<string, Operation> = {
   },
   "PUT /services/:service/servers/:server/state": {
     does: "ready, drain (no new requests, those in flight finish) or maint (no probes either)",
+    returns: "ServerState",
+    like: { state: "drain" },
     takes: "State",
     asks: WAIT,
     gives: [202],
@@ -7417,6 +7467,8 @@ const OPERATIONS: Record<string, Operation> = {
   },
   "PUT /services/:service/servers/:server/health": {
     does: "Says that a server is up or down, until probes say otherwise; this is not saved",
+    returns: "ServerState",
+    like: { health: "down" },
     takes: "Health",
     run: async (asked) => {
       const { health } = await checkedBody(asked.context, HealthSchema), server = serverOf(asked);
@@ -7425,15 +7477,25 @@ const OPERATIONS: Record<string, Operation> = {
       return answerServer(asked, server);
     },
   },
-  "GET /config": { does: "routes.yml, as YAML or JSON; secrets as ***", run: answerConfig },
-  "PUT /config": { does: "Another routes.yml; needs If-Match", takes: "Config", run: writeConfig },
+  "GET /config": { does: "routes.yml, as YAML or JSON; secrets as ***", returns: "Config", run: answerConfig },
+  "PUT /config": {
+    does: "Another routes.yml; needs If-Match",
+    returns: "Config",
+    like: { default: { servers: ["10.0.0.1:8080"] } },
+    takes: "Config",
+    run: writeConfig,
+  },
   "PATCH /config": {
     does: "Changes some keys of routes.yml (RFC 7396: null takes one out)",
+    returns: "Config",
+    like: { log: "json" },
     takes: "Config",
     run: writeConfig,
   },
   "POST /config/check": {
     does: "Checks a routes.yml and changes nothing",
+    returns: "Checked",
+    like: { default: { servers: ["10.0.0.1:8080"] } },
     takes: "Config",
     run: async ({ context, parse }) => {
       const { services, routes } = parse((await bodyOf(context)).text);
@@ -7442,11 +7504,20 @@ const OPERATIONS: Record<string, Operation> = {
   },
   "GET /routes": {
     does: "All routes, in the order of the file",
+    returns: "Routes",
     run: ({ lb }) => jsonOf(lb.balancer.table.config.routes.map(routeView)),
   },
   "GET /explain": {
     does:
       "Which route a request would take, which services, which servers and why not the others, and who would take it",
+    returns: "Explanation",
+    text: explanationText,
+    at: [
+      "/explain?url=http://www.example.com/cart",
+      "/explain?url=http://www.example.com/old",
+      "/explain?url=http://www.example.com/blog",
+      "/explain?url=http://www.example.com/blog&method=POST",
+    ],
     asks: { url: "such as http://www.example.com/path", method: "default GET" },
     run: ({ context: { req }, lb }) => {
       const url = req.query("url") ?? "", method = req.query("method") ?? "GET";
@@ -7460,13 +7531,19 @@ const OPERATIONS: Record<string, Operation> = {
     does: "Everything that is counted, for Prometheus",
     run: ({ lb }) => new Response(renderMetrics(samplesOf(lb.balancer)), { headers: { "content-type": METRICS_TYPE } }),
   },
-  "GET /connections": { does: "What is in flight, and where", run: ({ lb }) => jsonOf(connections(lb.balancer)) },
+  "GET /connections": {
+    does: "What is in flight, and where",
+    returns: "Connections",
+    run: ({ lb }) => jsonOf(connections(lb.balancer)),
+  },
   "GET /workers": {
     does: "The threads that serve, if there are some",
-    run: ({ lb }) => jsonOf([...lb.balancer.workers].map(([id, { since }]) => ({ id, since }))),
+    returns: "Workers",
+    run: ({ lb }) => jsonOf(workersView(lb.balancer)),
   },
   "DELETE /workers/:worker": {
     does: "Ends a thread at once, with what is in flight there; another one takes its place",
+    returns: "Worker",
     run: ({ context: { req }, lb: { balancer } }) => {
       const id = req.param("worker") ?? "", worker = balancer.workers.get(Number(id));
       if (!worker) throw new AdminError(404, `there is no worker ${quote(id)}`);
@@ -7474,17 +7551,60 @@ const OPERATIONS: Record<string, Operation> = {
       return jsonOf({ id: Number(id) });
     },
   },
-  "GET /health/live": { does: "200 as long as it runs", open: true, run: () => jsonOf({ status: "live" }) },
+  "GET /events": {
+    does: "What GET /services says, once a second (Server-Sent Events)",
+    returns: "Snapshot",
+    run: ({ context, lb }) =>
+      streamSSE(context, async (stream) => {
+        for (; !stream.aborted; await stream.sleep(1_000)) {
+          await stream.writeSSE({ data: JSON.stringify(snapshotOf(lb.balancer)) });
+        }
+      }),
+  },
+  "GET /health/live": {
+    does: "200 as long as it runs",
+    returns: "Status",
+    open: true,
+    run: () => jsonOf({ status: "live" }),
+  },
   "GET /health/ready": {
     does: "200, and 503 as soon as it drains",
+    returns: "Status",
     open: true,
     run: ({ lb: { balancer } }) => balancer.draining ? problem(503, "draining") : jsonOf({ status: "ready" }),
   },
   "GET /version": {
     does: "Of lb.ts, and where it runs",
+    returns: "Version",
     run: ({ lb }) => jsonOf({ version: VERSION, runtime: lb.balancer.runtime }),
   },
 };
+
+const wantsText = ({ req }: AdminContext): boolean => /^text\/plain\b/.test(req.header("accept") ?? "");
+
+/** JSON on many lines, but for lists of numbers. */
+const prettyJson = (value: unknown): string =>
+  `${JSON.stringify(value, null, 2).replace(/\[\n[\d.,\s]+\]/g, (list) => list.replace(/\s+/g, " "))}\n`;
+
+/** JSON as the client wants to read it: as text, or with `?pretty` on many lines. */
+async function presented(context: AdminContext, { text }: Operation, response: Response): Promise<Response> {
+  const isPretty = context.req.query("pretty") !== undefined, isText = wantsText(context);
+  if (response.headers.get("content-type") !== "application/json" || !isPretty && !isText) return response;
+  const value = await response.json(), headers = new Headers(response.headers);
+  if (!isText) return new Response(prettyJson(value), { status: response.status, headers });
+  headers.set("content-type", "text/plain; charset=utf-8");
+  const shown = text ? text(value as never) : stringify(value, { lineWidth: 0 });
+  return new Response(`${shown.trimEnd()}\n`, { status: response.status, headers });
+}
+
+/** Offers the operations that everybody may use, or the others. */
+function offer(app: Hono<AdminEnv>, isOpen: boolean, asked: Omit<Asked, "context">): void {
+  for (const [name, operation] of Object.entries(OPERATIONS)) {
+    const [method, path] = name.split(" ") as [string, string];
+    if (!!operation.open !== isOpen) continue;
+    app.on(method, path, async (context) => presented(context, operation, await operation.run({ context, ...asked })));
+  }
+}
 
 // --- 11.4 API description: OpenAPI and a page, from the schemas that check the bodies ---
 
@@ -7506,50 +7626,219 @@ const STATUSES: Record<number, string> = {
   202: "done, and requests are still in flight there",
 };
 
+/** What the keys of answers mean, where their names do not say it. Times are seconds. */
+const ABOUT: Record<string, string> = {
+  "ServerState.status": "up, down, ejected, trial, paused, drain or maint",
+  status_for: "for how long",
+  check: "the last probe; null: there was none",
+  problem: "what was wrong; empty: it passed",
+  effective_weight: "less than weight during slow start",
+  max: "requests in flight at most, as the file says; null: any number",
+  limit: "requests in flight at most, whatever that comes from; null: any number",
+  ejected_for: "for how much longer",
+  paused_for: "for how much longer, as its Retry-After asked",
+  picks: "requests that it was chosen for",
+  retries: "attempts that were made because another had failed",
+  failures: "failed requests in a row",
+  failing: "the share of its latest 64 or so requests that failed",
+  latency: "milliseconds to the head of an answer, mean",
+  share: "of the service's new requests",
+  askable: "servers that may be asked",
+  panicking: "too few servers are healthy, and so all are asked",
+  requests: "that have been answered",
+  waiting: "requests in the queue",
+  counters: "from the start on",
+  durations: "requests that took up to each of bounds, and longer",
+  bounds: "milliseconds",
+  time: "on a clock that begins anywhere and never goes back",
+  uptime: "since the program was started",
+  certificates: "of the listener: names, and when each ends",
+  draining: "it takes no new connections, and will end",
+  target: "what the server gets",
+  restricted: "allow or deny may refuse the client",
+  takes: "the server that would take it",
+};
+
+type Json = Record<string, unknown>;
 const ref = (kind: string, name: string) => ({ $ref: `#/components/${kind}/${name}` });
-const parameter = (place: "path" | "query" | "header", name: string, description: string) => {
-  return { name, in: place, description, required: place === "path", schema: STRING };
+const parameter = (place: "path" | "query" | "header", name: string, description: string, example?: string) => {
+  return { name, in: place, description, required: place === "path", schema: STRING, ...(example && { example }) };
+};
+
+/** Views that stand in others: a key that only they have, and their names. */
+const NESTED = { askable: "ServiceState", status_for: "ServerState" };
+const nameOfView = (value: unknown): string | undefined =>
+  isRecord(value) ? Object.entries(NESTED).find(([mark]) => mark in value)?.[1] : undefined;
+const viewsIn = (value: unknown): unknown[] => {
+  const inside = typeof value === "object" && value !== null ? Object.values(value).flatMap(viewsIn) : [];
+  return nameOfView(value) ? [value, ...inside] : inside;
+};
+
+/** The JSON Schema that these values have in common. */
+function schemaLike(values: unknown[], name: string): Json {
+  const kindOf = (value: unknown) => Array.isArray(value) ? "array" : value === null ? "null" : typeof value;
+  const kinds = [...new Set(values.map(kindOf))], records = values.filter(isRecord);
+  const names = [...new Set(records.flatMap(Object.keys))], nested = records.map(nameOfView)[0];
+  if (nested && nested !== name) return ref("schemas", nested);
+  const property = (key: string): [string, Json] => {
+    const description = ABOUT[`${name}.${key}`] ?? ABOUT[key];
+    const schema = schemaLike(records.flatMap((one) => key in one ? [one[key]] : []), key);
+    return [key, key === "config" ? ref("schemas", "Service") : { ...(description && { description }), ...schema }];
+  };
+  const required = names.filter((key) => records.every((one) => key in one));
+  return {
+    ...(kinds.length && { type: kinds.length === 1 ? kinds[0] : kinds }),
+    ...(names.length && { properties: Object.fromEntries(names.map(property)), required }),
+    ...(kinds.includes("array") && { items: schemaLike(values.filter(Array.isArray).flat(), "") }),
+  };
+}
+
+const EXAMPLE = `
+listen: [80, { address: 443, tls: { cert: www.pem, key: www.key } }]
+services:
+  shop:
+    servers: ["10.0.0.1:8080", { url: "10.0.0.2:8080", weight: 2, max: 100 }, { url: "10.0.0.3:8080", state: drain }]
+    strategy: least-connections
+    max_in_flight: auto
+    health: { path: /healthz }
+  blog: { servers: [{ url: "10.0.0.9:80", state: maint }] }
+  spare: { servers: ["10.0.0.8:80"] }
+routes:
+  - { host: www.example.com, path: /old, redirect: { to: "https://www.example.com/" } }
+  - { path: /blog, methods: [GET], service: blog }
+  - { path: [{ exact: /up }, { regex: "^/v[12]/" }], headers: { x-beta: "1" }, query: { debug: "1" }, respond: { body: hi } }
+default: { service: shop, mirror: { service: blog } }
+`;
+const EXAMPLE_PLACES: Record<string, string> = { service: "shop", server: "10.0.0.1:8080", worker: "1" };
+
+/** The operations over a balancer that asks nobody: what the description shows is what they really answer. */
+function exampleApp(): Hono<AdminEnv> {
+  const until = new Date("2027-01-31T12:00:00Z"), nothing = () => {};
+  const lb = assembleBalancer(
+    parseConfig(EXAMPLE),
+    {
+      ...{ now: () => 60_000, date: () => new Date("2026-12-01T12:00:00Z"), random: () => 0.5, sleep: async () => {} },
+      ...{
+        send: nothing,
+        connect: async () => {},
+        sign: () => "",
+        secret: () => "",
+        accessLog: nothing,
+        report: nothing,
+      },
+      ...{ onProbed: nothing, told: nothing, certificate: () => ({ names: ["www.example.com"], until }) },
+      client: () => ({ address: "127.0.0.1", scheme: "http", headers: [] }),
+    },
+    strategies,
+    "node",
+  );
+  const { balancer } = lb, [probed] = balancer.table.services.get("shop")!.servers;
+  Object.assign(probed!, { probedAt: 58_000, probeTook: 3 });
+  balancer.entrypoints.set("http", newEntrypoint("http"));
+  balancer.workers.set(1, { since: balancer.startedAt, end: nothing });
+  const app = new Hono<AdminEnv>();
+  for (const isOpen of [true, false]) {
+    offer(app, isOpen, { lb, parse: parseConfig, change: changesOf(lb, parseConfig) });
+  }
+  return app;
+}
+
+/** What an operation answers to its examples. */
+async function examplesOf(method: string, path: string, { like, returns, at }: Operation) {
+  const paths = at ?? [path.replace(/:(\w+)/g, (_, name) => EXAMPLE_PLACES[name]!)];
+  const accept = returns ? "application/json" : "*/*", match = path === "/config" && { "if-match": "*" };
+  const headers = { accept, "content-type": "application/json", ...match };
+  const init = { method, headers, body: like === undefined ? null : JSON.stringify(like) };
+  const answers = await Promise.all(paths.map((path) => exampleApp().request(path, init))), first = answers[0]!;
+  const type = first.headers.get("content-type")!.split(";")[0]!;
+  const bodies = answers.map(async (answer) => {
+    if (type === "text/event-stream") return await answer.body!.cancel(); // it never ends
+    return returns ? await answer.json() : (await answer.text()).split("\n").slice(0, 8).join("\n");
+  });
+  return { status: first.status, type, isVersioned: first.headers.has("etag"), bodies: await Promise.all(bodies) };
+}
+type Examples = Awaited<ReturnType<typeof examplesOf>>;
+
+const TAGS: Record<string, string> = {
+  "": "Services",
+  services: "Services",
+  config: "Config",
+  routes: "Routing",
+  explain: "Routing",
 };
 
 /** One operation as OpenAPI has it. */
-function described(method: string, path: string, { does, takes, asks = {}, gives = [], open }: Operation) {
-  const inPath = [...path.matchAll(/:(\w+)/g)].map(([, name]) => parameter("path", name!, `name of the ${name}`));
+function described(
+  method: string,
+  path: string,
+  operation: Operation,
+  { status, type, isVersioned, bodies }: Examples,
+) {
+  const { does, takes, asks = {}, gives = [], open, returns, like } = operation, isJson = type === "application/json";
+  const inPath = [...path.matchAll(/:(\w+)/g)].map(([, name]) =>
+    parameter("path", name!, `name of the ${name}`, EXAMPLE_PLACES[name!])
+  );
   const inQuery = Object.entries(asks).map(([name, about]) => parameter("query", name, about));
+  if (isJson && method === "GET") inQuery.push(parameter("query", "pretty", "JSON on many lines"));
   const changes = method === "GET" ? [] : [parameter("header", "If-Match", "the ETag that the change is meant for")];
-  const media = takes && { schema: ref("schemas", takes) };
-  const content = { "application/json": media, "application/yaml": media };
-  const statuses = [200, ...gives].map((status) => [status, { description: STATUSES[status] }]);
+  const media = takes && { schema: ref("schemas", takes), example: like };
+  const schema = returns ? ref("schemas", returns) : STRING, [example] = bodies;
+  const content: Json = { [type]: { schema, ...(example !== undefined && { example }) } };
+  if (returns === "Config") content["application/yaml"] = { schema };
+  if (isJson && method === "GET") content["text/plain"] = { schema: STRING };
+  const headers = isVersioned && { ETag: { description: "of this state, for If-Match", schema: STRING } };
+  const statuses = [status, ...gives].map((status) => {
+    return [status, { description: STATUSES[status], content, ...(headers && { headers }) }];
+  });
   return {
+    tags: [TAGS[path.split("/")[1]!] ?? "Watching"],
     summary: does,
     operationId: `${lower(method)}${path.replace(/\W+(\w)/g, (_, letter) => upper(letter)).replace(/\W/g, "")}`,
     parameters: [...inPath, ...inQuery, ...changes],
-    ...(media && { requestBody: { required: true, content } }),
+    ...(media &&
+      { requestBody: { required: true, content: { "application/json": media, "application/yaml": media } } }),
     responses: { ...Object.fromEntries(statuses), default: ref("responses", "Problem") },
-    security: open ? [] : [{ token: [] }, {}],
+    security: open ? [] : [{ token: [] }, ...(method === "GET" ? [{ read_token: [] }] : []), {}],
   };
 }
 
-/** The API as OpenAPI 3.1 describes it, made of the table and the schemas that it works with. */
-export function openApi() {
-  const paths: Record<string, Record<string, ReturnType<typeof described>>> = {};
+/** The API as OpenAPI 3.1 describes it, made of the table, the schemas that it works with, and what it really answers. */
+export async function openApi() {
+  const paths: Record<string, Record<string, ReturnType<typeof described>>> = {},
+    answers = new Map<string, unknown[]>();
   for (const [name, operation] of Object.entries(OPERATIONS)) {
-    const [method, path] = name.split(" ") as [string, string];
-    (paths[path.replace(/:(\w+)/g, "{$1}")] ??= {})[lower(method)] = described(method, path, operation);
+    const [method, path] = name.split(" ") as [string, string], { returns = "" } = operation;
+    const examples = await examplesOf(method, path, operation);
+    (paths[path.replace(/:(\w+)/g, "{$1}")] ??= {})[lower(method)] = described(method, path, operation, examples);
+    for (const body of examples.bodies) {
+      for (const view of viewsIn(body)) answers.set(nameOfView(view)!, [...answers.get(nameOfView(view)!) ?? [], view]);
+      if (returns && body !== undefined && !nameOfView(body)) {
+        answers.set(returns, [...answers.get(returns) ?? [], body]);
+      }
+    }
   }
-  const schemas = Object.entries(SHAPES).map(([name, shape]) => [name, schemaOf(shape, "draft-2020-12")]);
+  const bodies = Object.entries(SHAPES).map(([name, shape]) => [name, schemaOf(shape, "draft-2020-12")]);
+  const views = [...answers].map(([name, values]) => [name, schemaLike(values, name)]);
+  const schemas = { ...Object.fromEntries(views), ...Object.fromEntries(bodies), Problem: problemSchema };
   const content = { "application/problem+json": { schema: ref("schemas", "Problem") } };
-  const about = "admin.token of routes.yml, or read_token for GET";
+  const scheme = (description: string) => ({ type: "http", scheme: "bearer", description });
   return {
     openapi: "3.1.0",
     info: { title: "lb.ts", version: VERSION, description: "Looking at a load balancer and operating it." },
+    servers: [{ url: "./" }],
+    tags: ["Services", "Config", "Routing", "Watching"].map((name) => ({ name })),
     paths,
     components: {
-      schemas: { ...Object.fromEntries(schemas), Problem: problemSchema } as Record<string, BodySchema>,
+      schemas: schemas as Record<string, BodySchema>,
       responses: { Problem: { description: "what is wrong", content } },
-      securitySchemes: { token: { type: "http", scheme: "bearer", description: about } },
+      securitySchemes: {
+        token: scheme("admin.token of routes.yml; where it is not set, none is needed"),
+        read_token: scheme("admin.read_token of routes.yml, which opens GET only"),
+      },
     },
   };
 }
+type OpenApi = Awaited<ReturnType<typeof openApi>>;
 
 /** What the docs and the dashboard look like. */
 const STYLE = `
@@ -7563,12 +7852,13 @@ const STYLE = `
 * { box-sizing: border-box; margin: 0; padding: 0; font: inherit; color: inherit; }
 body { padding: 16px; background: var(--ground); color: var(--ink); }
 body, main { display: grid; grid-template-columns: minmax(0, 1fr); gap: 16px; }
-main { width: min(900px, 100%); margin: auto; }
-main td:first-child { width: 30%; }
 h1, h2, b, summary code, th { font-weight: 600; }
 details, table, figure, dialog { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 details, figure { padding: 8px 16px; }
 summary, button { cursor: pointer; }
+a { color: var(--blue); }
+header { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: baseline; gap: 4px 16px; }
+nav { display: flex; flex-wrap: wrap; gap: 4px 16px; }
 table { width: 100%; table-layout: fixed; border-spacing: 0; }
 details table { border: 0; }
 th, td { padding: 6px 0; border-top: 1px solid var(--line); text-align: left; vertical-align: top; }
@@ -7590,95 +7880,141 @@ const pageOf = (nonce: string, title: string, style: string, body: unknown) => h
 <body>${body}</body>
 </html>`;
 
-/** Serves a page. Whether browsers may use only TLS with this host is not for one of its ports to say. */
-function servePage(app: Hono<AdminEnv>, path: string, page: typeof docsPage, policy: ContentSecurityPolicy) {
+/** Answers with a page. Whether browsers may use only TLS with this host is not for one of its ports to say. */
+function pageHandler(page: (nonce: string) => ReturnType<typeof pageOf>, policy: ContentSecurityPolicy) {
   const headers = secureHeaders({ contentSecurityPolicy: policy, strictTransportSecurity: false });
-  app.get(path, headers, (context) => context.html(page(context.get("secureHeadersNonce") ?? "")));
+  return async (context: AdminContext): Promise<Response> => {
+    await headers(context, async () => {
+      context.res = await context.html(page(context.get("secureHeadersNonce") ?? ""));
+    });
+    return context.res;
+  };
 }
 type ContentSecurityPolicy = Record<string, (string | typeof NONCE)[]>;
 
-/** What the page shows of the JSON Schema of a body. */
+/** What the page shows of a JSON Schema. */
 type BodySchema = { description?: string; enum?: unknown[]; default?: unknown; anyOf?: BodySchema[] } & BodyKeys;
-type BodyKeys = { properties?: Record<string, BodySchema> };
+type BodyKeys = { properties?: Record<string, BodySchema>; items?: BodySchema };
 
 /** The keys of a body, in all of its alternatives, and what they mean. */
-const keysIn = ({ properties = {}, anyOf = [] }: BodySchema): [name: string, text: string][] => [
+const keysIn = ({ properties = {}, anyOf = [], items }: BodySchema): [name: string, text: string][] => [
   ...Object.entries(properties).map(([name, { description, enum: values = [], default: usual }]) => {
     const text = description ?? values.join(", ");
     return [name, usual === undefined ? text : `${text} (default ${JSON.stringify(usual)})`] as [string, string];
   }),
   ...anyOf.flatMap(keysIn),
+  ...(items ? keysIn(items) : []),
 ];
 
-/** The API for people. Each operation is a line that opens to its parameters and the keys of its body. */
+/** Links to the pages and texts of this listener. */
+const linksTo = (pages: Record<string, string>) =>
+  html`<nav>${Object.entries(pages).map(([at, name]) => html`<a href="${at}">${name}</a>`)}</nav>`;
+const TEXTS = { metrics: "Metrics", config: "Config" };
+
+const DOCS_STYLE = `
+main { width: min(900px, 100%); margin: auto; }
+main td:first-child { width: 30%; }
+details > :not(summary) { margin: 8px 0; }
+details pre { padding: 8px; max-height: 300px; overflow: auto; border: 1px solid var(--line); border-radius: 6px; }
+`;
+
+/** One operation: a line that opens to its parameters, the keys of its body and of its answer, and an example. */
 // deno-fmt-ignore
-function docsPage(nonce: string) {
-  const { components: { schemas } } = openApi();
-  const operations = Object.entries(OPERATIONS).map(([name, operation]) => {
-    const [method, path] = name.split(" ") as [string, string];
-    const { operationId, summary, parameters } = described(method, path, operation);
-    const keys = keysIn(schemas[operation.takes ?? ""] ?? {});
-    const rows = [...parameters.map((one) => [one.name, `${one.description} (${one.in})`]), ...keys];
-    return html`
+function docsOf(name: string, { takes, returns, like, at }: Operation, { paths, components: { schemas } }: OpenApi) {
+  const [method, path] = name.replace(/:(\w+)/g, "{$1}").split(" ") as [string, string];
+  const { operationId, summary, parameters, responses } = paths[path]![lower(method)]!;
+  const [[status, { content }]] = Object.entries(responses) as [[string, { content: Record<string, { example?: unknown }> }]];
+  const [{ example = "" }] = Object.values(content) as [{ example?: unknown }];
+  const url = at?.[0] ?? path.replace(/\{(\w+)\}/g, (_, key) => EXAMPLE_PLACES[key]!);
+  const curl = `curl ${method === "GET" ? "" : `-X ${method} `}'localhost:9090${url}'`;
+  const table = (rows: [string, string][]) => html`<table>${rows.map(([key, text]) =>
+    html`<tr><td><code>${key}</code></td><td>${text}</td></tr>`)}</table>`;
+  const asked = parameters.map((one): [string, string] => [one.name, `${one.description} (${one.in})`]);
+  return html`
 <details id="${operationId}">
-  <summary><code>${name.replace(/:(\w+)/g, "{$1}")}</code> ${summary}</summary>
-  <table>${rows.map(([name, text]) => html`<tr><td><code>${name}</code></td><td>${text}</td></tr>`)}</table>
+  <summary><code>${method} ${path}</code> ${summary}</summary>
+  ${table([...asked, ...keysIn(schemas[takes ?? ""] ?? {})])}
+  <pre>${curl}${like === undefined ? "" : ` -d '${JSON.stringify(like)}'`}</pre>
+  <p>${status}${returns && `: ${returns}`}</p>
+  ${returns === "Config" ? "" : table(keysIn(schemas[returns ?? ""] ?? {}))}
+  <pre>${typeof example === "string" ? example : prettyJson(example)}</pre>
 </details>`;
-  });
-  return pageOf(nonce, "lb.ts: API", "", html`
+}
+
+/** The API for people. */
+// deno-fmt-ignore
+function docsPage(nonce: string, api: OpenApi) {
+  const tagIn = (name: string) => TAGS[name.split("/")[1]!] ?? "Watching", all = Object.entries(OPERATIONS);
+  return pageOf(nonce, "lb.ts: API", DOCS_STYLE, html`
 <main>
-  <h1>lb.ts ${VERSION}: API</h1>
-  <p>Bodies are JSON or YAML, by Content-Type. What is wrong comes as <code>application/problem+json</code> (RFC 9457).
-    With a token in routes.yml: <code>Authorization: Bearer ...</code>. The same for machines:
-    <a href="openapi.json">openapi.json</a>.</p>
-  <pre>curl -X PUT localhost:9090/services/shop/servers/localhost:8081/state?wait=30s -d '{"state": "drain"}'</pre>
-  ${operations}
+  <header><h1>lb.ts ${VERSION}: API</h1>${linksTo({ "./": "Dashboard", "openapi.json": "openapi.json", ...TEXTS })}</header>
+  <p>Bodies are JSON or YAML, by Content-Type. Answers are JSON, with <code>?pretty</code> on many lines, and text for
+    <code>Accept: text/plain</code>. What is wrong comes as <code>application/problem+json</code> (RFC 9457).
+    With a token in routes.yml: <code>Authorization: Bearer ...</code>.</p>
+  ${api.tags.map(({ name: tag }) => html`<h2>${tag}</h2>
+    ${all.filter(([name]) => tagIn(name) === tag).map(([name, operation]) => docsOf(name, operation, api))}`)}
 </main>`);
 }
 
 /** The description as a page and for machines. There is nothing in it that depends on the config. */
 function docs(): Hono<AdminEnv> {
   const app = new Hono<AdminEnv>();
+  let known: Promise<OpenApi> | undefined;
+  const describe = () => known ??= openApi();
   const policy = { defaultSrc: ["'none'"], styleSrc: [NONCE], imgSrc: ["data:"], frameAncestors: ["'none'"] };
-  app.get("/openapi.json", () => jsonOf(openApi()));
-  servePage(app, "/docs", docsPage, policy);
+  app.get("/openapi.json", async () => jsonOf(await describe()));
+  app.get("/docs", pageHandler(async (nonce) => docsPage(nonce, await describe()), policy));
   return app;
 }
 
-// --- 11.5 Dashboard: one page, no script from anywhere else ---
+// --- 11.5 Dashboard: rendered here; its script fetches it again and again, and sends what is to be done ---
 
 const DASHBOARD_STYLE = `
-#services, #charts, form { display: grid; gap: 16px; }
-p:empty, ul:empty, [hidden] { display: none !important; }
+#troubles, #charts, form { display: grid; gap: 16px; }
+main, #services { display: grid; gap: 12px; }
+p:empty, ul:empty, :empty > svg, [hidden] { display: none !important; }
 #verdict, b { flex-basis: 100%; font-size: 22px; }
-#troubles { max-height: 180px; overflow: auto; list-style: none; }
-.good, .up [data-title=State] { color: var(--good); }
-.warn, :is(.drain, .maint, .trial, .paused) [data-title=State] { color: var(--warn); }
-.bad, :is(.down, .ejected) [data-title=State] { color: var(--bad); }
+#troubles { gap: 2px; max-height: 180px; overflow: auto; list-style: none; }
+.good { --tone: var(--good); } .warn { --tone: var(--warn); } .bad { --tone: var(--bad); }
+#verdict, li, [data-title=State], .problem { color: var(--tone, var(--ink)); }
+tr.bad, tr.warn { box-shadow: inset 3px 0 var(--tone); }
 .lost > :not(header) { opacity: 0.45; }
-header, figcaption, menu { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: baseline; }
-label span { margin-right: 8px; }
+figcaption, menu, .bar { display: flex !important; flex-wrap: wrap; justify-content: space-between; align-items: baseline; }
+.bar { gap: 4px 16px; justify-content: flex-start; }
+li a { color: inherit; }
+label { white-space: nowrap; } label span { margin-right: 8px; }
+figcaption { gap: 0 12px; }
 #charts { grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); }
 svg { width: 100%; height: 56px; border-bottom: 1px solid var(--line); }
 path { fill: none; stroke: var(--blue); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
 path + path { stroke: var(--dim); stroke-dasharray: 3 3; }
-details > div { max-height: 205px; overflow: auto; }
+details { padding: 0; overflow: clip; }
+summary { padding: 8px 16px; }
+details > :not(summary) { margin: 0 16px 12px; }
+summary h2 { display: inline; }
+details > table { margin: 0; width: 100%; }
+#rules > div { max-height: 240px; overflow: auto; }
 section :is(th, td) { padding: 6px 8px; font-variant-numeric: tabular-nums; }
 section :is(th, td):nth-child(n + 4) { text-align: right; }
-section th:is(:first-child, :nth-child(3), :last-child) { width: 12.5%; }
+section th:is(:first-child, :nth-child(3), :last-child) { width: 13%; }
+section th:nth-child(2) { width: 10%; }
 section tbody tr { height: 50px; }
 td small, th small { display: block; }
-tr:target { box-shadow: inset 3px 0 var(--blue); }
+tr:target { outline: 2px solid var(--blue); outline-offset: -2px; }
 input, button { padding: 6px 10px; border: 1px solid var(--line); border-radius: 6px; background: var(--card); }
+#find { flex: 1; min-width: 0; } #problems { accent-color: var(--blue); }
+form.bar > input { flex: 1; min-width: 0; }
 td button { padding: 0 2px; border: 0; color: var(--blue); }
-thead th { position: sticky; top: 0; background: var(--card); }
+section thead th { border-top: 1px solid var(--line); }
 dialog { width: min(440px, calc(100% - 32px)); margin: auto; padding: 24px; }
+#sheet { width: min(1000px, calc(100% - 32px)); } #sheet pre { max-height: 70vh; overflow: auto; }
+::backdrop { background: #0008; }
 @media (max-width: 1100px) {
-  thead { display: none; }
+  section thead { display: none; }
   section tbody { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); }
-  section tbody tr { display: grid; grid-template-columns: repeat(4, 1fr); height: auto; }
+  section tbody tr { display: grid; grid-template-columns: repeat(4, 1fr); height: auto; border-top: 1px solid var(--line); }
   section tr > :nth-child(n) { width: auto; text-align: left; }
-  section td { border: 0; }
+  section tbody :is(th, td) { border: 0; }
   section :is(th, td:last-child) { grid-column: span 4; }
   section td:nth-child(-n + 3) { grid-column: span 2; }
   td button { padding: 8px 10px; }
@@ -7686,260 +8022,429 @@ dialog { width: min(440px, calc(100% - 32px)); margin: auto; padding: 24px; }
 }
 `;
 
+/** What was counted at a moment; those of the last 30 seconds also have the counters of services and servers. */
+interface Sample {
+  time: number; // seconds
+  total: CountersView;
+  counters?: Map<string, CountersView>;
+}
+type CountersView = ReturnType<typeof countersView>;
+const HISTORY = { interval: 2_000, most: 150, recent: 15 }; // milliseconds between samples, and how many are kept
+
+const pathOf = (service: string, server?: string): string =>
+  ["services", service, ...(server === undefined ? [] : ["servers", server])].map(encodeURIComponent).join("/");
+
+const sampleOf = ({ time, total, services }: Snapshot): Sample => ({
+  ...{ time, total },
+  counters: new Map(services.flatMap(({ name, counters, servers }) => [
+    [pathOf(name), counters] as const,
+    ...servers.map((server) => [pathOf(name, server.name), server.counters] as const),
+  ])),
+});
+
+/** What was counted between two moments, as figures; all that was counted if the counters began again. */
+function figuresOf(now: CountersView, then: CountersView | undefined, time: number) {
+  const since = then && then.requests <= now.requests ? then : { requests: 0, errors: 0, durations: [] as number[] };
+  const requests = now.requests - since.requests, errors = now.errors - since.errors;
+  const held = now.durations.map((n, i) => n - (since.durations[i] ?? 0));
+  const quantile = (share: number) => {
+    let rank = share * requests;
+    const i = held.findIndex((n) => n > 0 && n >= rank || (rank -= n, false));
+    const from = BUCKETS[i - 1] ?? 0, to = BUCKETS[i] ?? BUCKETS.at(-1)!;
+    return i < 0 ? undefined : from + (to - from) * rank / held[i]!;
+  };
+  const failed = requests ? errors / requests : undefined;
+  return { rate: requests / Math.max(1, time), failed, p50: quantile(0.5), p95: quantile(0.95), p99: quantile(0.99) };
+}
+type Figures = ReturnType<typeof figuresOf>;
+
+/** What one look at the dashboard shows, and what the person who looks has chosen. */
+interface Look {
+  snapshot: Snapshot;
+  history: Sample[];
+  mayChange: boolean;
+  find: string; // in lower case
+  onlyProblems: boolean;
+  flipped: Set<string>; // ids of what is folded that would be open, or open that would be folded
+  asked: string; // a request for explain
+  answer: string;
+}
+
+function recently({ snapshot, history }: Look, path: string, counters: CountersView): Figures {
+  const since = history.find((sample) => sample.counters), { time, uptime } = snapshot;
+  return figuresOf(counters, since?.counters?.get(path), since ? time - since.time : uptime);
+}
+
+const CHARTS: [title: string, format: (value: number | undefined) => string, ...names: (keyof Figures)[]][] = [
+  ["Requests", FORMAT.rate, "rate"],
+  ["Requests that failed", FORMAT.percent, "failed"],
+  ["Latency: p50, p99", FORMAT.time, "p50", "p99"],
+];
+function charts({ history, snapshot }: Look) {
+  const samples = [...history, snapshot].slice(-HISTORY.most);
+  const points = samples.slice(1).map(({ time, total }, i) => {
+    const then = samples[Math.max(0, i - 4)]!; // ten seconds before, so that a few requests are no peak
+    return figuresOf(total, then.total, time - then.time);
+  });
+  return CHARTS.map(([title, format, ...names]) => {
+    const top = Math.max(0, ...points.flatMap((point) => names.map((name) => point[name] ?? 0)));
+    const lines = names.map((name) =>
+      points.map(({ [name]: value }, i) => {
+        if (value === undefined) return "";
+        const pen = points[i - 1]?.[name] === undefined ? "M" : "L"; // after a gap the line begins again
+        return `${pen}${2 * (HISTORY.most - points.length + i)} ${(54 - 52 * value / (top || 1)).toFixed(1)}`;
+      }).join("")
+    );
+    const now = names.map((name) => format(points.at(-1)?.[name])).join(", "), most = `at most ${format(top)} in 5 min`;
+    return html`
+      <figure>
+        <figcaption><span>${title}</span><small>${most}</small><b>${now}</b></figcaption>
+        <svg viewBox="0 0 300 56" preserveAspectRatio="none" role="img"
+          aria-label="${title}: now ${now}, ${most}">${lines.map((d) =>
+            html`
+              <path d="${d}" />
+            `
+          )}</svg>
+      </figure>
+    `;
+  });
+}
+
+// Services and servers.
+
+/** What may be done to a server, and what that means. */
+const ACTIONS: Record<string, (server: ServerView) => string> = {
+  ready: () => "Requests and probes go to it again.",
+  drain: ({ in_flight }) => `No new requests go to it; those in flight finish (${in_flight}). Probes go on.`,
+  maint: () => "Neither requests nor probes go to it.",
+  weight: () => "Its share of new requests, from 0 (none) to 256.",
+};
+
+/** What each column shows of a server, its state and its last 30 seconds: a figure, and a detail below it. */
+const COLUMNS: Record<string, (server: ServiceView["servers"][number], now: Figures, state: ShownState) => string[]> = {
+  "Server": ({ name, backup }) => [name, backup ? "backup" : ""],
+  "State": ({ status_for, paused_for, failing }, _, state) => {
+    if (state === "paused") return ["○ paused", `for another ${FORMAT.age(paused_for)}`];
+    if (state === "failing") return ["▲ failing", `${FORMAT.percent(failing)} of requests`];
+    return [
+      `${STATES[state][0]} ${state}`,
+      state === "unchecked" ? "not asked yet" : `for ${FORMAT.age(status_for)}`,
+    ];
+  },
+  "Last check": ({ check }) =>
+    check ? [check.problem || "passed", `${FORMAT.age(check.ago)} ago, took ${FORMAT.time(1e3 * check.took)}`] : ["–"],
+  "Weight": ({ weight, share }) => [`${weight}`, FORMAT.percent(share)],
+  "In flight": ({ in_flight }) => [FORMAT.count(in_flight)],
+  "Requests": ({ counters }, now) => [FORMAT.count(counters.requests), FORMAT.rate(now.rate)],
+  "Errors": ({ counters }, now) => [FORMAT.count(counters.errors), now.failed ? FORMAT.percent(now.failed) : ""],
+  "Retries": ({ retries }) => [FORMAT.count(retries)],
+  "p50": (_, now) => [FORMAT.time(now.p50)],
+  "p95": (_, now) => [FORMAT.time(now.p95)],
+  "p99": (_, now) => [FORMAT.time(now.p99)],
+  "Bytes out": ({ counters }) => [FORMAT.bytes(counters.bytes_out), `${FORMAT.bytes(counters.bytes_in)} in`],
+};
+
+/** A server with what is shown of it. */
+interface Shown {
+  server: ServiceView["servers"][number];
+  path: string;
+  now: Figures;
+  state: ShownState;
+  level: (typeof STATES)[ShownState][1];
+}
+function shownOf(look: Look, { name, servers }: ServiceView): Shown[] {
+  return servers.map((server) => {
+    const path = pathOf(name, server.name),
+      now = recently(look, path, server.counters),
+      state = stateOf(server, now.failed);
+    return { server, path, now, state, level: STATES[state][1] };
+  });
+}
+
+/** `isBrief`: only name and state. A thousand whole rows would take 30 ms, in which no request is served. */
+function serverRow(look: Look, service: ServiceView, all: Shown[], one: Shown, isBrief: boolean) {
+  const { server, path, now, state, level } = one;
+  const cells = Object.entries(COLUMNS).slice(0, isBrief ? 2 : undefined).map(([title, textsOf], i) => {
+    const [figure, detail = ""] = textsOf(server, now, state);
+    const inside = html`<span>${figure}</span><small>${detail}</small>`;
+    return i ? html`<td data-title="${title}">${inside}</td>` : html`<th scope="row">${inside}</th>`;
+  });
+  if (isBrief || !look.mayChange) return html`<tr id="${path}" class="${level}">${cells}</tr>`;
+  const isLast = !all.some((other) => other.level === "good" && other !== one);
+  const alone = isLast ? ` No other server of ${service.name} is up!` : "";
+  const buttons = Object.entries(ACTIONS).filter(([action]) => action !== server.state).map(([action, whyOf]) => {
+    const why = whyOf(server) + (action === "drain" || action === "maint" ? alone : "");
+    const value = action === "weight" ? server.weight : "", label = `${action} ${server.name}`;
+    return html`<button name="${action}" value="${value}" title="${why}" aria-label="${label}">${action}</button>`;
+  });
+  return html`<tr id="${path}" class="${level}">${cells}<td>${buttons}</td></tr>`;
+}
+
+interface Trouble {
+  level: "bad" | "warn";
+  text: string;
+  at: string; // id of what it is about; empty: of nothing on the page
+}
+function troublesOf(look: Look, service: ServiceView, all: Shown[]): Trouble[] {
+  const { name, servers, askable, panicking, counters } = service, path = pathOf(name);
+  const isFailing = (recently(look, path, counters).failed ?? 0) > FAILING;
+  const bad = [
+    servers.length && !askable ? "no server may be asked" : "",
+    panicking ? "too few servers are healthy: all of them are asked" : "",
+    isFailing ? "more than 5 % of the requests fail" : "",
+  ].filter(Boolean).map((text) => ({ level: "bad" as const, text: `${name}: ${text}`, at: path }));
+  const out = all.filter(({ server, level }) => server.state === "ready" && level && level !== "good");
+  return [
+    ...bad,
+    ...out.map(({ server, state, path }) => {
+      const reason = server.check?.problem ? `: ${server.check.problem}` : "";
+      return { level: "warn" as const, text: `${name}: ${server.name} is ${state}${reason}`, at: path };
+    }),
+  ];
+}
+
+const SOON = 14 * 86_400_000; // milliseconds before a certificate's end from which on it is a trouble
+function troublesOfProgram({ listeners, reloads }: Snapshot, date: Date): Trouble[] {
+  const ending = listeners.flatMap(({ certificates }) => certificates).map(({ names, until }) => {
+    const left = until.getTime() - date.getTime(), day = until.toISOString().slice(0, 10);
+    const text = `the certificate for ${names.join(", ")} ${left < 0 ? "has ended" : "ends"} on ${day}`;
+    return left > SOON ? [] : [{ level: left < 0 ? "bad" as const : "warn" as const, text, at: "" }];
+  });
+  const text = "the file on disk could not be put in force: what is shown here stays in force";
+  return [...(reloads.failed ? [{ level: "bad" as const, text, at: "" }] : []), ...ending.flat()];
+}
+
+const FEW = 8; // services up to which all of them are open
+const WHOLE = 100; // servers of a service that are shown with all of their figures
+/** A service, and those of its servers that are looked for; nothing where there is none. */
+function serviceSection(look: Look, service: ServiceView, all: Shown[], troubles: Trouble[]) {
+  const { find, onlyProblems, flipped, mayChange, snapshot } = look, { name, strategy, waiting, in_flight } = service;
+  const path = pathOf(name), now = recently(look, path, service.counters), id = `fold:${path}`;
+  const found = all.filter(({ server, state, level }) =>
+    lower([name, server.name, server.status, state].join(" ")).includes(find) &&
+    (!onlyProblems || level !== "good" && level !== "" || troubles.some(({ at }) => at === path))
+  );
+  if (!found.length) return undefined;
+  const isOpen = snapshot.services.length <= FEW || troubles.length > 0 || find !== "";
+  const facts = [
+    strategy,
+    `${all.filter(({ state }) => state === "up").length} of ${all.length} up`,
+    `${in_flight} in flight`,
+  ];
+  if (waiting) facts.push(`${waiting} waiting`);
+  facts.push(FORMAT.rate(now.rate), `${FORMAT.percent(now.failed ?? 0)} errors`, `p99 ${FORMAT.time(now.p99)}`);
+  const isShown = isOpen !== flipped.has(id), titles = [...Object.keys(COLUMNS), ...(mayChange ? ["Change"] : [])];
+  const level = troubles[0]?.level ?? "";
+  return html`
+    <section id="${path}">
+      <details id="${id}" ${isShown ? "open" : ""}>
+    <summary><h2><span class="problem ${level}">${level && "▲ "}${name} </span><small>${facts.join(
+      " · ",
+    )}</small></h2></summary>${isShown
+      ? html`
+        <table>
+          <thead>
+            <tr>${titles.map((title) => html`<th>${title}</th>`)}</tr>
+          </thead>
+          <tbody>${found.map((one, i) => serverRow(look, service, all, one, i >= WHOLE))}</tbody>
+        </table>
+      `
+      : html`<table></table>`}<p>${isShown && found.length > WHOLE
+      ? `The figures of the first ${WHOLE} are shown: find others by their names.`
+      : ""}</p></details>
+    </section>
+  `;
+}
+
+// Routes, and the page.
+
+const PATHS: Record<string, string> = { prefix: "", exact: "= ", regex: "~ " };
+function routeRow(route: Snapshot["routes"][number]) {
+  const paths = route.paths.flatMap((one) => Object.entries(one)).map(([kind, path]) => PATHS[kind] + path);
+  const rules = [route.methods, route.hosts, paths, [...route.headers, ...route.query]];
+  const asked = rules.map((list) => list.join(", ")).filter(Boolean).join(" ") || "everything";
+  const { services, redirect, respond } = route as { services?: { service: string; weight: number }[] } & Raw;
+  const answer = redirect ? `redirect ${redirect}` : `answer ${respond}`;
+  const target = services?.map((one) => `${services.length > 1 ? `${one.weight} ` : ""}${one.service}`).join(", ") ??
+    answer;
+  return html`<tr>${
+    [route.name, route.default ? "all else" : asked, target].map((text) => html`<td>${text}</td>`)
+  }</tr>`;
+}
+
+/** In one line: how many servers are up, and how bad the worst is. */
+function verdictOf(shown: Shown[], troubles: Trouble[]): { level: Trouble["level"] | "good" | ""; text: string } {
+  const count = (fits: (one: Shown) => boolean) => shown.filter(fits).length;
+  const up = count(({ state }) => state === "up"), unchecked = count(({ state }) => state === "unchecked");
+  const aside = count(({ server }) => server.state !== "ready"), all = FORMAT.count(shown.length);
+  const others = [[aside, "set aside"], [unchecked, "unchecked"]] as const;
+  const rest = others.map(([n, what]) => n ? `, ${FORMAT.count(n)} ${what}` : "").join("");
+  const text = up && up === shown.length
+    ? `All servers are up: ${all}`
+    : `${FORMAT.count(up)} of ${all} servers are up`;
+  return {
+    level: troubles[0]?.level ?? (unchecked ? "" : "good"),
+    text: shown.length ? text + rest : "No servers yet",
+  };
+}
+
+/** Where it listens, since when, and with what. */
+function programFacts({ version, runtime, uptime, workers, reloads, listeners, draining }: Snapshot): string[] {
+  const plural = (n: number, what: string) => `${n} ${what}${n === 1 ? "" : "s"}`;
+  return [
+    `lb.ts ${version} on ${runtime}`,
+    draining ? "draining" : `up ${FORMAT.age(uptime)}`,
+    ...(workers.length ? [plural(workers.length, "worker")] : []),
+    reloads.count ? `last reload ${FORMAT.age(reloads.ago)} ago` : "no reload yet",
+    ...listeners.map(({ protocol, address, certificates }) => {
+      const ends = certificates.map(({ names, until }) =>
+        `${names.join(", ")} until ${until.toISOString().slice(0, 10)}`
+      );
+      return `${protocol}://${address}${ends.length ? ` (certificate ${ends.join("; ")})` : ""}`;
+    }),
+  ];
+}
+
+const SIGNS = { good: "●", warn: "▲", bad: "✕", "": "○" };
+/** All that changes, as the script puts it in place: elements have either elements in them or text. */
+function liveView(look: Look, date: Date) {
+  const { snapshot, find, onlyProblems, asked, answer, flipped } = look, { services, routes } = snapshot;
+  const shown = new Map(services.map((service) => [service, shownOf(look, service)]));
+  const troubles = new Map(services.map((service) => [service, troublesOf(look, service, shown.get(service)!)]));
+  const all = [...troublesOfProgram(snapshot, date), ...[...troubles.values()].flat()];
+  const sorted = all.sort((a, b) => a.level.localeCompare(b.level)); // bad before warn
+  const verdict = verdictOf([...shown.values()].flat(), sorted);
+  const sections = services.flatMap((service) =>
+    serviceSection(look, service, shown.get(service)!, troubles.get(service)!) ?? []
+  );
+  const none = services.length && !sections.length
+    ? `No ${onlyProblems ? "problem" : "server"}${find && ` matches "${find}"`}.`
+    : "";
+  return html`
+    <main id="live">
+      <header><h1>lb.ts</h1>${linksTo({ docs: "API", ...TEXTS })}<p id="verdict" class="${verdict
+        .level}" role="status">${SIGNS[verdict.level]} ${verdict.text}</p></header>
+      <p class="bar">${programFacts(snapshot).map((fact) => html`<small>${fact}</small>`)}</p>
+      <ul id="troubles" aria-label="What is wrong">${sorted.map(({ level, text, at }) =>
+        html`<li class="${level}">${at ? html`<a href="#${at}">${text}</a>` : html`<span>${text}</span>`}</li>`
+      )}</ul>
+      <div id="charts">${charts(look)}</div>
+      <div class="bar"><input id="find" type="search" placeholder="Find a server, service or state" aria-label="Find">
+    <label><input id="problems" type="checkbox"> <span>Problems only</span></label></div>
+      <p id="none">${none}</p>
+      <div id="services">${sections}</div>
+      <details id="rules" ${flipped.has("rules") ? "" : "open"}>
+        <summary>Routes</summary>
+        <form id="explain"
+          class="bar"><input id="request" aria-label="Request" placeholder="Which route does this request take? GET http://host/path"><button>Explain</button></form>
+        <pre id="answer" ${asked ? "" : "hidden"}>${answer}</pre>
+        <div>
+          <table>
+            <thead>
+              <tr>
+                <th>Route</th>
+                <th>Match</th>
+                <th>Service</th>
+              </tr>
+            </thead>
+            <tbody id="routes">${routes.map(routeRow)}</tbody>
+          </table>
+        </div>
+      </details>
+    </main>
+  `;
+}
+
 /** Plain JavaScript for browsers: it runs in the page, and uses nothing of this file. */
 const SCRIPT = String.raw`
 "use strict";
 const base = location.pathname.replace(/\/?$/, "/");
 const $ = (id) => document.getElementById(id);
 
-/** Gives an element its content: a text or a list of [tag, attributes, content]. Elements that exist keep the focus. */
-const render = (parent, content) => {
-  if (typeof content === "string") {
-    if (parent.textContent !== content) parent.textContent = content;
+/** Makes an element what another one is. What stays keeps the focus, and what was typed. */
+const morph = (old, now) => {
+  if (old.isEqualNode(now)) return;
+  if (old.nodeName !== now.nodeName || old.id !== now.id) return old.replaceWith(now);
+  for (const { name } of [...old.attributes]) if (!now.hasAttribute(name)) old.removeAttribute(name);
+  for (const { name, value } of now.attributes) if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+  if (!now.childElementCount) {
+    if (old.textContent !== now.textContent) old.textContent = now.textContent;
     return;
   }
-  while (parent.children.length > content.length) parent.lastElementChild.remove();
-  content.forEach(([tag, attributes, inside], i) => {
-    const namespace = tag === "svg" ? "http://www.w3.org/2000/svg" : parent.namespaceURI;
-    const element = parent.children[i] ?? parent.appendChild(document.createElementNS(namespace, tag));
-    for (const [name, value] of Object.entries(attributes)) {
-      if (typeof value !== "string") element[name] = value;
-      else if (element.getAttribute(name) !== value) element.setAttribute(name, value);
-    }
-    render(element, inside);
-  });
+  const children = [...now.children], ids = new Set(children.map(({ id }) => id));
+  for (const child of [...old.children]) if (!ids.has(child.id)) child.remove();
+  children.forEach((child, i) => old.children[i] ? morph(old.children[i], child) : old.append(child));
+  while (old.childElementCount > children.length) old.lastElementChild.remove();
 };
+const plain = { createHTML: (text) => text };
+const policy = globalThis.trustedTypes?.createPolicy("lb", plain) ?? plain;
+const parse = (text) => new DOMParser().parseFromString(policy.createHTML(text), "text/html").body.firstElementChild;
 
-// Figures as people read them.
-const digits = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
-const scaled = (n, ...units) => {
-  if (n === undefined) return "–";
-  for (; n >= 999.5 && units.length > 1; n /= 1000) units.shift();
-  return digits.format(n) + units[0];
-};
-const count = (n) => n < 1e5 ? n.toLocaleString("en") : scaled(n, "", " k", " M", " G", " T");
-const rate = (n) => scaled(n, "/s", " k/s", " M/s");
-const bytes = (n) => scaled(n, " B", " kB", " MB", " GB", " TB");
-const time = (ms) => scaled(ms, " ms", " s");
-const percent = (share) => scaled(share && 100 * share, " %");
-const age = (seconds) => {
-  const units = [["d", 86400], ["h", 3600], ["m", 60]];
-  const [name, unit] = units.find(([, unit]) => seconds >= 2 * unit) ?? ["s", 1];
-  return Math.floor(seconds / unit) + " " + name;
-};
-
-// Samples are two seconds apart. The charts show 150 of them; rates and latencies are those of the last 15.
-let latest;
-let samples = [];
-const receive = (snapshot) => {
-  const { history, time, total, services } = snapshot;
-  const counters = new Map();
-  for (const service of services) {
-    for (const one of [service, ...service.servers]) {
-      const names = one === service ? [service.name] : [service.name, "servers", one.name];
-      one.path = ["services", ...names].map(encodeURIComponent).join("/");
-      counters.set(one.path, one.counters);
-    }
-  }
-  latest = snapshot;
-  samples = history ?? samples;
-  if (!samples.at(-1)?.counters || time - samples.at(-1).time > 1.9) samples.push({ time, total, counters });
-  samples = samples.slice(-150);
-  delete samples.at(-16)?.counters;
-  document.body.className = "";
-  if (!document.hidden) show();
-};
-
-/** The figures of what was counted between two moments; of all that was counted if the counters began again. */
-const figuresOf = (now, then, seconds) => {
-  const since = then?.requests <= now.requests ? then : { requests: 0, errors: 0, durations: [] };
-  const requests = now.requests - since.requests;
-  const errors = now.errors - since.errors;
-  const durations = now.durations.map((n, i) => n - (since.durations[i] ?? 0));
-  const quantile = (share) => {
-    let rank = share * requests;
-    for (const [i, held] of durations.entries()) {
-      const [from, to] = [latest.bounds[i - 1] ?? 0, latest.bounds[i] ?? latest.bounds.at(-1)];
-      if (held && held >= rank) return from + (to - from) * rank / held;
-      rank -= held;
-    }
-  };
-  const [p50, p95, p99] = [0.5, 0.95, 0.99].map(quantile);
-  return { rate: requests / Math.max(1, seconds), failed: requests && errors / requests, p50, p95, p99 };
-};
-const recent = ({ path, counters }) => {
-  const since = samples.find((sample) => sample.counters);
-  return figuresOf(counters, since.counters.get(path), latest.time - since.time);
-};
-
-const CHARTS = [
-  ["Requests", rate, "rate"],
-  ["Requests that failed", percent, "failed"],
-  ["Latency: p50, p99", time, "p50", "p99"],
-];
-const charts = () => {
-  const points = samples.slice(1).map(({ time, total }, i) => {
-    const then = samples[Math.max(0, i - 4)]; // ten seconds before, so that a few requests are no peak
-    return figuresOf(total, then.total, time - then.time);
-  });
-  return CHARTS.map(([title, format, ...names]) => {
-    const top = Math.max(0, ...points.flatMap((point) => names.map((name) => point[name] ?? 0)));
-    const paths = names.map((name) => {
-      const step = ({ [name]: value }, i) => {
-        if (value === undefined) return "";
-        const pen = points[i - 1]?.[name] === undefined ? "M" : "L"; // after a gap the line begins again
-        return pen + 2 * (150 - points.length + i) + " " + (54 - 52 * value / (top || 1)).toFixed(1);
-      };
-      return ["path", { d: points.map(step).join("") }, []];
-    });
-    const now = names.map((name) => format(points.at(-1)?.[name])).join(", ");
-    const most = "at most " + format(top) + " in 5 min";
-    const label = title + ": now " + now + ", " + most;
-    return ["figure", {}, [
-      ["figcaption", {}, [["span", {}, title], ["small", {}, most], ["b", {}, now]]],
-      ["svg", { viewBox: "0 0 300 56", preserveAspectRatio: "none", role: "img", "aria-label": label }, paths],
-    ]];
-  });
-};
-
-// The tables, and what can be done in them.
-const SIGNS = { up: "●", trial: "△", paused: "○", drain: "◐", maint: "◇", ejected: "▲", down: "✕" };
-const ACTIONS = {
-  ready: () => "Requests and probes go to it again.",
-  drain: (server) => "No new requests go to it; those in flight finish (" + server.in_flight + "). Probes go on.",
-  maint: () => "Neither requests nor probes go to it.",
-  weight: () => "Its share of new requests, from 0 (none) to 256.",
-};
-/** What each column shows of a server and of its last 30 seconds: a figure, and a detail below it. */
-const COLUMNS = {
-  "Server": ({ name, backup }) => [name, backup ? "backup" : ""],
-  "State": ({ status, status_for, paused_for }) => [
-    SIGNS[status] + " " + status,
-    status === "paused" ? "for another " + age(paused_for) : "for " + age(status_for),
-  ],
-  "Last check": ({ check }) =>
-    check ? [check.problem || "passed", age(check.ago) + " ago, took " + time(1e3 * check.took)] : ["–"],
-  "Weight": ({ weight, share }) => [String(weight), percent(share)],
-  "In flight": ({ in_flight }) => [count(in_flight)],
-  "Requests": ({ counters }, now) => [count(counters.requests), rate(now.rate)],
-  "Errors": ({ counters }, now) => [count(counters.errors), now.failed ? percent(now.failed) : ""],
-  "Retries": ({ retries }) => [count(retries)],
-  "p50": (_, now) => [time(now.p50)],
-  "p95": (_, now) => [time(now.p95)],
-  "p99": (_, now) => [time(now.p99)],
-  "Bytes out": ({ counters }) => [bytes(counters.bytes_out), bytes(counters.bytes_in) + " in"],
-};
-const isUp = ({ status }) => status === "up";
-/** Rows are filled once they come near the window: of a thousand servers most never do. */
-const observer = new IntersectionObserver((entries) => {
-  for (const { target, isIntersecting } of entries) target.isFilled ||= isIntersecting;
-  showServices();
-}, { rootMargin: "50%" });
-const serverRow = (service, server) => {
-  const now = recent(server);
-  const columns = Object.entries(COLUMNS).slice(0, $(server.path)?.isFilled ? undefined : 1);
-  const cells = columns.map(([title, textsOf], i) => {
-    const [figure, detail = ""] = textsOf(server, now);
-    return [i ? "td" : "th", { "data-title": title }, [["span", {}, figure], ["small", {}, detail]]];
-  });
-  const buttons = Object.keys(ACTIONS).map((action) => {
-    const onclick = () => propose(action, service, server);
-    return ["button", { "aria-label": action + " " + server.name, hidden: action === server.state, onclick }, action];
-  });
-  const words = [service.name, server.name, server.status].join(" ").toLowerCase();
-  const hidden = !words.includes($("find").value.trim().toLowerCase());
-  if (columns.length > 1) cells.push(["td", {}, buttons]);
-  return ["tr", { id: server.path, class: server.status, hidden }, cells];
-};
-const serviceSection = (service) => {
-  const { name, path, strategy, servers, in_flight, waiting } = service;
-  const now = recent(service);
-  const facts = [strategy, servers.filter(isUp).length + " of " + servers.length + " up", in_flight + " in flight"];
-  if (waiting) facts.push(waiting + " waiting");
-  facts.push(rate(now.rate), percent(now.failed) + " errors", "p99 " + time(now.p99));
-  const titles = [...Object.keys(COLUMNS), "Change"].map((title) => ["th", {}, title]);
-  const rows = servers.map((server) => serverRow(service, server));
-  return ["section", { id: path, hidden: rows.every(([, { hidden }]) => hidden) }, [
-    ["h2", {}, [["span", {}, name + " "], ["small", {}, facts.join(" · ")]]],
-    ["table", {}, [["thead", {}, [["tr", {}, titles]]], ["tbody", {}, rows]]],
-  ]];
-};
-const PATHS = { prefix: "", exact: "= ", regex: "~ " };
-const routeRow = (route) => {
-  const paths = route.paths.flatMap(Object.entries).map(([kind, path]) => PATHS[kind] + path);
-  const rules = [route.methods, route.hosts, paths, [...route.headers, ...route.query]];
-  const asked = rules.map((list) => list.join(", ")).filter(Boolean).join(" ") || "everything";
-  const answer = route.redirect ? "redirect " + route.redirect : "answer " + route.respond;
-  const weightOf = ({ weight }) => route.services.length > 1 ? weight + " " : "";
-  const target = route.services?.map((one) => weightOf(one) + one.service).join(", ") ?? answer;
-  return ["tr", {}, [route.name, route.default ? "all else" : asked, target].map((text) => ["td", {}, text])];
-};
-
-// What is wrong, in words.
-const troublesOf = (service) => {
-  const { name, servers, askable, panicking } = service;
-  const bad = [];
-  if (servers.length && !askable) bad.push("no server may be asked");
-  if (panicking) bad.push("too few servers are healthy: all of them are asked");
-  if (recent(service).failed > 0.05) bad.push("more than 5 % of the requests fail");
-  const out = servers.filter((server) => server.state === "ready" && !isUp(server)).map((server) => {
-    const reason = server.check?.problem ? ": " + server.check.problem : "";
-    return ["warn", name + ": " + server.name + " is " + server.status + reason, server.path];
-  });
-  return [...bad.map((text) => ["bad", name + ": " + text, service.path]), ...out];
-};
-const showVerdict = (level, text) => {
-  const verdict = { good: "●", warn: "▲", bad: "✕" }[level] + " " + text;
-  $("verdict").className = level;
-  render($("verdict"), verdict);
-  document.title = verdict + " – lb.ts";
-};
-const showServices = () => render($("services"), latest.services.map(serviceSection));
-const show = () => {
-  const { services, routes, version, draining } = latest;
-  const troubles = services.flatMap(troublesOf).sort(([a], [b]) => a.localeCompare(b)); // bad before warn
-  const servers = services.flatMap((service) => service.servers);
-  const up = servers.filter(isUp).length;
-  const aside = servers.filter(({ state }) => state !== "ready").length;
-  const setAside = aside ? ", " + aside + " set aside" : "";
-  const some = count(up) + " of " + count(servers.length) + " servers are up" + setAside;
-  showVerdict(troubles[0]?.[0] ?? "good", up === servers.length ? "All servers are up: " + count(up) : some);
-  const item = ([level, text, path]) => ["li", { class: level }, [["a", { href: "#" + path }, text]]];
-  render($("troubles"), troubles.map(item));
-  render($("charts"), charts());
-  render($("routes"), routes.map(routeRow));
-  showServices();
-  document.querySelectorAll("section tbody tr").forEach((row) => observer.observe(row));
-  render($("link"), "lb.ts " + version + (draining ? " · draining" : " · live"));
-};
-
-// Changes, each confirmed in the dialog.
-const call = (path, method = "GET", body = undefined) => {
-  const headers = { "content-type": "application/json" };
+const call = (path, method = "GET", body = undefined, more = {}) => {
+  const headers = { "content-type": "application/json", accept: "text/plain, */*" };
   if (sessionStorage.token) headers.authorization = "Bearer " + sessionStorage.token;
-  return fetch(base + path, { method, headers, body: JSON.stringify(body) });
+  return fetch(base + path, { method, headers, body: JSON.stringify(body), ...more });
 };
-const propose = (action, service, server) => {
-  const isLast = ["drain", "maint"].includes(action) && !service.servers.some((one) => isUp(one) && one !== server);
-  const why = ACTIONS[action](server) + (isLast ? " No other server of " + service.name + " is up!" : "");
-  const input = action === "weight" && { type: "number", min: 0, max: 256, value: server.weight };
-  const texts = { what: action + " " + server.name, why, go: input ? "set" : action, label: "Weight" };
-  openDialog(texts, input, async (value) => {
-    const weigh = () => call(server.path, "PATCH", { weight: Number(value) });
-    const setState = () => call(server.path + "/state", "PUT", { state: action });
-    const answer = await (input ? weigh() : setState()).catch(() => undefined);
-    if (!answer) return "The connection is lost.";
-    return answer.ok ? "" : (await answer.json()).detail;
-  });
+
+// What is shown: fetched once a second, and when something else is asked for.
+const flipped = new Set();
+let asked = "", turn = 0;
+const refresh = async () => {
+  const mine = ++turn;
+  const query = new URLSearchParams([...flipped].map((id) => ["flip", id]));
+  query.append("ask", asked);
+  if ($("find")) query.append("find", $("find").value);
+  if ($("problems")?.checked) query.append("problems", "");
+  const answer = await call("live?" + query, "GET", undefined, { signal: AbortSignal.timeout(5e3) });
+  if (answer.status === 401 || answer.status === 429) return signIn(await answer.json()).then(refresh);
+  const text = await answer.text();
+  if (!answer.ok) throw new Error(text);
+  if (mine !== turn) return; // a later one is under way
+  morph($("live"), parse(text));
+  document.title = $("verdict").textContent + " – lb.ts";
 };
+const keepFresh = async () => {
+  if (!document.hidden) {
+    await refresh().catch(() => {
+      $("live").className = "lost";
+      $("verdict").className = "bad";
+      document.title = $("verdict").textContent = "✕ The connection is lost: trying again";
+    });
+  }
+  setTimeout(keepFresh, 1e3);
+};
+document.onvisibilitychange = () => document.hidden || refresh();
+document.oninput = ({ target }) => /^(find|problems)$/.test(target.id) && refresh();
+document.onsubmit = (event) => {
+  event.preventDefault();
+  if (event.target.id !== "explain") return;
+  asked = $("request").value.trim();
+  refresh();
+};
+document.onclick = async (event) => {
+  const { target } = event, button = target.closest("tr button"), link = target.closest("nav a");
+  const folded = target.closest("summary")?.parentElement.id;
+  if (folded) {
+    if (!flipped.delete(folded)) flipped.add(folded);
+    refresh();
+  }
+  if (button) propose(button);
+  if (!link || !sessionStorage.token) return; // the listener takes no token from a link
+  const path = link.getAttribute("href");
+  if (path === "docs") return;
+  event.preventDefault();
+  $("text").textContent = await (await call(path)).text();
+  $("sheet").showModal();
+};
+
+// The dialog: changes, each confirmed there, and the token.
 /** Resolves when the dialog is closed: by the person, or because submit has given no problem. */
 const openDialog = (texts, input, submit) => {
   const dialog = $("ask");
   for (const [id, text] of Object.entries({ ...texts, problem: "" })) $(id).textContent = text;
   $("field").hidden = !input;
   Object.assign($("value"), { type: "text", value: "" }, input);
-  $("form").onsubmit = async (event) => {
-    event.preventDefault();
+  $("form").onsubmit = async () => {
     const problem = await submit($("value").value);
     if (problem) $("problem").textContent = problem;
     else dialog.close();
@@ -7948,64 +8453,41 @@ const openDialog = (texts, input, submit) => {
   return new Promise((resolve) => dialog.onclose = resolve);
 };
 $("cancel").onclick = () => $("ask").close();
-$("find").oninput = () => latest && showServices();
-
-// The connection. EventSource sends no Authorization, so fetch reads the events.
-const login = () => {
-  const why = sessionStorage.token ? "This one is not right." : "What is shown here is for those who have it.";
-  const texts = { what: "The token, please", why, go: "Enter", label: "Token" };
+const propose = ({ name: action, value, title: why, ariaLabel: what, parentElement }) => {
+  const { id } = parentElement.parentElement, isWeight = action === "weight";
+  const input = isWeight && { type: "number", min: 0, max: 256, value };
+  openDialog({ what, why, go: isWeight ? "set" : action, label: "Weight" }, input, async (typed) => {
+    const weigh = () => call(id, "PATCH", { weight: Number(typed) });
+    const setState = () => call(id + "/state", "PUT", { state: action });
+    const answer = await (isWeight ? weigh() : setState()).catch(() => undefined);
+    if (!answer) return "The connection is lost.";
+    if (!answer.ok) return (await answer.json()).detail;
+    refresh();
+  });
+};
+const signIn = ({ status, detail }) => {
+  const wrong = sessionStorage.token ? "This token is not right." : "A token of admin in routes.yml is needed.";
+  const texts = { what: "Sign in", why: status === 429 ? detail : wrong, go: "Sign in", label: "Token" };
   return openDialog(texts, { type: "password" }, (token) => {
     sessionStorage.token = token;
   });
 };
-const listen = async () => {
-  const answer = await call("events");
-  if (answer.status === 401) return login().then(listen);
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let text = "";;) {
-    const silence = setTimeout(() => reader.cancel(), 5e3); // that long without a byte the connection is lost
-    const { done, value } = await reader.read();
-    clearTimeout(silence);
-    if (done) return;
-    const events = (text + value).split("\n\n");
-    text = events.pop();
-    for (const event of events) receive(JSON.parse(event.replace("data: ", "")));
-  }
-};
-/** Connects again and again. */
-const stayConnected = async () => {
-  await listen().catch(() => {});
-  document.body.className = "lost";
-  showVerdict("bad", "The connection is lost");
-  render($("link"), "trying again");
-  setTimeout(stayConnected, 2e3);
-};
-stayConnected();
+keepFresh();
 `;
 
 // deno-fmt-ignore
 const dashboardPage = (nonce: string) => pageOf(nonce, "lb.ts", DASHBOARD_STYLE, html`
-<header><h1>lb.ts</h1><small id="link"></small><p id="verdict" role="status">Connecting</p></header>
-<ul id="troubles" aria-label="What is wrong"></ul>
-<div id="charts"></div>
-<details open>
-  <summary>Routes</summary>
-  <div><table>
-    <thead><tr><th>Route</th><th>Asks for</th><th>Leads to</th></tr></thead>
-    <tbody id="routes"></tbody>
-  </table></div>
-</details>
-<input id="find" type="search" placeholder="Find a server, service or state" aria-label="Find">
-<div id="services"></div>
+<main id="live"><header><h1>lb.ts</h1><p id="verdict" role="status">Connecting</p></header></main>
 <dialog id="ask" aria-labelledby="what">
   <form id="form">
     <h2 id="what"></h2>
     <p id="why"></p>
     <label id="field"><span id="label"></span><input id="value" autocomplete="off"></label>
-    <p id="problem" class="bad" role="alert"></p>
+    <p id="problem" class="bad problem" role="alert"></p>
     <menu><button type="button" id="cancel">Cancel</button><button id="go"></button></menu>
   </form>
 </dialog>
+<dialog id="sheet" aria-label="Text"><pre id="text" tabindex="0"></pre></dialog>
 <noscript>This page needs JavaScript; the same figures are at <a href="services">services</a>.</noscript>
 <script nonce="${nonce}">${raw(SCRIPT)}</script>`);
 
@@ -8015,31 +8497,51 @@ const DASHBOARD_POLICY = {
   ...{ baseUri: ["'none'"], formAction: ["'none'"], frameAncestors: ["'none'"] },
   requireTrustedTypesFor: ["'script'"],
 };
-const HISTORY = { interval: 2_000, most: 150 }; // milliseconds between the points of the charts, and how many are kept
 
-/** The page and its events: snapshots of this process, or sums over many. Only the events need a token. */
-export function dashboard(
-  look: () => Snapshot | Promise<Snapshot>,
+/** What would become of a request, in words: `GET http://host/path`. */
+function answerTo(balancer: Balancer, text: string): string {
+  const [, method = "GET", url = ""] = /^(?:([A-Z]+) )?(https?:\/\/\S+|\/\S*)$/.exec(text) ?? [];
+  const whole = url.startsWith("/") ? `http://localhost${url}` : url;
+  if (!URL.canParse(whole)) return `${quote(text)} is not a request such as GET http://host/path`;
+  try {
+    return explanationText(explain(balancer, method, whole));
+  } catch (error) {
+    return (error as Error).message;
+  }
+}
+
+/** The page, for everybody who gets here, and what it shows: snapshots of this process, or sums over many. */
+function dashboard(
+  balancer: Balancer,
   gate: Gatekeeper,
-  remembers: boolean,
+  see: () => Snapshot | Promise<Snapshot> = () => snapshotOf(balancer),
 ): Hono<AdminEnv> {
-  const app = new Hono<AdminEnv>();
-  const history: Pick<Snapshot, "time" | "total">[] = [];
+  const app = new Hono<AdminEnv>(), history: Sample[] = [], page = pageHandler(dashboardPage, DASHBOARD_POLICY);
   const remember = async () => {
-    const { time, total } = await look();
-    history.push({ time, total });
+    history.push(sampleOf(await see()));
     if (history.length > HISTORY.most) history.shift();
+    delete history.at(-HISTORY.recent - 1)?.counters;
   };
-  if (remembers) setInterval(remember, HISTORY.interval).unref(); // also while no page is open
-  servePage(app, "/", dashboardPage, DASHBOARD_POLICY);
-  app.get("/events", gate, (context) =>
-    streamSSE(context, async (stream) => {
-      await stream.writeSSE({ data: JSON.stringify({ ...await look(), history }) });
-      while (!stream.aborted) {
-        await stream.sleep(1_000);
-        await stream.writeSSE({ data: JSON.stringify(await look()) });
-      }
-    }));
+  if (balancer.runtime !== "edge") { // also while no page is open
+    void remember();
+    setInterval(remember, HISTORY.interval).unref();
+  }
+  app.get("/", (context, next) => context.req.path.endsWith("/") ? page(context) : next());
+  // Mounted at /ops it is asked as /ops and as /ops/: links on the page need the slash.
+  app.use(async (context, next) => {
+    const root = basePath(context).replace(/\/$/, ""), { path, method } = context.req;
+    if (method !== "GET" || path !== root && path !== `${root}/`) return await next();
+    return path === root ? context.redirect(`${path.split("/").at(-1)}/`) : await page(context);
+  });
+  app.get("/live", gate, async (context) => {
+    const { req } = context, asked = req.query("ask") ?? "";
+    const look = {
+      ...{ snapshot: await see(), history, mayChange: context.get("shown") !== "read token", asked },
+      ...{ find: lower(req.query("find") ?? "").trim(), onlyProblems: req.query("problems") !== undefined },
+      ...{ flipped: new Set(req.queries("flip")), answer: asked && answerTo(balancer, asked) },
+    };
+    return context.html(liveView(look, balancer.effects.date()));
+  });
   return app;
 }
 
@@ -8140,8 +8642,7 @@ function problemOf({ effects }: Balancer, error: Error, method: string): Respons
  */
 export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<AdminEnv> {
   const { file, parse = (text: string) => parseConfig(text, file ? { file } : {}), hosts = [] } = options;
-  const { balancer } = lb, app = new Hono<AdminEnv>(), change = changesOf(lb, parse, file);
-  app.notFound(({ req }) => problem(404, `there is no ${req.path}`));
+  const { balancer } = lb, app = new Hono<AdminEnv>(), asked = { lb, parse, change: changesOf(lb, parse, file) };
   app.onError((error, context) => problemOf(balancer, error, context.req.method));
   app.use(async (context, next) => {
     await next();
@@ -8153,22 +8654,16 @@ export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<
   }));
   app.use(checkSite(balancer, hosts.map((host) => hostName(host))));
 
-  const offer = (open: boolean) => {
-    for (const [name, operation] of Object.entries(OPERATIONS)) {
-      const [method, path] = name.split(" ") as [string, string];
-      if (!!operation.open === open) app.on(method, path, (context) => operation.run({ context, lb, parse, change }));
-    }
-  };
-
   // For everybody who gets here, without a token: pages must not have anything in them that the API would not tell.
-  offer(true);
+  offer(app, true, asked);
   app.route("/", docs());
   const gate = checkToken(balancer);
-  app.route("/", dashboard(() => snapshotOf(balancer), gate, balancer.runtime !== "edge"));
+  app.route("/", dashboard(balancer, gate));
 
   app.use(gate);
   app.use(bodyLimit({ maxSize: MOST.bytes, onError: () => problem(413, "the body is larger than 1 MiB") }));
-  offer(false);
+  offer(app, false, asked);
+  app.all("*", ({ req }) => problem(404, `there is no ${req.path}`)); // else a balancer beside it would be asked
   return app;
 }
 
