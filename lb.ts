@@ -7137,10 +7137,10 @@ interface Operation {
   does: string;
   takes?: keyof typeof SHAPES; // its body
   asks?: Record<string, string>; // its query
-  gives?: number[]; // statuses beside that of the example and those of what is wrong
+  gives?: number[]; // statuses beside that of the first example and those of what is wrong
   returns?: string; // the name of what it answers, where that is JSON: one of SHAPES, or what its examples are like
   like?: unknown; // an example of its body
-  at?: string[]; // paths of examples, where they are not EXAMPLE_PLACES; each is asked of a balancer of its own
+  at?: string[]; // paths of examples, where they are not that of EXAMPLE_PLACES
   open?: true; // to everybody who gets here, without a token
   text?(value: never): string; // what it answers to `Accept: text/plain`; else YAML
   run(asked: Asked): Response | Promise<Response>;
@@ -7351,7 +7351,7 @@ function answerConfig({ context: { req }, lb }: Asked): Response {
   const { config } = lb.balancer.table, headers = { etag: tagOf(config.text)! };
   const shown = masked(writtenOf(config), hidden);
   if (/[/+]json/.test(req.header("accept") ?? "")) return jsonOf(unescapedAll(shown), 200, headers);
-  const type = /^text\//.test(req.header("accept") ?? "") ? "text/plain; charset=utf-8" : "application/yaml"; // browsers save YAML
+  const type = /^text\//.test(req.header("accept") ?? "") ? TEXT_TYPE : "application/yaml"; // which browsers do not show
   return new Response(rewrite(config.text, shown), { headers: { ...headers, "content-type": type } });
 }
 
@@ -7580,20 +7580,22 @@ const OPERATIONS: Record<string, Operation> = {
   },
 };
 
-const wantsText = ({ req }: AdminContext): boolean => /^text\/plain\b/.test(req.header("accept") ?? "");
-
+const TEXT_TYPE = "text/plain; charset=utf-8";
 /** JSON on many lines, but for lists of numbers. */
 const prettyJson = (value: unknown): string =>
-  `${JSON.stringify(value, null, 2).replace(/\[\n[\d.,\s]+\]/g, (list) => list.replace(/\s+/g, " "))}\n`;
+  JSON.stringify(value, null, 2).replace(/\[\n[\d.,\s]+\]/g, (list) => list.replace(/\s+/g, " "));
 
 /** JSON as the client wants to read it: as text, or with `?pretty` on many lines. */
-async function presented(context: AdminContext, { text }: Operation, response: Response): Promise<Response> {
-  const isPretty = context.req.query("pretty") !== undefined, isText = wantsText(context);
+async function presented(
+  { req }: AdminContext,
+  { text = stringify }: Operation,
+  response: Response,
+): Promise<Response> {
+  const isText = /^text\/plain\b/.test(req.header("accept") ?? ""), isPretty = req.query("pretty") !== undefined;
   if (response.headers.get("content-type") !== "application/json" || !isPretty && !isText) return response;
-  const value = await response.json(), headers = new Headers(response.headers);
-  if (!isText) return new Response(prettyJson(value), { status: response.status, headers });
-  headers.set("content-type", "text/plain; charset=utf-8");
-  const shown = text ? text(value as never) : stringify(value, { lineWidth: 0 });
+  const value = await response.json(), shown = isText ? text(value as never) : prettyJson(value);
+  const headers = new Headers(response.headers);
+  if (isText) headers.set("content-type", TEXT_TYPE);
   return new Response(`${shown.trimEnd()}\n`, { status: response.status, headers });
 }
 
@@ -7659,7 +7661,6 @@ const ABOUT: Record<string, string> = {
   takes: "the server that would take it",
 };
 
-type Json = Record<string, unknown>;
 const ref = (kind: string, name: string) => ({ $ref: `#/components/${kind}/${name}` });
 const parameter = (place: "path" | "query" | "header", name: string, description: string, example?: string) => {
   return { name, in: place, description, required: place === "path", schema: STRING, ...(example && { example }) };
@@ -7675,12 +7676,12 @@ const viewsIn = (value: unknown): unknown[] => {
 };
 
 /** The JSON Schema that these values have in common. */
-function schemaLike(values: unknown[], name: string): Json {
+function schemaLike(values: unknown[], name: string): Raw {
   const kindOf = (value: unknown) => Array.isArray(value) ? "array" : value === null ? "null" : typeof value;
   const kinds = [...new Set(values.map(kindOf))], records = values.filter(isRecord);
   const names = [...new Set(records.flatMap(Object.keys))], nested = records.map(nameOfView)[0];
   if (nested && nested !== name) return ref("schemas", nested);
-  const property = (key: string): [string, Json] => {
+  const property = (key: string): [string, Raw] => {
     const description = ABOUT[`${name}.${key}`] ?? ABOUT[key];
     const schema = schemaLike(records.flatMap((one) => key in one ? [one[key]] : []), key);
     return [key, key === "config" ? ref("schemas", "Service") : { ...(description && { description }), ...schema }];
@@ -7711,32 +7712,22 @@ default: { service: shop, mirror: { service: blog } }
 `;
 const EXAMPLE_PLACES: Record<string, string> = { service: "shop", server: "10.0.0.1:8080", worker: "1" };
 
-/** The operations over a balancer that asks nobody: what the description shows is what they really answer. */
-function exampleApp(): Hono<AdminEnv> {
+/** The operations, over a balancer that nobody uses: what the description shows is what they really answer. */
+function exampleApp(effects: Effects): Hono<AdminEnv> {
   const until = new Date("2027-01-31T12:00:00Z"), nothing = () => {};
   const lb = assembleBalancer(
     parseConfig(EXAMPLE),
     {
-      ...{ now: () => 60_000, date: () => new Date("2026-12-01T12:00:00Z"), random: () => 0.5, sleep: async () => {} },
-      ...{
-        send: nothing,
-        connect: async () => {},
-        sign: () => "",
-        secret: () => "",
-        accessLog: nothing,
-        report: nothing,
-      },
-      ...{ onProbed: nothing, told: nothing, certificate: () => ({ names: ["www.example.com"], until }) },
-      client: () => ({ address: "127.0.0.1", scheme: "http", headers: [] }),
+      ...{ ...effects, now: () => 60_000, date: () => new Date("2026-12-01T12:00:00Z"), random: () => 0.5 },
+      ...{ certificate: () => ({ names: ["www.example.com"], until }), report: nothing, told: nothing },
     },
     strategies,
     "node",
   );
-  const { balancer } = lb, [probed] = balancer.table.services.get("shop")!.servers;
+  const { balancer } = lb, [probed] = balancer.table.services.get("shop")!.servers, app = new Hono<AdminEnv>();
   Object.assign(probed!, { probedAt: 58_000, probeTook: 3 });
   balancer.entrypoints.set("http", newEntrypoint("http"));
   balancer.workers.set(1, { since: balancer.startedAt, end: nothing });
-  const app = new Hono<AdminEnv>();
   for (const isOpen of [true, false]) {
     offer(app, isOpen, { lb, parse: parseConfig, change: changesOf(lb, parseConfig) });
   }
@@ -7744,98 +7735,96 @@ function exampleApp(): Hono<AdminEnv> {
 }
 
 /** What an operation answers to its examples. */
-async function examplesOf(method: string, path: string, { like, returns, at }: Operation) {
-  const paths = at ?? [path.replace(/:(\w+)/g, (_, name) => EXAMPLE_PLACES[name]!)];
-  const accept = returns ? "application/json" : "*/*", match = path === "/config" && { "if-match": "*" };
-  const headers = { accept, "content-type": "application/json", ...match };
+async function examplesOf(effects: Effects, method: string, paths: string[], { like, returns }: Operation) {
+  const accept = returns ? "application/json" : "*/*";
+  const headers = { accept, "content-type": "application/json", ...(returns === "Config" && { "if-match": "*" }) };
   const init = { method, headers, body: like === undefined ? null : JSON.stringify(like) };
-  const answers = await Promise.all(paths.map((path) => exampleApp().request(path, init))), first = answers[0]!;
-  const type = first.headers.get("content-type")!.split(";")[0]!;
+  const answers = await Promise.all(paths.map((path) => exampleApp(effects).request(path, init))), first = answers[0]!;
+  const type = first.headers.get("content-type")!.split(";")[0]!, isVersioned = first.headers.has("etag");
   const bodies = answers.map(async (answer) => {
     if (type === "text/event-stream") return await answer.body!.cancel(); // it never ends
     return returns ? await answer.json() : (await answer.text()).split("\n").slice(0, 8).join("\n");
   });
-  return { status: first.status, type, isVersioned: first.headers.has("etag"), bodies: await Promise.all(bodies) };
+  return { status: first.status, type, isVersioned, bodies: await Promise.all(bodies) };
 }
-type Examples = Awaited<ReturnType<typeof examplesOf>>;
 
-const TAGS: Record<string, string> = {
-  "": "Services",
-  services: "Services",
-  config: "Config",
-  routes: "Routing",
-  explain: "Routing",
+const TAGS: Record<string, RegExp> = {
+  Services: /^\/(?:services|$)/,
+  Config: /^\/config/,
+  Routing: /^\/(?:routes|explain)/,
+  Watching: /./,
 };
 
-/** One operation as OpenAPI has it. */
-function described(
-  method: string,
-  path: string,
-  operation: Operation,
-  { status, type, isVersioned, bodies }: Examples,
-) {
-  const { does, takes, asks = {}, gives = [], open, returns, like } = operation, isJson = type === "application/json";
-  const inPath = [...path.matchAll(/:(\w+)/g)].map(([, name]) =>
-    parameter("path", name!, `name of the ${name}`, EXAMPLE_PLACES[name!])
-  );
-  const inQuery = Object.entries(asks).map(([name, about]) => parameter("query", name, about));
-  if (isJson && method === "GET") inQuery.push(parameter("query", "pretty", "JSON on many lines"));
-  const changes = method === "GET" ? [] : [parameter("header", "If-Match", "the ETag that the change is meant for")];
+/** One operation as OpenAPI has it, and what it answers to its examples. */
+async function described(effects: Effects, method: string, path: string, operation: Operation) {
+  const { does, takes, asks = {}, gives = [], open, returns, like, at } = operation, isGet = method === "GET";
+  const paths = at ?? [path.replace(/:(\w+)/g, (_, name) => EXAMPLE_PLACES[name]!)];
+  const { status, type, isVersioned, bodies } = await examplesOf(effects, method, paths, operation);
+  const isJson = type === "application/json", named = [...path.matchAll(/:(\w+)/g)].map(([, name]) => name!);
+  const parameters = [
+    ...named.map((name) => parameter("path", name, `name of the ${name}`, EXAMPLE_PLACES[name]!)),
+    ...Object.entries(asks).map(([name, about]) => parameter("query", name, about)),
+    ...(isGet && isJson ? [parameter("query", "pretty", "JSON on many lines")] : []),
+    ...(isGet ? [] : [parameter("header", "If-Match", "the ETag that the change is meant for")]),
+  ];
   const media = takes && { schema: ref("schemas", takes), example: like };
   const schema = returns ? ref("schemas", returns) : STRING, [example] = bodies;
-  const content: Json = { [type]: { schema, ...(example !== undefined && { example }) } };
+  const content: Record<string, Media> = { [type]: { schema, ...(example !== undefined && { example }) } };
   if (returns === "Config") content["application/yaml"] = { schema };
-  if (isJson && method === "GET") content["text/plain"] = { schema: STRING };
+  if (isGet && isJson) content["text/plain"] = { schema: STRING };
   const headers = isVersioned && { ETag: { description: "of this state, for If-Match", schema: STRING } };
-  const statuses = [status, ...gives].map((status) => {
-    return [status, { description: STATUSES[status], content, ...(headers && { headers }) }];
-  });
-  return {
-    tags: [TAGS[path.split("/")[1]!] ?? "Watching"],
+  const answer = (status: number) => ({ description: STATUSES[status], content, ...(headers && { headers }) });
+  const curl = `curl ${isGet ? "" : `-X ${method} `}'localhost:9090${paths[0]}'`;
+  const description = {
+    tags: [Object.entries(TAGS).find(([, pattern]) => pattern.test(path))![0]],
     summary: does,
     operationId: `${lower(method)}${path.replace(/\W+(\w)/g, (_, letter) => upper(letter)).replace(/\W/g, "")}`,
-    parameters: [...inPath, ...inQuery, ...changes],
+    parameters,
     ...(media &&
       { requestBody: { required: true, content: { "application/json": media, "application/yaml": media } } }),
-    responses: { ...Object.fromEntries(statuses), default: ref("responses", "Problem") },
-    security: open ? [] : [{ token: [] }, ...(method === "GET" ? [{ read_token: [] }] : []), {}],
+    responses: {
+      ...Object.fromEntries([status, ...gives].map((status) => [status, answer(status)])),
+      default: ref("responses", "Problem"),
+    } as Record<string, { content?: Record<string, Media> }>,
+    security: open ? [] : [{ token: [] }, ...(isGet ? [{ read_token: [] }] : []), {}],
+    "x-codeSamples": [{ lang: "Shell", source: like === undefined ? curl : `${curl} -d '${JSON.stringify(like)}'` }],
   };
+  return { description, bodies };
 }
+type Media = { schema: object; example?: unknown };
+type Described = Awaited<ReturnType<typeof described>>["description"];
 
 /** The API as OpenAPI 3.1 describes it, made of the table, the schemas that it works with, and what it really answers. */
-export async function openApi() {
-  const paths: Record<string, Record<string, ReturnType<typeof described>>> = {},
-    answers = new Map<string, unknown[]>();
+async function openApi(effects: Effects) {
+  const paths: Record<string, Record<string, Described>> = {}, answers: [name: string, body: unknown][] = [];
   for (const [name, operation] of Object.entries(OPERATIONS)) {
     const [method, path] = name.split(" ") as [string, string], { returns = "" } = operation;
-    const examples = await examplesOf(method, path, operation);
-    (paths[path.replace(/:(\w+)/g, "{$1}")] ??= {})[lower(method)] = described(method, path, operation, examples);
-    for (const body of examples.bodies) {
-      for (const view of viewsIn(body)) answers.set(nameOfView(view)!, [...answers.get(nameOfView(view)!) ?? [], view]);
-      if (returns && body !== undefined && !nameOfView(body)) {
-        answers.set(returns, [...answers.get(returns) ?? [], body]);
-      }
+    const { description, bodies } = await described(effects, method, path, operation);
+    (paths[path.replace(/:(\w+)/g, "{$1}")] ??= {})[lower(method)] = description;
+    for (const body of returns ? bodies.filter((one) => one) : []) {
+      if (!nameOfView(body)) answers.push([returns, body]);
+      for (const view of viewsIn(body)) answers.push([nameOfView(view)!, view]);
     }
   }
+  const views = [...Map.groupBy(answers, ([name]) => name)].map(([name, all]) => {
+    return [name, schemaLike(all.map(([, body]) => body), name)];
+  });
   const bodies = Object.entries(SHAPES).map(([name, shape]) => [name, schemaOf(shape, "draft-2020-12")]);
-  const views = [...answers].map(([name, values]) => [name, schemaLike(values, name)]);
-  const schemas = { ...Object.fromEntries(views), ...Object.fromEntries(bodies), Problem: problemSchema };
+  const schemas = { ...Object.fromEntries([...views, ...bodies]), Problem: problemSchema } as Record<
+    string,
+    BodySchema
+  >;
   const content = { "application/problem+json": { schema: ref("schemas", "Problem") } };
   const scheme = (description: string) => ({ type: "http", scheme: "bearer", description });
+  const token = scheme("admin.token of routes.yml; where it is not set, none is needed");
+  const securitySchemes = { token, read_token: scheme("admin.read_token of routes.yml, which opens GET only") };
   return {
     openapi: "3.1.0",
     info: { title: "lb.ts", version: VERSION, description: "Looking at a load balancer and operating it." },
     servers: [{ url: "./" }],
-    tags: ["Services", "Config", "Routing", "Watching"].map((name) => ({ name })),
+    tags: Object.keys(TAGS).map((name) => ({ name })),
     paths,
-    components: {
-      schemas: schemas as Record<string, BodySchema>,
-      responses: { Problem: { description: "what is wrong", content } },
-      securitySchemes: {
-        token: scheme("admin.token of routes.yml; where it is not set, none is needed"),
-        read_token: scheme("admin.read_token of routes.yml, which opens GET only"),
-      },
-    },
+    components: { schemas, responses: { Problem: { description: "what is wrong", content } }, securitySchemes },
   };
 }
 type OpenApi = Awaited<ReturnType<typeof openApi>>;
@@ -7920,47 +7909,44 @@ details pre { padding: 8px; max-height: 300px; overflow: auto; border: 1px solid
 
 /** One operation: a line that opens to its parameters, the keys of its body and of its answer, and an example. */
 // deno-fmt-ignore
-function docsOf(name: string, { takes, returns, like, at }: Operation, { paths, components: { schemas } }: OpenApi) {
-  const [method, path] = name.replace(/:(\w+)/g, "{$1}").split(" ") as [string, string];
-  const { operationId, summary, parameters, responses } = paths[path]![lower(method)]!;
-  const [[status, { content }]] = Object.entries(responses) as [[string, { content: Record<string, { example?: unknown }> }]];
-  const [{ example = "" }] = Object.values(content) as [{ example?: unknown }];
-  const url = at?.[0] ?? path.replace(/\{(\w+)\}/g, (_, key) => EXAMPLE_PLACES[key]!);
-  const curl = `curl ${method === "GET" ? "" : `-X ${method} `}'localhost:9090${url}'`;
-  const table = (rows: [string, string][]) => html`<table>${rows.map(([key, text]) =>
+function docsOf(method: string, path: string, one: Described, schemas: Record<string, BodySchema>) {
+  const [[status, { content = {} }]] = Object.entries(one.responses) as [[string, Described["responses"][string]]];
+  const [{ schema, example }] = Object.values(content) as [Media], body = one.requestBody?.content["application/json"];
+  const keysOf = (schema: object = {}) => keysIn(schemas[String(record(schema).$ref).split("/").at(-1)!] ?? {});
+  const table = (rows: string[][]) => html`<table>${rows.map(([key, text]) =>
     html`<tr><td><code>${key}</code></td><td>${text}</td></tr>`)}</table>`;
-  const asked = parameters.map((one): [string, string] => [one.name, `${one.description} (${one.in})`]);
+  const asked = one.parameters.map(({ name, description, in: place }) => [name, `${description} (${place})`]);
   return html`
-<details id="${operationId}">
-  <summary><code>${method} ${path}</code> ${summary}</summary>
-  ${table([...asked, ...keysIn(schemas[takes ?? ""] ?? {})])}
-  <pre>${curl}${like === undefined ? "" : ` -d '${JSON.stringify(like)}'`}</pre>
-  <p>${status}${returns && `: ${returns}`}</p>
-  ${returns === "Config" ? "" : table(keysIn(schemas[returns ?? ""] ?? {}))}
-  <pre>${typeof example === "string" ? example : prettyJson(example)}</pre>
+<details id="${one.operationId}">
+  <summary><code>${upper(method)} ${path}</code> ${one.summary}</summary>
+  ${table([...asked, ...keysOf(body?.schema)])}
+  <pre>${one["x-codeSamples"][0]!.source}</pre>
+  <p>${status}</p>
+  ${path.startsWith("/config") ? "" : table(keysOf(schema))}
+  <pre>${typeof example === "object" ? prettyJson(example) : example}</pre>
 </details>`;
 }
 
 /** The API for people. */
 // deno-fmt-ignore
-function docsPage(nonce: string, api: OpenApi) {
-  const tagIn = (name: string) => TAGS[name.split("/")[1]!] ?? "Watching", all = Object.entries(OPERATIONS);
+function docsPage(nonce: string, { paths, tags, components: { schemas } }: OpenApi) {
+  const all = Object.entries(paths).flatMap(([path, methods]) =>
+    Object.entries(methods).map(([method, one]) => ({ tag: one.tags[0], line: docsOf(method, path, one, schemas) })));
   return pageOf(nonce, "lb.ts: API", DOCS_STYLE, html`
 <main>
   <header><h1>lb.ts ${VERSION}: API</h1>${linksTo({ "./": "Dashboard", "openapi.json": "openapi.json", ...TEXTS })}</header>
   <p>Bodies are JSON or YAML, by Content-Type. Answers are JSON, with <code>?pretty</code> on many lines, and text for
     <code>Accept: text/plain</code>. What is wrong comes as <code>application/problem+json</code> (RFC 9457).
     With a token in routes.yml: <code>Authorization: Bearer ...</code>.</p>
-  ${api.tags.map(({ name: tag }) => html`<h2>${tag}</h2>
-    ${all.filter(([name]) => tagIn(name) === tag).map(([name, operation]) => docsOf(name, operation, api))}`)}
+  ${tags.map(({ name }) => html`<h2>${name}</h2>${all.filter(({ tag }) => tag === name).map(({ line }) => line)}`)}
 </main>`);
 }
 
 /** The description as a page and for machines. There is nothing in it that depends on the config. */
-function docs(): Hono<AdminEnv> {
+function docs(effects: Effects): Hono<AdminEnv> {
   const app = new Hono<AdminEnv>();
   let known: Promise<OpenApi> | undefined;
-  const describe = () => known ??= openApi();
+  const describe = () => known ??= openApi(effects);
   const policy = { defaultSrc: ["'none'"], styleSrc: [NONCE], imgSrc: ["data:"], frameAncestors: ["'none'"] };
   app.get("/openapi.json", async () => jsonOf(await describe()));
   app.get("/docs", pageHandler(async (nonce) => docsPage(nonce, await describe()), policy));
@@ -7972,11 +7958,11 @@ function docs(): Hono<AdminEnv> {
 const DASHBOARD_STYLE = `
 #troubles, #charts, form { display: grid; gap: 16px; }
 main, #services { display: grid; gap: 12px; }
-p:empty, ul:empty, :empty > svg, [hidden] { display: none !important; }
+p:empty, ul:empty, [hidden] { display: none !important; }
 #verdict, b { flex-basis: 100%; font-size: 22px; }
 #troubles { gap: 2px; max-height: 180px; overflow: auto; list-style: none; }
 .good { --tone: var(--good); } .warn { --tone: var(--warn); } .bad { --tone: var(--bad); }
-#verdict, li, [data-title=State], .problem { color: var(--tone, var(--ink)); }
+[data-title=State], .tone { color: var(--tone, var(--ink)); }
 tr.bad, tr.warn { box-shadow: inset 3px 0 var(--tone); }
 .lost > :not(header) { opacity: 0.45; }
 figcaption, menu, .bar { display: flex !important; flex-wrap: wrap; justify-content: space-between; align-items: baseline; }
@@ -8066,8 +8052,7 @@ interface Look {
   find: string; // in lower case
   onlyProblems: boolean;
   flipped: Set<string>; // ids of what is folded that would be open, or open that would be folded
-  asked: string; // a request for explain
-  answer: string;
+  answer: string; // of explain
 }
 
 function recently({ snapshot, history }: Look, path: string, counters: CountersView): Figures {
@@ -8080,7 +8065,7 @@ const CHARTS: [title: string, format: (value: number | undefined) => string, ...
   ["Requests that failed", FORMAT.percent, "failed"],
   ["Latency: p50, p99", FORMAT.time, "p50", "p99"],
 ];
-function charts({ history, snapshot }: Look) {
+function chartsOf({ history, snapshot }: Look) {
   const samples = [...history, snapshot].slice(-HISTORY.most);
   const points = samples.slice(1).map(({ time, total }, i) => {
     const then = samples[Math.max(0, i - 4)]!; // ten seconds before, so that a few requests are no peak
@@ -8095,18 +8080,7 @@ function charts({ history, snapshot }: Look) {
         return `${pen}${2 * (HISTORY.most - points.length + i)} ${(54 - 52 * value / (top || 1)).toFixed(1)}`;
       }).join("")
     );
-    const now = names.map((name) => format(points.at(-1)?.[name])).join(", "), most = `at most ${format(top)} in 5 min`;
-    return html`
-      <figure>
-        <figcaption><span>${title}</span><small>${most}</small><b>${now}</b></figcaption>
-        <svg viewBox="0 0 300 56" preserveAspectRatio="none" role="img"
-          aria-label="${title}: now ${now}, ${most}">${lines.map((d) =>
-            html`
-              <path d="${d}" />
-            `
-          )}</svg>
-      </figure>
-    `;
+    return { title, lines, top: format(top), now: names.map((name) => format(points.at(-1)?.[name])).join(", ") };
   });
 }
 
@@ -8126,10 +8100,8 @@ const COLUMNS: Record<string, (server: ServiceView["servers"][number], now: Figu
   "State": ({ status_for, paused_for, failing }, _, state) => {
     if (state === "paused") return ["○ paused", `for another ${FORMAT.age(paused_for)}`];
     if (state === "failing") return ["▲ failing", `${FORMAT.percent(failing)} of requests`];
-    return [
-      `${STATES[state][0]} ${state}`,
-      state === "unchecked" ? "not asked yet" : `for ${FORMAT.age(status_for)}`,
-    ];
+    const detail = state === "unchecked" ? "not asked yet" : `for ${FORMAT.age(status_for)}`;
+    return [`${STATES[state][0]} ${state}`, detail];
   },
   "Last check": ({ check }) =>
     check ? [check.problem || "passed", `${FORMAT.age(check.ago)} ago, took ${FORMAT.time(1e3 * check.took)}`] : ["–"],
@@ -8154,9 +8126,8 @@ interface Shown {
 }
 function shownOf(look: Look, { name, servers }: ServiceView): Shown[] {
   return servers.map((server) => {
-    const path = pathOf(name, server.name),
-      now = recently(look, path, server.counters),
-      state = stateOf(server, now.failed);
+    const path = pathOf(name, server.name), now = recently(look, path, server.counters);
+    const state = stateOf(server, now.failed);
     return { server, path, now, state, level: STATES[state][1] };
   });
 }
@@ -8185,33 +8156,38 @@ interface Trouble {
   text: string;
   at: string; // id of what it is about; empty: of nothing on the page
 }
+const trouble = (level: Trouble["level"], text: string, at = ""): Trouble => ({ level, text, at });
+
 function troublesOf(look: Look, service: ServiceView, all: Shown[]): Trouble[] {
   const { name, servers, askable, panicking, counters } = service, path = pathOf(name);
-  const isFailing = (recently(look, path, counters).failed ?? 0) > FAILING;
-  const bad = [
-    servers.length && !askable ? "no server may be asked" : "",
-    panicking ? "too few servers are healthy: all of them are asked" : "",
-    isFailing ? "more than 5 % of the requests fail" : "",
-  ].filter(Boolean).map((text) => ({ level: "bad" as const, text: `${name}: ${text}`, at: path }));
+  const bad = (is: boolean, text: string) => is ? [trouble("bad", `${name}: ${text}`, path)] : [];
   const out = all.filter(({ server, level }) => server.state === "ready" && level && level !== "good");
   return [
-    ...bad,
+    ...bad(servers.length > 0 && !askable, "no server may be asked"),
+    ...bad(panicking, "too few servers are healthy: all of them are asked"),
+    ...bad((recently(look, path, counters).failed ?? 0) > FAILING, "more than 5 % of the requests fail"),
     ...out.map(({ server, state, path }) => {
       const reason = server.check?.problem ? `: ${server.check.problem}` : "";
-      return { level: "warn" as const, text: `${name}: ${server.name} is ${state}${reason}`, at: path };
+      return trouble("warn", `${name}: ${server.name} is ${state}${reason}`, path);
     }),
   ];
 }
 
 const SOON = 14 * 86_400_000; // milliseconds before a certificate's end from which on it is a trouble
+const dayOf = (date: Date): string => date.toISOString().slice(0, 10);
 function troublesOfProgram({ listeners, reloads }: Snapshot, date: Date): Trouble[] {
-  const ending = listeners.flatMap(({ certificates }) => certificates).map(({ names, until }) => {
-    const left = until.getTime() - date.getTime(), day = until.toISOString().slice(0, 10);
-    const text = `the certificate for ${names.join(", ")} ${left < 0 ? "has ended" : "ends"} on ${day}`;
-    return left > SOON ? [] : [{ level: left < 0 ? "bad" as const : "warn" as const, text, at: "" }];
-  });
-  const text = "the file on disk could not be put in force: what is shown here stays in force";
-  return [...(reloads.failed ? [{ level: "bad" as const, text, at: "" }] : []), ...ending.flat()];
+  const ending = listeners.flatMap((one) => one.certificates).filter(({ until }) =>
+    until.getTime() < date.getTime() + SOON
+  );
+  return [
+    ...(reloads.failed
+      ? [trouble("bad", "the file on disk could not be put in force: what is shown here stays in force")]
+      : []),
+    ...ending.map(({ names, until }) => {
+      const [level, ends] = until < date ? ["bad", "has ended"] as const : ["warn", "ends"] as const;
+      return trouble(level, `the certificate for ${names.join(", ")} ${ends} on ${dayOf(until)}`);
+    }),
+  ];
 }
 
 const FEW = 8; // services up to which all of them are open
@@ -8226,34 +8202,18 @@ function serviceSection(look: Look, service: ServiceView, all: Shown[], troubles
   );
   if (!found.length) return undefined;
   const isOpen = snapshot.services.length <= FEW || troubles.length > 0 || find !== "";
-  const facts = [
-    strategy,
-    `${all.filter(({ state }) => state === "up").length} of ${all.length} up`,
-    `${in_flight} in flight`,
-  ];
+  const up = all.filter(({ state }) => state === "up").length, level = troubles[0]?.level ?? "";
+  const facts = [strategy, `${up} of ${all.length} up`, `${in_flight} in flight`];
   if (waiting) facts.push(`${waiting} waiting`);
   facts.push(FORMAT.rate(now.rate), `${FORMAT.percent(now.failed ?? 0)} errors`, `p99 ${FORMAT.time(now.p99)}`);
   const isShown = isOpen !== flipped.has(id), titles = [...Object.keys(COLUMNS), ...(mayChange ? ["Change"] : [])];
-  const level = troubles[0]?.level ?? "";
-  return html`
-    <section id="${path}">
-      <details id="${id}" ${isShown ? "open" : ""}>
-    <summary><h2><span class="problem ${level}">${level && "▲ "}${name} </span><small>${facts.join(
-      " · ",
-    )}</small></h2></summary>${isShown
-      ? html`
-        <table>
-          <thead>
-            <tr>${titles.map((title) => html`<th>${title}</th>`)}</tr>
-          </thead>
-          <tbody>${found.map((one, i) => serverRow(look, service, all, one, i >= WHOLE))}</tbody>
-        </table>
-      `
-      : html`<table></table>`}<p>${isShown && found.length > WHOLE
-      ? `The figures of the first ${WHOLE} are shown: find others by their names.`
-      : ""}</p></details>
-    </section>
-  `;
+  const rows = isShown ? found.map((one, i) => serverRow(look, service, all, one, i >= WHOLE)) : [];
+  const note = rows.length > WHOLE ? `The figures of the first ${WHOLE} are shown: find others by their names.` : "";
+  // deno-fmt-ignore
+  return html`<section id="${path}"><details id="${id}" ${isShown ? "open" : ""}>
+<summary><h2><span class="tone ${level}">${level && "▲ "}${name} </span><small>${facts.join(" · ")}</small></h2></summary>
+<table><thead><tr>${titles.map((title) => html`<th>${title}</th>`)}</tr></thead><tbody>${rows}</tbody></table>
+<p>${note}</p></details></section>`;
 }
 
 // Routes, and the page.
@@ -8265,94 +8225,76 @@ function routeRow(route: Snapshot["routes"][number]) {
   const asked = rules.map((list) => list.join(", ")).filter(Boolean).join(" ") || "everything";
   const { services, redirect, respond } = route as { services?: { service: string; weight: number }[] } & Raw;
   const answer = redirect ? `redirect ${redirect}` : `answer ${respond}`;
-  const target = services?.map((one) => `${services.length > 1 ? `${one.weight} ` : ""}${one.service}`).join(", ") ??
-    answer;
+  const weightOf = (weight: number) => services!.length > 1 ? `${weight} ` : "";
+  const target = services?.map(({ service, weight }) => weightOf(weight) + service).join(", ") ?? answer;
   return html`<tr>${
     [route.name, route.default ? "all else" : asked, target].map((text) => html`<td>${text}</td>`)
   }</tr>`;
 }
 
-/** In one line: how many servers are up, and how bad the worst is. */
-function verdictOf(shown: Shown[], troubles: Trouble[]): { level: Trouble["level"] | "good" | ""; text: string } {
+/** In one line: how many servers are up. */
+function verdictOf(shown: Shown[]): string {
   const count = (fits: (one: Shown) => boolean) => shown.filter(fits).length;
   const up = count(({ state }) => state === "up"), unchecked = count(({ state }) => state === "unchecked");
   const aside = count(({ server }) => server.state !== "ready"), all = FORMAT.count(shown.length);
+  if (!shown.length) return "No servers yet";
+  if (up === shown.length) return `All servers are up: ${all}`;
   const others = [[aside, "set aside"], [unchecked, "unchecked"]] as const;
   const rest = others.map(([n, what]) => n ? `, ${FORMAT.count(n)} ${what}` : "").join("");
-  const text = up && up === shown.length
-    ? `All servers are up: ${all}`
-    : `${FORMAT.count(up)} of ${all} servers are up`;
-  return {
-    level: troubles[0]?.level ?? (unchecked ? "" : "good"),
-    text: shown.length ? text + rest : "No servers yet",
-  };
+  return `${FORMAT.count(up)} of ${all} servers are up${rest}`;
 }
 
 /** Where it listens, since when, and with what. */
 function programFacts({ version, runtime, uptime, workers, reloads, listeners, draining }: Snapshot): string[] {
-  const plural = (n: number, what: string) => `${n} ${what}${n === 1 ? "" : "s"}`;
+  const addresses = listeners.map(({ protocol, address, certificates }) => {
+    const ends = certificates.map(({ names, until }) => `${names.join(", ")} until ${dayOf(until)}`).join("; ");
+    return `${protocol}://${address}${ends && ` (certificate ${ends})`}`;
+  });
   return [
     `lb.ts ${version} on ${runtime}`,
     draining ? "draining" : `up ${FORMAT.age(uptime)}`,
-    ...(workers.length ? [plural(workers.length, "worker")] : []),
+    workers.length ? `workers: ${workers.length}` : "",
     reloads.count ? `last reload ${FORMAT.age(reloads.ago)} ago` : "no reload yet",
-    ...listeners.map(({ protocol, address, certificates }) => {
-      const ends = certificates.map(({ names, until }) =>
-        `${names.join(", ")} until ${until.toISOString().slice(0, 10)}`
-      );
-      return `${protocol}://${address}${ends.length ? ` (certificate ${ends.join("; ")})` : ""}`;
-    }),
-  ];
+    ...addresses,
+  ].filter(Boolean);
 }
 
 const SIGNS = { good: "●", warn: "▲", bad: "✕", "": "○" };
 /** All that changes, as the script puts it in place: elements have either elements in them or text. */
 function liveView(look: Look, date: Date) {
-  const { snapshot, find, onlyProblems, asked, answer, flipped } = look, { services, routes } = snapshot;
-  const shown = new Map(services.map((service) => [service, shownOf(look, service)]));
-  const troubles = new Map(services.map((service) => [service, troublesOf(look, service, shown.get(service)!)]));
-  const all = [...troublesOfProgram(snapshot, date), ...[...troubles.values()].flat()];
-  const sorted = all.sort((a, b) => a.level.localeCompare(b.level)); // bad before warn
-  const verdict = verdictOf([...shown.values()].flat(), sorted);
-  const sections = services.flatMap((service) =>
-    serviceSection(look, service, shown.get(service)!, troubles.get(service)!) ?? []
-  );
-  const none = services.length && !sections.length
-    ? `No ${onlyProblems ? "problem" : "server"}${find && ` matches "${find}"`}.`
-    : "";
-  return html`
-    <main id="live">
-      <header><h1>lb.ts</h1>${linksTo({ docs: "API", ...TEXTS })}<p id="verdict" class="${verdict
-        .level}" role="status">${SIGNS[verdict.level]} ${verdict.text}</p></header>
-      <p class="bar">${programFacts(snapshot).map((fact) => html`<small>${fact}</small>`)}</p>
-      <ul id="troubles" aria-label="What is wrong">${sorted.map(({ level, text, at }) =>
-        html`<li class="${level}">${at ? html`<a href="#${at}">${text}</a>` : html`<span>${text}</span>`}</li>`
-      )}</ul>
-      <div id="charts">${charts(look)}</div>
-      <div class="bar"><input id="find" type="search" placeholder="Find a server, service or state" aria-label="Find">
-    <label><input id="problems" type="checkbox"> <span>Problems only</span></label></div>
-      <p id="none">${none}</p>
-      <div id="services">${sections}</div>
-      <details id="rules" ${flipped.has("rules") ? "" : "open"}>
-        <summary>Routes</summary>
-        <form id="explain"
-          class="bar"><input id="request" aria-label="Request" placeholder="Which route does this request take? GET http://host/path"><button>Explain</button></form>
-        <pre id="answer" ${asked ? "" : "hidden"}>${answer}</pre>
-        <div>
-          <table>
-            <thead>
-              <tr>
-                <th>Route</th>
-                <th>Match</th>
-                <th>Service</th>
-              </tr>
-            </thead>
-            <tbody id="routes">${routes.map(routeRow)}</tbody>
-          </table>
-        </div>
-      </details>
-    </main>
-  `;
+  const { snapshot, find, onlyProblems, answer, flipped } = look, { services, routes } = snapshot;
+  const all = services.map((service) => {
+    const shown = shownOf(look, service);
+    return { service, shown, troubles: troublesOf(look, service, shown) };
+  });
+  const troubles = [...troublesOfProgram(snapshot, date), ...all.flatMap((one) => one.troubles)]
+    .sort((a, b) => a.level.localeCompare(b.level)); // bad before warn
+  const everyone = all.flatMap(({ shown }) => shown), isKnown = everyone.every(({ state }) => state !== "unchecked");
+  const level = troubles[0]?.level ?? (isKnown ? "good" : "");
+  const sections = all.flatMap((one) => serviceSection(look, one.service, one.shown, one.troubles) ?? []);
+  const none = `No ${onlyProblems ? "problem" : "server"}${find && ` matches "${find}"`}.`;
+  // deno-fmt-ignore
+  return html`<main id="live">
+<header><h1>lb.ts</h1>${linksTo({ docs: "API", ...TEXTS })}
+<p id="verdict" class="tone ${level}" role="status">${SIGNS[level]} ${verdictOf(everyone)}</p></header>
+<p class="bar">${programFacts(snapshot).map((fact) => html`<small>${fact}</small>`)}</p>
+<ul id="troubles" aria-label="What is wrong">${troubles.map(({ level, text, at }) =>
+  html`<li class="tone ${level}">${at ? html`<a href="#${at}">${text}</a>` : html`<span>${text}</span>`}</li>`)}</ul>
+<div id="charts">${chartsOf(look).map(({ title, lines, now, top }) => html`<figure>
+<figcaption><span>${title}</span><small>at most ${top} in 5 min</small><b>${now}</b></figcaption>
+<svg viewBox="0 0 300 56" preserveAspectRatio="none" role="img" aria-label="${title}: now ${now}, at most ${top} in 5 min">
+${lines.map((d) => html`<path d="${d}"/>`)}</svg></figure>`)}</div>
+<div class="bar"><input id="find" type="search" placeholder="Find a server, service or state" aria-label="Find">
+<label><input id="problems" type="checkbox"> <span>Problems only</span></label></div>
+<p id="none">${services.length && !sections.length ? none : ""}</p>
+<div id="services">${sections}</div>
+<details id="rules" ${flipped.has("rules") ? "" : "open"}><summary>Routes</summary>
+<form id="explain" class="bar"><input id="request" aria-label="Request"
+placeholder="Which route does this request take? GET http://host/path"><button>Explain</button></form>
+<pre id="answer" ${answer ? "" : "hidden"}>${answer}</pre>
+<div><table><thead><tr><th>Route</th><th>Match</th><th>Service</th></tr></thead>
+<tbody id="routes">${routes.map(routeRow)}</tbody></table></div></details>
+</main>`;
 }
 
 /** Plain JavaScript for browsers: it runs in the page, and uses nothing of this file. */
@@ -8407,7 +8349,7 @@ const keepFresh = async () => {
   if (!document.hidden) {
     await refresh().catch(() => {
       $("live").className = "lost";
-      $("verdict").className = "bad";
+      $("verdict").className = "tone bad";
       document.title = $("verdict").textContent = "✕ The connection is lost: trying again";
     });
   }
@@ -8483,7 +8425,7 @@ const dashboardPage = (nonce: string) => pageOf(nonce, "lb.ts", DASHBOARD_STYLE,
     <h2 id="what"></h2>
     <p id="why"></p>
     <label id="field"><span id="label"></span><input id="value" autocomplete="off"></label>
-    <p id="problem" class="bad problem" role="alert"></p>
+    <p id="problem" class="bad tone" role="alert"></p>
     <menu><button type="button" id="cancel">Cancel</button><button id="go"></button></menu>
   </form>
 </dialog>
@@ -8536,7 +8478,7 @@ function dashboard(
   app.get("/live", gate, async (context) => {
     const { req } = context, asked = req.query("ask") ?? "";
     const look = {
-      ...{ snapshot: await see(), history, mayChange: context.get("shown") !== "read token", asked },
+      ...{ snapshot: await see(), history, mayChange: context.get("shown") !== "read token" },
       ...{ find: lower(req.query("find") ?? "").trim(), onlyProblems: req.query("problems") !== undefined },
       ...{ flipped: new Set(req.queries("flip")), answer: asked && answerTo(balancer, asked) },
     };
@@ -8656,7 +8598,7 @@ export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<
 
   // For everybody who gets here, without a token: pages must not have anything in them that the API would not tell.
   offer(app, true, asked);
-  app.route("/", docs());
+  app.route("/", docs(balancer.effects));
   const gate = checkToken(balancer);
   app.route("/", dashboard(balancer, gate));
 

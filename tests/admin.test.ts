@@ -1081,7 +1081,7 @@ test("the dashboard says what is wrong with the program: certificates that end s
   });
   lb.balancer.reloadFailed = true;
   const shown = await createAdmin(lb).request("http://localhost/live", { headers: { host: "localhost" } });
-  const troubles = [...(await shown.text()).matchAll(/<li class="(\w+)"><span>(.*?)<\/span>/g)];
+  const troubles = [...(await shown.text()).matchAll(/<li class="tone (\w+)"><span>(.*?)<\/span>/g)];
   assert.deepEqual(troubles.map(([, level, text]) => `${level} ${text}`), [
     "bad the file on disk could not be put in force: what is shown here stays in force",
     "bad the certificate for c.test has ended on 2026-11-01",

@@ -478,7 +478,7 @@ test("it says since when it runs, where it listens, until when certificates are 
   const files = { "a.pem": A, "a.key": KEY, "old.pem": EXPIRED };
   return looking(config, async ({ page, lb, wrong }) => {
     await reads(page, "small", /^up \d+ s$/);
-    await reads(page, "small", "2 workers");
+    await reads(page, "small", "workers: 2");
     await reads(page, "small", "no reload yet");
     await reads(
       page,
