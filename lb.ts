@@ -7990,7 +7990,7 @@ tr:target { outline: 2px solid var(--blue); outline-offset: -2px; }
 input, button { padding: 6px 10px; border: 1px solid var(--line); border-radius: 6px; background: var(--card); }
 #find { flex: 1; min-width: 0; } #problems { accent-color: var(--blue); }
 form.bar > input { flex: 1; min-width: 0; }
-td button { padding: 0 2px; border: 0; color: var(--blue); }
+td button { padding: 0 2px; margin-left: 6px; border: 0; color: var(--blue); }
 section thead th { border-top: 1px solid var(--line); }
 dialog { width: min(440px, calc(100% - 32px)); margin: auto; padding: 24px; }
 #sheet { width: min(1000px, calc(100% - 32px)); } #sheet pre { max-height: 70vh; overflow: auto; }
@@ -8003,7 +8003,7 @@ dialog { width: min(440px, calc(100% - 32px)); margin: auto; padding: 24px; }
   section tbody :is(th, td) { border: 0; }
   section :is(th, td:last-child) { grid-column: span 4; }
   section td:nth-child(-n + 3) { grid-column: span 2; }
-  td button { padding: 8px 10px; }
+  td button { padding: 8px 10px; margin-left: 0; }
   section td::before { content: attr(data-title); display: block; color: var(--dim); font-size: 12px; }
 }
 `;
