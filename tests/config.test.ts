@@ -22,7 +22,9 @@ const route = (yaml: string) => parseConfig(`${SHOP}routes: [ ${yaml} ]`).routes
 
 /** What a route with servers of its own says, and its service. */
 const both = (keys: string, servers: string, env: Record<string, string>) => {
-  const config = parseConfig(`${SHOP}routes:\n- path: /x\n  servers: ${servers}\n${keys.replace(/^/gm, "  ")}`, { env });
+  const config = parseConfig(`${SHOP}routes:\n- path: /x\n  servers: ${servers}\n${keys.replace(/^/gm, "  ")}`, {
+    env,
+  });
   return { ...config.routes[0]!, ...config.services.get("/x")! };
 };
 
