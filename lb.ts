@@ -7608,7 +7608,7 @@ function offer(app: Hono<AdminEnv>, isOpen: boolean, asked: Omit<Asked, "context
   }
 }
 
-// --- 11.4 API description: OpenAPI and a page, from the schemas that check the bodies ---
+// --- 11.4 API description: OpenAPI and a page, from the schemas that check bodies and from real answers ---
 
 const STRING = { type: "string" };
 const INTEGER = { type: "integer" };
@@ -8331,7 +8331,7 @@ const call = (path, method = "GET", body = undefined, more = {}) => {
 // What is shown: fetched once a second, and when something else is asked for.
 const flipped = new Set();
 let asked = "", turn = 0;
-const refresh = async () => {
+const look = async () => {
   const mine = ++turn;
   const query = new URLSearchParams([...flipped].map((id) => ["flip", id]));
   query.append("ask", asked);
@@ -8345,14 +8345,13 @@ const refresh = async () => {
   morph($("live"), parse(text));
   document.title = $("verdict").textContent + " – lb.ts";
 };
+const refresh = () => look().catch(() => {
+  $("live").className = "lost";
+  $("verdict").className = "tone bad";
+  document.title = $("verdict").textContent = "✕ The connection is lost: trying again";
+});
 const keepFresh = async () => {
-  if (!document.hidden) {
-    await refresh().catch(() => {
-      $("live").className = "lost";
-      $("verdict").className = "tone bad";
-      document.title = $("verdict").textContent = "✕ The connection is lost: trying again";
-    });
-  }
+  if (!document.hidden) await refresh();
   setTimeout(keepFresh, 1e3);
 };
 document.onvisibilitychange = () => document.hidden || refresh();
