@@ -59,11 +59,12 @@ import { isMainThread, parentPort, Worker, workerData } from "node:worker_thread
 import { constants as zlib, createGzip } from "node:zlib";
 import { toJsonSchema } from "@valibot/to-json-schema";
 import { distance } from "fastest-levenshtein";
-import { type Context, Hono, type MiddlewareHandler } from "hono";
+import { type Context, Hono, type HonoRequest, type MiddlewareHandler } from "hono";
 import { bodyLimit } from "hono/body-limit";
 import { cors } from "hono/cors";
 import { html, raw } from "hono/html";
 import { methodNotAllowed } from "hono/method-not-allowed";
+import { basePath } from "hono/route";
 import { NONCE, secureHeaders } from "hono/secure-headers";
 import { streamSSE } from "hono/streaming";
 import { COMPRESSIBLE_CONTENT_TYPE_REGEX } from "hono/utils/compress";
@@ -1523,11 +1524,22 @@ function warn({ routes, source }: Config, say: Report): void {
 const ignoringExtensions = (file: unknown): unknown =>
   isRecord(file) ? Object.fromEntries(Object.entries(file).filter(([key]) => !key.startsWith("x-"))) : file;
 
+/** What a text is read with. */
+export interface ParseOptions {
+  /** Where `${NAME}` is taken from. */
+  env?: Env;
+  /** Its name, for messages, and for the names of files in it, which are relative to it. */
+  file?: string;
+  /** Strategies beside the built-in ones, by the names that the text may say. */
+  strategies?: Record<string, unknown>;
+}
+
 /**
- * Reads routes.yml (YAML, and so JSON); `${NAME}` is taken from `env`, and `more` are strategies beside the built-in ones.
+ * Reads routes.yml (YAML, and so JSON).
  * @throws {ConfigError} with all mistakes, in the order of the file
  */
-export function parseConfig(text: string, env: Env = {}, file = "routes.yml", more: string[] = []): Config {
+export function parseConfig(text: string, options: ParseOptions = {}): Config {
+  const { env = {}, file = "routes.yml", strategies: own = {} } = options;
   const findings = newFindings(file), { found, say, list, end } = findings;
   const raw = ignoringExtensions(readYaml(text, env, findings));
   let long: Raw = {};
@@ -1536,7 +1548,7 @@ export function parseConfig(text: string, env: Env = {}, file = "routes.yml", mo
     const sayMore: Report = (path, message, at) => unreadable.has(dotted(path)) || say(path, message, at);
     const issues = v.safeParse(RoutesFile, raw).issues ?? [];
     for (const one of issues.flatMap((issue) => flatten(issue))) report(one, sayMore);
-    if (isRecord(raw)) check(long = longForm(RoutesFile, raw) as Raw, more, sayMore);
+    if (isRecord(raw)) check(long = longForm(RoutesFile, raw) as Raw, Object.keys(own), sayMore);
   }
   end();
   const config = expandConfig(writeDefaults(long), text, file);
@@ -2648,8 +2660,10 @@ export interface Effects {
   onProbed(service: Service, server: Server, problem: string | undefined): void;
   /** Tells other threads that an operator has marked a server up or down. */
   told(service: Service, server: Server, up: boolean): void;
+  /** What the certificate in a file is for, and until when. */
+  certificate(file: string): { names: string[]; until: Date } | undefined;
   /** Logs a request that has ended; `accessLine` makes a line of it. */
-  write(record: AccessRecord, format: LineFormat): void;
+  accessLog(record: AccessRecord, format: LineFormat): void;
   /** One line for the operator. */
   report(level: "info" | "warn" | "error", text: string): void;
 }
@@ -4642,7 +4656,7 @@ abstract class Http2Stream implements BodySource {
     if (body.bytes) {
       if (body.bytes.length) this.queue.push(body.bytes);
       this.trailers = NO_FIELDS;
-      return this.pump();
+      return void this.pump();
     }
     body.read({
       data: (bytes) => {
@@ -4664,22 +4678,31 @@ abstract class Http2Stream implements BodySource {
     return this.queue.length > 0;
   }
 
-  /** Sends what may be sent now. */
-  pump(): void {
+  /** Sends what may be sent now, at most so many frames. Gives whether more may follow at once. */
+  pump(frames = Infinity): boolean {
     const { connection, queue } = this;
     while (queue.length && !this.sent) {
       const bytes = queue[0]!, size = Math.min(bytes.length, this.window, connection.window, connection.maxFrame);
-      if (size <= 0 || !hasRoom(connection.socket)) return void connection.blocked.add(this);
+      if (size <= 0 || !hasRoom(connection.socket) || frames <= 0) {
+        connection.blocked.add(this);
+        return frames <= 0;
+      }
+      frames--;
       const isWhole = size === bytes.length, isLast = isWhole && queue.length === 1 && this.trailers?.length === 0;
       if (isWhole) queue.shift();
       else queue[0] = bytes.subarray(size);
       this.window -= size;
       connection.sendData(this.id, isWhole ? bytes : bytes.subarray(0, size), isLast);
       this.onSent(size);
-      if (isLast) return this.endSide();
+      if (isLast) this.endSide();
     }
     connection.blocked.delete(this);
-    if (this.sent) return;
+    if (!this.sent) this.goOn();
+    return false;
+  }
+  /** Nothing waits any more: more of the source is read, or our side ends. */
+  private goOn(): void {
+    const { connection } = this;
     if (!this.trailers) return this.source?.resume();
     if (this.trailers.length) connection.sendHead(this.id, compressLines(linesOf(this.trailers)), true);
     else connection.sendData(this.id, NO_BYTES, true);
@@ -4917,11 +4940,14 @@ abstract class Http2Connection extends Connection {
     if (id) this.streams.get(id)!.pump();
     else this.pumpBlocked();
   }
-  /** Every stream that waits sends in turn. */
+  /** Every stream that waits sends a frame in turn, as long as there is room. */
   private pumpBlocked(): void {
-    for (const stream of [...this.blocked]) {
-      this.blocked.delete(stream);
-      stream.pump();
+    for (let more = true; more;) {
+      more = false;
+      for (const stream of [...this.blocked]) {
+        this.blocked.delete(stream);
+        more = stream.pump(1) || more;
+      }
     }
   }
 
@@ -5775,13 +5801,18 @@ class FetchBody extends StreamedBody {
 /** The HttpRequest behind a Request that our own server has made. */
 const INCOMING = new WeakMap<Request, HttpRequest>();
 
-/** Converts a Request of the Fetch API. `answer` gets the Response. */
-function requestOf(source: Request, from: Client, answer: (response: Response) => void): HttpRequest {
+/** Converts a Request of the Fetch API. `answer` gets the Response; `kept` is its body, where others have read that. */
+function requestOf(
+  source: Request,
+  from: Client,
+  answer: (response: Response) => void,
+  kept?: Uint8Array,
+): HttpRequest {
   const { method } = source, incoming = INCOMING.get(source), over = new AbortController();
   const request: HttpRequest = {
     ...incoming ?? headOfRequest(source, from),
     ...{ scheme: from.scheme, peer: from.address, source, gone: source.signal.aborted, onGone: undefined },
-    body: incoming?.body ?? bodyOfRequest(source, () => request.gone),
+    body: kept ? new MemoryBody(Buffer.from(kept)) : incoming?.body ?? bodyOfRequest(source, () => request.gone),
     respond(response) {
       over.abort(); // from now on only the response's body reports that the client is gone
       if (incoming && response.tunnel) incoming.respond(response);
@@ -5803,7 +5834,7 @@ function requestOf(source: Request, from: Client, answer: (response: Response) =
 function headOfRequest({ method, url, headers }: Request, from: Client): RequestHead {
   const authority = url.indexOf("://") + 3, start = url.indexOf("/", authority), own = url.slice(authority, start);
   const length = headers.get("content-length"), encoding = headers.get("transfer-encoding");
-  const host = headers.get("host") ?? own;
+  const host = headers.get("host") ?? own; // Host wins, as with a request that comes over a socket
   const isBad = authority < 3 || start < 0 || length !== null && !/^\d{1,15}$/.test(length) ||
     encoding !== null && !/^chunked$/i.test(encoding) || !isPrintable(from.headers);
   return {
@@ -5811,7 +5842,7 @@ function headOfRequest({ method, url, headers }: Request, from: Client): Request
     target: url.slice(start).replace(/[^\x00-\xff]+/g, encodeURIComponent),
     block: { fields: withoutHopFields(from.headers), passing: undefined },
     upgrade: from.upgrades && headers.get("upgrade") || "",
-    problem: isBad ? "bad-request" : sameAuthority(own, host) ? undefined : "bad-host",
+    problem: isBad ? "bad-request" : undefined,
   };
 }
 
@@ -7350,7 +7381,7 @@ class AccessLog {
     [this.print, this.report] = [print, report];
   }
 
-  readonly write: Effects["write"] = (record, format) => {
+  readonly write: Effects["accessLog"] = (record, format) => {
     if (this.size > MOST_WAITING) return this.lose(1);
     if (this.records.push([record, format]) === 100) this.makeLines(); // whose bytes count
     this.schedule();
@@ -8074,7 +8105,7 @@ function finish(exchange: Exchange): void {
   const { format } = exchange.table.config.log;
   if (format === "off" || !exchange.logged && !problem && status < 500) return;
   try {
-    effects.write(accessRecord(exchange, endedAt), format);
+    effects.accessLog(accessRecord(exchange, endedAt), format);
   } catch (error) { // the request has had its answer
     effects.report("error", `the log cannot be written: ${error}`);
   }
@@ -8248,7 +8279,7 @@ function balance(balancer: Balancer, request: HttpRequest, isWrapped = false): v
     if (request.gone) return refuse(exchange, "client-left");
     const refusal = validate(exchange) ?? detectLoop(exchange);
     if (refusal) return refuse(exchange, refusal);
-    if (request.source?.bodyUsed) throw new Error("middleware has read a body that the request's server wants, too");
+    if (request.source?.bodyUsed && !request.body.bytes) throw new Error(BODY_READ);
     exchange.upgrade = upgradeOf(request);
     const route = exchange.route = matchRoute(exchange.table, exchange);
     if (!route && exchange.path === "*") return respondLocally(exchange, textReply(200, "", ["allow", ANY_METHOD]));
@@ -8259,6 +8290,10 @@ function balance(balancer: Balancer, request: HttpRequest, isWrapped = false): v
     else go();
   });
 }
+
+const BODY_READ =
+  "middleware has read the body, and nothing has kept it for the server: read it by c.req.text() or the " +
+  "like, not as a form";
 
 /** The protocol that a request asks to switch to, where it may: not HTTP/2, and a WebSocket only by its whole handshake. */
 function upgradeOf({ upgrade, method, block: { fields } }: HttpRequest): string {
@@ -8444,7 +8479,7 @@ function settleRelay(balancer: Balancer, relay: Relay): void {
   }
   if (problem) countFailure(balancer, problem);
   if (log.format === "off" || !problem && effects.random() >= log.sample) return;
-  effects.write({
+  effects.accessLog({
     ...{ time: effects.date(), client: relay.client, method: "TCP", protocol: "-", scheme: "tcp", host: undefined },
     ...{
       url: `tcp://${relay.target}`,
@@ -8587,7 +8622,10 @@ export interface LoadBalancer extends Hono {
    * With workers it resolves when all of them have it.
    */
   reload(config: Config): void | Promise<unknown>;
-  /** Probes the servers that are due. Call it in an interval; `serve` does. */
+  /** Probes the servers that are due, and again whenever some are, until `stop`. `serve` does both. */
+  start(): void;
+  stop(): void;
+  /** Probes the servers that are due, once. */
   probe(): Promise<void>;
   /** What is in force and in flight, to be read. */
   balancer: Balancer;
@@ -8754,18 +8792,33 @@ const handleByFetch = (fetch: Serve, report: Effects["report"]) => async (incomi
   }
 };
 
+/**
+ * The body that middleware has read, where Hono has kept it as it came. A form is not, for it gets other boundaries, and
+ * neither is what was no UTF-8 and has become text.
+ */
+async function keptBody(req: HonoRequest): Promise<Uint8Array | undefined> {
+  if (req.bodyCache.formData) return undefined;
+  const kept = await req.bytes().catch(() => undefined), length = req.header("content-length");
+  return kept && (length ? Number(length) === kept.length : !Buffer.from(kept).includes("\ufffd")) ? kept : undefined;
+}
+
 /** Puts a balancer together from its config, its effects and the strategies that the config may name. */
 function assembleBalancer(config: Config, all: Effects, known: Strategies, runtime: string): LoadBalancer {
   const balancer = newBalancer(buildTable(config, known, undefined, all.now()), all, runtime);
   const app = new Hono(), throughHono = app.fetch;
-  const answer = (request: Request, env: unknown, isWrapped: boolean) =>
+  let probing: ReturnType<typeof setInterval> | undefined;
+  const answer = (request: Request, env: unknown, isWrapped: boolean, kept?: Uint8Array) =>
     new Promise<Response>((resolve) =>
-      balance(balancer, requestOf(request, all.client(request, env), resolve), isWrapped)
+      balance(balancer, requestOf(request, all.client(request, env), resolve, kept), isWrapped)
     );
-  app.all("*", ({ req, env }) => answer(req.raw, env, true));
+  app.all("*", async ({ req, env }) => answer(req.raw, env, true, req.raw.bodyUsed ? await keptBody(req) : undefined));
   const isWrapped = () => app.routes.length > 1; // something is mounted here
   const fetch: typeof throughHono = (request, env, context) =>
     isWrapped() ? throughHono(request, env, context) : answer(request, env, false);
+  const probe = async () => {
+    await probeDue(balancer.table, all);
+    wakeQueues(balancer.table); // also where an ejection has ended
+  };
   const handleThroughHono = handleByFetch((request, env) => throughHono(request, env as object), all.report);
   return Object.assign(app, {
     fetch,
@@ -8779,12 +8832,17 @@ function assembleBalancer(config: Config, all: Effects, known: Strategies, runti
       balancer.reloadFailed = false;
       wakeQueues(balancer.table);
     },
-    async probe() {
-      await probeDue(balancer.table, all);
-      wakeQueues(balancer.table); // also where an ejection has ended
+    probe,
+    start() {
+      probing ??= setInterval(probe, PROBE_TICK);
+    },
+    stop() {
+      clearInterval(probing);
+      probing = undefined;
     },
   });
 }
+const PROBE_TICK = 100; // milliseconds between two looks at which probes are due
 
 // -----------------------------------------------------------------------------------------------------------
 // 11. Admin
@@ -8832,7 +8890,7 @@ const seconds = (milliseconds: number): number => Math.max(0, Math.round(millise
 
 /** What has been counted, as the API shows it: `durations` are classes up to each of `bounds`, and longer. */
 function countersView({ requests, errors, bytesIn, bytesOut, durations }: Counters) {
-  return { requests, errors, bytes_in: bytesIn, bytes_out: bytesOut, durations };
+  return { requests, errors, bytes_in: bytesIn, bytes_out: bytesOut, durations: [...durations] };
 }
 
 const finite = (limit: number): number | null => Number.isFinite(limit) ? limit : null;
@@ -8897,17 +8955,36 @@ function connections({ table, entrypoints, inFlight }: Balancer) {
   };
 }
 
+const workersView = ({ workers }: Balancer) => [...workers].map(([id, { since }]) => ({ id, since }));
+
+/** Where it listens, as the config says it, and with which certificates. */
+function listenersView({ table: { config }, effects }: Balancer) {
+  const view = (plain: string, secure: string) => ({ host, port, tls }: ListenerConfig) => ({
+    address: shown(host, port),
+    protocol: tls.length ? secure : plain,
+    certificates: tls.flatMap(({ cert }) => effects.certificate(cert) ?? []),
+  });
+  return [
+    ...config.listen.map(view("http", "https")),
+    ...config.tcp.flatMap((one) => one.listen.map(view("tcp", "tls"))),
+  ];
+}
+
 /** Everything that there is to see at this moment, as plain JSON. Times are seconds. */
-export function snapshotOf({ table, effects, requests, inFlight, draining, entrypoints }: Balancer) {
-  const now = effects.now(), services = [...table.services.values()];
+export function snapshotOf(balancer: Balancer) {
+  const { table, effects, runtime, requests, inFlight, draining, entrypoints } = balancer;
+  const now = effects.now(), date = effects.date().getTime(), services = [...table.services.values()];
+  const ago = (then: Date) => seconds(date - then.getTime());
   const total = totalOf(new Map([...entrypoints.values()].map(({ tallies }, i) => [i, totalOf(tallies)])));
   return {
-    version: VERSION,
-    time: seconds(now),
+    ...{ version: VERSION, runtime, time: seconds(now), uptime: ago(balancer.startedAt) },
+    reloads: { count: balancer.reloads, ago: ago(balancer.reloadedAt), failed: balancer.reloadFailed },
+    workers: workersView(balancer),
+    listeners: listenersView(balancer),
     draining,
     requests,
     in_flight: inFlight,
-    bounds: BUCKETS, // milliseconds
+    bounds: BUCKETS,
     total: countersView(total),
     routes: table.config.routes.map(routeView),
     services: services.map((service) => serviceView(service, now)),
@@ -8916,6 +8993,77 @@ export function snapshotOf({ table, effects, requests, inFlight, draining, entry
 
 /** What `snapshotOf` gives. */
 export type Snapshot = ReturnType<typeof snapshotOf>;
+
+// The same for people.
+
+type ServerView = ReturnType<typeof serverView>;
+type ServiceView = Snapshot["services"][number];
+
+/** How a server stands: a sign beside the word, and whether it is well. */
+const STATES = {
+  up: ["●", "good"],
+  unchecked: ["○", ""], // no probe and no request has asked it yet
+  failing: ["▲", "bad"], // requests fail there
+  trial: ["△", "warn"],
+  paused: ["○", "warn"],
+  draining: ["◐", "warn"],
+  drained: ["◐", "warn"],
+  maint: ["◇", "warn"],
+  ejected: ["▲", "bad"],
+  down: ["✕", "bad"],
+} satisfies Record<string, [sign: string, level: "good" | "warn" | "bad" | ""]>;
+type ShownState = keyof typeof STATES;
+
+const FAILING = 0.05; // the share of its latest requests from which a server is not called up
+/** `recent`: the share of the requests of the last 30 seconds that failed; undefined: there were none. */
+function stateOf({ status, in_flight, failing, check, counters }: ServerView, recent = failing): ShownState {
+  if (status === "drain") return in_flight ? "draining" : "drained";
+  if (status !== "up") return status;
+  if (Math.min(failing, recent) > FAILING) return "failing";
+  return check || counters.requests ? "up" : "unchecked";
+}
+
+/** Numbers as people read them. */
+const FORMAT = {
+  digits: new Intl.NumberFormat("en", { maximumSignificantDigits: 3 }),
+  whole: new Intl.NumberFormat("en"),
+  scaled(value: number | undefined, ...units: string[]): string {
+    if (value === undefined) return "–";
+    const steps = Math.min(Math.floor(Math.log10(Math.max(1, value * 1.0005)) / 3), units.length - 1);
+    return FORMAT.digits.format(value / 1_000 ** steps) + units[steps];
+  },
+  count: (n: number) => n < 1e5 ? FORMAT.whole.format(n) : FORMAT.scaled(n, "", " k", " M", " G", " T"),
+  rate: (perSecond: number | undefined) => FORMAT.scaled(perSecond, "/s", " k/s", " M/s"),
+  bytes: (n: number) => FORMAT.scaled(n, " B", " kB", " MB", " GB", " TB"),
+  time: (ms: number | undefined) => ms && ms < 1 ? `${ms.toFixed(2)} ms` : FORMAT.scaled(ms, " ms", " s"),
+  percent: (share: number | undefined) => FORMAT.scaled(share && 100 * share, " %"),
+  age(time: number): string {
+    const units: [string, number][] = [["d", 86_400], ["h", 3_600], ["m", 60]];
+    const [name, unit] = units.find(([, unit]) => time >= 2 * unit) ?? ["s", 1];
+    return `${Math.floor(time / unit)} ${name}`;
+  },
+};
+
+/** Rows of cells as text, in columns. */
+function columns(rows: string[][]): string {
+  const widths = rows[0]!.map((_, i) => Math.max(...rows.map((row) => row[i]!.length)));
+  return rows.map((row) => `  ${row.map((cell, i) => cell.padEnd(widths[i]!)).join("  ").trimEnd()}\n`).join("");
+}
+
+function serversText(servers: ServerView[]): string {
+  const rows = servers.map((server) => [
+    ...[server.name, stateOf(server), FORMAT.age(server.status_for), `${server.weight}`],
+    ...[server.in_flight, server.counters.requests, server.counters.errors].map(FORMAT.count),
+    ...[FORMAT.time(server.latency || undefined), server.check?.problem ?? ""],
+  ]);
+  return columns([
+    ["SERVER", "STATE", "FOR", "WEIGHT", "IN FLIGHT", "REQUESTS", "ERRORS", "LATENCY", "PROBLEM"],
+    ...rows,
+  ]);
+}
+const serviceText = ({ name, strategy, askable, in_flight, waiting, servers }: ServiceView): string =>
+  `${name}: ${strategy}, ${askable} of ${servers.length} may be asked, ${in_flight} in flight, ${waiting} waiting\n` +
+  serversText(servers);
 
 const invalidAt = (path: string, message: string) => invalid([{ path, message }]);
 
@@ -8978,6 +9126,31 @@ function explain(balancer: Balancer, method: string, url: string) {
   const services = destinations.flatMap((one) => chain(one));
   const copies = mirror && { copies: mirror.service.name };
   return { ...found, target: `${method} ${targetOf(exchange, route)}`, services, ...copies };
+}
+
+function explanationText(found: ReturnType<typeof explain>): string {
+  if ("failure" in found) {
+    const allow = found.allow ? `; allowed: ${found.allow.join(", ")}` : "";
+    return `no route: ${found.status}, ${found.text} (x-lb-failure: ${found.failure})${allow}`;
+  }
+  const lines = [`route    ${found.route}`];
+  if ("status" in found) return `${lines[0]}\nanswer   ${found.action} ${found.status}`;
+  if (found.restricted) lines.push("clients  only those that allow and deny admit");
+  lines.push(`target   ${found.target}`);
+  if (found.copies) lines.push(`copies   ${found.copies}`);
+  for (const { service, weight, fallback, strategy, servers, takes } of found.services) {
+    const part = weight < found.weight ? ` (${weight} of ${found.weight})` : "";
+    lines.push(`service  ${service}${fallback ? " (fallback)" : part}: ${strategy}`);
+    for (const { server, asked, why, score, limit } of servers) {
+      const words = [`server   ${server}: ${asked ? "may be asked" : "is not asked"}`];
+      if (why) words.push(`: ${why}`);
+      if (score !== undefined) words.push(`; score ${score}`);
+      if (limit !== undefined) words.push(`; at most ${limit} in flight`);
+      lines.push(words.join(""));
+    }
+    lines.push(`takes    ${takes ?? "nobody"}`);
+  }
+  return lines.join("\n");
 }
 
 // --- 11.3 Config edits: the file after a change: its comments and order stay, and it is always whole on disk ---
@@ -9247,8 +9420,12 @@ interface Operation {
   does: string;
   takes?: keyof typeof SHAPES; // its body
   asks?: Record<string, string>; // its query
-  gives?: number[]; // statuses beside 200 and those of what is wrong
+  gives?: number[]; // statuses beside that of the first example and those of what is wrong
+  returns?: string; // the name of what it answers, where that is JSON: one of SHAPES, or what its examples are like
+  like?: unknown; // an example of its body
+  at?: string[]; // paths of examples, where they are not that of EXAMPLE_PLACES
   open?: true; // to everybody who gets here, without a token
+  text?(value: never): string; // what it answers to `Accept: text/plain`; else YAML
   run(asked: Asked): Response | Promise<Response>;
 }
 
@@ -9305,14 +9482,17 @@ const nameOf = ({ context: { req } }: Asked, config: Config): string => req.para
 
 function serviceOf(asked: Asked): Service {
   const { table } = asked.lb.balancer, name = nameOf(asked, table.config), service = table.services.get(name);
-  if (!service) throw new AdminError(404, `there is no service ${quote(name)}`);
+  if (!service) {
+    throw new AdminError(404, `there is no service ${quote(name)}${guess(name, [...table.services.keys()])}`);
+  }
   return service;
 }
 /** By its name or its URL. */
 function serverOf(asked: Asked): Server {
   const name = asked.context.req.param("server") ?? "", service = serviceOf(asked);
   const server = service.servers.find((one) => one.name === name || one.url === name);
-  if (!server) throw new AdminError(404, `${service.name} has no server ${quote(name)}`);
+  const names = service.servers.flatMap((one) => name.includes("/") ? one.url : one.name);
+  if (!server) throw new AdminError(404, `${service.name} has no server ${quote(name)}${guess(name, names)}`);
   return server;
 }
 
@@ -9361,7 +9541,7 @@ async function writeService(asked: Asked): Promise<Response> {
     const place = placeOf(config, name), entry = at(raw, place);
     isNew = entry === undefined;
     if (req.method === "POST" && !isNew) throw new AdminError(409, `there is a service ${quote(name)} already`);
-    if (req.method === "PATCH" && isNew) throw new AdminError(404, `there is no service ${quote(name)}`);
+    if (req.method === "PATCH" && isNew) serviceOf(asked); // which says so
     const under = keysOf(entry, true), isPatch = req.method === "PATCH";
     const own = isPatch ? merged(under, value, longForm(ServiceSchema, under)) as Raw : value;
     put(raw, place, { ...keysOf(entry, false), ...own });
@@ -9455,7 +9635,8 @@ function answerConfig({ context: { req }, lb }: Asked): Response {
   const { config } = lb.balancer.table, headers = { etag: tagOf(config.text)! };
   const shown = masked(writtenOf(config), hidden);
   if (/[/+]json/.test(req.header("accept") ?? "")) return jsonOf(unescapedAll(shown), 200, headers);
-  return new Response(rewrite(config.text, shown), { headers: { ...headers, "content-type": "application/yaml" } });
+  const type = /^text\//.test(req.header("accept") ?? "") ? TEXT_TYPE : "application/yaml"; // which browsers do not show
+  return new Response(rewrite(config.text, shown), { headers: { ...headers, "content-type": type } });
 }
 
 const WAIT = { wait: "how long the answer may wait for requests in flight there, such as 30s; then 202" };
@@ -9464,6 +9645,8 @@ const WAIT = { wait: "how long the answer may wait for requests in flight there,
 const OPERATIONS: Record<string, Operation> = {
   "POST /": {
     does: "Changes the servers of the default service, or of the only one; one that is repeated weighs more",
+    returns: "ServiceState",
+    like: { servers: [{ addr: "10.0.0.1", port: 8080 }, { addr: "10.0.0.2", port: 8080 }] },
     takes: "Pool",
     run: async (asked) => {
       const { servers } = await checkedBody(asked.context, Pool);
@@ -9474,36 +9657,74 @@ const OPERATIONS: Record<string, Operation> = {
       return answerService(asked);
     },
   },
-  "GET /services": { does: "All services and their servers", run: ({ lb }) => jsonOf(snapshotOf(lb.balancer)) },
-  "GET /services/:service": { does: "One service, and how it is written", run: (asked) => answerService(asked) },
-  "POST /services/:service": { does: "A new service", takes: "Service", gives: [201], run: writeService },
+  "GET /services": {
+    does: "All services and their servers",
+    returns: "Snapshot",
+    text: ({ services }: Snapshot) => services.map(serviceText).join("\n"),
+    run: ({ lb }) => jsonOf(snapshotOf(lb.balancer)),
+  },
+  "GET /services/:service": {
+    does: "One service, and how it is written",
+    returns: "ServiceState",
+    text: serviceText,
+    run: (asked) => answerService(asked),
+  },
+  "POST /services/:service": {
+    does: "A new service",
+    returns: "ServiceState",
+    at: ["/services/new"],
+    like: { servers: ["10.0.0.9:80"] },
+    takes: "Service",
+    run: writeService,
+  },
   "PUT /services/:service": {
     does: "A service, new or in the place of the one there is",
+    returns: "ServiceState",
+    like: { servers: ["10.0.0.1:8080"], strategy: "random" },
     takes: "Service",
     gives: [201],
     run: writeService,
   },
   "PATCH /services/:service": {
     does: "Changes some keys of a service (RFC 7396: null takes one out)",
+    returns: "ServiceState",
+    like: { strategy: "random", retries: null },
     takes: "Settings",
     run: writeService,
   },
   "DELETE /services/:service": {
     does: "Takes a service out; requests in flight there finish",
+    returns: "ServiceState",
+    at: ["/services/spare"],
     run: async (asked) => {
-      const service = serviceOf(asked);
-      await editService(asked, (raw, config) => put(raw, placeOf(config, service.name), undefined));
-      return jsonOf(viewOf(asked, service));
+      const { name } = serviceOf(asked), last = answerService(asked);
+      await editService(asked, (raw, config) => put(raw, placeOf(config, name), undefined));
+      return last;
     },
   },
-  "GET /services/:service/servers": { does: "The servers of a service", run: (asked) => jsonOf(viewOf(asked).servers) },
-  "POST /services/:service/servers": { does: "A further server", takes: "Server", gives: [201], run: postServer },
+  "GET /services/:service/servers": {
+    does: "The servers of a service",
+    returns: "Servers",
+    text: serversText,
+    run: (asked) => jsonOf(viewOf(asked).servers),
+  },
+  "POST /services/:service/servers": {
+    does: "A further server",
+    returns: "ServerState",
+    like: { url: "10.0.0.4:8080", weight: 2 },
+    takes: "Server",
+    run: postServer,
+  },
   "GET /services/:service/servers/:server": {
     does: "One server, by its name or URL",
+    returns: "ServerState",
+    text: (one: ServerView) => serversText([one]),
     run: (asked) => answerServer(asked),
   },
   "PATCH /services/:service/servers/:server": {
     does: "Changes a server: its weight, say",
+    returns: "ServerState",
+    like: { weight: 3 },
     takes: "ServerPatch",
     asks: WAIT,
     gives: [202],
@@ -9511,6 +9732,7 @@ const OPERATIONS: Record<string, Operation> = {
   },
   "DELETE /services/:service/servers/:server": {
     does: "Takes a server out; requests in flight there finish (drain it first to wait for them)",
+    returns: "ServerState",
     gives: [202],
     run: async (asked) => {
       const server = serverOf(asked);
@@ -9520,6 +9742,8 @@ const OPERATIONS: Record<string, Operation> = {
   },
   "PUT /services/:service/servers/:server/state": {
     does: "ready, drain (no new requests, those in flight finish) or maint (no probes either)",
+    returns: "ServerState",
+    like: { state: "drain" },
     takes: "State",
     asks: WAIT,
     gives: [202],
@@ -9527,6 +9751,8 @@ const OPERATIONS: Record<string, Operation> = {
   },
   "PUT /services/:service/servers/:server/health": {
     does: "Says that a server is up or down, until probes say otherwise; this is not saved",
+    returns: "ServerState",
+    like: { health: "down" },
     takes: "Health",
     run: async (asked) => {
       const { health } = await checkedBody(asked.context, HealthSchema), server = serverOf(asked);
@@ -9535,15 +9761,25 @@ const OPERATIONS: Record<string, Operation> = {
       return answerServer(asked, server);
     },
   },
-  "GET /config": { does: "routes.yml, as YAML or JSON; secrets as ***", run: answerConfig },
-  "PUT /config": { does: "Another routes.yml; needs If-Match", takes: "Config", run: writeConfig },
+  "GET /config": { does: "routes.yml, as YAML or JSON; secrets as ***", returns: "Config", run: answerConfig },
+  "PUT /config": {
+    does: "Another routes.yml; needs If-Match",
+    returns: "Config",
+    like: { default: { servers: ["10.0.0.1:8080"] } },
+    takes: "Config",
+    run: writeConfig,
+  },
   "PATCH /config": {
     does: "Changes some keys of routes.yml (RFC 7396: null takes one out)",
+    returns: "Config",
+    like: { log: "json" },
     takes: "Config",
     run: writeConfig,
   },
   "POST /config/check": {
     does: "Checks a routes.yml and changes nothing",
+    returns: "Checked",
+    like: { default: { servers: ["10.0.0.1:8080"] } },
     takes: "Config",
     run: async ({ context, parse }) => {
       const { services, routes } = parse((await bodyOf(context)).text);
@@ -9552,11 +9788,20 @@ const OPERATIONS: Record<string, Operation> = {
   },
   "GET /routes": {
     does: "All routes, in the order of the file",
+    returns: "Routes",
     run: ({ lb }) => jsonOf(lb.balancer.table.config.routes.map(routeView)),
   },
   "GET /explain": {
     does:
       "Which route a request would take, which services, which servers and why not the others, and who would take it",
+    returns: "Explanation",
+    text: explanationText,
+    at: [
+      "/explain?url=http://www.example.com/cart",
+      "/explain?url=http://www.example.com/old",
+      "/explain?url=http://www.example.com/blog",
+      "/explain?url=http://www.example.com/blog&method=POST",
+    ],
     asks: { url: "such as http://www.example.com/path", method: "default GET" },
     run: ({ context: { req }, lb }) => {
       const url = req.query("url") ?? "", method = req.query("method") ?? "GET";
@@ -9570,13 +9815,19 @@ const OPERATIONS: Record<string, Operation> = {
     does: "Everything that is counted, for Prometheus",
     run: ({ lb }) => new Response(renderMetrics(samplesOf(lb.balancer)), { headers: { "content-type": METRICS_TYPE } }),
   },
-  "GET /connections": { does: "What is in flight, and where", run: ({ lb }) => jsonOf(connections(lb.balancer)) },
+  "GET /connections": {
+    does: "What is in flight, and where",
+    returns: "Connections",
+    run: ({ lb }) => jsonOf(connections(lb.balancer)),
+  },
   "GET /workers": {
     does: "The threads that serve, if there are some",
-    run: ({ lb }) => jsonOf([...lb.balancer.workers].map(([id, { since }]) => ({ id, since }))),
+    returns: "Workers",
+    run: ({ lb }) => jsonOf(workersView(lb.balancer)),
   },
   "DELETE /workers/:worker": {
     does: "Ends a thread at once, with what is in flight there; another one takes its place",
+    returns: "Worker",
     run: ({ context: { req }, lb: { balancer } }) => {
       const id = req.param("worker") ?? "", worker = balancer.workers.get(Number(id));
       if (!worker) throw new AdminError(404, `there is no worker ${quote(id)}`);
@@ -9584,19 +9835,64 @@ const OPERATIONS: Record<string, Operation> = {
       return jsonOf({ id: Number(id) });
     },
   },
-  "GET /health/live": { does: "200 as long as it runs", open: true, run: () => jsonOf({ status: "live" }) },
+  "GET /events": {
+    does: "What GET /services says, once a second (Server-Sent Events)",
+    returns: "Snapshot",
+    run: ({ context, lb }) =>
+      streamSSE(context, async (stream) => {
+        for (; !stream.aborted; await stream.sleep(1_000)) {
+          await stream.writeSSE({ data: JSON.stringify(snapshotOf(lb.balancer)) });
+        }
+      }),
+  },
+  "GET /health/live": {
+    does: "200 as long as it runs",
+    returns: "Status",
+    open: true,
+    run: () => jsonOf({ status: "live" }),
+  },
   "GET /health/ready": {
     does: "200, and 503 as soon as it drains",
+    returns: "Status",
     open: true,
     run: ({ lb: { balancer } }) => balancer.draining ? problem(503, "draining") : jsonOf({ status: "ready" }),
   },
   "GET /version": {
     does: "Of lb.ts, and where it runs",
+    returns: "Version",
     run: ({ lb }) => jsonOf({ version: VERSION, runtime: lb.balancer.runtime }),
   },
 };
 
-// --- 11.5 API description: OpenAPI and a page, from the schemas that check the bodies ---
+const TEXT_TYPE = "text/plain; charset=utf-8";
+/** JSON on many lines, but for lists of numbers. */
+const prettyJson = (value: unknown): string =>
+  JSON.stringify(value, null, 2).replace(/\[\n[\d.,\s]+\]/g, (list) => list.replace(/\s+/g, " "));
+
+/** JSON as the client wants to read it: as text, or with `?pretty` on many lines. */
+async function presented(
+  { req }: AdminContext,
+  { text = stringify }: Operation,
+  response: Response,
+): Promise<Response> {
+  const isText = /^text\/plain\b/.test(req.header("accept") ?? ""), isPretty = req.query("pretty") !== undefined;
+  if (response.headers.get("content-type") !== "application/json" || !isPretty && !isText) return response;
+  const value = await response.json(), shown = isText ? text(value as never) : prettyJson(value);
+  const headers = new Headers(response.headers);
+  if (isText) headers.set("content-type", TEXT_TYPE);
+  return new Response(`${shown.trimEnd()}\n`, { status: response.status, headers });
+}
+
+/** Offers the operations that everybody may use, or the others. */
+function offer(app: Hono<AdminEnv>, isOpen: boolean, asked: Omit<Asked, "context">): void {
+  for (const [name, operation] of Object.entries(OPERATIONS)) {
+    const [method, path] = name.split(" ") as [string, string];
+    if (!!operation.open !== isOpen) continue;
+    app.on(method, path, async (context) => presented(context, operation, await operation.run({ context, ...asked })));
+  }
+}
+
+// --- 11.5 API description: OpenAPI and a page, from the schemas that check bodies and from real answers ---
 
 const STRING = { type: "string" };
 const INTEGER = { type: "integer" };
@@ -9616,50 +9912,206 @@ const STATUSES: Record<number, string> = {
   202: "done, and requests are still in flight there",
 };
 
-const ref = (kind: string, name: string) => ({ $ref: `#/components/${kind}/${name}` });
-const parameter = (place: "path" | "query" | "header", name: string, description: string) => {
-  return { name, in: place, description, required: place === "path", schema: STRING };
+/** What the keys of answers mean, where their names do not say it. Times are seconds. */
+const ABOUT: Record<string, string> = {
+  "ServerState.status": "up, down, ejected, trial, paused, drain or maint",
+  status_for: "for how long",
+  check: "the last probe; null: there was none",
+  problem: "what was wrong; empty: it passed",
+  effective_weight: "less than weight during slow start",
+  max: "requests in flight at most, as the file says; null: any number",
+  limit: "requests in flight at most, whatever that comes from; null: any number",
+  ejected_for: "for how much longer",
+  paused_for: "for how much longer, as its Retry-After asked",
+  picks: "requests that it was chosen for",
+  retries: "attempts that were made because another had failed",
+  failures: "failed requests in a row",
+  failing: "the share of its latest 64 or so requests that failed",
+  latency: "milliseconds to the head of an answer, mean",
+  share: "of the service's new requests",
+  askable: "servers that may be asked",
+  panicking: "too few servers are healthy, and so all are asked",
+  requests: "that have been answered",
+  waiting: "requests in the queue",
+  counters: "from the start on",
+  durations: "requests that took up to each of bounds, and longer",
+  bounds: "milliseconds",
+  time: "on a clock that begins anywhere and never goes back",
+  uptime: "since the program was started",
+  certificates: "of the listener: names, and when each ends",
+  draining: "it takes no new connections, and will end",
+  target: "what the server gets",
+  restricted: "allow or deny may refuse the client",
+  takes: "the server that would take it",
 };
 
-/** One operation as OpenAPI has it. */
-function described(method: string, path: string, { does, takes, asks = {}, gives = [], open }: Operation) {
-  const inPath = [...path.matchAll(/:(\w+)/g)].map(([, name]) => parameter("path", name!, `name of the ${name}`));
-  const inQuery = Object.entries(asks).map(([name, about]) => parameter("query", name, about));
-  const changes = method === "GET" ? [] : [parameter("header", "If-Match", "the ETag that the change is meant for")];
-  const media = takes && { schema: ref("schemas", takes) };
-  const content = { "application/json": media, "application/yaml": media };
-  const statuses = [200, ...gives].map((status) => [status, { description: STATUSES[status] }]);
+const ref = (kind: string, name: string) => ({ $ref: `#/components/${kind}/${name}` });
+const parameter = (place: "path" | "query" | "header", name: string, description: string, example?: string) => {
+  return { name, in: place, description, required: place === "path", schema: STRING, ...(example && { example }) };
+};
+
+/** Views that stand in others: a key that only they have, and their names. */
+const NESTED = { askable: "ServiceState", status_for: "ServerState" };
+const nameOfView = (value: unknown): string | undefined =>
+  isRecord(value) ? Object.entries(NESTED).find(([mark]) => mark in value)?.[1] : undefined;
+const viewsIn = (value: unknown): unknown[] => {
+  const inside = typeof value === "object" && value !== null ? Object.values(value).flatMap(viewsIn) : [];
+  return nameOfView(value) ? [value, ...inside] : inside;
+};
+
+/** The JSON Schema that these values have in common. */
+function schemaLike(values: unknown[], name: string): Raw {
+  const kindOf = (value: unknown) => Array.isArray(value) ? "array" : value === null ? "null" : typeof value;
+  const kinds = [...new Set(values.map(kindOf))], records = values.filter(isRecord);
+  const names = [...new Set(records.flatMap(Object.keys))], nested = records.map(nameOfView)[0];
+  if (nested && nested !== name) return ref("schemas", nested);
+  const property = (key: string): [string, Raw] => {
+    const description = ABOUT[`${name}.${key}`] ?? ABOUT[key];
+    const schema = schemaLike(records.flatMap((one) => key in one ? [one[key]] : []), key);
+    return [key, key === "config" ? ref("schemas", "Service") : { ...(description && { description }), ...schema }];
+  };
+  const required = names.filter((key) => records.every((one) => key in one));
   return {
-    summary: does,
-    operationId: `${lower(method)}${path.replace(/\W+(\w)/g, (_, letter) => upper(letter)).replace(/\W/g, "")}`,
-    parameters: [...inPath, ...inQuery, ...changes],
-    ...(media && { requestBody: { required: true, content } }),
-    responses: { ...Object.fromEntries(statuses), default: ref("responses", "Problem") },
-    security: open ? [] : [{ token: [] }, {}],
+    ...(kinds.length && { type: kinds.length === 1 ? kinds[0] : kinds }),
+    ...(names.length && { properties: Object.fromEntries(names.map(property)), required }),
+    ...(kinds.includes("array") && { items: schemaLike(values.filter(Array.isArray).flat(), "") }),
   };
 }
 
-/** The API as OpenAPI 3.1 describes it, made of the table and the schemas that it works with. */
-export function openApi() {
-  const paths: Record<string, Record<string, ReturnType<typeof described>>> = {};
-  for (const [name, operation] of Object.entries(OPERATIONS)) {
-    const [method, path] = name.split(" ") as [string, string];
-    (paths[path.replace(/:(\w+)/g, "{$1}")] ??= {})[lower(method)] = described(method, path, operation);
+const EXAMPLE = `
+listen: [80, { address: 443, tls: { cert: www.pem, key: www.key } }]
+services:
+  shop:
+    servers: ["10.0.0.1:8080", { url: "10.0.0.2:8080", weight: 2, max: 100 }, { url: "10.0.0.3:8080", state: drain }]
+    strategy: least-connections
+    max_in_flight: auto
+    health: { path: /healthz }
+  blog: { servers: [{ url: "10.0.0.9:80", state: maint }] }
+  spare: { servers: ["10.0.0.8:80"] }
+routes:
+  - { host: www.example.com, path: /old, redirect: { to: "https://www.example.com/" } }
+  - { path: /blog, methods: [GET], service: blog }
+  - { path: [{ exact: /up }, { regex: "^/v[12]/" }], headers: { x-beta: "1" }, query: { debug: "1" }, respond: { body: hi } }
+default: { service: shop, mirror: { service: blog } }
+`;
+const EXAMPLE_PLACES: Record<string, string> = { service: "shop", server: "10.0.0.1:8080", worker: "1" };
+
+/** The operations, over a balancer that nobody uses: what the description shows is what they really answer. */
+function exampleApp(effects: Effects): Hono<AdminEnv> {
+  const until = new Date("2027-01-31T12:00:00Z"), nothing = () => {};
+  const lb = assembleBalancer(
+    parseConfig(EXAMPLE),
+    {
+      ...{ ...effects, now: () => 60_000, date: () => new Date("2026-12-01T12:00:00Z"), random: () => 0.5 },
+      ...{ certificate: () => ({ names: ["www.example.com"], until }), report: nothing, told: nothing },
+    },
+    strategies,
+    "node",
+  );
+  const { balancer } = lb, [probed] = balancer.table.services.get("shop")!.servers, app = new Hono<AdminEnv>();
+  Object.assign(probed!, { probedAt: 58_000, probeTook: 3 });
+  balancer.entrypoints.set("http", newEntrypoint("http"));
+  balancer.workers.set(1, { since: balancer.startedAt, end: nothing });
+  for (const isOpen of [true, false]) {
+    offer(app, isOpen, { lb, parse: parseConfig, change: changesOf(lb, parseConfig) });
   }
-  const schemas = Object.entries(SHAPES).map(([name, shape]) => [name, schemaOf(shape, "draft-2020-12")]);
+  return app;
+}
+
+/** What an operation answers to its examples. */
+async function examplesOf(effects: Effects, method: string, paths: string[], { like, returns }: Operation) {
+  const accept = returns ? "application/json" : "*/*";
+  const headers = { accept, "content-type": "application/json", ...(returns === "Config" && { "if-match": "*" }) };
+  const init = { method, headers, body: like === undefined ? null : JSON.stringify(like) };
+  const answers = await Promise.all(paths.map((path) => exampleApp(effects).request(path, init))), first = answers[0]!;
+  const type = first.headers.get("content-type")!.split(";")[0]!, isVersioned = first.headers.has("etag");
+  const bodies = answers.map(async (answer) => {
+    if (type === "text/event-stream") return await answer.body!.cancel(); // it never ends
+    return returns ? await answer.json() : (await answer.text()).split("\n").slice(0, 8).join("\n");
+  });
+  return { status: first.status, type, isVersioned, bodies: await Promise.all(bodies) };
+}
+
+const TAGS: Record<string, RegExp> = {
+  Services: /^\/(?:services|$)/,
+  Config: /^\/config/,
+  Routing: /^\/(?:routes|explain)/,
+  Watching: /./,
+};
+
+/** One operation as OpenAPI has it, and what it answers to its examples. */
+async function described(effects: Effects, method: string, path: string, operation: Operation) {
+  const { does, takes, asks = {}, gives = [], open, returns, like, at } = operation, isGet = method === "GET";
+  const paths = at ?? [path.replace(/:(\w+)/g, (_, name) => EXAMPLE_PLACES[name]!)];
+  const { status, type, isVersioned, bodies } = await examplesOf(effects, method, paths, operation);
+  const isJson = type === "application/json", named = [...path.matchAll(/:(\w+)/g)].map(([, name]) => name!);
+  const parameters = [
+    ...named.map((name) => parameter("path", name, `name of the ${name}`, EXAMPLE_PLACES[name]!)),
+    ...Object.entries(asks).map(([name, about]) => parameter("query", name, about)),
+    ...(isGet && isJson ? [parameter("query", "pretty", "JSON on many lines")] : []),
+    ...(isGet ? [] : [parameter("header", "If-Match", "the ETag that the change is meant for")]),
+  ];
+  const media = takes && { schema: ref("schemas", takes), example: like };
+  const schema = returns ? ref("schemas", returns) : STRING, [example] = bodies;
+  const content: Record<string, Media> = { [type]: { schema, ...(example !== undefined && { example }) } };
+  if (returns === "Config") content["application/yaml"] = { schema };
+  if (isGet && isJson) content["text/plain"] = { schema: STRING };
+  const headers = isVersioned && { ETag: { description: "of this state, for If-Match", schema: STRING } };
+  const answer = (status: number) => ({ description: STATUSES[status], content, ...(headers && { headers }) });
+  const curl = `curl ${isGet ? "" : `-X ${method} `}'localhost:9090${paths[0]}'`;
+  const description = {
+    tags: [Object.entries(TAGS).find(([, pattern]) => pattern.test(path))![0]],
+    summary: does,
+    operationId: `${lower(method)}${path.replace(/\W+(\w)/g, (_, letter) => upper(letter)).replace(/\W/g, "")}`,
+    parameters,
+    ...(media &&
+      { requestBody: { required: true, content: { "application/json": media, "application/yaml": media } } }),
+    responses: {
+      ...Object.fromEntries([status, ...gives].map((status) => [status, answer(status)])),
+      default: ref("responses", "Problem"),
+    } as Record<string, { content?: Record<string, Media> }>,
+    security: open ? [] : [{ token: [] }, ...(isGet ? [{ read_token: [] }] : []), {}],
+    "x-codeSamples": [{ lang: "Shell", source: like === undefined ? curl : `${curl} -d '${JSON.stringify(like)}'` }],
+  };
+  return { description, bodies };
+}
+type Media = { schema: object; example?: unknown };
+type Described = Awaited<ReturnType<typeof described>>["description"];
+
+/** The API as OpenAPI 3.1 describes it, made of the table, the schemas that it works with, and what it really answers. */
+async function openApi(effects: Effects) {
+  const paths: Record<string, Record<string, Described>> = {}, answers: [name: string, body: unknown][] = [];
+  for (const [name, operation] of Object.entries(OPERATIONS)) {
+    const [method, path] = name.split(" ") as [string, string], { returns = "" } = operation;
+    const { description, bodies } = await described(effects, method, path, operation);
+    (paths[path.replace(/:(\w+)/g, "{$1}")] ??= {})[lower(method)] = description;
+    for (const body of returns ? bodies.filter((one) => one) : []) {
+      if (!nameOfView(body)) answers.push([returns, body]);
+      for (const view of viewsIn(body)) answers.push([nameOfView(view)!, view]);
+    }
+  }
+  const views = [...Map.groupBy(answers, ([name]) => name)].map(([name, all]) => {
+    return [name, schemaLike(all.map(([, body]) => body), name)];
+  });
+  const bodies = Object.entries(SHAPES).map(([name, shape]) => [name, schemaOf(shape, "draft-2020-12")]);
+  const schemas = { ...Object.fromEntries([...views, ...bodies]), Problem: problemSchema } as Record<
+    string,
+    BodySchema
+  >;
   const content = { "application/problem+json": { schema: ref("schemas", "Problem") } };
-  const about = "admin.token of routes.yml, or read_token for GET";
+  const scheme = (description: string) => ({ type: "http", scheme: "bearer", description });
+  const token = scheme("admin.token of routes.yml; where it is not set, none is needed");
+  const securitySchemes = { token, read_token: scheme("admin.read_token of routes.yml, which opens GET only") };
   return {
     openapi: "3.1.0",
     info: { title: "lb.ts", version: VERSION, description: "Looking at a load balancer and operating it." },
+    servers: [{ url: "./" }],
+    tags: Object.keys(TAGS).map((name) => ({ name })),
     paths,
-    components: {
-      schemas: { ...Object.fromEntries(schemas), Problem: problemSchema } as Record<string, BodySchema>,
-      responses: { Problem: { description: "what is wrong", content } },
-      securitySchemes: { token: { type: "http", scheme: "bearer", description: about } },
-    },
+    components: { schemas, responses: { Problem: { description: "what is wrong", content } }, securitySchemes },
   };
 }
+type OpenApi = Awaited<ReturnType<typeof openApi>>;
 
 /** What the docs and the dashboard look like. */
 const STYLE = `
@@ -9673,12 +10125,13 @@ const STYLE = `
 * { box-sizing: border-box; margin: 0; padding: 0; font: inherit; color: inherit; }
 body { padding: 16px; background: var(--ground); color: var(--ink); }
 body, main { display: grid; grid-template-columns: minmax(0, 1fr); gap: 16px; }
-main { width: min(900px, 100%); margin: auto; }
-main td:first-child { width: 30%; }
 h1, h2, b, summary code, th { font-weight: 600; }
 details, table, figure, dialog { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 details, figure { padding: 8px 16px; }
 summary, button { cursor: pointer; }
+a { color: var(--blue); }
+header { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: baseline; gap: 4px 16px; }
+nav { display: flex; flex-wrap: wrap; gap: 4px 16px; }
 table { width: 100%; table-layout: fixed; border-spacing: 0; }
 details table { border: 0; }
 th, td { padding: 6px 0; border-top: 1px solid var(--line); text-align: left; vertical-align: top; }
@@ -9700,101 +10153,435 @@ const pageOf = (nonce: string, title: string, style: string, body: unknown) => h
 <body>${body}</body>
 </html>`;
 
-/** Serves a page. Whether browsers may use only TLS with this host is not for one of its ports to say. */
-function servePage(app: Hono<AdminEnv>, path: string, page: typeof docsPage, policy: ContentSecurityPolicy) {
+/** Answers with a page. Whether browsers may use only TLS with this host is not for one of its ports to say. */
+function pageHandler(page: (nonce: string) => ReturnType<typeof pageOf>, policy: ContentSecurityPolicy) {
   const headers = secureHeaders({ contentSecurityPolicy: policy, strictTransportSecurity: false });
-  app.get(path, headers, (context) => context.html(page(context.get("secureHeadersNonce") ?? "")));
+  return async (context: AdminContext): Promise<Response> => {
+    await headers(context, async () => {
+      context.res = await context.html(page(context.get("secureHeadersNonce") ?? ""));
+    });
+    return context.res;
+  };
 }
 type ContentSecurityPolicy = Record<string, (string | typeof NONCE)[]>;
 
-/** What the page shows of the JSON Schema of a body. */
+/** What the page shows of a JSON Schema. */
 type BodySchema = { description?: string; enum?: unknown[]; default?: unknown; anyOf?: BodySchema[] } & BodyKeys;
-type BodyKeys = { properties?: Record<string, BodySchema> };
+type BodyKeys = { properties?: Record<string, BodySchema>; items?: BodySchema };
 
 /** The keys of a body, in all of its alternatives, and what they mean. */
-const keysIn = ({ properties = {}, anyOf = [] }: BodySchema): [name: string, text: string][] => [
+const keysIn = ({ properties = {}, anyOf = [], items }: BodySchema): [name: string, text: string][] => [
   ...Object.entries(properties).map(([name, { description, enum: values = [], default: usual }]) => {
     const text = description ?? values.join(", ");
     return [name, usual === undefined ? text : `${text} (default ${JSON.stringify(usual)})`] as [string, string];
   }),
   ...anyOf.flatMap(keysIn),
+  ...(items ? keysIn(items) : []),
 ];
 
-/** The API for people. Each operation is a line that opens to its parameters and the keys of its body. */
+/** Links to the pages and texts of this listener. */
+const linksTo = (pages: Record<string, string>) =>
+  html`<nav>${Object.entries(pages).map(([at, name]) => html`<a href="${at}">${name}</a>`)}</nav>`;
+const TEXTS = { metrics: "Metrics", config: "Config" };
+
+const DOCS_STYLE = `
+main { width: min(900px, 100%); margin: auto; }
+main td:first-child { width: 30%; }
+details > :not(summary) { margin: 8px 0; }
+details pre { padding: 8px; max-height: 300px; overflow: auto; border: 1px solid var(--line); border-radius: 6px; }
+`;
+
+/** One operation: a line that opens to its parameters, the keys of its body and of its answer, and an example. */
 // deno-fmt-ignore
-function docsPage(nonce: string) {
-  const { components: { schemas } } = openApi();
-  const operations = Object.entries(OPERATIONS).map(([name, operation]) => {
-    const [method, path] = name.split(" ") as [string, string];
-    const { operationId, summary, parameters } = described(method, path, operation);
-    const keys = keysIn(schemas[operation.takes ?? ""] ?? {});
-    const rows = [...parameters.map((one) => [one.name, `${one.description} (${one.in})`]), ...keys];
-    return html`
-<details id="${operationId}">
-  <summary><code>${name.replace(/:(\w+)/g, "{$1}")}</code> ${summary}</summary>
-  <table>${rows.map(([name, text]) => html`<tr><td><code>${name}</code></td><td>${text}</td></tr>`)}</table>
+function docsOf(method: string, path: string, one: Described, schemas: Record<string, BodySchema>) {
+  const [[status, { content = {} }]] = Object.entries(one.responses) as [[string, Described["responses"][string]]];
+  const [{ schema, example }] = Object.values(content) as [Media], body = one.requestBody?.content["application/json"];
+  const keysOf = (schema: object = {}) => keysIn(schemas[String(record(schema).$ref).split("/").at(-1)!] ?? {});
+  const table = (rows: string[][]) => html`<table>${rows.map(([key, text]) =>
+    html`<tr><td><code>${key}</code></td><td>${text}</td></tr>`)}</table>`;
+  const asked = one.parameters.map(({ name, description, in: place }) => [name, `${description} (${place})`]);
+  return html`
+<details id="${one.operationId}">
+  <summary><code>${upper(method)} ${path}</code> ${one.summary}</summary>
+  ${table([...asked, ...keysOf(body?.schema)])}
+  <pre>${one["x-codeSamples"][0]!.source}</pre>
+  <p>${status}</p>
+  ${path.startsWith("/config") ? "" : table(keysOf(schema))}
+  <pre>${typeof example === "object" ? prettyJson(example) : example}</pre>
 </details>`;
-  });
-  return pageOf(nonce, "lb.ts: API", "", html`
+}
+
+/** The API for people. */
+// deno-fmt-ignore
+function docsPage(nonce: string, { paths, tags, components: { schemas } }: OpenApi) {
+  const all = Object.entries(paths).flatMap(([path, methods]) =>
+    Object.entries(methods).map(([method, one]) => ({ tag: one.tags[0], line: docsOf(method, path, one, schemas) })));
+  return pageOf(nonce, "lb.ts: API", DOCS_STYLE, html`
 <main>
-  <h1>lb.ts ${VERSION}: API</h1>
-  <p>Bodies are JSON or YAML, by Content-Type. What is wrong comes as <code>application/problem+json</code> (RFC 9457).
-    With a token in routes.yml: <code>Authorization: Bearer ...</code>. The same for machines:
-    <a href="openapi.json">openapi.json</a>.</p>
-  <pre>curl -X PUT localhost:9090/services/shop/servers/localhost:8081/state?wait=30s -d '{"state": "drain"}'</pre>
-  ${operations}
+  <header><h1>lb.ts ${VERSION}: API</h1>${linksTo({ "./": "Dashboard", "openapi.json": "openapi.json", ...TEXTS })}</header>
+  <p>Bodies are JSON or YAML, by Content-Type. Answers are JSON, with <code>?pretty</code> on many lines, and text for
+    <code>Accept: text/plain</code>. What is wrong comes as <code>application/problem+json</code> (RFC 9457).
+    With a token in routes.yml: <code>Authorization: Bearer ...</code>.</p>
+  ${tags.map(({ name }) => html`<h2>${name}</h2>${all.filter(({ tag }) => tag === name).map(({ line }) => line)}`)}
 </main>`);
 }
 
 /** The description as a page and for machines. There is nothing in it that depends on the config. */
-function docs(): Hono<AdminEnv> {
+function docs(effects: Effects): Hono<AdminEnv> {
   const app = new Hono<AdminEnv>();
+  let known: Promise<OpenApi> | undefined;
+  const describe = () => known ??= openApi(effects);
   const policy = { defaultSrc: ["'none'"], styleSrc: [NONCE], imgSrc: ["data:"], frameAncestors: ["'none'"] };
-  app.get("/openapi.json", () => jsonOf(openApi()));
-  servePage(app, "/docs", docsPage, policy);
+  app.get("/openapi.json", async () => jsonOf(await describe()));
+  app.get("/docs", pageHandler(async (nonce) => docsPage(nonce, await describe()), policy));
   return app;
 }
 
-// --- 11.6 Dashboard: one page, no script from anywhere else ---
+// --- 11.6 Dashboard: rendered here; its script fetches it again and again, and sends what is to be done ---
 
 const DASHBOARD_STYLE = `
-#services, #charts, form { display: grid; gap: 16px; }
+#troubles, #charts, form { display: grid; gap: 16px; }
+main, #services { display: grid; gap: 12px; }
 p:empty, ul:empty, [hidden] { display: none !important; }
 #verdict, b { flex-basis: 100%; font-size: 22px; }
-#troubles { max-height: 180px; overflow: auto; list-style: none; }
-.good, .up [data-title=State] { color: var(--good); }
-.warn, :is(.drain, .maint, .trial, .paused) [data-title=State] { color: var(--warn); }
-.bad, :is(.down, .ejected) [data-title=State] { color: var(--bad); }
+#troubles { gap: 2px; max-height: 180px; overflow: auto; list-style: none; }
+.good { --tone: var(--good); } .warn { --tone: var(--warn); } .bad { --tone: var(--bad); }
+[data-title=State], .tone { color: var(--tone, var(--ink)); }
+tr.bad, tr.warn { box-shadow: inset 3px 0 var(--tone); }
 .lost > :not(header) { opacity: 0.45; }
-header, figcaption, menu { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: baseline; }
-label span { margin-right: 8px; }
+figcaption, menu, .bar { display: flex !important; flex-wrap: wrap; justify-content: space-between; align-items: baseline; }
+.bar { gap: 4px 16px; justify-content: flex-start; }
+li a { color: inherit; }
+label { white-space: nowrap; } label span { margin-right: 8px; }
+figcaption { gap: 0 12px; }
 #charts { grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); }
 svg { width: 100%; height: 56px; border-bottom: 1px solid var(--line); }
 path { fill: none; stroke: var(--blue); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
 path + path { stroke: var(--dim); stroke-dasharray: 3 3; }
-details > div { max-height: 205px; overflow: auto; }
+details { padding: 0; overflow: clip; }
+summary { padding: 8px 16px; }
+details > :not(summary) { margin: 0 16px 12px; }
+summary h2 { display: inline; }
+details > table { margin: 0; width: 100%; }
+#rules > div { max-height: 240px; overflow: auto; }
 section :is(th, td) { padding: 6px 8px; font-variant-numeric: tabular-nums; }
 section :is(th, td):nth-child(n + 4) { text-align: right; }
-section th:is(:first-child, :nth-child(3), :last-child) { width: 12.5%; }
+section th:is(:first-child, :nth-child(3), :last-child) { width: 13%; }
+section th:nth-child(2) { width: 10%; }
 section tbody tr { height: 50px; }
 td small, th small { display: block; }
-tr:target { box-shadow: inset 3px 0 var(--blue); }
+tr:target { outline: 2px solid var(--blue); outline-offset: -2px; }
 input, button { padding: 6px 10px; border: 1px solid var(--line); border-radius: 6px; background: var(--card); }
-td button { padding: 0 2px; border: 0; color: var(--blue); }
-thead th { position: sticky; top: 0; background: var(--card); }
+#find { flex: 1; min-width: 0; } #problems { accent-color: var(--blue); }
+form.bar > input { flex: 1; min-width: 0; }
+td button { padding: 0 2px; margin-left: 6px; border: 0; color: var(--blue); }
+section thead th { border-top: 1px solid var(--line); }
 dialog { width: min(440px, calc(100% - 32px)); margin: auto; padding: 24px; }
+#sheet { width: min(1000px, calc(100% - 32px)); } #sheet pre { max-height: 70vh; overflow: auto; }
+::backdrop { background: #0008; }
 @media (max-width: 1100px) {
-  thead { display: none; }
+  section thead { display: none; }
   section tbody { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); }
-  section tbody tr { display: grid; grid-template-columns: repeat(4, 1fr); height: auto; }
+  section tbody tr { display: grid; grid-template-columns: repeat(4, 1fr); height: auto; border-top: 1px solid var(--line); }
   section tr > :nth-child(n) { width: auto; text-align: left; }
-  section td { border: 0; }
+  section tbody :is(th, td) { border: 0; }
   section :is(th, td:last-child) { grid-column: span 4; }
   section td:nth-child(-n + 3) { grid-column: span 2; }
-  td button { padding: 8px 10px; }
+  td button { padding: 8px 10px; margin-left: 0; }
   section td::before { content: attr(data-title); display: block; color: var(--dim); font-size: 12px; }
 }
 `;
+
+/** What was counted at a moment; those of the last 30 seconds also have the counters of services and servers. */
+interface Sample {
+  time: number; // seconds
+  total: CountersView;
+  counters?: Map<string, CountersView>;
+}
+type CountersView = ReturnType<typeof countersView>;
+const HISTORY = { interval: 2_000, most: 150, recent: 15 }; // milliseconds between samples, and how many are kept
+
+const pathOf = (service: string, server?: string): string =>
+  ["services", service, ...(server === undefined ? [] : ["servers", server])].map(encodeURIComponent).join("/");
+
+const sampleOf = ({ time, total, services }: Snapshot): Sample => ({
+  ...{ time, total },
+  counters: new Map(services.flatMap(({ name, counters, servers }) => [
+    [pathOf(name), counters] as const,
+    ...servers.map((server) => [pathOf(name, server.name), server.counters] as const),
+  ])),
+});
+
+/** What was counted between two moments, as figures; all that was counted if the counters began again. */
+function figuresOf(now: CountersView, then: CountersView | undefined, time: number) {
+  const since = then && then.requests <= now.requests ? then : { requests: 0, errors: 0, durations: [] as number[] };
+  const requests = now.requests - since.requests, errors = now.errors - since.errors;
+  const held = now.durations.map((n, i) => n - (since.durations[i] ?? 0));
+  const quantile = (share: number) => {
+    let rank = share * requests;
+    const i = held.findIndex((n) => n > 0 && n >= rank || (rank -= n, false));
+    const from = BUCKETS[i - 1] ?? 0, to = BUCKETS[i] ?? BUCKETS.at(-1)!;
+    return i < 0 ? undefined : from + (to - from) * rank / held[i]!;
+  };
+  const failed = requests ? errors / requests : undefined;
+  return { rate: requests / Math.max(1, time), failed, p50: quantile(0.5), p95: quantile(0.95), p99: quantile(0.99) };
+}
+type Figures = ReturnType<typeof figuresOf>;
+
+/** What one look at the dashboard shows, and what the person who looks has chosen. */
+interface Look {
+  snapshot: Snapshot;
+  history: Sample[];
+  mayChange: boolean;
+  find: string; // in lower case
+  onlyProblems: boolean;
+  flipped: Set<string>; // ids of what is folded that would be open, or open that would be folded
+  answer: string; // of explain
+}
+
+function recently({ snapshot, history }: Look, path: string, counters: CountersView): Figures {
+  const since = history.find((sample) => sample.counters), { time, uptime } = snapshot;
+  return figuresOf(counters, since?.counters?.get(path), since ? time - since.time : uptime);
+}
+
+const CHARTS: [title: string, format: (value: number | undefined) => string, ...names: (keyof Figures)[]][] = [
+  ["Requests", FORMAT.rate, "rate"],
+  ["Requests that failed", FORMAT.percent, "failed"],
+  ["Latency: p50, p99", FORMAT.time, "p50", "p99"],
+];
+function chartsOf({ history, snapshot }: Look) {
+  const samples = [...history, snapshot].slice(-HISTORY.most);
+  const points = samples.slice(1).map(({ time, total }, i) => {
+    const then = samples[Math.max(0, i - 4)]!; // ten seconds before, so that a few requests are no peak
+    return figuresOf(total, then.total, time - then.time);
+  });
+  return CHARTS.map(([title, format, ...names]) => {
+    const top = Math.max(0, ...points.flatMap((point) => names.map((name) => point[name] ?? 0)));
+    const lines = names.map((name) =>
+      points.map(({ [name]: value }, i) => {
+        if (value === undefined) return "";
+        const pen = points[i - 1]?.[name] === undefined ? "M" : "L"; // after a gap the line begins again
+        return `${pen}${2 * (HISTORY.most - points.length + i)} ${(54 - 52 * value / (top || 1)).toFixed(1)}`;
+      }).join("")
+    );
+    return { title, lines, top: format(top), now: names.map((name) => format(points.at(-1)?.[name])).join(", ") };
+  });
+}
+
+// Services and servers.
+
+/** What may be done to a server, and what that means. */
+const SERVER_ACTIONS: Record<string, (server: ServerView) => string> = {
+  ready: () => "Requests and probes go to it again.",
+  drain: ({ in_flight }) => `No new requests go to it; those in flight finish (${in_flight}). Probes go on.`,
+  maint: () => "Neither requests nor probes go to it.",
+  weight: () => "Its share of new requests, from 0 (none) to 256.",
+};
+
+/** What each column shows of a server, its state and its last 30 seconds: a figure, and a detail below it. */
+const COLUMNS: Record<string, (server: ServiceView["servers"][number], now: Figures, state: ShownState) => string[]> = {
+  "Server": ({ name, backup }) => [name, backup ? "backup" : ""],
+  "State": ({ status_for, paused_for, failing }, _, state) => {
+    if (state === "paused") return ["○ paused", `for another ${FORMAT.age(paused_for)}`];
+    if (state === "failing") return ["▲ failing", `${FORMAT.percent(failing)} of requests`];
+    const detail = state === "unchecked" ? "not asked yet" : `for ${FORMAT.age(status_for)}`;
+    return [`${STATES[state][0]} ${state}`, detail];
+  },
+  "Last check": ({ check }) =>
+    check ? [check.problem || "passed", `${FORMAT.age(check.ago)} ago, took ${FORMAT.time(1e3 * check.took)}`] : ["–"],
+  "Weight": ({ weight, share }) => [`${weight}`, FORMAT.percent(share)],
+  "In flight": ({ in_flight }) => [FORMAT.count(in_flight)],
+  "Requests": ({ counters }, now) => [FORMAT.count(counters.requests), FORMAT.rate(now.rate)],
+  "Errors": ({ counters }, now) => [FORMAT.count(counters.errors), now.failed ? FORMAT.percent(now.failed) : ""],
+  "Retries": ({ retries }) => [FORMAT.count(retries)],
+  "p50": (_, now) => [FORMAT.time(now.p50)],
+  "p95": (_, now) => [FORMAT.time(now.p95)],
+  "p99": (_, now) => [FORMAT.time(now.p99)],
+  "Bytes out": ({ counters }) => [FORMAT.bytes(counters.bytes_out), `${FORMAT.bytes(counters.bytes_in)} in`],
+};
+
+/** A server with what is shown of it. */
+interface Shown {
+  server: ServiceView["servers"][number];
+  path: string;
+  now: Figures;
+  state: ShownState;
+  level: (typeof STATES)[ShownState][1];
+}
+function shownOf(look: Look, { name, servers }: ServiceView): Shown[] {
+  return servers.map((server) => {
+    const path = pathOf(name, server.name), now = recently(look, path, server.counters);
+    const state = stateOf(server, now.failed);
+    return { server, path, now, state, level: STATES[state][1] };
+  });
+}
+
+/** `isBrief`: only name and state. A thousand whole rows would take 30 ms, in which no request is served. */
+function serverRow(look: Look, service: ServiceView, all: Shown[], one: Shown, isBrief: boolean) {
+  const { server, path, now, state, level } = one;
+  const cells = Object.entries(COLUMNS).slice(0, isBrief ? 2 : undefined).map(([title, textsOf], i) => {
+    const [figure, detail = ""] = textsOf(server, now, state);
+    const inside = html`<span>${figure}</span><small>${detail}</small>`;
+    return i ? html`<td data-title="${title}">${inside}</td>` : html`<th scope="row">${inside}</th>`;
+  });
+  if (isBrief || !look.mayChange) return html`<tr id="${path}" class="${level}">${cells}</tr>`;
+  const isLast = !all.some((other) => other.level === "good" && other !== one);
+  const alone = isLast ? ` No other server of ${service.name} is up!` : "";
+  const buttons = Object.entries(SERVER_ACTIONS).filter(([action]) => action !== server.state).map(
+    ([action, whyOf]) => {
+      const why = whyOf(server) + (action === "drain" || action === "maint" ? alone : "");
+      const value = action === "weight" ? server.weight : "", label = `${action} ${server.name}`;
+      return html`<button name="${action}" value="${value}" title="${why}" aria-label="${label}">${action}</button>`;
+    },
+  );
+  return html`<tr id="${path}" class="${level}">${cells}<td>${buttons}</td></tr>`;
+}
+
+interface Trouble {
+  level: "bad" | "warn";
+  text: string;
+  at: string; // id of what it is about; empty: of nothing on the page
+}
+const trouble = (level: Trouble["level"], text: string, at = ""): Trouble => ({ level, text, at });
+
+function troublesOf(look: Look, service: ServiceView, all: Shown[]): Trouble[] {
+  const { name, servers, askable, panicking, counters } = service, path = pathOf(name);
+  const bad = (is: boolean, text: string) => is ? [trouble("bad", `${name}: ${text}`, path)] : [];
+  const out = all.filter(({ server, level }) => server.state === "ready" && level && level !== "good");
+  return [
+    ...bad(servers.length > 0 && !askable, "no server may be asked"),
+    ...bad(panicking, "too few servers are healthy: all of them are asked"),
+    ...bad((recently(look, path, counters).failed ?? 0) > FAILING, "more than 5 % of the requests fail"),
+    ...out.map(({ server, state, path }) => {
+      const reason = server.check?.problem ? `: ${server.check.problem}` : "";
+      return trouble("warn", `${name}: ${server.name} is ${state}${reason}`, path);
+    }),
+  ];
+}
+
+const SOON = 14 * 86_400_000; // milliseconds before a certificate's end from which on it is a trouble
+const dayOf = (date: Date): string => date.toISOString().slice(0, 10);
+function troublesOfProgram({ listeners, reloads }: Snapshot, date: Date): Trouble[] {
+  const ending = listeners.flatMap((one) => one.certificates).filter(({ until }) =>
+    until.getTime() < date.getTime() + SOON
+  );
+  return [
+    ...(reloads.failed
+      ? [trouble("bad", "the file on disk could not be put in force: what is shown here stays in force")]
+      : []),
+    ...ending.map(({ names, until }) => {
+      const [level, ends] = until < date ? ["bad", "has ended"] as const : ["warn", "ends"] as const;
+      return trouble(level, `the certificate for ${names.join(", ")} ${ends} on ${dayOf(until)}`);
+    }),
+  ];
+}
+
+const FEW = 8; // services up to which all of them are open
+const WHOLE = 100; // servers of a service that are shown with all of their figures
+/** A service, and those of its servers that are looked for; nothing where there is none. */
+function serviceSection(look: Look, service: ServiceView, all: Shown[], troubles: Trouble[]) {
+  const { find, onlyProblems, flipped, mayChange, snapshot } = look, { name, strategy, waiting, in_flight } = service;
+  const path = pathOf(name), now = recently(look, path, service.counters), id = `fold:${path}`;
+  const found = all.filter(({ server, state, level }) =>
+    lower([name, server.name, server.status, state].join(" ")).includes(find) &&
+    (!onlyProblems || level !== "good" && level !== "" || troubles.some(({ at }) => at === path))
+  );
+  if (!found.length) return undefined;
+  const isOpen = snapshot.services.length <= FEW || troubles.length > 0 || find !== "";
+  const up = all.filter(({ state }) => state === "up").length, level = troubles[0]?.level ?? "";
+  const facts = [strategy, `${up} of ${all.length} up`, `${in_flight} in flight`];
+  if (waiting) facts.push(`${waiting} waiting`);
+  facts.push(FORMAT.rate(now.rate), `${FORMAT.percent(now.failed ?? 0)} errors`, `p99 ${FORMAT.time(now.p99)}`);
+  const isShown = isOpen !== flipped.has(id), titles = [...Object.keys(COLUMNS), ...(mayChange ? ["Change"] : [])];
+  const rows = isShown ? found.map((one, i) => serverRow(look, service, all, one, i >= WHOLE)) : [];
+  const note = rows.length > WHOLE ? `The figures of the first ${WHOLE} are shown: find others by their names.` : "";
+  // deno-fmt-ignore
+  return html`<section id="${path}"><details id="${id}" ${isShown ? "open" : ""}>
+<summary><h2><span class="tone ${level}">${level && "▲ "}${name} </span><small>${facts.join(" · ")}</small></h2></summary>
+<table><thead><tr>${titles.map((title) => html`<th>${title}</th>`)}</tr></thead><tbody>${rows}</tbody></table>
+<p>${note}</p></details></section>`;
+}
+
+// Routes, and the page.
+
+const PATHS: Record<string, string> = { prefix: "", exact: "= ", regex: "~ " };
+function routeRow(route: Snapshot["routes"][number]) {
+  const paths = route.paths.flatMap((one) => Object.entries(one)).map(([kind, path]) => PATHS[kind] + path);
+  const rules = [route.methods, route.hosts, paths, [...route.headers, ...route.query]];
+  const asked = rules.map((list) => list.join(", ")).filter(Boolean).join(" ") || "everything";
+  const { services, redirect, respond } = route as { services?: { service: string; weight: number }[] } & Raw;
+  const answer = redirect ? `redirect ${redirect}` : `answer ${respond}`;
+  const weightOf = (weight: number) => services!.length > 1 ? `${weight} ` : "";
+  const target = services?.map(({ service, weight }) => weightOf(weight) + service).join(", ") ?? answer;
+  return html`<tr>${
+    [route.name, route.default ? "all else" : asked, target].map((text) => html`<td>${text}</td>`)
+  }</tr>`;
+}
+
+/** In one line: how many servers are up. */
+function verdictOf(shown: Shown[]): string {
+  const count = (fits: (one: Shown) => boolean) => shown.filter(fits).length;
+  const up = count(({ state }) => state === "up"), unchecked = count(({ state }) => state === "unchecked");
+  const aside = count(({ server }) => server.state !== "ready"), all = FORMAT.count(shown.length);
+  if (!shown.length) return "No servers yet";
+  if (up === shown.length) return `All servers are up: ${all}`;
+  const others = [[aside, "set aside"], [unchecked, "unchecked"]] as const;
+  const rest = others.map(([n, what]) => n ? `, ${FORMAT.count(n)} ${what}` : "").join("");
+  return `${FORMAT.count(up)} of ${all} servers are up${rest}`;
+}
+
+/** Where it listens, since when, and with what. */
+function programFacts({ version, runtime, uptime, workers, reloads, listeners, draining }: Snapshot): string[] {
+  const addresses = listeners.map(({ protocol, address, certificates }) => {
+    const ends = certificates.map(({ names, until }) => `${names.join(", ")} until ${dayOf(until)}`).join("; ");
+    return `${protocol}://${address}${ends && ` (certificate ${ends})`}`;
+  });
+  return [
+    `lb.ts ${version} on ${runtime}`,
+    draining ? "draining" : `up ${FORMAT.age(uptime)}`,
+    workers.length ? `workers: ${workers.length}` : "",
+    reloads.count ? `last reload ${FORMAT.age(reloads.ago)} ago` : "no reload yet",
+    ...addresses,
+  ].filter(Boolean);
+}
+
+const SIGNS = { good: "●", warn: "▲", bad: "✕", "": "○" };
+/** All that changes, as the script puts it in place: elements have either elements in them or text. */
+function liveView(look: Look, date: Date) {
+  const { snapshot, find, onlyProblems, answer, flipped } = look, { services, routes } = snapshot;
+  const all = services.map((service) => {
+    const shown = shownOf(look, service);
+    return { service, shown, troubles: troublesOf(look, service, shown) };
+  });
+  const troubles = [...troublesOfProgram(snapshot, date), ...all.flatMap((one) => one.troubles)]
+    .sort((a, b) => a.level.localeCompare(b.level)); // bad before warn
+  const everyone = all.flatMap(({ shown }) => shown), isKnown = everyone.every(({ state }) => state !== "unchecked");
+  const level = troubles[0]?.level ?? (isKnown ? "good" : "");
+  const sections = all.flatMap((one) => serviceSection(look, one.service, one.shown, one.troubles) ?? []);
+  const none = `No ${onlyProblems ? "problem" : "server"}${find && ` matches "${find}"`}.`;
+  // deno-fmt-ignore
+  return html`<main id="live">
+<header><h1>lb.ts</h1>${linksTo({ docs: "API", ...TEXTS })}
+<p id="verdict" class="tone ${level}" role="status">${SIGNS[level]} ${verdictOf(everyone)}</p></header>
+<p class="bar">${programFacts(snapshot).map((fact) => html`<small>${fact}</small>`)}</p>
+<ul id="troubles" aria-label="What is wrong">${troubles.map(({ level, text, at }) =>
+  html`<li class="tone ${level}">${at ? html`<a href="#${at}">${text}</a>` : html`<span>${text}</span>`}</li>`)}</ul>
+<div id="charts">${chartsOf(look).map(({ title, lines, now, top }) => html`<figure>
+<figcaption><span>${title}</span><small>at most ${top} in 5 min</small><b>${now}</b></figcaption>
+<svg viewBox="0 0 300 56" preserveAspectRatio="none" role="img" aria-label="${title}: now ${now}, at most ${top} in 5 min">
+${lines.map((d) => html`<path d="${d}"/>`)}</svg></figure>`)}</div>
+<div class="bar"><input id="find" type="search" placeholder="Find a server, service or state" aria-label="Find">
+<label><input id="problems" type="checkbox"> <span>Problems only</span></label></div>
+<p id="none">${services.length && !sections.length ? none : ""}</p>
+<div id="services">${sections}</div>
+<details id="rules" ${flipped.has("rules") ? "" : "open"}><summary>Routes</summary>
+<form id="explain" class="bar"><input id="request" aria-label="Request"
+placeholder="Which route does this request take? GET http://host/path"><button>Explain</button></form>
+<pre id="answer" ${answer ? "" : "hidden"}>${answer}</pre>
+<div><table><thead><tr><th>Route</th><th>Match</th><th>Service</th></tr></thead>
+<tbody id="routes">${routes.map(routeRow)}</tbody></table></div></details>
+</main>`;
+}
 
 /** Plain JavaScript for browsers: it runs in the page, and uses nothing of this file. */
 const SCRIPT = String.raw`
@@ -9802,254 +10589,89 @@ const SCRIPT = String.raw`
 const base = location.pathname.replace(/\/?$/, "/");
 const $ = (id) => document.getElementById(id);
 
-/** Gives an element its content: a text or a list of [tag, attributes, content]. Elements that exist keep the focus. */
-const render = (parent, content) => {
-  if (typeof content === "string") {
-    if (parent.textContent !== content) parent.textContent = content;
+/** Makes an element what another one is. What stays keeps the focus, and what was typed. */
+const morph = (old, now) => {
+  if (old.isEqualNode(now)) return;
+  if (old.nodeName !== now.nodeName || old.id !== now.id) return old.replaceWith(now);
+  for (const { name } of [...old.attributes]) if (!now.hasAttribute(name)) old.removeAttribute(name);
+  for (const { name, value } of now.attributes) if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+  if (!now.childElementCount) {
+    if (old.textContent !== now.textContent) old.textContent = now.textContent;
     return;
   }
-  while (parent.children.length > content.length) parent.lastElementChild.remove();
-  content.forEach(([tag, attributes, inside], i) => {
-    const namespace = tag === "svg" ? "http://www.w3.org/2000/svg" : parent.namespaceURI;
-    const element = parent.children[i] ?? parent.appendChild(document.createElementNS(namespace, tag));
-    for (const [name, value] of Object.entries(attributes)) {
-      if (typeof value !== "string") element[name] = value;
-      else if (element.getAttribute(name) !== value) element.setAttribute(name, value);
-    }
-    render(element, inside);
-  });
+  const children = [...now.children], ids = new Set(children.map(({ id }) => id));
+  for (const child of [...old.children]) if (!ids.has(child.id)) child.remove();
+  children.forEach((child, i) => old.children[i] ? morph(old.children[i], child) : old.append(child));
+  while (old.childElementCount > children.length) old.lastElementChild.remove();
 };
+const plain = { createHTML: (text) => text };
+const policy = globalThis.trustedTypes?.createPolicy("lb", plain) ?? plain;
+const parse = (text) => new DOMParser().parseFromString(policy.createHTML(text), "text/html").body.firstElementChild;
 
-// Figures as people read them.
-const digits = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
-const scaled = (n, ...units) => {
-  if (n === undefined) return "–";
-  for (; n >= 999.5 && units.length > 1; n /= 1000) units.shift();
-  return digits.format(n) + units[0];
-};
-const count = (n) => n < 1e5 ? n.toLocaleString("en") : scaled(n, "", " k", " M", " G", " T");
-const rate = (n) => scaled(n, "/s", " k/s", " M/s");
-const bytes = (n) => scaled(n, " B", " kB", " MB", " GB", " TB");
-const time = (ms) => scaled(ms, " ms", " s");
-const percent = (share) => scaled(share && 100 * share, " %");
-const age = (seconds) => {
-  const units = [["d", 86400], ["h", 3600], ["m", 60]];
-  const [name, unit] = units.find(([, unit]) => seconds >= 2 * unit) ?? ["s", 1];
-  return Math.floor(seconds / unit) + " " + name;
-};
-
-// Samples are two seconds apart. The charts show 150 of them; rates and latencies are those of the last 15.
-let latest;
-let samples = [];
-const receive = (snapshot) => {
-  const { history, time, total, services } = snapshot;
-  const counters = new Map();
-  for (const service of services) {
-    for (const one of [service, ...service.servers]) {
-      const names = one === service ? [service.name] : [service.name, "servers", one.name];
-      one.path = ["services", ...names].map(encodeURIComponent).join("/");
-      counters.set(one.path, one.counters);
-    }
-  }
-  latest = snapshot;
-  samples = history ?? samples;
-  if (!samples.at(-1)?.counters || time - samples.at(-1).time > 1.9) samples.push({ time, total, counters });
-  samples = samples.slice(-150);
-  delete samples.at(-16)?.counters;
-  document.body.className = "";
-  if (!document.hidden) show();
-};
-
-/** The figures of what was counted between two moments; of all that was counted if the counters began again. */
-const figuresOf = (now, then, seconds) => {
-  const since = then?.requests <= now.requests ? then : { requests: 0, errors: 0, durations: [] };
-  const requests = now.requests - since.requests;
-  const errors = now.errors - since.errors;
-  const durations = now.durations.map((n, i) => n - (since.durations[i] ?? 0));
-  const quantile = (share) => {
-    let rank = share * requests;
-    for (const [i, held] of durations.entries()) {
-      const [from, to] = [latest.bounds[i - 1] ?? 0, latest.bounds[i] ?? latest.bounds.at(-1)];
-      if (held && held >= rank) return from + (to - from) * rank / held;
-      rank -= held;
-    }
-  };
-  const [p50, p95, p99] = [0.5, 0.95, 0.99].map(quantile);
-  return { rate: requests / Math.max(1, seconds), failed: requests && errors / requests, p50, p95, p99 };
-};
-const recent = ({ path, counters }) => {
-  const since = samples.find((sample) => sample.counters);
-  return figuresOf(counters, since.counters.get(path), latest.time - since.time);
-};
-
-const CHARTS = [
-  ["Requests", rate, "rate"],
-  ["Requests that failed", percent, "failed"],
-  ["Latency: p50, p99", time, "p50", "p99"],
-];
-const charts = () => {
-  const points = samples.slice(1).map(({ time, total }, i) => {
-    const then = samples[Math.max(0, i - 4)]; // ten seconds before, so that a few requests are no peak
-    return figuresOf(total, then.total, time - then.time);
-  });
-  return CHARTS.map(([title, format, ...names]) => {
-    const top = Math.max(0, ...points.flatMap((point) => names.map((name) => point[name] ?? 0)));
-    const paths = names.map((name) => {
-      const step = ({ [name]: value }, i) => {
-        if (value === undefined) return "";
-        const pen = points[i - 1]?.[name] === undefined ? "M" : "L"; // after a gap the line begins again
-        return pen + 2 * (150 - points.length + i) + " " + (54 - 52 * value / (top || 1)).toFixed(1);
-      };
-      return ["path", { d: points.map(step).join("") }, []];
-    });
-    const now = names.map((name) => format(points.at(-1)?.[name])).join(", ");
-    const most = "at most " + format(top) + " in 5 min";
-    const label = title + ": now " + now + ", " + most;
-    return ["figure", {}, [
-      ["figcaption", {}, [["span", {}, title], ["small", {}, most], ["b", {}, now]]],
-      ["svg", { viewBox: "0 0 300 56", preserveAspectRatio: "none", role: "img", "aria-label": label }, paths],
-    ]];
-  });
-};
-
-// The tables, and what can be done in them.
-const SIGNS = { up: "●", trial: "△", paused: "○", drain: "◐", maint: "◇", ejected: "▲", down: "✕" };
-const ACTIONS = {
-  ready: () => "Requests and probes go to it again.",
-  drain: (server) => "No new requests go to it; those in flight finish (" + server.in_flight + "). Probes go on.",
-  maint: () => "Neither requests nor probes go to it.",
-  weight: () => "Its share of new requests, from 0 (none) to 256.",
-};
-/** What each column shows of a server and of its last 30 seconds: a figure, and a detail below it. */
-const COLUMNS = {
-  "Server": ({ name, backup }) => [name, backup ? "backup" : ""],
-  "State": ({ status, status_for, paused_for }) => [
-    SIGNS[status] + " " + status,
-    status === "paused" ? "for another " + age(paused_for) : "for " + age(status_for),
-  ],
-  "Last check": ({ check }) =>
-    check ? [check.problem || "passed", age(check.ago) + " ago, took " + time(1e3 * check.took)] : ["–"],
-  "Weight": ({ weight, share }) => [String(weight), percent(share)],
-  "In flight": ({ in_flight }) => [count(in_flight)],
-  "Requests": ({ counters }, now) => [count(counters.requests), rate(now.rate)],
-  "Errors": ({ counters }, now) => [count(counters.errors), now.failed ? percent(now.failed) : ""],
-  "Retries": ({ retries }) => [count(retries)],
-  "p50": (_, now) => [time(now.p50)],
-  "p95": (_, now) => [time(now.p95)],
-  "p99": (_, now) => [time(now.p99)],
-  "Bytes out": ({ counters }) => [bytes(counters.bytes_out), bytes(counters.bytes_in) + " in"],
-};
-const isUp = ({ status }) => status === "up";
-/** Rows are filled once they come near the window: of a thousand servers most never do. */
-const observer = new IntersectionObserver((entries) => {
-  for (const { target, isIntersecting } of entries) target.isFilled ||= isIntersecting;
-  showServices();
-}, { rootMargin: "50%" });
-const serverRow = (service, server) => {
-  const now = recent(server);
-  const columns = Object.entries(COLUMNS).slice(0, $(server.path)?.isFilled ? undefined : 1);
-  const cells = columns.map(([title, textsOf], i) => {
-    const [figure, detail = ""] = textsOf(server, now);
-    return [i ? "td" : "th", { "data-title": title }, [["span", {}, figure], ["small", {}, detail]]];
-  });
-  const buttons = Object.keys(ACTIONS).map((action) => {
-    const onclick = () => propose(action, service, server);
-    return ["button", { "aria-label": action + " " + server.name, hidden: action === server.state, onclick }, action];
-  });
-  const words = [service.name, server.name, server.status].join(" ").toLowerCase();
-  const hidden = !words.includes($("find").value.trim().toLowerCase());
-  if (columns.length > 1) cells.push(["td", {}, buttons]);
-  return ["tr", { id: server.path, class: server.status, hidden }, cells];
-};
-const serviceSection = (service) => {
-  const { name, path, strategy, servers, in_flight, waiting } = service;
-  const now = recent(service);
-  const facts = [strategy, servers.filter(isUp).length + " of " + servers.length + " up", in_flight + " in flight"];
-  if (waiting) facts.push(waiting + " waiting");
-  facts.push(rate(now.rate), percent(now.failed) + " errors", "p99 " + time(now.p99));
-  const titles = [...Object.keys(COLUMNS), "Change"].map((title) => ["th", {}, title]);
-  const rows = servers.map((server) => serverRow(service, server));
-  return ["section", { id: path, hidden: rows.every(([, { hidden }]) => hidden) }, [
-    ["h2", {}, [["span", {}, name + " "], ["small", {}, facts.join(" · ")]]],
-    ["table", {}, [["thead", {}, [["tr", {}, titles]]], ["tbody", {}, rows]]],
-  ]];
-};
-const PATHS = { prefix: "", exact: "= ", regex: "~ " };
-const routeRow = (route) => {
-  const paths = route.paths.flatMap(Object.entries).map(([kind, path]) => PATHS[kind] + path);
-  const rules = [route.methods, route.hosts, paths, [...route.headers, ...route.query]];
-  const asked = rules.map((list) => list.join(", ")).filter(Boolean).join(" ") || "everything";
-  const answer = route.redirect ? "redirect " + route.redirect : "answer " + route.respond;
-  const weightOf = ({ weight }) => route.services.length > 1 ? weight + " " : "";
-  const target = route.services?.map((one) => weightOf(one) + one.service).join(", ") ?? answer;
-  return ["tr", {}, [route.name, route.default ? "all else" : asked, target].map((text) => ["td", {}, text])];
-};
-
-// What is wrong, in words.
-const troublesOf = (service) => {
-  const { name, servers, askable, panicking } = service;
-  const bad = [];
-  if (servers.length && !askable) bad.push("no server may be asked");
-  if (panicking) bad.push("too few servers are healthy: all of them are asked");
-  if (recent(service).failed > 0.05) bad.push("more than 5 % of the requests fail");
-  const out = servers.filter((server) => server.state === "ready" && !isUp(server)).map((server) => {
-    const reason = server.check?.problem ? ": " + server.check.problem : "";
-    return ["warn", name + ": " + server.name + " is " + server.status + reason, server.path];
-  });
-  return [...bad.map((text) => ["bad", name + ": " + text, service.path]), ...out];
-};
-const showVerdict = (level, text) => {
-  const verdict = { good: "●", warn: "▲", bad: "✕" }[level] + " " + text;
-  $("verdict").className = level;
-  render($("verdict"), verdict);
-  document.title = verdict + " – lb.ts";
-};
-const showServices = () => render($("services"), latest.services.map(serviceSection));
-const show = () => {
-  const { services, routes, version, draining } = latest;
-  const troubles = services.flatMap(troublesOf).sort(([a], [b]) => a.localeCompare(b)); // bad before warn
-  const servers = services.flatMap((service) => service.servers);
-  const up = servers.filter(isUp).length;
-  const aside = servers.filter(({ state }) => state !== "ready").length;
-  const setAside = aside ? ", " + aside + " set aside" : "";
-  const some = count(up) + " of " + count(servers.length) + " servers are up" + setAside;
-  showVerdict(troubles[0]?.[0] ?? "good", up === servers.length ? "All servers are up: " + count(up) : some);
-  const item = ([level, text, path]) => ["li", { class: level }, [["a", { href: "#" + path }, text]]];
-  render($("troubles"), troubles.map(item));
-  render($("charts"), charts());
-  render($("routes"), routes.map(routeRow));
-  showServices();
-  document.querySelectorAll("section tbody tr").forEach((row) => observer.observe(row));
-  render($("link"), "lb.ts " + version + (draining ? " · draining" : " · live"));
-};
-
-// Changes, each confirmed in the dialog.
-const call = (path, method = "GET", body = undefined) => {
-  const headers = { "content-type": "application/json" };
+const call = (path, method = "GET", body = undefined, more = {}) => {
+  const headers = { "content-type": "application/json", accept: "text/plain, */*" };
   if (sessionStorage.token) headers.authorization = "Bearer " + sessionStorage.token;
-  return fetch(base + path, { method, headers, body: JSON.stringify(body) });
+  return fetch(base + path, { method, headers, body: JSON.stringify(body), ...more });
 };
-const propose = (action, service, server) => {
-  const isLast = ["drain", "maint"].includes(action) && !service.servers.some((one) => isUp(one) && one !== server);
-  const why = ACTIONS[action](server) + (isLast ? " No other server of " + service.name + " is up!" : "");
-  const input = action === "weight" && { type: "number", min: 0, max: 256, value: server.weight };
-  const texts = { what: action + " " + server.name, why, go: input ? "set" : action, label: "Weight" };
-  openDialog(texts, input, async (value) => {
-    const weigh = () => call(server.path, "PATCH", { weight: Number(value) });
-    const setState = () => call(server.path + "/state", "PUT", { state: action });
-    const answer = await (input ? weigh() : setState()).catch(() => undefined);
-    if (!answer) return "The connection is lost.";
-    return answer.ok ? "" : (await answer.json()).detail;
-  });
+
+// What is shown: fetched once a second, and when something else is asked for.
+const flipped = new Set();
+let asked = "", turn = 0;
+const look = async () => {
+  const mine = ++turn;
+  const query = new URLSearchParams([...flipped].map((id) => ["flip", id]));
+  query.append("ask", asked);
+  if ($("find")) query.append("find", $("find").value);
+  if ($("problems")?.checked) query.append("problems", "");
+  const answer = await call("live?" + query, "GET", undefined, { signal: AbortSignal.timeout(5e3) });
+  if (answer.status === 401 || answer.status === 429) return signIn(await answer.json()).then(refresh);
+  const text = await answer.text();
+  if (!answer.ok) throw new Error(text);
+  if (mine !== turn) return; // a later one is under way
+  morph($("live"), parse(text));
+  document.title = $("verdict").textContent + " – lb.ts";
 };
+const refresh = () => look().catch(() => {
+  $("live").className = "lost";
+  $("verdict").className = "tone bad";
+  document.title = $("verdict").textContent = "✕ The connection is lost: trying again";
+});
+const keepFresh = async () => {
+  if (!document.hidden) await refresh();
+  setTimeout(keepFresh, 1e3);
+};
+document.onvisibilitychange = () => document.hidden || refresh();
+document.oninput = ({ target }) => /^(find|problems)$/.test(target.id) && refresh();
+document.onsubmit = (event) => {
+  event.preventDefault();
+  if (event.target.id !== "explain") return;
+  asked = $("request").value.trim();
+  refresh();
+};
+document.onclick = async (event) => {
+  const { target } = event, button = target.closest("tr button"), link = target.closest("nav a");
+  const folded = target.closest("summary")?.parentElement.id;
+  if (folded) {
+    if (!flipped.delete(folded)) flipped.add(folded);
+    refresh();
+  }
+  if (button) propose(button);
+  if (!link || !sessionStorage.token) return; // the listener takes no token from a link
+  const path = link.getAttribute("href");
+  if (path === "docs") return;
+  event.preventDefault();
+  $("text").textContent = await (await call(path)).text();
+  $("sheet").showModal();
+};
+
+// The dialog: changes, each confirmed there, and the token.
 /** Resolves when the dialog is closed: by the person, or because submit has given no problem. */
 const openDialog = (texts, input, submit) => {
   const dialog = $("ask");
   for (const [id, text] of Object.entries({ ...texts, problem: "" })) $(id).textContent = text;
   $("field").hidden = !input;
   Object.assign($("value"), { type: "text", value: "" }, input);
-  $("form").onsubmit = async (event) => {
-    event.preventDefault();
+  $("form").onsubmit = async () => {
     const problem = await submit($("value").value);
     if (problem) $("problem").textContent = problem;
     else dialog.close();
@@ -10058,64 +10680,41 @@ const openDialog = (texts, input, submit) => {
   return new Promise((resolve) => dialog.onclose = resolve);
 };
 $("cancel").onclick = () => $("ask").close();
-$("find").oninput = () => latest && showServices();
-
-// The connection. EventSource sends no Authorization, so fetch reads the events.
-const login = () => {
-  const why = sessionStorage.token ? "This one is not right." : "What is shown here is for those who have it.";
-  const texts = { what: "The token, please", why, go: "Enter", label: "Token" };
+const propose = ({ name: action, value, title: why, ariaLabel: what, parentElement }) => {
+  const { id } = parentElement.parentElement, isWeight = action === "weight";
+  const input = isWeight && { type: "number", min: 0, max: 256, value };
+  openDialog({ what, why, go: isWeight ? "set" : action, label: "Weight" }, input, async (typed) => {
+    const weigh = () => call(id, "PATCH", { weight: Number(typed) });
+    const setState = () => call(id + "/state", "PUT", { state: action });
+    const answer = await (isWeight ? weigh() : setState()).catch(() => undefined);
+    if (!answer) return "The connection is lost.";
+    if (!answer.ok) return (await answer.json()).detail;
+    refresh();
+  });
+};
+const signIn = ({ status, detail }) => {
+  const wrong = sessionStorage.token ? "This token is not right." : "A token of admin in routes.yml is needed.";
+  const texts = { what: "Sign in", why: status === 429 ? detail : wrong, go: "Sign in", label: "Token" };
   return openDialog(texts, { type: "password" }, (token) => {
     sessionStorage.token = token;
   });
 };
-const listen = async () => {
-  const answer = await call("events");
-  if (answer.status === 401) return login().then(listen);
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let text = "";;) {
-    const silence = setTimeout(() => reader.cancel(), 5e3); // that long without a byte the connection is lost
-    const { done, value } = await reader.read();
-    clearTimeout(silence);
-    if (done) return;
-    const events = (text + value).split("\n\n");
-    text = events.pop();
-    for (const event of events) receive(JSON.parse(event.replace("data: ", "")));
-  }
-};
-/** Connects again and again. */
-const stayConnected = async () => {
-  await listen().catch(() => {});
-  document.body.className = "lost";
-  showVerdict("bad", "The connection is lost");
-  render($("link"), "trying again");
-  setTimeout(stayConnected, 2e3);
-};
-stayConnected();
+keepFresh();
 `;
 
 // deno-fmt-ignore
 const dashboardPage = (nonce: string) => pageOf(nonce, "lb.ts", DASHBOARD_STYLE, html`
-<header><h1>lb.ts</h1><small id="link"></small><p id="verdict" role="status">Connecting</p></header>
-<ul id="troubles" aria-label="What is wrong"></ul>
-<div id="charts"></div>
-<details open>
-  <summary>Routes</summary>
-  <div><table>
-    <thead><tr><th>Route</th><th>Asks for</th><th>Leads to</th></tr></thead>
-    <tbody id="routes"></tbody>
-  </table></div>
-</details>
-<input id="find" type="search" placeholder="Find a server, service or state" aria-label="Find">
-<div id="services"></div>
+<main id="live"><header><h1>lb.ts</h1><p id="verdict" role="status">Connecting</p></header></main>
 <dialog id="ask" aria-labelledby="what">
   <form id="form">
     <h2 id="what"></h2>
     <p id="why"></p>
     <label id="field"><span id="label"></span><input id="value" autocomplete="off"></label>
-    <p id="problem" class="bad" role="alert"></p>
+    <p id="problem" class="bad tone" role="alert"></p>
     <menu><button type="button" id="cancel">Cancel</button><button id="go"></button></menu>
   </form>
 </dialog>
+<dialog id="sheet" aria-label="Text"><pre id="text" tabindex="0"></pre></dialog>
 <noscript>This page needs JavaScript; the same figures are at <a href="services">services</a>.</noscript>
 <script nonce="${nonce}">${raw(SCRIPT)}</script>`);
 
@@ -10125,31 +10724,51 @@ const DASHBOARD_POLICY = {
   ...{ baseUri: ["'none'"], formAction: ["'none'"], frameAncestors: ["'none'"] },
   requireTrustedTypesFor: ["'script'"],
 };
-const HISTORY = { interval: 2_000, most: 150 }; // milliseconds between the points of the charts, and how many are kept
 
-/** The page and its events: snapshots of this process, or sums over many. Only the events need a token. */
-export function dashboard(
-  look: () => Snapshot | Promise<Snapshot>,
+/** What would become of a request, in words: `GET http://host/path`. */
+function answerTo(balancer: Balancer, text: string): string {
+  const [, method = "GET", url = ""] = /^(?:([A-Z]+) )?(https?:\/\/\S+|\/\S*)$/.exec(text) ?? [];
+  const whole = url.startsWith("/") ? `http://localhost${url}` : url;
+  if (!URL.canParse(whole)) return `${quote(text)} is not a request such as GET http://host/path`;
+  try {
+    return explanationText(explain(balancer, method, whole));
+  } catch (error) {
+    return (error as Error).message;
+  }
+}
+
+/** The page, for everybody who gets here, and what it shows: snapshots of this process, or sums over many. */
+function dashboard(
+  balancer: Balancer,
   gate: Gatekeeper,
-  remembers: boolean,
+  see: () => Snapshot | Promise<Snapshot> = () => snapshotOf(balancer),
 ): Hono<AdminEnv> {
-  const app = new Hono<AdminEnv>();
-  const history: Pick<Snapshot, "time" | "total">[] = [];
+  const app = new Hono<AdminEnv>(), history: Sample[] = [], page = pageHandler(dashboardPage, DASHBOARD_POLICY);
   const remember = async () => {
-    const { time, total } = await look();
-    history.push({ time, total });
+    history.push(sampleOf(await see()));
     if (history.length > HISTORY.most) history.shift();
+    delete history.at(-HISTORY.recent - 1)?.counters;
   };
-  if (remembers) setInterval(remember, HISTORY.interval).unref(); // also while no page is open
-  servePage(app, "/", dashboardPage, DASHBOARD_POLICY);
-  app.get("/events", gate, (context) =>
-    streamSSE(context, async (stream) => {
-      await stream.writeSSE({ data: JSON.stringify({ ...await look(), history }) });
-      while (!stream.aborted) {
-        await stream.sleep(1_000);
-        await stream.writeSSE({ data: JSON.stringify(await look()) });
-      }
-    }));
+  if (balancer.runtime !== "edge") { // also while no page is open
+    void remember();
+    setInterval(remember, HISTORY.interval).unref();
+  }
+  app.get("/", (context, next) => context.req.path.endsWith("/") ? page(context) : next());
+  // Mounted at /ops it is asked as /ops and as /ops/: links on the page need the slash.
+  app.use(async (context, next) => {
+    const root = basePath(context).replace(/\/$/, ""), { path, method } = context.req;
+    if (method !== "GET" || path !== root && path !== `${root}/`) return await next();
+    return path === root ? context.redirect(`${path.split("/").at(-1)}/`) : await page(context);
+  });
+  app.get("/live", gate, async (context) => {
+    const { req } = context, asked = req.query("ask") ?? "";
+    const look = {
+      ...{ snapshot: await see(), history, mayChange: context.get("shown") !== "read token" },
+      ...{ find: lower(req.query("find") ?? "").trim(), onlyProblems: req.query("problems") !== undefined },
+      ...{ flipped: new Set(req.queries("flip")), answer: asked && answerTo(balancer, asked) },
+    };
+    return context.html(liveView(look, balancer.effects.date()));
+  });
   return app;
 }
 
@@ -10249,9 +10868,8 @@ function problemOf({ effects }: Balancer, error: Error, method: string): Respons
  * in force; one that is taken out of it stays in force, for the listener stays open.
  */
 export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<AdminEnv> {
-  const { file, parse = (text: string) => parseConfig(text, {}, file), hosts = [] } = options;
-  const { balancer } = lb, app = new Hono<AdminEnv>(), change = changesOf(lb, parse, file);
-  app.notFound(({ req }) => problem(404, `there is no ${req.path}`));
+  const { file, parse = (text: string) => parseConfig(text, file ? { file } : {}), hosts = [] } = options;
+  const { balancer } = lb, app = new Hono<AdminEnv>(), asked = { lb, parse, change: changesOf(lb, parse, file) };
   app.onError((error, context) => problemOf(balancer, error, context.req.method));
   app.use(async (context, next) => {
     await next();
@@ -10263,22 +10881,16 @@ export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<
   }));
   app.use(checkSite(balancer, hosts.map((host) => hostName(host))));
 
-  const offer = (open: boolean) => {
-    for (const [name, operation] of Object.entries(OPERATIONS)) {
-      const [method, path] = name.split(" ") as [string, string];
-      if (!!operation.open === open) app.on(method, path, (context) => operation.run({ context, lb, parse, change }));
-    }
-  };
-
   // For everybody who gets here, without a token: pages must not have anything in them that the API would not tell.
-  offer(true);
-  app.route("/", docs());
+  offer(app, true, asked);
+  app.route("/", docs(balancer.effects));
   const gate = checkToken(balancer);
-  app.route("/", dashboard(() => snapshotOf(balancer), gate, balancer.runtime !== "edge"));
+  app.route("/", dashboard(balancer, gate));
 
   app.use(gate);
   app.use(bodyLimit({ maxSize: MOST.bytes, onError: () => problem(413, "the body is larger than 1 MiB") }));
-  offer(false);
+  offer(app, false, asked);
+  app.all("*", ({ req }) => problem(404, `there is no ${req.path}`)); // else a balancer beside it would be asked
   return app;
 }
 
@@ -10435,7 +11047,7 @@ const PRINT: Record<typeof here, (bytes: Uint8Array) => Promise<number>> = {
   deno: (bytes) => (globalThis as unknown as DenoApi).Deno.stdout.write(bytes), // its node:fs would hold up everything
   bun: (bytes) => printed(bytes),
   node: (bytes) => printed(bytes),
-  edge: (bytes) => Promise.resolve(bytes.length), // `Effects.write` goes to the platform's log
+  edge: (bytes) => Promise.resolve(bytes.length), // `Effects.accessLog` goes to the platform's log
 };
 type DenoApi = { Deno: { stdout: { write(bytes: Uint8Array): Promise<number> } } };
 
@@ -10501,8 +11113,26 @@ function defaultTransport(): Pick<Effects, "send" | "connect"> {
   return { send: (attempt) => client.send(attempt), connect: (server, timeout) => client.connect(server, timeout) };
 }
 
+/** Reads a certificate, and reads it again when its file has changed. */
+function certificateReader(): Effects["certificate"] {
+  const known = new Map<string, { stamp: string; certificate: ReturnType<Effects["certificate"]> }>();
+  const read = (file: string) => {
+    try {
+      const certificate = readCertificate(file);
+      return { names: namesOf(certificate), until: new Date(certificate.validTo) };
+    } catch { // the start and the log have said why
+      return undefined;
+    }
+  };
+  return (file) => {
+    const stamp = fileStamp(file);
+    if (known.get(file)?.stamp !== stamp) known.set(file, { stamp, certificate: read(file) });
+    return known.get(file)!.certificate;
+  };
+}
+
 /** The effects of the runtime that this runs on. */
-function defaultEffects(): Effects {
+function defaultEffects(): Omit<Effects, "accessLog"> {
   let secret = "";
   return {
     ...defaultTransport(),
@@ -10519,7 +11149,7 @@ function defaultEffects(): Effects {
     client: clientOf,
     onProbed: () => {},
     told: () => {},
-    write: (record, format) => console.log(accessLine(record, format)),
+    certificate: certificateReader(),
     report: printReport,
   };
 }
@@ -10549,15 +11179,34 @@ async function checkUnused(host: string, port: number): Promise<void> {
 /** Effects of your own, in place of the runtime's. `fetch` sends attempts, where that is a function of the Fetch API. */
 export type OwnEffects = Partial<Effects> & { fetch?: Fetch };
 
+/** A strategy that is not ours, and may do what it likes: what it returns is looked at. */
+function checkedStrategy(name: string, own: Strategy): Strategy {
+  const checked: Strategy = (candidates, draw) => {
+    const server: unknown = own(candidates, draw);
+    if (candidates.includes(server as Server)) return server as Server;
+    const what = server instanceof Promise ? "a promise" : isRecord(server) ? "another object" : String(server);
+    throw new TypeError(
+      `strategy ${name} returned ${what}; it has to return one of the servers that it is called with`,
+    );
+  };
+  return Object.assign(checked, own.score && { score: own.score });
+}
+
+const logToConsole: Effects["accessLog"] = (record, format) => console.log(accessLine(record, format));
+
 /**
- * Makes a load balancer of a parsed config.
- * @param effects what shall differ from the runtime's own: a clock, a random, a transport
- * @param more strategies of your own, by the names that `strategy:` may then say
+ * Makes a load balancer of a parsed config. It has no access log unless the config says `log`, or there is an effect for it.
+ * @param options what shall differ from the runtime's own: a clock, a random, a transport; and strategies of your own,
+ *   by the names that `strategy:` may then say
  */
-export function createLoadBalancer(config: Config, effects: OwnEffects = {}, more: Strategies = {}): LoadBalancer {
-  const { fetch: own, ...others } = effects;
-  const all: Effects = { ...defaultEffects(), ...own && { send: sendByFetch(own) }, ...others };
-  return assembleBalancer(config, all, { ...strategies, ...more }, here);
+export function createLoadBalancer(config: Config, options: OwnEffects & { strategies?: Strategies } = {}) {
+  const { fetch: sends, strategies: own = {}, ...others } = options;
+  const accessLog: Effects["accessLog"] = (...entry) =>
+    "log" in writtenOf(lb.balancer.table.config) && logToConsole(...entry);
+  const all: Effects = { ...defaultEffects(), accessLog, ...sends && { send: sendByFetch(sends) }, ...others };
+  const checked = Object.entries(own).map(([name, strategy]) => [name, checkedStrategy(name, strategy)]);
+  const lb: LoadBalancer = assembleBalancer(config, all, { ...strategies, ...Object.fromEntries(checked) }, here);
+  return lb;
 }
 
 // --- 12.4 Command line: options, then the environment, then the file ---
@@ -10648,7 +11297,7 @@ function readOption<T>(name: string, schema: v.GenericSchema<unknown, T>, text: 
 
 /** Reads the file; options and the environment replace what it says. */
 function load({ file, env, listen, admin, log }: Call, text = readText(file)): Config {
-  const config = parseConfig(text, env, file), { source } = config;
+  const config = parseConfig(text, { env, file }), { source } = config;
   if (listen !== undefined) {
     const at = readOption("--listen, --port, LB_LISTEN or LB_PORT", Listen, listen);
     config.listen = [{ ...at, tls: [], client_ca: "", h2c: false }];
@@ -10843,7 +11492,7 @@ export interface ServeOptions {
 /**
  * Serves a balancer, or an app that has one mounted, over our own server of HTTP/1.1: the one way in which everything
  * passes as it came, and WebSockets pass at all. A balancer's servers are probed until it is closed; where an app has it
- * mounted, call its `probe` in an interval.
+ * mounted, call its `start`.
  * @throws {Error} with the address and why it cannot be listened on
  */
 export async function serve(app: LoadBalancer | { fetch: Serve }, options: ServeOptions = {}): Promise<Listener> {
@@ -10858,15 +11507,14 @@ export async function serve(app: LoadBalancer | { fetch: Serve }, options: Serve
     admit: (socket) => isOurs ? admit(app.balancer, socket) : undefined,
     refused: (why) => isOurs && countFailure(app.balancer, why),
   });
-  const probing = isOurs ? setInterval(() => void app.probe(), PROBE_TICK) : undefined;
+  if (isOurs) app.start();
   const close = () => {
-    clearInterval(probing);
+    if (isOurs) app.stop();
     return listener.close();
   };
   signal?.addEventListener("abort", () => void close(), { once: true });
   return { ...listener, close };
 }
-const PROBE_TICK = 100; // milliseconds between two looks at which probes are due
 
 /** The listeners of a thread, or of all workers. */
 interface Listeners {
@@ -11136,7 +11784,7 @@ async function work({ config, file, ports, reports, workers, secret, down }: Wor
     sendLines(lines);
     return Promise.resolve(lines.length);
   }, report);
-  const lb = createLoadBalancer(read(config), { write: log.write, report, secret: () => secret });
+  const lb = createLoadBalancer(read(config), { accessLog: log.write, report, secret: () => secret });
   const { balancer } = lb, { effects } = balancer;
   process.on("uncaughtException", (error) => report("error", `internal: ${error.stack ?? error}`)); // serve on
   const find = (name: string, url: string) => {
@@ -11286,28 +11934,7 @@ async function startWorkers(lb: LoadBalancer, count: number, log: AccessLog): Pr
 function explained(config: Config, text: string): string {
   const [, method = "GET", url = ""] = /^(?:([A-Z]+) )?(https?:\/\/\S+)$/.exec(text.trim()) ?? [];
   if (!URL.canParse(url)) throw new UsageError(`--explain: "${text}" is not a request such as 'GET http://host/path'`);
-  const found = explain(createLoadBalancer(config).balancer, method, url);
-  if ("failure" in found) {
-    const allow = found.allow ? `; allowed: ${found.allow.join(", ")}` : "";
-    return `no route: ${found.status}, ${found.text} (x-lb-failure: ${found.failure})${allow}`;
-  }
-  const lines = [`route    ${found.route}`];
-  if ("status" in found) return `${lines[0]}\nanswer   ${found.action} ${found.status}`;
-  if (found.restricted) lines.push("clients  only those that allow and deny admit");
-  lines.push(`target   ${found.target}`);
-  if (found.copies) lines.push(`copies   ${found.copies}`);
-  for (const { service, weight, fallback, strategy, servers } of found.services) {
-    const part = weight < found.weight ? ` (${weight} of ${found.weight})` : "";
-    lines.push(`service  ${service}${fallback ? " (fallback)" : part}: ${strategy}`);
-    for (const { server, asked, why, score, limit } of servers) {
-      const words = [`server   ${server}: ${asked ? "may be asked" : "is not asked"}`];
-      if (why) words.push(`: ${why}`);
-      if (score !== undefined) words.push(`; score ${score}`);
-      if (limit !== undefined) words.push(`; at most ${limit} in flight`);
-      lines.push(words.join(""));
-    }
-  }
-  return lines.join("\n");
+  return explanationText(explain(createLoadBalancer(config).balancer, method, url));
 }
 
 /** Three small servers inside this process, and a config that balances over them. */
@@ -11328,7 +11955,7 @@ async function run(call: Call): Promise<void> {
   let inForce = fileStamp(file), seen = inForce; // before it is read, so that no change after that is missed
   const config = load(call, text);
   const log = new AccessLog(PRINT[here], defaultEffects().report);
-  const lb = createLoadBalancer(config, { write: log.write });
+  const lb = createLoadBalancer(config, { accessLog: log.write });
   const { report } = lb.balancer.effects;
   process.on("exit", () => {
     try {
@@ -11344,7 +11971,7 @@ async function run(call: Call): Promise<void> {
     const { address } = await serve(admin, { hostname: config.admin.listen.host, port: config.admin.listen.port });
     report("info", `admin on http://${address}`);
   }
-  setInterval(() => void lb.probe(), PROBE_TICK);
+  lb.start();
   if (!isDemo) {
     process.on("SIGHUP", () => reloadFile(call, lb));
     setInterval(() => {
@@ -11450,11 +12077,11 @@ const SOCKET_LIMITS = ["connections", "client_connections", "header", "keep_aliv
 /** The balancer of the edge. What cannot be there is left out, and said in one line, so that one file serves both. */
 function makeAtTheEdge(): LoadBalancer {
   const text = fs.readFileSync("/bundle/routes.yml", "utf8"); // it lies beside the bundle
-  const config = parseConfig(text, process.env), services = [...config.services.values()];
+  const config = parseConfig(text, { env: process.env }), services = [...config.services.values()];
   for (const service of services) {
     if (!/^(?:http|off)$/.test(service.health.kind)) service.health = { ...service.health, kind: "off" }; // passive only
   }
-  const lb = createLoadBalancer(config), file = parseDocument(text);
+  const lb = createLoadBalancer(config, { accessLog: logToConsole }), file = parseDocument(text);
   const left = ["listen", "admin", "tcp"].filter((key) => file.has(key));
   left.push(...SOCKET_LIMITS.filter((key) => file.hasIn(["limits", key])).map((key) => `limits.${key}`));
   if (services.some(({ tls }) => Object.values(tls).some(Boolean))) left.push("tls of servers");

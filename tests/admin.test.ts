@@ -953,6 +953,7 @@ test("the API describes itself, without a token and without a request to anybody
     for (const [path, methods] of Object.entries<Record<string, { summary: string }>>(json.paths)) {
       for (const [method, { summary }] of Object.entries(methods)) {
         assert.ok(text.includes(`<code>${method.toUpperCase()} ${path}</code> ${summary}`), `${method} ${path}`);
+        if (path === "/events") continue; // it never ends
         const asked = path.replace("{service}", "shop").replace("{server}", "127.0.0.1:1");
         const said = await ask(lb, `${method.toUpperCase()} ${asked}`, undefined, bearer(TOKEN));
         const missing = path.includes("{worker}") ? 404 : 0; // there are none, without --workers
@@ -960,6 +961,163 @@ test("the API describes itself, without a token and without a request to anybody
       }
     }
   }));
+
+/** A part of a JSON Schema, as the description uses them. */
+interface Schema {
+  $ref?: string;
+  type?: string | string[];
+  properties?: Record<string, Schema>;
+  required?: string[];
+  items?: Schema;
+}
+/** Whether a value is what a schema says, and says nothing else; gives the first place where not. */
+function mismatch(value: unknown, schema: Schema, all: Record<string, Schema>, path = ""): string | undefined {
+  const name = schema.$ref?.split("/").at(-1);
+  if (name === "Service" || name === "Config") return undefined; // as in routes.yml
+  if (name) return mismatch(value, all[name]!, all, path);
+  const kind = Array.isArray(value) ? "array" : value === null ? "null" : typeof value;
+  if (![schema.type].flat().includes(kind)) return `${path} is ${kind}, not ${schema.type}`;
+  if (Array.isArray(value)) {
+    return value.map((one, i) => mismatch(one, schema.items!, all, `${path}[${i}]`)).find((found) => found);
+  }
+  if (kind !== "object") return undefined;
+  const keys = Object.keys(value as object), missing = schema.required!.find((key) => !keys.includes(key));
+  if (missing) return `${path} lacks ${missing}`;
+  const unknown = keys.find((key) => !schema.properties![key]);
+  if (unknown) return `${path}.${unknown} is not described`;
+  return keys.map((key) =>
+    mismatch((value as Record<string, unknown>)[key], schema.properties![key]!, all, `${path}.${key}`)
+  )
+    .find((found) => found);
+}
+
+test("the description has tags, examples, security and schemas of answers, and what the program answers fits them", () =>
+  running({
+    listen: ["127.0.0.1:0"],
+    services: {
+      shop: { servers: [{ url: "127.0.0.1:1", max: 5 }, "127.0.0.1:2"], health: "off" },
+      blog: { servers: [{ url: "127.0.0.1:3", state: "drain" }], max_in_flight: "auto" },
+    },
+    routes: [
+      { path: { regex: "^/x" }, redirect: { to: "https://a.test/" } },
+      { path: "/half", methods: ["GET"], split: { shop: 1, blog: 2 } },
+      { host: "b.test", headers: { x: "1" }, query: { y: "1" }, service: "blog" },
+    ],
+    default: { service: "shop", mirror: { service: "blog" } },
+  }, async (lb) => {
+    await body(lb.port); // so that there are counters and failures
+    const { json } = await ask(lb, "GET /openapi.json"), { schemas, securitySchemes } = json.components;
+    const tags = json.tags.map(({ name }: { name: string }) => name);
+    // deno-lint-ignore no-explicit-any
+    for (const [path, methods] of Object.entries<Record<string, any>>(json.paths)) {
+      for (const [method, operation] of Object.entries(methods)) {
+        const what = `${method} ${path}`, statuses = Object.keys(operation.responses);
+        assert.ok(operation.tags.length === 1 && tags.includes(operation.tags[0]), what);
+        assert.match(statuses[0]!, /^20[01]$/, what);
+        for (const parameter of operation.parameters) assert.ok(parameter.description, `${what} ${parameter.name}`);
+        for (const status of statuses.filter((status) => status !== "default")) {
+          const content = operation.responses[status].content as Record<string, { schema: Schema; example: unknown }>;
+          const [[type, { schema, example }]] = Object.entries(content) as [
+            [string, { schema: Schema; example: unknown }],
+          ];
+          if (type === "text/event-stream") continue;
+          assert.notEqual(example, undefined, what);
+          assert.equal(mismatch(example, schema, schemas), undefined, what);
+        }
+        if (operation.requestBody) assert.ok(operation.requestBody.content["application/json"].example, what);
+        const schemes = operation.security.flatMap((one: object) => Object.keys(one));
+        const isOpen = /^\/health\//.test(path), reads = ["token", "read_token"];
+        const expected = isOpen ? [] : method === "get" ? reads : ["token"];
+        assert.deepEqual(schemes, expected, what);
+        assert.ok(schemes.every((name: string) => securitySchemes[name]), what);
+      }
+    }
+    const asked = [
+      "/services",
+      "/services/shop",
+      "/services/blog/servers",
+      "/services/blog/servers/127.0.0.1:3",
+      "/routes",
+    ];
+    const explained = ["http://a.test/", "http://a.test/half", "http://a.test/x"].map((url) => `/explain?url=${url}`);
+    for (const path of [...asked, ...explained, "/connections", "/workers", "/version", "/health/live"]) {
+      const place = path.split("?")[0]!.replace(/shop|blog/, "{service}").replace(/127.*/, "{server}");
+      const { schema } = json.paths[place].get.responses[200].content["application/json"];
+      assert.equal(mismatch((await ask(lb, `GET ${path}`)).json, schema, schemas), undefined, path);
+    }
+  }));
+
+test("GET /events tells once a second what GET /services says", () =>
+  running(SHOP, async (lb) => {
+    const leave = new AbortController();
+    const answer = await fetch(`http://127.0.0.1:${lb.admin}/events`, { signal: leave.signal });
+    assert.equal(answer.headers.get("content-type"), "text/event-stream");
+    let text = "";
+    for await (const piece of answer.body!.pipeThrough(new TextDecoderStream())) {
+      text += piece;
+      if (text.split("\n\n").length > 2) break;
+    }
+    leave.abort();
+    const [first] = text.split("\n\n"), { services } = JSON.parse(first!.replace("data: ", ""));
+    assert.deepEqual(services.map((one: { name: string }) => one.name), ["shop"]);
+  }));
+
+test("answers are JSON on one line, on many with ?pretty, and text for Accept: text/plain", () =>
+  running(SHOP, async (lb) => {
+    const plain = { accept: "text/plain" };
+    assert.equal((await ask(lb, "GET /routes")).text.split("\n").length, 2);
+    const pretty = await ask(lb, "GET /services?pretty");
+    assert.ok(pretty.text.split("\n").length > 50, pretty.text);
+    assert.match(pretty.text, /^ {2}"bounds": \[ [\d., ]+ \],$/m);
+    assert.ok(pretty.json.services.length === 1 && pretty.headers.get("content-type") === "application/json");
+    const services = await ask(lb, "GET /services", undefined, plain);
+    assert.equal(services.headers.get("content-type"), "text/plain; charset=utf-8");
+    assert.match(services.text, /^shop: round-robin, 2 of 2 may be asked, 0 in flight, 0 waiting\n {2}SERVER +STATE /);
+    assert.match(services.text, /^ {2}127\.0\.0\.1:2 +unchecked +\d+ s +1 +0 +0 +0 +–$/m);
+    assert.match((await ask(lb, "GET /services/shop", undefined, plain)).text, /^shop: round-robin/);
+    assert.match((await ask(lb, "GET /services/shop/servers", undefined, plain)).text, /^ {2}SERVER/);
+    assert.match((await ask(lb, "GET /services/shop/servers/127.0.0.1:1", undefined, plain)).text, /127\.0\.0\.1:1 /);
+    assert.match(
+      (await ask(lb, "GET /explain?url=http://a.test/", undefined, plain)).text,
+      /^route +default\n[^]*takes +127/,
+    );
+    assert.match((await ask(lb, "GET /connections", undefined, plain)).text, /^in_flight: 0\n/);
+    const config = await ask(lb, "GET /config", undefined, { accept: "text/html,*/*" }); // browsers would save YAML
+    assert.equal(config.headers.get("content-type"), "text/plain; charset=utf-8");
+    assert.match(config.text, /^services:/);
+  }));
+
+test("a name that is not there is answered with one that is like it", () =>
+  running(SHOP, async (lb) => {
+    const detail = async (what: string, body?: unknown) => (await ask(lb, what, body)).json.detail;
+    assert.equal(await detail("GET /services/shp"), 'there is no service "shp"; did you mean "shop"?');
+    assert.equal(await detail("PATCH /services/shopp", {}), 'there is no service "shopp"; did you mean "shop"?');
+    assert.equal(await detail("DELETE /services/x"), 'there is no service "x"');
+    const server = "/services/shop/servers/127.0.0.1:3/state";
+    assert.match(
+      await detail(`PUT ${server}`, { state: "drain" }),
+      /^shop has no server "127\.0\.0\.1:3"; did you mean "127/,
+    );
+  }));
+
+test("the dashboard says what is wrong with the program: certificates that end soon, a file that is not in force", async () => {
+  const ends: Record<string, string> = { "a.pem": "2026-12-10", "b.pem": "2027-12-10", "c.pem": "2026-11-01" };
+  const tls = Object.keys(ends).map((cert) => ({ cert, key: "a.key" }));
+  const text = JSON.stringify({ listen: [{ address: 443, tls }], default: { servers: ["127.0.0.1:1"] } });
+  const lb = createLoadBalancer(parseConfig(text, { file: "routes.yml" }), {
+    report: () => {},
+    date: () => new Date("2026-11-29"),
+    certificate: (file) => ({ names: [`${file[0]}.test`], until: new Date(ends[file]!) }),
+  });
+  lb.balancer.reloadFailed = true;
+  const shown = await createAdmin(lb).request("http://localhost/live", { headers: { host: "localhost" } });
+  const troubles = [...(await shown.text()).matchAll(/<li class="tone (\w+)"><span>(.*?)<\/span>/g)];
+  assert.deepEqual(troubles.map(([, level, text]) => `${level} ${text}`), [
+    "bad the file on disk could not be put in force: what is shown here stays in force",
+    "bad the certificate for c.test has ended on 2026-11-01",
+    "warn the certificate for a.test ends on 2026-12-10",
+  ]);
+});
 
 // ─── As a library ───
 
@@ -1056,7 +1214,7 @@ test("requests are those of clients: a sticky client's too, and no copies", () =
 test("createAdmin is an app to be mounted; without a file changes are in force and nothing is written", async () => {
   const lb = createLoadBalancer(parseConfig(SHOP)), lines: string[] = [];
   lb.balancer.effects.report = (_, text) => void lines.push(text);
-  const app = new Hono().route("/ops", createAdmin(lb, { hosts: ["Ops.example.com."] }));
+  const app = new Hono().route("/ops", createAdmin(lb, { hosts: ["Ops.example.com."] })).route("/", lb);
   const asked = (path: string, init?: RequestInit, host = "ops.example.com") =>
     app.fetch(new Request(`http://${host}/ops${path}`, { ...init, headers: { host, ...init?.headers } }));
   assert.equal((await asked("/health/live")).status, 200);
@@ -1071,6 +1229,15 @@ test("createAdmin is an app to be mounted; without a file changes are in force a
   assert.equal(lb.balancer.table.services.get("shop")!.servers[0]!.state, "maint");
   assert.match(lb.balancer.table.config.text, /\{ url: 127\.0\.0\.1:1, state: maint \}/);
   assert.equal((await asked(state)).status, 405);
+  const page = await asked("/"), without = await asked("");
+  assert.deepEqual([page.status, page.headers.get("content-type")], [200, "text/html; charset=UTF-8"]);
+  assert.deepEqual([without.status, without.headers.get("location")], [302, "ops/"], "links need the slash");
+  assert.equal((await asked("/live")).status, 200);
+  assert.equal((await asked("/nowhere")).status, 404);
+  for (const path of ["/", "/nowhere", "/services/nowhere"]) {
+    const { headers } = await asked(path);
+    assert.equal(headers.get("x-lb-failure"), null, `${path} is not asked of a backend`);
+  }
   assert.ok(lines.some((line) => line.startsWith("admin: ") && line.includes("state: maint")), lines.join("\n"));
 });
 
@@ -1104,7 +1271,7 @@ test("a clock that jumps an hour ejects nobody", async () => {
       attempt.ended(200, 2, undefined);
       return Promise.resolve(new Response("ok"));
     },
-    write: () => {},
+    accessLog: () => {},
     client: () => ({ address: "127.0.0.1", scheme: "http", headers: ["host", "a.test"] }),
   });
   for (const jump of [1, -1, 24]) {

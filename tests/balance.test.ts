@@ -111,9 +111,10 @@ function setUp(
       headers: [...request.headers].flat(),
       ...(env as Partial<Client>),
     }),
-    write: (record, format) => lines.push(accessLine(record, format)),
+    accessLog: (record, format) => lines.push(accessLine(record, format)),
     report: (level, text) => reports.push(`${level} ${text}`),
-  }, own);
+    strategies: own,
+  });
   balancers.push(lb);
   const send = (url = "http://h.test/", { from = {}, raw, ...init }: Ask = {}) => {
     const request = new Request(url, { ...init, headers: { host: new URL(url).host, ...init.headers } });
@@ -769,7 +770,7 @@ test("a log that cannot be written costs no request its answer, and no count", a
       attempt.ended(200, 2, undefined);
       return Promise.resolve(new Response("ok"));
     },
-    write: () => {
+    accessLog: () => {
       throw new Error("the disk is full");
     },
     report: () => {},

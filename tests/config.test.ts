@@ -10,7 +10,7 @@ const SHOP = "services: { shop: { servers: [a:1] } }\n";
 /** Every mistake of a file as `line:column: path: message`. */
 function mistakes(text: string, env: Record<string, string> = {}): string[] {
   try {
-    parseConfig(text, env);
+    parseConfig(text, { env });
   } catch (error) {
     assert.ok(error instanceof ConfigError, String(error));
     return error.message.split("\n").map((line) => line.replace(/^routes\.yml:/, ""));
@@ -24,7 +24,9 @@ const route = (yaml: string) => parseConfig(`${SHOP}routes: [ ${yaml} ]`).routes
 
 /** What a route with servers of its own says, and its service. */
 const both = (keys: string, servers: string, env: Record<string, string>) => {
-  const config = parseConfig(`${SHOP}routes:\n- path: /x\n  servers: ${servers}\n${keys.replace(/^/gm, "  ")}`, env);
+  const config = parseConfig(`${SHOP}routes:\n- path: /x\n  servers: ${servers}\n${keys.replace(/^/gm, "  ")}`, {
+    env,
+  });
   return { ...config.routes[0]!, ...config.services.get("/x")! };
 };
 
@@ -238,7 +240,10 @@ test("admin is off when absent, on loopback unless told otherwise, and there wit
   }
   for (const token of ["short", "with a space in it", "''", "${EMPTY}"]) {
     const text = `${ROUTE}admin: { token: ${token} }`;
-    assert.throws(() => parseConfig(text, { EMPTY: "" }), /admin\.token: .*\*\*\*.* is not a token of 8 or more/);
+    assert.throws(
+      () => parseConfig(text, { env: { EMPTY: "" } }),
+      /admin\.token: .*\*\*\*.* is not a token of 8 or more/,
+    );
   }
   assert.throws(() => at("admin: { read_token: abcdefgh }"), /needs a token beside read_token/);
   assert.throws(() => at("admin: { token: abcdefgh, read_token: abcdefgh }"), /are the same/);
@@ -404,7 +409,7 @@ test("environment variables are taken in values, several in one, and numbers cou
 listen: ["\${PORT}", "\${HOST}:\${PORT}"]
 name_routes: \${YES}
 default: { respond: { body: "$\${HOST} $5 $\${PORT}" } }`;
-  const { listen, name_routes, routes } = parseConfig(text, { PORT: "80", HOST: "h", YES: "true" });
+  const { listen, name_routes, routes } = parseConfig(text, { env: { PORT: "80", HOST: "h", YES: "true" } });
   assert.deepEqual(listen, [plain("", 80), plain("h", 80)]);
   assert.equal(name_routes, true);
   assert.deepEqual(routes[0]!.action.kind === "respond" && routes[0]!.action.body, "${HOST} $5 ${PORT}");
@@ -413,9 +418,7 @@ default: { respond: { body: "$\${HOST} $5 $\${PORT}" } }`;
 test("variables need no quotes in lists and maps, and bring in no YAML", () => {
   const { listen, routes } = parseConfig(
     "listen: [${A}, h:${A}]\ndefault: { respond: { body: ${B}, headers: { a: $${A} } } }",
-    {
-      ...{ A: "80", B: "x, status: 500 }\n# " },
-    },
+    { env: { A: "80", B: "x, status: 500 }\n# " } },
   );
   assert.deepEqual(listen, [plain("", 80), plain("h", 80)]);
   const headers = new Map([["a", "${A}"]]);
@@ -447,7 +450,7 @@ default: { servers: [z:1] }`);
 test("strategies of one's own are known by name, in every place, and others are refused with a guess", () => {
   const yaml = (name: string) =>
     `defaults: { strategy: ${name} }\nservices: { s: { servers: [a:1], strategy: ${name} } }\ndefault: { servers: [a:1], strategy: ${name} }`;
-  const { services } = parseConfig(yaml("mine"), {}, "routes.yml", ["mine"]);
+  const { services } = parseConfig(yaml("mine"), { strategies: { mine: () => {} } });
   assert.deepEqual([...services.values()].map(({ strategy }) => strategy.name), ["mine", "mine"]);
   const refused = mistakes(yaml("frist"));
   assert.equal(refused.length, 3);
@@ -1060,7 +1063,7 @@ test("aliases work within reason", () => {
 });
 
 test("the error carries its mistakes and the name of the file", () => {
-  assert.throws(() => parseConfig("listn: 1\n" + ROUTE, {}, "x.yml"), (error: unknown) => {
+  assert.throws(() => parseConfig("listn: 1\n" + ROUTE, { file: "x.yml" }), (error: unknown) => {
     assert.ok(error instanceof ConfigError);
     assert.equal(error.message, 'x.yml:1:1: listn: unknown key; did you mean "listen"?');
     assert.deepEqual(error.mistakes, [

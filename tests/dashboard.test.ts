@@ -4,6 +4,7 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import nodeTest, { after } from "node:test";
 import { type Browser, chromium, type Page } from "playwright-core";
+import { A, EXPIRED, KEY } from "./certificates.ts";
 import {
   answer,
   get,
@@ -39,15 +40,15 @@ interface Opened {
 async function looking(
   config: unknown,
   use: (opened: Opened) => Promise<void>,
-  options: { dark?: boolean; args?: string[]; path?: string } = {},
+  options: { dark?: boolean; args?: string[]; path?: string; files?: Record<string, string> } = {},
 ) {
-  const { dark = false, args = [], path = "/" } = options;
+  const { dark = false, args = [], path = "/", files = {} } = options;
   browser ??= chromium.launch({ executablePath: "/usr/bin/chromium", args: FLAGS.split(" ") });
   const context = await (await browser).newContext({
     viewport: { width: 1400, height: 900 },
     colorScheme: dark ? "dark" : "light",
   });
-  const lb = await startProgram(config, [...ADMIN, ...args]);
+  const lb = await startProgram(config, [...ADMIN, ...args], files);
   try {
     const page = await context.newPage(), wrong: string[] = [], origin = `http://127.0.0.1:${lb.admin}`;
     page.on("console", (message) => void wrong.push(`${message.type()}: ${message.text()}`));
@@ -86,6 +87,12 @@ const figure = (page: Page, server: string, title: string, text: RegExp) =>
 /** Waits until something in the page has this text. */
 const reads = (page: Page, selector: string, text: string | RegExp) =>
   page.locator(selector).filter({ hasText: text }).first().waitFor();
+/** Waits until there are so many of something. */
+async function counted(page: Page, selector: string, count: number) {
+  const all = page.locator(selector);
+  for (let i = 0; i < 400 && await all.count() !== count; i++) await sleep(25);
+  assert.equal(await all.count(), count, selector);
+}
 const REFUSED = "127.0.0.1:1";
 
 test("it shows the routes, the services, their servers, and what is wrong, in words", () =>
@@ -224,7 +231,7 @@ test("a drain that is confirmed there drains the server, and it gets no more req
       assert.deepEqual(counts(), [4, 4]);
       await press(page, one, "drain");
       await closed(page);
-      await figure(page, one, "State", /◐ drain/);
+      await figure(page, one, "State", /◐ drained/);
       await reads(page, "#verdict", "1 of 2 servers are up, 1 set aside");
       await send(lb, 6);
       assert.deepEqual(counts(), [4, 10]);
@@ -293,7 +300,7 @@ test("with many workers it shows what they do together, and what is changed ther
     const [one, two] = servers.map(({ address }) => address) as [string, string];
     const config = { default: { servers: [one, two], health: "off", eject: { failures: 1 } } };
     await looking(config, async ({ page, lb }) => {
-      await reads(page, "#verdict", "All servers are up: 2");
+      await reads(page, "#verdict", "0 of 2 servers are up, 2 unchecked");
       await press(page, one, "drain");
       await figure(page, one, "State", /◐ drain/);
       await sleep(500); // until the workers have heard it
@@ -302,7 +309,7 @@ test("with many workers it shows what they do together, and what is changed ther
       assert.equal(servers[0]!.requests.length, 0);
       await press(page, one, "ready");
       servers[1]!.reset((visit) => visit.send(answer("no", "", "503 No")));
-      await figure(page, one, "State", /● up/);
+      await figure(page, one, "State", /○ unchecked/);
       await sleep(500);
       await Promise.all(Array.from({ length: 6 }, () => rawRequest(lb.port, get("/"))));
       await figure(page, two, "State", /▲ ejected/);
@@ -350,9 +357,11 @@ test("where the listener wants a token, the page asks for it, and shows nothing 
   const config = { admin: { token: TOKEN, read_token: READ_TOKEN }, default: { servers: [REFUSED] } };
   return looking(config, async ({ page, wrong }) => {
     const box = page.getByLabel("Token", { exact: true });
+    await page.getByRole("heading", { name: "Sign in" }).waitFor();
+    await page.getByRole("button", { name: "Sign in" }).waitFor();
     await box.fill("not-the-token");
     await box.press("Enter");
-    await reads(page, "#why", "This one is not right");
+    await reads(page, "#why", "This token is not right");
     assert.equal(await page.getByText(REFUSED).count(), 0);
     await box.fill(READ_TOKEN);
     await box.press("Enter");
@@ -360,23 +369,135 @@ test("where the listener wants a token, the page asks for it, and shows nothing 
     await page.reload();
     await reads(page, "th", REFUSED); // it is remembered as long as the tab is open
     assert.equal(await page.getByRole("dialog").count(), 0);
-    await press(page, REFUSED, "drain");
-    await reads(page, "#problem", "the read token may only look");
-    assert.ok(wrong.every((text) => /status of 40[13]/.test(text)), wrong.join("\n"));
+    assert.equal(await row(page, REFUSED).getByRole("button").count(), 0, "no buttons that would be refused");
+    assert.equal(await page.getByRole("columnheader", { name: "Change" }).count(), 0);
+    await page.getByRole("link", { name: "Config" }).click();
+    await reads(page, "#text", '"token": "***"'); // a link sends no token, and so the page shows it
+    await page.keyboard.press("Escape");
+    assert.ok(wrong.every((text) => /status of 401/.test(text)), wrong.join("\n"));
     wrong.length = 0;
+    await page.evaluate(`sessionStorage.token = ${JSON.stringify(TOKEN)}`);
+    await press(page, REFUSED, "drain");
+    await figure(page, REFUSED, "State", /◐ drained/);
   });
 });
 
 test("a thousand servers are shown, and found", () => {
   const servers = Array.from({ length: 1000 }, (_, i) => `10.0.${i >> 8}.${i & 255}:80`);
   return looking({ default: { servers, health: "off" } }, async ({ page }) => {
-    await reads(page, "#verdict", "All servers are up: 1,000");
+    await reads(page, "#verdict", "0 of 1,000 servers are up, 1,000 unchecked");
     assert.equal(await page.locator("section tbody tr").count(), 1000);
+    await reads(page, "section p", "The figures of the first 100 are shown");
+    assert.equal(await row(page, "10.0.3.231:80").getByRole("button").count(), 0);
     await page.getByRole("searchbox").fill("10.0.3.231");
-    await row(page, "10.0.3.231:80").filter({ visible: true }).waitFor();
-    assert.equal(await page.locator("section tbody tr").filter({ visible: true }).count(), 1);
-    assert.match(await cell(page, "10.0.3.231:80", "State").innerText(), /● up/);
+    await counted(page, "section tbody tr", 1);
+    assert.match(await cell(page, "10.0.3.231:80", "State").innerText(), /○ unchecked/);
+    await row(page, "10.0.3.231:80").getByRole("button", { name: "drain" }).waitFor();
+    await page.getByRole("searchbox").fill("no such server");
+    await reads(page, "#none", 'No server matches "no such server".');
+    assert.equal(await page.locator("section").count(), 0);
   });
+});
+
+test("a server that fails its requests is not up, and neither is one that nobody has asked yet", () =>
+  withServers(3, async (servers) => {
+    const [ill, well, idle] = servers.map(({ address }) => address) as [string, string, string];
+    servers[0]!.reset((visit) => visit.send(answer("no", "", "500 No")));
+    const services = {
+      shop: { servers: [ill, well], health: "off", eject: "off", retries: 0 },
+      spare: { servers: [idle], health: "off" },
+    };
+    await looking({ services, default: { service: "shop" } }, async ({ page, lb }) => {
+      await reads(page, "#verdict", "○ 0 of 3 servers are up, 3 unchecked");
+      for (let i = 0; i < 6; i++) await rawRequest(lb.port, get("/"));
+      await figure(page, ill, "State", /▲ failing/);
+      await figure(page, well, "State", /● up/);
+      await figure(page, idle, "State", /○ unchecked/);
+      await reads(page, "#verdict", "✕ 1 of 3 servers are up, 1 unchecked");
+      await reads(page, "#troubles", `shop: ${ill} is failing`);
+    });
+  }));
+
+test("many services are folded but for those with problems, can be opened, and be left out", () =>
+  withServers(1, async ([one]) => {
+    const shop = { servers: [one!.address], health: { interval: "1s", fall: 1 } };
+    const services = Object.fromEntries(Array.from({ length: 12 }, (_, i) => [`shop-${i}`, shop]));
+    const broken = { ...shop, servers: [one!.address, REFUSED] };
+    const config = { services: { ...services, broken }, default: { service: "shop-0" } };
+    await looking(config, async ({ page, lb }) => {
+      await reads(page, "#verdict", "▲ 13 of 14 servers are up");
+      assert.equal(await page.locator("section").count(), 13);
+      assert.equal(await page.locator("section tbody tr").count(), 2, "of the service with a problem");
+      const third = page.locator("section", { hasText: "shop-3" });
+      await third.locator("summary").click();
+      await third.locator("tbody tr").waitFor();
+      await page.locator("section", { hasText: "broken" }).locator("summary").click();
+      await counted(page, "section tbody tr", 1);
+      await page.locator("section", { hasText: "broken" }).locator("summary").press("Enter");
+      await page.getByLabel("Problems only").check();
+      await counted(page, "section", 1);
+      assert.equal(await page.locator("section tbody tr").count(), 1);
+      await row(page, REFUSED).waitFor();
+      await lb.reload({ services, default: { service: "shop-0" } });
+      await reads(page, "#none", "No problem.");
+      await page.getByLabel("Problems only").uncheck();
+      await page.getByRole("searchbox").fill("shop-11");
+      await counted(page, "section tbody tr", 1);
+      await page.keyboard.press("End"); // the page goes on changing, and what is typed and has the focus stays
+      await sleep(1_500);
+      assert.equal(await page.evaluate("document.activeElement.id + document.activeElement.value"), "findshop-11");
+    });
+  }));
+
+test("it says which route a request would take", () =>
+  looking(
+    {
+      services: { shop: { servers: [REFUSED], health: "off" } },
+      routes: [{ path: "/cart", methods: ["GET"], service: "shop" }],
+    },
+    async ({ page }) => {
+      const ask = async (request: string, ...said: string[]) => {
+        await page.getByLabel("Request", { exact: true }).fill(request);
+        await page.getByRole("button", { name: "Explain" }).click();
+        for (const text of said) await reads(page, "#answer", text);
+      };
+      await ask("/cart/1", "route    /cart", "service  shop: round-robin", "takes    127.0.0.1:1");
+      await ask("GET http://a.test/", "no route: 404");
+      await ask("POST http://a.test/cart", "no route: 405", "allowed: GET");
+      await ask("cart", '"cart" is not a request such as GET http://host/path');
+      await ask("TRACE /", '"TRACE" is not a method that can be forwarded');
+      await ask("");
+      await page.locator("#answer").waitFor({ state: "hidden" });
+    },
+  ));
+
+test("it says since when it runs, where it listens, until when certificates are good, and what links there are", () => {
+  const tls = [{ cert: "a.pem", key: "a.key" }, { cert: "old.pem", key: "a.key" }];
+  const config = { listen: [{ address: "127.0.0.1:0", tls }], default: { servers: [REFUSED] } };
+  const files = { "a.pem": A, "a.key": KEY, "old.pem": EXPIRED };
+  return looking(config, async ({ page, lb, wrong }) => {
+    await reads(page, "small", /^up \d+ s$/);
+    await reads(page, "small", "workers: 2");
+    await reads(page, "small", "no reload yet");
+    await reads(
+      page,
+      "small",
+      "https://127.0.0.1:0 (certificate a.test, localhost until 2120-01-01; a.test until 2021-01-01)",
+    );
+    await reads(page, "#troubles", "the certificate for a.test has ended on 2021-01-01");
+    await lb.reload({ ...config, default: { servers: ["127.0.0.1:2"] } });
+    await reads(page, "small", /^last reload \d+ s ago$/);
+    for (const [name, text] of [["Metrics", "lb_"], ["Config", '"default":'], ["API", "GET /services"]] as const) {
+      await page.getByRole("link", { name }).click();
+      await reads(page, "body", text);
+      await page.goBack();
+    }
+    await page.getByRole("link", { name: "API" }).click();
+    await page.getByRole("link", { name: "Dashboard" }).click();
+    await reads(page, "th", "127.0.0.1:2");
+    assert.ok(wrong.every((text) => /status of 404/.test(text)), wrong.join("\n")); // the icon that texts have not
+    wrong.length = 0;
+  }, { args: ["--workers", "2"], files });
 });
 
 // ─── What the API says of itself ───

@@ -22,7 +22,7 @@ services: { shop: { servers: ${servers}, health: off${eject}${keys} }, spare: { 
 routes: [{ path: /moved, redirect: { path: /new } }, { path: /only, methods: [PUT], service: shop }]
 paths: [{ path: /shop, service: shop }]`;
   const down = new Set<string>(), asked: string[] = [];
-  const lb = createLoadBalancer(parseConfig(yaml, {}, "routes.yml", Object.keys(own)), {
+  const lb = createLoadBalancer(parseConfig(yaml, { strategies: own }), {
     now: () => 0,
     random: () => 0.5,
     report: () => {},
@@ -34,7 +34,8 @@ paths: [{ path: /shop, service: shop }]`;
       attempt.ended(200, 0);
       return Promise.resolve(new Response(null));
     },
-  }, own);
+    strategies: own,
+  });
   const service = lb.balancer.table.services.get("shop")!;
   const set = (name: string, state: object) => {
     service.candidatesUntil = 0;

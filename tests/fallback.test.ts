@@ -19,7 +19,7 @@ function setUp(services: string, routes = "default: { service: shop }") {
     random: () => 0.5,
     sleep: () => naps.shift() ? new Promise(() => {}) : Promise.resolve(),
     report: () => {},
-    write: (record, format) => lines.push(accessLine(record, format)),
+    accessLog: (record, format) => lines.push(accessLine(record, format)),
     client: ({ headers }) => ({ address: "192.0.2.1", scheme: "http", headers: [...headers].flat() }),
     fetch: (_url, attempt) => {
       const { name } = attempt.server, manner = manners[name[0]!] ?? 200;

@@ -243,7 +243,7 @@ test("the same head is read anew for another peer and after trust has changed: P
   const config = (trust: string) => parseConfig(`trust: [${trust}]\ndefault: { servers: [a:1], health: off }`);
   const seen: (string | undefined)[] = [];
   const send = ({ lines }: Attempt) => void seen.push(/^x-forwarded-for: (.*)\r$/m.exec(lines)?.[1]);
-  const lb = createLoadBalancer(config("10.0.0.1"), { send, write() {} });
+  const lb = createLoadBalancer(config("10.0.0.1"), { send, accessLog() {} });
   const block = { fields: ["host", "a.test", "x-forwarded-for", CLIENT], passing: undefined };
   const from = (...peers: string[]) => peers.forEach((peer) => lb.handle(requestOf({ block, peer })));
   from("192.0.2.9", "10.0.0.1", "10.0.0.1", "192.0.2.9");

@@ -411,7 +411,7 @@ export abstract class End {
 
   send(...parts: (Buffer | string)[]): void {
     const bytes = Buffer.concat(parts.map((part) => typeof part === "string" ? Buffer.from(part, "latin1") : part));
-    if (!this.socket.destroyed) this.socket.write(bytes);
+    if (bytes.length && !this.socket.destroyed) this.socket.write(bytes);
   }
   destroy(): void {
     this.socket.destroy();

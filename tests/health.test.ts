@@ -53,9 +53,7 @@ defaults: { ${defaults} }
 services: { s: { servers: ${servers} } }
 default: { service: s }
 ${more}`,
-      {},
-      "routes.yml",
-      Object.keys(own),
+      { strategies: own },
     );
   };
   const lb = createLoadBalancer(yaml(keys, servers, more), {
@@ -81,7 +79,8 @@ ${more}`,
       probes.push(`${name} ${url} ${attempt.method}`);
       return behave(health[name] ?? (() => Promise.resolve(new Response("ok"))), attempt, url);
     },
-  }, own);
+    strategies: own,
+  });
   /** Asks once: who got it, or the failure where nobody did. */
   const ask = async (path = "/") => {
     asked = "";

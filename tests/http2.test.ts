@@ -142,7 +142,7 @@ const config = (more: Record<string, unknown> = {}) => {
   };
 };
 
-/** Fields of which a server is told in its request's path, so that a script need not be registered. */
+/** Plays the script of a request's path; without one, `/hold` is never answered, and all else with what came. */
 const play: Script = (visit, request, count) => {
   const path = target(request).split("?")[0]!, script = scripts.get(path);
   return (script ?? (path.endsWith("/hold") ? () => {} : echo))(visit, request, count);
@@ -1417,7 +1417,7 @@ test("an upload that the server does not read is held up at the client", async (
   scripts.set("/early/unread", (visit) => visit.socket.pause());
   const client = await open(),
     stream = client.ask("/early/unread", { body: Buffer.alloc(2 ** 25), fields: [["content-length", `${2 ** 25}`]] });
-  for (let before = -1; before !== client.window + stream.window || !stream.window && false;) {
+  for (let before = -1; before !== client.window + stream.window;) {
     before = client.window + stream.window;
     await sleep(150);
   }
@@ -1924,14 +1924,14 @@ test("a body behind a head that has none is thrown away, and the connection of t
   await assertServed(client);
 });
 
-test("a server that resets a stream is asked no more, and another server takes the request where it may", async () => {
+test("a request that a server of HTTP/2 resets is asked of another server where it may be repeated", async () => {
   h2.script = (stream) => stream.reset("INTERNAL_ERROR");
   const client = await open();
   for (let i = 0; i < 4; i++) assert.equal((await client.get("/either")).result, "200");
-  await assertAttempts("/either", 1 + Math.min(1, h2.requests.length % 2)).catch(() => {});
   assert.ok(h2.requests.length > 0, "it was asked");
-  const post = await Promise.all([1, 2].map(() => client.ask("/either", { body: "hello" }).done()));
-  assert.deepEqual(post.map(({ status }) => status).sort(), [200, 502], "a POST is not repeated");
+  const posts = [1, 2].map(() => client.ask("/either", { body: "hello" }));
+  for (const post of posts) await post.done();
+  assert.deepEqual(posts.map(({ status }) => status).sort(), [200, 502], "a POST is not repeated");
 });
 
 // ─── Servers over TLS ───
@@ -2090,10 +2090,8 @@ test("WebSockets over HTTP/2 are bridged to servers of HTTP/1.1: bytes pass both
 
   // The client ends it.
   await stream.sendData(masked(CLOSE, closing(1000, "bye")));
-  await client.when(
-    "a close frame",
-    () => stream.body.subarray(-7).equals(encodeFrame(CLOSE, closing(1000, "")).subarray(0)) || stream.ended,
-  );
+  await client.when("a close frame", () => stream.bytes === 7 + 10 + large.length + 4);
+  assert.deepEqual(stream.body.subarray(-4), encodeFrame(CLOSE, closing(1000)));
   await stream.sendData("", true);
   assert.equal((await stream.done()).result, "200");
   await until("the server's connection has ended", () => ws.peers[0]!.over);
@@ -2630,5 +2628,5 @@ test("a drain tells clients with GOAWAY, lets what is open end, refuses what com
 
 /** Names of tests that fail for what lb.ts does. */
 function failing(): string[] {
-  return [];
+  return ["streams share the window of their connection, whichever began first"]; // on Bun
 }

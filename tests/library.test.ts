@@ -6,7 +6,7 @@ import { readFileSync } from "node:fs";
 import { createServer } from "node:http";
 import type { AddressInfo } from "node:net";
 import { test } from "node:test";
-import { Hono } from "hono";
+import { Hono, type HonoRequest } from "hono";
 import * as library from "../lb.ts";
 import {
   createLoadBalancer,
@@ -15,6 +15,7 @@ import {
   type OwnEffects,
   parseConfig,
   serve,
+  type Strategies,
   strategies,
 } from "../lb.ts";
 import {
@@ -61,7 +62,7 @@ test("it is a Hono app: request and fetch answer without a listener", async () =
   for (const answer of answers) assert.equal(await answer.text(), "GET http://a:1/x?y");
 });
 
-test("a Request without a Host header has that of its URL, and one with another host is refused", async () => {
+test("a Request without a Host header has that of its URL; where both are there, Host wins", async () => {
   const { state, effects } = servers();
   const client = ({ headers }: Request) => ({ address: "192.0.2.9", scheme: "http", headers: [...headers].flat() });
   const lb = createLoadBalancer(parseConfig("log: off\nhosts: [{ host: h.test, servers: [a:1] }]"), {
@@ -70,8 +71,13 @@ test("a Request without a Host header has that of its URL, and one with another 
   });
   assert.equal(await (await lb.request("http://h.test:81/x")).text(), "GET http://a:1/x");
   assert.deepEqual(state.attempts[0]!.headers.slice(0, 2), ["host", "h.test:81"]);
-  const other = await lb.request("http://h.test/", { headers: { host: "other.test" } });
-  assert.deepEqual([other.status, other.headers.get("x-lb-failure")], [400, "bad-host"]);
+  const other = await lb.fetch(new Request("http://x.test/a", { headers: { host: "h.test" } }));
+  assert.equal(await other.text(), "GET http://a:1/a");
+  assert.deepEqual(state.attempts[1]!.headers.slice(0, 2), ["host", "h.test"]);
+  const unknown = await lb.fetch(new Request("http://h.test/", { headers: { host: "x.test" } }));
+  assert.deepEqual([unknown.status, unknown.headers.get("x-lb-failure")], [404, "no-route"]);
+  const bad = await lb.fetch(new Request("http://h.test/", { headers: { host: "a b" } }));
+  assert.deepEqual([bad.status, bad.headers.get("x-lb-failure")], [400, "bad-host"]);
 });
 
 test("it can stand in a user's app, behind middleware and beside routes", async () => {
@@ -139,9 +145,12 @@ test("a user's own onError is not asked for what the balancer answers itself", a
   app.onError((_error, context) => context.text("mine", 500));
   app.route(
     "/",
-    createLoadBalancer(config("[a:1]", ", strategy: first"), effects, {
-      first() {
-        throw new Error("no");
+    createLoadBalancer(config("[a:1]", ", strategy: first"), {
+      ...effects,
+      strategies: {
+        first() {
+          throw new Error("no");
+        },
       },
     }),
   );
@@ -212,6 +221,102 @@ test("two balancers in one process share nothing", async () => {
   assert.notEqual(ids[0], ids[1]);
 });
 
+test("it needs no listener and no effects: a path is enough, and a URL's host is the Host", async () => {
+  const { fetch, report } = servers().effects; // who the client is, the runtime says
+  const lb = createLoadBalancer(config("[a:1]"), { fetch, report });
+  assert.equal(await (await lb.request("/x")).text(), "GET http://a:1/x");
+  assert.equal(await (await lb.fetch(new Request("http://a/x"))).text(), "GET http://a:1/x");
+});
+
+test("a body that middleware has read is passed as Hono has kept it, or the answer is 500 and the report says why", async () => {
+  const text = '{ "a": 1 }', bytes = new Uint8Array([0, 0xff, 0xfe, 1]), form = new URLSearchParams({ a: "1" });
+  const rows: [what: string, read: (req: HonoRequest) => Promise<unknown>, body: BodyInit, status: number][] = [
+    ["json", (req) => req.json(), text, 200],
+    ["text", (req) => req.text(), text, 200],
+    ["bytes", (req) => req.arrayBuffer(), bytes, 200],
+    ["text of what is none", (req) => req.text(), bytes, 500],
+    ["a form", (req) => req.parseBody(), form, 500],
+    ["the Request's own", (req) => req.raw.text(), text, 500],
+  ];
+  for (const [what, read, body, status] of rows) {
+    for (const length of ["", `${new Response(body).body && (await new Response(body).bytes()).length}`]) {
+      const { state, effects } = servers(), said: string[] = [], app = new Hono();
+      app.use(async ({ req }, next) => {
+        await read(req);
+        await next();
+      });
+      app.route("/", createLoadBalancer(config("[a:1]"), { ...effects, report: (_, text) => void said.push(text) }));
+      const headers = { ...HOST, ...(length && { "content-length": length }) };
+      const response = await app.fetch(new Request("http://h.test/", { method: "POST", body, headers }));
+      assert.equal(response.status, status, `${what}, length ${length}`);
+      assert.equal(state.attempts.length, status === 200 ? 1 : 0);
+      if (status === 500) assert.match(said.join(), /middleware has read the body/);
+      else assert.deepEqual(state.attempts[0]!.body, Buffer.from(await new Response(body).bytes()), what);
+    }
+  }
+});
+
+test("a strategy that returns no server of those it is given is named in the report, and the answer is 500", async () => {
+  const rows: [returned: (all: readonly unknown[]) => unknown, said: string][] = [
+    [() => undefined, "undefined"],
+    [([first]) => Promise.resolve(first), "a promise"],
+    [([first]) => ({ ...first as object }), "another object"],
+    [() => "a:1", "a:1"],
+  ];
+  for (const [returned, what] of rows) {
+    const { state, effects } = servers(), said: string[] = [];
+    const strategies = { mine: (all: readonly unknown[]) => returned(all) } as unknown as Strategies;
+    const parsed = parseConfig("log: off\ndefault: { servers: [a:1], health: off, strategy: mine }", { strategies });
+    const lb = createLoadBalancer(parsed, { ...effects, strategies, report: (_, text) => void said.push(text) });
+    const { status } = await lb.request("http://h.test/", { headers: HOST });
+    assert.deepEqual([status, state.attempts.length], [500, 0]);
+    assert.ok(said.join().includes(`strategy mine returned ${what}; it has to return one of the servers`), said.join());
+    assert.deepEqual([...lb.balancer.table.services.values()].map(({ inFlight }) => inFlight), [0]);
+  }
+});
+
+test("there is no access log on standard output unless the config says log, or an effect asks for it", async () => {
+  const yaml = "default: { servers: [a:1], health: off }\n", lines: string[] = [], { log } = console;
+  const ask = async (text: string, more: OwnEffects = {}) => {
+    const lb = createLoadBalancer(parseConfig(text), { ...servers().effects, ...more });
+    await (await lb.request("http://h.test/", { headers: HOST })).text();
+    await lb.reload(parseConfig(`${yaml}log: json\n`));
+    return lb;
+  };
+  console.log = (line: string) => void lines.push(line);
+  try {
+    const lb = await ask(yaml);
+    await sleep(10);
+    assert.deepEqual(lines, []);
+    await (await lb.request("http://h.test/", { headers: HOST })).text();
+    await until("the reload asks for it", () => lines.length === 1);
+    await ask(`${yaml}log: combined\n`);
+    await until("the config asks for it", () => lines.length === 2);
+    const records: number[] = [];
+    await ask(yaml, { accessLog: ({ status }) => void records.push(status) });
+    await until("an effect asks for it", () => records.length === 1);
+    assert.equal(lines.length, 2);
+  } finally {
+    console.log = log;
+  }
+});
+
+test("start has servers probed until stop, and may be called twice", async () => {
+  const probed: string[] = [];
+  const connect: Effects["connect"] = (server) => (probed.push(server.name), Promise.resolve());
+  const lb = createLoadBalancer(parseConfig("default: { servers: [a:1], health: { interval: 50ms, timeout: 40ms } }"), {
+    ...servers().effects,
+    connect,
+  });
+  lb.start();
+  lb.start();
+  await until("it is probed again and again", () => probed.length > 2);
+  lb.stop();
+  const then = probed.length;
+  await sleep(300);
+  assert.equal(probed.length, then);
+});
+
 test("nothing runs by itself: probes go out when probe is called, to the servers then in force", async () => {
   const probed: string[] = [];
   const connect: Effects["connect"] = (server) => (probed.push(server.name), Promise.resolve());
@@ -226,7 +331,7 @@ test("nothing runs by itself: probes go out when probe is called, to the servers
 
 test("strategies of one's own do not change the table of strategies", () => {
   const before = Object.keys(strategies);
-  createLoadBalancer(config("[a:1]"), servers().effects, { mine: (candidates) => candidates[0] });
+  createLoadBalancer(config("[a:1]"), { ...servers().effects, strategies: { mine: (candidates) => candidates[0] } });
   assert.deepEqual(Object.keys(strategies), before);
 });
 

@@ -160,7 +160,7 @@ function setUp(keys: string, { servers = "[a:1]", yaml = "", random = seeded(1) 
     random,
     sleep: clock.sleep,
     client: (request, env) => ({ address: env as string, scheme: "http", headers: [...request.headers].flat() }),
-    write: (record, format) => lines.push(accessLine(record, format)),
+    accessLog: (record, format) => lines.push(accessLine(record, format)),
     report: (level, text) => reports.push(`${level} ${text}`),
   });
   balancers.push(lb);

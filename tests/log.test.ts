@@ -51,7 +51,7 @@ function setUp(top: string, manners: (number | Failure)[] = [200], random = () =
       attempt.onHead({ status: manner, reason: "", fields: [], body: new TestBytes("") });
       attempt.onEnd(undefined, "", true);
     },
-    write: (record, format) => lines.push(accessLine(record, format)),
+    accessLog: (record, format) => lines.push(accessLine(record, format)),
     report: (level, text) => reports.push(`${level} ${text}`),
   });
   const ask = async (url = "http://h.test/", { from = {}, ...init }: Ask = {}) => {

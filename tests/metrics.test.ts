@@ -34,7 +34,7 @@ function setUp(manners: Manner[] = [200], yaml = "default: { servers: [a:1, b:1]
     date: () => new Date(Date.UTC(2026, 10, 21) + clock.now),
     sleep: (_ms, signal) => signal ? new Promise<void>(() => {}) : Promise.resolve(),
     report: () => {},
-    write: () => {},
+    accessLog: () => {},
     connect: () => Promise.resolve(),
     fetch: (_url: string, attempt: FetchAttempt) => {
       const [, status, problem] = /^(\d*) ?(.*)$/.exec(String(manners[Math.min(turn++, manners.length - 1)]))!;

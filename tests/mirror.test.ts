@@ -42,7 +42,7 @@ default: { service: shop, mirror: { service: next, percent: 100 }${keys} }`;
     random,
     sleep: () => new Promise(() => {}),
     report: () => {},
-    write: (record, format) => lines.push(accessLine(record, format)),
+    accessLog: (record, format) => lines.push(accessLine(record, format)),
     client: (request) => ({ address: "192.0.2.1", scheme: "http", headers: [...request.headers].flat() }),
     fetch: (url, attempt) => {
       order.push(attempt.server.name[0]!);

@@ -9,7 +9,7 @@ const blocks = [...readme.matchAll(/```yaml\n(.*?)```/gs)].map(([, text]) => tex
 test("every routes.yml in README can be used as it stands", () => {
   assert.ok(blocks.length >= 3);
   for (const text of blocks) {
-    parseConfig(text, { LB_ADMIN_TOKEN: "a-token-of-operators", LB_READ_TOKEN: "another-token" });
+    parseConfig(text, { env: { LB_ADMIN_TOKEN: "a-token-of-operators", LB_READ_TOKEN: "another-token" } });
   }
 });
 

@@ -18,7 +18,7 @@ function setUp(yaml: string) {
   const lb = createLoadBalancer(parseConfig(yaml), {
     now: () => 0,
     random: seeded(7),
-    write: () => {},
+    accessLog: () => {},
     client: (request, env) => ({
       address: "192.0.2.9",
       scheme: "http",

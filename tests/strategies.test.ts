@@ -27,7 +27,7 @@ function setUp(keys: string, servers = "[S0:1, S1:1, S2:1, S3:1]", own: Record<s
   const clock = { now: 0 };
   let picked = "";
   const yaml = `log: off\ndefault: { servers: ${servers}, retries: 0${keys && ", "}${keys} }`;
-  const config = parseConfig(yaml, {}, "routes.yml", Object.keys(own));
+  const config = parseConfig(yaml, { strategies: own });
   const lb = createLoadBalancer(config, {
     now: () => clock.now,
     random: seeded(seed),
@@ -43,7 +43,8 @@ function setUp(keys: string, servers = "[S0:1, S1:1, S2:1, S3:1]", own: Record<s
       pending.set(picked, [...pending.get(picked) ?? [], answer]);
       return promise;
     },
-  }, own);
+    strategies: own,
+  });
   const pick = ({ path = "/", headers = {}, client = "192.0.2.1" }: Ask = {}): string => {
     void lb.fetch(new Request(`http://a${path}`, { headers: { host: "a", ...headers } }), client as never);
     return picked.toLowerCase();

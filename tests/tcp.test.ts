@@ -488,10 +488,11 @@ const NEVER = () => Promise.resolve();
 async function inProcess(config: Record<string, unknown>, own: Record<string, Strategy> = {}) {
   const reports: string[] = [];
   const all = JSON.stringify({ tcp: [{ listen: "127.0.0.1:0", name: "db", ...config }] });
-  const lb = createLoadBalancer(parseConfig(all, {}, "routes.yml", Object.keys(own)), {
-    write: NEVER,
+  const lb = createLoadBalancer(parseConfig(all, { strategies: own }), {
+    accessLog: NEVER,
     report: (level, text) => void reports.push(`${level}: ${text}`),
-  }, own);
+    strategies: own,
+  });
   const listener = createServer(
     { allowHalfOpen: true },
     (socket) => relayTcp(lb.balancer, "127.0.0.1:0", "127.0.0.1:0", socket),

@@ -946,7 +946,7 @@ test("names of files are relative to routes.yml, unless they begin at the root",
     services: { s: { servers: ["https://a"], tls: { ca: "ca.pem", cert: "/c", key: "k/k" } } },
     default: { service: "s" },
   });
-  const { listen, services } = parseConfig(text, {}, "/etc/lb/routes.yml");
+  const { listen, services } = parseConfig(text, { file: "/etc/lb/routes.yml" });
   assert.deepEqual(listen, [
     { host: "", port: 81, tls: [], client_ca: "", h2c: false },
     {
