@@ -1161,7 +1161,7 @@ function guess(wrong: string, known: string[], isKey = false): string {
   const near = least <= Math.ceil(wrong.length / 3)
     ? known.filter((name) => apart(name) === least && isNear(name))
     : [];
-  return near.length ? `; did you mean ${listed(near.map(asWritten))}?` : "";
+  return near.length ? `; did you mean ${listed(near.map(quote))}?` : "";
 }
 
 /** Keys that somebody may look for beside those of tcp. */
@@ -4777,7 +4777,8 @@ abstract class Http2Connection extends Connection {
       at = end;
     }
     if (!this.isOver) this.rest = behind(data, at);
-    if (!hasRoom(this.socket)) this.hold(); // a peer that does not read is not read
+    // a peer that does not read is not read; bodies stop at WINDOW, so that two balancers never wait for each other
+    if (this.socket.writableLength > 4 * WINDOW) this.hold();
   }
   onDrain(): void {
     if (!this.isOver) this.release();

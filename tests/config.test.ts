@@ -858,7 +858,7 @@ const WRONG: [text: string, ...expected: string[]][] = [
   ["upstreams: { app: {} }", '1:1: upstreams: unknown key; did you mean "services"?'],
   [
     "http: {}",
-    "1:1: http: unknown key; allowed: listen, admin, trust, limits, log, name_routes, defaults, services, hosts, paths, routes, default, tcp",
+    "1:1: http: unknown key; http belongs to a service",
   ],
   [
     `${SHOP}routes: [{ path: /, proxy_pass: http://shop }]`,

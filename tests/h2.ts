@@ -611,10 +611,13 @@ export async function h2Client(port: number, options: ClientOptions = {}): Promi
   });
   const client = new Client(socket, options);
   await new Promise<void>((resolve, reject) => {
-    socket.once(tls ? "secureConnect" : "connect", () => resolve());
+    socket.once(tls ? "secureConnect" : "connect", () => {
+      // Deno fails with EPERM on an empty write over TLS (2.9.6)
+      client.send(...[opening, ...more].filter(({ length }) => length > 0)); // before SETTINGS of lb.ts can come, and be answered
+      resolve();
+    });
     socket.once("error", reject);
   });
-  client.send(...[opening, ...more].filter(({ length }) => length > 0)); // Deno fails with EPERM on an empty write over TLS
   return client;
 }
 

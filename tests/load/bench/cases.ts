@@ -74,6 +74,17 @@ async function wrk({ port, setup }: Running, duration: number, load: Load): Prom
   return report;
 }
 
+/** HTTP/2 over 10 connections of 20 streams. h2load gives no percentiles. */
+async function h2load({ port }: Running, duration: number, path: string): Promise<Report> {
+  const url = `http://127.0.0.1:${port}${path}`;
+  const run = start(LOAD_CORE, ["h2load", "-D", `${duration}`, "-c", "10", "-m", "20", url], "pipe"),
+    out = await run.output;
+  const [, good = "0", failed = "0"] = /(\d+) succeeded, (\d+) failed/.exec(out) ?? [];
+  const [, rate = "0"] = /, ([\d.]+) req\/s/.exec(out) ?? [];
+  if (!Number(good)) throw new Error(`h2load: ${run.complaint()}${out}`);
+  return { requests: Number(good), seconds: Number(good) / Number(rate), errors: Number(failed) };
+}
+
 const IDLE_CONNECTIONS = 10_000;
 
 async function measureIdle({ program, port }: Running): Promise<Figures> {
@@ -134,6 +145,12 @@ const inSetups = (about: string, setups: Record<string, Partial<Setup>>, rest: P
   return byWrk(about, {}, { setups: entries.map(([title, setup]) => ({ ...PLAIN, title, ...setup })), ...rest });
 };
 
+const overHttp2 = (about: string, path: string): Case =>
+  byWrk(about, {}, {
+    setups: [{ ...PLAIN, h2: true }],
+    measure: (running, seconds) => counted(running.program, () => h2load(running, seconds, path)),
+  });
+
 const EWMA = { servers: 11, strategy: "peak-ewma" };
 const tail = (fault: Fault, what: string): Case => {
   const setups = { "": EWMA, "hedge": { ...EWMA, service: { hedge: "p95" } } };
@@ -151,6 +168,8 @@ export const CASES: Record<string, Case> = {
   upload: byWrk("POST of 1 MiB, 16 connections", { path: "/upload", method: "POST", body: MEBIBYTE, connections: 16 }),
   close: byWrk("small, every request over a new connection", { header: "Connection: close" }),
   tls: byWrk("small over TLS", {}, { setups: [{ ...PLAIN, tls: true }] }),
+  h2: overHttp2("GET, 20-byte answer, over HTTP/2, 10 connections of 20 streams", "/"),
+  h2big: overHttp2("GET, 1 MiB answer, over HTTP/2, 10 connections of 20 streams", "/big"),
   log: inSetups("small with an access log to /dev/null, compared to none", {
     off: { args: ["--log", "off"] },
     combined: { args: ["--log", "combined"] },

@@ -9,6 +9,7 @@ export interface Setup {
   strategy: string; // of lb.ts; its peers take least connections where it is not round-robin
   routes: number; // so many hosts h0.test ... and paths /p0/ ...; 0: one route for everything
   tls: boolean;
+  h2?: boolean; // clients speak HTTP/2 without TLS
   service?: object; // more keys of lb.ts's service; peers take no part
   args?: string[]; // more of lb.ts's command line; peers take no part
 }
@@ -27,9 +28,9 @@ const host = (index: number) => `h${index}.test`;
 const cert = writeTemporary("cert.pem", A), key = writeTemporary("key.pem", KEY);
 const certAndKey = writeTemporary("both.pem", A + KEY);
 
-const lb = (run: string[]): Command => (port, servers, { strategy, service, routes, tls, args = [] }) => {
+const lb = (run: string[]): Command => (port, servers, { strategy, service, routes, tls, h2, args = [] }) => {
   const config = {
-    listen: [{ address: `127.0.0.1:${port}`, ...tls && { tls: { cert, key } } }],
+    listen: [{ address: `127.0.0.1:${port}`, ...tls && { tls: { cert, key } }, ...h2 && { h2c: true } }],
     log: "off",
     services: { bench: { servers, strategy, ...service } },
     hosts: each(routes, host).map((host) => ({ host, service: "bench" })),
@@ -39,7 +40,7 @@ const lb = (run: string[]): Command => (port, servers, { strategy, service, rout
   return [...run, "lb.ts", "-c", writeTemporary(`lb-${port}.yml`, JSON.stringify(config)), ...args]; // JSON is YAML
 };
 
-const haproxy: Command = (port, servers, { strategy, routes, tls }) => {
+const haproxy: Command = (port, servers, { strategy, routes, tls, h2 }) => {
   const list = (name: string, lines: string[]) => writeTemporary(`${name}-${port}`, lines.join("\n") + "\n");
   const rules = `
   use_backend bench if { req.hdr(host) -f ${list("hosts", each(routes, host))} }
@@ -56,7 +57,7 @@ defaults
   timeout server 60s
   http-reuse always
 frontend front
-  bind 127.0.0.1:${port} backlog 4096 ${tls ? `ssl crt ${certAndKey} alpn http/1.1` : ""}
+  bind 127.0.0.1:${port} backlog 4096 ${tls ? `ssl crt ${certAndKey} alpn http/1.1` : h2 ? "proto h2" : ""}
   ${routes === 0 ? "default_backend bench" : rules}
 backend bench
   balance ${strategy === "round-robin" ? "roundrobin" : "leastconn"}
@@ -78,7 +79,7 @@ http {
   return ["nginx", "-p", FOLDER, "-e", "stderr", "-c", writeTemporary(`nginx-${name}.conf`, config)];
 }
 
-const nginx: Command = (port, servers, { strategy, routes, tls }) => {
+const nginx: Command = (port, servers, { strategy, routes, tls, h2 }) => {
   const pass = (path: string) => `location ${path} { proxy_pass http://bench; }`;
   const byPath = each(routes, (index) => pass(`/p${index}/`)).join("\n");
   const http = `
@@ -91,7 +92,9 @@ const nginx: Command = (port, servers, { strategy, routes, tls }) => {
     ${servers.map((server) => `server ${server};`).join("\n")}
     keepalive ${Math.max(64, 2 * servers.length)}; keepalive_requests 1000000000;
   }
-  server { listen 127.0.0.1:${port} backlog=4096 ${tls ? "ssl" : ""}; ${routes === 0 ? pass("/") : byPath} }
+  server { listen 127.0.0.1:${port} backlog=4096 ${tls ? "ssl" : h2 ? "http2" : ""}; ${
+    routes === 0 ? pass("/") : byPath
+  } }
   ${
     routes === 0
       ? ""
@@ -100,7 +103,7 @@ const nginx: Command = (port, servers, { strategy, routes, tls }) => {
   return nginxCommand(port, http);
 };
 
-const caddy: Command = (port, servers, { strategy, routes, tls }) => {
+const caddy: Command = (port, servers, { strategy, routes, tls, h2 }) => {
   const proxy = (matcher: string) => `
   reverse_proxy ${matcher} ${servers.join(" ")} {
     lb_policy ${strategy === "round-robin" ? "round_robin" : "least_conn"}
@@ -115,6 +118,7 @@ const caddy: Command = (port, servers, { strategy, routes, tls }) => {
 {
   admin off
   auto_https off
+  ${h2 ? "servers {\n protocols h1 h2c\n }" : ""}
 }
 ${tls ? "https" : "http"}://:${port} {
   bind 127.0.0.1
