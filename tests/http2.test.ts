@@ -2623,5 +2623,3 @@ test("a drain tells clients with GOAWAY, lets what is open end, refuses what com
   assert.ok(!lb.output().includes("requests cut off"));
   left = -1; // its metrics are gone
 });
-
-// ─── What does not hold yet ───

@@ -337,8 +337,10 @@ for (const [args, code, said] of PLAIN_SENTENCES) {
 // only root can run the program as nobody, and nobody may not read root's cache of Deno
 const CAN_BE_NOBODY = process.platform === "linux" && process.getuid?.() === 0 && runtime() !== "deno" &&
   Number(readFileSync("/proc/sys/net/ipv4/ip_unprivileged_port_start", "utf8")) > 80;
-if (CAN_BE_NOBODY) {
-  test("a port that only root may use is refused with what to do", () =>
+nodeTest(
+  "a port that only root may use is refused with what to do",
+  { skip: !CAN_BE_NOBODY },
+  () =>
     inFolder({ "routes.yml": FINE }, (folder) => {
       chmodSync(folder, 0o755);
       const args = [...RUN, ENTRY, "--listen", "127.0.0.1:80"];
@@ -352,8 +354,8 @@ if (CAN_BE_NOBODY) {
         "cannot listen on 127.0.0.1:80: this user may not use ports below 1024: choose another port, or run setcap ";
       assert.deepEqual([status, stderr.toString().slice(0, said.length)], [1, said]);
       return Promise.resolve();
-    }));
-}
+    }),
+);
 
 test("--print-config prints a config that means the same", () =>
   fine(async (folder) => {
