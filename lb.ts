@@ -3345,7 +3345,11 @@ class ByteSide implements TunnelSide {
   /** Its connection is closed; without a half-close before, it was cut off. A server may do that behind its client. */
   onClose(): void {
     const { tunnel, other, isDone } = this, isOver = isDone || this === tunnel.server && other.isDone;
-    if (!isOver && !tunnel.webSocket && !tunnel.closing) tunnel.problem ??= this.blame;
+    if (!isOver && !tunnel.webSocket && !tunnel.closing) { // a regular end would make what is cut look whole
+      tunnel.problem ??= this.blame;
+      this.isDone = true;
+      return void resetSocket(other.socket);
+    }
     this.onEnd();
     other.socket.destroySoon();
   }
@@ -5156,7 +5160,7 @@ class ClientStream extends Http2Stream {
       fail: () => socket.destroy(),
     });
     const destroySoon = () => socket.writableFinished ? socket.destroy() : socket.end(() => socket.destroy());
-    return Object.assign(socket, { destroySoon }) as unknown as Socket;
+    return Object.assign(socket, { destroySoon, resetAndDestroy: () => socket.destroy() }) as unknown as Socket;
   }
 
   override endSide(): void {
@@ -6867,6 +6871,9 @@ async function probe(service: Service, server: Server, effects: Effects): Promis
   }
 }
 
+/** Whether this process has no file handle left, which is no server's fault. On Bun 1.4.5 it reads as ECONNREFUSED. */
+const isOutOfHandles = (detail: string): boolean => /\bE[MN]FILE\b/.test(detail);
+
 /** Probes every server that is due and resolves when all verdicts are in. Each is due again after its interval +-10 %. */
 export async function probeDue(table: Table, effects: Effects): Promise<void> {
   const now = effects.now();
@@ -6879,6 +6886,7 @@ export async function probeDue(table: Table, effects: Effects): Promise<void> {
     server.probeAt = now + service.config.health.interval * (0.9 + 0.2 * effects.random());
     const begun = effects.now();
     const problem = await probe(service, server, effects);
+    if (problem && isOutOfHandles(problem)) return effects.report("error", `a probe is left out: ${problem}`);
     onProbed(service, server, problem, effects);
     effects.onProbed(service, server, problem);
     server.probeTook = server.probedAt - begun;
@@ -8036,7 +8044,8 @@ function onAttemptEnd(attempt: ExchangeAttempt, failure: Failure | undefined, de
 /** No answer has come. What the client did says nothing about the server. */
 function judgeFailure(attempt: ExchangeAttempt, failure: Failure, detail: string): void {
   const { exchange, service, server, startedAt, endedAt } = attempt, { effects } = exchange.balancer;
-  const isBlamed = !BLAMELESS.has(failure), received = attempt.sent ? receivedBy(attempt) : 0;
+  const isBlamed = !BLAMELESS.has(failure) && !isOutOfHandles(detail),
+    received = attempt.sent ? receivedBy(attempt) : 0;
   attempt.failure = failure;
   onWaitEnded(server, startedAt);
   count(server.counters, endedAt - startedAt, received, 0, isBlamed);
@@ -12024,6 +12033,9 @@ function announce({ balancer: { table, effects } }: LoadBalancer): void {
 function reloadFile(call: Call, lb: LoadBalancer, onlyIfOther = false): void {
   const { effects, table, reloadFailed } = lb.balancer;
   try {
+    if (fs.statSync(call.file, { throwIfNoEntry: false })?.isFile() === false) {
+      throw new Error(`${call.file} is no file`);
+    }
     const text = readText(call.file);
     if (onlyIfOther && !reloadFailed && text === table.config.text) return; // the admin API has saved it
     const config = load(call, text);

@@ -266,6 +266,14 @@ test("there is no back-off before the first retry, then a random part of a time 
   assert.deepEqual(slept, [12.5, 25, 50, 100, 200, 400, 500, 500]); // random is 0.5
 });
 
+test("a process that has no file handle left blames no server", async () => {
+  const refused = () => Promise.reject(new WireError("connect", false, "connect EMFILE 127.0.0.1:1"));
+  const { ask, lb } = setUp("eject: { failures: 1 }, retries: 0", [refused]);
+  assert.equal((await ask()).status, 502);
+  const [server] = lb.balancer.table.services.get("default")!.servers;
+  assert.deepEqual([server!.failures, server!.until], [0, 0]);
+});
+
 test("no further attempt is made for a client that has left", async () => {
   const { send, asked } = setUp("retries: 5", ["reset"]);
   const leaving = new AbortController();

@@ -657,6 +657,30 @@ test("a client of HTTP/1.0 sees by a reset that an answer without a length was c
   await nothingInFlight();
 });
 
+test("an upgraded connection that is reset on one side is reset on the other: what is cut never looks whole", async () => {
+  const server = await scriptedServer((visit) =>
+    visit.send("HTTP/1.1 101 Go\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n")
+  );
+  const own = await startProgram({ log: "off", default: { servers: [server.address], health: "off" } });
+  try {
+    for (const cut of ["client", "server"] as const) {
+      const client = connect(own.port, "127.0.0.1"), errors: string[] = [];
+      const note = (error: NodeJS.ErrnoException) => errors.push(error.code ?? "");
+      client.on("error", note).write("GET / HTTP/1.1\r\nHost: a.test\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n");
+      await new Promise((resolve) => client.once("data", resolve));
+      const { socket } = server.last!, [side, other] = cut === "client" ? [client, socket] : [socket, client];
+      other.on("error", note);
+      client.resume();
+      side.resetAndDestroy();
+      await until("the other side has ended", () => other.destroyed);
+      assert.ok(errors.includes("ECONNRESET"), `${cut}: ${errors}`);
+    }
+  } finally {
+    await own.stop();
+    await server.close();
+  }
+});
+
 test("an upload whose server dies in the middle of it is answered 502, or reset", async () => {
   const variants = deaths().flatMap((one) =>
     (["length", "chunked"] as const).flatMap((framing) => [true, false].map((reads) => ({ ...one, framing, reads })))

@@ -524,6 +524,20 @@ test("a file that is still being written is not read before it stands still", ()
     }
   }));
 
+test("a file that is a pipe by now is not waited for: the old config stays in force", () =>
+  through(
+    (visit) => visit.send(answer("here")),
+    {},
+    async (lb) => {
+      rmSync(lb.file);
+      spawnSync("mkfifo", [lb.file]);
+      lb.signal("SIGHUP");
+      await until("it is reported", () => lb.err().includes("is no file"));
+      const { answers: [one] } = await rawRequest(lb.port, get("/"));
+      assert.equal(one && status(one), 200);
+    },
+  ));
+
 test("SIGHUP reads the file again", () =>
   through(saying("hello"), {}, async (lb) => {
     for (let i = 1; i <= 3; i++) {
