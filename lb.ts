@@ -3102,24 +3102,35 @@ const resetSocket = (socket: Socket): unknown =>
   socket.destroyed || ("encrypted" in socket ? socket.destroy() : socket.resetAndDestroy());
 
 const LENT_SIZE = 65_536; // bytes
+const FRAME_HEADS = 64; // bytes of HTTP/2's frames around as many
 const idleBuffers: Bytes[] = []; // that nobody uses: 4 MiB at most
 
-/** A copy. A large one is in a buffer that is used again when it has been written: V8 is slow to collect thousands. */
+/** Memory to fill. A large one is used again when it has been written: V8 is slow to collect thousands. */
+function borrowed(size: number): Bytes {
+  if (size < LENT_SIZE / 2 || size > LENT_SIZE + FRAME_HEADS) return Buffer.allocUnsafe(size);
+  const buffer = idleBuffers.pop() ?? Buffer.allocUnsafeSlow(LENT_SIZE + FRAME_HEADS), part = buffer.subarray(0, size);
+  lent.set(part, buffer);
+  return part;
+}
 function copied(bytes: Bytes): Bytes {
-  const isLarge = bytes.length >= LENT_SIZE / 2;
-  const buffer = isLarge ? idleBuffers.pop() ?? Buffer.allocUnsafeSlow(LENT_SIZE) : Buffer.allocUnsafe(bytes.length);
-  const copy = isLarge ? buffer.subarray(0, bytes.length) : buffer;
+  const copy = borrowed(bytes.length);
   bytes.copy(copy);
-  if (isLarge) lent.set(copy, buffer);
   return copy;
 }
+/** Nobody reads these bytes any more. */
+function giveBack(bytes: Bytes): void {
+  const buffer = lent.get(bytes);
+  lent.delete(bytes);
+  if (buffer) useAgain(buffer);
+}
+const useAgain = (buffer: Bytes): unknown => idleBuffers.length < 64 && idleBuffers.push(buffer);
 
 /** Writes bytes. A buffer that was lent is free again when all of it has gone out. */
 function writeBytes(socket: Socket, bytes: Bytes): void {
   const buffer = lent.get(bytes);
   if (!buffer) return void socket.write(bytes);
   lent.delete(bytes); // once
-  socket.write(bytes, () => void (idleBuffers.length < 64 && idleBuffers.push(buffer)));
+  socket.write(bytes, () => void useAgain(buffer));
 }
 
 /** Whether less than WINDOW waits in a socket. `write` returns false even where all went out at once. */
@@ -4589,6 +4600,7 @@ abstract class Http2Stream implements BodySource {
   sent = false; // we have ended ours
   protected source: Body | undefined; // of what goes out
   private queue: Bytes[] = []; // read from it, waiting for windows and for room in the socket
+  private sentOfFirst = 0; // bytes
   private trailers: Fields | undefined; // its end, behind the queue
   private credit = STREAM_WINDOW; // bytes that the peer may send
   private unread = 0; // bytes that have come since the peer was told to send more
@@ -4686,17 +4698,18 @@ abstract class Http2Stream implements BodySource {
   pump(frames = Infinity): boolean {
     const { connection, queue } = this;
     while (queue.length && !this.sent) {
-      const bytes = queue[0]!, size = Math.min(bytes.length, this.window, connection.window, connection.maxFrame);
+      const bytes = queue[0]!, left = bytes.length - this.sentOfFirst;
+      const size = Math.min(left, this.window, connection.window, frames === 1 ? connection.maxFrame : LENT_SIZE);
       if (size <= 0 || !hasRoom(connection.socket) || frames <= 0) {
         connection.blocked.add(this);
         return frames <= 0;
       }
       frames--;
-      const isWhole = size === bytes.length, isLast = isWhole && queue.length === 1 && this.trailers?.length === 0;
-      if (isWhole) queue.shift();
-      else queue[0] = bytes.subarray(size);
+      const isWhole = size === left, isLast = isWhole && queue.length === 1 && this.trailers?.length === 0;
       this.window -= size;
-      connection.sendData(this.id, isWhole ? bytes : bytes.subarray(0, size), isLast);
+      connection.sendData(this.id, bytes, this.sentOfFirst, size, isLast);
+      this.sentOfFirst = isWhole ? 0 : this.sentOfFirst + size;
+      if (isWhole) giveBack(queue.shift()!);
       this.onSent(size);
       if (isLast) this.endSide();
     }
@@ -4709,7 +4722,7 @@ abstract class Http2Stream implements BodySource {
     const { connection } = this;
     if (!this.trailers) return this.source?.resume();
     if (this.trailers.length) connection.sendHead(this.id, compressLines(linesOf(this.trailers)), true);
-    else connection.sendData(this.id, NO_BYTES, true);
+    else connection.sendData(this.id, NO_BYTES, 0, 0, true);
     this.endSide();
   }
   /** Our side has ended. */
@@ -5005,11 +5018,23 @@ abstract class Http2Connection extends Connection {
       this.write(frameHead(part.length, at ? FRAME.continuation : FRAME.headers, at ? last : flags, id) + part);
     }
   }
-  sendData(id: number, bytes: Bytes, ends: boolean): void {
+  /** Sends some of the bytes, in frames that leave as one piece of memory: that is twice as fast as a write for each. */
+  sendData(id: number, bytes: Bytes, at: number, size: number, ends: boolean): void {
+    const { maxFrame } = this, flags = ends ? END_STREAM : 0, end = at + size;
     if (this.isOver) return;
-    this.window -= bytes.length;
-    this.write(frameHead(bytes.length, FRAME.data, ends ? END_STREAM : 0, id));
-    if (bytes.length) this.writeBody(bytes, false);
+    this.window -= size;
+    if (size <= Math.min(SMALL, maxFrame)) {
+      return this.write(frameHead(size, FRAME.data, flags, id) + bytes.toString("latin1", at, end));
+    }
+    const out = borrowed(size + 9 * Math.ceil(size / maxFrame));
+    for (let to = 0; at < end;) {
+      const part = Math.min(maxFrame, end - at);
+      to += out.write(frameHead(part, FRAME.data, at + part === end ? flags : 0, id), to, "latin1");
+      to += bytes.copy(out, to, at, at + part);
+      at += part;
+    }
+    this.flush();
+    writeBytes(this.socket, out);
   }
   sendReset(id: number, code: Http2Error): void {
     this.write(frameHead(4, FRAME.reset, 0, id) + u32(HTTP2_ERRORS.indexOf(code)));
