@@ -4963,6 +4963,7 @@ abstract class Http2Connection extends Connection {
     for (let more = true; more;) {
       more = false;
       for (const stream of [...this.blocked]) {
+        if (this.window <= 0 || !hasRoom(this.socket)) return; // the others come first the next time
         this.blocked.delete(stream);
         more = stream.pump(1) || more;
       }
