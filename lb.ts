@@ -9136,6 +9136,8 @@ function explainService({ service: found, weight }: Destination, exchange: Excha
   return { weight, service: name, strategy: config.strategy.name, takes: taker?.name ?? null, servers };
 }
 
+const NO_ROUTE = "no route"; // begins what is said where there is none
+
 /** Which route a request would take, or why it takes none; which services and servers; and who would take it. */
 function explain(balancer: Balancer, method: string, url: string) {
   const { username, password } = new URL(url);
@@ -9167,7 +9169,7 @@ function explain(balancer: Balancer, method: string, url: string) {
 function explanationText(found: ReturnType<typeof explain>): string {
   if ("failure" in found) {
     const allow = found.allow ? `; allowed: ${found.allow.join(", ")}` : "";
-    return `no route: ${found.status}, ${found.text} (x-lb-failure: ${found.failure})${allow}`;
+    return `${NO_ROUTE}: ${found.status}, ${found.text} (x-lb-failure: ${found.failure})${allow}`;
   }
   const lines = [`route    ${found.route}`];
   if ("status" in found) return `${lines[0]}\nanswer   ${found.action} ${found.status}`;
@@ -12034,7 +12036,10 @@ async function openListeners(lb: LoadBalancer, call: Call, log: AccessLog): Prom
 /** The end after a signal; a second one ends at once. */
 async function quit({ balancer }: LoadBalancer, opening: Promise<Listeners>, grace: number, log: AccessLog) {
   const { effects } = balancer, until = effects.now() + grace;
-  if (balancer.draining) process.exit(1);
+  if (balancer.draining) {
+    effects.report("warn", `ended by a second signal; requests cut off: ${balancer.inFlight}`);
+    process.exit(1);
+  }
   balancer.draining = true;
   effects.report("info", `draining; requests in flight: ${balancer.inFlight}`);
   const { requests, connections } = await (await opening).drain(grace);
@@ -12098,8 +12103,9 @@ function textAskedFor(call: Call): string | undefined {
 async function main(args: string[], env: Call["env"]): Promise<void> {
   try {
     const call = readCall(args, env), text = textAskedFor(call);
-    if (text === undefined) await run(call);
-    else console.log(text.trimEnd());
+    if (text === undefined) return await run(call);
+    console.log(text.trimEnd());
+    if (text.startsWith(NO_ROUTE)) process.exitCode = 1;
   } catch (error) {
     if (![UsageError, ConfigError, StartError, AdminError].some((known) => error instanceof known)) throw error;
     console.error((error as Error).message);

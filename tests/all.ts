@@ -15,6 +15,7 @@ const PROGRAMS = Object.entries({
   "/usr/bin/faketime": "faketime",
   "/usr/bin/git": "git",
   "/usr/bin/goaccess": "goaccess",
+  "/usr/bin/h2load": "nghttp2-client",
   "/usr/bin/openssl": "openssl",
   "/usr/bin/promtool": "prometheus",
   "/usr/bin/redis-server": "redis-server",

@@ -236,6 +236,86 @@ test("a page in a browser has a WebSocket and server-sent events", async () => {
   }
 });
 
+/** A page with 100 images, and a WebSocket that says something and hears it again. */
+const IMAGES = `<!doctype html><title>-</title><script>
+  const seen = { images: 0, versions: new Set(), socket: "" };
+  const tell = () => { if (seen.images === 100 && seen.socket) document.title = seen.images + " " + [...seen.versions] + " " + seen.socket; };
+  for (let i = 0; i < 100; i++) {
+    const image = new Image();
+    image.onload = () => {
+      seen.images++;
+      for (const { nextHopProtocol } of performance.getEntriesByType("resource")) seen.versions.add(nextHopProtocol);
+      if (seen.images < 100) return tell();
+      const socket = new WebSocket("wss://" + location.host + "/ws");
+      socket.onopen = () => socket.send("hello");
+      socket.onmessage = ({ data }) => { seen.socket = data; tell(); };
+    };
+    image.src = "/images/" + i + ".svg";
+  }
+</script>`;
+
+test("a browser loads a page with 100 images over HTTP/2, and a WebSocket on the same connection", async () => {
+  const echoing = await webSocketServer(echoStrictly),
+    args = ["--headless", "--no-sandbox", "--ignore-certificate-errors"];
+  const browser = await chromium.launch({ executablePath: "/usr/bin/chromium", args });
+  try {
+    await serving(({ url = "" }, answer) => {
+      if (!url.startsWith("/images/")) return void answer.setHeader("content-type", "text/html").end(IMAGES);
+      const size = 5 + Number(/\d+/.exec(url));
+      answer.setHeader("content-type", "image/svg+xml");
+      answer.end(
+        `<svg xmlns="http://www.w3.org/2000/svg" width="${size}" height="5"><!-- ${"x".repeat(20_000)} --></svg>`,
+      );
+    }, (server) =>
+      balancing({
+        listen: { address: "127.0.0.1:0", tls: { cert: "a.pem", key: "a.key" } },
+        paths: [{ path: "/ws", servers: [echoing.address] }],
+        default: { servers: [server] },
+      }, async (lb) => {
+        const page = await browser.newPage();
+        await page.goto(`https://127.0.0.1:${lb.port}/`);
+        await page.waitForFunction("document.title !== '-'", undefined, { timeout: 30_000 });
+        assert.equal(await page.title(), "100 h2 hello");
+        await page.close();
+        await until("the WebSocket is in the log", () => /"GET \/ws HTTP\/2\.0" 101 /.test(lb.output()));
+        assert.equal(lb.output().match(/"GET \/images\/\d+\.svg HTTP\/2\.0" 200 /g)?.length, 100);
+      }, { "a.pem": A, "a.key": KEY }));
+  } finally {
+    await browser.close();
+    await echoing.close();
+  }
+});
+
+test("h2load, nghttp and curl speak HTTP/2 without TLS: 2,000 requests of 4 connections, and large bodies both ways", () =>
+  serving(
+    async (request, answer) => {
+      let length = 0;
+      for await (const piece of request) length += piece.length;
+      answer.end(request.url === "/large" ? LARGE : `${request.method} ${length}`);
+    },
+    (server) =>
+      balancing(
+        { log: "off", listen: { address: "127.0.0.1:0", h2c: true }, default: { servers: [server] } },
+        ({ port }) =>
+          inFolder(async (folder) => {
+            const url = `http://127.0.0.1:${port}`;
+            writeFileSync(join(folder, "large"), LARGE);
+            assert.match(
+              await run("h2load", ["-n", "2000", "-c", "4", "-m", "25", url]),
+              /2000 succeeded, 0 failed, 0 errored/,
+            );
+            assert.match(
+              await run("nghttp", ["-v", "-d", "large", url], folder),
+              new RegExp(`:status: 200[^]*POST ${LARGE.length}`),
+            );
+            await run("curl", ["-sS", "--http2-prior-knowledge", "-o", "got", `${url}/large`], folder);
+            assert.equal(sha(readFileSync(join(folder, "got"))), sha(LARGE));
+            const upload = ["-sS", "--http2-prior-knowledge", "-T", "large", "-w", " %{http_version}", `${url}/up`];
+            assert.equal(await run("curl", upload, folder), `PUT ${LARGE.length} 2`);
+          }),
+      ),
+  ));
+
 // ─── What reads its log ───
 
 test("goaccess reads every line of the combined log", async () => {

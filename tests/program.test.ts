@@ -385,6 +385,7 @@ test("--explain tells the route, the service and its servers", () =>
     writeFileSync(join(folder, "routes.yml"), "paths: [{path: /pete, servers: ['localhost:8081']}]");
     const none = await call(["--explain", "http://www.peter.com/a"], { cwd: folder });
     assert.match(none.out, /404.*no-route/);
+    assert.equal(none.code, 1);
   }));
 
 test("--demo balances over three servers of its own", () =>
@@ -967,6 +968,7 @@ test("a second signal ends at once, whatever is in flight", () =>
     assert.ok(!lb.over());
     lb.signal("SIGTERM");
     assert.equal(await lb.ended, 1);
+    assert.match(lb.err(), /ended by a second signal; requests cut off: 1\n$/);
     assert.doesNotMatch(lb.err(), /drained/);
     assert.deepEqual((await waiting).answers, []);
   }));
