@@ -2110,6 +2110,16 @@ function linesOf(fields: Fields): string {
 const isGrpc = ({ version, block }: Pick<RequestHead, "version" | "block">): boolean =>
   version === "2.0" && /^application\/grpc(?:$|[+;])/.test(fieldOf(block.fields, "content-type") ?? "");
 const GRPC_UNAVAILABLE = "14"; // a status of gRPC
+/** The status of gRPC for each status of a failure; others are UNKNOWN. */
+const GRPC_STATUSES: Record<number, number> = {
+  ...{ 400: 13, 403: 7, 404: 12, 405: 12, 408: 4, 413: 8, 417: 13, 429: 8, 431: 8, 499: 1, 500: 13, 502: 14, 503: 14 },
+  ...{ 504: 4, 508: 13 },
+};
+/** A failure as a client of gRPC reads it. */
+function grpcFields(kind: FailureName): Fields {
+  const { status, text } = FAILURES[kind];
+  return ["grpc-status", `${GRPC_STATUSES[status] ?? 2}`, "grpc-message", text];
+}
 /** The status of a call that has ended: from the trailers, or from a head that has them. */
 const grpcStatus = ({ trailers, response }: ExchangeAttempt): string | undefined =>
   fieldOf(trailers, "grpc-status") ?? fieldOf(response?.fields ?? NO_FIELDS, "grpc-status");
@@ -2559,6 +2569,7 @@ export interface Attempt extends AttemptEvents {
   uploaded: number; // bytes of the request's body that were passed on, where it is a stream
   received: number; // bytes of the answer's body
   trailers: Fields; // of the response, once it is complete
+  deadline: number; // when it has to be over, as a call of gRPC says; Infinity: never
   carrier: { cancel(why: Failure): void } | undefined; // cancels it; undefined: not begun, or over
 }
 
@@ -2574,6 +2585,7 @@ const newAttempt = (
     uploaded: 0,
     received: 0,
     trailers: NO_FIELDS,
+    deadline: Infinity,
     carrier: undefined,
   },
   ...given,
@@ -3929,8 +3941,9 @@ interface Progress {
 }
 
 /** Which of its timeouts an attempt has exceeded, if any. */
-function whatIsLate({ startedAt, timeouts }: Attempt, at: Progress, now: number): Failure | undefined {
+function whatIsLate({ startedAt, timeouts, deadline }: Attempt, at: Progress, now: number): Failure | undefined {
   const silence = now - at.since, { connect, response, idle, request } = timeouts;
+  if (now >= deadline) return "timeout";
   if (!at.connected) return silence < connect ? undefined : "connect-timeout";
   if (at.sent && !at.head) return silence < response ? undefined : "timeout";
   if (silence < idle && (at.sent || now - startedAt < request)) return undefined;
@@ -5214,9 +5227,11 @@ class ClientStream extends Http2Stream {
     this.request.onGone = undefined;
   }
   abandon(): void {} // the rest is thrown away
-  onSourceFailed(): void {
+  onSourceFailed(why: Failure): void {
     this.finish();
-    this.reset(this.isTunnel ? "CANCEL" : "INTERNAL_ERROR");
+    if (!isGrpc(this.head)) return this.reset(this.isTunnel ? "CANCEL" : "INTERNAL_ERROR");
+    this.connection.sendHead(this.id, compressLines(linesOf(grpcFields(why))), true);
+    this.endSide();
   }
   onMalformed(): void {
     this.body?.end("bad-body");
@@ -7695,20 +7710,10 @@ function respondLiterally(route: Route, { status, body, headers }: Out<typeof Re
   return { status, reason: "", fields, body: NO_BODY };
 }
 
-/** The status of gRPC for each status of a failure; others are UNKNOWN. */
-const GRPC_STATUSES: Record<number, number> = {
-  ...{ 400: 13, 403: 7, 404: 12, 405: 12, 408: 4, 413: 8, 417: 13, 429: 8, 431: 8, 499: 1, 500: 13, 502: 14, 503: 14 },
-  ...{ 504: 4, 508: 13 },
-};
 /** A failure as a client of gRPC reads it: its own status in a response that is nothing but a head. */
 function grpcReply(kind: FailureName): HttpResponse {
-  const { status, text } = FAILURES[kind], own = ["grpc-status", `${GRPC_STATUSES[status] ?? 2}`, "grpc-message", text];
-  return {
-    status: 200,
-    reason: "",
-    fields: ["content-type", "application/grpc", ...own, "x-lb-failure", kind],
-    body: NO_BODY,
-  };
+  const fields = ["content-type", "application/grpc", ...grpcFields(kind), "x-lb-failure", kind];
+  return { status: 200, reason: "", fields, body: NO_BODY };
 }
 
 const ANY_METHOD = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"; // of Allow
@@ -7991,13 +7996,13 @@ type Decide = (attempt: ExchangeAttempt) => void;
 const NOT_SENT_YET = {
   ...{ connectedAt: 0, uploaded: 0, received: 0, headAt: 0, endedAt: 0, sent: true, hasLost: false, detail: "" },
   ...{ trailers: NO_FIELDS, carrier: undefined, response: undefined, failure: undefined, afterEnd: undefined },
+  deadline: Infinity,
 };
 
 /** An attempt at the picked server. */
 function newServerAttempt(exchange: Exchange, server: Server, decide: Decide): ExchangeAttempt {
   const { method, body, upgrade, destination, balancer: { tunnels } } = exchange;
-  const { service, policy } = destination!;
-  const timeouts = isGrpc(exchange.request) ? withDeadline(exchange, policy.timeouts) : policy.timeouts;
+  const { service, policy: { timeouts } } = destination!;
   const attempt: ExchangeAttempt = {
     ...NOT_SENT_YET,
     exchange,
@@ -8017,15 +8022,14 @@ function newServerAttempt(exchange: Exchange, server: Server, decide: Decide): E
     onHead: (response) => onAnswer(attempt, response),
     onEnd: (failure, detail, sent) => onAttemptEnd(attempt, failure, detail, sent),
   };
+  if (isGrpc(exchange.request)) attempt.deadline = deadlineOf(exchange);
   return attempt;
 }
 
-/** What a call of gRPC leaves of the timeouts: its deadline (`grpc-timeout: 100m`) bounds the response and the request. */
-function withDeadline(exchange: Exchange, timeouts: Policy["timeouts"]): Policy["timeouts"] {
-  const [, count, unit] = /^(\d{1,8})([HMSmun])$/.exec(fieldOf(exchange.block.fields, "grpc-timeout") ?? "") ?? [];
-  if (!unit) return timeouts;
-  const left = Math.max(1, exchange.started + Number(count) * GRPC_UNITS[unit]! - exchange.now);
-  return { ...timeouts, response: Math.min(left, timeouts.response), request: Math.min(left, timeouts.request) };
+/** When a call of gRPC has to be over (`grpc-timeout: 100m`), with all attempts. */
+function deadlineOf({ block, started }: Exchange): number {
+  const [, count, unit] = /^(\d{1,8})([HMSmun])$/.exec(fieldOf(block.fields, "grpc-timeout") ?? "") ?? [];
+  return unit ? started + Number(count) * GRPC_UNITS[unit]! : Infinity;
 }
 const GRPC_UNITS: Record<string, number> = { H: 3.6e6, M: 6e4, S: 1e3, m: 1, u: 1e-3, n: 1e-6 }; // milliseconds
 

@@ -1,14 +1,7 @@
-// What the tests use of @grpc/grpc-js 1.14. Its own types bring @types/node, which would take the place of Deno's in every
-// file that is checked with them.
+// What the tests use of @grpc/grpc-js. Its own types bring @types/node, which would take the place of Deno's types of Node
+// in every file that is checked together with them.
 
 import type { Buffer } from "node:buffer";
-
-export type MetadataValue = string | Buffer;
-export class Metadata {
-  add(name: string, value: MetadataValue): void;
-  set(name: string, value: MetadataValue): void;
-  get(name: string): MetadataValue[];
-}
 
 export enum status {
   OK,
@@ -34,33 +27,30 @@ export interface StatusObject {
   details: string;
   metadata: Metadata;
 }
+export type MetadataValue = string | Buffer;
+export class Metadata {
+  add(name: string, value: MetadataValue): void;
+  set(name: string, value: MetadataValue): void;
+  get(name: string): MetadataValue[];
+}
+type Codec = (bytes: Buffer) => Buffer;
 
 // ─── Clients ───
 
-/** What every call of a client emits; `data` comes of those in which the server streams. */
+/** A call of any kind: write and end are there where the client streams, data comes where the server does. */
 export interface ClientCall {
   cancel(): void;
-  on(event: "metadata", then: (head: Metadata) => void): this;
-  on(event: "status", then: (given: StatusObject) => void): this;
-  on(event: "data", then: (message: Buffer) => void): this;
-  on(event: "error", then: (error: Error) => void): this;
-}
-export interface ClientWriter extends ClientCall {
   write(message: Buffer): boolean;
   end(): void;
+  on(event: "metadata", then: (head: Metadata) => void): this;
+  on(event: "data", then: (message: Buffer) => void): this;
+  on(event: "status", then: (given: StatusObject) => void): this;
+  on(event: "error", then: (error: Error) => void): this;
 }
 export interface CallOptions {
   deadline?: number;
 }
-export type ChannelOptions = Record<string, string | number>;
-type Codec = (bytes: Buffer) => Buffer;
-type Then = (error: Error | null, reply?: Buffer) => void;
-type Call<Message extends unknown[], Tail extends unknown[], Result> = (
-  path: string,
-  serialize: Codec,
-  deserialize: Codec,
-  ...rest: [...Message, metadata: Metadata, options: CallOptions, ...Tail]
-) => Result;
+export type ChannelOptions = Record<string, string>;
 export class ChannelCredentials {
   private constructor();
 }
@@ -68,45 +58,36 @@ export const credentials: {
   createInsecure(): ChannelCredentials;
   createSsl(ca: Buffer): ChannelCredentials;
 };
+type Start<Message extends unknown[], Then extends unknown[]> = (
+  ...given: [path: string, Codec, Codec, ...Message, Metadata, CallOptions, ...Then]
+) => ClientCall;
+type Then = (error: Error | null, reply?: Buffer) => void;
 export class Client {
-  constructor(target: string, credentials: ChannelCredentials, options?: ChannelOptions);
-  makeUnaryRequest: Call<[message: Buffer], [then: Then], ClientCall>;
-  makeClientStreamRequest: Call<[], [then: Then], ClientWriter>;
-  makeServerStreamRequest: Call<[message: Buffer], [], ClientCall>;
-  makeBidiStreamRequest: Call<[], [], ClientWriter>;
+  constructor(target: string, credentials: ChannelCredentials, options: ChannelOptions);
+  makeUnaryRequest: Start<[message: Buffer], [Then]>;
+  makeClientStreamRequest: Start<[], [Then]>;
+  makeServerStreamRequest: Start<[message: Buffer], []>;
+  makeBidiStreamRequest: Start<[], []>;
   close(): void;
 }
 
 // ─── Servers ───
 
+/** A call of any kind: a request is there where the client does not stream, write and end are where the server does. */
 export interface ServerCall {
   readonly metadata: Metadata;
-  sendMetadata(head: Metadata): void;
-  on(event: "cancelled" | "end", then: () => void): this;
-}
-export interface ServerUnaryCall extends ServerCall {
   readonly request: Buffer;
-}
-export interface ServerReader extends ServerCall {
+  sendMetadata(head: Metadata): void;
   resume(): this;
-  on(event: "cancelled" | "end", then: () => void): this;
-  on(event: "data", then: (message: Buffer) => void): this;
-}
-export interface ServerWriter extends ServerCall {
   write(message: Buffer): boolean;
   end(): void;
+  on(event: "data", then: (message: Buffer) => void): this;
+  on(event: "end" | "cancelled", then: () => void): this;
   emit(event: "error", failure: Partial<StatusObject>): boolean;
 }
-export interface ServerStreamingCall extends ServerUnaryCall, ServerWriter {
-  on(event: "cancelled" | "end", then: () => void): this;
-}
-export interface ServerDuplexCall extends ServerReader, ServerWriter {
-  on(event: "cancelled" | "end", then: () => void): this;
-  on(event: "data", then: (message: Buffer) => void): this;
-}
+/** Answers a call in which the server does not stream. */
 export type Reply = (failure: Partial<StatusObject> | null, message?: Buffer, trailers?: Metadata) => void;
-
-export interface MethodDefinition {
+export interface Method {
   path: string;
   requestStream: boolean;
   responseStream: boolean;
@@ -120,16 +101,7 @@ export class ServerCredentials {
   static createInsecure(): ServerCredentials;
 }
 export class Server {
-  addService<Name extends string>(
-    methods: Record<Name, MethodDefinition>,
-    // deno-lint-ignore no-explicit-any
-    handlers: Record<Name, (call: any, reply: any) => void>,
-  ): void;
+  addService(methods: Record<string, Method>, does: Record<string, (call: ServerCall, reply: Reply) => void>): void;
   bindAsync(address: string, credentials: ServerCredentials, then: (error: Error | null, port: number) => void): void;
   forceShutdown(): void;
 }
-
-export type handleUnaryCall<_Request, _Reply> = (call: ServerUnaryCall, reply: Reply) => void;
-export type handleClientStreamingCall<_Request, _Reply> = (call: ServerReader, reply: Reply) => void;
-export type handleServerStreamingCall<_Request, _Reply> = (call: ServerStreamingCall) => void;
-export type handleBidiStreamingCall<_Request, _Reply> = (call: ServerDuplexCall) => void;

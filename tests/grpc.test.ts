@@ -13,14 +13,14 @@ import {
   type CallOptions,
   type ChannelOptions,
   Client,
+  type ClientCall,
   credentials,
-  type handleBidiStreamingCall,
-  type handleClientStreamingCall,
-  type handleServerStreamingCall,
-  type handleUnaryCall,
   Metadata,
   type MetadataValue,
+  type Method,
+  type Reply,
   Server,
+  type ServerCall,
   ServerCredentials,
   status,
 } from "@grpc/grpc-js";
@@ -42,7 +42,7 @@ const test = (name: string, body: () => Promise<void>) => nodeTest(name, { timeo
 // ─── Servers ───
 
 const asIs = (bytes: Buffer) => bytes;
-const method = (path: string, requestStream: boolean, responseStream: boolean) => ({
+const method = (path: string, requestStream: boolean, responseStream: boolean): Method => ({
   ...{ path, requestStream, responseStream },
   ...{ requestSerialize: asIs, requestDeserialize: asIs, responseSerialize: asIs, responseDeserialize: asIs },
 });
@@ -54,18 +54,14 @@ const METHODS = {
 };
 const HEALTH = { check: method("/grpc.health.v1.Health/Check", false, false) };
 
-/** What a server does with calls; `name` is its own. */
-interface Manners {
-  unary(name: string, ...call: Parameters<handleUnaryCall<Buffer, Buffer>>): void;
-  collect(name: string, ...call: Parameters<handleClientStreamingCall<Buffer, Buffer>>): void;
-  list(name: string, ...call: Parameters<handleServerStreamingCall<Buffer, Buffer>>): void;
-  chat(name: string, ...call: Parameters<handleBidiStreamingCall<Buffer, Buffer>>): void;
-}
+/** What a server does with a call; `name` is its own. */
+type Manner = (name: string, call: ServerCall, reply: Reply) => void;
+type Manners = Record<keyof typeof METHODS, Manner>;
 const USUAL: Manners = {
   unary: (name, { request }, reply) => reply(null, Buffer.from(`${name}: ${request}`)),
   collect(_, call, reply) {
     let messages = 0, bytes = 0;
-    call.on("data", (message: Buffer) => (messages++, bytes += message.length));
+    call.on("data", (message) => (messages++, bytes += message.length));
     call.on("end", () => reply(null, Buffer.from(`${bytes} bytes in ${messages} messages`)));
   },
   list(_, call) {
@@ -73,7 +69,7 @@ const USUAL: Manners = {
     call.end();
   },
   chat(_, call) {
-    call.on("data", (message: Buffer) => call.write(Buffer.from(`re: ${message}`)));
+    call.on("data", (message) => void call.write(Buffer.from(`re: ${message}`)));
     call.on("end", () => call.end());
   },
 };
@@ -93,20 +89,14 @@ const servers: Server[] = [];
 /** Starts a server; gives where it listens. */
 async function grpcServer(name: string, { hasHealth = false } = {}): Promise<string> {
   const server = new Server();
-  const heard = (kind: string) => void asked.push(`${name} ${kind}`);
+  const does = (kind: keyof typeof METHODS) => (call: ServerCall, reply: Reply) => {
+    asked.push(`${name} ${kind}`);
+    manners[kind](name, call, reply);
+  };
   server.addService(METHODS, {
-    unary: (...call: Parameters<handleUnaryCall<Buffer, Buffer>>) => (heard("unary"), manners.unary(name, ...call)),
-    collect: (...call: Parameters<handleClientStreamingCall<Buffer, Buffer>>) => (
-      heard("collect"), manners.collect(name, ...call)
-    ),
-    list: (
-      ...call: Parameters<handleServerStreamingCall<Buffer, Buffer>>
-    ) => (heard("list"), manners.list(name, ...call)),
-    chat: (
-      ...call: Parameters<handleBidiStreamingCall<Buffer, Buffer>>
-    ) => (heard("chat"), manners.chat(name, ...call)),
+    ...{ unary: does("unary"), collect: does("collect"), list: does("list"), chat: does("chat") },
   });
-  const check: handleUnaryCall<Buffer, Buffer> = ({ request }, reply) => {
+  const check = ({ request }: ServerCall, reply: Reply) => {
     const state = states.get(request.toString("utf8", 2)); // behind the number of the field and the length
     if (state) reply(null, STATES[state]);
     else reply({ code: status.NOT_FOUND, details: "unknown service" });
@@ -150,14 +140,7 @@ interface Outcome {
   head: Metadata | undefined;
   trailers: Metadata;
 }
-/** What all calls of a client emit. */
-interface Emitter {
-  on(event: "metadata", then: (head: Metadata) => void): unknown;
-  on(event: "status", then: (given: { code: status; details: string; metadata: Metadata }) => void): unknown;
-  on(event: "data", then: (message: Buffer) => void): unknown;
-  on(event: "error", then: () => void): unknown;
-}
-function outcomeOf(call: Emitter, messages: string[] = []): Promise<Outcome> {
+function outcomeOf(call: ClientCall, messages: string[]): Promise<Outcome> {
   let head: Metadata | undefined;
   call.on("metadata", (given) => head = given);
   call.on("data", (message) => void messages.push(message.toString("latin1")));
@@ -184,39 +167,27 @@ interface Given extends CallOptions {
   metadata?: Record<string, MetadataValue>;
   client?: Client;
 }
-function callOf(host: string, { metadata = {}, client = clientOf(host), ...options }: Given) {
-  const given = new Metadata(), isTimed = "grpc-timeout" in metadata;
-  for (const [name, value] of Object.entries(metadata)) given.add(name, value);
-  return { client, metadata: given, options: isTimed ? options : { deadline: Date.now() + PATIENCE, ...options } };
-}
-function ask(host: string, message: string | Buffer = "x", given: Given = {}): Promise<Outcome> {
-  const { client, metadata, options } = callOf(host, given), messages: string[] = [];
-  const then = (_error: unknown, reply?: Buffer) => void (reply && messages.push(reply.toString("latin1")));
-  const bytes = Buffer.from(message);
-  return outcomeOf(
-    client.makeUnaryRequest(METHODS.unary.path, asIs, asIs, bytes, metadata, options, then),
-    messages,
-  );
-}
-function collect(host: string, given: Given = {}) {
-  const { client, metadata, options } = callOf(host, given), messages: string[] = [];
-  const then = (_error: unknown, reply?: Buffer) => void (reply && messages.push(reply.toString("latin1")));
-  const call = client.makeClientStreamRequest(METHODS.collect.path, asIs, asIs, metadata, options, then);
-  return { call, outcome: outcomeOf(call, messages) };
-}
-function list(host: string, message: string, given: Given = {}) {
-  const { client, metadata, options } = callOf(host, given);
-  return outcomeOf(
-    client.makeServerStreamRequest(METHODS.list.path, asIs, asIs, Buffer.from(message), metadata, options),
-  );
-}
-function chat(host: string, given: Given = {}) {
-  const { client, metadata, options } = callOf(host, given), messages: string[] = [];
-  const call = client.makeBidiStreamRequest(METHODS.chat.path, asIs, asIs, metadata, options);
-  const outcome = outcomeOf(call, messages);
+/** A call, its messages so far, what says one more, and what comes of it in the end. */
+function start(host: string, kind: keyof typeof METHODS, message: string | Buffer, given: Given = {}) {
+  const { metadata = {}, client = clientOf(host), deadline = Date.now() + PATIENCE } = given;
+  const sent = new Metadata(), messages: string[] = [], bytes = Buffer.from(message), { path } = METHODS[kind];
+  for (const [name, value] of Object.entries(metadata)) sent.add(name, value);
+  const options = "grpc-timeout" in metadata ? {} : { deadline }; // the client's own deadline would replace it
+  const then = (_: unknown, reply?: Buffer) => void (reply && messages.push(reply.toString("latin1")));
+  const call = {
+    unary: () => client.makeUnaryRequest(path, asIs, asIs, bytes, sent, options, then),
+    collect: () => client.makeClientStreamRequest(path, asIs, asIs, sent, options, then),
+    list: () => client.makeServerStreamRequest(path, asIs, asIs, bytes, sent, options),
+    chat: () => client.makeBidiStreamRequest(path, asIs, asIs, sent, options),
+  }[kind]();
   const say = (text: string) => void call.write(Buffer.from(text));
-  return { call, outcome, messages, say };
+  return { call, messages, say, outcome: outcomeOf(call, messages) };
 }
+const ask = (host: string, message: string | Buffer = "x", given?: Given) =>
+  start(host, "unary", message, given).outcome;
+const list = (host: string, message: string, given?: Given) => start(host, "list", message, given).outcome;
+const collect = (host: string, given?: Given) => start(host, "collect", "", given);
+const chat = (host: string, given?: Given) => start(host, "chat", "", given);
 
 // ─── The program ───
 
@@ -458,7 +429,7 @@ test("over TLS client and balancer, balancer and server agree on HTTP/2 by ALPN"
 // ─── Retries ───
 
 /** The first call is answered with UNAVAILABLE, later ones as ever. */
-const busyOnce = (): Manners["unary"] => (name, call, reply) =>
+const busyOnce = (): Manner => (name, call, reply) =>
   asked.length === 1 ? reply({ code: status.UNAVAILABLE, details: "busy" }) : USUAL.unary(name, call, reply);
 
 test("retry_on: [unavailable] asks another server where nothing was answered", async () => {
@@ -518,7 +489,9 @@ test("a request of 64 KiB is asked again, one that is longer is not", async () =
 
 test("a request that has not come whole is not asked again", async () => {
   letServers({
-    chat: (_, call) => call.on("data", () => call.emit("error", { code: status.UNAVAILABLE, details: "busy" })),
+    chat(_, call) {
+      call.on("data", () => void call.emit("error", { code: status.UNAVAILABLE, details: "busy" }));
+    },
   });
   const { say, outcome } = chat("retried.test");
   say("1");
@@ -531,14 +504,13 @@ test("a request that has not come whole is not asked again", async () => {
 /** A server that waits until a call is cancelled. */
 function deaf() {
   const seen = { cancelled: 0 };
-  const wait = (call: { on(event: "cancelled", then: () => void): unknown }) =>
-    void call.on("cancelled", () => seen.cancelled++);
+  const wait = (call: ServerCall) => void call.on("cancelled", () => seen.cancelled++);
   letServers({
     unary: (_, call) => wait(call),
     collect: (_, call) => wait(call.resume()),
     list: (_, call) => wait(call),
     chat(_, call) {
-      call.on("data", () => call.write(Buffer.from("yes")));
+      call.on("data", () => void call.write(Buffer.from("yes")));
       wait(call);
     },
   });
@@ -568,6 +540,16 @@ test("grpc-timeout ends a call whose client has not ended its side", async () =>
   await cancelled(seen, 1);
 });
 
+test("grpc-timeout ends a call of which a message has been answered", async () => {
+  const seen = deaf();
+  const call = chat("deadline.test", SOON);
+  call.say("1");
+  await until("it is answered", () => call.messages.length === 1);
+  call.call.end();
+  assert.equal((await call.outcome).code, status.DEADLINE_EXCEEDED);
+  await cancelled(seen, 1);
+});
+
 test("grpc-timeout does not lengthen timeouts.response", async () => {
   const seen = deaf();
   const { code, details } = await ask("late.test", "x", { deadline: Date.now() + 20_000 });
@@ -583,19 +565,10 @@ test("a call that its client cancels is cancelled at the server, whether the cli
   call.cancel();
   assert.equal((await outcome).code, status.CANCELLED);
   await cancelled(seen, 1);
-  const waiting = clientOf("alone.test").makeUnaryRequest(
-    METHODS.unary.path,
-    asIs,
-    asIs,
-    Buffer.from("x"),
-    new Metadata(),
-    {},
-    () => {},
-  );
-  const second = outcomeOf(waiting);
+  const second = start("alone.test", "unary", "x");
   await until("the server has it", () => asked.length === 2);
-  waiting.cancel();
-  assert.equal((await second).code, status.CANCELLED);
+  second.call.cancel();
+  assert.equal((await second.outcome).code, status.CANCELLED);
   await cancelled(seen, 2);
   const failures = () => linesAbout("alone.test").map((line) => line["error.type"]).filter(Boolean);
   await until("both are logged", () => failures().length === 2);

@@ -650,7 +650,7 @@ export function sendAttempt(
   const attempt: Attempt = {
     ...{ method: "GET", target: "/", lines: "host: a.test\r\n", upgrade: "", tunnels: new Set(), ...given },
     timeouts: { connect: 20_000, response: 20_000, idle: 20_000, request: Infinity, ...timeouts },
-    ...{ startedAt: client.now(), uploaded: 0, trailers: [], received: 0, carrier: undefined },
+    ...{ startedAt: client.now(), uploaded: 0, trailers: [], deadline: Infinity, received: 0, carrier: undefined },
     get connectedAt() {
       return connectedAt;
     },
