@@ -491,7 +491,7 @@ const Probe = map({
   expect: key(many(Statuses, "a status", 1), "200, 200-399, or a list", [200]),
   body: key(Text, "what the body has to contain", ""),
   grpc: key(
-    v.pipe(Text, v.maxLength(100, "$ is longer than 100 letters")),
+    v.pipe(Text, v.maxBytes(100, "$ is longer than 100 bytes")),
     "the service that grpc.health.v1 is asked about, over HTTP/2; empty: the whole server",
   ),
   rise: key(whole(1, 100), "successes in a row until it may be asked again", 2),
@@ -1681,6 +1681,7 @@ export type Failure =
   | "invalid-answer" // not HTTP/1.1, or ambiguous
   | "timeout" // no head of an answer in time
   | "idle" // silence in the middle of an answer
+  | "deadline" // the time that a call of gRPC gives is over
   | "client-left"
   | "client-timeout" // the client stalled while sending its body, or stopped reading the response
   | "bad-body" // the request's body is longer or shorter than announced, or its chunks are not valid
@@ -1732,6 +1733,7 @@ export const FAILURES = {
   "connect-timeout": { status: 504, text: "the server cannot be reached in time" },
   "timeout": { status: 504, text: "the server did not answer in time" },
   "idle": { status: 504, text: "the server stopped in the middle of its answer" },
+  "deadline": { status: 504, text: "the call's deadline has passed" },
   "bad-version": { status: 505, text: "this version of HTTP is not spoken here" },
   "loop": { status: 508, text: "the request has been here before" },
 } satisfies Record<Failure | Refusal | Denial, { status: number; text: string }>;
@@ -1962,7 +1964,8 @@ class StreamedBody implements Body {
   }
 
   get bytes(): Bytes | undefined {
-    return this.kept && this.over && typeof this.outcome === "object" ? Buffer.concat(this.kept) : undefined;
+    const isWhole = this.over && typeof this.outcome === "object" && this.received <= this.limit;
+    return this.kept && isWhole ? Buffer.concat(this.kept) : undefined;
   }
 
   read(reader: BodyReader): void {
@@ -2525,6 +2528,14 @@ export class Exchange implements Draw {
     this.reply = (response) => request.respond(response);
   }
 }
+
+/** When a call of gRPC has to be over (`grpc-timeout: 100m`), with its wait in a queue and all attempts; else never. */
+function deadlineOf({ request, block, started }: Exchange): number {
+  if (!isGrpc(request)) return Infinity;
+  const [, count, unit] = /^(\d{1,8})([HMSmun])$/.exec(fieldOf(block.fields, "grpc-timeout") ?? "") ?? [];
+  return unit ? started + Number(count) * GRPC_UNITS[unit]! : Infinity;
+}
+const GRPC_UNITS: Record<string, number> = { H: 3.6e6, M: 6e4, S: 1e3, m: 1, u: 1e-3, n: 1e-6 }; // milliseconds
 
 /** An attempt of an exchange, and what has become of it. */
 export interface ExchangeAttempt extends Attempt {
@@ -3943,7 +3954,7 @@ interface Progress {
 /** Which of its timeouts an attempt has exceeded, if any. */
 function whatIsLate({ startedAt, timeouts, deadline }: Attempt, at: Progress, now: number): Failure | undefined {
   const silence = now - at.since, { connect, response, idle, request } = timeouts;
-  if (now >= deadline) return "timeout";
+  if (now >= deadline) return "deadline";
   if (!at.connected) return silence < connect ? undefined : "connect-timeout";
   if (at.sent && !at.head) return silence < response ? undefined : "timeout";
   if (silence < idle && (at.sent || now - startedAt < request)) return undefined;
@@ -7138,9 +7149,10 @@ async function waitInQueue(exchange: Exchange, pick: () => Server | undefined): 
   const over = new AbortController();
   waiting.add(proceed);
   exchange.onLeave = () => leave("client-left");
-  exchange.balancer.effects.sleep(queue.timeout, over.signal).then(() => {
+  const { effects } = exchange.balancer, left = deadlineOf(exchange) - effects.now(), isShort = left < queue.timeout;
+  effects.sleep(isShort ? Math.max(1, left) : queue.timeout, over.signal).then(() => {
     wakeQueue(service); // an ejection may have ended unnoticed
-    leave("queue-timeout");
+    leave(isShort ? "deadline" : "queue-timeout");
   });
   try {
     return await promise;
@@ -7975,7 +7987,7 @@ function pickServer(exchange: Exchange, now: number): Server | undefined {
 
 const TOO_MUCH = new Set([429, 503]); // statuses whose Retry-After is obeyed
 const GATEWAY_ERRORS = new Set([502, 503, 504]); // an answer that counts against its server
-const BLAMELESS = new Set<string>(["client-left", "client-timeout", "bad-body", "body-too-large"]);
+const BLAMELESS = new Set<string>(["client-left", "client-timeout", "bad-body", "body-too-large", "deadline"]);
 const isServerError = (status: number): boolean => status >= 500 && status < 600;
 
 /** Reports what is wrong with a server, once a second at most: the access log has every request. */
@@ -8022,16 +8034,9 @@ function newServerAttempt(exchange: Exchange, server: Server, decide: Decide): E
     onHead: (response) => onAnswer(attempt, response),
     onEnd: (failure, detail, sent) => onAttemptEnd(attempt, failure, detail, sent),
   };
-  if (isGrpc(exchange.request)) attempt.deadline = deadlineOf(exchange);
+  attempt.deadline = deadlineOf(exchange);
   return attempt;
 }
-
-/** When a call of gRPC has to be over (`grpc-timeout: 100m`), with all attempts. */
-function deadlineOf({ block, started }: Exchange): number {
-  const [, count, unit] = /^(\d{1,8})([HMSmun])$/.exec(fieldOf(block.fields, "grpc-timeout") ?? "") ?? [];
-  return unit ? started + Number(count) * GRPC_UNITS[unit]! : Infinity;
-}
-const GRPC_UNITS: Record<string, number> = { H: 3.6e6, M: 6e4, S: 1e3, m: 1, u: 1e-3, n: 1e-6 }; // milliseconds
 
 function send(attempt: ExchangeAttempt): void {
   const { exchange, server, startedAt } = attempt;

@@ -5,7 +5,7 @@
 // is run once more by itself, and that counts; what it said the first time stays in the output.
 
 const ROOT = new URL("..", import.meta.url).pathname;
-const AT_ONCE = 5; // jobs; each of them mostly waits
+const AT_ONCE = 7; // jobs; each of them mostly waits
 const PATIENCE = 240_000; // milliseconds for one job; one that takes longer hangs
 const EDGE = "edge.test.ts"; // starts workerd, and is itself run by Node
 /** What the tests run beside lb.ts (or load into it), and Debian's packages that have it. */

@@ -405,6 +405,7 @@ const CAUSES: Record<FailureName, Cause | "limits.test.ts" | "tcp.test.ts"> = {
   "connect": { manners: ["connect"] },
   "reset": { manners: ["reset"] },
   "invalid-answer": { manners: ["invalid-answer"] },
+  "deadline": { manners: ["deadline"] },
   "no-server": {
     keys: "eject: { failures: 1, at_most: 100% }, panic: 0%",
     manners: ["reset"],

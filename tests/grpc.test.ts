@@ -81,7 +81,7 @@ function letServers(does: Partial<Manners> = {}): void {
   asked = [];
 }
 
-/** The states that the health service gives; 14 and the like are statuses of gRPC. */
+/** What the health service says, by the name of a service. */
 const states = new Map<string, "SERVING" | "NOT_SERVING" | "UNKNOWN">();
 const STATES = { UNKNOWN: Buffer.alloc(0), SERVING: Buffer.from([8, 1]), NOT_SERVING: Buffer.from([8, 2]) };
 
@@ -196,9 +196,11 @@ let plain: ScriptedServer, noGrpc: Http2Server, secure: TcpServer, closing: TcpS
 
 const portsOf = (program: Program) =>
   [...program.output().matchAll(/listening on https?:\/\/\S+:(\d+)$/gm)].map(([, port]) => port!);
+/** The whole lines that a program has printed. */
+const linesOf = (program: Program) => program.output().split("\n").slice(0, -1);
 /** The lines of the log about calls to a host. */
 const linesAbout = (host: string) =>
-  lb.output().split("\n").filter((line) => line.includes(`"server.address":"${host}"`)).map((line) => JSON.parse(line));
+  linesOf(lb).filter((line) => line.includes(`"server.address":"${host}"`)).map((line) => JSON.parse(line));
 const metrics = async () => (await (await fetch(`http://127.0.0.1:${lb.admin}/metrics`)).text()).split("\n");
 /** The sum of the metrics whose series begins and ends so. */
 async function metric(begin: string, end = ""): Promise<number> {
@@ -231,6 +233,9 @@ const CHECKED = {
   old: "a server behind http://",
 };
 
+/** Keeps the deadline from the server, which would end the call by itself. */
+const UNTIMED = { headers: { remove: ["grpc-timeout"] } };
+
 before(async () => {
   const [one, two, bare, gone] = await Promise.all([
     grpcServer("one", { hasHealth: true }),
@@ -261,6 +266,8 @@ before(async () => {
     ...{ h2: { ...encrypted, http: 2 }, auto: { ...encrypted, http: "auto" } },
     late: { ...alone, timeouts: { response: "300ms" } },
     full: { servers: [{ url: `h2c://${one}`, max: 1 }], queue: "off" },
+    queued: { servers: [{ url: `h2c://${one}`, max: 1 }], queue: { size: 1, timeout: "1s" } },
+    ejecting: { ...pair, eject: { failures: 3, for: "1m" } },
     gone: { servers: [`h2c://127.0.0.1:${gone}`] },
     cut: { servers: [`h2c://127.0.0.1:${portOf(closing)}`] },
   };
@@ -279,8 +286,9 @@ before(async () => {
     defaults: { health: "off", eject: "off", retry_budget: "100%" },
     services,
     routes: [
-      ...toService,
-      { host: "deadline.test", service: "alone", request: { headers: { remove: ["grpc-timeout"] } } },
+      ...toService.map((route) => route.service === "ejecting" ? { ...route, request: UNTIMED } : route),
+      { host: "deadline.test", service: "alone", request: UNTIMED },
+      { host: "small.test", service: "alone", body_limit: "1kB" },
       { host: "denied.test", service: "alone", deny: ["127.0.0.0/8"] },
       { host: "rated.test", service: "alone", rate: { requests: 1, per: "1h" } },
       { host: "get.test", service: "alone", methods: ["GET"] },
@@ -528,7 +536,7 @@ const TOO_LATE = "the server did not answer in time";
 test("grpc-timeout ends a call that the server does not answer, and cancels it there", async () => {
   const seen = deaf();
   const { code, details, head } = await ask("deadline.test", "x", SOON);
-  assert.deepEqual([code, details, head], [status.DEADLINE_EXCEEDED, TOO_LATE, undefined]);
+  assert.deepEqual([code, details, head], [status.DEADLINE_EXCEEDED, "the call's deadline has passed", undefined]);
   await cancelled(seen, 1);
 });
 
@@ -541,13 +549,31 @@ test("grpc-timeout ends a call whose client has not ended its side", async () =>
 });
 
 test("grpc-timeout ends a call of which a message has been answered", async () => {
-  const seen = deaf();
-  const call = chat("deadline.test", SOON);
-  call.say("1");
-  await until("it is answered", () => call.messages.length === 1);
-  call.call.end();
-  assert.equal((await call.outcome).code, status.DEADLINE_EXCEEDED);
+  const seen = deaf(), { call, messages, say, outcome } = chat("deadline.test", SOON);
+  say("1");
+  await until("it is answered", () => messages.length === 1);
+  call.end();
+  const late = sleep(2_000).then(() => undefined), ended = await Promise.race([outcome, late]);
+  call.cancel();
+  assert.equal(ended?.code, status.DEADLINE_EXCEEDED);
   await cancelled(seen, 1);
+});
+
+test("grpc-timeout ends a call that waits for a server with room", async () => {
+  const seen = deaf(), first = chat("queued.test");
+  first.say("1");
+  await until("the first call runs", () => first.messages.length === 1);
+  const { code } = await ask("queued.test", "x", SOON);
+  first.call.cancel();
+  await cancelled(seen, 1);
+  assert.equal(code, status.DEADLINE_EXCEEDED);
+});
+
+test("a server is not ejected for the deadlines of its clients", async () => {
+  deaf();
+  const short = { metadata: { "grpc-timeout": "1m" } };
+  for (let i = 0; i < 6; i++) assert.equal((await ask("ejecting.test", "x", short)).code, status.DEADLINE_EXCEEDED);
+  assert.equal(await metric('lb_server_ejections_total{service="ejecting"'), 0);
 });
 
 test("grpc-timeout does not lengthen timeouts.response", async () => {
@@ -612,6 +638,17 @@ for (const [host, code, details, http, failure] of REFUSALS) {
   });
 }
 
+test("body_limit holds for a message that comes whole, and for one that comes in pieces", async () => {
+  letServers();
+  const expected = [status.RESOURCE_EXHAUSTED, "the request's body is too large"];
+  const { call, outcome } = collect("small.test");
+  for (let i = 0; i < 3; i++) call.write(Buffer.alloc(500));
+  const inPieces = await outcome, whole = await ask("small.test", Buffer.alloc(2_000));
+  assert.deepEqual([inPieces.code, inPieces.details], expected);
+  assert.deepEqual([whole.code, whole.details], expected);
+  assert.equal((await ask("small.test", Buffer.alloc(900))).code, status.OK);
+});
+
 // ─── Health ───
 
 for (const [name, { grpc, at, finds }] of Object.entries(CHECKS)) {
@@ -621,7 +658,7 @@ for (const [name, { grpc, at, finds }] of Object.entries(CHECKS)) {
     while (await metric(`lb_server_probes_total{service="${name}",`, `,result="${wanted}"}`) < 2) await sleep(20);
     assert.equal(await metric(`lb_server_probes_total{service="${name}",`, `,result="${other}"}`), 0);
     assert.equal(await metric(`lb_service_server_up{service="${name}",`), finds ? 0 : 1);
-    const warnings = lb.output().split("\n").filter((line) => line.includes(` warn: ${name}: `));
+    const warnings = linesOf(lb).filter((line) => line.includes(` warn: ${name}: `));
     assert.deepEqual(warnings.map((line) => line.replace(/^.* is down: /, "")), finds ? [finds] : []);
   });
 }
@@ -699,7 +736,7 @@ test("a running call ends as ever while the program drains, new ones go elsewher
     assert.equal((await ask("old.test", "9", { client: stays })).code, status.FAILED_PRECONDITION);
     assert.deepEqual((await ask("old.test", "x", { client: moves })).messages, ["behind: x"]);
     const [failed, fine] = await until("both are logged", () => {
-      const lines = old.output().split("\n").filter((line) => line.includes('"POST /t.T/Unary HTTP/2.0" 200 '));
+      const lines = linesOf(old).filter((line) => line.includes('"POST /t.T/Unary HTTP/2.0" 200 '));
       return lines.length === 2 && lines;
     });
     assert.match(failed!, / default \S+ 1 \S+ grpc-status-9 \S+ \S+$/);
