@@ -25,7 +25,10 @@ const PROGRAMS = Object.entries({
 /** How a file's tests are run, and reported as JUnit's XML. */
 const RUNTIMES: Record<string, (file: string, report: string) => string[]> = {
   deno: (file, report) => ["deno", "test", "-A", "--no-check", `--junit-path=${report}`, file],
-  bun: (file, report) => ["bun", "test", "--reporter=junit", `--reporter-outfile=${report}`, `./${file}`],
+  bun: (
+    file,
+    report,
+  ) => ["bun", "test", "--timeout=60000", "--reporter=junit", `--reporter-outfile=${report}`, `./${file}`],
   node: (
     file,
     report,
