@@ -266,7 +266,7 @@ const duration = (least: number) =>
     return ms >= least && ms <= UNITS.d! ? ms : new Error(`${least ? "more than 0 and " : ""}at most 1d`);
   }, least ? MORE_THAN_0 : TIME);
 /** Text such as 500ms, 2s or 1m to milliseconds. */
-export const Duration = duration(1);
+const Duration = duration(1);
 const Percent = word("a percentage from 0% to 100%", /^(?:100|\d?\d(?:\.\d+)?)%$/, (text) => parseFloat(text) / 100);
 const SIZE = /^(?:[nN]one|NONE|(\d+(?:\.\d+)?) ?(?:([kKmMgGtT]?)([iI]?)[bB])?)$/;
 const bytesIn: Reader<number> = (_, count, prefix = "", i) => {
@@ -445,8 +445,16 @@ const ServerMap = v.pipe(map({ url: Url, ...also }), v.transform(({ url, ...rest
 const OnlyUrl = v.pipe(Url, v.transform((url) => ({ ...url, ...v.parse(v.object(also), {}) })));
 const ServerSchema = either("a server such as localhost:8081 or {url: ..., weight: 2}", OnlyUrl, ServerMap);
 
-/** "", [] and Infinity are what was left out. */
-export type ServerConfig = Out<typeof ServerSchema>;
+/** A server, as it is parsed. */
+export interface ServerConfig {
+  url: string;
+  name: string; // host:port, or the URL where servers share that
+  weight: number;
+  host: string; // the Host that it gets; empty: as `host_header` says
+  backup: boolean;
+  max: number; // requests in flight; Infinity: any number
+  state: "ready" | "drain" | "maint";
+}
 
 /** A server that is listed again weighs more. Where http and https share a host and port, the URLs are the names. */
 const Servers = v.pipe(
@@ -464,7 +472,7 @@ const Servers = v.pipe(
 );
 // deno-fmt-ignore
 /** The built-in strategies that are named by a word. */
-export const STRATEGIES = ["round-robin", "first", "random", "two-choices", "least-connections", "least-response-time", "peak-ewma", "ip-hash"];
+const STRATEGIES = ["round-robin", "first", "random", "two-choices", "least-connections", "least-response-time", "peak-ewma", "ip-hash"] as const;
 type Hashed = "header" | "cookie" | "query" | "path" | "client";
 const named = { header: opt(HeaderName), cookie: opt(Text), query: opt(Text) };
 const HashMap = map({ hash: choice({ ...named, path: opt(True), client: opt(True) }) });
@@ -606,8 +614,23 @@ const settings = {
   ...policy,
 };
 
-/** What a route may say about its services: retries, time limits and the like. */
-export type Policy = OutOf<typeof policy>;
+/** What a route may say about its services: retries, time limits and the like. Times are milliseconds. */
+export interface Policy {
+  retries: number;
+  retry_on?: (number | "connect" | "reset" | "unavailable")[] | undefined;
+  timeouts: { connect: number; response: number; idle: number; request: number }; // Infinity: none
+  host_header: string; // keep, server or a literal
+  compress: boolean;
+  /** No origin: off. */
+  cors: {
+    origin: string[];
+    allow_methods: string[];
+    allow_headers: string[];
+    expose_headers: string[];
+    max_age: number;
+    credentials: boolean;
+  };
+}
 
 // --- 1.3 Routes and listeners: routes, listeners, TCP services, and the file as a whole ---
 
@@ -641,9 +664,9 @@ const RewriteMap = v.pipe(
 );
 const REWRITE = "a path, or a map such as { path: /v2 }";
 const Rewrite = orBrief(REWRITE, Path, (path) => ({ path }), RewriteMap);
-const HeaderRules = map({ set: opt(RuleValues, {}), add: opt(RuleValues, {}), remove: opt(RuleNames, []) });
+const HeaderRulesSchema = map({ set: opt(RuleValues, {}), add: opt(RuleValues, {}), remove: opt(RuleNames, []) });
 const QueryRules = map({ set: opt(dict(Text, Text, "{ name: value }"), {}), remove: opt(many(Text, "a name"), []) });
-const RequestRules = map({ headers: opt(HeaderRules, {}), query: opt(QueryRules, {}) });
+const RequestRules = map({ headers: opt(HeaderRulesSchema, {}), query: opt(QueryRules, {}) });
 const To = word("a URL or path to go to", /^(?:(?:[hH][tT][tT][pP][sS]?:\/\/|\/)[!-~]+|\/)$/, (to) => {
   if (!/\$\w|[{}]|\*$|\/:[a-z]/i.test(to)) return to;
   return new Error("it is taken literally; { host: b.example } and { scheme: https } keep path and query");
@@ -721,7 +744,7 @@ const changes = {
   name: key(word("a name", /^\P{Cc}{0,200}$/u), "for logs and --explain; else its host and path", ""),
   rewrite: key(Rewrite, "path for what matched, or whole for all of it; host", {}),
   request: key(RequestRules, "headers and query: set replaces, add adds, remove removes", {}),
-  response: key(map({ headers: opt(HeaderRules, {}) }), "headers: set replaces, add adds, remove removes", {}),
+  response: key(map({ headers: opt(HeaderRulesSchema, {}) }), "headers: set replaces, add adds, remove removes", {}),
   mirror: key(Mirror, "off, or the service that gets a copy of so many percent of the requests", "off"),
   allow: key(Networks, "only these clients", []),
   deny: key(Networks, "not these clients; wins over allow", []),
@@ -848,8 +871,35 @@ const RoutesFile = map({
   ),
 });
 
-/** A service, as it is parsed. */
-export type ServiceConfig = Out<typeof ServiceSchema>;
+/** A service, as it is parsed. Times are milliseconds, shares from 0 to 1. */
+export interface ServiceConfig extends Policy {
+  servers: ServerConfig[];
+  strategy: { name: string; by: Hashed | "none"; key: string };
+  health: {
+    kind: "http" | "grpc" | "tcp" | "off";
+    path: string;
+    interval: number;
+    timeout: number;
+    expect: [from: number, to: number][]; // statuses
+    body: string;
+    grpc?: string | undefined;
+    rise: number;
+    fall: number;
+    method: string;
+    headers: Map<string, string>;
+  };
+  eject: { failures: number; for: number; slow: number; at_most: number }; // Infinity: never
+  slow_start: number;
+  panic: number;
+  retry_budget: number;
+  hedge: number; // 0: off
+  max_in_flight: number; // Infinity: any number; 0: auto
+  queue: { size: number; timeout: number }; // size 0: off
+  fallback: string; // empty: none
+  sticky: { cookie: string; secret?: string | undefined; max_age: number }; // no cookie: off
+  tls: { ca: string; cert: string; key: string; servername: string; insecure: boolean };
+  http: 1 | 2 | "auto";
+}
 
 type FieldTest = { kind: "is"; value: string } | { kind: "regex"; source: string } | {
   kind: "present";
@@ -862,21 +912,91 @@ export type PathRule = { kind: "prefix" | "exact"; path: string } | { kind: "reg
 /** A service that a route leads to, its share, the policy that holds on that way, and who is asked in its place. */
 export type Target = { service: string; weight: number; policy: Policy; fallback: Target | undefined };
 /** What a route does with a request. */
-export type Action = { kind: "forward"; targets: Target[] } | Out<typeof Redirect> | Out<typeof Respond>;
+export type Action =
+  | { kind: "forward"; targets: Target[] }
+  | {
+    kind: "redirect";
+    to: string; // literally; empty: the parts that follow, each of which may be empty or 0
+    scheme: "http" | "https" | "";
+    host: string;
+    port: number;
+    path: string;
+    status: number;
+  }
+  | { kind: "respond"; status: number; body: string; headers: Map<string, string> };
 /** How often a client may ask: by its address, or by a header where `by` names one. */
-export type Rate = Out<typeof RateMap>;
+export interface Rate {
+  requests: number;
+  per: number; // milliseconds
+  by: string;
+  burst: number;
+}
+/** An address to listen on. */
+export interface Address {
+  host: string; // empty: all addresses of this machine
+  port: number;
+}
 /** Where clients connect: without `tls` over plain TCP. */
-export type ListenerConfig = Out<typeof ListenerSchema>;
-type Made = { hosts: string[]; paths: PathRule[]; action: Action; policy: Policy; fallback: boolean };
+export interface ListenerConfig extends Address {
+  tls: { cert: string; key: string }[];
+  client_ca: string;
+  h2c: boolean;
+}
+/** Rules for headers, by their lower-case names. */
+export interface HeaderRules {
+  set: Map<string, string>;
+  add: Map<string, string>;
+  remove: string[];
+}
 /** A route in the general form, as it is parsed. */
-export type RouteConfig = OutOf<typeof conditions> & OutOf<typeof changes> & Made;
+export interface RouteConfig {
+  name: string;
+  hosts: string[]; // empty: any
+  paths: PathRule[]; // empty: any
+  scheme: "http" | "https" | ""; // empty: any
+  methods: string[]; // empty: any
+  headers: Condition[];
+  query: Condition[];
+  action: Action;
+  policy: Policy; // of its first service
+  fallback: boolean; // it is `default`
+  rewrite: { kind: "none" | "replace" | "whole"; path: string; host: string };
+  request: { headers: HeaderRules; query: { set: Map<string, string>; remove: string[] } };
+  response: { headers: HeaderRules };
+  mirror: { service: string; percent: number };
+  allow: string[];
+  deny: string[];
+  rate?: Rate | undefined;
+  body_limit: number; // bytes; Infinity: none
+}
 /** Listeners whose connections go to one service as they are. */
-export type TcpConfig = Pick<Out<typeof Tcp>, "listen" | "name" | "proxy_protocol" | "allow" | "deny">;
+export interface TcpConfig {
+  listen: ListenerConfig[];
+  name: string;
+  proxy_protocol: boolean;
+  allow: string[];
+  deny: string[];
+}
 /**
  * A whole file, as it is parsed: nothing is optional any more. `source` is the file with all defaults written in, `text`
  * and `file` the file itself, and `places` say where in it each service stands.
  */
-export type Config = Pick<Out<typeof RoutesFile>, "listen" | "admin" | "trust" | "limits" | "log" | "name_routes"> & {
+export interface Config {
+  listen: ListenerConfig[];
+  admin?: { listen: Address; token?: string | undefined; read_token?: string | undefined } | undefined;
+  trust: string[];
+  limits: {
+    requests: number; // this and the next three: Infinity is none
+    per_client: number;
+    connections: number;
+    client_connections: number;
+    header: number; // milliseconds
+    keep_alive: number; // milliseconds
+    header_size: number; // bytes
+    header_fields: number;
+  };
+  log: { format: "combined" | "json" | "off"; sample: number };
+  name_routes: boolean;
   services: Map<string, ServiceConfig>;
   routes: RouteConfig[];
   tcp: TcpConfig[];
@@ -885,7 +1005,7 @@ export type Config = Pick<Out<typeof RoutesFile>, "listen" | "admin" | "trust" |
   file: string;
   places: Map<string, Keys>;
   warnings: string[]; // routes that are never reached, services that nothing leads to
-};
+}
 
 // --- 1.4 YAML: from a text to plain values, each with its place in the file ---
 
@@ -2430,14 +2550,14 @@ const hostOf = (url: string): string => url.slice(url.indexOf("//") + 2);
 const hostFieldOf = (url: string): string => hostOf(url).replace(/\.(?=:|$)/, "");
 
 /** The routes of one host name, by kind of path. Within one path those with more conditions stand first. */
-type PathTable = ReturnType<typeof newPathTable>;
-const newPathTable = () => ({
-  exact: new Map<string, Route[]>(),
-  prefix: new Map<string, Route[]>(),
-  depth: 0, // slashes in the longest prefix: deeper is not looked for
-  shapes: [] as string[], // of patterns such as /users/{id}, a character a segment: 1 where any one fits
-  regex: [] as { pattern: RE2JS; routes: Route[] }[],
-});
+interface PathTable {
+  exact: Map<string, Route[]>;
+  prefix: Map<string, Route[]>;
+  depth: number; // slashes in the longest prefix: deeper is not looked for
+  shapes: string[]; // of patterns such as /users/{id}, a character a segment: 1 where any one fits
+  regex: { pattern: RE2JS; routes: Route[] }[];
+}
+const newPathTable = (): PathTable => ({ exact: new Map(), prefix: new Map(), depth: 0, shapes: [], regex: [] });
 
 /** Hosts by their names, wildcards by what follows the star, and routes for any host. */
 export interface HostTable {
@@ -2714,7 +2834,7 @@ export interface FetchAttempt extends Pick<Attempt, "server" | "method" | "timeo
 /** `fetch`, with the attempt where the init would be. Rejects with a `WireError` before the head of an answer. */
 export type Fetch = (url: string, attempt: FetchAttempt) => Promise<Response>;
 
-type LineFormat = Exclude<Out<typeof LogFormat>, "off">;
+type LineFormat = "combined" | "json";
 
 /** An entry of the access log, for a request or a connection (method TCP). Times: milliseconds since it came in. */
 export interface AccessRecord {
@@ -4777,8 +4897,8 @@ const NO_NAMES: ReadonlySet<string> = new Set();
 
 /** A connection that speaks HTTP/2: what both sides have. */
 abstract class Http2Connection extends Connection {
-  readonly streams = new Map<number, Http2Stream>();
-  readonly blocked = new Set<Http2Stream>(); // those that wait for a window, or for room in the socket
+  readonly streams: Map<number, Http2Stream> = new Map();
+  readonly blocked: Set<Http2Stream> = new Set(); // those that wait for a window, or for room in the socket
   window = 65_535; // bytes that we may still send, on all streams
   initialWindow = 65_535;
   maxFrame = MAX_FRAME;
@@ -5718,14 +5838,16 @@ export class HttpServer implements ClientOwner {
 /** All connections to servers of one balancer. */
 export class HttpClient implements Dialer {
   readonly now: () => number;
-  readonly pools = new WeakMap<Server, UpstreamConnection[]>(); // those that wait, the newest last
+  readonly pools: WeakMap<Server, UpstreamConnection[]> = new WeakMap(); // those that wait, the newest last
   time = 0; // when `now` was last asked: at most a TICK ago while there are connections
-  readonly shared = new WeakMap<Server, Http2UpstreamConnection[]>(); // connections of HTTP/2
-  readonly moved = new WeakSet<Attempt>();
-  readonly mostStreams = new WeakMap<Server, number>();
+  readonly shared: WeakMap<Server, Http2UpstreamConnection[]> = new WeakMap(); // connections of HTTP/2
+  readonly moved: WeakSet<Attempt> = new WeakSet();
+  readonly mostStreams: WeakMap<Server, number> = new WeakMap();
   private readonly withoutHttp2 = new WeakSet<Server>(); // they have chosen HTTP/1.1
   private readonly dial: typeof dial;
-  readonly connections = new Connections<UpstreamConnection | Http2UpstreamConnection>(() => this.time = this.now());
+  readonly connections: Connections<UpstreamConnection | Http2UpstreamConnection> = new Connections(() =>
+    this.time = this.now()
+  );
 
   constructor(own: { now?: () => number; dial?: typeof dial } = {}) {
     this.now = own.now ?? (() => performance.now());
@@ -6267,9 +6389,7 @@ function rewriteQuery(query: string, { set, remove }: Route["request"]["query"])
 const targetOf = (exchange: Exchange, route: Route): string =>
   exchange.path === "*" ? "*" : rewritePath(route, exchange) + rewriteQuery(exchange.query, route.request.query);
 
-type Rules = RouteConfig["response"]["headers"];
-
-function applyRules(fields: Fields, { set, add, remove }: Rules): string[] {
+function applyRules(fields: Fields, { set, add, remove }: HeaderRules): string[] {
   return [...without(fields, new Set([...remove, ...set.keys()])), ...[...set, ...add].flat()];
 }
 
@@ -6420,7 +6540,7 @@ function overloaded(candidates: Candidates): (server: Server) => boolean {
 const HANDFUL = 8;
 
 /** The strategies of `strategy:` in routes.yml. */
-export const strategies = {
+export const strategies: Record<typeof STRATEGIES[number] | "hash", Strategy> = {
   "round-robin": roundRobin,
   "first": (candidates) => candidates[0],
   "random": (candidates, { random }) => draw(candidates, random),
@@ -6449,7 +6569,7 @@ export const strategies = {
   "peak-ewma": peakEwma,
   "ip-hash": (candidates, { client }) => rendezvous(candidates, client, () => false),
   "hash": (candidates, { key }) => rendezvous(candidates, key, overloaded(candidates)),
-} satisfies Record<string, Strategy>;
+};
 
 /** The scores of those that go by one. */
 const SCORES: Record<string, Score> = {
@@ -7691,7 +7811,7 @@ const METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8";
 // --- 8.1 Local replies: redirects, fixed responses, OPTIONS ---
 
 /** Where a redirect leads: taken literally, or the request's own address with some parts replaced. */
-function redirect(exchange: Exchange, action: Out<typeof Redirect>): HttpResponse {
+function redirect(exchange: Exchange, action: Extract<Action, { kind: "redirect" }>): HttpResponse {
   const { to, scheme, host, port, path, status } = action, { origin } = exchange;
   const proto = scheme || origin.scheme, asked = origin.host || exchange.host;
   const own = /:\d+$/.exec(asked)?.[0] ?? (origin.port && `:${origin.port}`); // it goes with its host and scheme
@@ -7703,7 +7823,7 @@ function redirect(exchange: Exchange, action: Out<typeof Redirect>): HttpRespons
 }
 
 /** The response that a route's `respond` holds. */
-function respondLiterally(route: Route, { status, body, headers }: Out<typeof Respond>): HttpResponse {
+function respondLiterally(route: Route, { status, body, headers }: Extract<Action, { kind: "respond" }>): HttpResponse {
   const own = headers.has("content-type") || !body ? [] : ["content-type", "text/plain; charset=utf-8"];
   const fields = applyRules([...own, ...[...headers].flat()], route.response.headers);
   if (!BODILESS.has(status)) return textReply(status, body, fields);
@@ -8627,7 +8747,13 @@ function proxyHeader({ remoteAddress, remotePort, localAddress, localPort }: Soc
 }
 
 /** Takes a client's connection to a server of its listener, whose address in the file this is; or refuses it. */
-export function relayTcp(balancer: Balancer, address: string, target: string, near: Socket, refusal?: FailureName) {
+export function relayTcp(
+  balancer: Balancer,
+  address: string,
+  target: string,
+  near: Socket,
+  refusal?: FailureName,
+): void {
   const { effects, table, name } = balancer, route = table.tcp.get(address);
   if (!route) return void near.destroy();
   const client = unmapped(near.remoteAddress), now = effects.now(), turn = route.service.turn++;
@@ -9004,7 +9130,7 @@ function listenersView({ table: { config }, effects }: Balancer) {
 }
 
 /** Everything that there is to see at this moment, as plain JSON. Times are seconds. */
-export function snapshotOf(balancer: Balancer) {
+function snapshotOf(balancer: Balancer) {
   const { table, effects, runtime, requests, inFlight, draining, entrypoints } = balancer;
   const now = effects.now(), date = effects.date().getTime(), services = [...table.services.values()];
   const ago = (then: Date) => seconds(date - then.getTime());
@@ -9025,7 +9151,7 @@ export function snapshotOf(balancer: Balancer) {
 }
 
 /** What `snapshotOf` gives. */
-export type Snapshot = ReturnType<typeof snapshotOf>;
+type Snapshot = ReturnType<typeof snapshotOf>;
 
 // The same for people.
 
@@ -9262,7 +9388,7 @@ function isJson(text: string): boolean {
  * The same file, saying something else: comments, order and quotes stay.
  * @throws {AdminError} where that would change other places too, as with anchors
  */
-export function rewrite(text: string, after: unknown, before = readAsWritten(text, "")): string {
+export function rewrite(text: string, after: unknown, before: unknown = readAsWritten(text, "")): string {
   if (isDeepStrictEqual(before, after)) return text;
   const mark = text.startsWith("\ufeff") ? "\ufeff" : "", eol = text.includes("\r\n") ? "\r\n" : "\n";
   const source = text.slice(mark.length).replaceAll("\r\n", "\n");
@@ -11232,7 +11358,10 @@ const logToConsole: Effects["accessLog"] = (record, format) => console.log(acces
  * @param options what shall differ from the runtime's own: a clock, a random, a transport; and strategies of your own,
  *   by the names that `strategy:` may then say
  */
-export function createLoadBalancer(config: Config, options: OwnEffects & { strategies?: Strategies } = {}) {
+export function createLoadBalancer(
+  config: Config,
+  options: OwnEffects & { strategies?: Strategies } = {},
+): LoadBalancer {
   const { fetch: sends, strategies: own = {}, ...others } = options;
   const accessLog: Effects["accessLog"] = (...entry) =>
     "log" in writtenOf(lb.balancer.table.config) && logToConsole(...entry);
@@ -12132,12 +12261,18 @@ function makeAtTheEdge(): LoadBalancer {
   return lb;
 }
 
+/** What the platform calls: for each request, and by cron. */
+interface EdgeHandlers {
+  fetch(request: Request, env: unknown, context: { waitUntil(promise: Promise<unknown>): void }): Promise<Response>;
+  scheduled(): Promise<void>;
+}
+
 /** Everything is made with the first request, since nothing may run before. Probes go beside requests, and by cron. */
-function edge() {
+function edge(): EdgeHandlers {
   let made: LoadBalancer | undefined;
   const lb = () => made ??= makeAtTheEdge();
   return {
-    fetch(request: Request, env: unknown, context: { waitUntil(promise: Promise<unknown>): void }) {
+    fetch(request, env, context) {
       const answer = Promise.resolve(lb().fetch(request, env as object));
       const behind = answer.then(() => BACKGROUND_WORK.get(request));
       context.waitUntil(Promise.all([answer, behind, lb().probe()])); // else a client that leaves would stay in flight for ever
@@ -12154,4 +12289,5 @@ for (const [, short, name = "", value] of USAGE.matchAll(/^ {2}(?:-(\w),| {3}) -
 if (!isMainThread && (workerData as WorkerTask | null)?.role === WORKER) await work(workerData as WorkerTask);
 else if (import.meta.main) await main(process.argv.slice(2), process.env);
 
-export default here === "edge" ? edge() : undefined;
+const handlers: EdgeHandlers | undefined = here === "edge" ? edge() : undefined;
+export default handlers;

@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import { test as nodeTest, type TestContext } from "node:test";
-import { accessLine, ConfigError, createLoadBalancer, parseConfig, WireError } from "../lb.ts";
+import { accessLine, type ConfigError, createLoadBalancer, parseConfig, WireError } from "../lb.ts";
 import { answer, get, rawRequest, scriptedServer, startProgram, status, until, value } from "./rig.ts";
 
 const test = (name: string, body: (t: TestContext) => Promise<void> | void) =>

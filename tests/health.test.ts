@@ -3,12 +3,12 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import {
+  createAdmin,
   createLoadBalancer,
   type Failure,
   type FetchAttempt,
   type Fields,
   parseConfig,
-  snapshotOf,
   type Strategies,
   type Strategy,
   WireError,
@@ -810,9 +810,11 @@ test("max_in_flight: auto takes a 429, a 5xx or a failure for too much", async (
   }
 });
 
-test("max_in_flight: auto is shown to those who look", () => {
+test("max_in_flight: auto is shown to those who look", async () => {
   const { lb } = setUp("health: off, max_in_flight: auto", "[a:1]");
-  assert.equal(snapshotOf(lb.balancer).services[0]!.servers[0]!.limit, 8);
+  const answer = await createAdmin(lb).request("/services/s", { headers: { host: "localhost" } });
+  const { servers } = await answer.json() as { servers: { limit: number }[] };
+  assert.equal(servers[0]!.limit, 8);
 });
 
 const PANIC: [servers: string, panic: string, down: string, asked: string][] = [

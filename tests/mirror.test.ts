@@ -5,7 +5,7 @@ import { Buffer } from "node:buffer";
 import { test as nodeTest, type TestContext } from "node:test";
 import {
   accessLine,
-  ConfigError,
+  type ConfigError,
   createLoadBalancer,
   type FetchAttempt,
   type Fields,

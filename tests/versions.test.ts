@@ -41,6 +41,7 @@ test("every package that lb.ts imports is named, and every one named is imported
   assert.deepEqual([...new Set(imported)].sort(), Object.keys(dependencies).sort());
 });
 
-test("the program's version is that of package.json", () => {
+test("the program's version is that of package.json and deno.json", () => {
   assert.equal(/^const VERSION = "([^"]+)";$/m.exec(read("lb.ts"))?.[1], version);
+  assert.equal(json("deno.json").version, version);
 });
