@@ -446,7 +446,7 @@ const OnlyUrl = v.pipe(Url, v.transform((url) => ({ ...url, ...v.parse(v.object(
 const ServerSchema = either("a server such as localhost:8081 or {url: ..., weight: 2}", OnlyUrl, ServerMap);
 
 /** A server, as it is parsed. */
-export interface ServerConfig {
+interface ServerConfig {
   url: string;
   name: string; // host:port, or the URL where servers share that
   weight: number;
@@ -615,7 +615,7 @@ const settings = {
 };
 
 /** What a route may say about its services: retries, time limits and the like. Times are milliseconds. */
-export interface Policy {
+interface Policy {
   retries: number;
   retry_on?: (number | "connect" | "reset" | "unavailable")[] | undefined;
   timeouts: { connect: number; response: number; idle: number; request: number }; // Infinity: none
@@ -872,7 +872,7 @@ const RoutesFile = map({
 });
 
 /** A service, as it is parsed. Times are milliseconds, shares from 0 to 1. */
-export interface ServiceConfig extends Policy {
+interface ServiceConfig extends Policy {
   servers: ServerConfig[];
   strategy: { name: string; by: Hashed | "none"; key: string };
   health: {
@@ -906,13 +906,13 @@ type FieldTest = { kind: "is"; value: string } | { kind: "regex"; source: string
   present: boolean;
 };
 /** What a header or a query parameter has to be. */
-export type Condition = { name: string } & FieldTest;
+type Condition = { name: string } & FieldTest;
 /** A path, as a route names it; prefixes without a slash at their end. `{name}` stands for any one segment. */
-export type PathRule = { kind: "prefix" | "exact"; path: string } | { kind: "regex"; source: string };
+type PathRule = { kind: "prefix" | "exact"; path: string } | { kind: "regex"; source: string };
 /** A service that a route leads to, its share, the policy that holds on that way, and who is asked in its place. */
-export type Target = { service: string; weight: number; policy: Policy; fallback: Target | undefined };
+type Target = { service: string; weight: number; policy: Policy; fallback: Target | undefined };
 /** What a route does with a request. */
-export type Action =
+type Action =
   | { kind: "forward"; targets: Target[] }
   | {
     kind: "redirect";
@@ -925,31 +925,31 @@ export type Action =
   }
   | { kind: "respond"; status: number; body: string; headers: Map<string, string> };
 /** How often a client may ask: by its address, or by a header where `by` names one. */
-export interface Rate {
+interface Rate {
   requests: number;
   per: number; // milliseconds
   by: string;
   burst: number;
 }
 /** An address to listen on. */
-export interface Address {
+interface Address {
   host: string; // empty: all addresses of this machine
   port: number;
 }
 /** Where clients connect: without `tls` over plain TCP. */
-export interface ListenerConfig extends Address {
+interface ListenerConfig extends Address {
   tls: { cert: string; key: string }[];
   client_ca: string;
   h2c: boolean;
 }
 /** Rules for headers, by their lower-case names. */
-export interface HeaderRules {
+interface HeaderRules {
   set: Map<string, string>;
   add: Map<string, string>;
   remove: string[];
 }
 /** A route in the general form, as it is parsed. */
-export interface RouteConfig {
+interface RouteConfig {
   name: string;
   hosts: string[]; // empty: any
   paths: PathRule[]; // empty: any
@@ -970,7 +970,7 @@ export interface RouteConfig {
   body_limit: number; // bytes; Infinity: none
 }
 /** Listeners whose connections go to one service as they are. */
-export interface TcpConfig {
+interface TcpConfig {
   listen: ListenerConfig[];
   name: string;
   proxy_protocol: boolean;
@@ -981,7 +981,7 @@ export interface TcpConfig {
  * A whole file, as it is parsed: nothing is optional any more. `source` is the file with all defaults written in, `text`
  * and `file` the file itself, and `places` say where in it each service stands.
  */
-export interface Config {
+interface Config {
   listen: ListenerConfig[];
   admin?: { listen: Address; token?: string | undefined; read_token?: string | undefined } | undefined;
   trust: string[];
@@ -1010,7 +1010,7 @@ export interface Config {
 // --- 1.4 YAML: from a text to plain values, each with its place in the file ---
 
 /** One thing that is wrong with a file, and where. */
-export type Mistake = { line: number; column: number; path: string; message: string };
+type Mistake = { line: number; column: number; path: string; message: string };
 const lineOf = (file: string, { line, column, path, message }: Mistake): string =>
   `${file}:${line}:${column}: ${path && `${path}: `}${message}`;
 /** Everything that is wrong with a file, one mistake a line: `routes.yml:12:7: listen: 99999 is not a port`. */
@@ -1147,7 +1147,7 @@ function readYaml(text: string, env: Env | undefined, { lines, places, say }: Fi
     return nodeReader(env, places, say)(doc.contents, [], { key: 0, value: 0 }) ?? void say([], "the file is empty");
   } catch (error) {
     if (!(error instanceof RangeError)) throw error;
-    say([], /call stack/.test(error.message) ? `nested deeper than ${MOST.depth} levels` : error.message);
+    return void say([], /call stack/.test(error.message) ? `nested deeper than ${MOST.depth} levels` : error.message);
   }
 }
 
@@ -1287,7 +1287,7 @@ function guess(wrong: string, known: string[], isKey = false): string {
 /** Keys that somebody may look for beside those of tcp. */
 const FOR_REQUESTS = new Set(Object.keys({ ...route, ...Timeouts.entries }));
 
-function report({ issue, path }: { issue: Issue; path: Keys }, say: Report) {
+function report({ issue, path }: { issue: Issue; path: Keys }, say: Report): unknown {
   const name = unescaped(String(path.at(-1))), ofKey = issue.path?.at(-1)?.origin === "key";
   if (issue.type === "never") {
     const known = issue.message.split(" ");
@@ -1299,7 +1299,7 @@ function report({ issue, path }: { issue: Issue; path: Keys }, say: Report) {
   if (ofKey && issue.kind === "schema") return say(path.slice(0, -1), `${name} is missing`);
   const secret = path.some((key) => SECRET.test(String(key)));
   const shown = ofKey ? quote(name) : secret ? "***" : quote(issue.input);
-  say(path, issue.message.replace(/^\$/, () => shown), ofKey ? "key" : undefined);
+  return say(path, issue.message.replace(/^\$/, () => shown), ofKey ? "key" : undefined);
 }
 
 /** The maps that stand in these lists and maps of the file, with their paths. */
@@ -1645,7 +1645,7 @@ const ignoringExtensions = (file: unknown): unknown =>
   isRecord(file) ? Object.fromEntries(Object.entries(file).filter(([key]) => !key.startsWith("x-"))) : file;
 
 /** What a text is read with. */
-export interface ParseOptions {
+interface ParseOptions {
   /** Where `${NAME}` is taken from. */
   env?: Env;
   /** Its name, for messages, and for the names of files in it, which are relative to it. */
@@ -1808,7 +1808,7 @@ export type Failure =
   | "body-too-large";
 
 /** Why a request is refused before it is routed, or for its method. */
-export type Refusal = RequestProblem | "bad-method";
+type Refusal = RequestProblem | "bad-method";
 
 /** Why the balancer refuses a valid request. */
 type Denial =
@@ -1859,7 +1859,7 @@ export const FAILURES = {
 } satisfies Record<Failure | Refusal | Denial, { status: number; text: string }>;
 
 /** A value of the header `x-lb-failure`. */
-export type FailureName = keyof typeof FAILURES;
+type FailureName = keyof typeof FAILURES;
 
 /** A failure as an error, for the Fetch API. `sent`: the server may have seen some of the request. */
 export class WireError extends Error {
@@ -1877,7 +1877,7 @@ export class WireError extends Error {
 // --- 2.2 Messages: requests, responses and their bodies as plain data ---
 
 /** Received bytes. Never change them: Deno sends them as they are when the socket takes them, after `write`. */
-export type Bytes = Buffer<ArrayBuffer>;
+type Bytes = Buffer<ArrayBuffer>;
 const NO_BYTES: Bytes = Buffer.alloc(0);
 
 /** Header fields as on the wire (RFC 9110 section 5): name, value, name, value, ... in the sender's order and case. */
@@ -1885,7 +1885,7 @@ export type Fields = readonly string[];
 const NO_FIELDS: Fields = [];
 
 /** Receives a body: `data` any number of times, then exactly one of `end` and `fail`. */
-export interface BodyReader {
+interface BodyReader {
   data(bytes: Bytes): void;
   end(trailers: Fields): void;
   fail(why: Failure): void;
@@ -1909,7 +1909,7 @@ export interface Body {
 }
 
 /** The fields of a head, with what is derived from them once: the same heads come again and again. */
-export interface FieldBlock {
+interface FieldBlock {
   readonly fields: Fields;
   /** The fields to forward; undefined: not derived yet. */
   passing: PassingFields | undefined;
@@ -1920,7 +1920,7 @@ export interface FieldBlock {
 }
 
 /** Who asks, over what and for which host: from the connection, or as trusted peers tell it. */
-export interface Origin {
+interface Origin {
   readonly peer: string; // the address that is connected
   readonly spoken: string; // http or https, to the peer
   readonly trusts: (peer: string) => boolean; // who is believed
@@ -1934,14 +1934,14 @@ export interface Origin {
 }
 
 /** The request's fields that are forwarded, and the values of those that the balancer rewrites. */
-export interface PassingFields {
+interface PassingFields {
   readonly lines: string; // as wire text
   readonly via: string;
   latest?: { via: string; origin: Origin; named: string; host: string; text: string }; // of `commonLines`
 }
 
 /** The head of a request. */
-export interface RequestHead {
+interface RequestHead {
   readonly method: string;
   readonly target: string; // as sent: a path with its query, a URL, host:port, or *
   readonly version: "1.0" | "1.1" | "2.0";
@@ -1969,7 +1969,7 @@ export interface HttpRequest extends RequestHead {
 }
 
 /** Why bytes are not a request. */
-export type RequestProblem =
+type RequestProblem =
   | "bad-request"
   | "bad-host"
   | "bad-version"
@@ -1992,7 +1992,7 @@ export interface HttpResponse {
 }
 
 /** The server's side of a connection that has switched protocols. */
-export interface UpstreamEnd {
+interface UpstreamEnd {
   readonly socket: Socket;
   readonly protocol: string;
   readonly early: Bytes; // what the server has sent behind its 101
@@ -2002,7 +2002,7 @@ export interface UpstreamEnd {
 }
 
 /** One of the two connections of a tunnel. Its owner reports the socket's events. */
-export interface TunnelSide {
+interface TunnelSide {
   readonly bytes: number; // that have come from it
   onData(bytes: Bytes): void;
   onDrain(): void;
@@ -2011,7 +2011,7 @@ export interface TunnelSide {
 }
 
 /** A connection that has switched protocols, from its client to its server. */
-export interface Tunnel {
+interface Tunnel {
   readonly client: TunnelSide;
   readonly server: TunnelSide;
   readonly problem: Failure | undefined; // why it ended, if not by a regular close
@@ -2272,7 +2272,7 @@ const inMemory = (pieces: Bytes[]): Body =>
 const BUCKETS = [0.25, 0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 800, 1_200, 2_500, 5_000, 10_000, 60_000];
 
 /** Totals of requests that have ended. They only grow, and are summed over statuses, servers and workers. */
-export interface Counters {
+interface Counters {
   requests: number;
   errors: number; // answers with 5xx, and failures that are not the client's
   bytesIn: number; // of the requests' bodies
@@ -2285,11 +2285,11 @@ const newCounters = (): Counters => ({
 });
 
 /** Counters by status and method (see `tallyOf`). */
-export type Tallies = Map<number, Counters>;
+type Tallies = Map<number, Counters>;
 const newTallies = (): Tallies => new Map();
 
 /** Counters by the protocol that clients speak: http, https or tcp. */
-export interface Entrypoint {
+interface Entrypoint {
   name: string;
   inFlight: number;
   tallies: Tallies;
@@ -2429,10 +2429,10 @@ export interface Strategy {
 }
 
 /** The number that a strategy compares; the lowest wins. */
-export type Score = (server: Server, candidates: Candidates, draw: Draw) => number;
+type Score = (server: Server, candidates: Candidates, draw: Draw) => number;
 
 /** One service: its servers and strategy, from the config in force, and the state that survives a reload. */
-export interface Service {
+interface Service {
   // config
   name: string;
   config: ServiceConfig;
@@ -2489,7 +2489,7 @@ const newService = (name: string) => ({
 const NO_TIMES = new Float64Array(0);
 
 /** One service that a route may forward to, with the policy of that route. */
-export interface Destination {
+interface Destination {
   service: Service;
   weight: number;
   policy: Policy;
@@ -2500,10 +2500,10 @@ export interface Destination {
 }
 
 /** Hono middleware around a response, which it gets by calling `env.answer`. */
-export type Around = Hono<{ Bindings: { answer: () => Response } }>;
+type Around = Hono<{ Bindings: { answer: () => Response } }>;
 
 /** One route, compiled: every decision about its shape was taken when the table was built. */
-export interface Route extends Omit<RouteConfig, "mirror"> {
+interface Route extends Omit<RouteConfig, "mirror"> {
   destinations: Destination[]; // where the action is to forward
   weight: number; // the sum over destinations
   sticky: boolean; // a split whose services all have sticky sessions
@@ -2516,7 +2516,7 @@ export interface Route extends Omit<RouteConfig, "mirror"> {
 }
 
 /** Token buckets of one limit: when each client's bucket is full again. Clients that are absent have a full one. */
-export interface Buckets {
+interface Buckets {
   rate: Rate;
   recent: Map<string, number>; // those that were drawn from since `turnedAt`
   older: Map<string, number>; // those of before; forgotten at the next turn
@@ -2525,14 +2525,14 @@ export interface Buckets {
 const newBuckets = (rate: Rate): Buckets => ({ rate, recent: new Map(), older: new Map(), turnedAt: 0 });
 
 /** Where the connections of a TCP listener go. */
-export interface TcpRoute extends Pick<TcpConfig, "proxy_protocol"> {
+interface TcpRoute extends Pick<TcpConfig, "proxy_protocol"> {
   at: TcpConfig["listen"][number];
   service: Service;
   admits: Route["admits"];
 }
 
 /** One configuration in force. A request keeps the table that it started with. */
-export interface Table {
+interface Table {
   config: Config;
   services: Map<string, Service>;
   hosts: HostTable;
@@ -2560,7 +2560,7 @@ interface PathTable {
 const newPathTable = (): PathTable => ({ exact: new Map(), prefix: new Map(), depth: 0, shapes: [], regex: [] });
 
 /** Hosts by their names, wildcards by what follows the star, and routes for any host. */
-export interface HostTable {
+interface HostTable {
   named: Map<string, PathTable>;
   any: PathTable;
 }
@@ -2579,7 +2579,7 @@ function entry<K extends WeakKey | string | number, V>(
 }
 
 /** One request's life, from its head to the end of the answer's body. A class, for the reason of `NOT_SENT_YET`. */
-export class Exchange implements Draw {
+class Exchange implements Draw {
   // given
   readonly balancer: Balancer;
   readonly table: Table; // in force when it came in
@@ -2661,7 +2661,7 @@ function deadlineOf({ request, block, started }: Exchange): number {
 const GRPC_UNITS: Record<string, number> = { H: 3.6e6, M: 6e4, S: 1e3, m: 1, u: 1e-3, n: 1e-6 }; // milliseconds
 
 /** An attempt of an exchange, and what has become of it. */
-export interface ExchangeAttempt extends Attempt {
+interface ExchangeAttempt extends Attempt {
   readonly exchange: Exchange;
   readonly service: Service;
   readonly span: string; // of its trace
@@ -2678,7 +2678,7 @@ export interface ExchangeAttempt extends Attempt {
 }
 
 /** The events of an attempt, in this order: `onInform` any number of times, `onHead` at most once, `onEnd` once. */
-export interface AttemptEvents {
+interface AttemptEvents {
   /** An interim answer, such as 103. */
   onInform(status: number, reason: string, fields: Fields): void;
   /** The head of the response; its body is still to be read. */
@@ -2731,7 +2731,7 @@ const newAttempt = (
 const VERSION = "0.1.0";
 
 /** One running balancer: the table in force, which a reload replaces, and what outlives a table. */
-export interface Balancer {
+interface Balancer {
   // given
   readonly effects: Effects;
   readonly name: string; // of this process, in request ids
@@ -2832,12 +2832,12 @@ export interface FetchAttempt extends Pick<Attempt, "server" | "method" | "timeo
 }
 
 /** `fetch`, with the attempt where the init would be. Rejects with a `WireError` before the head of an answer. */
-export type Fetch = (url: string, attempt: FetchAttempt) => Promise<Response>;
+type Fetch = (url: string, attempt: FetchAttempt) => Promise<Response>;
 
 type LineFormat = "combined" | "json";
 
 /** An entry of the access log, for a request or a connection (method TCP). Times: milliseconds since it came in. */
-export interface AccessRecord {
+interface AccessRecord {
   time: Date;
   client: string;
   method: string;
@@ -3615,7 +3615,7 @@ const PROBE_AFTER = 300; // milliseconds until each
 const STANDSTILL = 600; // milliseconds in which a half-closed client must take a byte of its response
 
 /** What an HttpServer needs from its owner. */
-export interface ServerContext {
+interface ServerContext {
   handle(request: HttpRequest): void;
   limits(): Pick<Config["limits"], "header" | "keep_alive" | "header_size" | "header_fields">;
   draining(): boolean;
@@ -6049,7 +6049,7 @@ function toRequest(request: HttpRequest, withBody: boolean): Request {
 }
 
 /** Converts a response for the Fetch API, whose statuses end at 599 and exclude 101. */
-export function toResponse(response: HttpResponse, method: string): Response {
+function toResponse(response: HttpResponse, method: string): Response {
   const { status, fields, body, webSocket } = response, bodiless = method === "HEAD" || BODILESS.has(status);
   const shown = status > 599 ? 502 : status, init = webSocket ? { webSocket } : { encodeBody: "manual" };
   if (bodiless) body.cancel();
@@ -6339,7 +6339,7 @@ function compileCondition(condition: Condition, read: Read): (exchange: Exchange
 }
 
 /** Whether a text is in one of the networks; `::ffff:10.0.0.1` is `10.0.0.1`, and what is no address is in none. */
-export function addressMatcher(networks: string[]): (address: string) => boolean {
+function addressMatcher(networks: string[]): (address: string) => boolean {
   const parsed = networks.map((network) => {
     const [ip, bits] = ipaddr.parseCIDR(network.includes("/") ? network : network + (isIPv4(network) ? "/32" : "/128"));
     const mapped = ip instanceof ipaddr.IPv6 && ip.isIPv4MappedAddress() && bits >= 96;
@@ -7035,7 +7035,7 @@ async function probe(service: Service, server: Server, effects: Effects): Promis
 const isOutOfHandles = (detail: string): boolean => /\bE[MN]FILE\b/.test(detail);
 
 /** Probes every server that is due and resolves when all verdicts are in. Each is due again after its interval +-10 %. */
-export async function probeDue(table: Table, effects: Effects): Promise<void> {
+async function probeDue(table: Table, effects: Effects): Promise<void> {
   const now = effects.now();
   const due = [...table.services.values()].filter(({ config }) => config.health.kind !== "off").flatMap((service) =>
     service.servers.filter((server) => server.probeAt <= now && server.state !== "maint").map((server) =>
@@ -8896,7 +8896,7 @@ function buildRoute(config: RouteConfig, services: Map<string, Service>, buckets
  * @param now of the effects: servers that are new, or in another state than before, are so since then
  * @throws {TypeError} where a service has a strategy that is not among `strategies`; `parseConfig` has refused all else
  */
-export function buildTable(config: Config, strategies: Strategies, previous?: Table, now = 0): Table {
+function buildTable(config: Config, strategies: Strategies, previous?: Table, now = 0): Table {
   for (const [name, { strategy }] of config.services) { // before anything is changed that serves
     if (Object.hasOwn(strategies, strategy.name)) continue;
     throw new TypeError(`service ${name}: there is no strategy ${strategy.name}`);
@@ -8931,7 +8931,7 @@ export function buildTable(config: Config, strategies: Strategies, previous?: Ta
 }
 
 /** What answers Requests; `env` is what the runtime hands over beside them. */
-export type Serve = (request: Request, env?: unknown) => Response | Promise<Response>;
+type Serve = (request: Request, env?: unknown) => Response | Promise<Response>;
 
 /** Answers requests of our own server by a function of Request and Response. Its env has the request as `incoming`. */
 const handleByFetch = (fetch: Serve, report: Effects["report"]) => async (incoming: HttpRequest): Promise<void> => {
@@ -10943,7 +10943,7 @@ const ALWAYS = {
 };
 
 /** What the admin app is made with. */
-export interface AdminOptions {
+interface AdminOptions {
   /** Where changes are saved. Without a file they are in force, and forgotten with the process. */
   file?: string;
   /** Reads such a file: with an environment and strategies of your own, say. */
@@ -10964,7 +10964,7 @@ const checkSite = (balancer: Balancer, hosts: string[]): Gatekeeper => async ({ 
   const followed = req.method === "GET" && req.header("sec-fetch-mode") === "navigate"; // a link to a page of ours
   const site = req.header("sec-fetch-site") ?? "none";
   if (site !== "same-origin" && site !== "none" && !followed) return problem(403, "the request is another site's");
-  await next();
+  return await next();
 };
 
 const TRIES = 5; // wrong tokens from one network until it has to wait: a second, two, four, ... and a minute at most
@@ -11495,7 +11495,7 @@ function readText(file: string): string {
 // --- 12.5 Listeners: opened, updated with the config and certificates, and drained ---
 
 /** A listener that is open. */
-export interface Listener {
+interface Listener {
   /** host:port */
   address: string;
   /** Takes no more connections, and resolves when those that are open have ended. */
@@ -11640,7 +11640,7 @@ const NO_LIMITS = v.parse(Limits, {});
 class StartError extends Error {}
 
 /** Certificate and key, as PEM, and where to listen. */
-export interface ServeOptions {
+interface ServeOptions {
   /** Default 8080; 0: any that is free. */
   port?: number;
   /** An address of this machine; default: all. */

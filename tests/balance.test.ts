@@ -9,19 +9,20 @@ import {
   type Client,
   createLoadBalancer,
   type Failure,
-  type FailureName,
   FAILURES,
   type FetchAttempt,
+  type HttpRequest,
   type HttpResponse,
   type LoadBalancer,
   parseConfig,
-  type RequestProblem,
   type Strategies,
   strategies,
   WireError,
 } from "../lb.ts";
 import { requestOf } from "./rig.ts";
 
+type FailureName = keyof typeof FAILURES;
+type RequestProblem = NonNullable<HttpRequest["problem"]>;
 /** What one attempt meets: a status, or a failure before (`connect`) or after the server has seen the request. */
 type Manner = number | `${"" | "unsent "}${Failure}` | ((attempt: FetchAttempt) => Promise<Response>);
 interface Ask extends RequestInit {

@@ -2,15 +2,7 @@
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import {
-  type Candidates,
-  createAdmin,
-  createLoadBalancer,
-  parseConfig,
-  type Score,
-  type Strategy,
-  WireError,
-} from "../lb.ts";
+import { type Candidates, createAdmin, createLoadBalancer, parseConfig, type Strategy, WireError } from "../lb.ts";
 
 type Verdict = { server: string; asked: boolean; why?: string; score?: number };
 
@@ -172,7 +164,7 @@ test("who is taken has the least score, where a strategy goes by one", async () 
 });
 
 test("a strategy of one's own may have a score", async () => {
-  const score: Score = ({ name }) => -name.charCodeAt(0);
+  const score: Strategy["score"] = ({ name }) => -name.charCodeAt(0);
   const last: Strategy = Object.assign((candidates: Candidates) => candidates.at(-1)!, { score });
   const { explain } = setUp(", strategy: last", "[a:1, b:1]", { last });
   const { services: [{ takes, servers }] } = await explain();

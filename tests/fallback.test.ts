@@ -167,12 +167,13 @@ test("a sticky client comes back to its server when its service does", async () 
 });
 
 test("routes.yml: what a service cannot fall back to is refused with its place", () => {
-  const mistakes = (text: string) => {
+  const mistakes = (text: string): string[] => {
     try {
       parseConfig(`${text}\ndefault: { service: a }`);
     } catch (error) {
       return (error as ConfigError).mistakes.map(({ path, message }) => `${path}: ${message}`);
     }
+    return [];
   };
   const of = (a: string, b = "") => `services: { a: { servers: [a:1]${a} }, b: { servers: [b:1]${b} } }`;
   assert.deepEqual(mistakes(of(", fallback: bb")), [

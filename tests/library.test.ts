@@ -86,7 +86,7 @@ test("it can stand in a user's app, behind middleware and beside routes", async 
   app.use(async (context, next) => {
     if (context.req.header("authorization") === undefined) return context.text("who are you?", 401);
     await next();
-    context.header("x-wrapped", "yes");
+    return context.header("x-wrapped", "yes");
   });
   app.get("/own", (context) => context.text("own"));
   app.route("/", createLoadBalancer(config("[a:1]"), effects));

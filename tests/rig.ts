@@ -17,17 +17,10 @@ import type { Readable } from "node:stream";
 import { pipeline } from "node:stream/promises";
 import { fileURLToPath } from "node:url";
 import { createGunzip } from "node:zlib";
-import type {
-  Attempt,
-  Body,
-  BodyReader,
-  Bytes,
-  Failure,
-  Fields,
-  HttpClient,
-  HttpRequest,
-  HttpResponse,
-} from "../lb.ts";
+import type { Attempt, Body, Failure, Fields, HttpClient, HttpRequest, HttpResponse } from "../lb.ts";
+
+type Bytes = NonNullable<Body["bytes"]>;
+type BodyReader = Parameters<Body["read"]>[0];
 
 export type Runtime = "deno" | "bun" | "node";
 export const runtime = (): Runtime => "Deno" in globalThis ? "deno" : "Bun" in globalThis ? "bun" : "node";

@@ -398,7 +398,8 @@ test("a slow reader stops a fast writer over TLS, both ways, and loses nothing: 
     socket.once("data", (head: Buffer) => {
       if (head.toString("latin1").startsWith("GET")) {
         socket.write(`HTTP/1.1 200 OK\r\nContent-Length: ${FLOOD}\r\nConnection: close\r\n\r\n`);
-        return sent = flood(socket);
+        sent = flood(socket);
+        return;
       }
       socket.pause();
       reader = socket;

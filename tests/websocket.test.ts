@@ -1226,7 +1226,7 @@ test("in an app of one's own WebSockets and tunnels pass, behind the app's middl
   app.use(async (context, next) => {
     if (context.req.header("x-nobody")) return context.text("not you", 401);
     await next();
-    context.header("x-wrapped", "yes");
+    return context.header("x-wrapped", "yes");
   });
   app.get("/own", (context) => context.text("own"));
   app.route("/", lb);

@@ -1341,7 +1341,7 @@ test("a client that does not read stops its server, and then gets all of it", as
 test("a server that does not read stops its client, gets all of it then, and the client is served again", async () => {
   let received = 0;
   const { server, lines } = await scripted((line) => {
-    if (line.number > 1 || received >= TOTAL) return answer(line);
+    if (line.number > 1 || received >= TOTAL) return void answer(line);
     line.socket.pause();
     line.socket.removeAllListeners("data");
     received = line.received.length - line.received.indexOf("\r\n\r\n") - 4;
