@@ -6539,6 +6539,34 @@ function overloaded(candidates: Candidates): (server: Server) => boolean {
 }
 const HANDFUL = 8;
 
+/** What a server without an answer yet counts as: an eighth of the others' mean, so that it is tried and not flooded. */
+function untriedTime(candidates: Candidates): number {
+  let sum = 0, known = 0;
+  for (const { latency } of candidates) {
+    if (latency === 0) continue;
+    sum += latency;
+    known++;
+  }
+  return known ? sum / known / 8 : 1;
+}
+
+/** The mean time of a server's answers times the requests that it would have in flight, by weight: nginx's least_time. */
+const expectedTime = ({ latency, inFlight, effective }: Server, untried: number): number =>
+  (latency || untried) * (inFlight + 1) / effective;
+
+/** The least expected time; among equals the fewest picks by weight. */
+const leastResponseTime: Strategy = (candidates) => {
+  const untried = untriedTime(candidates);
+  let best = candidates[0], lowest = Infinity;
+  for (const server of candidates) {
+    const time = expectedTime(server, untried);
+    if (time > lowest || time === lowest && server.picks * best.effective >= best.picks * server.effective) continue;
+    best = server;
+    lowest = time;
+  }
+  return best;
+};
+
 /** The strategies of `strategy:` in routes.yml. */
 export const strategies: Record<typeof STRATEGIES[number] | "hash", Strategy> = {
   "round-robin": roundRobin,
@@ -6558,14 +6586,7 @@ export const strategies: Record<typeof STRATEGIES[number] | "hash", Strategy> = 
     }
     return best;
   },
-  "least-response-time": (candidates) => {
-    let best = candidates[0];
-    for (const one of candidates) {
-      const ahead = one.latency - best.latency || one.picks / one.effective - best.picks / best.effective;
-      if (ahead < 0) best = one;
-    }
-    return best;
-  },
+  "least-response-time": leastResponseTime,
   "peak-ewma": peakEwma,
   "ip-hash": (candidates, { client }) => rendezvous(candidates, client, () => false),
   "hash": (candidates, { key }) => rendezvous(candidates, key, overloaded(candidates)),
@@ -6575,7 +6596,7 @@ export const strategies: Record<typeof STRATEGIES[number] | "hash", Strategy> = 
 const SCORES: Record<string, Score> = {
   "two-choices": busyness,
   "least-connections": ({ inFlight, effective }) => (inFlight + 1) / effective,
-  "least-response-time": ({ latency }) => latency,
+  "least-response-time": (server, candidates) => expectedTime(server, untriedTime(candidates)),
   "peak-ewma": (server, candidates, { now }) =>
     costOf(server, now, Math.min(...candidates.map((one) => latencyOf(one, now)))),
   "ip-hash": (server, candidates, { client }) => scoresFor(candidates, client)(server),

@@ -82,6 +82,14 @@ test("equal servers get equal shares: exactly, or as chance has it", async () =>
   });
 });
 
+test("least-response-time runs no server into the ground: as quick as the least busy one at two thirds load", async () => {
+  const orders = ["least-connections", "least-response-time"].map((strategy) => (
+    { scenario: "equal", strategy, change: { seconds: 10 } }
+  ));
+  const [busy, timed] = await simulated(orders);
+  assert.ok(timed!.success === 1 && timed!.p99 < 1.1 * busy!.p99, JSON.stringify(timed));
+});
+
 test("a thousand servers: nobody is left out by who draws or rotates", async () => {
   const orders = ["round-robin", "two-choices", "peak-ewma"].map((strategy) => (
     { scenario: "thousand", strategy, change: { seconds: 0.5 } }

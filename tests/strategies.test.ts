@@ -131,6 +131,24 @@ test("least-response-time asks the faster server, and another once that one has 
   assert.equal([await take(500), await take(50), await take(50)].join(" "), "b a a");
 });
 
+test("least-response-time weighs what is in flight: the fastest server gets more, and not everything", async () => {
+  const { clock, pick, end } = setUp("strategy: least-response-time", "[{url: a:1, weight: 2}, b:1, c:1]");
+  for (const [name, milliseconds] of [["a", 20], ["b", 20], ["c", 60]] as const) {
+    assert.equal(pick(), name);
+    clock.now += milliseconds;
+    await end(name);
+  }
+  assert.deepEqual(counts(Array.from({ length: 100 }, () => pick())), { a: 60, b: 30, c: 10 });
+});
+
+test("least-response-time tries a server of which nothing is known, and does not flood it", async () => {
+  const { clock, pick, end } = setUp("strategy: least-response-time", "[a:1, b:1]");
+  assert.equal(pick(), "a");
+  clock.now += 80;
+  await end("a");
+  assert.deepEqual(counts(Array.from({ length: 45 }, () => pick())), { a: 5, b: 40 });
+});
+
 /** So many requests a second, each answered after its server's time; how many each server got. */
 function drive(servers: string[], times: (name: string, at: number) => number, seconds: number, rate = 100) {
   const { clock, pick, end, lb } = setUp("strategy: peak-ewma, eject: off", list(servers));
