@@ -2374,9 +2374,9 @@ export interface Server extends Latency {
 
 /** Latency statistics of a server since its last ejection. */
 interface Latency {
-  samples: number; // good responses in `latency` and `typical`
-  latency: number; // mean milliseconds to the head of a good answer; over the last 64 or so once there are that many
-  typical: number; // the same as a geometric mean, which a single long answer hardly moves
+  samples: number; // good responses in `latency`
+  latency: number; // mean milliseconds to the head of a good response, over the last 64 or so; 0: not known
+  typical: number; // the same as a geometric mean, over the last 64 or 10 s: single long ones hardly move it
   judged: number; // attempts in `failing`
   failing: number; // the share of them that failed, or had a 5xx; over the last 64 or so
   recent: number; // milliseconds to the head of an answer as of `recentAt`: a peak at once, else decaying; 0: not known
@@ -2458,7 +2458,6 @@ interface Service {
   retried: number; // retries from the budget in that second
 
   // latency
-  meanLatency: number; // mean milliseconds to the head of a good answer of any of its servers; 0: not known
   times: Float64Array; // the latest milliseconds to the head of a good answer, where there is a hedge
   measured: number; // how many were written there
   hedgeDelay: number; // the quantile of these
@@ -2482,7 +2481,7 @@ const newService = (name: string) => ({
   ...{ name, candidates: [] as readonly Server[], candidatesUntil: 0, panicking: false, turn: 0, lostCookie: "" },
   waiting: new Set<() => boolean>(),
   ...{ retrying: 0, saved: 0, secondAt: -Infinity, retried: 0 },
-  ...{ meanLatency: 0, times: NO_TIMES, measured: 0, hedgeDelay: 0, median: 0, crowd: 0, peaceUntil: 0 },
+  ...{ times: NO_TIMES, measured: 0, hedgeDelay: 0, median: 0, crowd: 0, peaceUntil: 0 },
   ...{ comparedAt: -Infinity, compareAt: 0, inFlight: 0, retries: 0, hedges: 0, hedgesWon: 0 },
   ...{ copies: { answered: 0, failed: 0, skipped: 0, inFlight: 0 }, tallies: newTallies(), grpc: new Map() },
 });
@@ -6539,27 +6538,32 @@ function overloaded(candidates: Candidates): (server: Server) => boolean {
 }
 const HANDFUL = 8;
 
-/** What a server without an answer yet counts as: an eighth of the others' mean, so that it is tried and not flooded. */
-function untriedTime(candidates: Candidates): number {
+/** The mean latency of those servers whose latency is known; 0: of none. */
+function meanLatency(servers: readonly Server[]): number {
   let sum = 0, known = 0;
-  for (const { latency } of candidates) {
+  for (const { latency } of servers) {
     if (latency === 0) continue;
     sum += latency;
     known++;
   }
-  return known ? sum / known / 8 : 1;
+  return known && sum / known;
 }
 
-/** The mean time of a server's answers times the requests that it would have in flight, by weight: nginx's least_time. */
-const expectedTime = ({ latency, inFlight, effective }: Server, untried: number): number =>
-  (latency || untried) * (inFlight + 1) / effective;
+/** What a server without an answer yet counts as: an eighth of the others' mean, so that it is tried and not flooded. */
+const untriedTime = (candidates: Candidates): number => meanLatency(candidates) / 8 || 1;
+
+/** A server's latency, or the age of what waits there, times the requests that it would have, by weight: nginx's least_time. */
+function expectedTime({ latency, inFlight, effective, waiting, waitingSince }: Server, now: number, untried: number) {
+  const age = latency && waiting && now - waitingSince / waiting;
+  return Math.max(latency || untried, age) * (inFlight + 1) / effective;
+}
 
 /** The least expected time; among equals the fewest picks by weight. */
-const leastResponseTime: Strategy = (candidates) => {
+const leastResponseTime: Strategy = (candidates, { now }) => {
   const untried = untriedTime(candidates);
   let best = candidates[0], lowest = Infinity;
   for (const server of candidates) {
-    const time = expectedTime(server, untried);
+    const time = expectedTime(server, now, untried);
     if (time > lowest || time === lowest && server.picks * best.effective >= best.picks * server.effective) continue;
     best = server;
     lowest = time;
@@ -6596,7 +6600,7 @@ export const strategies: Record<typeof STRATEGIES[number] | "hash", Strategy> = 
 const SCORES: Record<string, Score> = {
   "two-choices": busyness,
   "least-connections": ({ inFlight, effective }) => (inFlight + 1) / effective,
-  "least-response-time": (server, candidates) => expectedTime(server, untriedTime(candidates)),
+  "least-response-time": (server, candidates, { now }) => expectedTime(server, now, untriedTime(candidates)),
   "peak-ewma": (server, candidates, { now }) =>
     costOf(server, now, Math.min(...candidates.map((one) => latencyOf(one, now)))),
   "ip-hash": (server, candidates, { client }) => scoresFor(candidates, client)(server),
@@ -6711,9 +6715,9 @@ function onWaitEnded(server: Server, began: number): void {
   server.waitingSince = server.waiting && server.waitingSince - began;
 }
 
-/** What a failure counts as: who fails fast shall not look attractive. */
-const asSlow = ({ meanLatency: usual }: Service, milliseconds: number): number =>
-  Math.max(milliseconds, 10 * (usual || 100));
+/** What a failure counts as: ten times the usual latency, so that failing fast attracts no requests. */
+const asSlow = ({ servers }: Service, milliseconds: number): number =>
+  Math.max(milliseconds, 10 * (meanLatency(servers) || 100));
 
 /**
  * Ejects a server for a time that grows with each time in a row, at most a share of its pool. What was known of it is
@@ -6792,10 +6796,9 @@ function recordResult(service: Service, server: Server, good: boolean, milliseco
   server.failing += (Number(!good) - server.failing) / Math.min(server.judged, MEMORY);
   if (!good) return noteTime(server, asSlow(service, milliseconds), now);
   const first = 1 / ++server.samples, sample = Math.max(milliseconds, LEAST_TIME);
-  server.latency += (milliseconds - server.latency) * Math.max(first, 1 / MEMORY);
   const part = Math.max(first, Math.min(1 / MEMORY, 1 - Math.exp((server.recentAt - now) / DECAY)));
+  server.latency += (sample - server.latency) * Math.max(first, 1 / MEMORY);
   server.typical = first === 1 ? sample : server.typical * (sample / server.typical) ** part;
-  service.meanLatency += (milliseconds - service.meanLatency) / (service.meanLatency ? MEMORY : 1);
   noteTime(server, milliseconds, now);
 }
 
@@ -6840,11 +6843,10 @@ const DEVIATIONS = 1.9; // below the mean of the others' success rates, as in En
 const LEAST_GAP = 0.1; // between success rates
 
 /** Whether a time is out of all proportion to what the pool needs. */
-function isSlow({ median, config }: Service, milliseconds: number): boolean {
-  return median > 0 && milliseconds > Math.max(config.eject.slow * median, median + NEGLIGIBLE);
-}
+const isSlow = ({ median, config: { eject } }: Service, milliseconds: number): boolean =>
+  median > 0 && milliseconds > Math.max(eject.slow * median, median + NEGLIGIBLE);
 
-/** What is typical of a server, where those that wait longer than that count as if they were answered now; 0: not known. */
+/** What is typical of a server, where requests that wait longer than that count as if they were answered now; 0: not known. */
 function typicalOf({ typical, samples, load, waiting, waitingSince }: Server, now: number): number {
   const age = waiting && now - waitingSince / waiting, late = age > typical && waiting >= LEAST_SAMPLES ? waiting : 0;
   if (samples + late < LEAST_SAMPLES) return 0;

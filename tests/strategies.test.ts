@@ -141,6 +141,18 @@ test("least-response-time weighs what is in flight: the fastest server gets more
   assert.deepEqual(counts(Array.from({ length: 100 }, () => pick())), { a: 60, b: 30, c: 10 });
 });
 
+test("least-response-time leaves a server alone that hangs: a request that waits counts as its age", async () => {
+  const { clock, pick, end } = setUp("strategy: least-response-time", "[a:1, b:1]");
+  for (const [name, milliseconds] of [["a", 10], ["b", 40]] as const) {
+    assert.equal(pick(), name);
+    clock.now += milliseconds;
+    await end(name);
+  }
+  assert.equal(pick(), "a");
+  clock.now += 1_000;
+  assert.deepEqual(counts(Array.from({ length: 20 }, () => pick())), { b: 20 });
+});
+
 test("least-response-time tries a server of which nothing is known, and does not flood it", async () => {
   const { clock, pick, end } = setUp("strategy: least-response-time", "[a:1, b:1]");
   assert.equal(pick(), "a");
