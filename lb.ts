@@ -2835,34 +2835,37 @@ type Fetch = (url: string, attempt: FetchAttempt) => Promise<Response>;
 
 type LineFormat = "combined" | "json";
 
-/** An entry of the access log, for a request or a connection (method TCP). Times: milliseconds since it came in. */
+/**
+ * An entry of the access log, for a request or a connection (method TCP), as `log: json` writes it: OpenTelemetry's
+ * semantic conventions, and `lb.` before names that they lack. Times are milliseconds since the request came in.
+ */
 interface AccessRecord {
-  time: Date;
-  client: string;
-  method: string;
-  protocol: `HTTP/${RequestHead["version"]}` | "-";
-  scheme: string;
-  host: string | undefined;
-  url: string | undefined; // where there is no path: it was refused before, or is a connection
-  path: string | undefined;
-  query: string | undefined;
-  status: number;
-  received: number; // bytes of the request's body
-  bytes: number; // of the answer's
-  referer: string | undefined;
-  agent: string | undefined;
-  id: string;
-  trace: string | undefined;
-  span: string | undefined; // of the last attempt
-  route: string | undefined;
-  service: string | undefined;
-  server: string | undefined; // the last that was asked
-  attempts: number;
-  connected: number | undefined; // the last attempt had a connection
-  head: number | undefined; // the answer's head was there
-  ended: number;
-  failure: string | undefined;
-  grpc: string | undefined; // the status of a call of gRPC
+  "timestamp": string; // of the end
+  "client.address": string;
+  "http.request.method": string;
+  "network.protocol.version": RequestHead["version"] | undefined; // a connection has none
+  "url.scheme": string;
+  "server.address": string | undefined; // the host that was asked for
+  "url.original": string | undefined; // where there is no path: it was refused before, or is a connection
+  "url.path": string | undefined;
+  "url.query": string | undefined;
+  "http.response.status_code": number;
+  "rpc.grpc.status_code": number | undefined;
+  "http.request.body.size": number; // bytes
+  "http.response.body.size": number; // bytes
+  "http.request.header.referer": string | undefined;
+  "user_agent.original": string | undefined;
+  "error.type": string | undefined; // a FailureName, or a status of 500 and more
+  "trace_id": string | undefined;
+  "span_id": string | undefined; // of the last attempt
+  "lb.request_id": string;
+  "lb.route": string | undefined;
+  "lb.service": string | undefined;
+  "lb.server": string | undefined; // the last that was asked
+  "lb.attempts": number;
+  "lb.connected_ms": number | undefined; // the last attempt had a connection
+  "lb.head_ms": number | undefined; // the response's head was there
+  "lb.ended_ms": number; // the last byte had passed
 }
 
 // -----------------------------------------------------------------------------------------------------------
@@ -7431,50 +7434,50 @@ function startTrace(exchange: Exchange): void {
 
 // --- 7.2 Access log: one line a request, made and printed together with others ---
 
-/** `21/Nov/2026:03:14:42 +0000`, the time of Apache's logs, in UTC. */
-const clfTime = onceASecond((date) => {
-  const [, day, month, year, time] = date.toUTCString().split(" ");
-  return `${day}/${month}/${year}:${time} +0000`;
-});
-
 const isoSecond = onceASecond((date) => date.toISOString().slice(0, 19));
 const DECIMALS = Array.from({ length: 1_000 }, (_, i) => `.${String(i).padStart(3, "0")}`); // 0.2 us less than toFixed
+const isoTime = (date: Date): string => `${isoSecond(date)}${DECIMALS[date.getUTCMilliseconds()]}Z`;
 
 /** Bytes of the request's body that were meant for servers; of a tunnel all that the client has said. */
 const receivedBy = ({ uploaded, body }: Attempt): number => Math.max(uploaded, body.length);
 
+/** Milliseconds with their microseconds. */
+const rounded = (time: number): number => Math.round(time * 1_000) / 1_000;
+
+/** The record of a request that has ended. */
 function accessRecord(exchange: Exchange, endedAt: number): AccessRecord {
   if (!exchange.trace) startTrace(exchange);
-  const { client, origin, status, bytes, id, trace, path, tried, attempt, started, destination } = exchange;
-  const { block: { fields }, version, target } = exchange.request;
-  const since = (time = 0) => time > 0 && time >= started ? Math.min(time, endedAt) - started : undefined;
+  const { origin, status, path, tried, attempt, started } = exchange,
+    { block: { fields }, version, target } = exchange.request;
+  const since = (time = 0) => time > 0 && time >= started ? rounded(Math.min(time, endedAt) - started) : undefined;
+  const grpc = isGrpc(exchange.request) && attempt ? grpcStatus(attempt) : undefined;
   return {
-    client,
-    scheme: origin.scheme,
-    status,
-    bytes,
-    id,
-    trace,
-    time: exchange.balancer.effects.date(),
-    method: exchange.method || "-",
-    protocol: `HTTP/${version}`,
-    host: hostName(origin.host || exchange.host) || undefined,
-    url: path ? undefined : target || "-",
-    path: path || undefined,
-    query: exchange.query.slice(1) || undefined,
-    received: attempt ? receivedBy(attempt) : 0,
-    referer: fieldOf(fields, "referer"),
-    agent: fieldOf(fields, "user-agent"),
-    span: attempt?.span,
-    route: exchange.route?.name,
-    service: destination?.service.name,
-    server: tried.at(-1)?.name,
-    attempts: tried.length,
-    connected: since(attempt?.connectedAt),
-    head: since(attempt?.headAt),
-    ended: since(endedAt) ?? 0,
-    failure: exchange.problem || undefined,
-    grpc: isGrpc(exchange.request) && attempt ? grpcStatus(attempt) : undefined,
+    "timestamp": isoTime(exchange.balancer.effects.date()),
+    "client.address": exchange.client,
+    "http.request.method": exchange.method || "-",
+    "network.protocol.version": version,
+    "url.scheme": origin.scheme,
+    "server.address": hostName(origin.host || exchange.host) || undefined,
+    "url.original": path ? undefined : target || "-",
+    "url.path": path || undefined,
+    "url.query": exchange.query.slice(1) || undefined,
+    "http.response.status_code": status,
+    "rpc.grpc.status_code": grpc === undefined ? undefined : Number(grpc),
+    "http.request.body.size": attempt ? receivedBy(attempt) : 0,
+    "http.response.body.size": exchange.bytes,
+    "http.request.header.referer": fieldOf(fields, "referer"),
+    "user_agent.original": fieldOf(fields, "user-agent"),
+    "error.type": exchange.problem || (status < 500 ? undefined : `${status}`),
+    "trace_id": exchange.trace,
+    "span_id": attempt?.span,
+    "lb.request_id": exchange.id,
+    "lb.route": exchange.route?.name,
+    "lb.service": exchange.destination?.service.name,
+    "lb.server": tried.at(-1)?.name,
+    "lb.attempts": tried.length,
+    "lb.connected_ms": since(attempt?.connectedAt),
+    "lb.head_ms": since(attempt?.headAt),
+    "lb.ended_ms": since(endedAt) ?? 0,
   };
 }
 
@@ -7489,62 +7492,40 @@ const escaped = (text: string, unsafe: RegExp): string =>
     : text;
 const inQuotes = (text = "-"): string => `"${escaped(text, UNSAFE_IN_QUOTES)}"`;
 const oneWord = (text: string | undefined): string => text ? escaped(text, UNSAFE_IN_WORD) : "-";
-const failureOf = ({ failure, grpc = "0" }: AccessRecord): string =>
-  failure ?? (grpc === "0" ? "-" : oneWord(`grpc-status-${grpc}`));
 
-/** `0.250`: milliseconds with the microseconds. */
+/** `0.250`: milliseconds with three decimals. */
 function inMillis(time: number | undefined): string {
   if (time === undefined) return "-";
-  const micros = Math.round(time * 1_000), whole = Math.floor(micros / 1_000);
-  return `${whole}${DECIMALS[micros - whole * 1_000]}`;
+  const whole = Math.floor(time);
+  return `${whole}${DECIMALS[Math.round((time - whole) * 1_000)]}`;
 }
-/** The same as a number. */
-const rounded = (time: number | undefined): number | undefined => time && Math.round(time * 1_000) / 1_000;
 
-/** The formats of `log:`. */
-const LINE_FORMATS: Record<LineFormat, (record: AccessRecord) => string> = {
-  /** Apache's line; service, server, attempts, times, failure and ids follow it (README). */
-  combined(r) {
-    const target = r.url ?? (r.path ? r.path + (r.query ? `?${r.query}` : "") : "-");
-    const request = `"${oneWord(r.method)} ${escaped(target, UNSAFE_IN_QUOTES)} ${r.protocol}"`;
-    const times = `${inMillis(r.connected)}/${inMillis(r.head)}/${inMillis(r.ended)}`;
-    return `${oneWord(r.client)} - - [${clfTime(r.time)}] ${request} ${r.status} ${r.bytes} ${inQuotes(r.referer)} ` +
-      `${inQuotes(r.agent)} ${oneWord(r.service)} ${oneWord(r.server)} ${r.attempts} ${times} ${failureOf(r)} ` +
-      `${oneWord(r.id)} ${r.trace ?? "-"}`;
-  },
-  /** OpenTelemetry's semantic conventions, and `lb.` before names that they lack. Undefined fields are left out. */
-  json: (r) =>
-    asciiJson({
-      "timestamp": `${isoSecond(r.time)}${DECIMALS[r.time.getUTCMilliseconds()]}Z`,
-      "client.address": r.client,
-      "http.request.method": r.method,
-      "url.scheme": r.scheme,
-      "server.address": r.host,
-      "url.original": r.url,
-      "url.path": r.path,
-      "url.query": r.query,
-      "http.response.status_code": r.status,
-      "rpc.grpc.status_code": r.grpc === undefined ? undefined : Number(r.grpc),
-      "http.request.body.size": r.received,
-      "http.response.body.size": r.bytes,
-      "http.request.header.referer": r.referer,
-      "user_agent.original": r.agent,
-      "error.type": r.failure ?? (r.status < 500 ? undefined : `${r.status}`),
-      "trace_id": r.trace,
-      "span_id": r.span,
-      "lb.request_id": r.id,
-      "lb.route": r.route,
-      "lb.service": r.service,
-      "lb.server": r.server,
-      "lb.attempts": r.attempts,
-      "lb.connected_ms": rounded(r.connected),
-      "lb.head_ms": rounded(r.head),
-      "lb.ended_ms": rounded(r.ended),
-    }),
-};
+/** `21/Nov/2026:03:14:42 +0000`, the time of Apache's logs, from an ISO time without its fraction. */
+const apacheTime = memo((iso) => {
+  const [, day, month, year, time] = new Date(`${iso}Z`).toUTCString().split(" ");
+  return `${day}/${month}/${year}:${time} +0000`;
+});
 
-/** One line of the access log, without its end. */
-export const accessLine = (record: AccessRecord, format: LineFormat): string => LINE_FORMATS[format](record);
+/** Apache's line; service, server, attempts, times, failure and ids follow it (README). */
+function combinedLine(r: AccessRecord): string {
+  const path = r["url.path"] ?? "-", query = r["url.query"], target = query ? `${path}?${query}` : path;
+  const version = r["network.protocol.version"],
+    grpc = r["rpc.grpc.status_code"],
+    status = r["http.response.status_code"];
+  const asked = escaped(r["url.original"] ?? target, UNSAFE_IN_QUOTES);
+  const request = `"${oneWord(r["http.request.method"])} ${asked} ${version ? `HTTP/${version}` : "-"}"`;
+  const times = `${inMillis(r["lb.connected_ms"])}/${inMillis(r["lb.head_ms"])}/${inMillis(r["lb.ended_ms"])}`;
+  const failure = r["error.type"] === `${status}` ? undefined : r["error.type"];
+  return `${oneWord(r["client.address"])} - - [${apacheTime(r.timestamp.slice(0, 19))}] ${request} ${status} ` +
+    `${r["http.response.body.size"]} ${inQuotes(r["http.request.header.referer"])} ` +
+    `${inQuotes(r["user_agent.original"])} ${oneWord(r["lb.service"])} ${oneWord(r["lb.server"])} ` +
+    `${r["lb.attempts"]} ${times} ${failure ?? (grpc ? `grpc-status-${grpc}` : "-")} ` +
+    `${oneWord(r["lb.request_id"])} ${r.trace_id ?? "-"}`;
+}
+
+/** One line of the access log, without its end. Undefined values are left out of JSON. */
+export const accessLine = (record: AccessRecord, format: LineFormat): string =>
+  format === "json" ? asciiJson(record) : combinedLine(record);
 
 const MOST_WAITING = 1 << 26; // bytes of lines that wait for a slow reader
 const FLUSH_DELAY = 20; // ms for which lines wait for others: a write of its own costs more than a line
@@ -7560,8 +7541,8 @@ const countLines = (bytes: Uint8Array): number => bytes.reduce((lines, byte) => 
 class AccessLog {
   private readonly print: (bytes: Uint8Array) => Promise<number>;
   private readonly report: Effects["report"];
-  private records: [record: AccessRecord, format: LineFormat][] = []; // that have yet to become lines
-  private chunks: Uint8Array[] = []; // lines that wait
+  private lines: string[] = []; // the latest, with their ends
+  private chunks: Uint8Array[] = []; // older lines that wait
   private size = 0; // bytes in chunks
   private isScheduled = false; // flush runs, or will
   private left: Uint8Array = NO_LINES; // of what flush writes
@@ -7576,7 +7557,7 @@ class AccessLog {
 
   readonly write: Effects["accessLog"] = (record, format) => {
     if (this.size > MOST_WAITING) return this.lose(1);
-    if (this.records.push([record, format]) === 100) this.makeLines(); // whose bytes count
+    if (this.lines.push(`${accessLine(record, format)}\n`) === 100) this.encodeLines();
     this.schedule();
   };
 
@@ -7604,14 +7585,14 @@ class AccessLog {
     this.reportLost();
   }
 
-  private makeLines(): void {
-    const { records } = this;
-    this.records = [];
-    this.append(ENCODER.encode(records.map(([record, format]) => `${accessLine(record, format)}\n`).join("")));
+  private encodeLines(): void {
+    const { lines } = this;
+    this.lines = [];
+    this.append(ENCODER.encode(lines.join("")));
   }
 
   private take(): Uint8Array {
-    if (this.records.length) this.makeLines();
+    if (this.lines.length) this.encodeLines();
     const all = Buffer.concat(this.chunks);
     [this.chunks, this.size] = [[], 0];
     return all;
@@ -7641,7 +7622,7 @@ class AccessLog {
       this.left = NO_LINES;
     }
     this.isScheduled = false;
-    if (this.size + this.records.length) this.schedule();
+    if (this.size + this.lines.length) this.schedule();
   }
 
   private lose(lines: number, why = "nobody reads the access log"): void {
@@ -8656,19 +8637,32 @@ function settleRelay(balancer: Balancer, relay: Relay): void {
   if (problem) countFailure(balancer, problem);
   if (log.format === "off" || !problem && effects.random() >= log.sample) return;
   effects.accessLog({
-    ...{ time: effects.date(), client: relay.client, method: "TCP", protocol: "-", scheme: "tcp", host: undefined },
-    ...{
-      url: `tcp://${relay.target}`,
-      path: undefined,
-      query: undefined,
-      referer: undefined,
-      agent: undefined,
-      grpc: undefined,
-    },
-    ...{ status, received, bytes, id: relay.id, trace: undefined, span: undefined },
-    ...{ route: service.name, service: service.name, server: tried.at(-1)?.name, attempts: tried.length },
-    ...{ connected: connectedAt ? connectedAt - started : undefined, head: undefined, ended },
-    failure: problem || undefined,
+    "timestamp": isoTime(effects.date()),
+    "client.address": relay.client,
+    "http.request.method": "TCP",
+    "network.protocol.version": undefined,
+    "url.scheme": "tcp",
+    "server.address": undefined,
+    "url.original": `tcp://${relay.target}`,
+    "url.path": undefined,
+    "url.query": undefined,
+    "http.response.status_code": status,
+    "rpc.grpc.status_code": undefined,
+    "http.request.body.size": received,
+    "http.response.body.size": bytes,
+    "http.request.header.referer": undefined,
+    "user_agent.original": undefined,
+    "error.type": problem || undefined,
+    "trace_id": undefined,
+    "span_id": undefined,
+    "lb.request_id": relay.id,
+    "lb.route": service.name,
+    "lb.service": service.name,
+    "lb.server": tried.at(-1)?.name,
+    "lb.attempts": tried.length,
+    "lb.connected_ms": connectedAt ? rounded(connectedAt - started) : undefined,
+    "lb.head_ms": undefined,
+    "lb.ended_ms": rounded(ended),
   }, log.format);
 }
 

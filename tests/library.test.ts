@@ -293,7 +293,7 @@ test("there is no access log on standard output unless the config says log, or a
     await ask(`${yaml}log: combined\n`);
     await until("the config asks for it", () => lines.length === 2);
     const records: number[] = [];
-    await ask(yaml, { accessLog: ({ status }) => void records.push(status) });
+    await ask(yaml, { accessLog: (record) => void records.push(record["http.response.status_code"]) });
     await until("an effect asks for it", () => records.length === 1);
     assert.equal(lines.length, 2);
   } finally {

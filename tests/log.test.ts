@@ -108,6 +108,7 @@ test("json has OpenTelemetry's names, and lb. before those of our own", async ()
     "timestamp": "2026-11-21T03:14:42.007Z",
     "client.address": "192.0.2.9",
     "http.request.method": "PUT",
+    "network.protocol.version": "1.1",
     "url.scheme": "http",
     "server.address": "h.test",
     "url.path": "/p",
