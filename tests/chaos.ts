@@ -5,7 +5,7 @@
 
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
-import { type ChildProcess, spawn } from "node:child_process";
+import type { ChildProcess } from "node:child_process";
 import { createHash } from "node:crypto";
 import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { Agent, createServer, request, type ServerResponse } from "node:http";
@@ -16,6 +16,7 @@ import process from "node:process";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import { BINARY, echoStrictly, openWebSocket, webSocketServer } from "./frames.ts";
+import { spawnGuarded } from "./guard.ts";
 import { freePort, runtime, seeded, sleep, until } from "./rig.ts";
 
 const SELF = fileURLToPath(import.meta.url);
@@ -83,9 +84,8 @@ interface Heard {
 }
 
 async function startBackend(heard: Heard, seed: number, port = 0): Promise<Backend> {
-  const child = spawn(process.execPath, [...RUN, SELF, "serve", String(port), String(seed)], {
-    stdio: ["ignore", "pipe", "pipe"],
-  });
+  const words = [...RUN, SELF, "serve", String(port), String(seed)];
+  const child = spawnGuarded(process.execPath, words);
   child.stderr.on("data", (bytes: Buffer) => heard.said += bytes);
   let listening = 0, rest = "";
   child.stdout.on("data", (bytes: Buffer) => {
@@ -239,7 +239,7 @@ export async function chaos({ seconds, seed, workers = 1 }: Chaos) {
   write();
   const more = workers > 1 ? ["--workers", String(workers)] : [];
   const args = [...RUN, ENTRY, "-c", file, "--listen", "127.0.0.1:0", "--drain", "5s", ...more];
-  const program = spawn(process.execPath, args, { stdio: ["ignore", "ignore", "pipe"] });
+  const program = spawnGuarded(process.execPath, args, { stdout: "ignore" });
   let err = "", over = false;
   program.stderr.on("data", (bytes: Buffer) => err += bytes);
   program.on("exit", () => over = true);

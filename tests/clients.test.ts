@@ -2,7 +2,7 @@
 // them all.
 
 import assert from "node:assert/strict";
-import { execFile, spawn } from "node:child_process";
+import { execFile } from "node:child_process";
 import { createHash } from "node:crypto";
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { createServer, type RequestListener } from "node:http";
@@ -14,6 +14,7 @@ import nodeTest from "node:test";
 import { chromium } from "playwright-core";
 import { A, CA, KEY } from "./certificates.ts";
 import { BINARY, echoStrictly, openWebSocket, TEXT, webSocketServer } from "./frames.ts";
+import { spawnGuarded } from "./guard.ts";
 import { freePort, get, type Program, rawRequest, startProgram, until } from "./rig.ts";
 
 const test = (name: string, body: () => Promise<void>) => nodeTest(name, { timeout: 120_000 }, body);
@@ -164,7 +165,7 @@ test("redis-cli works through tcp", () =>
   inFolder(async (folder) => {
     const [redis, front] = [await freePort(), await freePort()];
     const words = ["--port", `${redis}`, "--bind", "127.0.0.1", "--save", "", "--dir", folder];
-    const server = spawn("redis-server", words, { stdio: "ignore" });
+    const server = spawnGuarded("redis-server", words, { stdout: "ignore" });
     try {
       let up = false;
       await until("Redis listens", () => {
@@ -183,7 +184,7 @@ test("redis-cli works through tcp", () =>
           "1",
         );
         assert.equal((await cli("get", "large")).trim(), "x".repeat(1_048_576));
-        const listener = spawn("redis-cli", ["-h", "127.0.0.1", "-p", `${front}`, "subscribe", "news"]);
+        const listener = spawnGuarded("redis-cli", ["-h", "127.0.0.1", "-p", `${front}`, "subscribe", "news"]);
         let heard = "";
         listener.stdout.on("data", (bytes) => heard += bytes);
         await until("it listens", () => heard.includes("subscribe"));

@@ -5,7 +5,6 @@
 
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
-import { spawn } from "node:child_process";
 import { createHash, randomBytes } from "node:crypto";
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { type AddressInfo, connect, createServer, type Server, type Socket } from "node:net";
@@ -16,6 +15,7 @@ import { after, before, test as nodeTest } from "node:test";
 import { connect as connectTls, createServer as createTlsServer } from "node:tls";
 import { fileURLToPath } from "node:url";
 import { A, CA, KEY } from "./certificates.ts";
+import { spawnGuarded } from "./guard.ts";
 import { answer, type Program, rawRequest, runtime, scriptedServer, sleep, startProgram, until, value } from "./rig.ts";
 
 const KIB = 1024, MIB = 1024 * KIB;
@@ -796,15 +796,12 @@ async function withHandles(handles: number, use: (port: number, alive: () => boo
   for (const [name, content] of Object.entries(FILES)) writeFileSync(join(folder, name), content);
   writeFileSync(file, JSON.stringify(config()));
   const command = [process.execPath, ...COMMAND[runtime()], "-c", file];
-  const child = spawn("sh", ["-c", `ulimit -n ${handles}; exec "$@"`, "sh", ...command], {
+  const child = spawnGuarded("sh", ["-c", `ulimit -n ${handles}; exec "$@"`, "sh", ...command], {
     cwd: fileURLToPath(new URL("..", import.meta.url)),
-    stdio: ["ignore", "pipe", "pipe"],
   });
   let output = "", exit: number | null | undefined;
   for (const stream of [child.stdout, child.stderr]) stream.on("data", (bytes: Buffer) => output += bytes.toString());
   child.on("exit", (code) => exit = code);
-  const orphan = () => child.kill("SIGKILL");
-  process.once("exit", orphan);
   try {
     const port = await until("it listens", () => portOf(output, "http"), 30_000);
     await use(port, () => exit === undefined);
@@ -813,8 +810,7 @@ async function withHandles(handles: number, use: (port: number, alive: () => boo
     assert.equal(exit, 0, output);
     assert.doesNotMatch(output, /uncaught|unhandled|panicked|internal/i);
   } finally {
-    if (exit === undefined) orphan();
-    process.off("exit", orphan);
+    if (exit === undefined) child.kill("SIGKILL");
     rmSync(folder, { recursive: true, force: true });
   }
 }

@@ -3,7 +3,7 @@
 
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
-import { spawn, spawnSync } from "node:child_process";
+import { spawnSync } from "node:child_process";
 import { randomBytes } from "node:crypto";
 import {
   chmodSync,
@@ -22,6 +22,7 @@ import process from "node:process";
 import nodeTest from "node:test";
 import { fileURLToPath } from "node:url";
 import { brotliCompressSync, gunzipSync, gzipSync, zstdCompressSync } from "node:zlib";
+import { spawnGuarded } from "./guard.ts";
 import {
   answer,
   echoServer,
@@ -63,10 +64,9 @@ interface Process {
 /** Starts a script on this runtime. No variable of ours is inherited but those given. */
 function start(script: string, args: string[], { cwd = tmpdir(), env = {} as Record<string, string> } = {}): Process {
   const inherited = Object.entries(process.env).filter(([name]) => !name.startsWith("LB_"));
-  const child = spawn(process.execPath, [...RUN, script, ...args], {
+  const child = spawnGuarded(process.execPath, [...RUN, script, ...args], {
     cwd,
     env: { ...Object.fromEntries(inherited), ...env },
-    stdio: ["ignore", "pipe", "pipe"],
   });
   let out = "", err = "", over = false;
   child.stdout.on("data", (bytes: Buffer) => out += bytes.toString());

@@ -4,19 +4,20 @@
 
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
-import { spawn } from "node:child_process";
 import { createHash } from "node:crypto";
 import { once } from "node:events";
-import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { get as httpGet, type IncomingMessage } from "node:http";
 import { type AddressInfo, connect, createServer, type Socket } from "node:net";
-import { tmpdir } from "node:os";
+import { availableParallelism, loadavg, tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import type { Readable } from "node:stream";
 import { pipeline } from "node:stream/promises";
+import { test as nodeTest, type TestContext } from "node:test";
 import { fileURLToPath } from "node:url";
 import { createGunzip } from "node:zlib";
+import { spawnGuarded } from "./guard.ts";
 import type { Attempt, Body, Failure, Fields, HttpClient, HttpRequest, HttpResponse } from "../lb.ts";
 
 type Bytes = NonNullable<Body["bytes"]>;
@@ -27,8 +28,37 @@ export const runtime = (): Runtime => "Deno" in globalThis ? "deno" : "Bun" in g
 
 export const sleep = (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, ms));
 
+/** How long to wait where an idle machine would take this many milliseconds: longer, the more others use the machine. */
+export function patience(milliseconds: number): number {
+  const beside = Number(process.env.LB_PATIENCE ?? 1); // the test command says how many jobs share a core
+  return milliseconds * Math.max(1, beside, loadavg()[0]! / availableParallelism());
+}
+
+/** Options of a test: what `node:test` has, or the programs without which it is skipped. */
+interface TestOptions {
+  skip?: string | boolean;
+  /** Names of commands. */
+  needs?: string[];
+  /** Milliseconds after which it hangs, on an idle machine. */
+  timeout?: number;
+}
+
+type TestCode = (t: TestContext) => unknown;
+
+/** A test of node:test that waits longer on a busy machine, and is skipped without the programs that it needs. */
+export function test(name: string, options: TestOptions | TestCode, body?: TestCode): void {
+  if (typeof options === "function") return test(name, {}, options);
+  const { skip = false, needs = [], timeout = 120_000 } = options, missing = needs.filter((one) => !isInstalled(one));
+  const lacking = missing.length > 0 && `not installed: ${missing.join(", ")}`;
+  nodeTest(name, { timeout: patience(timeout), skip: skip || lacking }, async (t) => void (await body!(t)));
+}
+
+const isInstalled = (command: string): boolean =>
+  (process.env.PATH ?? "").split(":").some((folder) => existsSync(join(folder, command)));
+
 /** Looks every 10 ms until it sees something; fails when that does not happen. */
 export async function until<T>(what: string, look: () => T | undefined | false, within = 5000): Promise<T> {
+  within = patience(within);
   for (const end = Date.now() + within;;) {
     const seen = look();
     if (seen) return seen;
@@ -423,28 +453,17 @@ export async function startProgram(
   for (const [name, content] of Object.entries(beside)) writeFileSync(join(folder, name), content);
   const own = typeof config === "object" && config !== null && "listen" in config;
   writeFileSync(file, typeof config === "string" ? config : JSON.stringify(config, null, 1));
-  const child = spawn(process.execPath, [
-    ...COMMAND[runtime()],
-    "-c",
-    file,
-    ...own ? [] : ["--listen", "127.0.0.1:0"],
-    ...args,
-  ], {
-    cwd: ROOT,
-    stdio: ["ignore", "pipe", "pipe"],
-  });
+  const words = [...COMMAND[runtime()], "-c", file, ...own ? [] : ["--listen", "127.0.0.1:0"], ...args];
+  const child = spawnGuarded(process.execPath, words, { cwd: ROOT });
   let output = "", errors = "", exited = false;
   child.stdout.on("data", (bytes: Buffer) => output += bytes.toString());
   child.stderr.on("data", (bytes: Buffer) => {
     output += bytes.toString();
     errors += bytes.toString();
   });
-  const orphan = () => child.kill("SIGKILL");
-  process.once("exit", orphan);
   const exit = new Promise<number | null>((resolve) =>
     child.once("exit", (code) => {
       exited = true;
-      process.off("exit", orphan);
       rmSync(folder, { recursive: true, force: true });
       resolve(code);
     })

@@ -1,14 +1,37 @@
-// The test command, `deno task test`: what all tests say on Deno, Bun, Node and workerd, after formatter, linter and
-// type checker. It needs only npm to begin with, and root for apt-get where a program of PROGRAMS is missing.
-// Words after it choose runtimes and files: `deno task test node gate`.
-// A runtime on which a file's tests did not run counts as failed: silence is not success. A file that fails beside others
-// is run once more by itself, and that counts; what it said the first time stays in the output.
+// The test command, `deno task test`: formatter, linter, type checker, and all tests on Deno, Bun, Node and workerd.
+// It needs only npm to begin with.
+//
+//   deno task test              everything
+//   deno task test node gate    only these runtimes and files
+//   deno task test:quick        one runtime, without the files of SLOW
+//   deno task test --install    installs the missing programs of PROGRAMS first (apt-get, as root)
+//
+// A runtime on which a file's tests did not run counts as failed. A file that fails beside others runs once more alone,
+// and that counts; the first output stays visible. When this process ends, in whatever way, all that it has started ends.
+
+import { spawnGuarded } from "./guard.ts";
 
 const ROOT = new URL("..", import.meta.url).pathname;
-const AT_ONCE = 7; // jobs; each of them mostly waits
-const PATIENCE = 240_000; // milliseconds for one job; one that takes longer hangs
-const EDGE = "edge.test.ts"; // starts workerd, and is itself run by Node
-/** What the tests run beside lb.ts (or load into it), and Debian's packages that have it. */
+const CORES = navigator.hardwareConcurrency;
+const AT_ONCE = 3 * CORES; // jobs; most of them mostly wait
+const JOB_TIMEOUT = 240_000; // milliseconds; a job that takes longer hangs
+const EDGE = "edge"; // starts workerd; Node runs it
+/** Files of logic without sockets: they run on Node only, all others on every runtime. */
+const LOGIC = [
+  "balance",
+  "config",
+  "explain",
+  "health",
+  "readme",
+  "routing",
+  "shape",
+  "simulate",
+  "strategies",
+  "versions",
+];
+/** Files that `--quick` leaves out. */
+const SLOW = ["chaos", "fuzz", "simulate"];
+/** The programs that tests run beside lb.ts, and the Debian packages that contain them. */
 const PROGRAMS = Object.entries({
   "/usr/bin/chromium": "chromium",
   "/usr/bin/curl": "curl",
@@ -115,30 +138,34 @@ const NO_VERDICT = "(the runner)";
 // ─── Running ───
 
 const COLORS = /\x1b\[[\d;]*m/g;
+/** Temporary files of the jobs and their reports. */
+const SCRATCH = await Deno.makeTempDir({ prefix: "lb-tests-" });
 
-async function run([program = "", ...args]: string[], patience = PATIENCE): Promise<{ code: number; output: string }> {
-  const command = new Deno.Command(program, {
-    args,
-    cwd: ROOT,
-    env: { NO_COLOR: "1", DEBIAN_FRONTEND: "noninteractive", RUNLEVEL: "1" }, // starts no service
-    stdin: "null",
-    stdout: "piped",
-    stderr: "piped",
-  });
-  const child = command.spawn();
-  const stop = (signal: Deno.Signal) => () => {
+/** Runs a command in a process group of its own, which ends with it. */
+async function run(
+  [program = "", ...args]: string[],
+  timeout = JOB_TIMEOUT,
+): Promise<{ code: number; output: string }> {
+  const env = { ...Deno.env.toObject(), NO_COLOR: "1", TMPDIR: SCRATCH, LB_PATIENCE: String(AT_ONCE / CORES) };
+  const child = spawnGuarded(program, args, { cwd: ROOT, env, detached: true });
+  const texts = [child.stdout, child.stderr].map(() => "");
+  [child.stdout, child.stderr].forEach((stream, i) =>
+    stream.setEncoding("utf8").on("data", (text) => texts[i] += text)
+  );
+  const stop = (signal: Deno.Signal) => {
     try {
-      child.kill(signal);
+      Deno.kill(-child.pid, signal);
     } catch {
-      // it has ended meanwhile
+      // the group has ended
     }
   };
-  const timers = [setTimeout(stop("SIGTERM"), patience), setTimeout(stop("SIGKILL"), patience + 5_000)];
-  const { code, signal, stdout, stderr } = await child.output();
+  const timers = [setTimeout(stop, timeout, "SIGTERM"), setTimeout(stop, timeout + 5_000, "SIGKILL")];
+  const [code, signal] = await new Promise<[number, string | null]>((resolve) => {
+    child.once("close", (...ending) => resolve(ending as [number, string | null]));
+  });
   timers.forEach(clearTimeout);
-  const text = new TextDecoder();
-  const ending = signal ? `\nended by ${signal} after at most ${patience / 1_000} s` : "";
-  return { code, output: (text.decode(stdout) + text.decode(stderr)).replaceAll(COLORS, "") + ending };
+  const ending = signal ? `\nended by ${signal} after at most ${timeout / 1_000} s` : "";
+  return { code, output: texts.join("").replaceAll(COLORS, "") + ending };
 }
 
 async function runJob(job: Job): Promise<Result> {
@@ -227,15 +254,31 @@ async function install(): Promise<void> {
   if (code !== 0) throw new Error(`npm install has failed:\n${output}`);
 }
 
-/** Brings the programs that are not there. Their services are not started. */
-async function installPrograms(): Promise<void> {
+/** The programs that are not there, by their packages. */
+async function missingPrograms(): Promise<string[]> {
   const found = await Promise.all(PROGRAMS.map(([path]) => Deno.stat(path).catch(() => undefined)));
-  const missing = PROGRAMS.filter((_, i) => !found[i]).map(([, name]) => name).join(" ");
-  if (!missing) return;
-  for (const words of ["update", `install -y --no-install-recommends ${missing}`]) {
-    console.log(`apt-get ${words}`);
-    const { code, output } = await run(["apt-get", ...words.split(" ")], 600_000);
-    if (code !== 0) throw new Error(`${missing} is missing, and apt-get ${words} (as root) has failed:\n${output}`);
+  return PROGRAMS.filter((_, i) => !found[i]).map(([, name]) => name);
+}
+
+/** What Debian's package scripts ask before they start a service: 101 forbids it. */
+const POLICY = "/usr/sbin/policy-rc.d";
+
+/** Installs Debian packages, without starting the services that some of them contain, now or at the next boot. */
+async function installPrograms(packages: string[]): Promise<void> {
+  for (const service of packages.filter((name) => ["prometheus", "redis-server"].includes(name))) {
+    await Deno.mkdir("/etc/systemd/system", { recursive: true });
+    await Deno.symlink("/dev/null", `/etc/systemd/system/${service}.service`).catch(() => {}); // as systemctl mask does
+  }
+  const isOurs = await Deno.writeTextFile(POLICY, "#!/bin/sh\nexit 101\n", { createNew: true, mode: 0o755 })
+    .then(() => true, () => false);
+  try {
+    for (const words of [["update"], ["install", "-y", "--no-install-recommends", ...packages]]) {
+      console.log(`apt-get ${words.join(" ")}`);
+      const { code, output } = await run(["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", ...words], 600_000);
+      if (code !== 0) throw new Error(`apt-get ${words[0]} (as root) has failed:\n${output}`);
+    }
+  } finally {
+    if (isOurs) await Deno.remove(POLICY);
   }
 }
 
@@ -264,35 +307,43 @@ async function filesUnder(folder: string): Promise<string[]> {
   return files.sort();
 }
 
-const without = (words: string[], kinds: readonly string[]) => words.filter((word) => !kinds.includes(word));
+/** What the command line chooses; nothing chosen is all. */
+interface Choice {
+  runtimes: string[];
+  names: string[]; // parts of files' names
+  quick: boolean;
+}
 
-/** The checks, then each runtime's files; `words` leave out what they do not name. */
-async function jobsFor(words: string[], reports: string): Promise<Job[]> {
-  const all = await filesUnder("tests");
-  const runtimes = [CHECKS, ...Object.keys(RUNTIMES), WORKERD];
-  const names = without(words, runtimes);
-  const chosen = (runtime: string) =>
-    words.includes(runtime) || words.length === names.length && !(runtime === CHECKS && words.length);
-  const files = all.filter((file) => /^tests\/[^/]+\.test\.ts$/.test(file)).filter((file) =>
-    names.length === 0 || names.some((name) => file.includes(name))
-  );
-  const ordinary = files.filter((file) => !file.endsWith(EDGE)).sort((a, b) => size(b) - size(a)); // the long ones first
+const ALL_RUNTIMES = [CHECKS, ...Object.keys(RUNTIMES), WORKERD];
+const nameOf = (file: string) => file.replace(/^.*\/|\.test\.ts$/g, "");
+
+/** The checks, then each runtime's files, the large ones first. */
+async function jobsFor({ runtimes, names, quick }: Choice): Promise<Job[]> {
+  const sources = await filesUnder("tests");
+  const isChosen = (name: string) =>
+    (names.length === 0 || names.some((one) => name.includes(one))) &&
+    !(quick && SLOW.includes(name));
+  const files = sources.filter((file) => file.endsWith(".test.ts") && isChosen(nameOf(file)))
+    .sort((a, b) => size(b) - size(a));
   const check = (name: string, ...args: string[]) => ({ runtime: CHECKS, name, command: ["deno", name, ...args] });
   const testing = (runtime: string, file: string): Job => {
-    const name = file.replace(/^tests\/|\.test\.ts$/g, "");
-    const report = `${reports}/${runtime}-${name}.xml`;
-    return { runtime, name, report, command: (RUNTIMES[runtime] ?? RUNTIMES.node!)(file, report) };
+    const report = `${SCRATCH}/${runtime}-${nameOf(file)}.xml`;
+    return { runtime, name: nameOf(file), report, command: (RUNTIMES[runtime] ?? RUNTIMES.node!)(file, report) };
   };
+  const runtimesOf = (name: string) =>
+    name === EDGE ? [WORKERD] : LOGIC.includes(name) ? ["node"] : Object.keys(RUNTIMES);
   const jobs = [
-    ...[check("fmt", "--check"), check("lint"), check("check", "lb.ts", ...all)],
-    ...Object.keys(RUNTIMES).flatMap((runtime) => ordinary.map((file) => testing(runtime, file))),
-    ...files.filter((file) => file.endsWith(EDGE)).map((file) => testing(WORKERD, file)),
-  ].filter(({ runtime }) => chosen(runtime));
-  const idle = words.length ? [] : runtimes.filter((runtime) => !jobs.some((job) => job.runtime === runtime));
-  if (idle.length) {
-    throw new Error(`there are no tests for ${idle.join(" and ")}`);
-  }
-  return jobs;
+    ...[check("fmt", "--check"), check("lint"), check("check", "lb.ts", ...sources)],
+    ...files.flatMap((file) => runtimesOf(nameOf(file)).map((runtime) => testing(runtime, file))),
+  ];
+  const isWanted = (runtime: string) =>
+    runtimes.length ? runtimes.includes(runtime) : runtime !== CHECKS || !names.length;
+  const chosen = jobs.filter(({ runtime }) => isWanted(runtime));
+  const idle = names.length
+    ? []
+    : ALL_RUNTIMES.filter(isWanted).filter((runtime) => !chosen.some((job) => job.runtime === runtime));
+  if (idle.length) throw new Error(`there are no tests for ${idle.join(" and ")}`);
+  return chosen;
 }
 const size = (file: string) => Deno.statSync(ROOT + file).size;
 
@@ -312,34 +363,66 @@ function table(results: Result[]): void {
   }
 }
 
+/** What did not run, and why: nothing is left out silently. */
+function reportLeftOut({ runtimes, names, quick }: Choice, lacking: string[]): void {
+  const say = (what: string, list: string[], why: string) =>
+    list.length && console.log(`${what}: ${list.join(", ")} (${why})`);
+  say("only on Node", LOGIC, "logic without sockets");
+  if (quick) {
+    say("left out", ALL_RUNTIMES.filter((runtime) => !runtimes.includes(runtime)), "quick: one runtime");
+    say("left out", SLOW, "quick: slow files");
+  }
+  if (runtimes.length + names.length && !quick) say("ran only", [...runtimes, ...names], "as asked for");
+  say("not installed", lacking, "tests that need it are skipped; --install installs it with apt-get");
+}
+
 async function main(args: string[]): Promise<number> {
   const started = performance.now();
-  const reports = await Deno.makeTempDir({ prefix: "lb-reports-" });
-  let results: Result[] = [];
+  const words = args.filter((word) => !word.startsWith("--")), quick = args.includes("--quick");
+  const named = words.filter((word) => ALL_RUNTIMES.includes(word));
+  const choice: Choice = {
+    runtimes: quick && named.length === 0 ? [CHECKS, "node"] : named,
+    names: words.filter((word) => !ALL_RUNTIMES.includes(word)),
+    quick,
+  };
+  let results: Result[] = [], lacking: string[] = [];
   try {
     await install();
-    await installPrograms();
+    if (args.includes("--install") && (lacking = await missingPrograms()).length) await installPrograms(lacking);
+    lacking = await missingPrograms();
     console.log(await versions());
-    results = await againAlone(await runAll(await jobsFor(args.filter((word) => word !== "--only"), reports)));
+    results = await againAlone(await runAll(await jobsFor(choice)));
     const lost = missing(results);
     lost.forEach(show);
     results.push(...lost);
   } catch (error) {
-    const tests: Test[] = [{ path: "tests/all.ts", outcome: "failed" }];
-    const broken = { runtime: CHECKS, name: "all", command: [], seconds: 0, tests, output: String(error) };
+    const tests: Test[] = [{ path: "tests/run.ts", outcome: "failed" }];
+    const broken = { runtime: CHECKS, name: "run", command: [], seconds: 0, tests, output: String(error) };
     show(broken);
     results.push(broken);
   }
-  await Deno.remove(reports, { recursive: true });
   table(results);
-  const [passed, failed, skipped] = [
-    counted(results, "passed"),
-    counted(results, "failed"),
-    counted(results, "skipped"),
-  ];
-  console.log(`\n${((performance.now() - started) / 1_000).toFixed(0)} s in all`);
+  const [passed, failed, skipped] = (["passed", "failed", "skipped"] as const).map((one) => counted(results, one));
+  console.log("");
+  reportLeftOut(choice, lacking);
+  console.log(`${((performance.now() - started) / 1_000).toFixed(0)} s in all`);
   console.log(`${passed} passed, ${failed} failed${skipped ? `, ${skipped} skipped` : ""}`);
-  return failed > 0 || passed === 0 ? 1 : 0;
+  return failed || !passed ? 1 : 0;
 }
 
-Deno.exit(await main(Deno.args));
+/** Removes the temporary files. The jobs end with this process. */
+function end(status: number): never {
+  try {
+    Deno.removeSync(SCRATCH, { recursive: true });
+  } catch {
+    // a job still writes there
+  }
+  Deno.exit(status);
+}
+for (const [signal, status] of [["SIGINT", 130], ["SIGTERM", 143]] as const) {
+  Deno.addSignalListener(signal, () => {
+    console.log(`ended by ${signal}`);
+    end(status);
+  });
+}
+end(await main(Deno.args));

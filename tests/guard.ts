@@ -1,0 +1,29 @@
+// Ends what a process has started when that process ends in whatever way, SIGKILL included: beside each child a shell
+// holds the other end of a pipe, and kills the child when the pipe closes.
+
+import { type ChildProcess, spawn, type SpawnOptions } from "node:child_process";
+import type { Readable } from "node:stream";
+
+/** The child keeps the shell's process id, `$$`; the shell that waits is a second one. */
+const guarded = (target: string) =>
+  `exec 3<&0; (trap '' INT TERM HUP; read -r line; kill -9 ${target}) <&3 >/dev/null 2>&1 & exec "$@" 3<&- </dev/null`;
+
+/** A child with its output piped. */
+export type Guarded = ChildProcess & { pid: number; stdout: Readable; stderr: Readable };
+
+/**
+ * Starts a command, without standard input, that ends with this process at the latest. `detached`: in a process group of
+ * its own, all of which ends with the command.
+ */
+export function spawnGuarded(
+  command: string,
+  args: string[],
+  options: Pick<SpawnOptions, "cwd" | "env" | "detached"> & { stdout?: "ignore" } = {},
+): Guarded {
+  const { stdout = "pipe", ...others } = options, target = options.detached ? "-$$" : "$$";
+  const words = ["-c", guarded(target), "sh", command, ...args];
+  const child = spawn("sh", words, { ...others, stdio: ["pipe", stdout, "pipe"] });
+  child.stdin!.on("error", () => {});
+  child.once("exit", () => child.stdin!.end("\n"));
+  return child as Guarded;
+}
