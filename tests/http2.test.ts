@@ -1081,6 +1081,17 @@ test("fields that may not trail are dropped from trailers, both ways", async () 
   assert.deepEqual(h2.requests[0]!.trailers, [["x-sum", "2"]]);
 });
 
+test("fields that a client never indexes are never indexed to a server, and others are as they were", async () => {
+  const client = await open(), stream = client.stream();
+  const fields = [literal("x-secret", "1", 16), literal("x-open", "1"), added("x-added", "1")];
+  client.send(headers(stream.id, Buffer.concat([block(...request("/h2/secret")), ...fields])));
+  await stream.done();
+  const { payload } = h2.ends[0]!.frames.find((one) => one.type === HEADERS)!;
+  for (const field of [literal("x-secret", "1", 16), literal("x-open", "1"), literal("x-added", "1")]) {
+    assert.ok(payload.includes(field), `${field} in ${payload.toString("latin1")}`);
+  }
+});
+
 test("crumbs of cookies are joined for servers of both versions", async () => {
   const client = await open(),
     fields: Field[] = [["cookie", "a=1"], ["x", "1"], ["cookie", "b=2"], ["cookie", "c=3; d=4"]];
@@ -1563,6 +1574,54 @@ test("a request that a server refuses with REFUSED_STREAM is asked again, also a
   assert.equal(h2.requests.length, 2);
 });
 
+const CHUNKED = { method: "POST", fields: "Transfer-Encoding: chunked\r\n", body: "5\r\nhello\r\n0\r\n\r\n" };
+test("a small POST without a length is asked again where the server has not looked at it", async () => {
+  const client = await open();
+  const refusals: Record<string, (stream: Stream) => void> = {
+    "REFUSED_STREAM": (stream) => stream.reset("REFUSED_STREAM"),
+    "GOAWAY": (stream) => stream.end.send(goAway(Math.max(0, stream.id - 2))),
+  };
+  for (const [name, refuse] of Object.entries(refusals)) {
+    const asks: Record<string, () => Promise<number>> = {
+      "HTTP/2": async () => (await client.ask("/h2/unsized", { body: "hello", sized: false }).done()).json().bodyLength,
+      "HTTP/1.1": async () => JSON.parse((await ask1("/h2/unsized", CHUNKED)).body.toString()).bodyLength,
+    };
+    for (const [version, ask] of Object.entries(asks)) {
+      let refused = 0;
+      h2.requests = [];
+      h2.script = async (stream, server) => {
+        await stream.done(); // the whole body has been sent
+        if (refused++) await echoH2(stream, server);
+        else refuse(stream);
+      };
+      assert.equal(await ask(), 5, `${name}, ${version}`);
+      assert.equal(h2.requests.length, 2, `${name}, ${version}`);
+    }
+  }
+});
+
+test("a POST without a length is not asked again where it may have been looked at, has trailers or is too large", async () => {
+  const client = await open();
+  h2.script = async (stream) => {
+    await stream.done();
+    stream.reset("INTERNAL_ERROR");
+  };
+  assert.equal((await client.ask("/h2/unsized", { body: "hello", sized: false }).done()).status, 502);
+  assert.equal(h2.requests.length, 1);
+  h2.script = async (stream) => {
+    await stream.done();
+    stream.reset("REFUSED_STREAM");
+  };
+  const large = { body: Buffer.alloc(100_000), sized: false },
+    trailed = { body: "hello", trailers: [["x", "1"] as Field] };
+  for (const asking of [large, trailed]) {
+    const streams = [1, 2].map(() => client.ask("/either", asking));
+    for (const stream of streams) await stream.done();
+    assert.deepEqual(streams.map(({ status }) => status).sort(), [200, 502]);
+  }
+  assert.equal(h2.requests.length, 3);
+});
+
 test("a request that a server always refuses is answered with 502", async () => {
   h2.script = (stream) => stream.reset("REFUSED_STREAM");
   const stream = await (await open()).ask("/h2/refused/always", { body: "hello" }).done();
@@ -1837,9 +1896,13 @@ test("a server that does not begin with SETTINGS is left with PROTOCOL_ERROR, an
   }
 });
 
-test("a server of HTTP/1.1 behind h2c:// is answered for with 502, and the log says why", async () => {
+/** The latest warning about a server of the service of a path. */
+const warned = (path: string) => lb.output().split("\n").findLast((line) => line.includes(`warn: ${path}: `)) ?? "";
+
+test("a server of HTTP/1.1 behind h2c:// is answered for with 502, and the log says what to write", async () => {
   assert.equal((await (await open()).get("/not-h2")).status, 502);
-  assert.ok((await logged("/not-h2"))["error.type"]);
+  assert.equal((await logged("/not-h2"))["error.type"], "connect");
+  await until("a warning", () => /it speaks HTTP\/1\.1, .*write http:\/\//.test(warned("/not-h2")));
 });
 
 test("a server that takes no streams at all is answered for with a failure, and not asked for ever", async () => {
@@ -1858,6 +1921,7 @@ test("a server that says GOAWAY at once is answered for with 502, and not asked 
 
 test("a server that closes at once is answered for with 502", async () => {
   h2.options = { greeting: Buffer.alloc(0) };
+  await sleep(1_000); // a server is reported once a second
   const asked = (await open()).get("/h2/closes");
   let isOver = false;
   asked.then(() => isOver = true);
@@ -1866,6 +1930,7 @@ test("a server that closes at once is answered for with 502", async () => {
     return isOver;
   });
   assert.equal((await asked).status, 502);
+  await until("a warning", () => /closed the connection before it spoke HTTP\/2; .*http:\/\//.test(warned("/h2")));
 });
 
 /** What a server sends again and again. */
@@ -1962,10 +2027,7 @@ test("http: 2 answers for servers that do not choose HTTP/2 with 502, and the lo
     const refused = await client.get(path);
     assert.deepEqual([refused.status, refused.header("x-lb-failure")], [502, "connect"], path);
     assert.equal((await logged(path))["error.type"], "connect");
-    await until(
-      "a line says why",
-      () => new RegExp(`warn: ${path}: \\S+: .*(?:HTTP/2|protocol|alert)`, "i").test(lb.output()),
-    );
+    await until("a warning", () => /it does not offer HTTP\/2 by ALPN; .*http: 1 or auto/.test(warned(path)));
   }
 });
 
