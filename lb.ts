@@ -57,7 +57,7 @@ import { Duplex } from "node:stream";
 import { isDeepStrictEqual, parseArgs, promisify } from "node:util";
 import { isMainThread, parentPort, Worker, workerData } from "node:worker_threads";
 import { constants as zlib, createGzip } from "node:zlib";
-import { toJsonSchema } from "@valibot/to-json-schema";
+import { toJsonSchema, toJsonSchemaDefs } from "@valibot/to-json-schema";
 import { distance } from "fastest-levenshtein";
 import { type Context, Hono, type HonoRequest, type MiddlewareHandler } from "hono";
 import { bodyLimit } from "hono/body-limit";
@@ -1693,8 +1693,12 @@ function overrideSchema({ valibotSchema, jsonSchema }: { valibotSchema: object; 
   const one = oneOf && { oneOf: oneOf.map((key) => ({ required: [key] })) };
   return { ...jsonSchema, ...one, additionalProperties: false };
 }
-const schemaOf = (schema: Schema, target: "draft-07" | "draft-2020-12"): Json =>
-  toJsonSchema(schema, { target, typeMode: "input", errorMode: "ignore", overrideSchema });
+const AS_WRITTEN = { typeMode: "input", errorMode: "ignore", overrideSchema } as const;
+/** JSON Schemas that refer to each other by their names in the API description. */
+const schemasOf = (schemas: Record<string, Schema>): Record<string, Json> => {
+  const overrideRef = ({ referenceId }: { referenceId: string }) => `#/components/schemas/${referenceId}`;
+  return toJsonSchemaDefs(schemas, { ...AS_WRITTEN, target: "draft-2020-12", overrideRef });
+};
 
 /** Changes the schemas that a schema consists of: those of keys by their names, others without. */
 function within(schema: Json, change: (part: Json, key?: string) => Json): Json {
@@ -1761,7 +1765,10 @@ function withDefs(schema: Json): Json {
 }
 /** JSON Schema (draft-07) of routes.yml as it is written, for editors. */
 export const jsonSchema = (): Json =>
-  withDefs({ ...withVariables(tidy(schemaOf(RoutesFile, "draft-07"))), patternProperties: { "^x-": {} } });
+  withDefs({
+    ...withVariables(tidy(toJsonSchema(RoutesFile, { ...AS_WRITTEN, target: "draft-07" }))),
+    patternProperties: { "^x-": {} },
+  });
 
 /** Names as they were before they were veiled. */
 function unescapedAll(value: unknown): unknown {
@@ -7620,7 +7627,7 @@ export function totalOf(tallies: Tallies): Counters {
 }
 
 /** The milliseconds that a share of the requests took at most (0.95: p95), as exact as the classes are; 0: none yet. */
-export function quantile({ requests, durations }: Counters, share: number): number {
+export function quantile({ requests, durations }: Pick<Counters, "requests" | "durations">, share: number): number {
   let rank = share * requests;
   for (const [bucket, held] of durations.entries()) {
     const [from, to] = [BUCKETS[bucket - 1] ?? 0, BUCKETS[bucket] ?? BUCKETS.at(-1)!];
@@ -8977,7 +8984,7 @@ const PROBE_TICK = 100; // milliseconds between two looks at which probes are du
 // routes.yml, saved, and put in force.
 // -----------------------------------------------------------------------------------------------------------
 
-// --- 11.1 Views: servers, services and routes, as plain JSON ---
+// --- 11.1 Views: servers, services and routes, as plain JSON and as text ---
 
 /** Who asks, and the token that it has shown. */
 type AdminEnv = { Variables: { peer: string; shown: "token" | "read token" | "" } };
@@ -9005,126 +9012,196 @@ class AdminError extends Error {
 
 const invalid = (mistakes: Pick<Mistake, "path" | "message">[]) =>
   new AdminError(400, mistakes.map(({ path, message }) => path ? `${path}: ${message}` : message).join("; "), mistakes);
+const invalidAt = (path: string, message: string) => invalid([{ path, message }]);
 
-/** How a server stands, in one word. */
-function serverStatus(server: Server, now: number): "up" | "down" | "ejected" | "trial" | "paused" | "drain" | "maint" {
-  const { state, up, until, pausedUntil } = server;
-  if (state !== "ready") return state;
-  return !up ? "down" : until > now ? "ejected" : until ? "trial" : pausedUntil > now ? "paused" : "up";
-}
-
-const seconds = (milliseconds: number): number => Math.max(0, Math.round(milliseconds)) / 1_000;
-
-/** What has been counted, as the API shows it: `durations` are classes up to each of `bounds`, and longer. */
-function countersView({ requests, errors, bytesIn, bytesOut, durations }: Counters) {
-  return { requests, errors, bytes_in: bytesIn, bytes_out: bytesOut, durations: [...durations] };
-}
-
-const finite = (limit: number): number | null => Number.isFinite(limit) ? limit : null;
-const thousandths = (value: number): number => Math.round(value * 1_000) / 1_000;
-
-function serverView(server: Server, now: number) {
-  const { name, url, state, weight, backup, up, since, until, picks, answers, failures, retries } = server;
-  const { probedAt, probeTook, probeProblem } = server;
-  return {
-    ...{ name, url, status: serverStatus(server, now) },
-    status_for: seconds(now - (until > now ? since : Math.max(since, until))),
-    check: probedAt > 0 ? { ago: seconds(now - probedAt), took: seconds(probeTook), problem: probeProblem } : null,
-    ...{ state, weight, backup, up, picks, answers, retries },
-    effective_weight: thousandths(server.effective), // less during slow start
-    max: finite(server.max),
-    limit: finite(Math.floor(server.limit)), // in flight, whatever it comes from
-    ejected_for: seconds(until - now),
-    paused_for: seconds(server.pausedUntil - now), // as it has asked for
-    in_flight: server.inFlight,
-    failures, // in a row
-    failing: thousandths(server.failing), // the share of the last 64 or so
-    latency: thousandths(server.latency), // milliseconds to the head of an answer, mean
-    counters: countersView(server.counters),
-  };
-}
-
-function serviceView(service: Service, now: number) {
-  const { name, config, inFlight, waiting, retrying, retries, servers } = service;
-  const candidates = candidatesOf(service, now), asked = new Set(candidates);
-  const sum = candidates.reduce((sum, server) => sum + server.effective, 0);
-  const share = (server: Server) => asked.has(server) ? server.effective / sum : 0; // of what may be asked
-  const counters = countersView(totalOf(service.tallies));
-  return {
-    ...{ name, strategy: config.strategy.name },
-    panicking: service.panicking, // as candidatesOf has just set it
-    askable: candidates.length, // servers
-    requests: counters.requests, // that have been answered
-    ...{ in_flight: inFlight, waiting: waiting.size, retrying, retries, counters },
-    servers: servers.map((server) => ({ ...serverView(server, now), share: share(server) })),
-  };
-}
-
-const routeView = ({ name, hosts, paths, methods, headers, query, action, fallback }: RouteConfig) => ({
-  ...{ name, default: fallback, hosts, methods },
-  paths: paths.map((rule) => ({ [rule.kind]: rule.kind === "regex" ? rule.source : rule.path || "/" })),
-  headers: headers.map((condition) => condition.name),
-  query: query.map((condition) => condition.name),
-  ...(action.kind === "forward"
-    ? { services: action.targets.map(({ service, weight }) => ({ service, weight })) }
-    : { [action.kind]: action.status }),
+/** The keys of a view: what each is like, for the API description, and how it is read. */
+type ViewKeys<A extends unknown[]> = Record<string, [schema: Schema, read: (...of: A) => unknown]>;
+const viewOf = <A extends unknown[]>() => <const K extends ViewKeys<A>>(keys: K) => ({
+  schema: v.object(Object.fromEntries(Object.entries(keys).map(([key, [schema]]) => [key, schema]))),
+  read(this: void, ...of: A) {
+    const view: Raw = {};
+    for (const key in keys) view[key] = keys[key]![1](...of);
+    return view as { -readonly [P in keyof K]: ReturnType<K[P][1]> };
+  },
 });
 
-/** Services and servers with what is in flight there. */
-function connections({ table, entrypoints, inFlight }: Balancer) {
-  return {
-    in_flight: inFlight,
-    entrypoints: [...entrypoints.values()].map((one) => ({ name: one.name, in_flight: one.inFlight })),
-    services: [...table.services.values()].map(({ name, inFlight, retrying, waiting, servers }) => ({
-      ...{ name, in_flight: inFlight, retrying, waiting: waiting.size },
-      servers: servers.map((server) => ({ name: server.name, in_flight: server.inFlight })),
-    })),
-  };
+const says = (schema: Schema, about: string): Schema => v.pipe(schema, v.description(about));
+const numeric = (about: string) => says(v.number(), about);
+const STRING = v.string(), NUMBER = v.number(), BOOLEAN = v.boolean(), STRINGS = v.array(STRING);
+const NUMBERS = v.array(NUMBER);
+const MOMENT = v.pipe(STRING, v.isoTimestamp());
+
+const seconds = (milliseconds: number): number => Math.max(0, Math.round(milliseconds)) / 1_000;
+const thousandths = (value: number): number => Math.round(value * 1_000) / 1_000;
+const finite = (limit: number): number | null => Number.isFinite(limit) ? limit : null;
+
+/** The counters of a server, a service or all entrypoints, since the start. */
+const COUNTERS_VIEW = viewOf<[Counters]>()({
+  requests: [numeric("that have ended"), (c) => c.requests],
+  errors: [numeric("answers with 5xx, and failures that are not the client's"), (c) => c.errors],
+  bytes_in: [numeric("of the requests' bodies"), (c) => c.bytesIn],
+  bytes_out: [numeric("of the answers' bodies"), (c) => c.bytesOut],
+  durations: [says(NUMBERS, "requests up to each of bounds, and longer"), (c): number[] => [...c.durations]],
+});
+
+const CHECK = v.object({ ago: NUMBER, took: NUMBER, problem: says(STRING, "what was wrong; empty: it passed") });
+const checkView = ({ probedAt, probeTook, probeProblem }: Server, now: number) =>
+  probedAt > 0 ? { ago: seconds(now - probedAt), took: seconds(probeTook), problem: probeProblem } : null;
+
+const STATUSES = ["up", "down", "ejected", "trial", "paused", "drain", "maint"] as const;
+function serverStatus(server: Server, now: number): typeof STATUSES[number] {
+  const { state, up, until, pausedUntil } = server;
+  if (state !== "ready") return state;
+  if (!up) return "down";
+  if (until) return until > now ? "ejected" : "trial";
+  return pausedUntil > now ? "paused" : "up";
 }
 
+/** Times are seconds, here and in all other views. */
+const SERVER_VIEW = viewOf<[server: Server, now: number, share?: number | undefined]>()({
+  name: [STRING, (s) => s.name],
+  url: [STRING, (s) => s.url],
+  status: [v.picklist(STATUSES), serverStatus],
+  status_for: [
+    numeric("for how long"),
+    (s, now) => seconds(now - (s.until > now ? s.since : Math.max(s.since, s.until))),
+  ],
+  check: [says(v.nullable(CHECK), "the last probe; null: there was none"), checkView],
+  state: [v.picklist(["ready", "drain", "maint"]), (s) => s.state],
+  backup: [BOOLEAN, (s) => s.backup],
+  up: [says(BOOLEAN, "what probes say"), (s) => s.up],
+  weight: [NUMBER, (s) => s.weight],
+  effective_weight: [numeric("less than weight during slow start"), (s) => thousandths(s.effective)],
+  share: [v.optional(numeric("of the service's new requests")), (_, __, share) => share],
+  max: [
+    says(v.nullable(NUMBER), "requests in flight at most, as the file says; null: any number"),
+    (s) => finite(s.max),
+  ],
+  limit: [says(v.nullable(NUMBER), "the same, whatever it comes from"), (s) => finite(Math.floor(s.limit))],
+  ejected_for: [numeric("for how much longer"), (s, now) => seconds(s.until - now)],
+  paused_for: [numeric("for how much longer, as its Retry-After asked"), (s, now) => seconds(s.pausedUntil - now)],
+  in_flight: [NUMBER, (s) => s.inFlight],
+  picks: [numeric("requests that it was chosen for"), (s) => s.picks],
+  answers: [NUMBER, (s) => s.answers],
+  retries: [numeric("attempts that were made because another had failed"), (s) => s.retries],
+  failures: [numeric("failed requests in a row"), (s) => s.failures],
+  failing: [numeric("the share of its latest 64 or so requests that failed"), (s) => thousandths(s.failing)],
+  latency: [numeric("milliseconds to the head of an answer, mean"), (s) => thousandths(s.latency)],
+  counters: [COUNTERS_VIEW.schema, (s) => COUNTERS_VIEW.read(s.counters)],
+});
+type ServerView = ReturnType<typeof SERVER_VIEW.read>;
+
+function serverViews(service: Service, now: number): ServerView[] {
+  const candidates = candidatesOf(service, now), sum = candidates.reduce((sum, { effective }) => sum + effective, 0);
+  const shares = new Map(candidates.map((server) => [server, server.effective / sum]));
+  return service.servers.map((server) => SERVER_VIEW.read(server, now, shares.get(server) ?? 0));
+}
+
+const SERVICE_VIEW = viewOf<[service: Service, now: number]>()({
+  name: [STRING, (s) => s.name],
+  strategy: [STRING, (s) => s.config.strategy.name],
+  askable: [numeric("servers that may be asked"), (s, now) => candidatesOf(s, now).length],
+  panicking: [says(BOOLEAN, "too few servers are healthy, and so all are asked"), (s) => s.panicking],
+  in_flight: [NUMBER, (s) => s.inFlight],
+  waiting: [numeric("requests in the queue"), (s) => s.waiting.size],
+  retrying: [numeric("retries in flight"), (s) => s.retrying],
+  retries: [NUMBER, (s) => s.retries],
+  requests: [numeric("that have been answered"), (s) => totalOf(s.tallies).requests],
+  counters: [COUNTERS_VIEW.schema, (s) => COUNTERS_VIEW.read(totalOf(s.tallies))],
+  servers: [v.array(SERVER_VIEW.schema), serverViews],
+  config: [v.optional(ServiceSchema), (): unknown => undefined], // see `answerService`
+});
+type ServiceView = ReturnType<typeof SERVICE_VIEW.read>;
+
+const PATH_KINDS = v.object({ prefix: v.optional(STRING), exact: v.optional(STRING), regex: v.optional(STRING) });
+const pathView = (rule: PathRule) => ({ [rule.kind]: rule.kind === "regex" ? rule.source : rule.path || "/" });
+const TARGETS = v.array(v.object({ service: STRING, weight: NUMBER }));
+const targetViews = ({ action }: RouteConfig) =>
+  action.kind === "forward" ? action.targets.map(({ service, weight }) => ({ service, weight })) : undefined;
+const statusAt = (kind: string) => ({ action }: RouteConfig) =>
+  action.kind !== "forward" && action.kind === kind ? action.status : undefined;
+
+const ROUTE_VIEW = viewOf<[RouteConfig]>()({
+  name: [STRING, (r) => r.name],
+  default: [says(BOOLEAN, "it takes what no other does"), (r) => r.fallback],
+  hosts: [STRINGS, (r) => r.hosts],
+  methods: [STRINGS, (r) => r.methods],
+  paths: [v.array(PATH_KINDS), (r) => r.paths.map(pathView)],
+  headers: [STRINGS, (r) => r.headers.map(({ name }) => name)],
+  query: [STRINGS, (r) => r.query.map(({ name }) => name)],
+  services: [v.optional(TARGETS), targetViews],
+  redirect: [v.optional(numeric("the status")), statusAt("redirect")],
+  respond: [v.optional(numeric("the status")), statusAt("respond")],
+});
+type RouteView = ReturnType<typeof ROUTE_VIEW.read>;
+const routeViews = ({ table }: Balancer) => table.config.routes.map((route) => ROUTE_VIEW.read(route));
+
+const WORKERS = v.array(v.object({ id: NUMBER, since: MOMENT }));
 const workersView = ({ workers }: Balancer) => [...workers].map(([id, { since }]) => ({ id, since }));
 
-/** Where it listens, as the config says it, and with which certificates. */
+const ENTRYPOINTS = v.array(v.object({ name: STRING, in_flight: NUMBER }));
+const entrypointsView = ({ entrypoints }: Balancer) =>
+  [...entrypoints.values()].map(({ name, inFlight }) => ({ name, in_flight: inFlight }));
+
+const CERTIFICATES = says(v.array(v.object({ names: STRINGS, until: MOMENT })), "names, and when each ends");
+const LISTENERS = v.array(v.object({ address: STRING, protocol: STRING, certificates: CERTIFICATES }));
 function listenersView({ table: { config }, effects }: Balancer) {
   const view = (plain: string, secure: string) => ({ host, port, tls }: ListenerConfig) => ({
-    address: shown(host, port),
+    address: shown(host, port), // as the file says it
     protocol: tls.length ? secure : plain,
     certificates: tls.flatMap(({ cert }) => effects.certificate(cert) ?? []),
   });
-  return [
-    ...config.listen.map(view("http", "https")),
-    ...config.tcp.flatMap((one) => one.listen.map(view("tcp", "tls"))),
-  ];
+  const tcp = config.tcp.flatMap(({ listen }) => listen.map(view("tcp", "tls")));
+  return [...config.listen.map(view("http", "https")), ...tcp];
 }
 
-/** Everything that there is to see at this moment, as plain JSON. Times are seconds. */
-function snapshotOf(balancer: Balancer) {
-  const { table, effects, runtime, requests, inFlight, draining, entrypoints } = balancer;
-  const now = effects.now(), date = effects.date().getTime(), services = [...table.services.values()];
-  const ago = (then: Date) => seconds(date - then.getTime());
-  const total = totalOf(new Map([...entrypoints.values()].map(({ tallies }, i) => [i, totalOf(tallies)])));
-  return {
-    ...{ version: VERSION, runtime, time: seconds(now), uptime: ago(balancer.startedAt) },
-    reloads: { count: balancer.reloads, ago: ago(balancer.reloadedAt), failed: balancer.reloadFailed },
-    workers: workersView(balancer),
-    listeners: listenersView(balancer),
-    draining,
-    requests,
-    in_flight: inFlight,
-    bounds: BUCKETS,
-    total: countersView(total),
-    routes: table.config.routes.map(routeView),
-    services: services.map((service) => serviceView(service, now)),
-  };
+const RELOADS = v.object({
+  ...{ count: NUMBER, ago: NUMBER },
+  failed: says(BOOLEAN, "the file on disk could not be put in force"),
+});
+const ago = (then: Date, { effects }: Balancer) => seconds(+effects.date() - +then);
+
+const totalView = ({ entrypoints }: Balancer) =>
+  COUNTERS_VIEW.read(totalOf(new Map([...entrypoints.values()].map(({ tallies }, i) => [i, totalOf(tallies)]))));
+function serviceViews({ table, effects }: Balancer): ServiceView[] {
+  const now = effects.now();
+  return [...table.services.values()].map((service) => SERVICE_VIEW.read(service, now));
 }
+
+/** Everything that there is to see at this moment. */
+const SNAPSHOT_VIEW = viewOf<[balancer: Balancer]>()({
+  version: [STRING, () => VERSION],
+  runtime: [STRING, (b) => b.runtime],
+  time: [numeric("on a clock that begins anywhere and never goes back"), (b) => seconds(b.effects.now())],
+  uptime: [numeric("of the program"), (b) => ago(b.startedAt, b)],
+  reloads: [RELOADS, (b) => ({ count: b.reloads, ago: ago(b.reloadedAt, b), failed: b.reloadFailed })],
+  workers: [WORKERS, workersView],
+  listeners: [LISTENERS, listenersView],
+  draining: [says(BOOLEAN, "it takes no new connections, and will end"), (b) => b.draining],
+  requests: [NUMBER, (b) => b.requests],
+  in_flight: [NUMBER, (b) => b.inFlight],
+  bounds: [says(NUMBERS, "milliseconds"), () => BUCKETS],
+  total: [COUNTERS_VIEW.schema, totalView],
+  entrypoints: [ENTRYPOINTS, entrypointsView],
+  routes: [v.array(ROUTE_VIEW.schema), routeViews],
+  services: [v.array(SERVICE_VIEW.schema), serviceViews],
+});
+const snapshotOf = SNAPSHOT_VIEW.read;
 
 /** What `snapshotOf` gives. */
 type Snapshot = ReturnType<typeof snapshotOf>;
 
-// The same for people.
+/** What is in flight, and where: so much of a snapshot. */
+const ConnectionsSchema = v.object({
+  in_flight: NUMBER,
+  entrypoints: ENTRYPOINTS,
+  services: v.array(v.object({
+    ...v.pick(SERVICE_VIEW.schema, ["name", "in_flight", "retrying", "waiting"]).entries,
+    servers: v.array(v.pick(SERVER_VIEW.schema, ["name", "in_flight"])),
+  })),
+});
 
-type ServerView = ReturnType<typeof serverView>;
-type ServiceView = Snapshot["services"][number];
+// The same for people.
 
 /** How a server stands: a sign beside the word, and whether it is well. */
 const STATES = {
@@ -9171,28 +9248,21 @@ const FORMAT = {
   },
 };
 
-/** Rows of cells as text, in columns. */
-function columns(rows: string[][]): string {
-  const widths = rows[0]!.map((_, i) => Math.max(...rows.map((row) => row[i]!.length)));
-  return rows.map((row) => `  ${row.map((cell, i) => cell.padEnd(widths[i]!)).join("  ").trimEnd()}\n`).join("");
-}
-
+/** Servers as text, in columns. */
 function serversText(servers: ServerView[]): string {
+  const titles = ["SERVER", "STATE", "FOR", "WEIGHT", "IN FLIGHT", "REQUESTS", "ERRORS", "LATENCY", "PROBLEM"];
   const rows = servers.map((server) => [
     ...[server.name, stateOf(server), FORMAT.age(server.status_for), `${server.weight}`],
     ...[server.in_flight, server.counters.requests, server.counters.errors].map(FORMAT.count),
     ...[FORMAT.time(server.latency || undefined), server.check?.problem ?? ""],
   ]);
-  return columns([
-    ["SERVER", "STATE", "FOR", "WEIGHT", "IN FLIGHT", "REQUESTS", "ERRORS", "LATENCY", "PROBLEM"],
-    ...rows,
-  ]);
+  const widths = titles.map((title, i) => Math.max(title.length, ...rows.map((row) => row[i]!.length)));
+  const line = (row: string[]) => `  ${row.map((cell, i) => cell.padEnd(widths[i]!)).join("  ").trimEnd()}\n`;
+  return [titles, ...rows].map(line).join("");
 }
 const serviceText = ({ name, strategy, askable, in_flight, waiting, servers }: ServiceView): string =>
   `${name}: ${strategy}, ${askable} of ${servers.length} may be asked, ${in_flight} in flight, ${waiting} waiting\n` +
   serversText(servers);
-
-const invalidAt = (path: string, message: string) => invalid([{ path, message }]);
 
 // --- 11.2 Explain: which route and server a request would take, and why not the others, without asking any ---
 
@@ -9203,12 +9273,14 @@ function whyNot(server: Server, may: boolean, now: number): string {
   const room = Math.floor(server.limit);
   if (state !== "ready") return state === "drain" ? "it drains" : "in maintenance";
   if (weight === 0) return "its weight is 0";
-  const problem = up ? "" : `down${probeProblem && `: ${probeProblem}`}`;
-  const ill = problem || (until > now ? `ejected for another ${left(until)} s` : "");
+  const down = up ? "" : `down${probeProblem && `: ${probeProblem}`}`;
+  const ill = down || (until > now ? `ejected for another ${left(until)} s` : "");
   if (may) return ill && `${ill}, but too few are healthy`;
-  const calm = pausedUntil > now ? `it wants to be left alone for another ${left(pausedUntil)} s` : "";
-  return ill || (trying ? "another request tries it out" : calm) ||
-    (inFlight >= room ? `full: ${inFlight} of ${room}` : backup ? "a backup" : "");
+  if (ill) return ill;
+  if (trying) return "another request tries it out";
+  if (pausedUntil > now) return `it wants to be left alone for another ${left(pausedUntil)} s`;
+  if (inFlight >= room) return `full: ${inFlight} of ${room}`;
+  return backup ? "a backup" : "";
 }
 
 /** One service as a request would find it: its records are copies, with which its strategy may do what it likes. */
@@ -9220,9 +9292,11 @@ function explainService({ service: found, weight }: Destination, exchange: Excha
   const servers = service.servers.map((server) => {
     const asked = candidates.includes(server), why = whyNot(server, asked, exchange.now);
     const points = asked ? score?.(server, candidates, exchange) : undefined;
-    const short = points !== undefined && { score: Number(points.toPrecision(4)) };
-    const auto = config.max_in_flight === AUTO && { limit: Math.floor(server.limit) };
-    return { server: server.name, asked, ...(why && { why }), ...short, ...auto };
+    return {
+      ...{ server: server.name, asked, ...(why && { why }) },
+      ...(points !== undefined && { score: Number(points.toPrecision(4)) }),
+      ...(config.max_in_flight === AUTO && { limit: Math.floor(server.limit) }),
+    };
   });
   return { weight, service: name, strategy: config.strategy.name, takes: taker?.name ?? null, servers };
 }
@@ -9254,6 +9328,29 @@ function explain(balancer: Balancer, method: string, url: string) {
   const copies = mirror && { copies: mirror.service.name };
   return { ...found, target: `${method} ${targetOf(exchange, route)}`, services, ...copies };
 }
+
+/** What `explain` gives: `failure` where no route takes the request, `status` where it is not forwarded. */
+const ExplanationSchema = v.object({
+  failure: v.optional(says(STRING, "as in x-lb-failure: no route takes it")),
+  text: v.optional(STRING),
+  allow: v.optional(STRINGS),
+  status: v.optional(NUMBER),
+  route: v.optional(STRING),
+  action: v.optional(says(STRING, "forward, redirect or respond")),
+  restricted: v.optional(says(BOOLEAN, "allow or deny may refuse the client")),
+  weight: v.optional(NUMBER),
+  target: v.optional(says(STRING, "what the server gets")),
+  copies: v.optional(says(STRING, "the service that gets copies")),
+  services: v.optional(v.array(v.object({
+    ...{ service: STRING, strategy: STRING, weight: NUMBER, fallback: BOOLEAN },
+    takes: says(v.nullable(STRING), "the server that would take it"),
+    servers: v.array(v.object({
+      ...{ server: STRING, asked: says(BOOLEAN, "it may be asked"), why: v.optional(STRING) },
+      score: v.optional(numeric("that the strategy gives it: the lowest wins")),
+      limit: v.optional(numeric("requests in flight at most, as max_in_flight: auto has found")),
+    })),
+  }))),
+});
 
 function explanationText(found: ReturnType<typeof explain>): string {
   if ("failure" in found) {
@@ -9531,10 +9628,27 @@ const SomeMembers = v.pipe(Members, v.minLength(1, "is empty"));
 const Pool = map({ servers: need(SomeMembers, "addr and port of each; one that is repeated weighs more") });
 const ServerPatch = map({ url: opt(Url), ...also });
 /** What bodies may be, by the names that the description has for them. */
-const SHAPES = {
+const BODIES = {
   ...{ Config: RoutesFile, Service: ServiceSchema, Settings: map(settings), Server: ServerSchema },
   ...{ ServerPatch, Pool, State, Health: HealthSchema },
 };
+/** What answers are like, by the names that the description has for them, and how they read as text; else as YAML. */
+const ANSWERS = {
+  Snapshot: [SNAPSHOT_VIEW.schema, ({ services }: Snapshot) => services.map(serviceText).join("\n")],
+  ServiceState: [SERVICE_VIEW.schema, serviceText],
+  Servers: [v.array(SERVER_VIEW.schema), serversText],
+  ServerState: [SERVER_VIEW.schema, (server: ServerView) => serversText([server])],
+  Explanation: [ExplanationSchema, explanationText],
+  Routes: [v.array(ROUTE_VIEW.schema)],
+  Connections: [ConnectionsSchema],
+  Workers: [WORKERS],
+  Worker: [v.object({ id: NUMBER })],
+  Checked: [v.object({ services: NUMBER, routes: NUMBER })],
+  Status: [v.object({ status: STRING })],
+  Version: [v.object({ version: STRING, runtime: STRING })],
+  Config: [RoutesFile],
+  Text: [STRING],
+} satisfies Record<string, [schema: Schema, text?: (value: never) => string]>;
 
 interface Asked {
   context: AdminContext;
@@ -9542,19 +9656,14 @@ interface Asked {
   parse: Parse;
   change: Change;
 }
-/** One operation of the API: what it does, what it takes, and what comes of it. The description is made of the same. */
-interface Operation {
-  does: string;
-  takes?: keyof typeof SHAPES; // its body
+/** One operation of the API. The description is made of the same. */
+type Operation = [does: string, answers: keyof typeof ANSWERS, run: (asked: Asked) => unknown, more?: {
+  takes?: [body: keyof typeof BODIES, example: unknown];
   asks?: Record<string, string>; // its query
-  gives?: number[]; // statuses beside that of the first example and those of what is wrong
-  returns?: string; // the name of what it answers, where that is JSON: one of SHAPES, or what its examples are like
-  like?: unknown; // an example of its body
-  at?: string[]; // paths of examples, where they are not that of EXAMPLE_PLACES
+  gives?: 201 | 202; // a status beside that of its example and those of what is wrong
+  at?: string; // the path of its example, where it is not that of EXAMPLE_PLACES
   open?: true; // to everybody who gets here, without a token
-  text?(value: never): string; // what it answers to `Accept: text/plain`; else YAML
-  run(asked: Asked): Response | Promise<Response>;
-}
+}];
 
 /** How bodies are written: JSON, also where nobody says so (`curl -d`), or YAML. */
 const JSON_BODY = /^(?:|application\/(?:json|merge-patch\+json|x-www-form-urlencoded))$/;
@@ -9594,9 +9703,6 @@ async function checkedBody<S extends Schema>(context: AdminContext, schema: S): 
   return output as Out<S>;
 }
 
-const jsonOf = (value: unknown, status = 200, headers: Record<string, string> = {}): Response =>
-  new Response(`${JSON.stringify(value)}\n`, { status, headers: { "content-type": "application/json", ...headers } });
-
 /** The service that a change without a name means: the default, or the only one. */
 function meantService({ routes, services }: Config): string {
   const action = routes.find((route) => route.fallback)?.action;
@@ -9608,32 +9714,17 @@ function meantService({ routes, services }: Config): string {
 const nameOf = ({ context: { req } }: Asked, config: Config): string => req.param("service") ?? meantService(config);
 
 function serviceOf(asked: Asked): Service {
-  const { table } = asked.lb.balancer, name = nameOf(asked, table.config), service = table.services.get(name);
-  if (!service) {
-    throw new AdminError(404, `there is no service ${quote(name)}${guess(name, [...table.services.keys()])}`);
-  }
-  return service;
+  const { services, config } = asked.lb.balancer.table, name = nameOf(asked, config), service = services.get(name);
+  if (service) return service;
+  throw new AdminError(404, `there is no service ${quote(name)}${guess(name, [...services.keys()])}`);
 }
 /** By its name or its URL. */
 function serverOf(asked: Asked): Server {
   const name = asked.context.req.param("server") ?? "", service = serviceOf(asked);
   const server = service.servers.find((one) => one.name === name || one.url === name);
-  const names = service.servers.flatMap((one) => name.includes("/") ? one.url : one.name);
-  if (!server) throw new AdminError(404, `${service.name} has no server ${quote(name)}${guess(name, names)}`);
-  return server;
-}
-
-/** Makes a change after which a server gets no more requests, and waits for those in flight as long as `?wait=` says. */
-async function drainAfter(
-  { context: { req }, lb }: Asked,
-  server: Server,
-  change: () => Promise<void>,
-): Promise<void> {
-  const { effects } = lb.balancer, sent = req.query("wait") ?? "0", wait = v.safeParse(duration(0), sent);
-  if (!wait.success) throw invalidAt("wait", `${quote(sent)} is not a duration such as 30s`);
-  await change();
-  const end = effects.now() + wait.output;
-  while (server.inFlight > 0 && effects.now() < end && !req.raw.signal.aborted) await effects.sleep(20);
+  if (server) return server;
+  const names = service.servers.map((one) => name.includes("/") ? one.url : one.name);
+  throw new AdminError(404, `${service.name} has no server ${quote(name)}${guess(name, names)}`);
 }
 
 const serviceKeys = new Set(Object.keys(ServiceSchema.entries));
@@ -9644,36 +9735,33 @@ const placeOf = ({ places }: Config, name: string): Keys => places.get(name) ?? 
 const versionOf = (asked: Asked): Versioned => (config) =>
   at(writtenOf(config), placeOf(config, nameOf(asked, config)));
 const editService = (asked: Asked, edit: Edit): Promise<void> => asked.change(asked.context, edit, versionOf(asked));
-const viewOf = (asked: Asked, service = serviceOf(asked)) => serviceView(service, asked.lb.balancer.effects.now());
 
 /** A service as it stands and as it is written: that is what PUT takes. */
-function answerService(asked: Asked, status = 200): Response {
-  const entry = versionOf(asked)(asked.lb.balancer.table.config);
+function answerService(asked: Asked): ServiceView & { config: unknown } {
+  const { table, effects } = asked.lb.balancer, entry = versionOf(asked)(table.config);
+  asked.context.header("etag", tagOf(entry));
   const config = unescapedAll(masked(keysOf(entry, true), hidden));
-  return jsonOf({ ...viewOf(asked), config }, status, { etag: tagOf(entry)! });
+  return { ...SERVICE_VIEW.read(serviceOf(asked), effects.now()), config };
 }
 
 /** Writes a service: a new one, another one in its place, or the one there is with changes. */
-async function writeService(asked: Asked): Promise<Response> {
+async function writeService(asked: Asked) {
   const { req } = asked.context, { value } = await bodyOf(asked.context), name = req.param("service") ?? "";
   if (!isRecord(value)) throw invalidAt("", `${quote(value)} is not a map with keys such as servers`);
-  const unknown = Object.keys(value).filter((key) => !serviceKeys.has(key));
-  if (unknown.length) {
-    throw invalid(
-      unknown.map((key) => ({ path: unescaped(key), message: `unknown key${guess(key, [...serviceKeys], true)}` })),
-    );
-  }
-  let isNew = false;
+  const mistakes = Object.keys(value).filter((key) => !serviceKeys.has(key)).map((key) => {
+    return { path: unescaped(key), message: `unknown key${guess(key, [...serviceKeys], true)}` };
+  });
+  if (mistakes.length) throw invalid(mistakes);
   await editService(asked, (raw, config) => {
-    const place = placeOf(config, name), entry = at(raw, place);
-    isNew = entry === undefined;
+    const place = placeOf(config, name), entry = at(raw, place), isNew = entry === undefined;
     if (req.method === "POST" && !isNew) throw new AdminError(409, `there is a service ${quote(name)} already`);
     if (req.method === "PATCH" && isNew) serviceOf(asked); // which says so
     const under = keysOf(entry, true), isPatch = req.method === "PATCH";
     const own = isPatch ? merged(under, value, longForm(ServiceSchema, under)) as Raw : value;
     put(raw, place, { ...keysOf(entry, false), ...own });
+    asked.context.status(isNew ? 201 : 200);
   });
-  return answerService(asked, isNew ? 201 : 200);
+  return answerService(asked);
 }
 
 const asMap = (entry: unknown): Raw => isRecord(entry) ? { ...entry } : { url: entry };
@@ -9702,26 +9790,28 @@ function editServer(asked: Asked, edit: (entry: Raw) => unknown): Promise<void> 
   });
 }
 
-/** 202: what has been told is done, and requests are still in flight there. */
-const answerServer = (asked: Asked, server = serverOf(asked), status = 200): Response => {
+/** A server, also one that has just been taken out. `leaves`: 202 while requests are still in flight there. */
+function answerServer(asked: Asked, server = serverOf(asked), leaves = false): ServerView {
   const { effects, table } = asked.lb.balancer, now = effects.now(), service = table.services.get(server.service);
   if (service) candidatesOf(service, now); // weights are worked out with it
-  return jsonOf(serverView(server, now), status, { etag: tagOf(versionOf(asked)(table.config)) ?? '""' });
-};
-const stillBusy = (server: Server): 200 | 202 => server.inFlight > 0 ? 202 : 200;
+  asked.context.header("etag", tagOf(versionOf(asked)(table.config)) ?? '""');
+  if (leaves && server.inFlight > 0) asked.context.status(202);
+  return SERVER_VIEW.read(server, now);
+}
 
-async function patchServer(asked: Asked, patch: Raw): Promise<Response> {
-  const server = serverOf(asked), changed = Object.keys(patch);
-  await drainAfter(
-    asked,
-    server,
-    () => editServer(asked, (entry) => shortest(merged(entry, patch) as Raw, ...changed)),
-  );
-  return answerServer(asked, server, server.state === "ready" ? 200 : stillBusy(server));
+/** Changes a server, and waits for requests in flight there as long as `?wait=` says. */
+async function patchServer(asked: Asked, patch: Raw): Promise<ServerView> {
+  const { context: { req }, lb: { balancer: { effects } } } = asked, server = serverOf(asked);
+  const sent = req.query("wait") ?? "0", wait = v.safeParse(duration(0), sent);
+  if (!wait.success) throw invalidAt("wait", `${quote(sent)} is not a duration such as 30s`);
+  await editServer(asked, (entry) => shortest(merged(entry, patch) as Raw, ...Object.keys(patch)));
+  const end = effects.now() + wait.output;
+  while (server.inFlight > 0 && effects.now() < end && !req.raw.signal.aborted) await effects.sleep(20);
+  return answerServer(asked, server, server.state !== "ready");
 }
 
 /** Adds a server; which one it is shows when the file has been read. */
-async function postServer(asked: Asked): Promise<Response> {
+async function postServer(asked: Asked): Promise<ServerView | ServiceView> {
   const { value } = await bodyOf(asked.context);
   let url: string | undefined;
   await editService(asked, (raw, config) => {
@@ -9733,7 +9823,9 @@ async function postServer(asked: Asked): Promise<Response> {
     throw new AdminError(409, `${name} has this server already`);
   });
   const added = serviceOf(asked).servers.find((one) => one.url === url);
-  return added ? answerServer(asked, added, 201) : answerService(asked);
+  if (!added) return answerService(asked); // somebody has taken it out by now
+  asked.context.status(201);
+  return answerServer(asked, added);
 }
 
 /** The servers of PythonLoadBalancer's body: one that is repeated weighs more, and what else is known of one stays. */
@@ -9745,7 +9837,7 @@ function mergePool(servers: Out<typeof Pool>["servers"], { listed, now }: Return
   });
 }
 
-async function writeConfig(asked: Asked): Promise<Response> {
+async function writeConfig(asked: Asked): Promise<unknown> {
   const { context, change } = asked, { value, text, isYaml } = await bodyOf(context);
   const replaces = context.req.method === "PUT";
   if (replaces && !context.req.header("if-match")) {
@@ -9758,352 +9850,181 @@ async function writeConfig(asked: Asked): Promise<Response> {
   return answerConfig(asked);
 }
 
-function answerConfig({ context: { req }, lb }: Asked): Response {
-  const { config } = lb.balancer.table, headers = { etag: tagOf(config.text)! };
+const TEXT_TYPE = "text/plain; charset=utf-8";
+function answerConfig({ context, lb }: Asked): unknown {
+  const { config } = lb.balancer.table, accept = context.req.header("accept") ?? "";
   const shown = masked(writtenOf(config), hidden);
-  if (/[/+]json/.test(req.header("accept") ?? "")) return jsonOf(unescapedAll(shown), 200, headers);
-  const type = /^text\//.test(req.header("accept") ?? "") ? TEXT_TYPE : "application/yaml"; // which browsers do not show
-  return new Response(rewrite(config.text, shown), { headers: { ...headers, "content-type": type } });
+  context.header("etag", tagOf(config.text));
+  if (/[/+]json/.test(accept)) return unescapedAll(shown);
+  const type = accept.startsWith("text/") ? TEXT_TYPE : "application/yaml"; // which browsers do not show
+  return context.body(rewrite(config.text, shown), { headers: { "content-type": type } });
 }
 
+async function writePool(asked: Asked): Promise<ServiceView> {
+  const { servers } = await checkedBody(asked.context, Pool);
+  await editService(asked, (raw, config) => {
+    const list = listOf(raw, config, meantService(config));
+    put(raw, list.place, mergePool(servers, list));
+  });
+  return answerService(asked);
+}
+
+async function deleteService(asked: Asked): Promise<ServiceView> {
+  const { name } = serviceOf(asked), last = answerService(asked);
+  await editService(asked, (raw, config) => put(raw, placeOf(config, name), undefined));
+  return last;
+}
+
+async function deleteServer(asked: Asked): Promise<ServerView> {
+  const server = serverOf(asked);
+  await editServer(asked, () => undefined);
+  return answerServer(asked, server, true);
+}
+
+async function putHealth(asked: Asked): Promise<ServerView> {
+  const { health } = await checkedBody(asked.context, HealthSchema), server = serverOf(asked);
+  setHealth(serviceOf(asked), server, health === "up", asked.lb.balancer.effects);
+  reportChange(asked.context, asked.lb.balancer.effects, [health]);
+  return answerServer(asked, server);
+}
+
+async function checkConfig({ context, parse }: Asked) {
+  const { services, routes } = parse((await bodyOf(context)).text);
+  return { services: services.size, routes: routes.length };
+}
+
+function explainUrl({ context: { req }, lb }: Asked) {
+  const url = req.query("url") ?? "";
+  if (/^https?:/.test(url) && URL.canParse(url)) return explain(lb.balancer, req.query("method") ?? "GET", url);
+  throw invalidAt("url", `${quote(url)} is not a URL such as http://host/path`);
+}
+
+function endWorker({ context: { req }, lb: { balancer } }: Asked) {
+  const id = req.param("worker") ?? "", worker = balancer.workers.get(Number(id));
+  if (!worker) throw new AdminError(404, `there is no worker ${quote(id)}`);
+  worker.end();
+  return { id: Number(id) };
+}
+
+const sendEvents = ({ context, lb }: Asked) =>
+  streamSSE(context, async (stream) => {
+    for (; !stream.aborted; await stream.sleep(1_000)) {
+      await stream.writeSSE({ data: JSON.stringify(snapshotOf(lb.balancer)) });
+    }
+  });
+const METRICS_HEADERS = { headers: { "content-type": METRICS_TYPE } };
+
 const WAIT = { wait: "how long the answer may wait for requests in flight there, such as 30s; then 202" };
+const EXPLAIN = { url: "such as http://www.example.com/path", method: "default GET" };
+const EXAMPLE_FILE = { default: { servers: ["10.0.0.1:8080"] } };
+const EXAMPLE_POOL = { servers: [{ addr: "10.0.0.1", port: 8080 }, { addr: "10.0.0.2", port: 8080 }] };
 
-/** The whole API: its routes and its description are made of this table. Nothing but PUT, PATCH, POST and DELETE changes anything. */
-const OPERATIONS: Record<string, Operation> = {
-  "POST /": {
-    does: "Changes the servers of the default service, or of the only one; one that is repeated weighs more",
-    returns: "ServiceState",
-    like: { servers: [{ addr: "10.0.0.1", port: 8080 }, { addr: "10.0.0.2", port: 8080 }] },
-    takes: "Pool",
-    run: async (asked) => {
-      const { servers } = await checkedBody(asked.context, Pool);
-      await editService(asked, (raw, config) => {
-        const list = listOf(raw, config, meantService(config));
-        put(raw, list.place, mergePool(servers, list));
-      });
-      return answerService(asked);
-    },
-  },
-  "GET /services": {
-    does: "All services and their servers",
-    returns: "Snapshot",
-    text: ({ services }: Snapshot) => services.map(serviceText).join("\n"),
-    run: ({ lb }) => jsonOf(snapshotOf(lb.balancer)),
-  },
-  "GET /services/:service": {
-    does: "One service, and how it is written",
-    returns: "ServiceState",
-    text: serviceText,
-    run: (asked) => answerService(asked),
-  },
-  "POST /services/:service": {
-    does: "A new service",
-    returns: "ServiceState",
-    at: ["/services/new"],
-    like: { servers: ["10.0.0.9:80"] },
-    takes: "Service",
-    run: writeService,
-  },
-  "PUT /services/:service": {
-    does: "A service, new or in the place of the one there is",
-    returns: "ServiceState",
-    like: { servers: ["10.0.0.1:8080"], strategy: "random" },
-    takes: "Service",
-    gives: [201],
-    run: writeService,
-  },
-  "PATCH /services/:service": {
-    does: "Changes some keys of a service (RFC 7396: null takes one out)",
-    returns: "ServiceState",
-    like: { strategy: "random", retries: null },
-    takes: "Settings",
-    run: writeService,
-  },
-  "DELETE /services/:service": {
-    does: "Takes a service out; requests in flight there finish",
-    returns: "ServiceState",
-    at: ["/services/spare"],
-    run: async (asked) => {
-      const { name } = serviceOf(asked), last = answerService(asked);
-      await editService(asked, (raw, config) => put(raw, placeOf(config, name), undefined));
-      return last;
-    },
-  },
-  "GET /services/:service/servers": {
-    does: "The servers of a service",
-    returns: "Servers",
-    text: serversText,
-    run: (asked) => jsonOf(viewOf(asked).servers),
-  },
-  "POST /services/:service/servers": {
-    does: "A further server",
-    returns: "ServerState",
-    like: { url: "10.0.0.4:8080", weight: 2 },
-    takes: "Server",
-    run: postServer,
-  },
-  "GET /services/:service/servers/:server": {
-    does: "One server, by its name or URL",
-    returns: "ServerState",
-    text: (one: ServerView) => serversText([one]),
-    run: (asked) => answerServer(asked),
-  },
-  "PATCH /services/:service/servers/:server": {
-    does: "Changes a server: its weight, say",
-    returns: "ServerState",
-    like: { weight: 3 },
-    takes: "ServerPatch",
-    asks: WAIT,
-    gives: [202],
-    run: async (asked) => patchServer(asked, record((await bodyOf(asked.context)).value)),
-  },
-  "DELETE /services/:service/servers/:server": {
-    does: "Takes a server out; requests in flight there finish (drain it first to wait for them)",
-    returns: "ServerState",
-    gives: [202],
-    run: async (asked) => {
-      const server = serverOf(asked);
-      await editServer(asked, () => undefined);
-      return answerServer(asked, server, stillBusy(server));
-    },
-  },
-  "PUT /services/:service/servers/:server/state": {
-    does: "ready, drain (no new requests, those in flight finish) or maint (no probes either)",
-    returns: "ServerState",
-    like: { state: "drain" },
-    takes: "State",
-    asks: WAIT,
-    gives: [202],
-    run: async (asked) => patchServer(asked, await checkedBody(asked.context, State)),
-  },
-  "PUT /services/:service/servers/:server/health": {
-    does: "Says that a server is up or down, until probes say otherwise; this is not saved",
-    returns: "ServerState",
-    like: { health: "down" },
-    takes: "Health",
-    run: async (asked) => {
-      const { health } = await checkedBody(asked.context, HealthSchema), server = serverOf(asked);
-      setHealth(serviceOf(asked), server, health === "up", asked.lb.balancer.effects);
-      reportChange(asked.context, asked.lb.balancer.effects, [health]);
-      return answerServer(asked, server);
-    },
-  },
-  "GET /config": { does: "routes.yml, as YAML or JSON; secrets as ***", returns: "Config", run: answerConfig },
-  "PUT /config": {
-    does: "Another routes.yml; needs If-Match",
-    returns: "Config",
-    like: { default: { servers: ["10.0.0.1:8080"] } },
-    takes: "Config",
-    run: writeConfig,
-  },
-  "PATCH /config": {
-    does: "Changes some keys of routes.yml (RFC 7396: null takes one out)",
-    returns: "Config",
-    like: { log: "json" },
-    takes: "Config",
-    run: writeConfig,
-  },
-  "POST /config/check": {
-    does: "Checks a routes.yml and changes nothing",
-    returns: "Checked",
-    like: { default: { servers: ["10.0.0.1:8080"] } },
-    takes: "Config",
-    run: async ({ context, parse }) => {
-      const { services, routes } = parse((await bodyOf(context)).text);
-      return jsonOf({ services: services.size, routes: routes.length });
-    },
-  },
-  "GET /routes": {
-    does: "All routes, in the order of the file",
-    returns: "Routes",
-    run: ({ lb }) => jsonOf(lb.balancer.table.config.routes.map(routeView)),
-  },
-  "GET /explain": {
-    does:
-      "Which route a request would take, which services, which servers and why not the others, and who would take it",
-    returns: "Explanation",
-    text: explanationText,
-    at: [
-      "/explain?url=http://www.example.com/cart",
-      "/explain?url=http://www.example.com/old",
-      "/explain?url=http://www.example.com/blog",
-      "/explain?url=http://www.example.com/blog&method=POST",
-    ],
-    asks: { url: "such as http://www.example.com/path", method: "default GET" },
-    run: ({ context: { req }, lb }) => {
-      const url = req.query("url") ?? "", method = req.query("method") ?? "GET";
-      if (!/^https?:/.test(url) || !URL.canParse(url)) {
-        throw invalidAt("url", `${quote(url)} is not a URL such as http://host/path`);
-      }
-      return jsonOf(explain(lb.balancer, method, url));
-    },
-  },
-  "GET /metrics": {
-    does: "Everything that is counted, for Prometheus",
-    run: ({ lb }) => new Response(renderMetrics(samplesOf(lb.balancer)), { headers: { "content-type": METRICS_TYPE } }),
-  },
-  "GET /connections": {
-    does: "What is in flight, and where",
-    returns: "Connections",
-    run: ({ lb }) => jsonOf(connections(lb.balancer)),
-  },
-  "GET /workers": {
-    does: "The threads that serve, if there are some",
-    returns: "Workers",
-    run: ({ lb }) => jsonOf(workersView(lb.balancer)),
-  },
-  "DELETE /workers/:worker": {
-    does: "Ends a thread at once, with what is in flight there; another one takes its place",
-    returns: "Worker",
-    run: ({ context: { req }, lb: { balancer } }) => {
-      const id = req.param("worker") ?? "", worker = balancer.workers.get(Number(id));
-      if (!worker) throw new AdminError(404, `there is no worker ${quote(id)}`);
-      worker.end();
-      return jsonOf({ id: Number(id) });
-    },
-  },
-  "GET /events": {
-    does: "What GET /services says, once a second (Server-Sent Events)",
-    returns: "Snapshot",
-    run: ({ context, lb }) =>
-      streamSSE(context, async (stream) => {
-        for (; !stream.aborted; await stream.sleep(1_000)) {
-          await stream.writeSSE({ data: JSON.stringify(snapshotOf(lb.balancer)) });
-        }
-      }),
-  },
-  "GET /health/live": {
-    does: "200 as long as it runs",
-    returns: "Status",
-    open: true,
-    run: () => jsonOf({ status: "live" }),
-  },
-  "GET /health/ready": {
-    does: "200, and 503 as soon as it drains",
-    returns: "Status",
-    open: true,
-    run: ({ lb: { balancer } }) => balancer.draining ? problem(503, "draining") : jsonOf({ status: "ready" }),
-  },
-  "GET /version": {
-    does: "Of lb.ts, and where it runs",
-    returns: "Version",
-    run: ({ lb }) => jsonOf({ version: VERSION, runtime: lb.balancer.runtime }),
-  },
-};
+/** The whole API: its routes, its description and the dashboard's buttons are made of this table. GET changes nothing. */
+// deno-fmt-ignore
+const OPERATIONS = {
+  "POST /": ["Changes the servers of the default service, or of the only one; one that is repeated weighs more",
+    "ServiceState", writePool, { takes: ["Pool", EXAMPLE_POOL] }],
 
-const TEXT_TYPE = "text/plain; charset=utf-8";
+  "GET /services": ["All services and their servers", "Snapshot", ({ lb }) => snapshotOf(lb.balancer)],
+  "GET /services/:service": ["One service, and how it is written", "ServiceState", answerService],
+  "POST /services/:service": ["A new service", "ServiceState", writeService,
+    { takes: ["Service", { servers: ["10.0.0.9:80"] }], at: "/services/new" }],
+  "PUT /services/:service": ["A service, new or in the place of the one there is", "ServiceState", writeService,
+    { takes: ["Service", { servers: ["10.0.0.1:8080"], strategy: "random" }], gives: 201 }],
+  "PATCH /services/:service": ["Changes some keys of a service (RFC 7396: null takes one out)",
+    "ServiceState", writeService, { takes: ["Settings", { strategy: "random", retries: null }] }],
+  "DELETE /services/:service": ["Takes a service out; requests in flight there finish",
+    "ServiceState", deleteService, { at: "/services/spare" }],
+
+  "GET /services/:service/servers": ["The servers of a service", "Servers",
+    (asked) => serverViews(serviceOf(asked), asked.lb.balancer.effects.now())],
+  "POST /services/:service/servers": ["A further server", "ServerState", postServer,
+    { takes: ["Server", { url: "10.0.0.4:8080", weight: 2 }] }],
+  "GET /services/:service/servers/:server": ["One server, by its name or URL", "ServerState",
+    (asked) => answerServer(asked)],
+  "PATCH /services/:service/servers/:server": ["Changes a server: its weight, say", "ServerState",
+    async (asked) => patchServer(asked, record((await bodyOf(asked.context)).value)),
+    { takes: ["ServerPatch", { weight: 3 }], asks: WAIT, gives: 202 }],
+  "DELETE /services/:service/servers/:server": [
+    "Takes a server out; requests in flight there finish (drain it first to wait for them)",
+    "ServerState", deleteServer, { gives: 202 }],
+  "PUT /services/:service/servers/:server/state": [
+    "ready, drain (no new requests, those in flight finish) or maint (no probes either)", "ServerState",
+    async (asked) => patchServer(asked, await checkedBody(asked.context, State)),
+    { takes: ["State", { state: "drain" }], asks: WAIT, gives: 202 }],
+  "PUT /services/:service/servers/:server/health": [
+    "Says that a server is up or down, until probes say otherwise; this is not saved",
+    "ServerState", putHealth, { takes: ["Health", { health: "down" }] }],
+
+  "GET /config": ["routes.yml, as YAML or JSON; secrets as ***", "Config", answerConfig],
+  "PUT /config": ["Another routes.yml; needs If-Match", "Config", writeConfig, { takes: ["Config", EXAMPLE_FILE] }],
+  "PATCH /config": ["Changes some keys of routes.yml (RFC 7396: null takes one out)",
+    "Config", writeConfig, { takes: ["Config", { log: "json" }] }],
+  "POST /config/check": ["Checks a routes.yml and changes nothing", "Checked", checkConfig,
+    { takes: ["Config", EXAMPLE_FILE] }],
+
+  "GET /routes": ["All routes, in the order of the file", "Routes", ({ lb }) => routeViews(lb.balancer)],
+  "GET /explain": ["Which route a request would take, which services, which servers and why not the others, and who would take it",
+    "Explanation", explainUrl, { asks: EXPLAIN, at: "/explain?url=http://www.example.com/cart" }],
+  "GET /metrics": ["Everything that is counted, for Prometheus", "Text",
+    ({ context, lb }) => context.body(renderMetrics(samplesOf(lb.balancer)), METRICS_HEADERS)],
+  "GET /connections": ["What is in flight, and where", "Connections",
+    ({ lb }) => v.parse(ConnectionsSchema, snapshotOf(lb.balancer))],
+  "GET /workers": ["The threads that serve, if there are some", "Workers", ({ lb }) => workersView(lb.balancer)],
+  "DELETE /workers/:worker": ["Ends a thread at once, with what is in flight there; another one takes its place",
+    "Worker", endWorker],
+  "GET /events": ["What GET /services says, once a second (Server-Sent Events)", "Snapshot", sendEvents],
+  "GET /health/live": ["200 as long as it runs", "Status", () => ({ status: "live" }), { open: true }],
+  "GET /health/ready": ["200, and 503 as soon as it drains", "Status",
+    ({ lb }) => lb.balancer.draining ? problem(503, "draining") : { status: "ready" }, { open: true }],
+  "GET /version": ["Of lb.ts, and where it runs", "Version",
+    ({ lb }) => ({ version: VERSION, runtime: lb.balancer.runtime })],
+} satisfies Record<string, Operation>;
+
 /** JSON on many lines, but for lists of numbers. */
 const prettyJson = (value: unknown): string =>
   JSON.stringify(value, null, 2).replace(/\[\n[\d.,\s]+\]/g, (list) => list.replace(/\s+/g, " "));
 
-/** JSON as the client wants to read it: as text, or with `?pretty` on many lines. */
-async function presented(
-  { req }: AdminContext,
-  { text = stringify }: Operation,
-  response: Response,
-): Promise<Response> {
-  const isText = /^text\/plain\b/.test(req.header("accept") ?? ""), isPretty = req.query("pretty") !== undefined;
-  if (response.headers.get("content-type") !== "application/json" || !isPretty && !isText) return response;
-  const value = await response.json(), shown = isText ? text(value as never) : prettyJson(value);
-  const headers = new Headers(response.headers);
-  if (isText) headers.set("content-type", TEXT_TYPE);
-  return new Response(`${shown.trimEnd()}\n`, { status: response.status, headers });
+/** Runs an operation. Its answer is JSON on one line, on many with `?pretty`, or text for `Accept: text/plain`. */
+async function answerTo([, answers, run]: Operation, asked: Asked): Promise<Response> {
+  const { context } = asked, { req } = context, value = await run(asked);
+  if (value instanceof Response) return value; // which is no JSON, or a problem
+  const isText = /^text\/plain\b/.test(req.header("accept") ?? "");
+  const [, text = stringify] = ANSWERS[answers] as [Schema, ((value: unknown) => string)?];
+  const json = req.query("pretty") === undefined ? JSON.stringify(value) : prettyJson(value);
+  context.header("content-type", isText ? TEXT_TYPE : "application/json");
+  return context.body(`${isText ? text(value).trimEnd() : json}\n`);
 }
 
 /** Offers the operations that everybody may use, or the others. */
 function offer(app: Hono<AdminEnv>, isOpen: boolean, asked: Omit<Asked, "context">): void {
-  for (const [name, operation] of Object.entries(OPERATIONS)) {
+  for (const [name, operation] of Object.entries<Operation>(OPERATIONS)) {
     const [method, path] = name.split(" ") as [string, string];
-    if (!!operation.open !== isOpen) continue;
-    app.on(method, path, async (context) => presented(context, operation, await operation.run({ context, ...asked })));
+    if (!!operation[3]?.open === isOpen) app.on(method, path, (context) => answerTo(operation, { context, ...asked }));
   }
 }
 
-// --- 11.5 API description: OpenAPI and a page, from the schemas that check bodies and from real answers ---
+// --- 11.5 API description: OpenAPI and a page, from the schemas of bodies and answers, and from real answers ---
 
-const STRING = { type: "string" };
-const INTEGER = { type: "integer" };
-const mistakesSchema = {
-  type: "array",
-  description: "of a config: all of them; lines are those of the routes.yml that would have come of it",
-  items: { type: "object", properties: { path: STRING, message: STRING, line: INTEGER, column: INTEGER } },
-};
-const problemSchema = {
-  type: "object",
-  description: "RFC 9457",
-  properties: { type: STRING, title: STRING, status: INTEGER, detail: STRING, mistakes: mistakesSchema },
-};
-const STATUSES: Record<number, string> = {
-  200: "done",
-  201: "made",
-  202: "done, and requests are still in flight there",
-};
-
-/** What the keys of answers mean, where their names do not say it. Times are seconds. */
-const ABOUT: Record<string, string> = {
-  "ServerState.status": "up, down, ejected, trial, paused, drain or maint",
-  status_for: "for how long",
-  check: "the last probe; null: there was none",
-  problem: "what was wrong; empty: it passed",
-  effective_weight: "less than weight during slow start",
-  max: "requests in flight at most, as the file says; null: any number",
-  limit: "requests in flight at most, whatever that comes from; null: any number",
-  ejected_for: "for how much longer",
-  paused_for: "for how much longer, as its Retry-After asked",
-  picks: "requests that it was chosen for",
-  retries: "attempts that were made because another had failed",
-  failures: "failed requests in a row",
-  failing: "the share of its latest 64 or so requests that failed",
-  latency: "milliseconds to the head of an answer, mean",
-  share: "of the service's new requests",
-  askable: "servers that may be asked",
-  panicking: "too few servers are healthy, and so all are asked",
-  requests: "that have been answered",
-  waiting: "requests in the queue",
-  counters: "from the start on",
-  durations: "requests that took up to each of bounds, and longer",
-  bounds: "milliseconds",
-  time: "on a clock that begins anywhere and never goes back",
-  uptime: "since the program was started",
-  certificates: "of the listener: names, and when each ends",
-  draining: "it takes no new connections, and will end",
-  target: "what the server gets",
-  restricted: "allow or deny may refuse the client",
-  takes: "the server that would take it",
+const mistakesOf = says(
+  v.array(v.object({ path: STRING, message: STRING, line: v.optional(NUMBER), column: v.optional(NUMBER) })),
+  "of a config: all of them; lines are those of the routes.yml that would have come of it",
+);
+const ProblemSchema = says(
+  v.object({ type: STRING, title: STRING, status: NUMBER, detail: STRING, mistakes: v.optional(mistakesOf) }),
+  "RFC 9457",
+);
+const DESCRIBED: Record<string, Schema> = {
+  ...Object.fromEntries(Object.entries(ANSWERS).map(([name, [schema]]) => [name, schema as Schema])),
+  ...BODIES,
+  Problem: ProblemSchema,
 };
 
 const ref = (kind: string, name: string) => ({ $ref: `#/components/${kind}/${name}` });
-const parameter = (place: "path" | "query" | "header", name: string, description: string, example?: string) => {
-  return { name, in: place, description, required: place === "path", schema: STRING, ...(example && { example }) };
-};
-
-/** Views that stand in others: a key that only they have, and their names. */
-const NESTED = { askable: "ServiceState", status_for: "ServerState" };
-const nameOfView = (value: unknown): string | undefined =>
-  isRecord(value) ? Object.entries(NESTED).find(([mark]) => mark in value)?.[1] : undefined;
-const viewsIn = (value: unknown): unknown[] => {
-  const inside = typeof value === "object" && value !== null ? Object.values(value).flatMap(viewsIn) : [];
-  return nameOfView(value) ? [value, ...inside] : inside;
-};
-
-/** The JSON Schema that these values have in common. */
-function schemaLike(values: unknown[], name: string): Raw {
-  const kindOf = (value: unknown) => Array.isArray(value) ? "array" : value === null ? "null" : typeof value;
-  const kinds = [...new Set(values.map(kindOf))], records = values.filter(isRecord);
-  const names = [...new Set(records.flatMap(Object.keys))], nested = records.map(nameOfView)[0];
-  if (nested && nested !== name) return ref("schemas", nested);
-  const property = (key: string): [string, Raw] => {
-    const description = ABOUT[`${name}.${key}`] ?? ABOUT[key];
-    const schema = schemaLike(records.flatMap((one) => key in one ? [one[key]] : []), key);
-    return [key, key === "config" ? ref("schemas", "Service") : { ...(description && { description }), ...schema }];
-  };
-  const required = names.filter((key) => records.every((one) => key in one));
-  return {
-    ...(kinds.length && { type: kinds.length === 1 ? kinds[0] : kinds }),
-    ...(names.length && { properties: Object.fromEntries(names.map(property)), required }),
-    ...(kinds.includes("array") && { items: schemaLike(values.filter(Array.isArray).flat(), "") }),
-  };
-}
+const parameter = (place: "path" | "query" | "header", name: string, description: string, example?: string) => ({
+  ...{ name, in: place, description, required: place === "path", schema: ref("schemas", "Text") },
+  ...(example && { example }),
+});
 
 const EXAMPLE = `
 listen: [80, { address: 443, tls: { cert: www.pem, key: www.key } }]
@@ -10111,52 +10032,29 @@ services:
   shop:
     servers: ["10.0.0.1:8080", { url: "10.0.0.2:8080", weight: 2, max: 100 }, { url: "10.0.0.3:8080", state: drain }]
     strategy: least-connections
-    max_in_flight: auto
     health: { path: /healthz }
   blog: { servers: [{ url: "10.0.0.9:80", state: maint }] }
   spare: { servers: ["10.0.0.8:80"] }
 routes:
   - { host: www.example.com, path: /old, redirect: { to: "https://www.example.com/" } }
   - { path: /blog, methods: [GET], service: blog }
-  - { path: [{ exact: /up }, { regex: "^/v[12]/" }], headers: { x-beta: "1" }, query: { debug: "1" }, respond: { body: hi } }
-default: { service: shop, mirror: { service: blog } }
+default: { service: shop }
 `;
 const EXAMPLE_PLACES: Record<string, string> = { service: "shop", server: "10.0.0.1:8080", worker: "1" };
 
 /** The operations, over a balancer that nobody uses: what the description shows is what they really answer. */
 function exampleApp(effects: Effects): Hono<AdminEnv> {
-  const until = new Date("2027-01-31T12:00:00Z"), nothing = () => {};
-  const lb = assembleBalancer(
-    parseConfig(EXAMPLE),
-    {
-      ...{ ...effects, now: () => 60_000, date: () => new Date("2026-12-01T12:00:00Z"), random: () => 0.5 },
-      ...{ certificate: () => ({ names: ["www.example.com"], until }), report: nothing, told: nothing },
-    },
-    strategies,
-    "node",
-  );
+  const until = new Date("2027-01-31T12:00:00Z"), nothing = () => {}, runtime = "node";
+  const still = { now: () => 60_000, date: () => new Date("2026-12-01T12:00:00Z"), random: () => 0.5 };
+  const silent = { certificate: () => ({ names: ["www.example.com"], until }), report: nothing, told: nothing };
+  const lb = assembleBalancer(parseConfig(EXAMPLE), { ...effects, ...still, ...silent }, strategies, runtime);
   const { balancer } = lb, [probed] = balancer.table.services.get("shop")!.servers, app = new Hono<AdminEnv>();
   Object.assign(probed!, { probedAt: 58_000, probeTook: 3 });
   balancer.entrypoints.set("http", newEntrypoint("http"));
   balancer.workers.set(1, { since: balancer.startedAt, end: nothing });
-  for (const isOpen of [true, false]) {
-    offer(app, isOpen, { lb, parse: parseConfig, change: changesOf(lb, parseConfig) });
-  }
+  const asked = { lb, parse: parseConfig, change: changesOf(lb, parseConfig) };
+  for (const isOpen of [true, false]) offer(app, isOpen, asked);
   return app;
-}
-
-/** What an operation answers to its examples. */
-async function examplesOf(effects: Effects, method: string, paths: string[], { like, returns }: Operation) {
-  const accept = returns ? "application/json" : "*/*";
-  const headers = { accept, "content-type": "application/json", ...(returns === "Config" && { "if-match": "*" }) };
-  const init = { method, headers, body: like === undefined ? null : JSON.stringify(like) };
-  const answers = await Promise.all(paths.map((path) => exampleApp(effects).request(path, init))), first = answers[0]!;
-  const type = first.headers.get("content-type")!.split(";")[0]!, isVersioned = first.headers.has("etag");
-  const bodies = answers.map(async (answer) => {
-    if (type === "text/event-stream") return await answer.body!.cancel(); // it never ends
-    return returns ? await answer.json() : (await answer.text()).split("\n").slice(0, 8).join("\n");
-  });
-  return { status: first.status, type, isVersioned, bodies: await Promise.all(bodies) };
 }
 
 const TAGS: Record<string, RegExp> = {
@@ -10165,77 +10063,84 @@ const TAGS: Record<string, RegExp> = {
   Routing: /^\/(?:routes|explain)/,
   Watching: /./,
 };
+const DONE: Record<number, string> = { 200: "done", 201: "made", 202: "done, and requests are still in flight there" };
 
-/** One operation as OpenAPI has it, and what it answers to its examples. */
+/** What an operation answers to its example. */
+async function exampleOfAnswer(effects: Effects, method: string, path: string, [, answers, , more]: Operation) {
+  const [body, like] = more?.takes ?? [], headers = new Headers({ "content-type": "application/json" });
+  headers.set("accept", answers === "Text" ? "*/*" : "application/json");
+  if (body === "Config") headers.set("if-match", "*");
+  const init = { method, headers, body: like === undefined ? null : JSON.stringify(like) };
+  const answer = await exampleApp(effects).request(path, init), { status } = answer;
+  const type = answer.headers.get("content-type")!.split(";")[0]!, etag = answer.headers.has("etag");
+  if (type === "text/event-stream") await answer.body!.cancel(); // it never ends
+  const text = answer.bodyUsed ? undefined : await answer.text();
+  const example: unknown = type === "application/json" ? JSON.parse(text!) : text?.split("\n").slice(0, 8).join("\n");
+  return { status, type, etag, example };
+}
+
+/** One operation as OpenAPI has it. */
 async function described(effects: Effects, method: string, path: string, operation: Operation) {
-  const { does, takes, asks = {}, gives = [], open, returns, like, at } = operation, isGet = method === "GET";
-  const paths = at ?? [path.replace(/:(\w+)/g, (_, name) => EXAMPLE_PLACES[name]!)];
-  const { status, type, isVersioned, bodies } = await examplesOf(effects, method, paths, operation);
-  const isJson = type === "application/json", named = [...path.matchAll(/:(\w+)/g)].map(([, name]) => name!);
+  const [does, answers, , { takes: [body, like] = [], asks = {}, gives, at, open } = {}] = operation;
+  const target = at ?? path.replace(/:(\w+)/g, (_, name) => EXAMPLE_PLACES[name]!), isGet = method === "GET";
+  const { status, type, etag, example } = await exampleOfAnswer(effects, method, target, operation);
+  const isJson = type === "application/json", names = Array.from(path.matchAll(/:(\w+)/g), ([, name]) => name!);
   const parameters = [
-    ...named.map((name) => parameter("path", name, `name of the ${name}`, EXAMPLE_PLACES[name]!)),
+    ...names.map((name) => parameter("path", name, `name of the ${name}`, EXAMPLE_PLACES[name])),
     ...Object.entries(asks).map(([name, about]) => parameter("query", name, about)),
     ...(isGet && isJson ? [parameter("query", "pretty", "JSON on many lines")] : []),
     ...(isGet ? [] : [parameter("header", "If-Match", "the ETag that the change is meant for")]),
   ];
-  const media = takes && { schema: ref("schemas", takes), example: like };
-  const schema = returns ? ref("schemas", returns) : STRING, [example] = bodies;
-  const content: Record<string, Media> = { [type]: { schema, ...(example !== undefined && { example }) } };
-  if (returns === "Config") content["application/yaml"] = { schema };
-  if (isGet && isJson) content["text/plain"] = { schema: STRING };
-  const headers = isVersioned && { ETag: { description: "of this state, for If-Match", schema: STRING } };
-  const answer = (status: number) => ({ description: STATUSES[status], content, ...(headers && { headers }) });
-  const curl = `curl ${isGet ? "" : `-X ${method} `}'localhost:9090${paths[0]}'`;
-  const description = {
-    tags: [Object.entries(TAGS).find(([, pattern]) => pattern.test(path))![0]],
+  const schema = ref("schemas", answers), text = { schema: ref("schemas", "Text") };
+  const content: Record<string, Media> = {
+    [type]: { schema, ...(example !== undefined && { example }) },
+    ...(answers === "Config" && { "application/yaml": { schema } }),
+    ...(isGet && isJson && { "text/plain": text }),
+  };
+  const headers = etag && { ETag: { description: "of this state, for If-Match", ...text } };
+  const response = (status: number) => ({ description: DONE[status]!, content, ...(headers && { headers }) });
+  const responses: Record<string, { content?: Record<string, Media>; $ref?: string }> = {
+    ...Object.fromEntries([status, ...(gives ? [gives] : [])].map((status) => [status, response(status)])),
+    default: ref("responses", "Problem"),
+  };
+  const media = body && { schema: ref("schemas", body), example: like };
+  const requestBody = media && { required: true, content: { "application/json": media, "application/yaml": media } };
+  const curl = `curl ${isGet ? "" : `-X ${method} `}'localhost:9090${target}'`;
+  return {
+    tags: [Object.keys(TAGS).find((tag) => TAGS[tag]!.test(path))!],
     summary: does,
     operationId: `${lower(method)}${path.replace(/\W+(\w)/g, (_, letter) => upper(letter)).replace(/\W/g, "")}`,
-    parameters,
-    ...(media &&
-      { requestBody: { required: true, content: { "application/json": media, "application/yaml": media } } }),
-    responses: {
-      ...Object.fromEntries([status, ...gives].map((status) => [status, answer(status)])),
-      default: ref("responses", "Problem"),
-    } as Record<string, { content?: Record<string, Media> }>,
+    ...{ parameters, ...(requestBody && { requestBody }), responses },
     security: open ? [] : [{ token: [] }, ...(isGet ? [{ read_token: [] }] : []), {}],
     "x-codeSamples": [{ lang: "Shell", source: like === undefined ? curl : `${curl} -d '${JSON.stringify(like)}'` }],
   };
-  return { description, bodies };
 }
-type Media = { schema: object; example?: unknown };
-type Described = Awaited<ReturnType<typeof described>>["description"];
+type Media = { schema: BodySchema; example?: unknown };
+type Described = Awaited<ReturnType<typeof described>>;
 
-/** The API as OpenAPI 3.1 describes it, made of the table, the schemas that it works with, and what it really answers. */
+/** The API as OpenAPI 3.1 describes it. */
 async function openApi(effects: Effects) {
-  const paths: Record<string, Record<string, Described>> = {}, answers: [name: string, body: unknown][] = [];
-  for (const [name, operation] of Object.entries(OPERATIONS)) {
-    const [method, path] = name.split(" ") as [string, string], { returns = "" } = operation;
-    const { description, bodies } = await described(effects, method, path, operation);
-    (paths[path.replace(/:(\w+)/g, "{$1}")] ??= {})[lower(method)] = description;
-    for (const body of returns ? bodies.filter((one) => one) : []) {
-      if (!nameOfView(body)) answers.push([returns, body]);
-      for (const view of viewsIn(body)) answers.push([nameOfView(view)!, view]);
-    }
+  const paths: Record<string, Record<string, Described>> = {};
+  for (const [name, operation] of Object.entries<Operation>(OPERATIONS)) {
+    const [method, path] = name.split(" ") as [string, string], methods = paths[path.replace(/:(\w+)/g, "{$1}")] ??= {};
+    methods[lower(method)] = await described(effects, method, path, operation);
   }
-  const views = [...Map.groupBy(answers, ([name]) => name)].map(([name, all]) => {
-    return [name, schemaLike(all.map(([, body]) => body), name)];
-  });
-  const bodies = Object.entries(SHAPES).map(([name, shape]) => [name, schemaOf(shape, "draft-2020-12")]);
-  const schemas = { ...Object.fromEntries([...views, ...bodies]), Problem: problemSchema } as Record<
-    string,
-    BodySchema
-  >;
-  const content = { "application/problem+json": { schema: ref("schemas", "Problem") } };
   const scheme = (description: string) => ({ type: "http", scheme: "bearer", description });
-  const token = scheme("admin.token of routes.yml; where it is not set, none is needed");
-  const securitySchemes = { token, read_token: scheme("admin.read_token of routes.yml, which opens GET only") };
+  const content = { "application/problem+json": { schema: ref("schemas", "Problem") } };
   return {
     openapi: "3.1.0",
     info: { title: "lb.ts", version: VERSION, description: "Looking at a load balancer and operating it." },
     servers: [{ url: "./" }],
     tags: Object.keys(TAGS).map((name) => ({ name })),
     paths,
-    components: { schemas, responses: { Problem: { description: "what is wrong", content } }, securitySchemes },
+    components: {
+      schemas: schemasOf(DESCRIBED) as Record<string, BodySchema>,
+      responses: { Problem: { description: "what is wrong", content } },
+      securitySchemes: {
+        token: scheme("admin.token of routes.yml; where it is not set, none is needed"),
+        read_token: scheme("admin.read_token of routes.yml, which opens GET only"),
+      },
+    },
   };
 }
 type OpenApi = Awaited<ReturnType<typeof openApi>>;
@@ -10243,25 +10148,25 @@ type OpenApi = Awaited<ReturnType<typeof openApi>>;
 /** What the docs and the dashboard look like. */
 const STYLE = `
 :root {
-  --ground: light-dark(#f5f5f2, #111215); --card: light-dark(#fff, #191b1f); --line: light-dark(#e3e3de, #2d3036);
+  --ground: light-dark(#f4f5f3, #111215); --card: light-dark(#fff, #1a1c20); --line: light-dark(#e2e3de, #2e3137);
   --ink: light-dark(#1c1e22, #e8e8e5); --dim: light-dark(#5a606b, #a3a9b5); --blue: light-dark(#1a5fb4, #8ab4f8);
   --good: light-dark(#0a6b3b, #63d69d); --warn: light-dark(#7d4b00, #f2b84f); --bad: light-dark(#b3201a, #ff8f85);
   color-scheme: light dark;
-  font: 14px/1.4 system-ui, sans-serif;
+  font: 14px/1.45 system-ui, sans-serif;
 }
 * { box-sizing: border-box; margin: 0; padding: 0; font: inherit; color: inherit; }
-body { padding: 16px; background: var(--ground); color: var(--ink); }
-body, main { display: grid; grid-template-columns: minmax(0, 1fr); gap: 16px; }
-h1, h2, b, summary code, th { font-weight: 600; }
-details, table, figure, dialog { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
-details, figure { padding: 8px 16px; }
+body { padding: 16px clamp(12px, 2vw, 32px) 32px; background: var(--ground); color: var(--ink); }
+main { display: grid; grid-template-columns: minmax(0, 1fr); gap: 16px; margin: auto; }
+h1, h2, b, th, summary code { font-weight: 600; }
+details, figure, dialog, .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+summary, figure, .card { padding: 10px 16px; }
 summary, button { cursor: pointer; }
 a { color: var(--blue); }
-header { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: baseline; gap: 4px 16px; }
-nav { display: flex; flex-wrap: wrap; gap: 4px 16px; }
+header, nav { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: baseline; gap: 4px 16px; }
+h1 { font-size: 18px; }
 table { width: 100%; table-layout: fixed; border-spacing: 0; }
-details table { border: 0; }
-th, td { padding: 6px 0; border-top: 1px solid var(--line); text-align: left; vertical-align: top; }
+th, td { padding: 6px 8px; border-top: 1px solid var(--line); text-align: left; vertical-align: top; }
+:is(th, td):first-child { padding-left: 16px; } :is(th, td):last-child { padding-right: 16px; }
 th, td, code, pre { overflow-wrap: anywhere; }
 code, pre { font-family: ui-monospace, monospace; white-space: pre-wrap; }
 small, thead th { color: var(--dim); font-size: 12px; font-weight: 400; }
@@ -10281,7 +10186,7 @@ const pageOf = (nonce: string, title: string, style: string, body: unknown) => h
 </html>`;
 
 /** Answers with a page. Whether browsers may use only TLS with this host is not for one of its ports to say. */
-function pageHandler(page: (nonce: string) => ReturnType<typeof pageOf>, policy: ContentSecurityPolicy) {
+function pageHandler(page: (nonce: string) => ReturnType<typeof pageOf>, policy: Record<string, PolicySources>) {
   const headers = secureHeaders({ contentSecurityPolicy: policy, strictTransportSecurity: false });
   return async (context: AdminContext): Promise<Response> => {
     await headers(context, async () => {
@@ -10290,21 +10195,30 @@ function pageHandler(page: (nonce: string) => ReturnType<typeof pageOf>, policy:
     return context.res;
   };
 }
-type ContentSecurityPolicy = Record<string, (string | typeof NONCE)[]>;
+
+type PolicySources = (string | typeof NONCE)[];
 
 /** What the page shows of a JSON Schema. */
-type BodySchema = { description?: string; enum?: unknown[]; default?: unknown; anyOf?: BodySchema[] } & BodyKeys;
-type BodyKeys = { properties?: Record<string, BodySchema>; items?: BodySchema };
+interface BodySchema {
+  $ref?: string;
+  description?: string;
+  enum?: unknown[];
+  default?: unknown;
+  anyOf?: BodySchema[];
+  items?: BodySchema;
+  properties?: Record<string, BodySchema>;
+}
+type Schemas = Record<string, BodySchema>;
 
-/** The keys of a body, in all of its alternatives, and what they mean. */
-const keysIn = ({ properties = {}, anyOf = [], items }: BodySchema): [name: string, text: string][] => [
-  ...Object.entries(properties).map(([name, { description, enum: values = [], default: usual }]) => {
+/** The keys of a body or an answer, in all of its alternatives, and what they mean. */
+function keysIn({ $ref, properties = {}, anyOf = [], items }: BodySchema, schemas: Schemas): string[][] {
+  if ($ref) return keysIn(schemas[$ref.split("/").at(-1)!]!, schemas);
+  const own = Object.entries(properties).map(([name, { description, enum: values = [], default: usual }]) => {
     const text = description ?? values.join(", ");
-    return [name, usual === undefined ? text : `${text} (default ${JSON.stringify(usual)})`] as [string, string];
-  }),
-  ...anyOf.flatMap(keysIn),
-  ...(items ? keysIn(items) : []),
-];
+    return [name, usual === undefined ? text : `${text} (default ${JSON.stringify(usual)})`];
+  });
+  return [...own, ...anyOf.flatMap((one) => keysIn(one, schemas)), ...(items ? keysIn(items, schemas) : [])];
+}
 
 /** Links to the pages and texts of this listener. */
 const linksTo = (pages: Record<string, string>) =>
@@ -10312,28 +10226,28 @@ const linksTo = (pages: Record<string, string>) =>
 const TEXTS = { metrics: "Metrics", config: "Config" };
 
 const DOCS_STYLE = `
-main { width: min(900px, 100%); margin: auto; }
-main td:first-child { width: 30%; }
-details > :not(summary) { margin: 8px 0; }
+main { max-width: 900px; }
+td:first-child { width: 30%; }
+details > :is(p, pre) { margin: 8px 16px; }
 details pre { padding: 8px; max-height: 300px; overflow: auto; border: 1px solid var(--line); border-radius: 6px; }
 `;
 
 /** One operation: a line that opens to its parameters, the keys of its body and of its answer, and an example. */
 // deno-fmt-ignore
-function docsOf(method: string, path: string, one: Described, schemas: Record<string, BodySchema>) {
+function docsOf(method: string, path: string, one: Described, schemas: Schemas) {
   const [[status, { content = {} }]] = Object.entries(one.responses) as [[string, Described["responses"][string]]];
   const [{ schema, example }] = Object.values(content) as [Media], body = one.requestBody?.content["application/json"];
-  const keysOf = (schema: object = {}) => keysIn(schemas[String(record(schema).$ref).split("/").at(-1)!] ?? {});
+  const keysOf = (schema: BodySchema = {}) => schema.$ref?.endsWith("/Config") ? [] : keysIn(schema, schemas);
   const table = (rows: string[][]) => html`<table>${rows.map(([key, text]) =>
     html`<tr><td><code>${key}</code></td><td>${text}</td></tr>`)}</table>`;
   const asked = one.parameters.map(({ name, description, in: place }) => [name, `${description} (${place})`]);
   return html`
 <details id="${one.operationId}">
   <summary><code>${upper(method)} ${path}</code> ${one.summary}</summary>
-  ${table([...asked, ...keysOf(body?.schema)])}
+  ${table([...asked, ...keysIn(body?.schema ?? {}, schemas)])}
   <pre>${one["x-codeSamples"][0]!.source}</pre>
   <p>${status}</p>
-  ${path.startsWith("/config") ? "" : table(keysOf(schema))}
+  ${table(keysOf(schema))}
   <pre>${typeof example === "object" ? prettyJson(example) : example}</pre>
 </details>`;
 }
@@ -10358,63 +10272,58 @@ function docs(effects: Effects): Hono<AdminEnv> {
   const app = new Hono<AdminEnv>();
   let known: Promise<OpenApi> | undefined;
   const describe = () => known ??= openApi(effects);
+  app.get("/openapi.json", async (context) => context.json(await describe()));
   const policy = { defaultSrc: ["'none'"], styleSrc: [NONCE], imgSrc: ["data:"], frameAncestors: ["'none'"] };
-  app.get("/openapi.json", async () => jsonOf(await describe()));
   app.get("/docs", pageHandler(async (nonce) => docsPage(nonce, await describe()), policy));
   return app;
 }
 
-// --- 11.6 Dashboard: rendered here; its script fetches it again and again, and sends what is to be done ---
+// --- 11.6 Dashboard: rendered here; its script only fetches it again and again, and sends what is to be done ---
 
 const DASHBOARD_STYLE = `
-#troubles, #charts, form { display: grid; gap: 16px; }
-main, #services { display: grid; gap: 12px; }
+main { max-width: 1600px; }
 p:empty, ul:empty, [hidden] { display: none !important; }
-#verdict, b { flex-basis: 100%; font-size: 22px; }
-#troubles { gap: 2px; max-height: 180px; overflow: auto; list-style: none; }
 .good { --tone: var(--good); } .warn { --tone: var(--warn); } .bad { --tone: var(--bad); }
-[data-title=State], .tone { color: var(--tone, var(--ink)); }
-tr.bad, tr.warn { box-shadow: inset 3px 0 var(--tone); }
+.tone, [data-title=State] { color: var(--tone, var(--ink)); }
 .lost > :not(header) { opacity: 0.45; }
-figcaption, menu, .bar { display: flex !important; flex-wrap: wrap; justify-content: space-between; align-items: baseline; }
-.bar { gap: 4px 16px; justify-content: flex-start; }
-li a { color: inherit; }
-label { white-space: nowrap; } label span { margin-right: 8px; }
-figcaption { gap: 0 12px; }
-#charts { grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); }
-svg { width: 100%; height: 56px; border-bottom: 1px solid var(--line); }
+header .card { flex-basis: 100%; border-left: 4px solid var(--tone, var(--line)); }
+#verdict { font-size: 22px; font-weight: 600; }
+.facts { display: flex; flex-wrap: wrap; gap: 0 16px; }
+#troubles { max-height: 200px; margin-top: 8px; overflow: auto; list-style: none; }
+li a { color: inherit; text-decoration-color: transparent; } li a:hover { text-decoration-color: currentcolor; }
+#charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 16px; }
+figcaption { display: grid; grid-template-columns: 1fr auto; align-items: baseline; }
+b { grid-column: span 2; font-size: 20px; }
+svg { display: block; width: 100%; height: 56px; border-bottom: 1px solid var(--line); }
 path { fill: none; stroke: var(--blue); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
 path + path { stroke: var(--dim); stroke-dasharray: 3 3; }
-details { padding: 0; overflow: clip; }
-summary { padding: 8px 16px; }
-details > :not(summary) { margin: 0 16px 12px; }
-summary h2 { display: inline; }
-details > table { margin: 0; width: 100%; }
-#rules > div { max-height: 240px; overflow: auto; }
-section :is(th, td) { padding: 6px 8px; font-variant-numeric: tabular-nums; }
-section :is(th, td):nth-child(n + 4) { text-align: right; }
-section th:is(:first-child, :nth-child(3), :last-child) { width: 13%; }
-section th:nth-child(2) { width: 10%; }
-section tbody tr { height: 50px; }
-td small, th small { display: block; }
-tr:target { outline: 2px solid var(--blue); outline-offset: -2px; }
+.bar { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 16px; }
+.bar input { flex: 1; min-width: 0; } .bar [type=checkbox] { margin-right: 8px; accent-color: var(--blue); }
 input, button { padding: 6px 10px; border: 1px solid var(--line); border-radius: 6px; background: var(--card); }
-#find { flex: 1; min-width: 0; } #problems { accent-color: var(--blue); }
-form.bar > input { flex: 1; min-width: 0; }
-td button { padding: 0 2px; margin-left: 6px; border: 0; color: var(--blue); }
-section thead th { border-top: 1px solid var(--line); }
+#services { display: grid; gap: 12px; }
+details { overflow: clip; } summary h2 { display: inline; } h2 small { margin-left: 8px; }
+details > p, details > .bar, #answer { margin: 0 16px 12px; }
+section :is(th, td) { font-variant-numeric: tabular-nums; }
+section thead th { padding: 4px 8px; }
+section :is(th, td):nth-child(n + 4) { padding-inline: 4px; text-align: right; white-space: nowrap; }
+section th:first-child { width: 16%; } section th:nth-child(2) { width: 9%; } section th:nth-child(3) { width: 12%; }
+section :is(th, td).change { width: 204px; padding-right: 16px; }
+section tbody tr { height: 53px; }
+tr:is(.bad, .warn) { box-shadow: inset 3px 0 var(--tone); } tr:target { outline: 2px solid var(--blue); outline-offset: -2px; }
+td small, th small { display: block; }
+td button { padding: 2px 7px; margin-left: 4px; color: var(--blue); font-size: 12px; }
 dialog { width: min(440px, calc(100% - 32px)); margin: auto; padding: 24px; }
+dialog form { display: grid; gap: 16px; } label span { margin-right: 8px; }
+menu { display: flex; justify-content: space-between; } #go { border-color: var(--blue); color: var(--blue); }
 #sheet { width: min(1000px, calc(100% - 32px)); } #sheet pre { max-height: 70vh; overflow: auto; }
 ::backdrop { background: #0008; }
 @media (max-width: 1100px) {
   section thead { display: none; }
-  section tbody { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); }
-  section tbody tr { display: grid; grid-template-columns: repeat(4, 1fr); height: auto; border-top: 1px solid var(--line); }
-  section tr > :nth-child(n) { width: auto; text-align: left; }
-  section tbody :is(th, td) { border: 0; }
-  section :is(th, td:last-child) { grid-column: span 4; }
-  section td:nth-child(-n + 3) { grid-column: span 2; }
-  td button { padding: 8px 10px; margin-left: 0; }
+  section tbody { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); }
+  section tbody tr { display: grid; grid-template-columns: repeat(4, 1fr); height: auto; padding: 6px 8px; border-top: 1px solid var(--line); }
+  section tr > :is(th, td):nth-child(n) { width: auto; padding: 3px 8px; border: 0; text-align: left; }
+  section th:first-child { grid-column: span 4; } section td:nth-child(-n + 3) { grid-column: span 2; }
+  section td.change { grid-column: span 3; align-self: end; } td button { padding: 6px 10px; margin: 0 4px 0 0; }
   section td::before { content: attr(data-title); display: block; color: var(--dim); font-size: 12px; }
 }
 `;
@@ -10425,7 +10334,7 @@ interface Sample {
   total: CountersView;
   counters?: Map<string, CountersView>;
 }
-type CountersView = ReturnType<typeof countersView>;
+type CountersView = ReturnType<typeof COUNTERS_VIEW.read>;
 const HISTORY = { interval: 2_000, most: 150, recent: 15 }; // milliseconds between samples, and how many are kept
 
 const pathOf = (service: string, server?: string): string =>
@@ -10441,219 +10350,221 @@ const sampleOf = ({ time, total, services }: Snapshot): Sample => ({
 
 /** What was counted between two moments, as figures; all that was counted if the counters began again. */
 function figuresOf(now: CountersView, then: CountersView | undefined, time: number) {
-  const since = then && then.requests <= now.requests ? then : { requests: 0, errors: 0, durations: [] as number[] };
-  const requests = now.requests - since.requests, errors = now.errors - since.errors;
-  const held = now.durations.map((n, i) => n - (since.durations[i] ?? 0));
-  const quantile = (share: number) => {
-    let rank = share * requests;
-    const i = held.findIndex((n) => n > 0 && n >= rank || (rank -= n, false));
-    const from = BUCKETS[i - 1] ?? 0, to = BUCKETS[i] ?? BUCKETS.at(-1)!;
-    return i < 0 ? undefined : from + (to - from) * rank / held[i]!;
-  };
-  const failed = requests ? errors / requests : undefined;
-  return { rate: requests / Math.max(1, time), failed, p50: quantile(0.5), p95: quantile(0.95), p99: quantile(0.99) };
+  const since = then && then.requests <= now.requests ? then : { requests: 0, errors: 0, durations: [] };
+  const requests = now.requests - since.requests,
+    durations = now.durations.map((n, i) => n - (since.durations[i] ?? 0));
+  const upTo = (share: number) => requests > 0 ? quantile({ requests, durations }, share) : undefined;
+  const failed = requests > 0 ? (now.errors - since.errors) / requests : undefined;
+  return { rate: requests / Math.max(1, time), failed, p50: upTo(0.5), p95: upTo(0.95), p99: upTo(0.99) };
 }
 type Figures = ReturnType<typeof figuresOf>;
-
-/** What one look at the dashboard shows, and what the person who looks has chosen. */
-interface Look {
-  snapshot: Snapshot;
-  history: Sample[];
-  mayChange: boolean;
-  find: string; // in lower case
-  onlyProblems: boolean;
-  flipped: Set<string>; // ids of what is folded that would be open, or open that would be folded
-  answer: string; // of explain
-}
-
-function recently({ snapshot, history }: Look, path: string, counters: CountersView): Figures {
-  const since = history.find((sample) => sample.counters), { time, uptime } = snapshot;
-  return figuresOf(counters, since?.counters?.get(path), since ? time - since.time : uptime);
-}
 
 const CHARTS: [title: string, format: (value: number | undefined) => string, ...names: (keyof Figures)[]][] = [
   ["Requests", FORMAT.rate, "rate"],
   ["Requests that failed", FORMAT.percent, "failed"],
   ["Latency: p50, p99", FORMAT.time, "p50", "p99"],
 ];
-function chartsOf({ history, snapshot }: Look) {
+function chartsOf(history: Sample[], snapshot: Snapshot) {
   const samples = [...history, snapshot].slice(-HISTORY.most);
   const points = samples.slice(1).map(({ time, total }, i) => {
     const then = samples[Math.max(0, i - 4)]!; // ten seconds before, so that a few requests are no peak
     return figuresOf(total, then.total, time - then.time);
   });
   return CHARTS.map(([title, format, ...names]) => {
-    const top = Math.max(0, ...points.flatMap((point) => names.map((name) => point[name] ?? 0)));
+    const most = Math.max(0, ...points.flatMap((point) => names.map((name) => point[name] ?? 0)));
     const lines = names.map((name) =>
       points.map(({ [name]: value }, i) => {
         if (value === undefined) return "";
         const pen = points[i - 1]?.[name] === undefined ? "M" : "L"; // after a gap the line begins again
-        return `${pen}${2 * (HISTORY.most - points.length + i)} ${(54 - 52 * value / (top || 1)).toFixed(1)}`;
+        return `${pen}${2 * (HISTORY.most - points.length + i)} ${(54 - 52 * value / (most || 1)).toFixed(1)}`;
       }).join("")
     );
-    return { title, lines, top: format(top), now: names.map((name) => format(points.at(-1)?.[name])).join(", ") };
+    const now = names.map((name) => format(points.at(-1)?.[name])).join(", "), top = `at most ${format(most)} in 5 min`;
+    // deno-fmt-ignore
+    return html`<figure><figcaption><span>${title}</span><small>${top}</small><b>${now}</b></figcaption>
+<svg viewBox="0 0 300 56" preserveAspectRatio="none" role="img" aria-label="${title}: now ${now}, ${top}">
+${lines.map((d) => html`<path d="${d}"/>`)}</svg></figure>`;
   });
 }
 
-// Services and servers.
-
-/** What may be done to a server, and what that means. */
-const SERVER_ACTIONS: Record<string, (server: ServerView) => string> = {
-  ready: () => "Requests and probes go to it again.",
-  drain: ({ in_flight }) => `No new requests go to it; those in flight finish (${in_flight}). Probes go on.`,
-  maint: () => "Neither requests nor probes go to it.",
-  weight: () => "Its share of new requests, from 0 (none) to 256.",
-};
-
-/** What each column shows of a server, its state and its last 30 seconds: a figure, and a detail below it. */
-const COLUMNS: Record<string, (server: ServiceView["servers"][number], now: Figures, state: ShownState) => string[]> = {
-  "Server": ({ name, backup }) => [name, backup ? "backup" : ""],
-  "State": ({ status_for, paused_for, failing }, _, state) => {
-    if (state === "paused") return ["○ paused", `for another ${FORMAT.age(paused_for)}`];
-    if (state === "failing") return ["▲ failing", `${FORMAT.percent(failing)} of requests`];
-    const detail = state === "unchecked" ? "not asked yet" : `for ${FORMAT.age(status_for)}`;
-    return [`${STATES[state][0]} ${state}`, detail];
-  },
-  "Last check": ({ check }) =>
-    check ? [check.problem || "passed", `${FORMAT.age(check.ago)} ago, took ${FORMAT.time(1e3 * check.took)}`] : ["–"],
-  "Weight": ({ weight, share }) => [`${weight}`, FORMAT.percent(share)],
-  "In flight": ({ in_flight }) => [FORMAT.count(in_flight)],
-  "Requests": ({ counters }, now) => [FORMAT.count(counters.requests), FORMAT.rate(now.rate)],
-  "Errors": ({ counters }, now) => [FORMAT.count(counters.errors), now.failed ? FORMAT.percent(now.failed) : ""],
-  "Retries": ({ retries }) => [FORMAT.count(retries)],
-  "p50": (_, now) => [FORMAT.time(now.p50)],
-  "p95": (_, now) => [FORMAT.time(now.p95)],
-  "p99": (_, now) => [FORMAT.time(now.p99)],
-  "Bytes out": ({ counters }) => [FORMAT.bytes(counters.bytes_out), `${FORMAT.bytes(counters.bytes_in)} in`],
-};
-
-/** A server with what is shown of it. */
-interface Shown {
-  server: ServiceView["servers"][number];
-  path: string;
-  now: Figures;
-  state: ShownState;
-  level: (typeof STATES)[ShownState][1];
-}
-function shownOf(look: Look, { name, servers }: ServiceView): Shown[] {
-  return servers.map((server) => {
-    const path = pathOf(name, server.name), now = recently(look, path, server.counters);
-    const state = stateOf(server, now.failed);
-    return { server, path, now, state, level: STATES[state][1] };
-  });
-}
-
-/** `isBrief`: only name and state. A thousand whole rows would take 30 ms, in which no request is served. */
-function serverRow(look: Look, service: ServiceView, all: Shown[], one: Shown, isBrief: boolean) {
-  const { server, path, now, state, level } = one;
-  const cells = Object.entries(COLUMNS).slice(0, isBrief ? 2 : undefined).map(([title, textsOf], i) => {
-    const [figure, detail = ""] = textsOf(server, now, state);
-    const inside = html`<span>${figure}</span><small>${detail}</small>`;
-    return i ? html`<td data-title="${title}">${inside}</td>` : html`<th scope="row">${inside}</th>`;
-  });
-  if (isBrief || !look.mayChange) return html`<tr id="${path}" class="${level}">${cells}</tr>`;
-  const isLast = !all.some((other) => other.level === "good" && other !== one);
-  const alone = isLast ? ` No other server of ${service.name} is up!` : "";
-  const buttons = Object.entries(SERVER_ACTIONS).filter(([action]) => action !== server.state).map(
-    ([action, whyOf]) => {
-      const why = whyOf(server) + (action === "drain" || action === "maint" ? alone : "");
-      const value = action === "weight" ? server.weight : "", label = `${action} ${server.name}`;
-      return html`<button name="${action}" value="${value}" title="${why}" aria-label="${label}">${action}</button>`;
-    },
-  );
-  return html`<tr id="${path}" class="${level}">${cells}<td>${buttons}</td></tr>`;
-}
+// Services and servers: first what is to be shown of them, then the HTML.
 
 interface Trouble {
   level: "bad" | "warn";
   text: string;
   at: string; // id of what it is about; empty: of nothing on the page
 }
-const trouble = (level: Trouble["level"], text: string, at = ""): Trouble => ({ level, text, at });
-
-function troublesOf(look: Look, service: ServiceView, all: Shown[]): Trouble[] {
-  const { name, servers, askable, panicking, counters } = service, path = pathOf(name);
-  const bad = (is: boolean, text: string) => is ? [trouble("bad", `${name}: ${text}`, path)] : [];
-  const out = all.filter(({ server, level }) => server.state === "ready" && level && level !== "good");
-  return [
-    ...bad(servers.length > 0 && !askable, "no server may be asked"),
-    ...bad(panicking, "too few servers are healthy: all of them are asked"),
-    ...bad((recently(look, path, counters).failed ?? 0) > FAILING, "more than 5 % of the requests fail"),
-    ...out.map(({ server, state, path }) => {
-      const reason = server.check?.problem ? `: ${server.check.problem}` : "";
-      return trouble("warn", `${name}: ${server.name} is ${state}${reason}`, path);
-    }),
-  ];
+interface ShownServer {
+  server: ServerView;
+  id: string; // also its path in the API
+  now: Figures; // of the last 30 seconds
+  state: ShownState;
+  level: (typeof STATES)[ShownState][1];
 }
+interface ShownService {
+  service: ServiceView;
+  id: string;
+  now: Figures;
+  servers: ShownServer[];
+  troubles: Trouble[];
+}
+
+/** A service with its servers, how they do, and what is wrong with them. */
+function shownOf(service: ServiceView, snapshot: Snapshot, history: Sample[]): ShownService {
+  const { name, counters, askable, panicking } = service, since = history.find((sample) => sample.counters);
+  const time = since ? snapshot.time - since.time : snapshot.uptime;
+  const recently = (id: string, counters: CountersView) => figuresOf(counters, since?.counters?.get(id), time);
+  const servers = service.servers.map((server) => {
+    const id = pathOf(name, server.name), now = recently(id, server.counters), state = stateOf(server, now.failed);
+    return { server, id, now, state, level: STATES[state][1] };
+  });
+  const id = pathOf(name), now = recently(id, counters), troubles: Trouble[] = [];
+  const say = (level: Trouble["level"], text: string, at = id) =>
+    troubles.push({ level, text: `${name}: ${text}`, at });
+  if (servers.length > 0 && !askable) say("bad", "no server may be asked");
+  if (panicking) say("bad", "too few servers are healthy: all of them are asked");
+  if ((now.failed ?? 0) > FAILING) say("bad", "more than 5 % of the requests fail");
+  for (const { server, state, level, id } of servers) {
+    const reason = server.check?.problem ? `: ${server.check.problem}` : "";
+    if (server.state === "ready" && isTrouble(level)) say("warn", `${server.name} is ${state}${reason}`, id);
+  }
+  return { service, id, now, servers, troubles };
+}
+const isTrouble = (level: ShownServer["level"]): boolean => level === "bad" || level === "warn";
 
 const SOON = 14 * 86_400_000; // milliseconds before a certificate's end from which on it is a trouble
 const dayOf = (date: Date): string => date.toISOString().slice(0, 10);
 function troublesOfProgram({ listeners, reloads }: Snapshot, date: Date): Trouble[] {
-  const ending = listeners.flatMap((one) => one.certificates).filter(({ until }) =>
-    until.getTime() < date.getTime() + SOON
+  const text = "the file on disk could not be put in force: what is shown here stays in force";
+  const ending = listeners.flatMap((one) => one.certificates).filter(({ until }) => +until < +date + SOON);
+  const certificates = ending.map(({ names, until }): Trouble => {
+    const [level, ends] = until < date ? ["bad", "has ended"] as const : ["warn", "ends"] as const;
+    return { level, text: `the certificate for ${names.join(", ")} ${ends} on ${dayOf(until)}`, at: "" };
+  });
+  return reloads.failed ? [{ level: "bad", text, at: "" }, ...certificates] : certificates;
+}
+
+/** What may be done to a server: by which operation with which body, and what that means. */
+const PUT_STATE = "PUT /services/:service/servers/:server/state";
+const PATCH_SERVER = "PATCH /services/:service/servers/:server";
+const SERVER_ACTIONS: Record<string, [by: keyof typeof OPERATIONS, body: Raw, why: (server: ServerView) => string]> = {
+  ready: [PUT_STATE, { state: "ready" }, () => "Requests and probes go to it again."],
+  drain: [
+    PUT_STATE,
+    { state: "drain" },
+    ({ in_flight }) => `No new requests go to it; those in flight finish (${in_flight}). Probes go on.`,
+  ],
+  maint: [PUT_STATE, { state: "maint" }, () => "Neither requests nor probes go to it."],
+  weight: [PATCH_SERVER, {}, () => "Its share of new requests, from 0 (none) to 256."],
+};
+
+/** Buttons, each with the request that it stands for. */
+function buttonsOf({ service, servers }: ShownService, { server, id }: ShownServer) {
+  const isLast = !servers.some((other) => other.level === "good" && other.server !== server);
+  return Object.entries(SERVER_ACTIONS).filter(([action]) => action !== server.state).map(
+    ([action, [by, body, whyOf]]) => {
+      const alone = isLast && /drain|maint/.test(action) ? ` No other server of ${service.name} is up!` : "";
+      const call = by.replace(/\/services\/:service\/servers\/:server/, id), label = `${action} ${server.name}`;
+      // deno-fmt-ignore
+      return html`<button name="${action}" value="${action === "weight" ? server.weight : ""}" data-call="${call}"
+data-body="${JSON.stringify(body)}" title="${whyOf(server)}${alone}" aria-label="${label}">${action}</button>`;
+    },
   );
-  return [
-    ...(reloads.failed
-      ? [trouble("bad", "the file on disk could not be put in force: what is shown here stays in force")]
-      : []),
-    ...ending.map(({ names, until }) => {
-      const [level, ends] = until < date ? ["bad", "has ended"] as const : ["warn", "ends"] as const;
-      return trouble(level, `the certificate for ${names.join(", ")} ${ends} on ${dayOf(until)}`);
-    }),
-  ];
+}
+
+/** What stands below a server's state. */
+function stateDetail({ server, state }: ShownServer): string {
+  if (state === "paused") return `for another ${FORMAT.age(server.paused_for)}`;
+  if (state === "failing") return `${FORMAT.percent(server.failing)} of requests`;
+  return state === "unchecked" ? "not asked yet" : `for ${FORMAT.age(server.status_for)}`;
+}
+const checkDetail = ({ ago, took }: { ago: number; took: number }): string =>
+  `${FORMAT.age(ago)} ago, took ${FORMAT.time(1_000 * took)}`;
+
+/** What each column shows of a server: a figure, and a detail below it. */
+// deno-fmt-ignore
+const COLUMNS: Record<string, (shown: ShownServer) => [figure: string, detail?: string]> = {
+  "Server": ({ server }) => [server.name, server.backup ? "backup" : ""],
+  "State": (shown) => [`${STATES[shown.state][0]} ${shown.state}`, stateDetail(shown)],
+  "Last check": ({ server: { check } }) => check ? [check.problem || "passed", checkDetail(check)] : ["–"],
+  "Weight": ({ server }) => [`${server.weight}`, FORMAT.percent(server.share)],
+  "In flight": ({ server }) => [FORMAT.count(server.in_flight)],
+  "Requests": ({ server, now }) => [FORMAT.count(server.counters.requests), FORMAT.rate(now.rate)],
+  "Errors": ({ server, now }) => [FORMAT.count(server.counters.errors), now.failed ? FORMAT.percent(now.failed) : ""],
+  "Retries": ({ server }) => [FORMAT.count(server.retries)],
+  "p50": ({ now }) => [FORMAT.time(now.p50)],
+  "p95": ({ now }) => [FORMAT.time(now.p95)],
+  "p99": ({ now }) => [FORMAT.time(now.p99)],
+  "Bytes out": ({ server: { counters: c } }) => [FORMAT.bytes(c.bytes_out), `${FORMAT.bytes(c.bytes_in)} in`],
+};
+
+/** What the person who looks has chosen. */
+interface Chosen {
+  mayChange: boolean;
+  find: string; // in lower case
+  onlyProblems: boolean;
+  flipped: Set<string>; // ids of what is folded that would be open, or open that would be folded
+  explain: string; // a request
 }
 
 const FEW = 8; // services up to which all of them are open
-const WHOLE = 100; // servers of a service that are shown with all of their figures
+const WHOLE = 100; // servers of a service with all figures: a thousand would take 30 ms, in which no request is served
 /** A service, and those of its servers that are looked for; nothing where there is none. */
-function serviceSection(look: Look, service: ServiceView, all: Shown[], troubles: Trouble[]) {
-  const { find, onlyProblems, flipped, mayChange, snapshot } = look, { name, strategy, waiting, in_flight } = service;
-  const path = pathOf(name), now = recently(look, path, service.counters), id = `fold:${path}`;
-  const found = all.filter(({ server, state, level }) =>
-    lower([name, server.name, server.status, state].join(" ")).includes(find) &&
-    (!onlyProblems || level !== "good" && level !== "" || troubles.some(({ at }) => at === path))
+function serviceSection(shown: ShownService, { find, onlyProblems, flipped, mayChange }: Chosen, isFew: boolean) {
+  const { service: { name, strategy, waiting, in_flight }, id, now, servers, troubles } = shown, fold = `fold:${id}`;
+  const isAllTrouble = troubles.some(({ at }) => at === id);
+  const found = servers.filter(({ server, state, level }) =>
+    lower(`${name} ${server.name} ${server.status} ${state}`).includes(find) &&
+    (!onlyProblems || isTrouble(level) || isAllTrouble)
   );
-  if (!found.length) return undefined;
-  const isOpen = snapshot.services.length <= FEW || troubles.length > 0 || find !== "";
-  const up = all.filter(({ state }) => state === "up").length, level = troubles[0]?.level ?? "";
-  const facts = [strategy, `${up} of ${all.length} up`, `${in_flight} in flight`];
-  if (waiting) facts.push(`${waiting} waiting`);
-  facts.push(FORMAT.rate(now.rate), `${FORMAT.percent(now.failed ?? 0)} errors`, `p99 ${FORMAT.time(now.p99)}`);
-  const isShown = isOpen !== flipped.has(id), titles = [...Object.keys(COLUMNS), ...(mayChange ? ["Change"] : [])];
-  const rows = isShown ? found.map((one, i) => serverRow(look, service, all, one, i >= WHOLE)) : [];
+  if (!found.length) return [];
+  const isOpen = (isFew || troubles.length > 0 || find !== "") !== flipped.has(fold), level = troubles[0]?.level ?? "";
+  const facts = [strategy, `${servers.filter(({ state }) => state === "up").length} of ${servers.length} up`];
+  facts.push(`${in_flight} in flight`, ...(waiting ? [`${waiting} waiting`] : []), FORMAT.rate(now.rate));
+  facts.push(`${FORMAT.percent(now.failed ?? 0)} errors`, `p99 ${FORMAT.time(now.p99)}`);
+  const rows = (isOpen ? found : []).map((one, i) => {
+    const cells = Object.entries(COLUMNS).slice(0, i < WHOLE ? undefined : 2).map(([title, textsOf], column) => {
+      const [figure, detail = ""] = textsOf(one), inside = html`<span>${figure}</span><small>${detail}</small>`;
+      return column ? html`<td data-title="${title}">${inside}</td>` : html`<th scope="row">${inside}</th>`;
+    });
+    const change = i < WHOLE && mayChange ? html`<td class="change">${buttonsOf(shown, one)}</td>` : "";
+    return html`<tr id="${one.id}" class="${one.level}">${cells}${change}</tr>`;
+  });
+  const titles = Object.keys(COLUMNS).map((title) => html`<th>${title}</th>`);
   const note = rows.length > WHOLE ? `The figures of the first ${WHOLE} are shown: find others by their names.` : "";
   // deno-fmt-ignore
-  return html`<section id="${path}"><details id="${id}" ${isShown ? "open" : ""}>
-<summary><h2><span class="tone ${level}">${level && "▲ "}${name} </span><small>${facts.join(" · ")}</small></h2></summary>
-<table><thead><tr>${titles.map((title) => html`<th>${title}</th>`)}</tr></thead><tbody>${rows}</tbody></table>
+  return html`<section id="${id}"><details id="${fold}" ${isOpen ? "open" : ""}>
+<summary><h2><span class="tone ${level}">${level && "▲ "}${name}</span><small>${facts.join(" · ")}</small></h2></summary>
+<table><thead><tr>${titles}${mayChange ? html`<th class="change">Change</th>` : ""}</tr></thead><tbody>${rows}</tbody></table>
 <p>${note}</p></details></section>`;
 }
 
 // Routes, and the page.
 
-const PATHS: Record<string, string> = { prefix: "", exact: "= ", regex: "~ " };
-function routeRow(route: Snapshot["routes"][number]) {
-  const paths = route.paths.flatMap((one) => Object.entries(one)).map(([kind, path]) => PATHS[kind] + path);
-  const rules = [route.methods, route.hosts, paths, [...route.headers, ...route.query]];
-  const asked = rules.map((list) => list.join(", ")).filter(Boolean).join(" ") || "everything";
-  const { services, redirect, respond } = route as { services?: { service: string; weight: number }[] } & Raw;
+function routeRow(
+  { name, default: takesRest, methods, hosts, paths, headers, query, services, redirect, respond }: RouteView,
+) {
+  const signs: Raw = { prefix: "", exact: "= ", regex: "~ " };
+  const wanted = paths.flatMap((one) => Object.entries(one)).map(([kind, path]) => `${signs[kind]}${path}`);
+  const rules = [methods, hosts, wanted, [...headers, ...query]].map((list) => list.join(", ")).filter(Boolean);
+  const match = takesRest ? "all else" : rules.join(" ") || "everything";
   const answer = redirect ? `redirect ${redirect}` : `answer ${respond}`;
-  const weightOf = (weight: number) => services!.length > 1 ? `${weight} ` : "";
-  const target = services?.map(({ service, weight }) => weightOf(weight) + service).join(", ") ?? answer;
-  return html`<tr>${
-    [route.name, route.default ? "all else" : asked, target].map((text) => html`<td>${text}</td>`)
-  }</tr>`;
+  const target = services?.map(({ service, weight }) => services.length > 1 ? `${weight} ${service}` : service).join(
+    ", ",
+  );
+  return html`<tr>${[name, match, target ?? answer].map((text) => html`<td>${text}</td>`)}</tr>`;
 }
 
 /** In one line: how many servers are up. */
-function verdictOf(shown: Shown[]): string {
-  const count = (fits: (one: Shown) => boolean) => shown.filter(fits).length;
-  const up = count(({ state }) => state === "up"), unchecked = count(({ state }) => state === "unchecked");
-  const aside = count(({ server }) => server.state !== "ready"), all = FORMAT.count(shown.length);
-  if (!shown.length) return "No servers yet";
-  if (up === shown.length) return `All servers are up: ${all}`;
-  const others = [[aside, "set aside"], [unchecked, "unchecked"]] as const;
-  const rest = others.map(([n, what]) => n ? `, ${FORMAT.count(n)} ${what}` : "").join("");
+function verdictOf(servers: ShownServer[]): string {
+  const count = (fits: (one: ShownServer) => boolean) => servers.filter(fits).length;
+  const up = count(({ state }) => state === "up"), all = FORMAT.count(servers.length);
+  if (!servers.length) return "No servers yet";
+  if (up === servers.length) return `All servers are up: ${all}`;
+  const aside = count(({ server }) => server.state !== "ready"),
+    unchecked = count(({ state }) => state === "unchecked");
+  const others = Object.entries({ "set aside": aside, unchecked }).filter(([, n]) => n > 0);
+  const rest = others.map(([what, n]) => `, ${FORMAT.count(n)} ${what}`).join("");
   return `${FORMAT.count(up)} of ${all} servers are up${rest}`;
 }
 
@@ -10664,49 +10575,56 @@ function programFacts({ version, runtime, uptime, workers, reloads, listeners, d
     return `${protocol}://${address}${ends && ` (certificate ${ends})`}`;
   });
   return [
-    `lb.ts ${version} on ${runtime}`,
-    draining ? "draining" : `up ${FORMAT.age(uptime)}`,
-    workers.length ? `workers: ${workers.length}` : "",
-    reloads.count ? `last reload ${FORMAT.age(reloads.ago)} ago` : "no reload yet",
-    ...addresses,
-  ].filter(Boolean);
+    ...[`lb.ts ${version} on ${runtime}`, draining ? "draining" : `up ${FORMAT.age(uptime)}`],
+    ...(workers.length ? [`workers: ${workers.length}`] : []),
+    ...[reloads.count ? `last reload ${FORMAT.age(reloads.ago)} ago` : "no reload yet", ...addresses],
+  ];
+}
+
+/** What would become of a request, in words: `GET http://host/path`, or a path alone. */
+function explainText(balancer: Balancer, text: string): string {
+  const [, method = "GET", url = ""] = /^(?:([A-Z]+) )?(https?:\/\/\S+|\/\S*)$/.exec(text) ?? [];
+  const whole = url.startsWith("/") ? `http://localhost${url}` : url;
+  if (!URL.canParse(whole)) return `${quote(text)} is not a request such as GET http://host/path`;
+  try {
+    return explanationText(explain(balancer, method, whole));
+  } catch (error) {
+    return (error as Error).message;
+  }
 }
 
 const SIGNS = { good: "●", warn: "▲", bad: "✕", "": "○" };
 /** All that changes, as the script puts it in place: elements have either elements in them or text. */
-function liveView(look: Look, date: Date) {
-  const { snapshot, find, onlyProblems, answer, flipped } = look, { services, routes } = snapshot;
-  const all = services.map((service) => {
-    const shown = shownOf(look, service);
-    return { service, shown, troubles: troublesOf(look, service, shown) };
-  });
-  const troubles = [...troublesOfProgram(snapshot, date), ...all.flatMap((one) => one.troubles)]
+function liveView(balancer: Balancer, history: Sample[], chosen: Chosen) {
+  const snapshot = snapshotOf(balancer), { services, routes } = snapshot, { find, onlyProblems, flipped } = chosen;
+  const all = services.map((service) => shownOf(service, snapshot, history)),
+    servers = all.flatMap((one) => one.servers);
+  const troubles = [...troublesOfProgram(snapshot, balancer.effects.date()), ...all.flatMap((one) => one.troubles)]
     .sort((a, b) => a.level.localeCompare(b.level)); // bad before warn
-  const everyone = all.flatMap(({ shown }) => shown), isKnown = everyone.every(({ state }) => state !== "unchecked");
-  const level = troubles[0]?.level ?? (isKnown ? "good" : "");
-  const sections = all.flatMap((one) => serviceSection(look, one.service, one.shown, one.troubles) ?? []);
-  const none = `No ${onlyProblems ? "problem" : "server"}${find && ` matches "${find}"`}.`;
+  const isKnown = servers.every(({ state }) => state !== "unchecked");
+  const level = troubles[0]?.level ?? (isKnown && servers.length ? "good" : "");
+  const isFew = services.length <= FEW, sections = all.flatMap((one) => serviceSection(one, chosen, isFew));
+  const nothing = `No ${onlyProblems ? "problem" : "server"}${find && ` matches "${find}"`}.`;
+  const none = services.length ? nothing : "There is no service yet. The API adds one, and so does routes.yml.";
+  const answer = chosen.explain && explainText(balancer, chosen.explain);
   // deno-fmt-ignore
   return html`<main id="live">
 <header><h1>lb.ts</h1>${linksTo({ docs: "API", ...TEXTS })}
-<p id="verdict" class="tone ${level}" role="status">${SIGNS[level]} ${verdictOf(everyone)}</p></header>
-<p class="bar">${programFacts(snapshot).map((fact) => html`<small>${fact}</small>`)}</p>
+<div class="card ${level}"><p id="verdict" class="tone" role="status">${SIGNS[level]} ${verdictOf(servers)}</p>
+<p class="facts">${programFacts(snapshot).map((fact) => html`<small>${fact}</small>`)}</p>
 <ul id="troubles" aria-label="What is wrong">${troubles.map(({ level, text, at }) =>
-  html`<li class="tone ${level}">${at ? html`<a href="#${at}">${text}</a>` : html`<span>${text}</span>`}</li>`)}</ul>
-<div id="charts">${chartsOf(look).map(({ title, lines, now, top }) => html`<figure>
-<figcaption><span>${title}</span><small>at most ${top} in 5 min</small><b>${now}</b></figcaption>
-<svg viewBox="0 0 300 56" preserveAspectRatio="none" role="img" aria-label="${title}: now ${now}, at most ${top} in 5 min">
-${lines.map((d) => html`<path d="${d}"/>`)}</svg></figure>`)}</div>
+  html`<li class="tone ${level}">${at ? html`<a href="#${at}">${text}</a>` : html`<span>${text}</span>`}</li>`)}</ul></div></header>
+<div id="charts">${chartsOf(history, snapshot)}</div>
 <div class="bar"><input id="find" type="search" placeholder="Find a server, service or state" aria-label="Find">
-<label><input id="problems" type="checkbox"> <span>Problems only</span></label></div>
-<p id="none">${services.length && !sections.length ? none : ""}</p>
+<label><input id="problems" type="checkbox"><span>Problems only</span></label></div>
+<p id="none">${sections.length ? "" : none}</p>
 <div id="services">${sections}</div>
-<details id="rules" ${flipped.has("rules") ? "" : "open"}><summary>Routes</summary>
+<details id="rules" ${flipped.has("rules") === isFew ? "" : "open"}><summary><h2>Routes</h2></summary>
 <form id="explain" class="bar"><input id="request" aria-label="Request"
 placeholder="Which route does this request take? GET http://host/path"><button>Explain</button></form>
 <pre id="answer" ${answer ? "" : "hidden"}>${answer}</pre>
-<div><table><thead><tr><th>Route</th><th>Match</th><th>Service</th></tr></thead>
-<tbody id="routes">${routes.map(routeRow)}</tbody></table></div></details>
+<table><thead><tr><th>Route</th><th>Match</th><th>Service</th></tr></thead>
+<tbody id="routes">${routes.map(routeRow)}</tbody></table></details>
 </main>`;
 }
 
@@ -10783,9 +10701,8 @@ document.onclick = async (event) => {
     refresh();
   }
   if (button) propose(button);
-  if (!link || !sessionStorage.token) return; // the listener takes no token from a link
-  const path = link.getAttribute("href");
-  if (path === "docs") return;
+  const path = link?.getAttribute("href");
+  if (!path || path === "docs" || !sessionStorage.token) return; // the listener takes no token from a link
   event.preventDefault();
   $("text").textContent = await (await call(path)).text();
   $("sheet").showModal();
@@ -10807,13 +10724,11 @@ const openDialog = (texts, input, submit) => {
   return new Promise((resolve) => dialog.onclose = resolve);
 };
 $("cancel").onclick = () => $("ask").close();
-const propose = ({ name: action, value, title: why, ariaLabel: what, parentElement }) => {
-  const { id } = parentElement.parentElement, isWeight = action === "weight";
-  const input = isWeight && { type: "number", min: 0, max: 256, value };
-  openDialog({ what, why, go: isWeight ? "set" : action, label: "Weight" }, input, async (typed) => {
-    const weigh = () => call(id, "PATCH", { weight: Number(typed) });
-    const setState = () => call(id + "/state", "PUT", { state: action });
-    const answer = await (isWeight ? weigh() : setState()).catch(() => undefined);
+const propose = ({ name: action, value, title: why, ariaLabel: what, dataset }) => {
+  const input = value && { type: "number", min: 0, max: 256, value };
+  openDialog({ what, why, go: value ? "set" : action, label: "Weight" }, input, async (typed) => {
+    const [method, path] = dataset.call.split(" "), body = value ? { weight: Number(typed) } : JSON.parse(dataset.body);
+    const answer = await call(path, method, body).catch(() => undefined);
     if (!answer) return "The connection is lost.";
     if (!answer.ok) return (await answer.json()).detail;
     refresh();
@@ -10852,49 +10767,33 @@ const DASHBOARD_POLICY = {
   requireTrustedTypesFor: ["'script'"],
 };
 
-/** What would become of a request, in words: `GET http://host/path`. */
-function answerTo(balancer: Balancer, text: string): string {
-  const [, method = "GET", url = ""] = /^(?:([A-Z]+) )?(https?:\/\/\S+|\/\S*)$/.exec(text) ?? [];
-  const whole = url.startsWith("/") ? `http://localhost${url}` : url;
-  if (!URL.canParse(whole)) return `${quote(text)} is not a request such as GET http://host/path`;
-  try {
-    return explanationText(explain(balancer, method, whole));
-  } catch (error) {
-    return (error as Error).message;
-  }
-}
-
-/** The page, for everybody who gets here, and what it shows: snapshots of this process, or sums over many. */
-function dashboard(
-  balancer: Balancer,
-  gate: Gatekeeper,
-  see: () => Snapshot | Promise<Snapshot> = () => snapshotOf(balancer),
-): Hono<AdminEnv> {
+/** The page, for everybody who gets here, and what it shows, for those whom the gate lets through. */
+function dashboard(balancer: Balancer, gate: Gatekeeper): Hono<AdminEnv> {
   const app = new Hono<AdminEnv>(), history: Sample[] = [], page = pageHandler(dashboardPage, DASHBOARD_POLICY);
-  const remember = async () => {
-    history.push(sampleOf(await see()));
+  const remember = () => {
+    history.push(sampleOf(snapshotOf(balancer)));
     if (history.length > HISTORY.most) history.shift();
     delete history.at(-HISTORY.recent - 1)?.counters;
   };
   if (balancer.runtime !== "edge") { // also while no page is open
-    void remember();
+    remember();
     setInterval(remember, HISTORY.interval).unref();
   }
-  app.get("/", (context, next) => context.req.path.endsWith("/") ? page(context) : next());
   // Mounted at /ops it is asked as /ops and as /ops/: links on the page need the slash.
   app.use(async (context, next) => {
     const root = basePath(context).replace(/\/$/, ""), { path, method } = context.req;
-    if (method !== "GET" || path !== root && path !== `${root}/`) return await next();
+    if (!/^(?:GET|HEAD)$/.test(method) || path !== root && path !== `${root}/`) return await next();
     return path === root ? context.redirect(`${path.split("/").at(-1)}/`) : await page(context);
   });
-  app.get("/live", gate, async (context) => {
-    const { req } = context, asked = req.query("ask") ?? "";
-    const look = {
-      ...{ snapshot: await see(), history, mayChange: context.get("shown") !== "read token" },
-      ...{ find: lower(req.query("find") ?? "").trim(), onlyProblems: req.query("problems") !== undefined },
-      ...{ flipped: new Set(req.queries("flip")), answer: asked && answerTo(balancer, asked) },
-    };
-    return context.html(liveView(look, balancer.effects.date()));
+  app.get("/live", gate, (context) => {
+    const { req } = context;
+    return context.html(liveView(balancer, history, {
+      mayChange: context.get("shown") !== "read token",
+      find: lower(req.query("find") ?? "").trim(),
+      onlyProblems: req.query("problems") !== undefined,
+      flipped: new Set(req.queries("flip")),
+      explain: req.query("ask") ?? "",
+    }));
   });
   return app;
 }
@@ -10937,14 +10836,11 @@ const checkSite = (balancer: Balancer, hosts: string[]): Gatekeeper => async ({ 
 
 const TRIES = 5; // wrong tokens from one network until it has to wait: a second, two, four, ... and a minute at most
 const MOST_PEERS = 1_000; // that are remembered for their wrong tokens
-const BEARER_HEADER = /^Bearer +([\w.~+/-]+=*) *$/i; // RFC 6750 section 2.1
-const challenge = (error?: string) => ({ "www-authenticate": error ? `Bearer error="${error}"` : "Bearer" });
 
-/** Asks for a token where there is one; the read token opens GET alone. Who tries wrong ones has to wait. */
+/** Asks for a token where there is one (RFC 6750); the read token opens GET alone. Who tries wrong ones has to wait. */
 function checkToken(balancer: Balancer): Gatekeeper {
-  const { effects } = balancer;
-  const wrong = new Map<string, { count: number; until: number }>();
-  const isWrong = (peer: string, network: string) => {
+  const { effects } = balancer, wrong = new Map<string, { count: number; until: number }>(); // by network
+  const countWrong = (network: string, peer: string) => {
     const count = (wrong.get(network)?.count ?? 0) + 1, wait = count < TRIES ? 0 : Math.min(60, 2 ** (count - TRIES));
     wrong.delete(network); // so that the first is the one that has been quiet for longest
     if (wrong.size >= MOST_PEERS) wrong.delete(wrong.keys().next().value!);
@@ -10952,30 +10848,28 @@ function checkToken(balancer: Balancer): Gatekeeper {
     if (wait) effects.report("warn", `admin: ${peer}: wrong tokens in a row: ${count}`);
   };
   const signed = (text: string) => effects.sign(effects.secret(), text); // so that time tells nothing
+  const challenge = (error?: string) => ({ "www-authenticate": error ? `Bearer error="${error}"` : "Bearer" });
   return async ({ req, set, env }, next) => {
-    const peer = effects.client(req.raw, env).address,
-      network = clientNetwork(peer),
-      { token, read_token } = balancer.tokens;
+    const peer = effects.client(req.raw, env).address, network = clientNetwork(peer);
+    const { token, read_token } = balancer.tokens;
     set("peer", peer);
     set("shown", "");
     if (!token) return await next();
+    // From here to the count nothing is waited for: of guesses that come at once each is counted.
     const wait = Math.ceil(((wrong.get(network)?.until ?? 0) - effects.now()) / 1_000);
     if (wait > 0) return problem(429, "too many wrong tokens", { "retry-after": `${wait}` });
-    const header = req.header("authorization"), given = BEARER_HEADER.exec(header ?? "")?.[1];
-    if (header && !given) {
-      return problem(400, "Authorization is not a bearer token", challenge("invalid_request"));
-    }
-    // From the look at the count to here nothing is waited for: of guesses that come at once each is counted.
+    const header = req.header("authorization"), given = /^Bearer +([\w.~+/-]+=*) *$/i.exec(header ?? "")?.[1];
+    if (header && !given) return problem(400, "Authorization is not a bearer token", challenge("invalid_request"));
     const isShown = (known?: string) => !!known && !!given && signed(known) === signed(given);
-    const shown = isShown(token) ? "token" : isShown(read_token) ? "read token" : "";
-    if (!shown) {
-      if (given) isWrong(peer, network);
+    const isToken = isShown(token);
+    if (!isToken && !isShown(read_token)) {
+      if (given) countWrong(network, peer);
       return problem(401, "the right bearer token is needed", challenge(given && "invalid_token"));
     }
     wrong.delete(network);
-    set("shown", shown);
-    if (shown === "token" || req.method === "GET" || req.method === "HEAD") return await next();
-    return problem(403, "the read token may only look");
+    set("shown", isToken ? "token" : "read token");
+    if (!isToken && req.method !== "GET" && req.method !== "HEAD") return problem(403, "the read token may only look");
+    return await next();
   };
 }
 
@@ -10997,7 +10891,7 @@ function problemOf({ effects }: Balancer, error: Error, method: string): Respons
 export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<AdminEnv> {
   const { file, parse = (text: string) => parseConfig(text, file ? { file } : {}), hosts = [] } = options;
   const { balancer } = lb, app = new Hono<AdminEnv>(), asked = { lb, parse, change: changesOf(lb, parse, file) };
-  app.onError((error, context) => problemOf(balancer, error, context.req.method));
+  app.onError((error, { req }) => problemOf(balancer, error, req.method));
   app.use(async (context, next) => {
     await next();
     for (const [name, value] of Object.entries(ALWAYS)) context.res.headers.set(name, value);

@@ -969,13 +969,20 @@ interface Schema {
   properties?: Record<string, Schema>;
   required?: string[];
   items?: Schema;
+  anyOf?: Schema[];
+  enum?: unknown[];
 }
 /** Whether a value is what a schema says, and says nothing else; gives the first place where not. */
 function mismatch(value: unknown, schema: Schema, all: Record<string, Schema>, path = ""): string | undefined {
   const name = schema.$ref?.split("/").at(-1);
   if (name === "Service" || name === "Config") return undefined; // as in routes.yml
   if (name) return mismatch(value, all[name]!, all, path);
+  if (schema.anyOf) {
+    const found = schema.anyOf.map((one) => mismatch(value, one, all, path));
+    return found.includes(undefined) ? undefined : found[0];
+  }
   const kind = Array.isArray(value) ? "array" : value === null ? "null" : typeof value;
+  if (schema.enum && !schema.enum.includes(value)) return `${path} is ${value}, not one of ${schema.enum}`;
   if (![schema.type].flat().includes(kind)) return `${path} is ${kind}, not ${schema.type}`;
   if (Array.isArray(value)) {
     return value.map((one, i) => mismatch(one, schema.items!, all, `${path}[${i}]`)).find((found) => found);
