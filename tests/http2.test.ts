@@ -195,14 +195,13 @@ let left = 0;
 async function assertIdle(): Promise<void> {
   if (left < 0) return;
   const before = left;
-  for (const end = Date.now() + 3_000; (left = await inFlight()) > before && Date.now() < end;) await sleep(20);
+  for (const end = Date.now() + 20_000; (left = await inFlight()) > before && Date.now() < end;) await sleep(20);
   assert.ok(left <= before, `${left - before} counts of requests in flight do not fall back to 0`);
 }
 
 /** A test at whose end lb.ts has sent nothing wrong, on no connection, and nothing is in flight. */
-function test(name: string, body: () => Promise<unknown>): void {
-  const options = { timeout: 60_000 };
-  nodeTest(name, options, async () => {
+function test(name: string, body: () => Promise<unknown>, timeout = 60_000): void {
+  nodeTest(name, { timeout }, async () => {
     for (const visit of [...h1.visits, ...early.visits]) visit.received = "";
     try {
       await body();
@@ -1304,10 +1303,10 @@ function allow(client: Client, more: number, ...streams: Stream[]): void {
   }
 }
 /** Resolves when all that lb.ts may send is there: it answers a PING behind it. */
-async function settled(client: Client): Promise<void> {
+async function settled(client: Client, within?: number): Promise<void> {
   const pings = () => client.frames.filter((one) => one.type === PING && one.flags === ACK).length, before = pings();
   client.send(frame(PING, 0, 0, "settled?"));
-  await client.when("a PING is answered", () => pings() > before);
+  await client.when("a PING is answered", () => pings() > before, within);
 }
 
 test("a response waits for the windows of its stream and of its connection", async () => {
@@ -2605,6 +2604,7 @@ const isFault = (fault: string) => !/window allows|has not begun|behind a reset|
 test(`whatever ${CONNECTIONS} clients and servers send, lb.ts goes on, and nothing stays in flight`, async () => {
   const faults: string[] = [], starts = new Set<string>();
   let next = 0;
+  await lb.reload(config()); // with usual limits no client is too slow, however busy the machine is
   const internal = await failures("internal");
   h1.reset(play);
   const worker = async () => {
@@ -2619,12 +2619,10 @@ test(`whatever ${CONNECTIONS} clients and servers send, lb.ts goes on, and nothi
         client.send(all.subarray(at, end));
         if (random() < 0.5) await new Promise((resolve) => setImmediate(resolve));
       }
-      if (isValid) await settled(client);
+      if (isValid) await settled(client, 60_000);
       else if (random() < 0.5) await sleep(any(30));
       const { code = "NO_ERROR", text = "" } = client.goAway ?? {};
-      if (isValid && code !== "NO_ERROR" && !text.includes("does not read")) {
-        faults.push(`seed ${SEED + i}: ${code}, ${text}`);
-      }
+      if (isValid && code !== "NO_ERROR") faults.push(`seed ${SEED + i}: ${code}, ${text}`);
       faults.push(...client.faults.filter(isFault).map((fault) => `seed ${SEED + i}: ${fault}`));
       client.destroy();
     }
@@ -2661,7 +2659,7 @@ test(`whatever ${CONNECTIONS} clients and servers send, lb.ts goes on, and nothi
   for (const start of starts) assert.match(start, /^HTTP\/1\.1 [2-9]\d\d (?:true|false)$/);
   await assertServed(await open());
   await assertServed(await open(), "/h2/after");
-});
+}, 600_000);
 
 // ─── The end ───
 
