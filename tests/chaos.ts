@@ -1,4 +1,4 @@
-// Chaos: under load of requests, WebSockets and TCP connections servers are killed, paused, slowed and made to reset in
+// Chaos: under load of requests over HTTP/1.1 and HTTP/2, WebSockets and TCP connections servers of both versions are killed, paused, slowed and made to reset in
 // the middle of a body, workers are ended and the config is reloaded. Events, clients and servers each draw from a stream of
 // their own that follows from one seed. Afterwards every byte of every answer was right, nothing was sent twice that must not
 // be, and nothing is left behind. `deno task chaos --seconds 120 --seed 7 --workers 2`; tests/chaos.test.ts runs it for a while.
@@ -15,6 +15,7 @@ import { join } from "node:path";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
+import { type Client, type Field, h2Client, type H2Script, h2Server, valueOf } from "./h2.ts";
 import { BINARY, echoStrictly, openWebSocket, webSocketServer } from "./frames.ts";
 import { spawnGuarded } from "./guard.ts";
 import { freePort, runtime, seeded, sleep, until } from "./rig.ts";
@@ -23,7 +24,10 @@ const SELF = fileURLToPath(import.meta.url);
 const ENTRY = fileURLToPath(new URL("../lb.ts", import.meta.url));
 const RUN = runtime() === "deno" ? ["run", "-A"] : [];
 const SERVERS = 4;
-const CLIENTS = 16;
+const CLIENTS = 16; // of HTTP/1.1
+const SESSIONS = 3; // clients of HTTP/2, each with some streams at once on one connection
+const STREAMS_EACH = 4;
+const ASKING = CLIENTS + SESSIONS * STREAMS_EACH; // requests at once
 const STREAMS = 4; // clients of each other kind: TCP, WebSocket
 
 // ─── The server: bytes that follow from the path, in a manner that it is told ───
@@ -42,9 +46,23 @@ interface Manner {
 }
 
 /** Answers until it is killed; says on standard output where it listens, which POSTs came, and what it has cut off. */
-function serve(port: number, seed: number): void {
+async function serve(port: number, port2: number, seed: number): Promise<void> {
   const random = seeded(seed);
   let manner: Manner = { delay: 0, reset: 0 };
+  const answer2: H2Script = async (stream) => {
+    const [, , number = ""] = valueOf(stream.head, ":path").split("/"), body = bodyOf(Number(number));
+    await stream.done(60_000); // a body is read before it is answered
+    if (stream.end.faults.length) console.error(`lb.ts sends ${stream.end.faults}`);
+    if (!stream.ended) return; // the client has left
+    if (valueOf(stream.head, ":method") === "POST") console.log(`post ${number}`);
+    if (manner.delay) await sleep(manner.delay);
+    const fields: Field[] = Number(number) % 2 ? [] : [["content-length", `${body.length}`]];
+    if (random() >= manner.reset) return stream.respond(200, fields, body);
+    console.log(`cut ${number}`);
+    stream.sendHead([[":status", "200"], ...fields]);
+    await stream.sendData(body.subarray(0, body.length / 2));
+    stream.reset("INTERNAL_ERROR");
+  };
   const server = createServer(async (asked, answer: ServerResponse) => {
     const [, kind, number = "0"] = asked.url!.split("/");
     if (kind === "manner") {
@@ -67,11 +85,14 @@ function serve(port: number, seed: number): void {
   });
   server.keepAliveTimeout = 60_000;
   setTimeout(() => process.exit(), 600_000); // nobody may be left to end it
-  server.listen(port, "127.0.0.1", () => console.log(`listening ${(server.address() as AddressInfo).port}`));
+  const http2 = await h2Server(answer2, {}, undefined, port2);
+  const says = () => console.log(`listening ${(server.address() as AddressInfo).port} ${http2.port}`);
+  server.listen(port, "127.0.0.1", says);
 }
 
 interface Backend {
   port: number;
+  port2: number; // for HTTP/2
   child: ChildProcess;
   paused: boolean;
 }
@@ -83,22 +104,22 @@ interface Heard {
   said: string; // what went wrong in them
 }
 
-async function startBackend(heard: Heard, seed: number, port = 0): Promise<Backend> {
-  const words = [...RUN, SELF, "serve", String(port), String(seed)];
+async function startBackend(heard: Heard, seed: number, port = 0, port2 = 0): Promise<Backend> {
+  const words = [...RUN, SELF, "serve", `${port}`, `${port2}`, `${seed}`];
   const child = spawnGuarded(process.execPath, words);
   child.stderr.on("data", (bytes: Buffer) => heard.said += bytes);
-  let listening = 0, rest = "";
+  let listening: [number, number] | undefined, rest = "";
   child.stdout.on("data", (bytes: Buffer) => {
     const lines = (rest + bytes).split("\n");
     rest = lines.pop()!;
-    for (const [word, value = ""] of lines.map((line) => line.split(" "))) {
-      if (word === "listening") listening = Number(value);
+    for (const [word, value = "", second] of lines.map((line) => line.split(" "))) {
+      if (word === "listening") listening = [Number(value), Number(second)];
       if (word === "post") heard.posts.set(value, (heard.posts.get(value) ?? 0) + 1);
       if (word === "cut") heard.cuts++;
     }
   });
-  await until("a server listens", () => listening, 30_000);
-  return { port: listening, child, paused: false };
+  const [first, second] = await until("a server listens", () => listening, 30_000);
+  return { port: first, port2: second, child, paused: false };
 }
 
 // ─── The clients ───
@@ -113,10 +134,13 @@ interface Tally {
   torn: number; // and those that did not
 }
 
+type Asked = [path: string, method: string, number: number];
+
 /** One request; its answer is compared byte for byte. */
-function ask(agent: Agent | false, port: number, method: string, number: number, tally: Tally): Promise<void> {
+function ask(agent: Agent | false, port: number, [path, method, number]: Asked, tally: Tally): Promise<void> {
   return new Promise((resolve) => {
-    const sent = request({ port, agent, method, path: `/x/${number}`, host: "127.0.0.1", headers: { host: "a.test" } });
+    const to = { port, agent, method, path: `${path}${number}`, host: "127.0.0.1", headers: { host: "a.test" } };
+    const sent = request(to);
     let begun = false, done = false;
     const end = (what: () => void) => {
       if (!done) what();
@@ -149,6 +173,30 @@ function ask(agent: Agent | false, port: number, method: string, number: number,
       }));
     sent.end(method === "POST" ? "a body" : undefined);
   });
+}
+
+/** One request over HTTP/2; its answer is compared byte for byte. */
+async function askOver(client: Client, [path, method, number]: Asked, tally: Tally): Promise<void> {
+  const body = method === "POST" ? { body: "a body", sized: number % 4 < 2 } : {};
+  const stream = client.ask(`${path}${number}`, { method, ...body }), want = bodyOf(number);
+  await stream.done(60_000);
+  const { status, ended, head, body: got } = stream, why = stream.header("x-lb-failure");
+  if (!head.length) tally.broken++;
+  else if (status === 200 && ended && digest(got) === digest(want)) tally.whole++;
+  else if (status === 200 && !ended && got.equals(want.subarray(0, got.length))) tally.cut++;
+  else if (method === "POST" && NOT_REPEATED.has(why)) tally.refused++;
+  else tally.wrong.push(`${method} ${path}${number} over HTTP/2: ${stream.result} ${why}, ${got.length} bytes`);
+}
+
+/** Some requests at once over one connection of HTTP/2, again and again. */
+async function converseInHttp2(port: number, next: () => Asked, tally: Tally): Promise<void> {
+  const client = await h2Client(port);
+  const asking = Array.from({ length: STREAMS_EACH }, async () => {
+    for (let i = 0; i < 25 && !client.over; i++) await askOver(client, next(), tally);
+  });
+  await Promise.all(asking);
+  tally.wrong.push(...client.faults);
+  client.destroy();
 }
 
 /** Why a POST that a server may have seen is not sent to another one. */
@@ -220,25 +268,30 @@ export async function chaos({ seconds, seed, workers = 1 }: Chaos) {
   const backends = await Promise.all(Array.from({ length: SERVERS }, () => startBackend(heard, lives++)));
   const echoing = await webSocketServer(echoStrictly), tcpPort = await freePort();
   const folder = mkdtempSync(join(tmpdir(), "lb-chaos-")), file = join(folder, "routes.yml");
+  const weight = () => 1 + Math.floor(random() * 3);
   const write = () =>
     writeFileSync(
       file,
       JSON.stringify({
         log: "off",
+        listen: [{ address: "127.0.0.1:0", h2c: true }],
         admin: { listen: "127.0.0.1:0" },
         tcp: [{ listen: `127.0.0.1:${tcpPort}`, servers: backends.map(({ port }) => `127.0.0.1:${port}`), retries: 3 }],
-        paths: [{ path: "/ws", servers: [echoing.address] }],
-        default: {
-          servers: backends.map(({ port }) => ({ url: `127.0.0.1:${port}`, weight: 1 + Math.floor(random() * 3) })),
+        defaults: {
           health: { path: "/x/0", interval: "500ms", timeout: "500ms", rise: 1, fall: 2 },
           eject: { failures: 3, for: "2s" },
           ...{ retries: SERVERS - 1, retry_budget: "100%", timeouts: { connect: "500ms", response: "1s", idle: "2s" } },
         },
+        paths: [
+          { path: "/ws", servers: [echoing.address], health: "off" },
+          { path: "/y", servers: backends.map(({ port2 }) => ({ url: `h2c://127.0.0.1:${port2}`, weight: weight() })) },
+        ],
+        default: { servers: backends.map(({ port }) => ({ url: `127.0.0.1:${port}`, weight: weight() })) },
       }),
     );
   write();
   const more = workers > 1 ? ["--workers", String(workers)] : [];
-  const args = [...RUN, ENTRY, "-c", file, "--listen", "127.0.0.1:0", "--drain", "5s", ...more];
+  const args = [...RUN, ENTRY, "-c", file, "--drain", "5s", ...more];
   const program = spawnGuarded(process.execPath, args, { stdout: "ignore" });
   let err = "", over = false;
   program.stderr.on("data", (bytes: Buffer) => err += bytes);
@@ -249,11 +302,18 @@ export async function chaos({ seconds, seed, workers = 1 }: Chaos) {
     const port = await until("lb.ts listens", () => Number(/listening on http:\/\/\S+:(\d+)/.exec(err)?.[1]), 30_000);
     const agent = new Agent({ keepAlive: true, maxSockets: CLIENTS });
     let running = true, number = 0;
+    const draw = (random: () => number): Asked => {
+      const path = random() < 0.5 ? "/x/" : "/y/"; // of a server of HTTP/1.1, or HTTP/2
+      return [path, random() < 0.8 ? "GET" : "POST", ++number];
+    };
     const client = async (random: () => number) => {
       while (running) {
-        if (random() < 0.8) await ask(agent, port, "GET", ++number, tally);
-        else await ask(false, port, "POST", ++number, tally); // over a kept connection Deno and Bun send one again by themselves
+        const asked = draw(random);
+        await ask(asked[1] === "GET" && agent, port, asked, tally); // Deno and Bun send a POST again over a kept connection
       }
+    };
+    const clientOfHttp2 = async (random: () => number) => {
+      while (running) await converseInHttp2(port, () => draw(random), tally);
     };
     const streaming = async () => {
       while (running) await stream(tcpPort, number += 2 - number % 2, tally); // even: their length is known
@@ -263,7 +323,8 @@ export async function chaos({ seconds, seed, workers = 1 }: Chaos) {
     };
     const some = (count: number, one: (random: () => number) => Promise<void>) =>
       Array.from({ length: count }, () => one(seeded(lives++)));
-    const clients = [...some(CLIENTS, client), ...some(STREAMS, streaming), ...some(STREAMS, conversing)];
+    const talking = [...some(STREAMS, streaming), ...some(STREAMS, conversing)];
+    const clients = [...some(CLIENTS, client), ...some(SESSIONS, clientOfHttp2), ...talking];
     await sleep(2_000);
     const before = held(program.pid!);
 
@@ -276,7 +337,7 @@ export async function chaos({ seconds, seed, workers = 1 }: Chaos) {
       async kill(backend) {
         backend.child.kill("SIGKILL");
         await sleep(300 + random() * 700);
-        backend.child = (await startBackend(heard, lives++, backend.port)).child;
+        backend.child = (await startBackend(heard, lives++, backend.port, backend.port2)).child;
       },
       async pause(backend) {
         process.kill(backend.child.pid!, "SIGSTOP");
@@ -355,9 +416,9 @@ export function judge(
   assert.equal(heard.said, "", "what the servers say is wrong");
   assert.deepEqual(wrong, [], "answers that are wrong");
   assert.deepEqual(twice, [], "POSTs that came twice");
-  assert.ok(cut <= heard.cuts + CLIENTS * (counts.kill + counts.pause + counts.worker), line);
-  assert.ok(broken <= CLIENTS * counts.worker, line);
-  assert.ok(refused <= heard.cuts + CLIENTS * (counts.kill + counts.pause + counts.slow), line);
+  assert.ok(cut <= heard.cuts + ASKING * (counts.kill + counts.pause + counts.worker), line);
+  assert.ok(broken <= ASKING * counts.worker, line);
+  assert.ok(refused <= heard.cuts + ASKING * (counts.kill + counts.pause + counts.slow), line);
   assert.ok(torn <= heard.cuts + STREAMS * (counts.kill + counts.pause + 2 * counts.worker), line);
   assert.match(err, /requests in flight: 0\n/, "in flight at the end");
   assert.doesNotMatch(err.replaceAll(/error: a worker has ended.*/g, ""), /error: /, "what the program reports");
@@ -365,8 +426,10 @@ export function judge(
   assert.ok(after.memory < before.memory + 150, line);
 }
 
-if (process.argv[1] === SELF && process.argv[2] === "serve") serve(Number(process.argv[3]), Number(process.argv[4]));
-else if (process.argv[1] === SELF) {
+if (process.argv[1] === SELF && process.argv[2] === "serve") {
+  const [port = 0, port2 = 0, seed = 0] = process.argv.slice(3).map(Number);
+  await serve(port, port2, seed);
+} else if (process.argv[1] === SELF) {
   const text = { type: "string" } as const;
   const { values } = parseArgs({ options: { seconds: text, seed: text, workers: text } });
   const seed = Number(values.seed ?? Date.now() % 1e6);

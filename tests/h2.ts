@@ -711,6 +711,7 @@ export async function h2Server(
   script: H2Script = echoH2,
   options: EndOptions = {},
   tls?: TlsOptions,
+  port = 0,
 ): Promise<H2Server> {
   const open = new Set<Socket>();
   const accept = (socket: Socket) => {
@@ -726,7 +727,7 @@ export async function h2Server(
       return new Promise((resolve) => tcp.close(() => resolve()));
     },
   };
-  await new Promise<void>((resolve) => tcp.listen(0, "127.0.0.1", resolve));
+  await new Promise<void>((resolve) => tcp.listen(port, "127.0.0.1", resolve));
   server.port = (tcp.address() as AddressInfo).port;
   server.address = `127.0.0.1:${server.port}`;
   server.url = tls ? `https://${server.address}` : `h2c://${server.address}`;
