@@ -2300,6 +2300,12 @@ const newCounters = (): Counters => ({
 type Tallies = Map<number, Counters>;
 const newTallies = (): Tallies => new Map();
 
+/** How often something was. */
+interface Occurrences {
+  times: number;
+}
+const newOccurrences = (): Occurrences => ({ times: 0 });
+
 /** Counters by the protocol that clients speak: http, https or tcp. */
 interface Entrypoint {
   name: string;
@@ -2486,7 +2492,7 @@ interface Service {
   hedgesWon: number; // those that answered first
   copies: { answered: number; failed: number; skipped: number; inFlight: number }; // of `mirror`; in no other counter
   tallies: Tallies; // of requests that have ended
-  grpc: Map<string, number>; // calls of gRPC by their status
+  grpc: Map<string, Occurrences>; // calls of gRPC by their status
 }
 
 const newService = (name: string) => ({
@@ -2774,7 +2780,7 @@ interface Balancer {
   requests: number;
   ids: number; // of traces and spans, so far
   readonly entrypoints: Map<string, Entrypoint>; // by name
-  readonly failures: Map<string, number>; // how often each of FAILURES was the end of a request
+  readonly failures: Map<string, Occurrences>; // requests that failed, by FailureName
 }
 
 function newBalancer(table: Table, effects: Effects, runtime: string): Balancer {
@@ -7602,7 +7608,7 @@ const tallyOf = (tallies: Tallies, { status, method }: Pick<Exchange, "status" |
 
 /** Counts what a request or a connection has failed for. */
 const countFailure = ({ failures }: Balancer, reason: string): unknown =>
-  failures.set(reason, (failures.get(reason) ?? 0) + 1);
+  entry(failures, reason, newOccurrences).times++;
 
 /** Adds one that has ended. */
 function count(counters: Counters, milliseconds: number, bytesIn: number, bytesOut: number, failed: boolean): void {
@@ -7637,125 +7643,229 @@ export function quantile({ requests, durations }: Pick<Counters, "requests" | "d
   return 0;
 }
 
+/** A number of a record: what Prometheus calls it, and what workers send of it. */
+interface Metric<T> {
+  name: string; // of its series, with fixed labels; empty: Prometheus does not get it
+  help: string; // of its family; empty: the family stands above
+  /** Over workers all are summed, but for the maximum. Gauges and maxima of a worker end with it. */
+  type: "counter" | "gauge" | "maximum" | "histogram" | "summary";
+  read(record: T, now: number): number;
+  write?(record: T, value: number, now: number): void; // what all workers have together; without it they send nothing
+}
+
+type NumberKey<T> = { [K in keyof T]: T[K] extends number ? K : never }[keyof T];
+/** Where a number stands: in a field, or where it is read, and written if workers send it. */
+type NumberAt<T> = NumberKey<T> | Pick<Metric<T>, "read" | "write"> | Metric<T>["read"];
+const metric = (type: Metric<unknown>["type"]) => <T>(name: string, help: string, place: NumberAt<T>): Metric<T> => {
+  if (typeof place === "function") return { type, name, help, read: place };
+  if (typeof place === "object") return { type, name, help, ...place };
+  const write = (record: T, value: number) => void Object.assign(record as object, { [place]: value });
+  return { type, name, help, read: (record) => Number(record[place]), write };
+};
+const counter = metric("counter"), gauge = metric("gauge"), maximum = metric("maximum");
+const histogram = metric("histogram"), summary = metric("summary");
+
+const copiesAt = (key: keyof Service["copies"]): NumberAt<Service> => ({
+  read: (service) => service.copies[key],
+  write: (service, value) => void (service.copies[key] = value),
+});
+/** How many requests lasted as long as a bound or less. */
+const upTo = (bound: number): NumberAt<Counters> => ({
+  read: ({ durations }) => durations.reduce((sum, held, at) => at > bound ? sum : sum + held),
+  write({ durations }, value) { // behind those of lower bounds
+    durations[bound] = 0;
+    durations[bound] = value - durations.reduce((sum, held, at) => at > bound ? sum : sum + held);
+  },
+});
+const inSeconds: NumberAt<Counters> = {
+  read: ({ milliseconds }) => milliseconds / 1_000,
+  write: (counters, seconds) => void (counters.milliseconds = seconds * 1_000),
+};
+const BOUNDS = [...BUCKETS.map((milliseconds) => `${milliseconds / 1_000}`), "+Inf"];
+
+const requestMetrics = (level: "entrypoint" | "service"): Metric<Counters>[] => [
+  counter(`lb_${level}_requests_total`, "Requests that have ended", "requests"),
+  ...BOUNDS.map((bound, i) =>
+    histogram(
+      `lb_${level}_request_duration_seconds_bucket{le="${bound}"}`,
+      "Time to the end of the answer, with all attempts",
+      upTo(i),
+    )
+  ),
+  histogram(`lb_${level}_request_duration_seconds_sum`, "", inSeconds),
+  histogram(`lb_${level}_request_duration_seconds_count`, "", ({ requests }: Counters) => requests),
+  counter(`lb_${level}_requests_bytes_total`, "Bytes of the requests' bodies", "bytesIn"),
+  counter(`lb_${level}_responses_bytes_total`, "Bytes of the answers' bodies", "bytesOut"),
+  counter("", "", "errors"),
+];
+
+/** The records with numbers, by kind. */
+interface Counted {
+  balancer: Balancer;
+  build: Balancer;
+  failure: Occurrences;
+  entrypoint: Entrypoint;
+  entrypointRequests: Counters;
+  service: Service;
+  serviceRequests: Counters;
+  grpc: Occurrences;
+  server: Server;
+  serverRequests: Counters;
+  strategy: Server;
+}
+type Kind = keyof Counted;
+
+/** Names and labels are Traefik's where it has them. No value of a label is a client's own, so that none can add series. */
+const METRICS: { [K in Kind]: Metric<Counted[K]>[] } = {
+  balancer: [
+    counter("", "", "requests"),
+    gauge("", "", "inFlight"),
+    counter("lb_config_reloads_total", "Reloads that put a config in force", (b) => b.reloads),
+    gauge("lb_config_last_reload_success", "0: it failed, and the old config is in force", (b) => +!b.reloadFailed),
+    gauge(
+      "lb_config_last_reload_success_timestamp_seconds",
+      "When the config came in force",
+      (b) => +b.reloadedAt / 1_000,
+    ),
+    gauge("process_start_time_seconds", "When it was started", (b) => +b.startedAt / 1_000),
+  ],
+  build: [gauge("lb_build_info", "Always 1; the labels say what runs", () => 1)],
+  failure: [counter("lb_failures_total", "Requests that failed, by what x-lb-failure says", "times")],
+  entrypoint: [
+    gauge("lb_open_connections", "Requests in flight (connections that wait for the next are not seen)", "inFlight"),
+  ],
+  entrypointRequests: requestMetrics("entrypoint"),
+  service: [
+    counter("", "", "turn"),
+    counter("", "", "hedges"),
+    gauge("", "", "retrying"),
+    counter("lb_service_retries_total", "Further attempts after the first", "retries"),
+    counter('lb_service_hedges_total{answered="second"}', "Second attempts beside a slow first", "hedgesWon"),
+    counter('lb_service_hedges_total{answered="first"}', "", (s) => s.hedges - s.hedgesWon),
+    gauge("lb_service_requests_in_flight", "Requests in flight", "inFlight"),
+    gauge("lb_service_queue_length", "Requests that wait for a server with room", {
+      read: (s) => s.waiting.size,
+      write: (s, size) => void (s.waiting = new Set(Array.from({ length: size }, () => () => false))),
+    }),
+    counter('lb_service_copies_total{result="answered"}', "Copies that mirror has asked for", copiesAt("answered")),
+    counter('lb_service_copies_total{result="failed"}', "", copiesAt("failed")),
+    counter('lb_service_copies_total{result="skipped"}', "", copiesAt("skipped")),
+    gauge("lb_service_copies_in_flight", "Copies in flight", copiesAt("inFlight")),
+    maximum("lb_service_panicking", "1: too few servers are healthy, so that all are asked", {
+      read: (s) => Number(s.panicking),
+      write: (s, value) => void (s.panicking = value > 0),
+    }),
+  ],
+  serviceRequests: requestMetrics("service"),
+  grpc: [counter("lb_service_grpc_responses_total", "Calls of gRPC that have ended, by status", "times")],
+  server: [
+    counter("", "", "picks"),
+    counter("", "", "answers"),
+    gauge("", "", "limit"),
+    maximum("", "", "failures"),
+    maximum("", "", "failing"),
+    counter("", "", { // behind `answers`
+      read: (s) => s.latency * s.answers,
+      write: (s, spent) => void (s.latency = spent / (s.answers || 1)),
+    }),
+    maximum("", "", { // for how long it is ejected: the clocks of threads differ
+      read: (s, now) => Math.max(0, s.until - now),
+      write(s, left, now) {
+        const until = left && now + left;
+        if (!until !== !s.until) s.since = now;
+        s.until = until;
+      },
+    }),
+    gauge(
+      "lb_service_server_up",
+      "1: it is healthy; 0: it is down, ejected or taken out by hand",
+      (s, now) => Number(s.state === "ready" && isHealthy(s, now)),
+    ),
+    counter("lb_server_retries_total", "Attempts that came here because another had failed", "retries"),
+    gauge("lb_server_requests_in_flight", "Attempts in flight", "inFlight"),
+    counter("lb_server_ejections_total", "Ejections for failures, or for falling behind the others", "ejected"),
+    counter('lb_server_probes_total{result="passed"}', "Probes by their result", (s) => s.probesPassed),
+    counter('lb_server_probes_total{result="failed"}', "", (s) => s.probesFailed),
+  ],
+  serverRequests: [
+    counter("lb_server_requests_total", "Attempts that have ended", "requests"),
+    summary("lb_server_request_duration_seconds_sum", "Time of attempts to their end", inSeconds),
+    summary("lb_server_request_duration_seconds_count", "", (c) => c.requests),
+    counter("lb_server_errors_total", "Attempts with a 5xx, or a failure that is not the client's", "errors"),
+    counter("", "", "bytesIn"),
+    counter("", "", "bytesOut"),
+    ...BOUNDS.map((_, i) => counter("", "", upTo(i))),
+  ],
+  strategy: [counter("lb_server_picks_total", "How often a strategy took the server", (s) => s.picks)],
+};
+
+type Labels = Record<string, string | number>;
+type Visit = <K extends Kind>(kind: K, labels: Labels, record: Counted[K]) => void;
+
+/** Visits every record that has numbers. What has left the config is not there. */
+function visitCounted(balancer: Balancer, visit: Visit): void {
+  const { table, entrypoints, failures, runtime } = balancer;
+  const visitTallies = (kind: "entrypointRequests" | "serviceRequests", labels: Labels, tallies: Tallies) => {
+    for (const [key, counters] of tallies) {
+      const code = Math.floor(key / 16), method = METHODS[key % 16]!;
+      const protocol = method === "" ? "tcp" : code === 101 ? "websocket" : "http";
+      visit(kind, { ...labels, code, method, protocol }, counters);
+    }
+  };
+  visit("balancer", {}, balancer);
+  visit("build", { version: VERSION, runtime }, balancer);
+  for (const [reason, failure] of failures) visit("failure", { reason }, failure);
+  for (const entrypoint of entrypoints.values()) {
+    const labels = { entrypoint: entrypoint.name };
+    visit("entrypoint", labels, entrypoint);
+    visitTallies("entrypointRequests", labels, entrypoint.tallies);
+  }
+  for (const service of table.services.values()) {
+    const { name, tallies, grpc, servers, config: { strategy } } = service;
+    visit("service", { service: name }, service);
+    visitTallies("serviceRequests", { service: name }, tallies);
+    for (const [grpc_status, calls] of grpc) visit("grpc", { service: name, grpc_status }, calls);
+    for (const server of servers) {
+      const labels = { service: name, url: server.url };
+      visit("server", labels, server);
+      visit("serverRequests", labels, server.counters);
+      visit("strategy", { ...labels, strategy: strategy.name }, server);
+    }
+  }
+}
+
 /** `label="value",label="value"`, as Prometheus writes it. */
-const labelsOf = (labels: Record<string, string | number>): string =>
+const labelsText = (labels: Labels): string =>
   Object.entries(labels).map(([label, value]) =>
     `${label}="${String(value).replace(/[\\"]/g, "\\$&").replaceAll("\n", "\\n")}"`
   ).join();
 
-/** Series by name and fixed labels: help, and what to read. Without help they belong to the family above them. */
-type Metrics<T extends unknown[]> = Record<string, [help: string, read: (...of: T) => number]>;
-
-const requestMetrics = (level: "entrypoint" | "service"): Metrics<[Counters]> => ({
-  [`lb_${level}_requests_total`]: ["Requests that have ended", (c) => c.requests],
-  ...Object.fromEntries([...BUCKETS, Infinity].map((bound, i): [string, Metrics<[Counters]>[string]] => [
-    `lb_${level}_request_duration_seconds_bucket{le="${Number.isFinite(bound) ? bound / 1_000 : "+Inf"}"}`,
-    ["Time to the end of the answer, with all attempts", (c) => c.durations.reduce((a, b, at) => at > i ? a : a + b)],
-  ])),
-  [`lb_${level}_request_duration_seconds_sum`]: ["", (c) => c.milliseconds / 1_000],
-  [`lb_${level}_request_duration_seconds_count`]: ["", (c) => c.requests],
-  [`lb_${level}_requests_bytes_total`]: ["Bytes of the requests' bodies", (c) => c.bytesIn],
-  [`lb_${level}_responses_bytes_total`]: ["Bytes of the answers' bodies", (c) => c.bytesOut],
-});
-const metrics = <T extends unknown[]>(rows: Metrics<T>): Metrics<T> => rows;
-
-/** Names and labels are Traefik's where it has them. No value of a label is a client's own, so that none can add series. */
-const METRICS = {
-  entrypointRequests: requestMetrics("entrypoint"),
-  entrypoint: metrics<[Entrypoint]>({
-    lb_open_connections: ["Requests in flight (connections that wait for the next are not seen)", (e) => e.inFlight],
-  }),
-  failure: metrics<[number]>({ lb_failures_total: ["Requests that failed, by what x-lb-failure says", (n) => n] }),
-  grpc: metrics<[number]>({ lb_service_grpc_responses_total: ["Calls of gRPC that have ended, by status", (n) => n] }),
-  serviceRequests: requestMetrics("service"),
-  service: metrics<[Service]>({
-    lb_service_retries_total: ["Further attempts after the first", (s) => s.retries],
-    'lb_service_hedges_total{answered="second"}': ["Second attempts beside a slow first", (s) => s.hedgesWon],
-    'lb_service_hedges_total{answered="first"}': ["", (s) => s.hedges - s.hedgesWon],
-    lb_service_requests_in_flight: ["Requests in flight", (s) => s.inFlight],
-    lb_service_queue_length: ["Requests that wait for a server with room", (s) => s.waiting.size],
-    'lb_service_copies_total{result="answered"}': ["Copies that mirror has asked for", (s) => s.copies.answered],
-    'lb_service_copies_total{result="failed"}': ["", (s) => s.copies.failed],
-    'lb_service_copies_total{result="skipped"}': ["", (s) => s.copies.skipped],
-    lb_service_copies_in_flight: ["Copies in flight", (s) => s.copies.inFlight],
-    lb_service_panicking: ["1: too few servers are healthy, so that all are asked", (s) => Number(s.panicking)],
-  }),
-  server: metrics<[Server, isUp: boolean]>({
-    lb_service_server_up: ["1: it is healthy; 0: it is down, ejected or taken out by hand", (_, isUp) => Number(isUp)],
-    lb_server_requests_total: ["Attempts that have ended", (s) => s.counters.requests],
-    lb_server_request_duration_seconds_sum: ["Time of attempts to their end", (s) => s.counters.milliseconds / 1_000],
-    lb_server_request_duration_seconds_count: ["", (s) => s.counters.requests],
-    lb_server_errors_total: ["Attempts with a 5xx, or a failure that is not the client's", (s) => s.counters.errors],
-    lb_server_retries_total: ["Attempts that came here because another had failed", (s) => s.retries],
-    lb_server_requests_in_flight: ["Attempts in flight", (s) => s.inFlight],
-    lb_server_ejections_total: ["Ejections for failures, or for falling behind the others", (s) => s.ejected],
-    'lb_server_probes_total{result="passed"}': ["Probes by their result", (s) => s.probesPassed],
-    'lb_server_probes_total{result="failed"}': ["", (s) => s.probesFailed],
-  }),
-  strategy: metrics<[Server]>({ lb_server_picks_total: ["How often a strategy took the server", (s) => s.picks] }),
-  balancer: metrics<[Balancer]>({
-    lb_config_reloads_total: ["Reloads that put a config in force", (b) => b.reloads],
-    lb_config_last_reload_success: ["0: it failed, and the old config is in force", (b) => b.reloadFailed ? 0 : 1],
-    lb_config_last_reload_success_timestamp_seconds: ["When the config came in force", (b) => +b.reloadedAt / 1_000],
-    process_start_time_seconds: ["When it was started", (b) => +b.startedAt / 1_000],
-  }),
-  build: metrics<[]>({ lb_build_info: ["Always 1; the labels say what runs", () => 1] }),
-};
-
-/** All numbers, by the text of their series. Services and servers that have left the config are not there. */
+/** All numbers of Prometheus, by the text of their series. */
 export function samplesOf(balancer: Balancer): Map<string, number> {
   const samples = new Map<string, number>(), now = balancer.effects.now();
-  const put = <T extends unknown[]>(rows: Metrics<T>, labels: string, ...of: T) => {
-    for (const [name, [, read]] of Object.entries(rows)) {
+  visitCounted(balancer, (kind, of, record) => {
+    const labels = labelsText(of);
+    for (const { name, read } of METRICS[kind]) {
       const series = name.endsWith("}") ? name.replace("{", `{${labels},`) : labels ? `${name}{${labels}}` : name;
-      samples.set(series, read(...of));
+      if (name) samples.set(series, read(record, now));
     }
-  };
-  const putRequests = (rows: Metrics<[Counters]>, labels: string, tallies: Tallies) => {
-    for (const [key, counters] of tallies) {
-      const code = Math.floor(key / 16), method = METHODS[key % 16]!;
-      const protocol = method === "" ? "tcp" : code === 101 ? "websocket" : "http";
-      put(rows, `${labels},${labelsOf({ code, method, protocol })}`, counters);
-    }
-  };
-  for (const entrypoint of balancer.entrypoints.values()) {
-    const labels = labelsOf({ entrypoint: entrypoint.name });
-    putRequests(METRICS.entrypointRequests, labels, entrypoint.tallies);
-    put(METRICS.entrypoint, labels, entrypoint);
-  }
-  for (const [reason, times] of balancer.failures) put(METRICS.failure, labelsOf({ reason }), times);
-  for (const service of balancer.table.services.values()) {
-    const { name, config: { strategy } } = service, own = labelsOf({ service: name });
-    putRequests(METRICS.serviceRequests, own, service.tallies);
-    put(METRICS.service, own, service);
-    for (const [status, times] of service.grpc) put(METRICS.grpc, `${own},${labelsOf({ grpc_status: status })}`, times);
-    for (const server of service.servers) {
-      const labels = labelsOf({ service: name, url: server.url });
-      put(METRICS.server, labels, server, server.state === "ready" && isHealthy(server, now));
-      put(METRICS.strategy, `${labels},${labelsOf({ strategy: strategy.name })}`, server);
-    }
-  }
-  put(METRICS.balancer, "", balancer);
-  put(METRICS.build, labelsOf({ version: VERSION, runtime: balancer.runtime }));
+  });
   return samples;
 }
 
-/** Types of families by the end of their first series' name; all others are gauges. */
-const TYPES: Record<string, string> = { _total: "counter", _bucket: "histogram", _sum: "summary" };
 const familyNamed = memo((name) => name.replace(/_(?:bucket|sum|count)$/, ""));
 const familyOf = (series: string): string => familyNamed(series.split("{", 1)[0]!);
-const HELP = new Map(
-  Object.values(METRICS).flatMap((rows) => Object.entries(rows)).reverse().map((
-    [name, [help]],
-  ) => [familyOf(name), help]),
+/** What is said of each family: the type and help of its first series. */
+const FAMILIES = new Map(
+  Object.values(METRICS).flat().reverse().map(({ name, type, help }) => [familyOf(name), { type, help }]),
 );
 
 /** The text that Prometheus reads (exposition format 0.0.4). */
 export function renderMetrics(samples: ReadonlyMap<string, number>): string {
   return Array.from(Map.groupBy(samples, ([series]) => familyOf(series)), ([name, group]) => {
-    const type = TYPES[/_[a-z]+(?=\{|$)/.exec(group[0]![0])![0]] ?? "gauge";
+    const { type, help } = FAMILIES.get(name)!;
     const lines = group.map(([series, value]) => `${series} ${value}\n`);
-    return `# HELP ${name} ${HELP.get(name)}\n# TYPE ${name} ${type}\n${lines.join("")}`;
+    return `# HELP ${name} ${help}\n# TYPE ${name} ${type === "maximum" ? "gauge" : type}\n${lines.join("")}`;
   }).join("");
 }
 
@@ -8213,7 +8323,7 @@ function finish(exchange: Exchange): void {
     destination.service.inFlight--;
     count(tallyOf(destination.service.tallies, exchange), milliseconds, received, bytes, failed);
     const status = isGrpc(exchange.request) && answering && grpcStatus(answering), { grpc } = destination.service;
-    if (status && /^(?:\d|1[0-6])$/.test(status)) grpc.set(status, (grpc.get(status) ?? 0) + 1);
+    if (status && /^(?:\d|1[0-6])$/.test(status)) entry(grpc, status, newOccurrences).times++;
   }
   if (problem) countFailure(balancer, problem);
   const { format } = exchange.table.config.log;
@@ -11734,7 +11844,7 @@ type WorkerMessage =
   | { kind: "failed"; reason: string }
   | { kind: "lines"; lines: Uint8Array<ArrayBuffer> }
   | { kind: "report"; level: "info" | "warn" | "error"; text: string }
-  | { kind: "counts"; counts: Counts }
+  | { kind: "counts"; counts: Samples }
   | { kind: "drained"; left: CutOff };
 
 /** Limits that hold for all workers together: each has its part. Rates and budgets are each worker's own (README). */
@@ -11747,55 +11857,65 @@ function divideLimits(config: Config, workers: number): Config {
   return config;
 }
 
-/** What a worker has counted, by names that its main thread has too. */
-const countsOf = ({ table, requests, inFlight, entrypoints, failures, effects }: Balancer) => ({
-  ...{ requests, inFlight, entrypoints, failures },
-  services: new Map([...table.services].map(([name, service]) => {
-    const { turn, inFlight, retrying, retries, hedges, hedgesWon, copies, tallies, grpc, waiting } = service;
-    const servers = new Map(service.servers.map((server) => {
-      const { url, inFlight, picks, answers, retries, ejected, counters, failures, failing, limit } = server;
-      const more = { spent: server.latency * answers, ejectedFor: Math.max(0, server.until - effects.now()) };
-      return [url, { inFlight, picks, answers, retries, ejected, counters, failures, failing, limit, ...more }];
-    }));
-    const own = { turn, inFlight, retrying, retries, hedges, hedgesWon, copies, tallies, grpc };
-    return [name, { ...own, queued: waiting.size, panicked: Number(service.panicking), servers }];
-  })),
-});
-type Counts = ReturnType<typeof countsOf>;
+/** The numbers of a worker by kind and path of their record, in the order of its rows that are written. */
+type Samples = Map<string, number[]>;
 
-/** These gauges are merged over workers by maximum; all other numbers are summed. */
-const MAXIMA = new Set(["ejectedFor", "panicked", "failures", "failing"]);
-const sumOrMaximum = (a: number, b: number, key: string): number => MAXIMA.has(key) ? Math.max(a, b) : a + b;
+/** The rows of METRICS that workers send. */
+const SENT = Object.fromEntries(
+  Object.entries(METRICS).map(([kind, rows]) => [kind, (rows as Metric<never>[]).filter(({ write }) => write)]),
+) as { [K in Kind]: Required<Metric<Counted[K]>>[] };
+const keyOf = (kind: Kind, labels: Labels): string => [kind, ...Object.values(labels)].join("\n");
+const kindOf = (key: string): Kind => key.split("\n", 1)[0] as Kind;
 
-/** These gauges are 0 once their worker has ended; all other numbers stay. */
-const GAUGES = new Set([...MAXIMA, "inFlight", "retrying", "queued", "limit"]);
-const dropGauges = (counts: Counts): Counts => merge(counts, counts, (a, _, key) => GAUGES.has(key) ? 0 : a);
+/** What a worker has counted. */
+function takeSamples(balancer: Balancer): Samples {
+  const samples: Samples = new Map(), now = balancer.effects.now();
+  visitCounted(balancer, (kind, labels, record) => {
+    const rows = SENT[kind];
+    if (rows.length) samples.set(keyOf(kind, labels), rows.map(({ read }) => read(record, now)));
+  });
+  return samples;
+}
 
-/** Merges two numbers, and maps, lists and records of numbers key by key. Names stay as they are. */
-function merge<T>(one: T, other: T | undefined, how: typeof sumOrMaximum, key = ""): T {
-  if (other === undefined || typeof one === "string") return one;
-  if (typeof one === "number") return how(one, Number(other), key) as T;
-  if (Array.isArray(one)) return one.map((value, i) => merge(value, (other as unknown[])[i], how)) as T;
-  const entriesOf = (all: unknown) => all instanceof Map ? [...all] : Object.entries(all as Raw);
-  const others = new Map(entriesOf(other));
-  const merged = entriesOf(one).map(([key, value]) => [key, merge(value, others.get(key), how, String(key))] as const);
-  return (one instanceof Map ? new Map([...others, ...merged]) : Object.fromEntries(merged)) as T;
+/** Adds the samples of another worker to these. */
+function addSamples(samples: Samples, others: Samples): Samples {
+  for (const [key, numbers] of others) {
+    const before = samples.get(key), rows = SENT[kindOf(key)];
+    const add = (number: number, i: number) =>
+      rows[i]!.type === "maximum" ? Math.max(number, before![i]!) : number + before![i]!;
+    samples.set(key, before ? numbers.map(add) : numbers);
+  }
+  return samples;
+}
+
+/** What stays of a worker that has ended: its counters. */
+const countersOf = (samples: Samples): Samples =>
+  new Map(Array.from(samples, ([key, numbers]) => {
+    const rows = SENT[kindOf(key)];
+    return [key, numbers.map((number, i) => /gauge|maximum/.test(rows[i]!.type) ? 0 : number)];
+  }));
+
+/** Makes the records that otherwise requests make. */
+function makeCounted({ entrypoints, failures, table }: Balancer, samples: Samples): void {
+  for (const key of samples.keys()) {
+    const [kind, name = "", last = "", method = ""] = key.split("\n"), service = table.services.get(name);
+    const of = { status: Number(last), method };
+    if (kind === "failure") entry(failures, name, newOccurrences);
+    if (kind === "entrypoint") entry(entrypoints, name, newEntrypoint);
+    if (kind === "entrypointRequests") tallyOf(entry(entrypoints, name, newEntrypoint).tallies, of);
+    if (kind === "serviceRequests" && service) tallyOf(service.tallies, of);
+    if (kind === "grpc" && service) entry(service.grpc, last, newOccurrences);
+  }
 }
 
 /** Writes what the workers have counted into the main thread's records, where admin and metrics read it. */
-function applyCounts(balancer: Balancer, { services, ...own }: Counts): void {
-  Object.assign(balancer, own);
-  for (const service of balancer.table.services.values()) {
-    const { servers, queued = 0, panicked = 0, ...counts } = services.get(service.name) ?? {};
-    const waiting = new Set(Array.from({ length: queued }, () => () => false));
-    Object.assign(service, counts, { panicking: panicked > 0, waiting });
-    for (const server of service.servers) {
-      const { spent = 0, ejectedFor = 0, answers = 0, ...counts } = servers?.get(server.url) ?? {};
-      const now = balancer.effects.now(), until = ejectedFor && now + ejectedFor;
-      if (!until !== !server.until) server.since = now;
-      Object.assign(server, counts, { answers, until, latency: spent / (answers || 1) });
-    }
-  }
+function applySamples(balancer: Balancer, samples: Samples): void {
+  const now = balancer.effects.now();
+  makeCounted(balancer, samples);
+  visitCounted(balancer, (kind, labels, record) => {
+    const numbers = samples.get(keyOf(kind, labels));
+    if (numbers) SENT[kind].forEach(({ write }, i) => write(record, numbers[i]!, now));
+  });
 }
 
 /** A worker's whole life: it serves, and does what the main thread says. */
@@ -11825,7 +11945,7 @@ async function work({ config, file, ports, reports, workers, secret, down }: Wor
   parentPort!.on("message", async (order: ToWorker) => {
     if (order.kind === "config") {
       lb.reload(read(order.config));
-      send({ kind: "counts", counts: countsOf(balancer) }); // what is in flight where nothing new goes any more
+      send({ kind: "counts", counts: takeSamples(balancer) }); // what is in flight where nothing new goes any more
       return send({ kind: "applied" });
     }
     if (order.kind === "drain") {
@@ -11842,7 +11962,7 @@ async function work({ config, file, ports, reports, workers, secret, down }: Wor
   let seen = -1;
   setInterval(() => {
     const { requests, inFlight } = balancer;
-    if (seen !== requests) send({ kind: "counts", counts: countsOf(balancer) });
+    if (seen !== requests) send({ kind: "counts", counts: takeSamples(balancer) });
     seen = inFlight > 0 ? -1 : requests;
   }, COUNT_TICK);
   send({ kind: "listening", opened: listeners.opened });
@@ -11866,7 +11986,7 @@ const nextMessage = <K extends WorkerMessage["kind"]>(worker: Worker, kind: K, t
   });
 
 /** The workers of a process, with what each of them has counted. */
-type Workers = Map<Worker, Counts | undefined>;
+type Workers = Map<Worker, Samples | undefined>;
 const sendToAll = (workers: Workers, order: ToWorker): void =>
   workers.forEach((_, worker) => worker.postMessage(order));
 const nextFromAll = <K extends WorkerMessage["kind"]>(workers: Workers, kind: K, timeout: number) =>
@@ -11895,10 +12015,12 @@ const serversDown = ({ services }: Table): WorkerTask["down"] =>
 /** Starts the workers, one after the other, and replaces those that end. */
 async function startWorkers(lb: LoadBalancer, count: number, log: AccessLog): Promise<Listeners> {
   const { balancer } = lb, { effects } = balancer, workers: Workers = new Map();
-  let ids = 0, reporter = 0, ports: WorkerTask["ports"] = new Map(), gone: Counts | undefined;
+  let ids = 0, reporter = 0, ports: WorkerTask["ports"] = new Map();
+  const gone: Samples = new Map(); // counters of workers that have ended
   const show = () => {
-    const all = [gone, ...workers.values()].filter((counts) => counts !== undefined);
-    if (all.length) applyCounts(balancer, all.reduce((one, other) => merge(one, other, sumOrMaximum)));
+    const all: Samples = new Map(gone);
+    for (const samples of workers.values()) if (samples) addSamples(all, samples);
+    applySamples(balancer, all);
   };
   const start = async (): Promise<Listeners["opened"]> => {
     const id = ++ids;
@@ -11917,8 +12039,7 @@ async function startWorkers(lb: LoadBalancer, count: number, log: AccessLog): Pr
     worker.on("error", (error: Error) => failed = String(error));
     worker.on("exit", () => {
       if (reporter === id) reporter = 0;
-      const counts = workers.get(worker);
-      if (counts) gone = merge(dropGauges(counts), gone, sumOrMaximum);
+      addSamples(gone, countersOf(workers.get(worker) ?? new Map()));
       balancer.workers.delete(id);
       if (workers.delete(worker)) replace(failed);
     });
@@ -11947,7 +12068,8 @@ async function startWorkers(lb: LoadBalancer, count: number, log: AccessLog): Pr
       const drained = nextFromAll(workers, "drained", grace + 2 * LAST_CALL);
       sendToAll(workers, { kind: "drain", grace });
       const left = (await drained).flatMap((message) => message?.left ?? []);
-      return left.reduce((one, other) => merge(one, other, sumOrMaximum), { requests: 0, connections: 0 });
+      const sum = (key: keyof CutOff) => left.reduce((total, one) => total + one[key], 0);
+      return { requests: sum("requests"), connections: sum("connections") };
     },
   };
 }
