@@ -253,6 +253,8 @@ export interface Chaos {
   seconds: number;
   seed: number;
   workers?: number;
+  /** Milliseconds for which each client waits after a response. */
+  pause?: number;
 }
 
 /** The program's memory in MiB and its open files. */
@@ -262,7 +264,7 @@ function held(pid: number): { memory: number; files: number } {
 }
 
 /** Runs the whole, and gives what was seen; throws at the first thing that is not as it should be. */
-export async function chaos({ seconds, seed, workers = 1 }: Chaos) {
+export async function chaos({ seconds, seed, workers = 1, pause = 0 }: Chaos) {
   const random = seeded(seed), heard: Heard = { posts: new Map(), cuts: 0, said: "" };
   let lives = seed * 1_000; // no two servers or clients draw alike
   const backends = await Promise.all(Array.from({ length: SERVERS }, () => startBackend(heard, lives++)));
@@ -310,16 +312,26 @@ export async function chaos({ seconds, seed, workers = 1 }: Chaos) {
       while (running) {
         const asked = draw(random);
         await ask(asked[1] === "GET" && agent, port, asked, tally); // Deno and Bun send a POST again over a kept connection
+        await sleep(pause);
       }
     };
     const clientOfHttp2 = async (random: () => number) => {
-      while (running) await converseInHttp2(port, () => draw(random), tally);
+      while (running) {
+        await converseInHttp2(port, () => draw(random), tally);
+        await sleep(pause);
+      }
     };
     const streaming = async () => {
-      while (running) await stream(tcpPort, number += 2 - number % 2, tally); // even: their length is known
+      while (running) {
+        await stream(tcpPort, number += 2 - number % 2, tally); // even: their length is known
+        await sleep(pause);
+      }
     };
     const conversing = async (random: () => number) => {
-      while (running) await converse(port, random, tally);
+      while (running) {
+        await converse(port, random, tally);
+        await sleep(pause);
+      }
     };
     const some = (count: number, one: (random: () => number) => Promise<void>) =>
       Array.from({ length: count }, () => one(seeded(lives++)));
