@@ -6,7 +6,6 @@ import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
-import nodeTest from "node:test";
 import { fileURLToPath } from "node:url";
 import { Hono } from "hono";
 import { createAdmin, createLoadBalancer, parseConfig } from "../lb.ts";
@@ -22,11 +21,9 @@ import {
   startProgram,
   status,
   target,
+  test,
   until,
 } from "./rig.ts";
-
-// bun test gives a test five seconds unless it says otherwise
-const test = (name: string, body: () => Promise<void>) => nodeTest(name, { timeout: 120_000 }, body);
 
 const TOKEN = "the-operators-token", READ_TOKEN = "the-readers-token";
 const ADMIN = ["--admin", "127.0.0.1:0"];
@@ -1291,45 +1288,53 @@ test("a clock that jumps an hour ejects nobody", async () => {
 });
 
 const FAKETIME = "/usr/$LIB/faketime/libfaketime.so.1"; // of Debian's package faketime; the loader knows $LIB
-test("a clock that jumps by hours while the program runs ejects nobody and cuts nothing off", async () => {
-  const folder = mkdtempSync(join(tmpdir(), "lb-")), clock = join(folder, "clock");
-  let finish = () => {};
-  const server = await scriptedServer((visit, request) =>
-    target(request) === "/slow"
-      ? new Promise<void>((resolve) => finish = () => (void visit.send(answer("slow")), resolve()))
-      : visit.send(answer("s1"))
-  );
-  const set = {
-    LD_PRELOAD: FAKETIME,
-    FAKETIME_TIMESTAMP_FILE: clock,
-    FAKETIME_NO_CACHE: "1",
-    FAKETIME_DONT_FAKE_MONOTONIC: "1",
-  };
-  writeFileSync(clock, "+0\n");
-  await serving(1, async (other) => {
-    const health = { interval: "1s", timeout: "900ms", fall: 1 };
-    const shop = { servers: [server.address, other.address], health, strategy: "first" };
-    Object.assign(process.env, set);
-    const started = running({ log: "json", services: { shop }, default: { service: "shop" } }, async (lb) => {
-      const times = () => [...lb.output().matchAll(/"timestamp":"([^"]+)"/g)].map(([, time]) => Date.parse(time!));
-      const slow = body(lb.port, "/slow");
-      await until("the slow request arrives", () => server.requests.some((request) => target(request) === "/slow"));
-      for (const [i, offset] of ["+0", "+3600", "-7200", "+86400"].entries()) {
-        writeFileSync(clock, `${offset}\n`);
-        for (let j = 0; j < 5; j++) assert.equal(await body(lb.port), "s1");
-        await until("the log says so", () => times().length >= (i + 1) * 5);
-        const { services } = (await ask(lb, "GET /services")).json;
-        assert.deepEqual(services[0].servers.map((one: { status: string }) => one.status), ["up", "up"], offset);
-      }
-      finish();
-      assert.equal(await slow, "slow");
-      const text = (await ask(lb, "GET /metrics")).text;
-      assert.ok(!/ejections_total.* [1-9]|result="failed"} [1-9]/.test(text), text);
-      const hours = times().slice(0, 20).map((time, _, [first]) => Math.round((time - first!) / 3_600_000));
-      assert.deepEqual(hours, [0, 1, -2, 24].flatMap((hour) => Array(5).fill(hour)), "the program's clock has jumped");
-    });
-    for (const name of Object.keys(set)) delete process.env[name];
-    await started;
-  }).finally(() => server.close());
-  rmSync(folder, { recursive: true });
-});
+test(
+  "a clock that jumps by hours while the program runs ejects nobody and cuts nothing off",
+  { needs: ["faketime"] },
+  async () => {
+    const folder = mkdtempSync(join(tmpdir(), "lb-")), clock = join(folder, "clock");
+    let finish = () => {};
+    const server = await scriptedServer((visit, request) =>
+      target(request) === "/slow"
+        ? new Promise<void>((resolve) => finish = () => (void visit.send(answer("slow")), resolve()))
+        : visit.send(answer("s1"))
+    );
+    const set = {
+      LD_PRELOAD: FAKETIME,
+      FAKETIME_TIMESTAMP_FILE: clock,
+      FAKETIME_NO_CACHE: "1",
+      FAKETIME_DONT_FAKE_MONOTONIC: "1",
+    };
+    writeFileSync(clock, "+0\n");
+    await serving(1, async (other) => {
+      const health = { interval: "1s", timeout: "900ms", fall: 1 };
+      const shop = { servers: [server.address, other.address], health, strategy: "first" };
+      Object.assign(process.env, set);
+      const started = running({ log: "json", services: { shop }, default: { service: "shop" } }, async (lb) => {
+        const times = () => [...lb.output().matchAll(/"timestamp":"([^"]+)"/g)].map(([, time]) => Date.parse(time!));
+        const slow = body(lb.port, "/slow");
+        await until("the slow request arrives", () => server.requests.some((request) => target(request) === "/slow"));
+        for (const [i, offset] of ["+0", "+3600", "-7200", "+86400"].entries()) {
+          writeFileSync(clock, `${offset}\n`);
+          for (let j = 0; j < 5; j++) assert.equal(await body(lb.port), "s1");
+          await until("the log says so", () => times().length >= (i + 1) * 5);
+          const { services } = (await ask(lb, "GET /services")).json;
+          assert.deepEqual(services[0].servers.map((one: { status: string }) => one.status), ["up", "up"], offset);
+        }
+        finish();
+        assert.equal(await slow, "slow");
+        const text = (await ask(lb, "GET /metrics")).text;
+        assert.ok(!/ejections_total.* [1-9]|result="failed"} [1-9]/.test(text), text);
+        const hours = times().slice(0, 20).map((time, _, [first]) => Math.round((time - first!) / 3_600_000));
+        assert.deepEqual(
+          hours,
+          [0, 1, -2, 24].flatMap((hour) => Array(5).fill(hour)),
+          "the program's clock has jumped",
+        );
+      });
+      for (const name of Object.keys(set)) delete process.env[name];
+      await started;
+    }).finally(() => server.close());
+    rmSync(folder, { recursive: true });
+  },
+);

@@ -4,7 +4,7 @@
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
 import { connect, createServer, type Server } from "node:net";
-import { after, before, test } from "node:test";
+import { after, before } from "node:test";
 import {
   answer,
   type Exchange,
@@ -22,6 +22,7 @@ import {
   startProgram,
   status,
   target,
+  test,
   until,
   value,
   values,

@@ -10,14 +10,11 @@ import { type AddressInfo, connect } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { text } from "node:stream/consumers";
-import nodeTest from "node:test";
 import { chromium } from "playwright-core";
 import { A, CA, KEY } from "./certificates.ts";
 import { BINARY, echoStrictly, openWebSocket, TEXT, webSocketServer } from "./frames.ts";
 import { spawnGuarded } from "./guard.ts";
-import { freePort, get, type Program, rawRequest, startProgram, until } from "./rig.ts";
-
-const test = (name: string, body: () => Promise<void>) => nodeTest(name, { timeout: 120_000 }, body);
+import { freePort, get, type Program, rawRequest, startProgram, test, until } from "./rig.ts";
 
 /** Runs a command to its end; what it prints. Fails where it does. */
 const run = (command: string, args: string[], cwd = tmpdir()): Promise<string> =>
@@ -75,7 +72,7 @@ const downloads = (): RequestListener => {
   };
 };
 
-test("curl resumes a large download that has been broken off", () =>
+test("curl resumes a large download that has been broken off", { needs: ["curl"] }, () =>
   serving(
     downloads(),
     (server) =>
@@ -90,53 +87,65 @@ test("curl resumes a large download that has been broken off", () =>
         })),
   ));
 
-test("curl uploads a large file, and asks first whether it may (Expect: 100-continue)", () =>
-  serving(async (request, answer) => {
-    const hash = createHash("sha256");
-    for await (const piece of request) hash.update(piece);
-    answer.end(hash.digest("hex"));
-  }, (server) =>
-    balancing({ log: "off", default: { servers: [server] } }, ({ port }) =>
-      inFolder(async (folder) => {
-        writeFileSync(join(folder, "large"), LARGE);
-        const args = ["-sS", "-H", "Expect: 100-continue", "-T", "large", `http://127.0.0.1:${port}/up`];
-        assert.equal(await run("curl", args, folder), sha(LARGE));
-      }))));
+test(
+  "curl uploads a large file, and asks first whether it may (Expect: 100-continue)",
+  { needs: ["curl"] },
+  () =>
+    serving(async (request, answer) => {
+      const hash = createHash("sha256");
+      for await (const piece of request) hash.update(piece);
+      answer.end(hash.digest("hex"));
+    }, (server) =>
+      balancing({ log: "off", default: { servers: [server] } }, ({ port }) =>
+        inFolder(async (folder) => {
+          writeFileSync(join(folder, "large"), LARGE);
+          const args = ["-sS", "-H", "Expect: 100-continue", "-T", "large", `http://127.0.0.1:${port}/up`];
+          assert.equal(await run("curl", args, folder), sha(LARGE));
+        }))),
+);
 
-test("curl over TLS that would rather have HTTP/2 gets it, whatever its server speaks", () =>
-  serving(
-    (request, answer) => answer.end(`${request.headers["x-forwarded-proto"]} ${request.httpVersion}`),
-    (server) =>
-      balancing(
-        {
-          log: "off",
-          listen: { address: "127.0.0.1:0", tls: { cert: "a.pem", key: "a.key" } },
-          default: { servers: [server] },
-        },
-        ({ port }) =>
-          inFolder(async (folder) => {
-            writeFileSync(join(folder, "ca.pem"), CA);
-            const where = ["--resolve", `a.test:${port}:127.0.0.1`, `https://a.test:${port}/`];
-            const args = ["-sS", "--http2", "--cacert", "ca.pem", "-w", " %{http_version}", ...where];
-            assert.equal(await run("curl", args, folder), "https 1.1 2");
-          }),
-        { "a.pem": A, "a.key": KEY },
-      ),
-  ));
+test(
+  "curl over TLS that would rather have HTTP/2 gets it, whatever its server speaks",
+  { needs: ["curl"] },
+  () =>
+    serving(
+      (request, answer) => answer.end(`${request.headers["x-forwarded-proto"]} ${request.httpVersion}`),
+      (server) =>
+        balancing(
+          {
+            log: "off",
+            listen: { address: "127.0.0.1:0", tls: { cert: "a.pem", key: "a.key" } },
+            default: { servers: [server] },
+          },
+          ({ port }) =>
+            inFolder(async (folder) => {
+              writeFileSync(join(folder, "ca.pem"), CA);
+              const where = ["--resolve", `a.test:${port}:127.0.0.1`, `https://a.test:${port}/`];
+              const args = ["-sS", "--http2", "--cacert", "ca.pem", "-w", " %{http_version}", ...where];
+              assert.equal(await run("curl", args, folder), "https 1.1 2");
+            }),
+          { "a.pem": A, "a.key": KEY },
+        ),
+    ),
+);
 
-test("curl that offers HTTP/2 by an upgrade gets HTTP/1.1, also with a body", () =>
-  serving(async (request, answer) => {
-    const { headers, httpVersion } = request;
-    answer.end(`${httpVersion} ${headers.upgrade ?? headers["http2-settings"] ?? "plain"} ${await text(request)}`);
-  }, (server) =>
-    balancing({ log: "off", default: { servers: [server] } }, async ({ port }) => {
-      const curl = (...args: string[]) =>
-        run("curl", ["-sS", "--http2", "-w", " %{http_version}", ...args, `http://127.0.0.1:${port}/`]);
-      assert.equal(await curl(), "1.1 plain  1.1");
-      assert.equal(await curl("-d", "hello"), "1.1 plain hello 1.1");
-    })));
+test(
+  "curl that offers HTTP/2 by an upgrade gets HTTP/1.1, also with a body",
+  { needs: ["curl"] },
+  () =>
+    serving(async (request, answer) => {
+      const { headers, httpVersion } = request;
+      answer.end(`${httpVersion} ${headers.upgrade ?? headers["http2-settings"] ?? "plain"} ${await text(request)}`);
+    }, (server) =>
+      balancing({ log: "off", default: { servers: [server] } }, async ({ port }) => {
+        const curl = (...args: string[]) =>
+          run("curl", ["-sS", "--http2", "-w", " %{http_version}", ...args, `http://127.0.0.1:${port}/`]);
+        assert.equal(await curl(), "1.1 plain  1.1");
+        assert.equal(await curl("-d", "hello"), "1.1 plain hello 1.1");
+      })),
+);
 
-test("git clones over HTTP", () =>
+test("git clones over HTTP", { needs: ["git"] }, () =>
   inFolder((folder) =>
     serving((request, answer) => {
       const path = join(folder, new URL(request.url!, "http://a.test").pathname);
@@ -161,7 +170,7 @@ test("git clones over HTTP", () =>
       }))
   ));
 
-test("redis-cli works through tcp", () =>
+test("redis-cli works through tcp", { needs: ["redis-server", "redis-cli"] }, () =>
   inFolder(async (folder) => {
     const [redis, front] = [await freePort(), await freePort()];
     const words = ["--port", `${redis}`, "--bind", "127.0.0.1", "--save", "", "--dir", folder];
@@ -207,7 +216,7 @@ const PAGE = `<!doctype html><title>-</title><script>
   events.onmessage = ({ data }) => { tell("event:" + data); if (data === "2") events.close(); };
 </script>`;
 
-test("a page in a browser has a WebSocket and server-sent events", async () => {
+test("a page in a browser has a WebSocket and server-sent events", { needs: ["chromium"] }, async () => {
   const echoing = await webSocketServer((peer) => {
     peer.onFrame = ({ opcode, payload }) => {
       if (opcode === TEXT || opcode === BINARY) peer.send(opcode, payload);
@@ -255,7 +264,9 @@ const IMAGES = `<!doctype html><title>-</title><script>
   }
 </script>`;
 
-test("a browser loads a page with 100 images over HTTP/2, and a WebSocket on the same connection", async () => {
+test("a browser loads a page with 100 images over HTTP/2, and a WebSocket on the same connection", {
+  needs: ["chromium"],
+}, async () => {
   const echoing = await webSocketServer(echoStrictly),
     args = ["--headless", "--no-sandbox", "--ignore-certificate-errors"];
   const browser = await chromium.launch({ executablePath: "/usr/bin/chromium", args });
@@ -287,7 +298,9 @@ test("a browser loads a page with 100 images over HTTP/2, and a WebSocket on the
   }
 });
 
-test("h2load, nghttp and curl speak HTTP/2 without TLS: 2,000 requests of 4 connections, and large bodies both ways", () =>
+test("h2load, nghttp and curl speak HTTP/2 without TLS: 2,000 requests of 4 connections, and large bodies both ways", {
+  needs: ["curl", "h2load", "nghttp"],
+}, () =>
   serving(
     async (request, answer) => {
       let length = 0;
@@ -319,7 +332,7 @@ test("h2load, nghttp and curl speak HTTP/2 without TLS: 2,000 requests of 4 conn
 
 // ─── What reads its log ───
 
-test("goaccess reads every line of the combined log", async () => {
+test("goaccess reads every line of the combined log", { needs: ["goaccess"] }, async () => {
   const echoing = await webSocketServer(echoStrictly);
   await serving((request, answer) => {
     if (request.url === "/cut") answer.writeHead(200, { "content-length": 9 }).write("12345", () => answer.destroy());
@@ -383,35 +396,41 @@ const SLOW = Object.entries({
   "slow read": ["-X", "-n", "1", "-w", "10", "-y", "20", "-z", "5", "-k", "3"],
 });
 
-test("slowhttptest's three modes at once keep nobody else from being served", () =>
-  serving(
-    (request, answer) =>
-      request.resume().on("end", () => answer.end(LARGE.subarray(0, request.url === "/" ? 5 : 1 << 20))),
-    (server) =>
-      balancing({ log: "off", admin: { listen: 0 }, default: { servers: [server] } }, async (lb) => {
-        const all = ["-c", "200", "-r", "100", "-l", "6", "-p", "3", "-u", `http://127.0.0.1:${lb.port}/large`];
-        const attacks = SLOW.map(async ([mode, args]) => [mode, await run("slowhttptest", [...args, ...all])] as const);
-        let going = true;
-        const over = Promise.all(attacks).finally(() => going = false);
-        let served = 0;
-        for (; going; served++) {
-          const answer = await fetch(`http://127.0.0.1:${lb.port}/`, { signal: AbortSignal.timeout(5_000) });
-          assert.deepEqual([answer.status, (await answer.arrayBuffer()).byteLength], [200, 5]);
-        }
-        for (const [mode, said] of await over) {
-          const available = [...said.matchAll(/service available:[^A-Z]*(YES|NO)/g)].map(([, word]) => word);
-          assert.ok(available.length && !available.includes("NO"), `${mode}: ${available}\n${said}`);
-        }
-        assert.ok(served > 5, `${served} requests`);
-        const inFlight = async () => {
-          const text = await (await fetch(`http://127.0.0.1:${lb.admin}/metrics`)).text();
-          return [...text.matchAll(/^lb_open_connections\{.* (\d+)$/gm)].map(([, count]) => Number(count));
-        };
-        let open = await inFlight(); // what was still on its way may come for a moment
-        for (let i = 0; i < 500 && open[0] !== 0; i++) {
-          await new Promise((go) => setTimeout(go, 20));
-          open = await inFlight();
-        }
-        assert.deepEqual(open, [0]);
-      }),
-  ));
+test(
+  "slowhttptest's three modes at once keep nobody else from being served",
+  { needs: ["slowhttptest"] },
+  () =>
+    serving(
+      (request, answer) =>
+        request.resume().on("end", () => answer.end(LARGE.subarray(0, request.url === "/" ? 5 : 1 << 20))),
+      (server) =>
+        balancing({ log: "off", admin: { listen: 0 }, default: { servers: [server] } }, async (lb) => {
+          const all = ["-c", "200", "-r", "100", "-l", "6", "-p", "3", "-u", `http://127.0.0.1:${lb.port}/large`];
+          const attacks = SLOW.map(async ([mode, args]) =>
+            [mode, await run("slowhttptest", [...args, ...all])] as const
+          );
+          let going = true;
+          const over = Promise.all(attacks).finally(() => going = false);
+          let served = 0;
+          for (; going; served++) {
+            const answer = await fetch(`http://127.0.0.1:${lb.port}/`, { signal: AbortSignal.timeout(5_000) });
+            assert.deepEqual([answer.status, (await answer.arrayBuffer()).byteLength], [200, 5]);
+          }
+          for (const [mode, said] of await over) {
+            const available = [...said.matchAll(/service available:[^A-Z]*(YES|NO)/g)].map(([, word]) => word);
+            assert.ok(available.length && !available.includes("NO"), `${mode}: ${available}\n${said}`);
+          }
+          assert.ok(served > 5, `${served} requests`);
+          const inFlight = async () => {
+            const text = await (await fetch(`http://127.0.0.1:${lb.admin}/metrics`)).text();
+            return [...text.matchAll(/^lb_open_connections\{.* (\d+)$/gm)].map(([, count]) => Number(count));
+          };
+          let open = await inFlight(); // what was still on its way may come for a moment
+          for (let i = 0; i < 500 && open[0] !== 0; i++) {
+            await new Promise((go) => setTimeout(go, 20));
+            open = await inFlight();
+          }
+          assert.deepEqual(open, [0]);
+        }),
+    ),
+);

@@ -6,7 +6,7 @@
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
 import type { Socket } from "node:net";
-import { after, before, test } from "node:test";
+import { after, before } from "node:test";
 import {
   answer,
   echo,
@@ -22,6 +22,7 @@ import {
   startProgram,
   status,
   target,
+  test,
   value,
   values,
   type Visit,

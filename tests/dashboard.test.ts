@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
-import nodeTest, { after } from "node:test";
+import { after } from "node:test";
 import { type Browser, chromium, type Page } from "playwright-core";
 import { A, EXPIRED, KEY } from "./certificates.ts";
 import {
@@ -16,10 +16,8 @@ import {
   sleep,
   startProgram,
   status,
+  test,
 } from "./rig.ts";
-
-// bun test gives a test five seconds unless it says otherwise
-const test = (name: string, body: () => Promise<void>) => nodeTest(name, { timeout: 120_000 }, body);
 
 const FLAGS =
   "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync";
@@ -95,42 +93,48 @@ async function counted(page: Page, selector: string, count: number) {
 }
 const REFUSED = "127.0.0.1:1";
 
-test("it shows the routes, the services, their servers, and what is wrong, in words", () =>
-  withServers(2, async ([one, two]) => {
-    const config = {
-      services: {
-        shop: {
-          servers: [{ url: one!.address, weight: 3 }, two!.address, { url: REFUSED, backup: true }],
-          health: { interval: "1s", fall: 1 },
+test(
+  "it shows the routes, the services, their servers, and what is wrong, in words",
+  { needs: ["chromium"] },
+  () =>
+    withServers(2, async ([one, two]) => {
+      const config = {
+        services: {
+          shop: {
+            servers: [{ url: one!.address, weight: 3 }, two!.address, { url: REFUSED, backup: true }],
+            health: { interval: "1s", fall: 1 },
+          },
         },
-      },
-      routes: [
-        { path: "/old", redirect: { to: "https://example.com/" } },
-        { host: "a.test", methods: ["GET"], service: "shop" },
-      ],
-    };
-    await looking(config, async ({ page }) => {
-      await reads(page, "#verdict", "2 of 3 servers are up");
-      await reads(page, "#troubles", `shop: ${REFUSED} is down: `);
-      assert.match(await page.title(), /^▲ 2 of 3 servers are up/);
-      assert.match(await row(page, REFUSED).innerText(), /backup[^]*✕ down[^]*for \d+ s/);
-      assert.match(await cell(page, one!.address, "State").innerText(), /● up/);
-      await figure(page, one!.address, "Last check", /passed/);
-      assert.match(await cell(page, one!.address, "Weight").innerText(), /^3\s+75 %$/);
-      assert.match(await page.locator("section h2").innerText(), /shop.*round-robin · 2 of 3 up/s);
-      assert.deepEqual(
-        (await page.locator("#routes tr").allInnerTexts()).map((text) => text.split(/\s*\t\s*/)),
-        [["/old", "/old", "redirect 302"], ["a.test", "GET a.test", "shop"]],
-      );
-      assert.deepEqual(await page.locator("figcaption span").allInnerTexts(), [
-        "Requests",
-        "Requests that failed",
-        "Latency: p50, p99",
-      ]);
-    });
-  }));
+        routes: [
+          { path: "/old", redirect: { to: "https://example.com/" } },
+          { host: "a.test", methods: ["GET"], service: "shop" },
+        ],
+      };
+      await looking(config, async ({ page }) => {
+        await reads(page, "#verdict", "2 of 3 servers are up");
+        await reads(page, "#troubles", `shop: ${REFUSED} is down: `);
+        assert.match(await page.title(), /^▲ 2 of 3 servers are up/);
+        assert.match(await row(page, REFUSED).innerText(), /backup[^]*✕ down[^]*for \d+ s/);
+        assert.match(await cell(page, one!.address, "State").innerText(), /● up/);
+        await figure(page, one!.address, "Last check", /passed/);
+        assert.match(await cell(page, one!.address, "Weight").innerText(), /^3\s+75 %$/);
+        assert.match(await page.locator("section h2").innerText(), /shop.*round-robin · 2 of 3 up/s);
+        assert.deepEqual(
+          (await page.locator("#routes tr").allInnerTexts()).map((text) => text.split(/\s*\t\s*/)),
+          [["/old", "/old", "redirect 302"], ["a.test", "GET a.test", "shop"]],
+        );
+        assert.deepEqual(await page.locator("figcaption span").allInnerTexts(), [
+          "Requests",
+          "Requests that failed",
+          "Latency: p50, p99",
+        ]);
+      });
+    }),
+);
 
-test("a server that is ejected, and then tried out, or that wants to be left alone, is said to be so", () =>
+test("a server that is ejected, and then tried out, or that wants to be left alone, is said to be so", {
+  needs: ["chromium"],
+}, () =>
   withServers(3, async (servers) => {
     const [ill, , calm] = servers, [one, , three] = servers.map(({ address }) => address) as [string, string, string];
     const eject = { failures: 1, for: "2s" };
@@ -153,7 +157,7 @@ test("a server that is ejected, and then tried out, or that wants to be left alo
     });
   }));
 
-test("what it shows changes by itself", () =>
+test("what it shows changes by itself", { needs: ["chromium"] }, () =>
   withServers(2, async ([one, two]) => {
     await looking({ default: { servers: [one!.address, two!.address] } }, async ({ page, lb }) => {
       await reads(page, "#verdict", "● All servers are up: 2");
@@ -172,7 +176,7 @@ test("what it shows changes by itself", () =>
     });
   }));
 
-test("a name is text, whatever is in it", () =>
+test("a name is text, whatever is in it", { needs: ["chromium"] }, () =>
   withServers(1, async ([one]) => {
     const name = "<img src=x onerror=alert(1)>", closing = "</script><script>alert(2)</script>";
     const config = {
@@ -188,25 +192,29 @@ test("a name is text, whatever is in it", () =>
     });
   }));
 
-test("nothing but its own script and style may run in it, and it may ask nobody else", () =>
-  looking({ default: { servers: [REFUSED] } }, async ({ page, lb, wrong }) => {
-    const { headers } = await fetch(`http://127.0.0.1:${lb.admin}/`);
-    const policy = headers.get("content-security-policy") ?? "";
-    const nonce = /script-src 'nonce-([^']+)'/.exec(policy)?.[1] ?? "";
-    assert.match(nonce, /^[\w+/=]{20,}$/);
-    assert.equal(
-      policy.replaceAll(nonce, "N"),
-      "default-src 'none'; script-src 'nonce-N'; style-src 'nonce-N'; connect-src 'self'; img-src data:; " +
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'",
-    );
-    const again = (await fetch(`http://127.0.0.1:${lb.admin}/`)).headers.get("content-security-policy") ?? "";
-    assert.ok(!again.includes(nonce), "each page has its own nonce");
-    await assert.rejects(page.evaluate("document.body.innerHTML = '<img src=x onerror=alert(1)>'"), /TrustedHTML/);
-    await assert.rejects(page.evaluate("document.body.setAttribute('onclick', 'alert(1)')"), /TrustedScript/);
-    await assert.rejects(page.evaluate("fetch('http://127.0.0.1:1/')"), /Failed to fetch/);
-    assert.ok(wrong.every((one) => /Content Security Policy|requires 'Trusted/.test(one)), wrong.join("\n"));
-    wrong.length = 0;
-  }));
+test(
+  "nothing but its own script and style may run in it, and it may ask nobody else",
+  { needs: ["chromium"] },
+  () =>
+    looking({ default: { servers: [REFUSED] } }, async ({ page, lb, wrong }) => {
+      const { headers } = await fetch(`http://127.0.0.1:${lb.admin}/`);
+      const policy = headers.get("content-security-policy") ?? "";
+      const nonce = /script-src 'nonce-([^']+)'/.exec(policy)?.[1] ?? "";
+      assert.match(nonce, /^[\w+/=]{20,}$/);
+      assert.equal(
+        policy.replaceAll(nonce, "N"),
+        "default-src 'none'; script-src 'nonce-N'; style-src 'nonce-N'; connect-src 'self'; img-src data:; " +
+          "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'",
+      );
+      const again = (await fetch(`http://127.0.0.1:${lb.admin}/`)).headers.get("content-security-policy") ?? "";
+      assert.ok(!again.includes(nonce), "each page has its own nonce");
+      await assert.rejects(page.evaluate("document.body.innerHTML = '<img src=x onerror=alert(1)>'"), /TrustedHTML/);
+      await assert.rejects(page.evaluate("document.body.setAttribute('onclick', 'alert(1)')"), /TrustedScript/);
+      await assert.rejects(page.evaluate("fetch('http://127.0.0.1:1/')"), /Failed to fetch/);
+      assert.ok(wrong.every((one) => /Content Security Policy|requires 'Trusted/.test(one)), wrong.join("\n"));
+      wrong.length = 0;
+    }),
+);
 
 /** Presses a button of a server's row, and says yes to what the dialog asks. */
 async function press(page: Page, server: string, deed: string, confirm = deed) {
@@ -217,7 +225,9 @@ async function press(page: Page, server: string, deed: string, confirm = deed) {
 }
 const closed = (page: Page) => page.getByRole("dialog").waitFor({ state: "hidden" });
 
-test("a drain that is confirmed there drains the server, and it gets no more requests until it is ready again", () =>
+test("a drain that is confirmed there drains the server, and it gets no more requests until it is ready again", {
+  needs: ["chromium"],
+}, () =>
   withServers(2, async (servers) => {
     const [one, two] = servers.map(({ address }) => address) as [string, string];
     const counts = () => servers.map(({ requests }) => requests.length);
@@ -243,59 +253,69 @@ test("a drain that is confirmed there drains the server, and it gets no more req
     });
   }));
 
-test("maint and weight are changed there, and what is refused says why", () =>
-  withServers(2, async ([first, second]) => {
-    const [one, two] = [first!.address, second!.address];
-    await looking({ services: { "a/b c?": { servers: [one, two] } }, default: { service: "a/b c?" } }, async (
-      { page, lb, wrong },
-    ) => {
-      await press(page, two, "maint");
-      await figure(page, two, "State", /◇ maint/);
-      await row(page, one).getByRole("button", { name: `drain ${one}` }).click();
-      await reads(page, "#why", "No other server of a/b c? is up!");
+test(
+  "maint and weight are changed there, and what is refused says why",
+  { needs: ["chromium"] },
+  () =>
+    withServers(2, async ([first, second]) => {
+      const [one, two] = [first!.address, second!.address];
+      await looking({ services: { "a/b c?": { servers: [one, two] } }, default: { service: "a/b c?" } }, async (
+        { page, lb, wrong },
+      ) => {
+        await press(page, two, "maint");
+        await figure(page, two, "State", /◇ maint/);
+        await row(page, one).getByRole("button", { name: `drain ${one}` }).click();
+        await reads(page, "#why", "No other server of a/b c? is up!");
+        await page.keyboard.press("Escape");
+        await closed(page);
+        await row(page, one).getByRole("button", { name: `weight ${one}` }).click();
+        await page.getByLabel("Weight", { exact: true }).fill("3");
+        await page.keyboard.press("Enter");
+        await figure(page, one, "Weight", /^3$/);
+        await closed(page);
+        await lb.reload({ services: { "a/b c?": { servers: [one] } }, default: { service: "a/b c?" } });
+        await row(page, one).getByRole("button", { name: `weight ${one}` }).click();
+        await page.getByLabel("Weight", { exact: true }).fill("0");
+        await page.keyboard.press("Enter");
+        await reads(page, "#problem", /weight above 0/);
+        assert.ok(wrong.every((text) => /status of 4/.test(text)), wrong.join("\n"));
+        wrong.length = 0;
+      });
+    }),
+);
+
+test(
+  "it works by keyboard: what has the focus is seen, a dialog gives it back",
+  { needs: ["chromium"] },
+  () =>
+    looking({ default: { servers: [REFUSED] } }, async ({ page }) => {
+      await reads(page, "th", REFUSED);
+      const focused = () =>
+        page.evaluate<string>(
+          "[document.activeElement.ariaLabel || document.activeElement.textContent, getComputedStyle(document.activeElement).outlineStyle].join()",
+        );
+      const seen: string[] = [];
+      for (let i = 0; i < 9 && !seen.includes(`maint ${REFUSED},solid`); i++) {
+        await page.keyboard.press("Tab");
+        seen.push(await focused());
+      }
+      assert.ok(seen.includes(`maint ${REFUSED},solid`), seen.join(" "));
+      assert.ok(seen.every((one) => one.endsWith(",solid")), seen.join(" "));
+      await page.keyboard.press("Enter");
+      await page.getByRole("dialog", { name: `maint ${REFUSED}` }).waitFor();
       await page.keyboard.press("Escape");
       await closed(page);
-      await row(page, one).getByRole("button", { name: `weight ${one}` }).click();
-      await page.getByLabel("Weight", { exact: true }).fill("3");
+      assert.equal(await focused(), `maint ${REFUSED},solid`);
       await page.keyboard.press("Enter");
-      await figure(page, one, "Weight", /^3$/);
-      await closed(page);
-      await lb.reload({ services: { "a/b c?": { servers: [one] } }, default: { service: "a/b c?" } });
-      await row(page, one).getByRole("button", { name: `weight ${one}` }).click();
-      await page.getByLabel("Weight", { exact: true }).fill("0");
-      await page.keyboard.press("Enter");
-      await reads(page, "#problem", /weight above 0/);
-      assert.ok(wrong.every((text) => /status of 4/.test(text)), wrong.join("\n"));
-      wrong.length = 0;
-    });
-  }));
-
-test("it works by keyboard: what has the focus is seen, a dialog gives it back", () =>
-  looking({ default: { servers: [REFUSED] } }, async ({ page }) => {
-    await reads(page, "th", REFUSED);
-    const focused = () =>
-      page.evaluate<string>(
-        "[document.activeElement.ariaLabel || document.activeElement.textContent, getComputedStyle(document.activeElement).outlineStyle].join()",
-      );
-    const seen: string[] = [];
-    for (let i = 0; i < 9 && !seen.includes(`maint ${REFUSED},solid`); i++) {
       await page.keyboard.press("Tab");
-      seen.push(await focused());
-    }
-    assert.ok(seen.includes(`maint ${REFUSED},solid`), seen.join(" "));
-    assert.ok(seen.every((one) => one.endsWith(",solid")), seen.join(" "));
-    await page.keyboard.press("Enter");
-    await page.getByRole("dialog", { name: `maint ${REFUSED}` }).waitFor();
-    await page.keyboard.press("Escape");
-    await closed(page);
-    assert.equal(await focused(), `maint ${REFUSED},solid`);
-    await page.keyboard.press("Enter");
-    await page.keyboard.press("Tab");
-    await page.keyboard.press("Enter");
-    await figure(page, REFUSED, "State", /◇ maint/);
-  }));
+      await page.keyboard.press("Enter");
+      await figure(page, REFUSED, "State", /◇ maint/);
+    }),
+);
 
-test("with many workers it shows what they do together, and what is changed there holds for all", () =>
+test("with many workers it shows what they do together, and what is changed there holds for all", {
+  needs: ["chromium"],
+}, () =>
   withServers(2, async (servers) => {
     const [one, two] = servers.map(({ address }) => address) as [string, string];
     const config = { default: { servers: [one, two], health: "off", eject: { failures: 1 } } };
@@ -318,25 +338,32 @@ test("with many workers it shows what they do together, and what is changed ther
   }));
 
 for (const dark of [false, true]) {
-  test(`it fits a phone and a wide window, ${dark ? "dark" : "light"}`, () =>
-    looking({ default: { servers: [REFUSED, "127.0.0.1:2"] } }, async ({ page }) => {
-      for (const width of [390, 820, 1400, 2000]) {
-        await page.setViewportSize({ width, height: 800 });
-        await reads(page, "th", REFUSED);
-        const wide = await page.evaluate<number>("document.documentElement.scrollWidth");
-        assert.ok(wide <= width, `${wide} pixels in a window of ${width}`);
-        const [above, below] = await Promise.all([REFUSED, "127.0.0.1:2"].map((one) => row(page, one).boundingBox()));
-        const buttons = await row(page, REFUSED).getByRole("button").last().boundingBox();
-        assert.ok(buttons!.y + buttons!.height <= above!.y + above!.height, "the buttons are inside their row");
-        assert.ok(below!.y >= above!.y + above!.height || below!.x >= above!.x + above!.width, "no row covers another");
-      }
-      const color = await page.evaluate<string>("getComputedStyle(document.body).backgroundColor");
-      const [red = NaN] = /\d+/.exec(color)!.map(Number);
-      assert.ok(dark ? red < 64 : red > 192, color);
-    }, { dark }));
+  test(
+    `it fits a phone and a wide window, ${dark ? "dark" : "light"}`,
+    { needs: ["chromium"] },
+    () =>
+      looking({ default: { servers: [REFUSED, "127.0.0.1:2"] } }, async ({ page }) => {
+        for (const width of [390, 820, 1400, 2000]) {
+          await page.setViewportSize({ width, height: 800 });
+          await reads(page, "th", REFUSED);
+          const wide = await page.evaluate<number>("document.documentElement.scrollWidth");
+          assert.ok(wide <= width, `${wide} pixels in a window of ${width}`);
+          const [above, below] = await Promise.all([REFUSED, "127.0.0.1:2"].map((one) => row(page, one).boundingBox()));
+          const buttons = await row(page, REFUSED).getByRole("button").last().boundingBox();
+          assert.ok(buttons!.y + buttons!.height <= above!.y + above!.height, "the buttons are inside their row");
+          assert.ok(
+            below!.y >= above!.y + above!.height || below!.x >= above!.x + above!.width,
+            "no row covers another",
+          );
+        }
+        const color = await page.evaluate<string>("getComputedStyle(document.body).backgroundColor");
+        const [red = NaN] = /\d+/.exec(color)!.map(Number);
+        assert.ok(dark ? red < 64 : red > 192, color);
+      }, { dark }),
+  );
 }
 
-test("a lost connection is said, and made again", () =>
+test("a lost connection is said, and made again", { needs: ["chromium"] }, () =>
   withServers(1, async ([one]) => {
     const config = { default: { servers: [one!.address] } };
     await looking(config, async ({ page, lb, wrong }) => {
@@ -353,36 +380,40 @@ test("a lost connection is said, and made again", () =>
     });
   }));
 
-test("where the listener wants a token, the page asks for it, and shows nothing without it", () => {
-  const config = { admin: { token: TOKEN, read_token: READ_TOKEN }, default: { servers: [REFUSED] } };
-  return looking(config, async ({ page, wrong }) => {
-    const box = page.getByLabel("Token", { exact: true });
-    await page.getByRole("heading", { name: "Sign in" }).waitFor();
-    await page.getByRole("button", { name: "Sign in" }).waitFor();
-    await box.fill("not-the-token");
-    await box.press("Enter");
-    await reads(page, "#why", "This token is not right");
-    assert.equal(await page.getByText(REFUSED).count(), 0);
-    await box.fill(READ_TOKEN);
-    await box.press("Enter");
-    await reads(page, "th", REFUSED);
-    await page.reload();
-    await reads(page, "th", REFUSED); // it is remembered as long as the tab is open
-    assert.equal(await page.getByRole("dialog").count(), 0);
-    assert.equal(await row(page, REFUSED).getByRole("button").count(), 0, "no buttons that would be refused");
-    assert.equal(await page.getByRole("columnheader", { name: "Change" }).count(), 0);
-    await page.getByRole("link", { name: "Config" }).click();
-    await reads(page, "#text", '"token": "***"'); // a link sends no token, and so the page shows it
-    await page.keyboard.press("Escape");
-    assert.ok(wrong.every((text) => /status of 401/.test(text)), wrong.join("\n"));
-    wrong.length = 0;
-    await page.evaluate(`sessionStorage.token = ${JSON.stringify(TOKEN)}`);
-    await press(page, REFUSED, "drain");
-    await figure(page, REFUSED, "State", /◐ drained/);
-  });
-});
+test(
+  "where the listener wants a token, the page asks for it, and shows nothing without it",
+  { needs: ["chromium"] },
+  () => {
+    const config = { admin: { token: TOKEN, read_token: READ_TOKEN }, default: { servers: [REFUSED] } };
+    return looking(config, async ({ page, wrong }) => {
+      const box = page.getByLabel("Token", { exact: true });
+      await page.getByRole("heading", { name: "Sign in" }).waitFor();
+      await page.getByRole("button", { name: "Sign in" }).waitFor();
+      await box.fill("not-the-token");
+      await box.press("Enter");
+      await reads(page, "#why", "This token is not right");
+      assert.equal(await page.getByText(REFUSED).count(), 0);
+      await box.fill(READ_TOKEN);
+      await box.press("Enter");
+      await reads(page, "th", REFUSED);
+      await page.reload();
+      await reads(page, "th", REFUSED); // it is remembered as long as the tab is open
+      assert.equal(await page.getByRole("dialog").count(), 0);
+      assert.equal(await row(page, REFUSED).getByRole("button").count(), 0, "no buttons that would be refused");
+      assert.equal(await page.getByRole("columnheader", { name: "Change" }).count(), 0);
+      await page.getByRole("link", { name: "Config" }).click();
+      await reads(page, "#text", '"token": "***"'); // a link sends no token, and so the page shows it
+      await page.keyboard.press("Escape");
+      assert.ok(wrong.every((text) => /status of 401/.test(text)), wrong.join("\n"));
+      wrong.length = 0;
+      await page.evaluate(`sessionStorage.token = ${JSON.stringify(TOKEN)}`);
+      await press(page, REFUSED, "drain");
+      await figure(page, REFUSED, "State", /◐ drained/);
+    });
+  },
+);
 
-test("a thousand servers are shown, and found", () => {
+test("a thousand servers are shown, and found", { needs: ["chromium"] }, () => {
   const servers = Array.from({ length: 1000 }, (_, i) => `10.0.${i >> 8}.${i & 255}:80`);
   return looking({ default: { servers, health: "off" } }, async ({ page }) => {
     await reads(page, "#verdict", "0 of 1,000 servers are up, 1,000 unchecked");
@@ -399,7 +430,9 @@ test("a thousand servers are shown, and found", () => {
   });
 });
 
-test("a server that fails its requests is not up, and neither is one that nobody has asked yet", () =>
+test("a server that fails its requests is not up, and neither is one that nobody has asked yet", {
+  needs: ["chromium"],
+}, () =>
   withServers(3, async (servers) => {
     const [ill, well, idle] = servers.map(({ address }) => address) as [string, string, string];
     servers[0]!.reset((visit) => visit.send(answer("no", "", "500 No")));
@@ -418,38 +451,42 @@ test("a server that fails its requests is not up, and neither is one that nobody
     });
   }));
 
-test("many services are folded but for those with problems, can be opened, and be left out", () =>
-  withServers(1, async ([one]) => {
-    const shop = { servers: [one!.address], health: { interval: "1s", fall: 1 } };
-    const services = Object.fromEntries(Array.from({ length: 12 }, (_, i) => [`shop-${i}`, shop]));
-    const broken = { ...shop, servers: [one!.address, REFUSED] };
-    const config = { services: { ...services, broken }, default: { service: "shop-0" } };
-    await looking(config, async ({ page, lb }) => {
-      await reads(page, "#verdict", "▲ 13 of 14 servers are up");
-      assert.equal(await page.locator("section").count(), 13);
-      assert.equal(await page.locator("section tbody tr").count(), 2, "of the service with a problem");
-      const third = page.locator("section", { hasText: "shop-3" });
-      await third.locator("summary").click();
-      await third.locator("tbody tr").waitFor();
-      await page.locator("section", { hasText: "broken" }).locator("summary").click();
-      await counted(page, "section tbody tr", 1);
-      await page.locator("section", { hasText: "broken" }).locator("summary").press("Enter");
-      await page.getByLabel("Problems only").check();
-      await counted(page, "section", 1);
-      assert.equal(await page.locator("section tbody tr").count(), 1);
-      await row(page, REFUSED).waitFor();
-      await lb.reload({ services, default: { service: "shop-0" } });
-      await reads(page, "#none", "No problem.");
-      await page.getByLabel("Problems only").uncheck();
-      await page.getByRole("searchbox").fill("shop-11");
-      await counted(page, "section tbody tr", 1);
-      await page.keyboard.press("End"); // the page goes on changing, and what is typed and has the focus stays
-      await sleep(1_500);
-      assert.equal(await page.evaluate("document.activeElement.id + document.activeElement.value"), "findshop-11");
-    });
-  }));
+test(
+  "many services are folded but for those with problems, can be opened, and be left out",
+  { needs: ["chromium"] },
+  () =>
+    withServers(1, async ([one]) => {
+      const shop = { servers: [one!.address], health: { interval: "1s", fall: 1 } };
+      const services = Object.fromEntries(Array.from({ length: 12 }, (_, i) => [`shop-${i}`, shop]));
+      const broken = { ...shop, servers: [one!.address, REFUSED] };
+      const config = { services: { ...services, broken }, default: { service: "shop-0" } };
+      await looking(config, async ({ page, lb }) => {
+        await reads(page, "#verdict", "▲ 13 of 14 servers are up");
+        assert.equal(await page.locator("section").count(), 13);
+        assert.equal(await page.locator("section tbody tr").count(), 2, "of the service with a problem");
+        const third = page.locator("section", { hasText: "shop-3" });
+        await third.locator("summary").click();
+        await third.locator("tbody tr").waitFor();
+        await page.locator("section", { hasText: "broken" }).locator("summary").click();
+        await counted(page, "section tbody tr", 1);
+        await page.locator("section", { hasText: "broken" }).locator("summary").press("Enter");
+        await page.getByLabel("Problems only").check();
+        await counted(page, "section", 1);
+        assert.equal(await page.locator("section tbody tr").count(), 1);
+        await row(page, REFUSED).waitFor();
+        await lb.reload({ services, default: { service: "shop-0" } });
+        await reads(page, "#none", "No problem.");
+        await page.getByLabel("Problems only").uncheck();
+        await page.getByRole("searchbox").fill("shop-11");
+        await counted(page, "section tbody tr", 1);
+        await page.keyboard.press("End"); // the page goes on changing, and what is typed and has the focus stays
+        await sleep(1_500);
+        assert.equal(await page.evaluate("document.activeElement.id + document.activeElement.value"), "findshop-11");
+      });
+    }),
+);
 
-test("it says which route a request would take", () =>
+test("it says which route a request would take", { needs: ["chromium"] }, () =>
   looking(
     {
       services: { shop: { servers: [REFUSED], health: "off" } },
@@ -471,7 +508,9 @@ test("it says which route a request would take", () =>
     },
   ));
 
-test("it says since when it runs, where it listens, until when certificates are good, and what links there are", () => {
+test("it says since when it runs, where it listens, until when certificates are good, and what links there are", {
+  needs: ["chromium"],
+}, () => {
   const tls = [{ cert: "a.pem", key: "a.key" }, { cert: "old.pem", key: "a.key" }];
   const config = { listen: [{ address: "127.0.0.1:0", tls }], default: { servers: [REFUSED] } };
   const files = { "a.pem": A, "a.key": KEY, "old.pem": EXPIRED };
@@ -503,31 +542,37 @@ test("it says since when it runs, where it listens, until when certificates are 
 // ─── What the API says of itself ───
 
 for (const dark of [false, true]) {
-  test(`/docs shows every operation and what it takes, ${dark ? "dark" : "light"}`, () =>
-    looking({ admin: { token: TOKEN }, default: { servers: [REFUSED] } }, async ({ page, lb }) => {
-      const { paths } = await (await fetch(`http://127.0.0.1:${lb.admin}/openapi.json`)).json();
-      const told = Object.entries(paths as Record<string, Record<string, { summary: string }>>).flatMap((
-        [at, methods],
-      ) => Object.entries(methods).map(([method, { summary }]) => `${method.toUpperCase()} ${at} ${summary}`));
-      assert.ok(told.length > 20, `${told.length}`);
-      const shown = page.locator("summary").filter({ visible: true });
-      assert.deepEqual((await shown.allInnerTexts()).map((text) => text.replaceAll(/\s+/g, " ").trim()), told);
-      const change = page.locator("details", { has: page.getByText("PUT /services/{service}/servers/{server}/state") });
-      assert.equal(await change.getByRole("cell", { name: "state" }).first().isVisible(), false);
-      await change.locator("summary").press("Enter");
-      await change.getByRole("cell", { name: "wait" }).first().waitFor();
-      for (const width of [390, 1400]) {
-        await page.setViewportSize({ width, height: 800 });
-        const wide = await page.evaluate<number>("document.documentElement.scrollWidth");
-        assert.ok(wide <= width, `${wide} pixels in a window of ${width}`);
-      }
-      const color = await page.evaluate<string>("getComputedStyle(document.body).color");
-      const [red = NaN] = /\d+/.exec(color)!.map(Number);
-      assert.ok(dark ? red > 192 : red < 64, color);
-      const link = page.getByRole("link", { name: "openapi.json" });
-      assert.equal(
-        await link.evaluate<string, { href: string }>(({ href }) => href),
-        `http://127.0.0.1:${lb.admin}/openapi.json`,
-      );
-    }, { dark, path: "/docs" }));
+  test(
+    `/docs shows every operation and what it takes, ${dark ? "dark" : "light"}`,
+    { needs: ["chromium"] },
+    () =>
+      looking({ admin: { token: TOKEN }, default: { servers: [REFUSED] } }, async ({ page, lb }) => {
+        const { paths } = await (await fetch(`http://127.0.0.1:${lb.admin}/openapi.json`)).json();
+        const told = Object.entries(paths as Record<string, Record<string, { summary: string }>>).flatMap((
+          [at, methods],
+        ) => Object.entries(methods).map(([method, { summary }]) => `${method.toUpperCase()} ${at} ${summary}`));
+        assert.ok(told.length > 20, `${told.length}`);
+        const shown = page.locator("summary").filter({ visible: true });
+        assert.deepEqual((await shown.allInnerTexts()).map((text) => text.replaceAll(/\s+/g, " ").trim()), told);
+        const change = page.locator("details", {
+          has: page.getByText("PUT /services/{service}/servers/{server}/state"),
+        });
+        assert.equal(await change.getByRole("cell", { name: "state" }).first().isVisible(), false);
+        await change.locator("summary").press("Enter");
+        await change.getByRole("cell", { name: "wait" }).first().waitFor();
+        for (const width of [390, 1400]) {
+          await page.setViewportSize({ width, height: 800 });
+          const wide = await page.evaluate<number>("document.documentElement.scrollWidth");
+          assert.ok(wide <= width, `${wide} pixels in a window of ${width}`);
+        }
+        const color = await page.evaluate<string>("getComputedStyle(document.body).color");
+        const [red = NaN] = /\d+/.exec(color)!.map(Number);
+        assert.ok(dark ? red > 192 : red < 64, color);
+        const link = page.getByRole("link", { name: "openapi.json" });
+        assert.equal(
+          await link.evaluate<string, { href: string }>(({ href }) => href),
+          `http://127.0.0.1:${lb.admin}/openapi.json`,
+        );
+      }, { dark, path: "/docs" }),
+  );
 }

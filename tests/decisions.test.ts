@@ -2,7 +2,7 @@
 // those servers away that fail or are slow. One program serves all services, each under its own name.
 
 import assert from "node:assert/strict";
-import { after, before, test as nodeTest } from "node:test";
+import { after, before } from "node:test";
 import {
   answer,
   get,
@@ -13,12 +13,11 @@ import {
   startProgram,
   status,
   target,
+  test,
   until,
   value,
   type Visit,
 } from "./rig.ts";
-
-const test = (name: string, body: () => Promise<void>) => nodeTest(name, { timeout: 120_000 }, body);
 
 const NAMES = ["a", "b", "c", "d"] as const;
 type Name = typeof NAMES[number];

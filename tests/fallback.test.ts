@@ -1,12 +1,8 @@
 // Where a service has nobody left: the other service is asked, under its own rules, and what is written down names it.
 
 import assert from "node:assert/strict";
-import { test as nodeTest, type TestContext } from "node:test";
 import { accessLine, type ConfigError, createLoadBalancer, parseConfig, WireError } from "../lb.ts";
-import { answer, get, rawRequest, scriptedServer, startProgram, status, until, value } from "./rig.ts";
-
-const test = (name: string, body: (t: TestContext) => Promise<void> | void) =>
-  nodeTest(name, { timeout: 120_000 }, body);
+import { answer, get, rawRequest, scriptedServer, startProgram, status, test, until, value } from "./rig.ts";
 
 /** A balancer over scripted servers; `manners`: what a server answers, or that it refuses. */
 function setUp(services: string, routes = "default: { service: shop }") {

@@ -3,7 +3,7 @@
 // conformance.test.ts, with their ids; here stand those that need routes of their own.
 
 import assert from "node:assert/strict";
-import { after, before, test } from "node:test";
+import { after, before } from "node:test";
 import { gunzipSync } from "node:zlib";
 import { type Attempt, createLoadBalancer, parseConfig } from "../lb.ts";
 import {
@@ -21,6 +21,7 @@ import {
   startProgram,
   status,
   target,
+  test,
   until,
   value,
   values,

@@ -11,20 +11,29 @@ import { type AddressInfo, connect, createServer, type Server, type Socket } fro
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
-import { after, before, test as nodeTest } from "node:test";
+import { after, before } from "node:test";
 import { connect as connectTls, createServer as createTlsServer } from "node:tls";
 import { fileURLToPath } from "node:url";
 import { A, CA, KEY } from "./certificates.ts";
 import { spawnGuarded } from "./guard.ts";
-import { answer, type Program, rawRequest, runtime, scriptedServer, sleep, startProgram, until, value } from "./rig.ts";
+import {
+  answer,
+  type Program,
+  rawRequest,
+  runtime,
+  scriptedServer,
+  sleep,
+  startProgram,
+  test,
+  until,
+  value,
+} from "./rig.ts";
 
 const KIB = 1024, MIB = 1024 * KIB;
 const { LB_FLOW } = process.env, [, amount = "64", unit = "MiB"] = /^(\d+)(MiB|GiB)$/.exec(LB_FLOW ?? "") ?? [];
 const LARGE = Number(amount) * (unit === "GiB" ? 1024 : 1) * MIB;
-const LARGE_TAKES = 30_000 + LARGE / MIB * 100; // milliseconds at most, on a busy machine
-
-// bun test gives a test five seconds unless it says otherwise
-const test = (name: string, body: () => Promise<void>) => nodeTest(name, { timeout: 60_000 + 4 * LARGE_TAKES }, body);
+const LARGE_TAKES = 30_000 + LARGE / MIB * 100; // milliseconds at most
+const LONG = { timeout: 60_000 + 4 * LARGE_TAKES };
 
 // ─── Sockets ───
 
@@ -480,55 +489,63 @@ const STOP = 1000; // milliseconds for which nothing is read
 
 for (const { front, back } of WAYS) {
   const way = `from an ${back} server over ${front}`;
-  test(`an answer of ${inMiB(LARGE)} ${way} waits at the server while the client reads nothing`, () =>
-    watched(`an answer ${way}`, async (memory) => {
-      const body = new LargeBody(LARGE, "length"), client = await open(front);
-      scripts["/large"] = (socket) => body.writeTo(socket, "HTTP/1.1 200 OK\r\n");
-      client.answer.onHead = () => stopReading(client.socket);
-      await client.send(requestTo(back, "/large", CLOSE));
-      await until("the head is there", () => client.answer.head);
-      await sleep(STOP);
-      assertHeldBack(memory, [{ body, reader: client.answer }]);
-      readOn(client.socket);
-      await until("the end is seen", () => client.closed, LARGE_TAKES);
-      assert.equal(client.answer.length, LARGE);
-      assert.equal(client.answer.sha256, body.sha256);
-      assert.ok(memory.peak < GROWTH, `the program has grown by ${inMiB(memory.peak)}`);
-      await nothingInFlight();
-    }));
+  test(
+    `an answer of ${inMiB(LARGE)} ${way} waits at the server while the client reads nothing`,
+    LONG,
+    () =>
+      watched(`an answer ${way}`, async (memory) => {
+        const body = new LargeBody(LARGE, "length"), client = await open(front);
+        scripts["/large"] = (socket) => body.writeTo(socket, "HTTP/1.1 200 OK\r\n");
+        client.answer.onHead = () => stopReading(client.socket);
+        await client.send(requestTo(back, "/large", CLOSE));
+        await until("the head is there", () => client.answer.head);
+        await sleep(STOP);
+        assertHeldBack(memory, [{ body, reader: client.answer }]);
+        readOn(client.socket);
+        await until("the end is seen", () => client.closed, LARGE_TAKES);
+        assert.equal(client.answer.length, LARGE);
+        assert.equal(client.answer.sha256, body.sha256);
+        assert.ok(memory.peak < GROWTH, `the program has grown by ${inMiB(memory.peak)}`);
+        await nothingInFlight();
+      }),
+  );
 }
 
 for (const { front, back } of WAYS) {
   const way = `over ${front} to an ${back} server`;
-  test(`uploads of ${inMiB(LARGE)} ${way}, by length and chunked, wait at the client while the server reads nothing`, () =>
-    watched(`uploads ${way}`, async (memory) => {
-      const uploads: { socket: Socket; reader: Incoming }[] = [];
-      scripts["/stop"] = (socket, reader) => {
-        stopReading(socket);
-        uploads.push({ socket, reader });
-        scripts["/count"]!(socket, reader);
-      };
-      const clients = await Promise.all((["length", "chunked"] as const).map(async (framing) => {
-        const client = await open(front), body = new LargeBody(LARGE, framing);
-        const sent = body.writeTo(client.socket, requestTo(back, "/stop", `${CLOSE}X-Is: ${framing}\r\n`, "POST"));
-        return { client, body, sent };
-      }));
-      await until("the heads are there", () => uploads.length === 2);
-      await sleep(STOP);
-      const readerOf = ({ framing }: LargeBody) =>
-        uploads.find(({ reader }) => reader.field("x-is") === framing)!.reader;
-      assertHeldBack(memory, clients.map(({ body }) => ({ body, reader: readerOf(body) })));
-      for (const { socket } of uploads) readOn(socket);
-      for (const { client, body, sent } of clients) {
-        await until("the end is seen", () => client.closed, 2 * LARGE_TAKES);
-        await sent;
-        assert.equal(client.answer.status, 200);
-        assert.equal(client.answer.beginning, `${LARGE} ${body.sha256}`);
-        assert.equal(readerOf(body).field("content-length"), body.framing === "length" ? `${LARGE}` : "");
-      }
-      assert.ok(memory.peak < GROWTH, `the program has grown by ${inMiB(memory.peak)}`);
-      await nothingInFlight();
-    }));
+  test(
+    `uploads of ${inMiB(LARGE)} ${way}, by length and chunked, wait at the client while the server reads nothing`,
+    LONG,
+    () =>
+      watched(`uploads ${way}`, async (memory) => {
+        const uploads: { socket: Socket; reader: Incoming }[] = [];
+        scripts["/stop"] = (socket, reader) => {
+          stopReading(socket);
+          uploads.push({ socket, reader });
+          scripts["/count"]!(socket, reader);
+        };
+        const clients = await Promise.all((["length", "chunked"] as const).map(async (framing) => {
+          const client = await open(front), body = new LargeBody(LARGE, framing);
+          const sent = body.writeTo(client.socket, requestTo(back, "/stop", `${CLOSE}X-Is: ${framing}\r\n`, "POST"));
+          return { client, body, sent };
+        }));
+        await until("the heads are there", () => uploads.length === 2);
+        await sleep(STOP);
+        const readerOf = ({ framing }: LargeBody) =>
+          uploads.find(({ reader }) => reader.field("x-is") === framing)!.reader;
+        assertHeldBack(memory, clients.map(({ body }) => ({ body, reader: readerOf(body) })));
+        for (const { socket } of uploads) readOn(socket);
+        for (const { client, body, sent } of clients) {
+          await until("the end is seen", () => client.closed, 2 * LARGE_TAKES);
+          await sent;
+          assert.equal(client.answer.status, 200);
+          assert.equal(client.answer.beginning, `${LARGE} ${body.sha256}`);
+          assert.equal(readerOf(body).field("content-length"), body.framing === "length" ? `${LARGE}` : "");
+        }
+        assert.ok(memory.peak < GROWTH, `the program has grown by ${inMiB(memory.peak)}`);
+        await nothingInFlight();
+      }),
+  );
 }
 
 test("readers of a byte a second hold next to nothing in memory", () =>

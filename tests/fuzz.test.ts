@@ -7,7 +7,6 @@ import { Buffer } from "node:buffer";
 import { EventEmitter } from "node:events";
 import type { Socket } from "node:net";
 import process from "node:process";
-import { test as nodeTest } from "node:test";
 import fc from "fast-check";
 import {
   type Body,
@@ -20,13 +19,11 @@ import {
   NO_BODY,
   type Server,
 } from "../lb.ts";
-import { assertOrder, sendAttempt, type Sending, TestBody, TestBytes } from "./rig.ts";
+import { assertOrder, sendAttempt, type Sending, test, TestBody, TestBytes } from "./rig.ts";
 
 const INPUTS = Number(process.env.LB_FUZZ ?? 100_000);
 const SEED = Number(process.env.LB_SEED ?? 20_260_401);
 const runs = (share: number) => ({ seed: SEED, numRuns: Math.max(1, Math.round(INPUTS * share)) });
-const test = (name: string, body: () => Promise<void>) => nodeTest(name, { timeout: 200_000 }, body);
-
 // ─── Peers that exist on paper only ───
 
 /** A socket that a script feeds: bytes wait while it is paused, as they do in a real one. */

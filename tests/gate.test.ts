@@ -4,7 +4,7 @@
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
 import { connect } from "node:net";
-import { after, before, test } from "node:test";
+import { after, before } from "node:test";
 import {
   answer,
   echo,
@@ -23,6 +23,7 @@ import {
   startProgram,
   status,
   target,
+  test,
   until,
   value,
   values,

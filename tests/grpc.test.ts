@@ -6,7 +6,7 @@ import { Buffer } from "node:buffer";
 import { createServer as createHttp2Server, type Http2Server } from "node:http2";
 import { type AddressInfo, connect, createServer, type Server as TcpServer } from "node:net";
 import process from "node:process";
-import nodeTest, { after, before } from "node:test";
+import { after, before } from "node:test";
 import { createServer as createTlsServer } from "node:tls";
 // @ts-types="./grpc-js.d.ts"
 import {
@@ -33,11 +33,9 @@ import {
   scriptedServer,
   sleep,
   startProgram,
+  test,
   until,
 } from "./rig.ts";
-
-// bun test gives a test five seconds unless it says otherwise
-const test = (name: string, body: () => Promise<void>) => nodeTest(name, { timeout: 30_000 }, body);
 
 // ─── Servers ───
 

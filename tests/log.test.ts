@@ -2,7 +2,6 @@
 // trace that a request belongs to, and what the operator is told.
 
 import assert from "node:assert/strict";
-import { test } from "node:test";
 import { accessLine, type Client, createLoadBalancer, type Failure, parseConfig } from "../lb.ts";
 import {
   answer,
@@ -14,6 +13,7 @@ import {
   seeded,
   sleep,
   startProgram,
+  test,
   TestBytes,
   until,
   value,

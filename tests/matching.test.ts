@@ -1,7 +1,7 @@
 // Which route takes a request and what it makes of it, as clients and servers of the running program see it.
 
 import assert from "node:assert/strict";
-import { after, before, test as nodeTest } from "node:test";
+import { after, before } from "node:test";
 import {
   type Echo,
   echoServer,
@@ -12,10 +12,9 @@ import {
   type ScriptedServer,
   startProgram,
   status,
+  test,
   value,
 } from "./rig.ts";
-
-const test = (name: string, body: () => Promise<void>) => nodeTest(name, { timeout: 120_000 }, body);
 
 const QUICK = { quiet: 50 };
 let server: ScriptedServer;

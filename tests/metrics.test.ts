@@ -4,7 +4,6 @@
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
 import { readFileSync, writeFileSync } from "node:fs";
-import { test } from "node:test";
 import {
   createLoadBalancer,
   type Failure,
@@ -19,7 +18,7 @@ import {
   WireError,
 } from "../lb.ts";
 import { openWebSocket } from "./frames.ts";
-import { answer, freePort, get, rawRequest, scriptedServer, sleep, startProgram, status, until } from "./rig.ts";
+import { answer, freePort, get, rawRequest, scriptedServer, sleep, startProgram, status, test, until } from "./rig.ts";
 
 /** What an attempt meets: a status, a failure before there is an answer, or one in its middle (`200 idle`). */
 type Manner = number | Failure | `${number} ${Failure}`;
@@ -398,7 +397,7 @@ const QUEER = 'we"ird\\ né{}'; // a name that has to be escaped
 for (const workers of ["1", "2"]) {
   test(
     `promtool finds nothing wrong with what a busy program of ${workers === "1" ? "one thread" : "two workers"} shows`,
-    { timeout: 120_000 },
+    { needs: ["promtool"], timeout: 120_000 },
     async () => {
       const server = await scriptedServer((visit) => visit.send(30, answer("hello")));
       const [tcp, nobody] = [await freePort(), `127.0.0.1:${await freePort()}`];

@@ -2,7 +2,6 @@
 
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
-import { test as nodeTest, type TestContext } from "node:test";
 import {
   accessLine,
   type ConfigError,
@@ -12,10 +11,7 @@ import {
   parseConfig,
   WireError,
 } from "../lb.ts";
-import { answer, get, rawRequest, scriptedServer, seeded, startProgram, status, until, value } from "./rig.ts";
-
-const test = (name: string, body: (t: TestContext) => Promise<void> | void) =>
-  nodeTest(name, { timeout: 120_000 }, body);
+import { answer, get, rawRequest, scriptedServer, seeded, startProgram, status, test, until, value } from "./rig.ts";
 
 const turns = async () => {
   for (let i = 0; i < 30; i++) await undefined;

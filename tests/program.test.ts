@@ -19,7 +19,6 @@ import { type AddressInfo, connect, createServer, type Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
-import nodeTest from "node:test";
 import { fileURLToPath } from "node:url";
 import { brotliCompressSync, gunzipSync, gzipSync, zstdCompressSync } from "node:zlib";
 import { spawnGuarded } from "./guard.ts";
@@ -37,14 +36,12 @@ import {
   sleep,
   status,
   target,
+  test,
   until,
   value,
   values,
   type Visit,
 } from "./rig.ts";
-
-// bun test gives a test five seconds unless it says otherwise
-const test = (name: string, body: () => Promise<void>) => nodeTest(name, { timeout: 120_000 }, body);
 
 const ENTRY = fileURLToPath(new URL("../lb.ts", import.meta.url));
 const RUN = runtime() === "deno" ? ["run", "-A"] : [];
@@ -337,7 +334,7 @@ for (const [args, code, said] of PLAIN_SENTENCES) {
 // only root can run the program as nobody, and nobody may not read root's cache of Deno
 const CAN_BE_NOBODY = process.platform === "linux" && process.getuid?.() === 0 && runtime() !== "deno" &&
   Number(readFileSync("/proc/sys/net/ipv4/ip_unprivileged_port_start", "utf8")) > 80;
-nodeTest(
+test(
   "a port that only root may use is refused with what to do",
   { skip: !CAN_BE_NOBODY },
   () =>

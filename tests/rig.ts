@@ -48,7 +48,7 @@ type TestCode = (t: TestContext) => unknown;
 /** A test of node:test that waits longer on a busy machine, and is skipped without the programs that it needs. */
 export function test(name: string, options: TestOptions | TestCode, body?: TestCode): void {
   if (typeof options === "function") return test(name, {}, options);
-  const { skip = false, needs = [], timeout = 120_000 } = options, missing = needs.filter((one) => !isInstalled(one));
+  const { skip = false, needs = [], timeout = 200_000 } = options, missing = needs.filter((one) => !isInstalled(one));
   const lacking = missing.length > 0 && `not installed: ${missing.join(", ")}`;
   nodeTest(name, { timeout: patience(timeout), skip: skip || lacking }, async (t) => void (await body!(t)));
 }

@@ -21,15 +21,10 @@ import {
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
-import nodeTest from "node:test";
 import fc from "fast-check";
 import { parse, stringify } from "yaml";
 import { rewrite, saveFile } from "../lb.ts";
-import { type Program, sleep, startProgram, until } from "./rig.ts";
-
-// bun test gives a test five seconds unless it says otherwise
-const test = (name: string, body: () => unknown, skip = false) =>
-  nodeTest(name, { timeout: 120_000, skip }, async () => void (await body()));
+import { type Program, sleep, startProgram, test, until } from "./rig.ts";
 
 const FILE = `# head
 services: # pools
@@ -261,13 +256,17 @@ test("the .bak is a file of its own, so that file systems without hard links do"
     assert.ok(!existsSync(`${file}.bak.new`));
   }));
 
-test("a saved file keeps its group", () =>
-  inFolder(async (_, file) => {
-    writeFileSync(file, "one");
-    chownSync(file, 0, 12_345);
-    await saveFile(file, "one", "two");
-    assert.deepEqual([statSync(file).gid, statSync(`${file}.bak`).gid], [12_345, 12_345]);
-  }), process.getuid?.() !== 0); // only root gives files away
+test(
+  "a saved file keeps its group",
+  { skip: process.getuid?.() !== 0 && "only root gives files away" },
+  () =>
+    inFolder(async (_, file) => {
+      writeFileSync(file, "one");
+      chownSync(file, 0, 12_345);
+      await saveFile(file, "one", "two");
+      assert.deepEqual([statSync(file).gid, statSync(`${file}.bak`).gid], [12_345, 12_345]);
+    }),
+);
 
 test("a file that somebody else has changed is not overwritten; one that is gone is written anew, for us alone", () =>
   inFolder(async (_, file) => {
@@ -412,6 +411,7 @@ const mayMount = process.getuid?.() === 0 && (() => {
 
 test(
   "a disk that is full, or read-only, is told as the reason; what runs and what is on disk stay the same",
+  { skip: !mayMount && "this user may not mount" },
   () =>
     inFolder(async (folder, file) => {
       assert.ok(mount("-t", "tmpfs", "-o", "size=64k", "lb", folder));
@@ -441,5 +441,4 @@ test(
         spawnSync("umount", [folder]);
       }
     }),
-  !mayMount,
 );

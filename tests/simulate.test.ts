@@ -5,12 +5,10 @@
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
 import process from "node:process";
-import { test as nodeTest } from "node:test";
 import { fileURLToPath } from "node:url";
-import { runtime } from "./rig.ts";
+import { runtime, test } from "./rig.ts";
 import { type Figures, type Order, strategyNames } from "./simulate.ts";
 
-const test = (name: string, run: () => Promise<void>) => nodeTest(name, { timeout: 200_000 }, run);
 const SCRIPT = fileURLToPath(new URL("simulate.ts", import.meta.url));
 
 /** The figures of every order, in their order. */

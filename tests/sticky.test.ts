@@ -1,12 +1,20 @@
 // A client stays on its server: what the cookie says and does not say, when a client moves, and what passes untouched.
 
 import assert from "node:assert/strict";
-import { test as nodeTest, type TestContext } from "node:test";
+import type { TestContext } from "node:test";
 import { createLoadBalancer, type Fields, parseConfig, printConfig, WireError } from "../lb.ts";
-import { answer, get, type Message, rawRequest, scriptedServer, startProgram, status, value, values } from "./rig.ts";
-
-const test = (name: string, body: (t: TestContext) => Promise<void> | void) =>
-  nodeTest(name, { timeout: 120_000 }, body);
+import {
+  answer,
+  get,
+  type Message,
+  rawRequest,
+  scriptedServer,
+  startProgram,
+  status,
+  test,
+  value,
+  values,
+} from "./rig.ts";
 
 const SHOP = "shop: { servers: [a:1, b:1, c:1], sticky: { cookie: lb } }";
 

@@ -7,12 +7,8 @@ import { createHash, randomBytes } from "node:crypto";
 import { writeFileSync } from "node:fs";
 import { type AddressInfo, connect, createServer, type Socket } from "node:net";
 import process from "node:process";
-import nodeTest from "node:test";
 import { ConfigError, createLoadBalancer, type Draw, parseConfig, relayTcp, type Strategy } from "../lb.ts";
-import { type Program, sleep, startProgram, until } from "./rig.ts";
-
-// bun test gives a test five seconds unless it says otherwise
-const test = (name: string, body: () => Promise<void>) => nodeTest(name, { timeout: 60_000 }, body);
+import { type Program, sleep, startProgram, test, until } from "./rig.ts";
 
 // ─── Servers and clients ───
 

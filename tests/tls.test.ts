@@ -9,7 +9,6 @@ import { type AddressInfo, connect, createServer, type Socket, type TcpNetConnec
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import process from "node:process";
-import nodeTest from "node:test";
 import {
   connect as connectTls,
   type ConnectionOptions,
@@ -32,11 +31,9 @@ import {
   scriptedServer,
   sleep,
   startProgram,
+  test,
   until,
 } from "./rig.ts";
-
-// bun test gives a test five seconds unless it says otherwise
-const test = (name: string, body: () => Promise<void>) => nodeTest(name, { timeout: 60_000 }, body);
 
 const FILES = { "a.pem": A, "a.key": KEY, "b.pem": B, "b.key": OTHER_KEY, "ca.pem": CA, "client.pem": CLIENT };
 const FIRST = { cert: "a.pem", key: "a.key" }, SECOND = { cert: "b.pem", key: "b.key" };
@@ -258,22 +255,26 @@ test("what is older than TLS 1.2, or no TLS at all, is refused, and costs nobody
     socket.destroy();
   }));
 
-test("TLS 1.2 and 1.3 are spoken, and HTTP/2 and HTTP/1.1 are offered", () =>
-  running({}, async (lb, _, [port]) => {
-    for (const version of ["TLSv1.2", "TLSv1.3"] as const) {
-      const socket = await dial(port!, { minVersion: version, maxVersion: version });
-      assert.equal(socket.getProtocol(), version);
-      assert.match(await ask(socket), /^HTTP\/1\.1 200/);
-      assert.match(await ask(socket), /^HTTP\/1\.1 200/);
-      socket.destroy();
-    }
-    const { out } = await curl(lb, port!, ["--http2", "-o", "@out", "-w", "%{http_version}"]);
-    assert.equal(out, "2");
-    await assert.rejects(dial(port!, { ALPNProtocols: ["h3"] }), /alert/i);
-    const silent = connectTls({ port: port!, host: "127.0.0.1", ca: CA, servername: "a.test" }); // asks for no protocol
-    assert.match(await ask(silent), /^HTTP\/1\.1 200/);
-    silent.destroy();
-  }));
+test(
+  "TLS 1.2 and 1.3 are spoken, and HTTP/2 and HTTP/1.1 are offered",
+  { needs: ["curl"] },
+  () =>
+    running({}, async (lb, _, [port]) => {
+      for (const version of ["TLSv1.2", "TLSv1.3"] as const) {
+        const socket = await dial(port!, { minVersion: version, maxVersion: version });
+        assert.equal(socket.getProtocol(), version);
+        assert.match(await ask(socket), /^HTTP\/1\.1 200/);
+        assert.match(await ask(socket), /^HTTP\/1\.1 200/);
+        socket.destroy();
+      }
+      const { out } = await curl(lb, port!, ["--http2", "-o", "@out", "-w", "%{http_version}"]);
+      assert.equal(out, "2");
+      await assert.rejects(dial(port!, { ALPNProtocols: ["h3"] }), /alert/i);
+      const silent = connectTls({ port: port!, host: "127.0.0.1", ca: CA, servername: "a.test" }); // asks for no protocol
+      assert.match(await ask(silent), /^HTTP\/1\.1 200/);
+      silent.destroy();
+    }),
+);
 
 for (
   const [what, front, own] of [
@@ -282,19 +283,23 @@ for (
     ["certificates of clients", { tls: FIRST, client_ca: "ca.pem" }, ["cert", "@client.pem", "key", "@b.key"]],
   ] as [string, Record<string, unknown>, string[]][]
 ) {
-  test(`a client that comes again resumes its session: ${what}`, () =>
-    running({ listen: { address: LOCAL, ...front } }, async (lb, server, [port]) => {
-      const dashed = (dashes: string) => own.map((one) => one.startsWith("@") ? one : dashes + one);
-      const args13 = ["--http1.1", "--tlsv1.3", ...dashed("--"), "-H", "Connection: close"];
-      const once = await curl(lb, port!, args13, ["/1", "/2"]);
-      assert.equal(once.code, 0, once.err);
-      assert.deepEqual([timesShown(once), once.err.match(/Connected to/g)?.length], [1, 2], once.err);
-      assert.equal(server.requests.length, 2);
-      const args12 = ["-servername", "a.test", "-tls1_2", "-reconnect", ...dashed("-")];
-      const said = await openssl(lb, ["s_client", "-connect", `127.0.0.1:${port}`, ...args12]);
-      const kinds = said.match(/^(New|Reused), TLSv1\.2/gm);
-      assert.deepEqual(kinds, ["New, TLSv1.2", ...Array(5).fill("Reused, TLSv1.2")]);
-    }));
+  test(
+    `a client that comes again resumes its session: ${what}`,
+    { needs: ["curl", "openssl"] },
+    () =>
+      running({ listen: { address: LOCAL, ...front } }, async (lb, server, [port]) => {
+        const dashed = (dashes: string) => own.map((one) => one.startsWith("@") ? one : dashes + one);
+        const args13 = ["--http1.1", "--tlsv1.3", ...dashed("--"), "-H", "Connection: close"];
+        const once = await curl(lb, port!, args13, ["/1", "/2"]);
+        assert.equal(once.code, 0, once.err);
+        assert.deepEqual([timesShown(once), once.err.match(/Connected to/g)?.length], [1, 2], once.err);
+        assert.equal(server.requests.length, 2);
+        const args12 = ["-servername", "a.test", "-tls1_2", "-reconnect", ...dashed("-")];
+        const said = await openssl(lb, ["s_client", "-connect", `127.0.0.1:${port}`, ...args12]);
+        const kinds = said.match(/^(New|Reused), TLSv1\.2/gm);
+        assert.deepEqual(kinds, ["New, TLSv1.2", ...Array(5).fill("Reused, TLSv1.2")]);
+      }),
+  );
 }
 
 test("a client that has ended its side gets its answer over TLS too", () => {
@@ -314,7 +319,9 @@ test("a client that has ended its side gets its answer over TLS too", () => {
   }, { script });
 });
 
-test("an answer that breaks off never looks whole over TLS: neither chunked, nor where only its end tells", () => {
+test("an answer that breaks off never looks whole over TLS: neither chunked, nor where only its end tells", {
+  needs: ["curl", "openssl"],
+}, () => {
   const script: Script = async (visit, request) => {
     await visit.send("HTTP/1.1 200 OK\r\n\r\nhalf", 100);
     if (request.start.includes("/whole")) visit.socket.end();
@@ -391,7 +398,9 @@ async function stalls(written: () => number): Promise<void> {
   assert.ok(written() < FLOOD / 2, `${written()} bytes were taken though nobody reads`);
 }
 
-test("a slow reader stops a fast writer over TLS, both ways, and loses nothing: HTTP, and what is not", async () => {
+test("a slow reader stops a fast writer over TLS, both ways, and loses nothing: HTTP, and what is not", {
+  needs: ["curl"],
+}, async () => {
   let sent = () => 0, reader: Socket | undefined, length = 0;
   const server = createServer((socket) => {
     socket.on("error", () => {});
@@ -675,7 +684,9 @@ test(
     }),
 );
 
-test("a session gets nobody around client_ca: neither one of another listener nor one from before a change", () => {
+test("a session gets nobody around client_ca: neither one of another listener nor one from before a change", {
+  needs: ["openssl"],
+}, () => {
   const files = { ...FILES, "stranger.pem": STRANGER, "stranger.key": KEY };
   const open = { address: LOCAL, tls: FIRST }, strange = { ...open, client_ca: "stranger.pem" };
   const closed = { ...open, client_ca: "ca.pem" }, listen = [open, strange, closed];
@@ -757,7 +768,9 @@ test(
     }),
 );
 
-test("a connection that is not HTTP and breaks off never looks like one that has ended over TLS", () => {
+test("a connection that is not HTTP and breaks off never looks like one that has ended over TLS", {
+  needs: ["openssl"],
+}, () => {
   const talk = (socket: Socket) =>
     socket.once("data", (bytes) => {
       socket.write("half");
@@ -1024,54 +1037,58 @@ test("a server that asks for a certificate is shown that of its service", async 
   assert.match(found.bare!, /^502 (connect|reset)$/);
 });
 
-test("a slow reader stops a fast writer over TLS to servers, both ways, and loses nothing", async () => {
-  let sent = () => 0, asked = "";
-  const fast = createTlsServer({ cert: A, key: KEY }, (socket) => {
-    socket.on("error", () => {});
-    socket.once("data", () => {
-      socket.write(`HTTP/1.1 200 OK\r\nContent-Length: ${FLOOD}\r\nConnection: close\r\n\r\n`);
-      sent = flood(socket);
+test(
+  "a slow reader stops a fast writer over TLS to servers, both ways, and loses nothing",
+  { needs: ["openssl"] },
+  async () => {
+    let sent = () => 0, asked = "";
+    const fast = createTlsServer({ cert: A, key: KEY }, (socket) => {
+      socket.on("error", () => {});
+      socket.once("data", () => {
+        socket.write(`HTTP/1.1 200 OK\r\nContent-Length: ${FLOOD}\r\nConnection: close\r\n\r\n`);
+        sent = flood(socket);
+      });
     });
-  });
-  await new Promise<void>((resolve) => fast.listen(0, "127.0.0.1", resolve));
-  const port = await freePort(), tls = { ca: "ca.pem" };
-  const routes = [["/down", (fast.address() as AddressInfo).port], ["/up", port]].map(([path, port]) => ({
-    ...{ path, servers: [`https://127.0.0.1:${port}`], tls, health: "off" },
-  }));
-  const lb = await startProgram({ routes }, ["--drain", "0s"], FILES), folder = dirname(lb.file);
-  // a process of its own, to be stopped: a paused socket of Deno goes on reading over TLS
-  const args = ["s_server", "-quiet", "-accept", `127.0.0.1:${port}`, "-cert", "a.pem", "-key", "a.key"];
-  const slow = spawn("openssl", args, { cwd: folder, stdio: ["pipe", "pipe", "ignore"] });
-  let taken = 0;
-  slow.stdout.on("data", (bytes: Buffer) => {
-    asked ||= bytes.toString("latin1");
-    taken += bytes.length;
-  });
-  try {
-    const client = connectRaw(lb.port);
-    client.socket.write("GET /down HTTP/1.1\r\nHost: a.test\r\n\r\n");
-    await until("the answer has begun", () => client.got.includes("\r\n\r\n"));
-    client.socket.pause();
-    await stalls(sent);
-    let length = client.got.length - client.got.indexOf("\r\n\r\n") - 4;
-    client.socket.removeAllListeners("data").on("data", (bytes: Buffer) => length += bytes.length).resume();
-    await until("all of it has come", () => length === FLOOD, 30_000);
-    client.socket.destroy();
+    await new Promise<void>((resolve) => fast.listen(0, "127.0.0.1", resolve));
+    const port = await freePort(), tls = { ca: "ca.pem" };
+    const routes = [["/down", (fast.address() as AddressInfo).port], ["/up", port]].map(([path, port]) => ({
+      ...{ path, servers: [`https://127.0.0.1:${port}`], tls, health: "off" },
+    }));
+    const lb = await startProgram({ routes }, ["--drain", "0s"], FILES), folder = dirname(lb.file);
+    // a process of its own, to be stopped: a paused socket of Deno goes on reading over TLS
+    const args = ["s_server", "-quiet", "-accept", `127.0.0.1:${port}`, "-cert", "a.pem", "-key", "a.key"];
+    const slow = spawn("openssl", args, { cwd: folder, stdio: ["pipe", "pipe", "ignore"] });
+    let taken = 0;
+    slow.stdout.on("data", (bytes: Buffer) => {
+      asked ||= bytes.toString("latin1");
+      taken += bytes.length;
+    });
+    try {
+      const client = connectRaw(lb.port);
+      client.socket.write("GET /down HTTP/1.1\r\nHost: a.test\r\n\r\n");
+      await until("the answer has begun", () => client.got.includes("\r\n\r\n"));
+      client.socket.pause();
+      await stalls(sent);
+      let length = client.got.length - client.got.indexOf("\r\n\r\n") - 4;
+      client.socket.removeAllListeners("data").on("data", (bytes: Buffer) => length += bytes.length).resume();
+      await until("all of it has come", () => length === FLOOD, 30_000);
+      client.socket.destroy();
 
-    const uploader = connectRaw(lb.port);
-    uploader.socket.write(`POST /up HTTP/1.1\r\nHost: a.test\r\nContent-Length: ${FLOOD + 1}\r\n\r\nx`);
-    await until("the request has come", () => asked.startsWith("POST /up "));
-    process.kill(slow.pid!, "SIGSTOP");
-    const uploaded = flood(uploader.socket);
-    await stalls(uploaded);
-    process.kill(slow.pid!, "SIGCONT");
-    await until("all of it is there", () => taken > FLOOD, 30_000); // with its head
-    slow.stdin.write("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
-    await until("it is answered", () => uploader.got.toString().endsWith("ok"));
-    uploader.socket.destroy();
-  } finally {
-    slow.kill("SIGKILL");
-    await lb.stop();
-    fast.close();
-  }
-});
+      const uploader = connectRaw(lb.port);
+      uploader.socket.write(`POST /up HTTP/1.1\r\nHost: a.test\r\nContent-Length: ${FLOOD + 1}\r\n\r\nx`);
+      await until("the request has come", () => asked.startsWith("POST /up "));
+      process.kill(slow.pid!, "SIGSTOP");
+      const uploaded = flood(uploader.socket);
+      await stalls(uploaded);
+      process.kill(slow.pid!, "SIGCONT");
+      await until("all of it is there", () => taken > FLOOD, 30_000); // with its head
+      slow.stdin.write("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
+      await until("it is answered", () => uploader.got.toString().endsWith("ok"));
+      uploader.socket.destroy();
+    } finally {
+      slow.kill("SIGKILL");
+      await lb.stop();
+      fast.close();
+    }
+  },
+);

@@ -7,7 +7,7 @@ import { createHash, randomBytes } from "node:crypto";
 import { readdirSync, readFileSync } from "node:fs";
 import { type AddressInfo, connect, createServer, type Socket } from "node:net";
 import process from "node:process";
-import { after, before, test } from "node:test";
+import { after, before } from "node:test";
 import { Hono } from "hono";
 import { createLoadBalancer, parseConfig, serve } from "../lb.ts";
 import {
@@ -36,6 +36,7 @@ import {
   sleep,
   startProgram,
   status,
+  test,
   until,
   value,
 } from "./rig.ts";

@@ -5,7 +5,6 @@ import { writeFileSync } from "node:fs";
 import { Agent, request } from "node:http";
 import { dirname, join } from "node:path";
 import process from "node:process";
-import nodeTest from "node:test";
 import { connect as connectTls } from "node:tls";
 import { A, KEY, OTHER_KEY, RENEWED } from "./certificates.ts";
 import { echoStrictly, openWebSocket, TEXT, webSocketServer } from "./frames.ts";
@@ -20,11 +19,10 @@ import {
   sleep,
   startProgram,
   status,
+  test,
   until,
   value,
 } from "./rig.ts";
-
-const test = (name: string, body: () => Promise<void>) => nodeTest(name, { timeout: 120_000 }, body);
 
 /** Tells who has forwarded the request: ids begin with the worker's name. */
 const named: Script = (visit, request) => visit.send(answer(value(request, "x-request-id").split("-")[0]!));
