@@ -189,10 +189,13 @@ async function askOver(client: Client, [path, method, number]: Asked, tally: Tal
 }
 
 /** Some requests at once over one connection of HTTP/2, again and again. */
-async function converseInHttp2(port: number, next: () => Asked, tally: Tally): Promise<void> {
+async function converseInHttp2(port: number, next: () => Asked, tally: Tally, pause: number): Promise<void> {
   const client = await h2Client(port);
   const asking = Array.from({ length: STREAMS_EACH }, async () => {
-    for (let i = 0; i < 25 && !client.over; i++) await askOver(client, next(), tally);
+    for (let i = 0; i < 25 && !client.over; i++) {
+      await askOver(client, next(), tally);
+      await sleep(pause);
+    }
   });
   await Promise.all(asking);
   tally.wrong.push(...client.faults);
@@ -316,10 +319,7 @@ export async function chaos({ seconds, seed, workers = 1, pause = 0 }: Chaos) {
       }
     };
     const clientOfHttp2 = async (random: () => number) => {
-      while (running) {
-        await converseInHttp2(port, () => draw(random), tally);
-        await sleep(pause);
-      }
+      while (running) await converseInHttp2(port, () => draw(random), tally, pause);
     };
     const streaming = async () => {
       while (running) {
