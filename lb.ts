@@ -1831,8 +1831,11 @@ type Denial =
   | "internal"
   | "draining";
 
+/** A value of the header `x-lb-failure`. */
+type FailureName = Failure | Refusal | Denial;
+
 /** Every error response of the balancer. Clients see the text: short, and never a server's address or error. */
-export const FAILURES = {
+export const FAILURES: Record<FailureName, { status: number; text: string }> = {
   "bad-request": { status: 400, text: "the request is not valid" },
   "bad-host": { status: 400, text: "the Host header is missing or not valid" },
   "bad-body": { status: 400, text: "the request's body does not have its announced length" },
@@ -1863,10 +1866,7 @@ export const FAILURES = {
   "deadline": { status: 504, text: "the call's deadline has passed" },
   "bad-version": { status: 505, text: "this version of HTTP is not spoken here" },
   "loop": { status: 508, text: "the request has been here before" },
-} satisfies Record<Failure | Refusal | Denial, { status: number; text: string }>;
-
-/** A value of the header `x-lb-failure`. */
-type FailureName = keyof typeof FAILURES;
+};
 
 /** A failure as an error, for the Fetch API. `sent`: the server may have seen some of the request. */
 export class WireError extends Error {
@@ -2630,7 +2630,7 @@ class Exchange implements Draw {
   destination: Destination | undefined = undefined;
   readonly tried: Server[] = [];
   cookie = ""; // Set-Cookie for a client that is new to its server, or empty
-  quota = NO_FIELDS; // what the answer says about the client's rate
+  quota: Fields = NO_FIELDS; // what the answer says about the client's rate
   shared: [name: string, value: string][] = []; // what it says about pages that may read it, by CORS
   trace = ""; // 32 digits, from the client or begun by us; empty: not asked for yet
   traceFlags = ""; // 01: sampled
