@@ -8,9 +8,14 @@ const read = (name: string) => readFileSync(new URL(`../${name}`, import.meta.ur
 const json = (name: string) => JSON.parse(read(name));
 
 const { imports } = json("deno.json") as { imports: Record<string, string> };
-const { dependencies, version } = json("package.json") as { dependencies: Record<string, string>; version: string };
-/** What the tests run on; Deno finds those that tests import in deno.json too. */
-const { devDependencies: tools } = json(".ci/package.json") as { devDependencies: Record<string, string> };
+interface Package {
+  dependencies: Record<string, string>;
+  devDependencies: Record<string, string>;
+  version: string;
+}
+const { dependencies, devDependencies, version } = json("package.json") as Package;
+/** What the build and the tests run on; Deno finds those that they import in deno.json too. */
+const tools = { ...devDependencies, ...(json(".ci/package.json") as Package).devDependencies };
 
 /** `npm:/hono@4.1.0/` is hono in 4.1.0. */
 const target = (address: string) => /^npm:\/?((?:@[\w.-]+\/)?[\w.-]+)@([\w.-]+)\/?$/.exec(address)?.slice(1);
