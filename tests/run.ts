@@ -238,7 +238,8 @@ const readPackage = async (path: string): Promise<Package> =>
 
 /** Brings what lb.ts needs and what its tests run on, in the versions that are named, where it is not there already. */
 async function install(): Promise<void> {
-  const needs = Object.entries((await readPackage("package.json")).dependencies ?? {});
+  const { dependencies = {}, devDependencies = {} } = await readPackage("package.json");
+  const needs = Object.entries({ ...dependencies, ...devDependencies });
   const tools = Object.entries((await readPackage(".ci/package.json")).devDependencies ?? {});
   const there = async ([name, version]: [string, string]) =>
     (await readPackage(`node_modules/${name}/package.json`)).version === version;

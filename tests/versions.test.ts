@@ -40,7 +40,7 @@ test("every version is exact", () => {
 });
 
 test("every package that lb.ts imports is named, and every one named is imported", () => {
-  const imported = [...read("lb.ts").matchAll(/\b(?:from|import\()\s*"([^"]+)"/g)].map((found) => found[1]!)
+  const imported = [...read("lb.ts").matchAll(/ from "([^"\s]+)";$/gm)].map((found) => found[1]!)
     .filter((name) => !name.startsWith("node:"))
     .map((name) => /^(?:@[^/]+\/)?[^/]+/.exec(name)![0]);
   assert.deepEqual([...new Set(imported)].sort(), Object.keys(dependencies).sort());
