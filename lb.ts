@@ -37,6 +37,7 @@ import {
   connect as netConnect,
   createServer,
   isIP,
+  type NetConnectOpts,
   type Socket,
   Socket as NetSocket,
   type SocketConstructorOpts,
@@ -308,9 +309,10 @@ const isAddress = (text: string) => isIPv4(text) || isIPv6(text);
 const isName = (text: string) =>
   text.length < 254 && /^(?!-)[a-z0-9_-]+(\.[a-z0-9_-]+)*$/i.test(text) && !/(^|\.)\d+$/.test(text);
 const isHost = (text: string) => /^\[.*\]$/.test(text) ? isIPv6(text.slice(1, -1)) : isName(text) || isIPv4(text);
+const LOCAL = "unix"; // among networks: clients of Unix sockets, which have no address
 const NETWORK = /^([^/]+)(?:\/(\d{1,3}))?$/;
 const Network = word("an address or a network such as 10.0.0.0/8", NETWORK, (text, address, bits = "0") => {
-  return isAddress(address) && Number(bits) <= (isIPv4(address) ? 32 : 128) && text;
+  return (text === LOCAL || isAddress(address) && Number(bits) <= (isIPv4(address) ? 32 : 128)) && text;
 });
 const Networks = many(Network, "an address or a network");
 const AUTHORITY = /^(\[[^\]]*\]|[^:[\]]*)(?::(\d{1,5}))?$/;
@@ -320,12 +322,19 @@ const HostPattern = word('a host such as www.example.com or "*.example.com"', AU
   if (!isHost(name.replace(/^\*\./, "")) || /^\*\.[[\d.]+$/.test(name)) return false;
   return port ? new Error(`routes match hosts on all ports; write ${host}`) : name;
 }, /^(?:\[[^\]]*\]|[^:[\]]*)$/);
-const LISTEN = /^(?:(.*):)?(\d{1,5})$/;
-const Listen = word("a port, or an address such as 127.0.0.1:8080 or [::]:8080", LISTEN, (_, host = "", port) => {
-  return Number(port) < 65536 && (!host || isHost(host)) && { host, port: Number(port) };
+const ADDRESS = /^(?:(.*):)?(\d{1,5})$/, A_LISTENER = "a port, or an address such as 127.0.0.1:8080 or [::]:8080";
+const readAddress = (_: string, host = "", port: string) =>
+  Number(port) < 65536 && (!host || isHost(host)) && { host, port: Number(port) };
+const AddressSchema = word(A_LISTENER, ADDRESS, readAddress);
+/** The name of a Unix socket. Of its path the system takes 107 bytes (unix(7)). */
+const UNIX = /unix:\/[!-~]{1,106}/, isUnix = (host: string): boolean => host.startsWith("unix:");
+const LISTEN = new RegExp(`^(?:${UNIX.source}|(?:(.*):)?(\\d{1,5}))$`);
+const Listen = word(`${A_LISTENER}, or unix:/run/lb.sock`, LISTEN, (text, host, port) => {
+  return isUnix(text) ? { host: text, port: 0 } : readAddress(text, host, port!);
 });
+const Mode = word("permissions such as 660", /^0?[0-7]{3}$/, (text) => parseInt(text, 8));
 /** A port alone is one of this machine's: only who says so opens it to others. */
-const Local = v.pipe(Listen, v.transform(({ host, port }) => ({ host: host || "127.0.0.1", port })));
+const Local = v.pipe(AddressSchema, v.transform(({ host, port }) => ({ host: host || "127.0.0.1", port })));
 const isLoopback = (host: string) =>
   host === "localhost" || host === "[::1]" || isIPv4(host) && host.startsWith("127.");
 const Bearer = word("a token of 8 or more letters, digits and -._~+/", /^[\w.~+/-]{8,}=*$/); // RFC 6750 section 2.1
@@ -415,16 +424,21 @@ const bare = (host: string): string => host.replace(/^\[|\]$/g, "");
 /** A client's address: listeners for both families give ::ffff:10.0.0.1 (RFC 4291 section 2.5.5.2). */
 const unmapped = (address: string | undefined): string => address?.replace(/^::ffff:/, "") || "unknown";
 
+/** The file of a Unix socket. */
+const pathOfUnix = (host: string): string => host.slice("unix:".length);
+
 /** An address as people write it. */
-const shown = (host: string, port: number): string => `${host || "0.0.0.0"}:${port}`;
+const shown = (host: string, port: number): string => isUnix(host) ? host : `${host || "0.0.0.0"}:${port}`;
 
 // --- 1.2 Services: what a service and its servers may say ---
 
-const ORIGIN = /^(?:([hH][tT][tT][pP][sS]?|[hH]2[cC]):\/\/)?(\[[^\]]*\]|[^:[\]/?#@]*)(?::(\d{1,5}))?\/?$/;
+const ORIGIN =
+  /^(?:unix:\/[!-~]{1,106}|(?:([hH][tT][tT][pP][sS]?|[hH]2[cC]):\/\/)?(\[[^\]]*\]|[^:[\]/?#@]*)(?::(\d{1,5}))?\/?)$/;
 const SERVER = "a server such as localhost:8081 or http://localhost (no user, no path)";
 const isPort = (server: unknown): boolean => /^\d{1,5}$/.test(String(server));
 const Url = {
   ...word(SERVER, ORIGIN, (text, scheme = "", given, at) => {
+    if (isUnix(text)) return { name: text, url: text };
     const [host, port] = isPort(text) ? ["localhost", text] : [given!, at];
     const number = Number(port ?? { http: 80, h2c: 80, https: 443 }[lower(scheme)]), name = `${lower(host)}:${number}`;
     const isThere = isHost(host.replace(/\.$/, "")) && URL.canParse(`http://${name}`); // a last dot: no search domains
@@ -798,12 +812,18 @@ const ListenerMap = map({
   tls: key(Certificates, "certificates; by the name that is asked for, else the first", []),
   client_ca: key(Text, "PEM: clients have to show a certificate that one of these has signed", ""),
   h2c: key(Bool, "without TLS: clients may begin with HTTP/2 (prior knowledge)", false),
+  mode: key(Mode, "of a Unix socket; without it 660"),
 });
 const ListenerSchema = v.pipe(
   either("a port or an address, or a map with address and tls", Listen, ListenerMap),
-  v.transform((at) => "port" in at ? { address: at, tls: [], client_ca: "", h2c: false } : at),
+  v.transform((at): Out<typeof ListenerMap> => "port" in at ? { address: at, tls: [], client_ca: "", h2c: false } : at),
   v.transform(({ address, ...rest }) => ({ ...address, ...rest })),
   v.check((at) => !at.client_ca || at.tls.length > 0, "client_ca needs tls"),
+  v.check((at) => !("mode" in at) || isUnix(at.host), "mode is for Unix sockets"),
+  v.check(
+    (at) => !isUnix(at.host) || at.tls.length === 0,
+    "a Unix socket has no TLS: nobody else hears what it carries",
+  ),
   v.check(
     (at) => !at.h2c || at.tls.length === 0,
     "h2c is HTTP/2 without TLS; with tls clients choose HTTP/2 by themselves",
@@ -941,6 +961,7 @@ interface ListenerConfig extends Address {
   tls: { cert: string; key: string }[];
   client_ca: string;
   h2c: boolean;
+  mode?: number | undefined; // of a Unix socket
 }
 /** Rules for headers, by their lower-case names. */
 interface HeaderRules {
@@ -1531,8 +1552,8 @@ function expandConfig(source: Raw, text: string, file: string): Config {
     return { ...carried, name, hosts, paths, action, rewrite, policy: targets[0]?.policy ?? under(), fallback };
   });
   for (const [i, [, own]] of mapsIn(source, "tcp").entries()) {
-    const { name, listen } = tcp[i]!;
-    tcp[i]!.name = unique(name || `tcp:${listen[0]!.port}`, services);
+    const { name, listen } = tcp[i]!, { host, port } = listen[0]!;
+    tcp[i]!.name = unique(name || `tcp:${isUnix(host) ? host : port}`, services);
     services.set(tcp[i]!.name, own);
   }
   const Inline = v.object(ServiceSchema.entries); // beside the keys of a service stand those of its route
@@ -2561,7 +2582,7 @@ interface Table {
 }
 
 /** The host and port of a server's URL. */
-const hostOf = (url: string): string => url.slice(url.indexOf("//") + 2);
+const hostOf = (url: string): string => isUnix(url) ? "localhost" : url.slice(url.indexOf("//") + 2);
 
 /** The same as a Host field has it: no server expects the last dot of an absolute name there. */
 const hostFieldOf = (url: string): string => hostOf(url).replace(/\.(?=:|$)/, "");
@@ -4387,7 +4408,7 @@ const RECEIVED = Buffer.allocUnsafeSlow(LENT_SIZE);
  * Connects without TLS, to read into the shared buffer: without it every read allocates 64 KiB, which takes 5 to 10 % of the
  * speed (tried on Deno 2.9.6 and Node 24.21). On Bun 1.4.5 it is slower.
  */
-function connectPlain(address: { host: string; port: number }): Socket {
+function connectPlain(address: NetConnectOpts): Socket {
   if ("Bun" in globalThis) return netConnect(address);
   const socket: Socket = netConnect({ ...address, ...sharedReads(() => socket) });
   return socket;
@@ -4407,6 +4428,7 @@ function readPem(file: string, kind: Pem): string {
 
 /** A socket to a server; the addresses of a name are tried one after another (RFC 8305). */
 function dial({ url, tls }: Server, protocols = ["http/1.1"]): Socket {
+  if (isUnix(url)) return readOnAfterFailedWrites(connectPlain({ path: pathOfUnix(url), allowHalfOpen: true }));
   const { hostname, port, protocol } = new URL(url), host = bare(hostname), secure = protocol === "https:";
   const address = {
     host,
@@ -6302,15 +6324,16 @@ function compileCondition(condition: Condition, read: Read): (exchange: Exchange
   };
 }
 
-/** Whether a text is in one of the networks; `::ffff:10.0.0.1` is `10.0.0.1`, and what is no address is in none. */
+/** Whether a text is in one of the networks; `::ffff:10.0.0.1` is `10.0.0.1`, and what has no address is in `unix`. */
 function addressMatcher(networks: string[]): (address: string) => boolean {
-  const parsed = networks.map((network) => {
+  const parsed = networks.filter((network) => network !== LOCAL).map((network) => {
     const [ip, bits] = ipaddr.parseCIDR(network.includes("/") ? network : network + (isIPv4(network) ? "/32" : "/128"));
     const mapped = ip instanceof ipaddr.IPv6 && ip.isIPv4MappedAddress() && bits >= 96;
     return mapped ? [ip.toIPv4Address(), bits - 96] as const : [ip, bits] as const;
   });
   return (address) => {
-    if (!parsed.length || !isAddress(address)) return false;
+    if (!isAddress(address)) return address === unmapped(undefined) && networks.includes(LOCAL);
+    if (!parsed.length) return false;
     const ip = ipaddr.process(address);
     return parsed.some(([network, bits]) => ip.kind() === network.kind() && ip.match(network, bits));
   };
@@ -7158,9 +7181,9 @@ function checkConcurrency(balancer: Balancer, exchange: Exchange): FailureName |
 }
 
 /** Counts a connection for as long as it is open, or says what it is refused for. Trusted proxies bring many clients. */
-function admit(balancer: Balancer, socket: Socket): FailureName | undefined {
+function admit(balancer: Balancer, socket: Socket, isLocal = false): FailureName | undefined {
   const { table: { config: { limits }, trusts }, connected } = balancer;
-  if (socket.remoteAddress === undefined) return undefined; // it is gone already
+  if (socket.remoteAddress === undefined && !isLocal) return undefined; // it is gone already
   const peer = unmapped(socket.remoteAddress), client = clientNetwork(peer);
   if (balancer.connections >= limits.connections) return "busy";
   if ((connected.get(client) ?? 0) >= limits.client_connections && !trusts(peer)) return "client-busy";
@@ -8785,7 +8808,7 @@ async function passBytes(relay: Relay, far: Socket, now: Effects["now"]): Promis
 
 /** Connects a client to its server until both are closed, and counts what the server has done. */
 async function couple(balancer: Balancer, relay: Relay, far: Socket): Promise<void> {
-  const { effects, relays } = balancer, { near, route: { service, proxy_protocol }, tried } = relay;
+  const { effects, relays } = balancer, { near, route: { service, proxy_protocol, at }, tried } = relay;
   const server = tried.at(-1)!, over = new AbortController(), began = effects.now();
   const end = (problem: FailureName) => {
     relay.problem ||= problem;
@@ -8796,7 +8819,7 @@ async function couple(balancer: Balancer, relay: Relay, far: Socket): Promise<vo
   relays.add(drained);
   far.on("error", () => relay.problem ||= "reset");
   far.once("data", () => onAnswered(service, server, effects));
-  if (near.destroyed || near.remoteAddress === undefined) end("client-left");
+  if (near.destroyed || near.remoteAddress === undefined && !isUnix(at.host)) end("client-left");
   else {
     if (proxy_protocol) far.write(proxyHeader(near));
     void untilIdle(relay, effects, over.signal).then(() => end("idle"));
@@ -8824,11 +8847,13 @@ async function untilIdle(relay: Relay, effects: Effects, over: AbortSignal): Pro
 
 /** Who is connected to whom, in front of everything else (PROXY protocol version 2, section 2.2). */
 function proxyHeader({ remoteAddress, remotePort, localAddress, localPort }: Socket): Uint8Array {
-  const [from, to] = [ipaddr.process(remoteAddress!), ipaddr.process(localAddress!)];
+  const begin = [...Buffer.from("\r\n\r\n\0\r\nQUIT\n"), 0x21];
+  if (remoteAddress === undefined) return Uint8Array.from([...begin, 0, 0, 0]); // over a Unix socket: no addresses
+  const [from, to] = [ipaddr.process(remoteAddress), ipaddr.process(localAddress!)];
   const ports = [remotePort!, localPort!].flatMap((port) => [port >> 8, port & 255]);
   const addresses = [...from.toByteArray(), ...to.toByteArray(), ...ports];
   const family = from.kind() === "ipv4" ? 0x11 : 0x21; // over TCP
-  return Uint8Array.from([...Buffer.from("\r\n\r\n\0\r\nQUIT\n"), 0x21, family, 0, addresses.length, ...addresses]);
+  return Uint8Array.from([...begin, family, 0, addresses.length, ...addresses]);
 }
 
 /** Takes a client's connection to a server of its listener, whose address in the file this is; or refuses it. */
@@ -11491,11 +11516,23 @@ interface ListenerHooks {
 }
 
 /** Where to listen. `shared`: with other threads and processes (SO_REUSEPORT). */
-type ListenAt = { host: string; port: number; shared: boolean };
+type ListenAt = { host: string; port: number; shared: boolean; mode: number };
+
+/** Removes the file of a Unix socket on which nobody listens any more: a process that was killed leaves it behind. */
+async function removeStaleSocket(path: string): Promise<void> {
+  if (!fs.statSync(path, { throwIfNoEntry: false })?.isSocket()) return;
+  const isStale = await new Promise<boolean>((resolve) => {
+    const socket = netConnect({ path }, () => {
+      socket.destroy();
+      resolve(false);
+    }).on("error", (error: Error & { code?: string }) => resolve(error.code === "ECONNREFUSED"));
+  });
+  if (isStale) fs.rmSync(path, { force: true });
+}
 
 /** @throws {StartError} with the address and why it cannot be listened on */
 async function listen(at: ListenAt, secure: Secure | undefined, hooks: ListenerHooks): Promise<Listener> {
-  const { host, port, shared: reusePort } = at, shaking = new Map<string, [Socket, number]>(); // handshakes
+  const { host, port, shared: reusePort, mode } = at, shaking = new Map<string, [Socket, number]>(); // handshakes
   const peerOf = ({ remoteAddress, remotePort }: Socket) => `${remoteAddress} ${remotePort}`;
   let address = shown(host, port);
   const secured = (own: Secure) =>
@@ -11524,11 +11561,14 @@ async function listen(at: ListenAt, secure: Secure | undefined, hooks: ListenerH
     for (const [socket, began] of shaking.values()) if (now() - began >= header) socket.destroy();
     acceptAgain(server as object);
   }, 500);
+  const path = isUnix(host) ? pathOfUnix(host) : "";
   try {
+    if (path) await removeStaleSocket(path);
     await new Promise<void>((resolve, reject) => {
       server.on("error", reject);
-      server.listen({ port, reusePort, ...(host && { host: bare(host) }) }, resolve);
+      server.listen(path ? { path } : { port, reusePort, ...(host && { host: bare(host) }) }, resolve);
     });
+    if (path) fs.chmodSync(path, mode);
   } catch (error) {
     clearInterval(timer);
     return cannotListen(host, port)(error as Error);
@@ -11574,9 +11614,17 @@ const LISTEN_ERRORS: Record<string, string> = {
   EINVAL: "this machine does not have this address",
   ENOTFOUND: "the name does not resolve to an address",
 };
+/** The same of a Unix socket. Where its directory does not exist, Node says EACCES, and Bun nothing but a message (1.4.5). */
+const SOCKET_ERRORS: Record<string, string> = {
+  EADDRINUSE: "the file exists, and another process listens there or it is no socket: choose another path",
+  ENOENT: "its directory does not exist, or this user may not write there",
+};
+Object.assign(SOCKET_ERRORS, { EACCES: SOCKET_ERRORS.ENOENT, EPERM: SOCKET_ERRORS.ENOENT });
 const cannotListen = (host: string, port: number) => (error: Error & { code?: string }): never => {
   const isUnresolved = /EAI_|Failed to listen at/.test(error.message); // Bun's message, without a code (1.4.5)
-  const why = LISTEN_ERRORS[isUnresolved && !isIP(bare(host)) ? "ENOTFOUND" : error.code ?? ""] ?? error.message;
+  const known = isUnix(host) ? SOCKET_ERRORS : LISTEN_ERRORS;
+  const why = known[isUnresolved && !isIP(bare(host)) && !isUnix(host) ? "ENOTFOUND" : error.code ?? ""] ??
+    error.message;
   throw new StartError(`cannot listen on ${shown(host, port)}: ${why}`);
 };
 
@@ -11633,7 +11681,7 @@ export async function serve(app: LoadBalancer | { fetch: Serve }, options: Serve
   const { port = 8080, hostname = "", tls = [], signal } = options, isOurs = "balancer" in app;
   const pairs = [tls].flat().map(({ cert, key }) => ({ cert, key, names: namesOf(new X509Certificate(cert)) }));
   const secure = pairs.length ? { pairs: pairs as Secure["pairs"], clientCa: "" } : undefined;
-  const listener = await listenHttp({ host: hostname, port, shared: false }, secure, {
+  const listener = await listenHttp({ host: hostname, port, shared: false, mode: 0o660 }, secure, {
     handle: isOurs ? app.handle : handleByFetch((request, env) => app.fetch(request, env), printReport),
     limits: () => isOurs ? app.balancer.table.config.limits : NO_LIMITS,
     draining: () => false,
@@ -11670,6 +11718,7 @@ interface ListenContext {
   lb: LoadBalancer;
   shared: boolean; // with other threads and processes
   ports: ReadonlyMap<string, number>; // as the first worker got them, by listener name
+  alone: boolean; // no other thread listens, or this one does where only one can: at Unix sockets
   report: Effects["report"];
 }
 
@@ -11688,9 +11737,10 @@ const isHttp = (name: string): boolean => name.startsWith("http");
 const secureOf = (at: ListenerConfig): Secure | undefined => at.tls.length ? readSecure(at) : undefined;
 
 async function openListener({ lb, shared, ports }: ListenContext, name: string, at: ListenerConfig): Promise<Listener> {
-  const { balancer } = lb, where = { host: at.host, port: ports.get(name) ?? at.port, shared };
+  const { balancer } = lb, where = { host: at.host, port: ports.get(name) ?? at.port, shared, mode: at.mode ?? 0o660 };
   const secure = await Promise.resolve(at).then(secureOf).catch(cannotListen(at.host, where.port));
-  const hooks = { admit: (socket: Socket) => admit(balancer, socket), limits: () => balancer.table.config.limits };
+  const isLocal = isUnix(at.host), limits = () => balancer.table.config.limits;
+  const hooks = { admit: (socket: Socket) => admit(balancer, socket, isLocal), limits };
   if (isHttp(name)) {
     const { handle } = lb, { now } = balancer.effects, draining = () => balancer.draining;
     const refused = (why: FailureName) => countFailure(balancer, why);
@@ -11711,7 +11761,8 @@ async function openListener({ lb, shared, ports }: ListenContext, name: string, 
  * listeners, by name, and what went wrong.
  */
 async function updateListeners(context: ListenContext, open: OpenListeners) {
-  const wanted = listenersOf(context.lb.balancer.table), opened = new Map<string, string>(), problems: string[] = [];
+  const opened = new Map<string, string>(), problems: string[] = [], all = listenersOf(context.lb.balancer.table);
+  const wanted = new Map([...all].filter(([, { host }]) => context.alone || !isUnix(host)));
   for (const [name, { listener }] of open) {
     if (wanted.has(name)) continue;
     open.delete(name);
@@ -11826,7 +11877,7 @@ interface WorkerTask {
   config: Raw; // in force, as it is spelt out
   file: string; // its name
   ports: ListenContext["ports"];
-  reports: boolean; // whether it reports, for all workers, what each of them finds
+  reports: boolean; // it reports, for all workers, what each of them finds, and listens at Unix sockets
   workers: number; // that divide the limits
   secret: string; // of sticky cookies
   down: [service: string, url: string][]; // what probes have found so far
@@ -11939,7 +11990,7 @@ async function work({ config, file, ports, reports, workers, secret, down }: Wor
     const { server } = find(name, url);
     if (server) server.up = false;
   }
-  const listeners = await listenAll({ lb, shared: true, ports, report: reports ? report : () => {} })
+  const listeners = await listenAll({ lb, shared: true, ports, alone: reports, report: reports ? report : () => {} })
     .catch((error) => send({ kind: "failed", reason: error.message }));
   if (!listeners) return;
   parentPort!.on("message", async (order: ToWorker) => {
@@ -12137,9 +12188,9 @@ async function run(call: Call): Promise<void> {
 /** Opens the listeners: here, or in workers. These share the port, and so it is tried first whether another has it. */
 async function openListeners(lb: LoadBalancer, call: Call, log: AccessLog): Promise<Listeners> {
   const shared = call.options["reuse-port"] === true, { effects, table } = lb.balancer;
-  if (call.workers === 1) return await listenAll({ lb, shared, ports: new Map(), report: effects.report });
-  const alone = shared ? [] : [...listenersOf(table).values()];
-  await Promise.all(alone.map(({ host, port }) => checkUnused(host, port).catch(cannotListen(host, port))));
+  if (call.workers === 1) return await listenAll({ lb, shared, ports: new Map(), alone: true, report: effects.report });
+  const tried = shared ? [] : [...listenersOf(table).values()].filter(({ host }) => !isUnix(host));
+  await Promise.all(tried.map(({ host, port }) => checkUnused(host, port).catch(cannotListen(host, port))));
   return await startWorkers(lb, call.workers, log);
 }
 

@@ -816,9 +816,12 @@ const WRONG: [text: string, ...expected: string[]][] = [
   ]),
   [
     `${ROUTE}listen: "[::1:81"`,
-    '2:9: listen: "[::1:81" is not a port, or an address such as 127.0.0.1:8080 or [::]:8080',
+    '2:9: listen: "[::1:81" is not a port, or an address such as 127.0.0.1:8080 or [::]:8080, or unix:/run/lb.sock',
   ],
-  [`${ROUTE}listen: 65536`, "2:9: listen: 65536 is not a port, or an address such as 127.0.0.1:8080 or [::]:8080"],
+  [
+    `${ROUTE}listen: 65536`,
+    "2:9: listen: 65536 is not a port, or an address such as 127.0.0.1:8080 or [::]:8080, or unix:/run/lb.sock",
+  ],
   [`${ROUTE}listen: []`, "2:9: listen: is empty: nobody could ask"],
   [`${ROUTE}listen: { address: 1, tls: { cert: c } }`, "2:28: listen.tls: key is missing"],
   [
