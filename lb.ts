@@ -4505,8 +4505,7 @@ class Http2Failure extends Error {
     this.stream = stream;
   }
 }
-const violation = (detail: string, stream = 0) => new Http2Failure("PROTOCOL_ERROR", detail, stream);
-const unreadable = (detail: string) => new Http2Failure("COMPRESSION_ERROR", detail);
+const fault = (code: Http2Error, detail: string, stream = 0) => new Http2Failure(code, detail, stream);
 
 // Header compression.
 
@@ -4542,13 +4541,13 @@ function decodeHuffman(bytes: Bytes): string {
     for (let bit = 7; bit >= 0; bit--) {
       code = code * 2 + (byte >> bit & 1);
       const row = HUFFMAN[++length], symbol = row?.symbols[code - row.first];
-      if (row === undefined || symbol === 256) throw unreadable("a text is not in the Huffman code");
+      if (row === undefined || symbol === 256) throw fault("COMPRESSION_ERROR", "a text is not in the Huffman code");
       if (symbol === undefined) continue;
       text += String.fromCharCode(symbol);
       code = length = 0;
     }
   }
-  if (length > 7 || code !== 2 ** length - 1) throw unreadable("a text has other padding than ones");
+  if (length > 7 || code !== 2 ** length - 1) throw fault("COMPRESSION_ERROR", "a text has other padding than ones");
   return text;
 }
 
@@ -4622,7 +4621,7 @@ class HeaderDecoder {
       const first = bytes[this.at]!, isIndexed = first >= 128, isAdded = !isIndexed && first >= 64;
       if (first >> 5 === 1) {
         const most = this.integer(5);
-        if (hasFields || most > 4_096) throw unreadable("the table may not have this size");
+        if (hasFields || most > 4_096) throw fault("COMPRESSION_ERROR", "the table may not have this size");
         this.most = most;
         this.shrink();
         changes = true;
@@ -4655,7 +4654,7 @@ class HeaderDecoder {
   private entry(index: number): [string, string] {
     const { table } = this, added = index - STATIC_FIELDS.length;
     const found = added > 0 ? table[table.length - added] : STATIC_FIELDS[index - 1];
-    if (!found) throw unreadable(`nothing stands at ${index} of the table`);
+    if (!found) throw fault("COMPRESSION_ERROR", `nothing stands at ${index} of the table`);
     return found;
   }
   private integer(bits: number): number {
@@ -4663,7 +4662,7 @@ class HeaderDecoder {
     let value = this.bytes[this.at++]! & most;
     for (let shift = 0; value >= most; shift += 7) {
       const byte = this.bytes[this.at++];
-      if (byte === undefined || shift > 21) throw unreadable("a number is cut off or too large");
+      if (byte === undefined || shift > 21) throw fault("COMPRESSION_ERROR", "a number is cut off or too large");
       value += (byte & 127) << shift;
       if (byte < 128) break;
     }
@@ -4671,7 +4670,7 @@ class HeaderDecoder {
   }
   private text(): string {
     const isHuffman = this.bytes[this.at]! >= 128, length = this.integer(7), end = this.at + length;
-    if (end > this.bytes.length) throw unreadable("a text is cut off");
+    if (end > this.bytes.length) throw fault("COMPRESSION_ERROR", "a text is cut off");
     const bytes = this.bytes.subarray(this.at, this.at = end);
     return isHuffman ? decodeHuffman(bytes) : bytes.toString("latin1");
   }
@@ -4768,43 +4767,13 @@ const streamIn = (payload: Bytes): number => payload.readUInt32BE(0) & MAX_WINDO
 function unpadded(payload: Bytes, flags: number): Bytes {
   if (!(flags & PADDED)) return payload;
   const end = payload.length - (payload[0] ?? 0);
-  if (end < 1) throw violation("more padding than payload");
+  if (end < 1) throw fault("PROTOCOL_ERROR", "more padding than payload");
   return payload.subarray(1, end);
 }
 
-/** What frames of a type belong to, the size of their payload where there is but one, and the method that reads them. */
-interface FrameRule {
-  readonly of: "stream" | "connection" | "both";
-  readonly size?: number;
-  readonly read:
-    | "onDataFrame"
-    | "onHeadersFrame"
-    | "onPriority"
-    | "onReset"
-    | "onSettings"
-    | "onPush"
-    | "onPing"
-    | "onGoAwayFrame"
-    | "onWindow"
-    | "onContinuation";
-}
-/** The frames of RFC 9113 section 6: the position is the type. */
-const FRAMES: readonly FrameRule[] = [
-  { of: "stream", read: "onDataFrame" },
-  { of: "stream", read: "onHeadersFrame" },
-  { of: "stream", size: 5, read: "onPriority" },
-  { of: "stream", size: 4, read: "onReset" },
-  { of: "connection", read: "onSettings" },
-  { of: "stream", read: "onPush" },
-  { of: "connection", size: 8, read: "onPing" },
-  { of: "connection", read: "onGoAwayFrame" },
-  { of: "both", size: 4, read: "onWindow" },
-  { of: "stream", read: "onContinuation" },
-];
-
 /** One request and its response (RFC 9113 section 5). */
-abstract class Http2Stream implements BodySource {
-  readonly connection: Http2Connection;
+abstract class Http2Stream<C extends Http2Connection = Http2Connection> implements BodySource {
+  readonly connection: C;
   readonly id: number;
   window: number; // bytes that we may still send
   body: StreamedBody | undefined; // what comes in
@@ -4818,56 +4787,58 @@ abstract class Http2Stream implements BodySource {
   private trailers: Fields | undefined; // its end
   private unread = 0; // bytes that have come since the peer was told to send more
 
-  constructor(connection: Http2Connection, id: number) {
+  constructor(connection: C, id: number) {
     this.connection = connection;
     this.id = id;
     this.window = connection.initialWindow;
   }
 
-  abstract onBlock(block: HeaderBlock, ends: boolean): void;
-  /** What the peer sent breaks the rules: the stream is reset next. */
-  abstract onFault(detail: string): void;
-  /** The peer has reset it, or its connection is gone. `unseen`: the peer has not looked at the request. */
-  abstract onGone(detail: string, unseen: boolean): void;
-  abstract onSourceFailed(why: Failure): void;
+  /**
+   * It is over before its regular end: `reset`, by the peer or with its connection, or `invalid-answer`, as what the peer
+   * sent breaks the rules. `unseen`: the peer has not looked at the request.
+   */
+  abstract fail(why: Failure, detail: string, unseen?: boolean): void;
+  /** The body that goes out breaks off. */
+  abstract cancel(why: Failure): void;
   abstract abandon(): void;
 
   onData(bytes: Bytes, size: number, ends: boolean): void {
     const { body, id } = this;
     this.unread += size;
-    if (this.hasEnded) throw new Http2Failure("STREAM_CLOSED", "data behind the end of a stream", id);
+    if (this.hasEnded) throw fault("STREAM_CLOSED", "data behind the end of a stream", id);
     if (this.unread > STREAM_WINDOW) {
-      throw new Http2Failure("FLOW_CONTROL_ERROR", "more data than its window allows", id);
+      throw fault("FLOW_CONTROL_ERROR", "more data than its window allows", id);
     }
     if (body && !body.over && body.length >= 0 && body.received + bytes.length > body.length) {
-      throw violation("more data than announced", id);
+      throw fault("PROTOCOL_ERROR", "more data than announced", id);
     }
     if (bytes.length) body?.push(bytes);
     if (ends) this.onEnd(NO_FIELDS);
-    else this.giveCredit();
+    else this.release();
   }
 
   /** The peer has ended its side. */
   protected onEnd(trailers: Fields): void {
     const { body } = this;
     this.hasEnded = true;
-    if (body && !body.over && body.received < body.length) throw violation("less data than announced", this.id);
+    if (body && !body.over && body.received < body.length) {
+      throw fault("PROTOCOL_ERROR", "less data than announced", this.id);
+    }
     body?.end(trailers);
     this.closeIfDone();
   }
 
-  protected onTrailers({ fields: given }: HeaderBlock, ends: boolean): void {
+  /** Takes trailers. */
+  onBlock({ fields: given }: HeaderBlock, ends: boolean): void {
     const read = ends ? readHttp2Fields(given, NO_NAMES) : undefined;
-    if (this.hasEnded) throw new Http2Failure("STREAM_CLOSED", "a head behind the end of a stream", this.id);
-    if (!read) throw violation("trailers are malformed", this.id);
+    if (this.hasEnded) throw fault("STREAM_CLOSED", "a head behind the end of a stream", this.id);
+    if (!read) throw fault("PROTOCOL_ERROR", "trailers are malformed", this.id);
     this.onEnd(pairs(read.fields).filter(([name]) => mayTrail(name)).flat());
   }
 
   hold(): void {}
+  /** Lets the peer send more, if there is room for it. */
   release(): void {
-    this.giveCredit();
-  }
-  private giveCredit(): void {
     if (this.hasEnded || this.body?.held || this.unread < STREAM_WINDOW / 2) return;
     this.connection.raiseWindow(this.id, this.unread);
     this.unread = 0;
@@ -4893,18 +4864,13 @@ abstract class Http2Stream implements BodySource {
         this.trailers = trailers;
         this.pump();
       },
-      fail: (why) => this.sent || this.onSourceFailed(why),
+      fail: (why) => this.sent || this.cancel(why),
     });
-  }
-
-  /** Whether something waits for the peer to raise a window, or to read. */
-  isBlocked(): boolean {
-    return this.piece !== undefined;
   }
 
   /** Sends what may be sent now, at most so many frames. Gives whether more may follow at once. */
   pump(frames = Infinity): boolean {
-    const { connection } = this;
+    const { connection, id } = this;
     while (this.piece && !this.sent) {
       const { piece, at } = this, left = piece.length - at;
       const size = Math.min(left, this.window, connection.window, frames === 1 ? connection.maxFrame : LENT_SIZE);
@@ -4916,7 +4882,7 @@ abstract class Http2Stream implements BodySource {
       frames--;
       this.window -= size;
       this.sentBytes += size;
-      connection.sendData(this.id, piece, at, size, isLast);
+      connection.sendData(id, piece, at, size, isLast);
       this.at = isWhole ? 0 : at + size;
       if (isWhole) {
         this.piece = undefined;
@@ -4925,16 +4891,14 @@ abstract class Http2Stream implements BodySource {
       if (isLast) this.endSide();
     }
     connection.blocked.delete(this);
-    if (!this.sent) this.goOn();
+    if (this.sent) return false;
+    if (!this.trailers) this.source?.resume();
+    else {
+      if (this.trailers.length) connection.sendHead(id, compressLines(linesOf(this.trailers)), true);
+      else connection.sendData(id, NO_BYTES, 0, 0, true);
+      this.endSide();
+    }
     return false;
-  }
-  /** Nothing waits any more: more of the source is read, or our side ends. */
-  private goOn(): void {
-    const { connection, id, trailers } = this;
-    if (!trailers) return this.source?.resume();
-    if (trailers.length) connection.sendHead(id, compressLines(linesOf(trailers)), true);
-    else connection.sendData(id, NO_BYTES, 0, 0, true);
-    this.endSide();
   }
   /** Our side has ended. */
   protected endSide(): void {
@@ -4973,6 +4937,8 @@ interface OpenBlock {
 
 /** A connection that speaks HTTP/2: what both sides have. */
 abstract class Http2Connection extends Connection {
+  readonly now: () => number; // milliseconds
+  readonly headLimit: number; // bytes of a header list
   readonly streams: Map<number, Http2Stream> = new Map();
   readonly blocked: Set<Http2Stream> = new Set(); // those that wait for a window, or for room in the socket
   window = 65_535; // bytes that we may still send, on all streams
@@ -4993,8 +4959,12 @@ abstract class Http2Connection extends Connection {
   private wasted = 0; // frames that asked for nothing
   private wastedAt = 0;
 
-  abstract now(): number;
-  abstract headLimit(): number; // bytes of a header list
+  constructor(socket: Socket, now: () => number, headLimit: number) {
+    super(socket);
+    this.now = now;
+    this.headLimit = headLimit;
+  }
+
   abstract onHead(id: number, block: HeaderBlock, ends: boolean): void;
   abstract onGoAway(last: number): void;
   onPong(): void {}
@@ -5022,29 +4992,33 @@ abstract class Http2Connection extends Connection {
 
   private takeFrame(type: number, flags: number, id: number, payload: Bytes, length: number): void {
     try {
-      if (length > MAX_FRAME) throw new Http2Failure("FRAME_SIZE_ERROR", `a frame of ${length} bytes`);
-      this.onFrame(type, flags, id, payload);
+      this.onFrame(type, flags, id, payload, length);
     } catch (error) {
       if (!(error instanceof Http2Failure)) throw error;
       if (!error.stream) return this.fail(error);
       const stream = this.streams.get(error.stream);
-      stream?.onFault(error.message);
+      stream?.fail("invalid-answer", error.message);
       if (!this.resets.has(error.stream)) this.sendReset(error.stream, error.code);
       stream?.drop();
       this.waste();
     }
   }
 
-  private onFrame(type: number, flags: number, id: number, payload: Bytes): void {
+  private onFrame(type: number, flags: number, id: number, payload: Bytes, length: number): void {
     const { block } = this, rule = FRAMES[type];
-    if (!this.hasSettings && type !== SETTINGS) throw violation("no SETTINGS first");
-    if (block && (type !== CONTINUATION || id !== block.id)) throw violation("a frame inside a header block");
-    if (!rule) return this.waste();
-    if (rule.of !== "both" && (rule.of === "stream") !== id > 0) throw violation(`frame ${type} on stream ${id}`);
-    if (rule.size !== undefined && payload.length !== rule.size) {
-      throw new Http2Failure("FRAME_SIZE_ERROR", `frame ${type}`, type === PRIORITY ? id : 0);
+    if (length > MAX_FRAME) throw fault("FRAME_SIZE_ERROR", `a frame of ${length} bytes`);
+    if (!this.hasSettings && type !== SETTINGS) throw fault("PROTOCOL_ERROR", "no SETTINGS first");
+    if (block && (type !== CONTINUATION || id !== block.id)) {
+      throw fault("PROTOCOL_ERROR", "a frame inside a header block");
     }
-    this[rule.read](payload, flags, id);
+    if (!rule) return this.waste();
+    if (rule.of !== "both" && (rule.of === "stream") !== id > 0) {
+      throw fault("PROTOCOL_ERROR", `frame ${type} on stream ${id}`);
+    }
+    if (rule.size !== undefined && payload.length !== rule.size) {
+      throw fault("FRAME_SIZE_ERROR", `frame ${type}`, type === PRIORITY ? id : 0);
+    }
+    rule.read.call(this, payload, flags, id);
   }
 
   /** Counts a frame that asks for nothing. Too many are an attack (CVE-2019-9512, -9515, -9518, CVE-2023-44487). */
@@ -5053,7 +5027,7 @@ abstract class Http2Connection extends Connection {
     this.wasted = Math.max(0, this.wasted - (now - this.wastedAt) / 10) + 1;
     this.wastedAt = now;
     if (this.wasted > PATIENCE) {
-      this.fail(new Http2Failure("ENHANCE_YOUR_CALM", "too many frames that ask for nothing"));
+      this.fail(fault("ENHANCE_YOUR_CALM", "too many frames that ask for nothing"));
     }
   }
   onStreamDone(): void {
@@ -5064,7 +5038,7 @@ abstract class Http2Connection extends Connection {
     const bytes = unpadded(payload, flags), ends = (flags & END_STREAM) > 0;
     this.unread += payload.length;
     if (this.unread > CONNECTION_WINDOW) {
-      throw new Http2Failure("FLOW_CONTROL_ERROR", "more data than the connection's window allows");
+      throw fault("FLOW_CONTROL_ERROR", "more data than the connection's window allows");
     }
     if (this.unread >= CONNECTION_WINDOW / 2) {
       this.raiseWindow(0, this.unread);
@@ -5076,53 +5050,53 @@ abstract class Http2Connection extends Connection {
 
   onHeadersFrame(padded: Bytes, flags: number, id: number): void {
     const payload = unpadded(padded, flags), skipped = flags & PRIORITIZED ? 5 : 0;
-    if (payload.length < skipped) throw new Http2Failure("FRAME_SIZE_ERROR", "HEADERS");
+    if (payload.length < skipped) throw fault("FRAME_SIZE_ERROR", "HEADERS");
     const isBad = skipped > 0 && streamIn(payload) === id, since = flags & END_HEADERS ? 0 : this.now();
     this.block = { id, ends: (flags & END_STREAM) > 0, isBad, since, pieces: [], size: 0 };
     this.onContinuation(payload.subarray(skipped), flags, id);
   }
   onContinuation(payload: Bytes, flags: number, id: number): void {
     const { block } = this;
-    if (!block) throw violation("CONTINUATION without HEADERS");
+    if (!block) throw fault("PROTOCOL_ERROR", "CONTINUATION without HEADERS");
     block.size += payload.length + 32; // empty ones are not free, either
     block.pieces.push(payload);
-    if (block.size > this.headLimit() + MAX_FRAME) {
-      throw new Http2Failure("ENHANCE_YOUR_CALM", "an endless header block");
+    if (block.size > this.headLimit + MAX_FRAME) {
+      throw fault("ENHANCE_YOUR_CALM", "an endless header block");
     }
     if (!(flags & END_HEADERS)) return;
     this.block = undefined;
     const bytes = block.pieces.length === 1 ? payload : Buffer.concat(block.pieces);
-    const head = this.decoder.decode(bytes, this.headLimit());
-    if (block.isBad) throw violation("it depends on itself", id);
+    const head = this.decoder.decode(bytes, this.headLimit);
+    if (block.isBad) throw fault("PROTOCOL_ERROR", "it depends on itself", id);
     this.onHead(id, head, block.ends);
   }
 
   onPriority(payload: Bytes, _flags: number, id: number): void {
-    if (streamIn(payload) === id) throw violation("it depends on itself", id);
+    if (streamIn(payload) === id) throw fault("PROTOCOL_ERROR", "it depends on itself", id);
     this.waste();
   }
   onPush(): void {
-    throw violation("PUSH_PROMISE");
+    throw fault("PROTOCOL_ERROR", "PUSH_PROMISE");
   }
   onPing(payload: Bytes, flags: number): void {
     if (flags & ACK) return this.onPong();
-    this.write(frameHead(8, PING, ACK, 0) + payload.toString("latin1"));
+    this.writeFrame(PING, ACK, 0, payload.toString("latin1"));
     this.waste();
   }
   onGoAwayFrame(payload: Bytes): void {
-    if (payload.length < 8) throw new Http2Failure("FRAME_SIZE_ERROR", "GOAWAY");
+    if (payload.length < 8) throw fault("FRAME_SIZE_ERROR", "GOAWAY");
     this.onGoAway(streamIn(payload));
   }
   onReset(payload: Bytes, _flags: number, id: number): void {
     const stream = this.openStream(id), code = payload.readUInt32BE(0), name = HTTP2_ERRORS[code];
     this.waste();
     stream?.drop();
-    stream?.onGone(`it was reset (${name ?? code})`, name === "REFUSED_STREAM");
+    stream?.fail("reset", `it was reset (${name ?? code})`, name === "REFUSED_STREAM");
   }
 
   onSettings(payload: Bytes, flags: number): void {
     const isFirst = !this.hasSettings;
-    if (payload.length % 6 || flags & ACK && payload.length) throw new Http2Failure("FRAME_SIZE_ERROR", "SETTINGS");
+    if (payload.length % 6 || flags & ACK && payload.length) throw fault("FRAME_SIZE_ERROR", "SETTINGS");
     if (flags & ACK) return;
     if (isFirst) this.maxStreams = MAX_STREAMS;
     else this.waste();
@@ -5130,29 +5104,29 @@ abstract class Http2Connection extends Connection {
     for (let at = 0; at < payload.length; at += 6) {
       this.onSetting(payload.readUInt16BE(at), payload.readUInt32BE(at + 2));
     }
-    this.write(frameHead(0, SETTINGS, ACK, 0));
+    this.writeFrame(SETTINGS, ACK, 0, "");
     if (isFirst) this.onFirstSettings();
     this.pumpBlocked();
   }
   private onSetting(name: number, value: number): void {
     const isBad = name === SETTING.push && value > this.maxPush || name === SETTING.connect && value > 1 ||
       name === SETTING.frame && (value < MAX_FRAME || value >= 2 ** 24);
-    if (isBad) throw violation(`SETTINGS ${name} is ${value}`);
+    if (isBad) throw fault("PROTOCOL_ERROR", `SETTINGS ${name} is ${value}`);
     if (name === SETTING.streams) this.maxStreams = value;
     if (name === SETTING.frame) this.maxFrame = Math.min(value, LENT_SIZE);
     if (name !== SETTING.window) return;
     const more = value - this.initialWindow,
       windows = [...this.streams.values()].map((stream) => stream.window += more);
-    if (Math.max(value, ...windows) > MAX_WINDOW) throw new Http2Failure("FLOW_CONTROL_ERROR", WINDOW_TOO_LARGE);
+    if (Math.max(value, ...windows) > MAX_WINDOW) throw fault("FLOW_CONTROL_ERROR", WINDOW_TOO_LARGE);
     this.initialWindow = value;
   }
 
   onWindow(payload: Bytes, _flags: number, id: number): void {
     const target = id ? this.openStream(id) : this, more = streamIn(payload);
-    if (!more) throw violation("WINDOW_UPDATE of 0", id);
+    if (!more) throw fault("PROTOCOL_ERROR", "WINDOW_UPDATE of 0", id);
     if (!target) return;
     target.window += more;
-    if (target.window > MAX_WINDOW) throw new Http2Failure("FLOW_CONTROL_ERROR", WINDOW_TOO_LARGE, id);
+    if (target.window > MAX_WINDOW) throw fault("FLOW_CONTROL_ERROR", WINDOW_TOO_LARGE, id);
     if (target instanceof Http2Stream) target.pump();
     else this.pumpBlocked();
   }
@@ -5170,13 +5144,13 @@ abstract class Http2Connection extends Connection {
 
   /** The stream of a frame that may cross its end. */
   private openStream(id: number): Http2Stream | undefined {
-    if (id % 2 === 0 || id > this.lastId) throw violation(`stream ${id} has not begun`);
+    if (id % 2 === 0 || id > this.lastId) throw fault("PROTOCOL_ERROR", `stream ${id} has not begun`);
     return this.streams.get(id);
   }
   /** The stream of a frame; undefined where one that we have reset is meant. */
   protected streamOf(id: number): Http2Stream | undefined {
     const stream = this.openStream(id);
-    if (!stream && !this.resets.has(id)) throw new Http2Failure("STREAM_CLOSED", `stream ${id} is closed`);
+    if (!stream && !this.resets.has(id)) throw fault("STREAM_CLOSED", `stream ${id} is closed`);
     return stream;
   }
   remove(id: number, isReset = false): void {
@@ -5189,21 +5163,28 @@ abstract class Http2Connection extends Connection {
   protected override write(text: string): void {
     if (!this.isOver) super.write(text);
   }
+  protected writeFrame(type: number, flags: number, id: number, payload: string): void {
+    this.write(frameHead(payload.length, type, flags, id) + payload);
+  }
   /** Sends our settings, with the windows that both sides give their peer. */
   protected sendSettings(own: [name: number, value: number][]): void {
     const settings = [...own, [SETTING.window, STREAM_WINDOW] as const];
-    const payload = settings.map(([name, value]) => String.fromCharCode(0, name) + u32(value)).join("");
-    this.write(frameHead(payload.length, SETTINGS, 0, 0) + payload);
+    this.writeFrame(
+      SETTINGS,
+      0,
+      0,
+      settings.map(([name, value]) => String.fromCharCode(0, name) + u32(value)).join(""),
+    );
     this.raiseWindow(0, CONNECTION_WINDOW - 65_535);
   }
   raiseWindow(id: number, bytes: number): void {
-    this.write(frameHead(4, WINDOW_UPDATE, 0, id) + u32(bytes));
+    this.writeFrame(WINDOW_UPDATE, 0, id, u32(bytes));
   }
   sendHead(id: number, block: string, ends: boolean): void {
     const { maxFrame } = this;
     for (let at = 0, type = HEADERS, flags = ends ? END_STREAM : 0; at < block.length; at += maxFrame) {
       const part = block.slice(at, at + maxFrame), isLast = at + maxFrame >= block.length;
-      this.write(frameHead(part.length, type, isLast ? flags | END_HEADERS : flags, id) + part);
+      this.writeFrame(type, isLast ? flags | END_HEADERS : flags, id, part);
       type = CONTINUATION;
       flags = 0;
     }
@@ -5213,9 +5194,7 @@ abstract class Http2Connection extends Connection {
     const { maxFrame } = this, flags = ends ? END_STREAM : 0, end = at + size;
     if (this.isOver) return;
     this.window -= size;
-    if (size <= Math.min(SMALL, maxFrame)) {
-      return this.write(frameHead(size, DATA, flags, id) + bytes.toString("latin1", at, end));
-    }
+    if (size <= Math.min(SMALL, maxFrame)) return this.writeFrame(DATA, flags, id, bytes.toString("latin1", at, end));
     const out = borrowed(size + 9 * Math.ceil(size / maxFrame));
     for (let to = 0; at < end;) {
       const part = Math.min(maxFrame, end - at);
@@ -5227,11 +5206,11 @@ abstract class Http2Connection extends Connection {
     writeBytes(this.socket, out);
   }
   sendReset(id: number, code: Http2Error): void {
-    this.write(frameHead(4, RESET, 0, id) + u32(HTTP2_ERRORS.indexOf(code)));
+    this.writeFrame(RESET, 0, id, u32(HTTP2_ERRORS.indexOf(code)));
     this.remove(id, true);
   }
   sendGoAway(last: number, code: Http2Error, detail = ""): void {
-    this.write(frameHead(8 + detail.length, GOAWAY, 0, 0) + u32(last) + u32(HTTP2_ERRORS.indexOf(code)) + detail);
+    this.writeFrame(GOAWAY, 0, 0, u32(last) + u32(HTTP2_ERRORS.indexOf(code)) + detail);
   }
 
   /** Says that the connection ends, and sends nothing more; where it has streams, these are gone. */
@@ -5252,16 +5231,37 @@ abstract class Http2Connection extends Connection {
   protected leaveAll(detail: string, isMeant = (_stream: Http2Stream): boolean => true, unseen = false): void {
     for (const stream of [...this.streams.values()].filter(isMeant)) {
       stream.drop();
-      stream.onGone(detail, unseen);
+      stream.fail("reset", detail, unseen);
     }
   }
 }
 const WINDOW_TOO_LARGE = "a window over 2^31-1";
 
+/** What frames of a type belong to, the size of their payload where there is but one, and the method that reads them. */
+interface FrameRule {
+  readonly of: "stream" | "connection" | "both";
+  readonly size?: number;
+  read(this: Http2Connection, payload: Bytes, flags: number, id: number): void;
+}
+const { prototype: READERS } = Http2Connection;
+/** The frames of RFC 9113 section 6: the position is the type. */
+const FRAMES: readonly FrameRule[] = [
+  { of: "stream", read: READERS.onDataFrame },
+  { of: "stream", read: READERS.onHeadersFrame },
+  { of: "stream", size: 5, read: READERS.onPriority },
+  { of: "stream", size: 4, read: READERS.onReset },
+  { of: "connection", read: READERS.onSettings },
+  { of: "stream", read: READERS.onPush },
+  { of: "connection", size: 8, read: READERS.onPing },
+  { of: "connection", read: READERS.onGoAwayFrame },
+  { of: "both", size: 4, read: READERS.onWindow },
+  { of: "stream", read: READERS.onContinuation },
+];
+
 // Connections of clients.
 
 /** A request of a client on its stream. */
-class ClientStream extends Http2Stream {
+class ClientStream extends Http2Stream<Http2ClientConnection> {
   readonly request: HttpRequest & { expects: boolean };
   private readonly head: Http2Head;
   private isAnswered = false;
@@ -5287,9 +5287,6 @@ class ClientStream extends Http2Stream {
     };
   }
 
-  onBlock(block: HeaderBlock, ends: boolean): void {
-    this.onTrailers(block, ends);
-  }
   onRead(): void {
     if (!this.request.expects || this.isAnswered) return;
     this.request.expects = false;
@@ -5380,24 +5377,20 @@ class ClientStream extends Http2Stream {
    */
   look(now: number): number {
     if (now - this.answeredAt >= LINGER.without) this.reset("NO_ERROR");
-    if (!this.isBlocked() || this.sentBytes !== this.seenBytes) this.movedAt = now;
+    if (!this.connection.blocked.has(this) || this.sentBytes !== this.seenBytes) this.movedAt = now;
     this.seenBytes = this.sentBytes;
     return now - this.movedAt;
   }
   abandon(): void {} // the rest is thrown away
-  onSourceFailed(why: Failure): void {
+  cancel(why: Failure): void {
     endRequest(this.request);
     if (!isGrpc(this.head)) return this.reset(this.isTunnel ? "CANCEL" : "INTERNAL_ERROR");
     this.sendLines(linesOf(grpcFields(why)), true);
     this.endSide();
   }
-  onFault(): void {
-    this.body?.end("bad-body");
-    this.onGone();
-  }
-  onGone(): void {
+  fail(why: Failure): void {
     const { request, body, source } = this;
-    body?.end("client-left");
+    body?.end(why === "reset" ? "client-left" : "bad-body");
     if (request.gone) return;
     cancelRequest(request);
     source?.cancel();
@@ -5423,27 +5416,19 @@ class Http2ClientConnection extends Http2Connection {
   private hasPreface = false;
   private begun: ClientStream[] = []; // requests that have begun in the bytes being read
   private leavingAt = 0; // when the client was told to open no more streams; 0: not yet
-  private isRefusing = false; // new streams
   private lastServed = Infinity; // the last stream that is served, once the client has been told
   private clientEnded = false; // the client has ended its side
   private unsent = 0; // what waited for the client when it was last looked at
   private movedAt: number; // when it last took something
 
   constructor(owner: ClientOwner, socket: Socket, scheme: string) {
-    super(socket);
-    const { context } = this.owner = owner;
+    const { context } = owner, { header_size } = context.limits();
+    super(socket, () => context.now(), header_size);
+    this.owner = owner;
     this.scheme = scheme;
     this.peer = unmapped(socket.remoteAddress);
     this.since = this.movedAt = context.now();
-    const { header_size } = context.limits();
     this.sendSettings([[SETTING.streams, MAX_STREAMS], [SETTING.list, header_size], [SETTING.connect, 1]]);
-  }
-
-  now(): number {
-    return this.owner.context.now();
-  }
-  headLimit(): number {
-    return this.owner.context.limits().header_size;
   }
 
   override onData(bytes: Bytes): void {
@@ -5451,7 +5436,7 @@ class Http2ClientConnection extends Http2Connection {
     if (!this.hasPreface) {
       this.rest = this.rest.length ? Buffer.concat([this.rest, bytes]) : bytes;
       const text = this.rest.toString("latin1", 0, PREFACE.length);
-      if (!PREFACE.startsWith(text)) return this.fail(violation("not the preface of HTTP/2"));
+      if (!PREFACE.startsWith(text)) return this.fail(fault("PROTOCOL_ERROR", "not the preface of HTTP/2"));
       if (text.length < PREFACE.length) return;
       this.hasPreface = true;
       [bytes, this.rest] = [behind(this.rest, PREFACE.length), NO_BYTES];
@@ -5467,27 +5452,23 @@ class Http2ClientConnection extends Http2Connection {
     const stream = this.streams.get(id);
     if (stream) return stream.onBlock(block, ends);
     if (this.resets.has(id)) return;
-    if (id % 2 === 0) throw violation(`stream ${id} is not a client's`);
-    if (this.ended.has(id)) throw new Http2Failure("STREAM_CLOSED", `stream ${id} is closed`);
-    if (id <= this.lastId) throw violation(`stream ${id} is below ${this.lastId}`);
+    if (id % 2 === 0) throw fault("PROTOCOL_ERROR", `stream ${id} is not a client's`);
+    if (this.ended.has(id)) throw fault("STREAM_CLOSED", `stream ${id} is closed`);
+    if (id <= this.lastId) throw fault("PROTOCOL_ERROR", `stream ${id} is below ${this.lastId}`);
     this.lastId = id;
-    if (this.streams.size >= MAX_STREAMS || this.isRefusing) {
-      if (!this.isRefusing) this.waste();
-      return this.sendReset(id, "REFUSED_STREAM");
-    }
+    const isLate = id > this.lastServed, isRefused = isLate || this.streams.size >= MAX_STREAMS;
+    if (isRefused && !isLate) this.waste();
+    if (isRefused) return this.sendReset(id, "REFUSED_STREAM");
     const head = block.request ??= http2RequestHead(block, this.owner.context.limits());
-    if (ends && head.length > 0) throw violation("no body where one was announced", id);
+    if (ends && head.length > 0) throw fault("PROTOCOL_ERROR", "no body where one was announced", id);
     const begun = new ClientStream(this, id, head, ends);
     this.streams.set(id, begun);
     this.begun.push(begun);
   }
 
-  override onStreamDone(): void {
-    super.onStreamDone();
-    this.since = this.now();
-  }
   override remove(id: number, isReset?: boolean): void {
     super.remove(id, isReset);
+    this.since = this.now();
     if (this.leavingAt || this.clientEnded) this.endIfUnused();
   }
 
@@ -5518,16 +5499,13 @@ class Http2ClientConnection extends Http2Connection {
     if (this.leavingAt || this.isOver) return;
     this.leavingAt = this.now();
     this.sendGoAway(MAX_WINDOW, "NO_ERROR");
-    this.ping("draining");
+    this.writeFrame(PING, 0, 0, "draining");
   }
   override onPong(): void {
     if (this.leavingAt) this.endIfUnused();
   }
   private endIfUnused(): void {
     if (!this.streams.size) this.goAway(Math.min(this.lastId, this.lastServed)); // never more than it said before
-  }
-  private ping(text: string): void {
-    this.write(frameHead(8, PING, 0, 0) + text);
   }
 
   isWriting(): boolean {
@@ -5543,13 +5521,12 @@ class Http2ClientConnection extends Http2Connection {
     if (this.isOver) {
       if (now - this.overAt >= (unsent ? keep_alive : LINGER.silent)) socket.destroy();
     } else if (stuck >= keep_alive || now - this.movedAt >= keep_alive) {
-      this.fail(new Http2Failure("ENHANCE_YOUR_CALM", "the client does not read"));
+      this.fail(fault("ENHANCE_YOUR_CALM", "the client does not read"));
     } else if (!this.hasSettings && waited >= header || block && now - block.since >= header) {
-      this.fail(new Http2Failure("ENHANCE_YOUR_CALM", "the client is too slow"));
-    } else if (this.clientEnded) this.ping("are you?"); // a reset says that it is gone
+      this.fail(fault("ENHANCE_YOUR_CALM", "the client is too slow"));
+    } else if (this.clientEnded) this.writeFrame(PING, 0, 0, "are you?"); // a reset says that it is gone
     else if (!streams.size && waited >= keep_alive) this.endIfUnused();
-    else if (this.leavingAt && !this.isRefusing && now - this.leavingAt >= LEAVING) {
-      this.isRefusing = true;
+    else if (this.leavingAt && this.lastServed === Infinity && now - this.leavingAt >= LEAVING) {
       this.lastServed = this.lastId;
       this.sendGoAway(this.lastServed, "NO_ERROR");
       this.endIfUnused();
@@ -5565,47 +5542,45 @@ const HTTP1 = "it speaks HTTP/1.1, and h2c:// is HTTP/2: write http://";
 const NO_ALPN = "it does not offer HTTP/2 by ALPN; http: 1 or auto asks it over HTTP/1.1";
 
 /** An attempt on its stream. */
-class UpstreamStream extends Http2Stream implements Progress {
+class UpstreamStream extends Http2Stream<Http2UpstreamConnection> implements Progress {
   readonly attempt: Attempt;
   since: number;
   connected = false; // the request has begun to be sent
   head: ResponseHead | undefined;
-  private readonly to: Http2UpstreamConnection;
   private isDone = false;
 
   constructor(to: Http2UpstreamConnection, id: number, attempt: Attempt) {
     super(to, id);
-    this.to = to;
     this.attempt = attempt;
     this.since = to.client.time;
     attempt.carrier = this;
   }
   get isFull(): boolean {
-    return this.isBlocked();
+    return this.connection.blocked.has(this);
   }
 
   send(): void {
-    const { to, id, attempt, attempt: { method, target, lines, body, server, secret } } = this;
+    const { connection, id, attempt, attempt: { method, target, lines, body, server, secret } } = this;
     const [, host = ""] = /^host: (.*)\r\n/im.exec(lines) ?? [], scheme = isSecure(server) ? "https" : "http";
     const isSized = body.length >= 0 && (body !== NO_BODY || BODY_EXPECTED.has(method));
     const length = isSized ? `content-length: ${body.length}\r\n` : "";
     const pseudo = `:method: ${method}\r\n:scheme: ${scheme}\r\n:authority: ${host}\r\n:path: ${target}\r\n`;
     this.connected = true;
-    this.since = attempt.connectedAt = to.client.time;
-    to.sendHead(id, compressLines(pseudo + lines + length, secret), body === NO_BODY);
+    this.since = attempt.connectedAt = connection.client.time;
+    connection.sendHead(id, compressLines(pseudo + lines + length, secret), body === NO_BODY);
     if (body === NO_BODY) this.endSide();
     else this.sendBody(body);
   }
 
-  onBlock(block: HeaderBlock, ends: boolean): void {
-    const { attempt, id } = this, head = block.response ??= http2ResponseHead(block);
-    this.since = this.to.client.time = this.to.now();
-    if (this.head) return this.onTrailers(block, ends);
-    if (typeof head === "string") throw violation(head, id);
+  override onBlock(block: HeaderBlock, ends: boolean): void {
+    const { attempt, id, connection: { client } } = this, head = block.response ??= http2ResponseHead(block);
+    this.since = client.time = client.now();
+    if (this.head) return super.onBlock(block, ends);
+    if (typeof head === "string") throw fault("PROTOCOL_ERROR", head, id);
     const { status, reason, fields, lines } = head, isBodiless = attempt.method === "HEAD" || BODILESS.has(status);
-    if (status < 200 && ends) throw violation("its interim response is the last", id);
+    if (status < 200 && ends) throw fault("PROTOCOL_ERROR", "its interim response is the last", id);
     if (status < 200) return status > 100 ? attempt.onInform(status, reason, fields) : undefined;
-    if (ends && !isBodiless && head.length > 0) throw violation("it has no body, but a length", id);
+    if (ends && !isBodiless && head.length > 0) throw fault("PROTOCOL_ERROR", "it has no body, but a length", id);
     this.head = head;
     if (!ends) this.body = new StreamedBody(isBodiless ? -1 : head.length, this);
     attempt.onHead({ status, reason, fields, lines, body: this.body ?? (isBodiless ? NO_BODY : EMPTY_BODY) });
@@ -5613,8 +5588,9 @@ class UpstreamStream extends Http2Stream implements Progress {
   }
 
   override onData(bytes: Bytes, size: number, ends: boolean): void {
-    if (!this.head) throw violation("data in front of its head", this.id);
-    this.since = this.to.client.time = this.to.now();
+    if (!this.head) throw fault("PROTOCOL_ERROR", "data in front of its head", this.id);
+    const { client } = this.connection;
+    this.since = client.time = client.now();
     this.attempt.received += bytes.length;
     super.onData(bytes, size, ends);
   }
@@ -5637,15 +5613,6 @@ class UpstreamStream extends Http2Stream implements Progress {
     if (connected && !sent) attempt.body.cancel();
   }
 
-  onFault(detail: string): void {
-    this.fail("invalid-answer", detail);
-  }
-  onGone(detail: string, unseen: boolean): void {
-    this.fail(this.connected ? "reset" : "connect", detail, unseen);
-  }
-  onSourceFailed(why: Failure): void {
-    this.fail(why, FAILURES[why].text);
-  }
   cancel(why: Failure): void {
     this.fail(why, FAILURES[why].text);
   }
@@ -5653,27 +5620,27 @@ class UpstreamStream extends Http2Stream implements Progress {
     this.cancel("client-left");
   }
   override release(): void {
-    this.since = this.to.client.time;
+    this.since = this.connection.client.time;
     super.release();
   }
 
   /** The attempt has failed; one that the server has not looked at goes to another connection, once. */
   fail(why: Failure, detail: string, unseen = false): void {
-    const { attempt, to, id, connected, to: { client } } = this;
+    const { attempt, id, connected, connection: { client, streams } } = this;
     if (this.isDone) return;
     const isWhole = !connected || attempt.body.bytes !== undefined; // nothing of it is used up
     const mayMove = unseen || why === "reset" && id > 1 && mayRepeat(attempt); // the first stream is on no stale connection
     const moves = mayMove && isWhole && !this.head && !client.moved.has(attempt);
     if (moves) this.isDone = true;
     else this.detach();
-    if (connected && to.streams.get(id) === this) this.reset("CANCEL");
+    if (connected && streams.get(id) === this) this.reset("CANCEL");
     else this.drop();
     if (moves) {
       client.moved.add(attempt);
       return client.send(attempt);
     }
     this.body?.end(why);
-    attempt.onEnd(why, detail, connected && !(unseen && isWhole));
+    attempt.onEnd(connected || why !== "reset" ? why : "connect", detail, connected && !(unseen && isWhole));
   }
 
   look(now: number): void {
@@ -5694,20 +5661,13 @@ class Http2UpstreamConnection extends Http2Connection {
   private isLeaving = false; // the server has sent GOAWAY
 
   constructor(client: Http2Dialer, socket: Socket, server: Server, pool: Http2UpstreamConnection[]) {
-    super(socket);
+    super(socket, () => client.now(), MAX_HEAD);
     this.client = client;
     this.server = server;
     this.pool = pool;
     this.bornAt = client.time;
     this.maxStreams = client.mostStreams.get(server) ?? MAX_STREAMS;
     socket.on(isSecure(server) ? "secureConnect" : "connect", () => this.onConnect());
-  }
-
-  now(): number {
-    return this.client.now();
-  }
-  headLimit(): number {
-    return MAX_HEAD;
   }
 
   private onConnect(): void {
@@ -5730,7 +5690,9 @@ class Http2UpstreamConnection extends Http2Connection {
   }
 
   override onData(bytes: Bytes): void {
-    if (!this.hasSettings && bytes.toString("latin1", 0, 7) === "HTTP/1.") return this.fail(violation(HTTP1));
+    if (!this.hasSettings && bytes.toString("latin1", 0, 7) === "HTTP/1.") {
+      return this.fail(fault("PROTOCOL_ERROR", HTTP1));
+    }
     super.onData(bytes);
   }
 
