@@ -4110,7 +4110,11 @@ interface Dialer {
   time: number; // when `now` was last asked
   readonly pools: WeakMap<Server, UpstreamConnection[]>;
   readonly connections: { delete(connection: Connection): boolean };
+  readonly moved: WeakSet<Attempt>; // attempts that have changed their connection of HTTP/2
+  readonly mostStreams: WeakMap<Server, number>; // that a server takes at once on a connection, as it said last
+  readonly withoutHttp2: WeakSet<Server>; // servers that have chosen HTTP/1.1
   now(): number;
+  send(attempt: Attempt): void;
   /** Sends an attempt over a new connection. */
   open(attempt: Attempt): void;
 }
@@ -4474,17 +4478,8 @@ const MAX_STREAMS = 100; // of a client at once, as haproxy's; of a server that 
 const MOST_RESETS = 1_000; // streams that were reset, which a connection remembers
 const PATIENCE = 300; // frames that ask for nothing, beyond one for each response and 100 each second
 
-const [DATA, HEADERS, PRIORITY, RESET, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION] = [
-  0,
-  1,
-  2,
-  3,
-  4,
-  6,
-  7,
-  8,
-  9,
-];
+const DATA = 0, HEADERS = 1, PRIORITY = 2, RESET = 3, SETTINGS = 4; // types of frames
+const PING = 6, GOAWAY = 7, WINDOW_UPDATE = 8, CONTINUATION = 9;
 const END_STREAM = 1, ACK = 1, END_HEADERS = 4, PADDED = 8, PRIORITIZED = 32; // flags of frames
 const SETTING = { push: 2, streams: 3, window: 4, frame: 5, list: 6, connect: 8 } as const;
 /** Error codes (RFC 9113 section 7): the position is the code. */
@@ -4579,14 +4574,19 @@ const compressLine = memo((line) => {
   return hpackInteger(known, 4, flags) + (known ? "" : hpackText(name)) + hpackText(value);
 }, 300);
 
+/** The same line as a field that is never indexed; what stands whole in the static table is no secret. */
+function neverIndexed(bytes: string): string {
+  const first = bytes.charCodeAt(0);
+  return first < NEVER_INDEXED ? String.fromCharCode(first | NEVER_INDEXED) + bytes.slice(1) : bytes;
+}
+
 /** Field lines, compressed; fields with a name in `secret` came as never indexed, and stay so. */
 function compressLines(lines: string, secret = NO_NAMES): string {
   let block = "";
   for (let at = 0, next; at < lines.length; at = next + 2) {
     next = lines.indexOf("\r\n", at);
-    const line = lines.slice(at, next), bytes = compressLine(line), first = bytes.charCodeAt(0);
-    const isSecret = secret.size > 0 && first < NEVER_INDEXED && secret.has(lower(line.slice(0, line.indexOf(":"))));
-    block += isSecret ? String.fromCharCode(first | NEVER_INDEXED) + bytes.slice(1) : bytes;
+    const line = lines.slice(at, next), bytes = compressLine(line);
+    block += secret.size > 0 && secret.has(lower(line.slice(0, line.indexOf(":")))) ? neverIndexed(bytes) : bytes;
   }
   return block;
 }
@@ -4678,11 +4678,9 @@ class HeaderDecoder {
 
 // Heads.
 
-/** The head of a request on a stream. `malformed`: it breaks the rules of HTTP/2 itself, and the stream is reset. */
+/** The head of a request on a stream. One that breaks the rules of HTTP/2 itself has the problem `bad-request`. */
 interface Http2Head extends RequestHead {
   readonly length: number; // of the body, as announced; -1: only its end tells
-  readonly announced: boolean;
-  readonly malformed: boolean;
 }
 type HeadLimits = Pick<Config["limits"], "header_size" | "header_fields">;
 const PSEUDO_FIELDS = new Set([":method", ":scheme", ":authority", ":path", ":protocol"]);
@@ -4725,10 +4723,9 @@ function http2RequestHead({ fields: given, size, secret }: HeaderBlock, limits: 
     ? Boolean(authority) && own.size === 2
     : TOKEN.test(method) && TARGET.test(target) && /^https?$/.test(own.get(":scheme") ?? "");
   const mayExtend = protocol === undefined || protocol === "" || method === "CONNECT" && TOKEN.test(protocol);
-  const malformed = !isLarge && !(isWhole && mayExtend);
   const problem = ((): RequestProblem | undefined => {
-    if (malformed) return "bad-request";
     if (isLarge || fields.length / 2 > limits.header_fields) return "headers-too-large";
+    if (!isWhole || !mayExtend) return "bad-request";
     if (named?.includes(",")) return "bad-host";
     if (named !== undefined && authority !== undefined && !sameAuthority(authority, named)) return "bad-host";
     return expect && !/^100-continue$/i.test(expect) ? "bad-expect" : undefined;
@@ -4737,10 +4734,10 @@ function http2RequestHead({ fields: given, size, secret }: HeaderBlock, limits: 
     method: protocol ? "GET" : method,
     target: isConnect ? host : target,
     version: "2.0",
-    ...{ host, problem, malformed },
+    ...{ host, problem },
     block: { fields: ["host", host, ...without(fields, OF_THIS_HOP)], secret, passing: undefined },
     ...{ upgrade: protocol ?? "", trailers: te !== "", expects: expect !== "" },
-    ...{ length: length ? Number(length) : -1, announced: length !== "" },
+    length: length ? Number(length) : -1,
   };
 }
 
@@ -5271,7 +5268,7 @@ class ClientStream extends Http2Stream<Http2ClientConnection> {
 
   constructor(connection: Http2ClientConnection, id: number, head: Http2Head, ends: boolean) {
     super(connection, id);
-    const { scheme, peer } = connection, { upgrade, block, length, announced } = head;
+    const { scheme, peer } = connection, { upgrade, block, length } = head;
     this.head = head;
     this.hasEnded = ends;
     if (!ends || upgrade) this.body = new StreamedBody(length, this);
@@ -5281,7 +5278,7 @@ class ClientStream extends Http2Stream<Http2ClientConnection> {
       ...head,
       ...{ scheme, peer, source: undefined, gone: false, onGone: undefined },
       block: isWebSocket(upgrade) ? withKey(block) : block,
-      body: upgrade ? NO_BODY : this.body ?? (announced ? EMPTY_BODY : NO_BODY),
+      body: upgrade ? NO_BODY : this.body ?? (length < 0 ? NO_BODY : EMPTY_BODY),
       respond: (response) => this.respond(response),
       inform: (status, _reason, fields) => this.inform(status, fields),
     };
@@ -5307,7 +5304,7 @@ class ClientStream extends Http2Stream<Http2ClientConnection> {
       return this.respond(failureReply("invalid-answer"));
     }
     this.isAnswered = true;
-    if (head.malformed) {
+    if (!id || head.problem === "bad-request") {
       body.cancel();
       endRequest(request);
       return id ? this.reset("PROTOCOL_ERROR") : undefined;
@@ -5652,7 +5649,7 @@ class UpstreamStream extends Http2Stream<Http2UpstreamConnection> implements Pro
 
 /** One connection to a server, shared by attempts. */
 class Http2UpstreamConnection extends Http2Connection {
-  readonly client: Http2Dialer;
+  readonly client: Dialer;
   readonly server: Server;
   readonly pool: Http2UpstreamConnection[];
   protected override readonly maxPush = 0;
@@ -5660,7 +5657,7 @@ class Http2UpstreamConnection extends Http2Connection {
   private readonly bornAt: number;
   private isLeaving = false; // the server has sent GOAWAY
 
-  constructor(client: Http2Dialer, socket: Socket, server: Server, pool: Http2UpstreamConnection[]) {
+  constructor(client: Dialer, socket: Socket, server: Server, pool: Http2UpstreamConnection[]) {
     super(socket, () => client.now(), MAX_HEAD);
     this.client = client;
     this.server = server;
@@ -5755,14 +5752,6 @@ class Http2UpstreamConnection extends Http2Connection {
 }
 const NO_PROTOCOL = /no.?application.?protocol|alert number 120/i; // what runtimes say where ALPN finds none
 
-/** What connections to servers need from their owner. */
-interface Http2Dialer extends Pick<Dialer, "time" | "now" | "connections"> {
-  readonly moved: WeakSet<Attempt>; // attempts that have changed their connection
-  readonly mostStreams: WeakMap<Server, number>; // that a server takes at once on a connection, as it said last
-  readonly withoutHttp2: WeakSet<Server>; // servers that have chosen HTTP/1.1
-  send(attempt: Attempt): void;
-}
-
 // --- 3.7 Versions: which version of HTTP a connection speaks, and the pools of connections ---
 
 /** A server for connections that a listener accepts. */
@@ -5799,7 +5788,7 @@ export class HttpServer implements ClientOwner {
 }
 
 /** All connections to servers of one balancer. */
-export class HttpClient implements Dialer, Http2Dialer {
+export class HttpClient implements Dialer {
   readonly now: () => number;
   readonly pools: WeakMap<Server, UpstreamConnection[]> = new WeakMap(); // those that wait, the newest last
   time = 0; // when `now` was last asked: at most a TICK ago while there are connections

@@ -2283,21 +2283,6 @@ test("CONNECT without a protocol is refused", async () => {
 
 // ─── Abuse ───
 
-/** Small limits, so that what is slow is too slow soon. */
-const SMALL = {
-  limits: { header: "400ms", keep_alive: "900ms", header_size: "4KiB", header_fields: 50 },
-};
-test("a reload turns HTTP/2 without TLS off and on again, and puts small limits in force for what follows", async () => {
-  const without = config();
-  Object.assign(without.listen[0]!, { h2c: false });
-  await lb.reload(without);
-  const client = await open({ answers: false });
-  assert.equal(await client.closed(), "no GOAWAY");
-  clients.pop(); // what it got is not HTTP/2
-  await lb.reload(config(SMALL));
-  await assertServed(await open());
-});
-
 const HOLD = block(...request("/hold"));
 const odd = (i: number) => 2 * i + 1;
 const fields4k = block(
@@ -2364,6 +2349,21 @@ test("streams above the announced number are refused with REFUSED_STREAM, and se
   for (const stream of refused) assert.equal((await stream.done()).result, "REFUSED_STREAM");
   for (const stream of held.slice(0, 50)) stream.reset();
   for (let i = 0; i < 20; i++) await assertServed(client);
+});
+
+/** Small limits, so that what is slow is too slow soon. */
+const SMALL = {
+  limits: { header: "400ms", keep_alive: "900ms", header_size: "4KiB", header_fields: 50 },
+};
+test("a reload turns HTTP/2 without TLS off and on again, and puts small limits in force for what follows", async () => {
+  const without = config();
+  Object.assign(without.listen[0]!, { h2c: false });
+  await lb.reload(without);
+  const client = await open({ answers: false });
+  assert.equal(await client.closed(), "no GOAWAY");
+  clients.pop(); // what it got is not HTTP/2
+  await lb.reload(config(SMALL));
+  await assertServed(await open());
 });
 
 test("a header list that is too large is refused with 431, and the connection goes on", async () => {
