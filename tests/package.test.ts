@@ -30,7 +30,7 @@ let folder = "", project = "";
 before(async () => {
   folder = mkdtempSync(join(tmpdir(), "lb-package-"));
   const copy = join(folder, "copy"), alone = join(folder, "alone");
-  await run(NODE, [join(ROOT, ".ci/build.ts"), join(copy, "dist")], { cwd: ROOT });
+  await run(NODE, [join(ROOT, "build.ts"), join(copy, "dist")], { cwd: ROOT });
   mkdirSync(alone);
   copyFileSync(join(copy, "dist/lb.js"), join(alone, "lb.js"));
   for (const name of ["package.json", "lb.ts", "README.md", "CHANGELOG.md", "LICENSE"]) {
