@@ -2,14 +2,7 @@
 // JavaScript, and dist/lb.d.ts, the types of the names that are for library users. A folder can be named in place of dist.
 
 import { execFileSync } from "node:child_process";
-import {
-  chmodSync,
-  existsSync,
-  mkdirSync,
-  readdirSync,
-  readFileSync,
-  writeFileSync,
-} from "node:fs";
+import { chmodSync, existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { stripTypeScriptTypes } from "node:module";
 import { join } from "node:path";
 import process from "node:process";
@@ -96,9 +89,7 @@ function licenceOf(name: string): string {
 /** The packages as one constant, `packages`, behind their licences. */
 async function bundle(imports: ReturnType<typeof importsOf>): Promise<string> {
   const lines = imports.map(({ names, from }) =>
-    `export ${
-      /^[{*]/.test(names) ? names : `{ default as ${names} }`
-    } from "${from}";`
+    `export ${/^[{*]/.test(names) ? names : `{ default as ${names} }`} from "${from}";`
   );
   const { outputFiles, metafile } = await esbuild.build({
     stdin: {
@@ -123,18 +114,14 @@ async function bundle(imports: ReturnType<typeof importsOf>): Promise<string> {
   });
   const paths = Object.keys(metafile.inputs);
   const names = new Set(
-    paths.flatMap((path) =>
-      /.*node_modules\/((?:@[^/]+\/)?[^/]+)/.exec(path)?.[1] ?? []
-    ),
+    paths.flatMap((path) => /.*node_modules\/((?:@[^/]+\/)?[^/]+)/.exec(path)?.[1] ?? []),
   );
   return `${[...names].map(licenceOf).join("\n\n")}\n\n${outputFiles[0]!.text}`;
 }
 
 async function makeJavaScript(): Promise<string> {
   const code = withoutTypes(SOURCE), imports = importsOf(code);
-  const names = imports.flatMap(({ names }) =>
-    names.match(/\w+(?=\s*(?:[,}]|$))/g) ?? []
-  );
+  const names = imports.flatMap(({ names }) => names.match(/\w+(?=\s*(?:[,}]|$))/g) ?? []);
   const rest = imports.reduce((text, one) => text.replace(one.text, ""), code);
   const at = rest.lastIndexOf("\n", rest.indexOf("\n// 1. ") - 1); // the first chapter's banner
   return [
@@ -158,9 +145,7 @@ async function makeJavaScript(): Promise<string> {
 /** The names that a declaration declares. */
 function declared(statement: ts.Statement): string[] {
   if (ts.isVariableStatement(statement)) {
-    return statement.declarationList.declarations.map((one) =>
-      one.name.getText()
-    );
+    return statement.declarationList.declarations.map((one) => one.name.getText());
   }
   const { name } = statement as ts.InterfaceDeclaration;
   return name ? [name.text] : [];
@@ -203,15 +188,11 @@ function makeTypes(): string {
       }
     }
   }
-  const kept = statements.filter((one) =>
-    declared(one).some((name) => wanted.has(name))
-  );
+  const kept = statements.filter((one) => declared(one).some((name) => wanted.has(name)));
   checkTypes(kept, diagnostics);
   const texts = kept.map((one) => {
     const text = one.getFullText().trim();
-    return declared(one).some((name) => PUBLIC.includes(name))
-      ? text
-      : text.replace(/^export /m, "");
+    return declared(one).some((name) => PUBLIC.includes(name)) ? text : text.replace(/^export /m, "");
   });
   return [...importedTypes(file, kept), "", ...texts, "export {};", ""].join(
     "\n",
@@ -234,9 +215,7 @@ function checkTypes(kept: ts.Statement[], diagnostics: ts.Diagnostic[]): void {
     true,
   );
   for (const { start = 0, messageText } of diagnostics) {
-    const around = source.statements.find((one) =>
-      one.pos <= start && start < one.end
-    )!;
+    const around = source.statements.find((one) => one.pos <= start && start < one.end)!;
     if (!declared(around).some((name) => names.has(name))) continue;
     const { line } = source.getLineAndCharacterOfPosition(start);
     throw new Error(
@@ -269,9 +248,7 @@ function importedTypes(
       const list = kept.map((one) => one.getText().replace(/^type /, "")).join(
         ", ",
       );
-      return list
-        ? [`import type { ${list} } from ${moduleSpecifier.getText()};`]
-        : [];
+      return list ? [`import type { ${list} } from ${moduleSpecifier.getText()};`] : [];
     },
   );
 }

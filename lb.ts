@@ -11337,7 +11337,7 @@ Usage: lb.ts [options] [routes.yml]
       --print-config     print what is in force, secrets masked
       --explain REQUEST  'GET http://host/path': which route, which service, which servers and why not the others
       --schema           print the JSON Schema of routes.yml
-      --demo             start three small servers and balance over them
+      --demo             start three small servers and balance over them, with a dashboard on 127.0.0.1:9090
   -h, --help             print this
       --version          print the version
 
@@ -12087,15 +12087,26 @@ function explained(config: Config, text: string): string {
   return explanationText(found);
 }
 
-/** Three small servers inside this process, and a config that balances over them. */
+/** Three small servers inside this process, and a config that balances over them, with a dashboard. */
 async function demo(): Promise<string> {
   const servers = await Promise.all(["one", "two", "three"].map((name) => {
     const hello = ({ method, url }: Request) => `hello from ${name}: ${method} ${new URL(url).pathname}\n`;
     return serve({ fetch: (request: Request) => new Response(hello(request)) }, { hostname: "127.0.0.1", port: 0 });
   }));
   const addresses = servers.map(({ address }) => address);
-  return JSON.stringify({ services: { demo: { servers: addresses } }, default: { service: "demo" } });
+  return JSON.stringify({ admin: {}, services: { demo: { servers: addresses } }, default: "demo" });
 }
+
+/** What to do next with the demo. */
+const demoHints = (address: string, admin: string): string =>
+  [
+    "what to do next:",
+    `curl http://${address}/ a few times: the servers answer in turn`,
+    ...admin ? [`open http://${admin}/ in a browser: drain a server there, and ask again`] : [],
+    "write a routes.yml such as this one, and start lb.ts without --demo:",
+    "  services: { shop: { servers: [localhost:8081, localhost:8082] } }",
+    "  default: shop",
+  ].join("\n");
 
 const WATCH_TICK = 500; // milliseconds between two looks at the file
 
@@ -12116,10 +12127,11 @@ async function run(call: Call): Promise<void> {
   const stop = () => void quit(lb, opening, call.drain, log);
   process.on("SIGTERM", stop).on("SIGINT", stop);
   const { opened } = await opening;
+  let admin = "";
   if (config.admin) {
-    const admin = createAdmin(lb, { ...!isDemo && { file }, parse: (text) => load(call, text) });
-    const { address } = await serve(admin, { hostname: config.admin.listen.host, port: config.admin.listen.port });
-    report("info", `admin on http://${address}`);
+    const app = createAdmin(lb, { ...!isDemo && { file }, parse: (text) => load(call, text) });
+    ({ address: admin } = await serve(app, { hostname: config.admin.listen.host, port: config.admin.listen.port }));
+    report("info", `admin on http://${admin}`);
   }
   lb.start();
   if (!isDemo) {
@@ -12134,6 +12146,7 @@ async function run(call: Call): Promise<void> {
   reportOpened(opened, report);
   if (call.workers > 1) report("info", `workers: ${call.workers}`);
   announce(lb);
+  if (isDemo) report("info", demoHints([...opened.values()][0]!.replace("0.0.0.0", "localhost"), admin));
 }
 
 /** Opens the listeners: here, or in workers. These share the port, and so it is tried first whether another has it. */

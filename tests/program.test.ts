@@ -21,6 +21,7 @@ import { join } from "node:path";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
 import { brotliCompressSync, gunzipSync, gzipSync, zstdCompressSync } from "node:zlib";
+import { parseConfig } from "../lb.ts";
 import { spawnGuarded } from "./guard.ts";
 import {
   answer,
@@ -385,13 +386,17 @@ test("--explain tells the route, the service and its servers", () =>
     assert.equal(none.code, 1);
   }));
 
-test("--demo balances over three servers of its own", () =>
-  running("", async ({ port }) => {
+test("--demo balances over three servers of its own, shows them on its dashboard, and says what to do next", () =>
+  running("", async ({ port, err }) => {
     const seen: string[] = [];
     for (let i = 0; i < 6; i++) seen.push(await body(port));
     assert.equal(new Set(seen.slice(0, 3)).size, 3, seen.join());
     assert.deepEqual(seen.slice(3), seen.slice(0, 3));
-  }, { args: [...LOCAL, "--demo"] }));
+    const admin = await until("it says what to do", () => /open http:\/\/127\.0\.0\.1:(\d+)\/ in/.exec(err())?.[1]);
+    assert.match(await body(Number(admin), "/", "localhost"), /<title>lb\.ts/);
+    assert.match(err(), new RegExp(`^  curl http://127\\.0\\.0\\.1:${port}/ a few times`, "m"));
+    parseConfig(/^ {4}services: .*\n {4}default: .*/m.exec(err())![0]); // what it says to write
+  }, { args: [...LOCAL, "--demo", "--admin", "127.0.0.1:0"] }));
 
 test("an option wins over the environment, the environment over the file, the file over the default", () =>
   inFolder({ "routes.yml": FINE, "own.yml": `listen: 127.0.0.1:1111\nlog: json\n${FINE}` }, async (folder) => {

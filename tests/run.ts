@@ -332,7 +332,7 @@ async function jobsFor({ runtimes, names, quick }: Choice): Promise<Job[]> {
   const runtimesOf = (name: string) =>
     name === EDGE ? [WORKERD] : ONE_RUNTIME.includes(name) ? ["node"] : Object.keys(RUNTIMES);
   const jobs = [
-    ...[check("fmt", "--check"), check("lint"), check("check", "lb.ts", ...sources)],
+    ...[check("fmt", "--check"), check("lint"), check("check", "lb.ts", "build.ts", ...sources)],
     ...files.flatMap((file) => runtimesOf(nameOf(file)).map((runtime) => testing(runtime, file))),
   ];
   const isWanted = (runtime: string) =>
