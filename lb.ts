@@ -4803,9 +4803,7 @@ abstract class Http2Stream<C extends Http2Connection = Http2Connection> implemen
     const { body, id } = this;
     this.unread += size;
     if (this.hasEnded) throw fault("STREAM_CLOSED", "data behind the end of a stream", id);
-    if (this.unread > STREAM_WINDOW) {
-      throw fault("FLOW_CONTROL_ERROR", "more data than its window allows", id);
-    }
+    if (this.unread > STREAM_WINDOW) throw fault("FLOW_CONTROL_ERROR", "more data than its window allows", id);
     if (body && !body.over && body.length >= 0 && body.received + bytes.length > body.length) {
       throw fault("PROTOCOL_ERROR", "more data than announced", id);
     }
@@ -4949,7 +4947,6 @@ abstract class Http2Connection extends Connection {
   protected rest: Bytes = NO_BYTES; // of a frame that has not come whole
   protected block: OpenBlock | undefined;
   protected readonly maxPush: number = 1; // that SETTINGS_ENABLE_PUSH may be
-  protected readonly ended: Set<number> = new Set(); // the latest streams
   protected readonly resets: Set<number> = new Set(); // the latest that we have reset: frames of them may be coming
   private readonly decoder = new HeaderDecoder();
   private unread = 0; // bytes of data that have come since the peer was told to send more
@@ -4973,9 +4970,10 @@ abstract class Http2Connection extends Connection {
     this.rest = NO_BYTES;
     while (data.length - at >= 9 && !this.isOver) {
       const length = data.readUIntBE(at, 3), end = at + 9 + length;
-      if (length <= MAX_FRAME && end > data.length) break;
+      if (length > MAX_FRAME) return this.fail(fault("FRAME_SIZE_ERROR", `a frame of ${length} bytes`));
+      if (end > data.length) break;
       const stream = data.readUInt32BE(at + 5) & MAX_WINDOW;
-      this.takeFrame(data[at + 3]!, data[at + 4]!, stream, data.subarray(at + 9, end), length);
+      this.takeFrame(data[at + 3]!, data[at + 4]!, stream, data.subarray(at + 9, end));
       at = end;
     }
     if (!this.isOver) this.rest = behind(data, at);
@@ -4987,9 +4985,9 @@ abstract class Http2Connection extends Connection {
     this.pumpBlocked();
   }
 
-  private takeFrame(type: number, flags: number, id: number, payload: Bytes, length: number): void {
+  private takeFrame(type: number, flags: number, id: number, payload: Bytes): void {
     try {
-      this.onFrame(type, flags, id, payload, length);
+      this.onFrame(type, flags, id, payload);
     } catch (error) {
       if (!(error instanceof Http2Failure)) throw error;
       if (!error.stream) return this.fail(error);
@@ -5001,9 +4999,8 @@ abstract class Http2Connection extends Connection {
     }
   }
 
-  private onFrame(type: number, flags: number, id: number, payload: Bytes, length: number): void {
+  private onFrame(type: number, flags: number, id: number, payload: Bytes): void {
     const { block } = this, rule = FRAMES[type];
-    if (length > MAX_FRAME) throw fault("FRAME_SIZE_ERROR", `a frame of ${length} bytes`);
     if (!this.hasSettings && type !== SETTINGS) throw fault("PROTOCOL_ERROR", "no SETTINGS first");
     if (block && (type !== CONTINUATION || id !== block.id)) {
       throw fault("PROTOCOL_ERROR", "a frame inside a header block");
@@ -5023,9 +5020,7 @@ abstract class Http2Connection extends Connection {
     const now = this.now();
     this.wasted = Math.max(0, this.wasted - (now - this.wastedAt) / 10) + 1;
     this.wastedAt = now;
-    if (this.wasted > PATIENCE) {
-      this.fail(fault("ENHANCE_YOUR_CALM", "too many frames that ask for nothing"));
-    }
+    if (this.wasted > PATIENCE) this.fail(fault("ENHANCE_YOUR_CALM", "too many frames that ask for nothing"));
   }
   onStreamDone(): void {
     this.wasted = Math.max(0, this.wasted - 1);
@@ -5057,9 +5052,7 @@ abstract class Http2Connection extends Connection {
     if (!block) throw fault("PROTOCOL_ERROR", "CONTINUATION without HEADERS");
     block.size += payload.length + 32; // empty ones are not free, either
     block.pieces.push(payload);
-    if (block.size > this.headLimit + MAX_FRAME) {
-      throw fault("ENHANCE_YOUR_CALM", "an endless header block");
-    }
+    if (block.size > this.headLimit + MAX_FRAME) throw fault("ENHANCE_YOUR_CALM", "an endless header block");
     if (!(flags & END_HEADERS)) return;
     this.block = undefined;
     const bytes = block.pieces.length === 1 ? payload : Buffer.concat(block.pieces);
@@ -5150,11 +5143,9 @@ abstract class Http2Connection extends Connection {
     if (!stream && !this.resets.has(id)) throw fault("STREAM_CLOSED", `stream ${id} is closed`);
     return stream;
   }
-  remove(id: number, isReset = false): void {
-    const latest = isReset ? this.resets : this.ended;
+  /** Forgets a stream that is over. */
+  remove(id: number): void {
     this.streams.delete(id);
-    latest.add(id);
-    if (latest.size > (isReset ? MOST_RESETS : MAX_STREAMS)) latest.delete(latest.values().next().value!);
   }
 
   protected override write(text: string): void {
@@ -5165,13 +5156,9 @@ abstract class Http2Connection extends Connection {
   }
   /** Sends our settings, with the windows that both sides give their peer. */
   protected sendSettings(own: [name: number, value: number][]): void {
-    const settings = [...own, [SETTING.window, STREAM_WINDOW] as const];
-    this.writeFrame(
-      SETTINGS,
-      0,
-      0,
-      settings.map(([name, value]) => String.fromCharCode(0, name) + u32(value)).join(""),
-    );
+    const all = [...own, [SETTING.window, STREAM_WINDOW] as const];
+    const payload = all.map(([name, value]) => String.fromCharCode(0, name) + u32(value)).join("");
+    this.writeFrame(SETTINGS, 0, 0, payload);
     this.raiseWindow(0, CONNECTION_WINDOW - 65_535);
   }
   raiseWindow(id: number, bytes: number): void {
@@ -5203,8 +5190,10 @@ abstract class Http2Connection extends Connection {
     writeBytes(this.socket, out);
   }
   sendReset(id: number, code: Http2Error): void {
+    const { resets } = this;
     this.writeFrame(RESET, 0, id, u32(HTTP2_ERRORS.indexOf(code)));
-    this.remove(id, true);
+    resets.add(id);
+    if (resets.size > MOST_RESETS) resets.delete(resets.values().next().value!);
   }
   sendGoAway(last: number, code: Http2Error, detail = ""): void {
     this.writeFrame(GOAWAY, 0, 0, u32(last) + u32(HTTP2_ERRORS.indexOf(code)) + detail);
@@ -5413,6 +5402,7 @@ class Http2ClientConnection extends Http2Connection {
   private hasPreface = false;
   private begun: ClientStream[] = []; // requests that have begun in the bytes being read
   private leavingAt = 0; // when the client was told to open no more streams; 0: not yet
+  private skipped = { after: 0, before: 0 }; // numbers that the client has left out, the latest of them
   private lastServed = Infinity; // the last stream that is served, once the client has been told
   private clientEnded = false; // the client has ended its side
   private unsent = 0; // what waited for the client when it was last looked at
@@ -5450,8 +5440,11 @@ class Http2ClientConnection extends Http2Connection {
     if (stream) return stream.onBlock(block, ends);
     if (this.resets.has(id)) return;
     if (id % 2 === 0) throw fault("PROTOCOL_ERROR", `stream ${id} is not a client's`);
-    if (this.ended.has(id)) throw fault("STREAM_CLOSED", `stream ${id} is closed`);
-    if (id <= this.lastId) throw fault("PROTOCOL_ERROR", `stream ${id} is below ${this.lastId}`);
+    if (id <= this.lastId) {
+      const wasSkipped = id > this.skipped.after && id < this.skipped.before;
+      throw fault(wasSkipped ? "PROTOCOL_ERROR" : "STREAM_CLOSED", `stream ${id} is closed`);
+    }
+    if (id > this.lastId + 2) this.skipped = { after: this.lastId, before: id };
     this.lastId = id;
     const isLate = id > this.lastServed, isRefused = isLate || this.streams.size >= MAX_STREAMS;
     if (isRefused && !isLate) this.waste();
@@ -5463,8 +5456,8 @@ class Http2ClientConnection extends Http2Connection {
     this.begun.push(begun);
   }
 
-  override remove(id: number, isReset?: boolean): void {
-    super.remove(id, isReset);
+  override remove(id: number): void {
+    super.remove(id);
     this.since = this.now();
     if (this.leavingAt || this.clientEnded) this.endIfUnused();
   }
@@ -5720,8 +5713,8 @@ class Http2UpstreamConnection extends Http2Connection {
   onHead(id: number, block: HeaderBlock, ends: boolean): void {
     this.streamOf(id)?.onBlock(block, ends);
   }
-  override remove(id: number, isReset?: boolean): void {
-    super.remove(id, isReset);
+  override remove(id: number): void {
+    super.remove(id);
     if (this.streams.size) return;
     this.idleUntil = this.client.time + IDLE;
     if (this.isLeaving) this.goAway(0);
