@@ -3607,6 +3607,37 @@ class ByteTunnel implements Tunnel {
   }
 }
 
+/** Two bodies as a socket, where a tunnel is one stream of a connection: what comes in, and what `send` has go out. */
+function socketOf(incoming: Body, send: (outgoing: Body) => void): Socket {
+  let goOn: (() => void) | undefined;
+  const outgoing = new StreamedBody(-1, { hold() {}, release: () => goOn?.(), abandon: () => socket.destroy() });
+  const socket: Duplex = new Duplex({
+    read: () => incoming.resume(),
+    write(bytes: Bytes, _encoding, done) {
+      outgoing.push(bytes);
+      if (outgoing.held) goOn = done;
+      else done();
+    },
+    final(done) {
+      outgoing.end(NO_FIELDS);
+      done();
+    },
+    destroy(error, done) {
+      outgoing.end("reset");
+      incoming.cancel();
+      done(error);
+    },
+  });
+  send(outgoing);
+  incoming.read({
+    data: (bytes) => socket.push(bytes) || incoming.pause(),
+    end: () => socket.push(null),
+    fail: () => socket.destroy(),
+  });
+  const destroySoon = () => socket.writableFinished ? socket.destroy() : socket.end(() => socket.destroy());
+  return Object.assign(socket, { destroySoon, resetAndDestroy: () => socket.destroy() }) as unknown as Socket;
+}
+
 // --- 3.4 Server: connections of clients, one request at a time on each ---
 
 const ENCODER = new TextEncoder();
@@ -5249,7 +5280,6 @@ const FRAMES: readonly FrameRule[] = [
 /** A request of a client on its stream. */
 class ClientStream extends Http2Stream<Http2ClientConnection> {
   readonly request: HttpRequest & { expects: boolean };
-  private readonly head: Http2Head;
   private isAnswered = false;
   private isTunnel = false;
   private answeredAt = Infinity; // when the response was out
@@ -5258,7 +5288,6 @@ class ClientStream extends Http2Stream<Http2ClientConnection> {
   constructor(connection: Http2ClientConnection, id: number, head: Http2Head, ends: boolean) {
     super(connection, id);
     const { scheme, peer } = connection, { upgrade, block, length } = head;
-    this.head = head;
     this.hasEnded = ends;
     if (!ends || upgrade) this.body = new StreamedBody(length, this);
     if (this.body && length < 0 && !upgrade) this.body.kept = [];
@@ -5286,14 +5315,14 @@ class ClientStream extends Http2Stream<Http2ClientConnection> {
   }
 
   private respond(response: HttpResponse): void {
-    const { status, fields, body, tunnel } = response, { id, request, head } = this;
+    const { status, fields, body, tunnel } = response, { id, request } = this;
     if (this.isAnswered || this.sent) return body.cancel();
-    if (head.upgrade && !tunnel && status < 300) { // to the client a 200 would mean that the server has switched
+    if (request.upgrade && !tunnel && status < 300) { // to the client a 200 would mean that the server has switched
       body.cancel();
       return this.respond(failureReply("invalid-answer"));
     }
     this.isAnswered = true;
-    if (!id || head.problem === "bad-request") {
+    if (!id || request.problem === "bad-request") {
       body.cancel();
       endRequest(request);
       return id ? this.reset("PROTOCOL_ERROR") : undefined;
@@ -5313,40 +5342,10 @@ class ClientStream extends Http2Stream<Http2ClientConnection> {
     endRequest(this.request);
     this.isTunnel = true;
     this.sendLines(`:status: 200\r\n${linesOf(without(fields, HANDSHAKE))}`, false);
-    const socket = this.asSocket(this.body!), { client } = new ByteTunnel(socket, server);
+    const socket = socketOf(this.body!, (outgoing) => this.sendBody(outgoing));
+    const { client } = new ByteTunnel(socket, server);
     socket.on("data", (bytes: Bytes) => client.onData(bytes)).on("drain", () => client.onDrain());
     socket.on("end", () => client.onEnd()).on("close", () => client.onClose()).on("error", () => {});
-  }
-
-  /** The stream as the client's socket of a tunnel. */
-  private asSocket(incoming: Body): Socket {
-    let goOn: (() => void) | undefined;
-    const outgoing = new StreamedBody(-1, { hold() {}, release: () => goOn?.(), abandon: () => socket.destroy() });
-    const socket: Duplex = new Duplex({
-      read: () => incoming.resume(),
-      write(bytes: Bytes, _encoding, done) {
-        outgoing.push(bytes);
-        if (outgoing.held) goOn = done;
-        else done();
-      },
-      final(done) {
-        outgoing.end(NO_FIELDS);
-        done();
-      },
-      destroy(error, done) {
-        outgoing.end("reset");
-        incoming.cancel();
-        done(error);
-      },
-    });
-    this.sendBody(outgoing);
-    incoming.read({
-      data: (bytes) => socket.push(bytes) || incoming.pause(),
-      end: () => socket.push(null),
-      fail: () => socket.destroy(),
-    });
-    const destroySoon = () => socket.writableFinished ? socket.destroy() : socket.end(() => socket.destroy());
-    return Object.assign(socket, { destroySoon, resetAndDestroy: () => socket.destroy() }) as unknown as Socket;
   }
 
   override endSide(): void {
@@ -5370,7 +5369,7 @@ class ClientStream extends Http2Stream<Http2ClientConnection> {
   abandon(): void {} // the rest is thrown away
   cancel(why: Failure): void {
     endRequest(this.request);
-    if (!isGrpc(this.head)) return this.reset(this.isTunnel ? "CANCEL" : "INTERNAL_ERROR");
+    if (!isGrpc(this.request)) return this.reset(this.isTunnel ? "CANCEL" : "INTERNAL_ERROR");
     this.sendLines(linesOf(grpcFields(why)), true);
     this.endSide();
   }
@@ -5384,12 +5383,10 @@ class ClientStream extends Http2Stream<Http2ClientConnection> {
 }
 
 /** RFC 8441 has no key, but servers of HTTP/1.1 want one. */
-const withKey = ({ fields }: FieldBlock): FieldBlock => (
-  {
-    fields: [...without(fields, KEY_NAME), "sec-websocket-key", randomBytes(16).toString("base64")],
-    passing: undefined,
-  }
-);
+function withKey({ fields }: FieldBlock): FieldBlock {
+  const key = randomBytes(16).toString("base64");
+  return { fields: [...without(fields, KEY_NAME), "sec-websocket-key", key], passing: undefined };
+}
 const KEY_NAME = new Set(["sec-websocket-key"]);
 const HANDSHAKE = new Set(["sec-websocket-accept"]);
 
@@ -5529,7 +5526,7 @@ const LEAVING = 1_000; // milliseconds in which a client of HTTP/2 hears that it
 
 const NO_HTTP2 = "it closed the connection before it spoke HTTP/2; a server of HTTP/1.1 is written http://";
 const HTTP1 = "it speaks HTTP/1.1, and h2c:// is HTTP/2: write http://";
-const NO_ALPN = "it does not offer HTTP/2 by ALPN; http: 1 or auto asks it over HTTP/1.1";
+const NO_ALPN = "it does not offer HTTP/2 by ALPN; http: 1.1 or auto asks it over HTTP/1.1";
 
 /** An attempt on its stream. */
 class UpstreamStream extends Http2Stream<Http2UpstreamConnection> implements Progress {
@@ -5664,19 +5661,15 @@ class Http2UpstreamConnection extends Http2Connection {
     const { socket, client, server } = this;
     client.time = client.now();
     this.reason = NO_HTTP2;
-    if (isSecure(server) && (socket as TLSSocket).alpnProtocol !== "h2") return this.onNoHttp2();
-    this.write(PREFACE);
-    this.sendSettings([[SETTING.push, 0], [SETTING.list, MAX_HEAD]]);
-  }
-  /** The server has not chosen HTTP/2: it is asked over HTTP/1.1 from now on, where it may be. */
-  private onNoHttp2(): void {
-    const { client, server } = this, mayFallBack = server.http === "auto";
+    if (!isSecure(server) || (socket as TLSSocket).alpnProtocol === "h2") {
+      this.write(PREFACE);
+      return this.sendSettings([[SETTING.push, 0], [SETTING.list, MAX_HEAD]]);
+    }
+    const mayFallBack = server.http === "auto"; // to HTTP/1.1, from now on
     if (mayFallBack) client.withoutHttp2.add(server);
     this.isOver = true;
-    this.socket.destroy();
-    for (const stream of [...this.streams.values() as Iterable<UpstreamStream>]) {
-      stream.fail("connect", NO_ALPN, mayFallBack);
-    }
+    socket.destroy();
+    this.leaveAll(NO_ALPN, undefined, mayFallBack);
   }
 
   override onData(bytes: Bytes): void {

@@ -2026,7 +2026,7 @@ test("http: 2 answers for servers that do not choose HTTP/2 with 502, and the lo
     const refused = await client.get(path);
     assert.deepEqual([refused.status, refused.header("x-lb-failure")], [502, "connect"], path);
     assert.equal((await logged(path))["error.type"], "connect");
-    await until("a warning", () => /it does not offer HTTP\/2 by ALPN; .*http: 1 or auto/.test(warned(path)));
+    await until("a warning", () => /it does not offer HTTP\/2 by ALPN; .*http: 1\.1 or auto/.test(warned(path)));
   }
 });
 
