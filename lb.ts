@@ -10989,8 +10989,8 @@ export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<
 
 // -----------------------------------------------------------------------------------------------------------
 // 12. Program
-// Running it: where it runs, what the command line asks for, listeners, workers, signals.
-// Runtimes differ in one table here and nowhere above.
+// The program around the balancer: effects of the runtimes, command line, listeners, workers, signals, edge.
+// Only this chapter names runtimes.
 // -----------------------------------------------------------------------------------------------------------
 
 // --- 12.1 TLS: certificates of listeners, read again when their files change ---
@@ -11001,13 +11001,13 @@ interface Pair {
   key: string;
   names: string[];
 }
-/** What a listener over TLS shows, the first where nobody asks for another, and what it asks of clients. */
+/** What a listener over TLS needs. */
 interface Secure {
-  pairs: [Pair, ...Pair[]];
-  clientCa: string; // or empty
+  pairs: [Pair, ...Pair[]]; // the first is for clients that ask for none of the names
+  clientCa: string; // the authority of clients' certificates, as PEM; empty: clients need none
 }
 
-/** What is in a file, or an error that says what is not. */
+/** Reads and parses a PEM file. @throws {Error} with the file and what it does not contain */
 function parsed<T>(file: string, what: string, kind: Pem, parse: (text: string) => T): T {
   const text = readPem(file, kind);
   try {
@@ -11051,8 +11051,8 @@ function certificateFor<P extends { names: string[] }>(pairs: readonly [P, ...P[
 }
 
 /**
- * A server of node:tls that does not listen: it is fed with connections that have been accepted already, so that limits are
- * asked before the handshake, and other certificates are another object.
+ * A server of node:tls that does not listen: listeners hand it the connections that they have accepted. So limits are
+ * checked before the handshake, and a reload of certificates replaces this object.
  */
 function tlsServer({ pairs, clientCa }: Secure, protocols: string[], take: (socket: TLSSocket) => void): TlsServer {
   const contexts = pairs.map(({ names, cert, key }) => {
@@ -11063,11 +11063,11 @@ function tlsServer({ pairs, clientCa }: Secure, protocols: string[], take: (sock
     ...contexts[0].own,
     ...(clientCa && { requestCert: true, rejectUnauthorized: true }),
     ALPNProtocols: protocols,
-    // Deno, told to choose, sends no alert to those that it refuses (2.9.6)
+    // with an SNICallback Deno sends no alert to clients that it refuses (2.9.6)
     ...(contexts.length > 1 && { SNICallback: (name, done) => done(null, certificateFor(contexts, name).context) }),
     allowHalfOpen: true,
   };
-  const verified = new Set<string>(); // fingerprints of certificates that a whole handshake has checked here
+  const verified = new Set<string>(); // fingerprints of clients' certificates that a full handshake has checked here
   const isVerified = (socket: TLSSocket) => {
     const { fingerprint256 = "" } = socket.getPeerCertificate() ?? {};
     if (!socket.isSessionReused()) verified.add(fingerprint256);
@@ -11081,37 +11081,34 @@ function tlsServer({ pairs, clientCa }: Secure, protocols: string[], take: (sock
 }
 type TlsContext = { names: string[]; own: SecureContextOptions; context: SecureContext };
 
-/** What changes with a file, also when an editor puts another one in its place. */
+/** Changes with the content of a file, also when an editor replaces the file; empty: it cannot be read. */
 function fileStamp(file: string): string {
   try {
     const { mtimeMs, size, ino } = fs.statSync(file);
     return `${mtimeMs} ${size} ${ino}`;
-  } catch { // it is not there, or in a folder that may not be read
+  } catch {
     return "";
   }
 }
 
-/** What changes with the certificates of a listener. */
+/** Changes with the files of a listener's certificates. */
 const stampOf = ({ tls, client_ca }: ListenerConfig): string =>
   [...tls.flatMap(({ cert, key }) => [cert, key]), client_ca].filter(Boolean).map((file) => file + fileStamp(file))
     .join();
 
-/** Certificates that clients do not accept, for their dates. As nginx and Caddy do, they are shown all the same. */
+/** The certificates that clients refuse because of their dates. As in nginx and Caddy, listeners use them all the same. */
 function outdated({ tls }: Pick<ListenerConfig, "tls">, now: Date): string[] {
   return tls.flatMap(({ cert }) => {
     const { validFrom, validTo } = readCertificate(cert), [from, to] = [new Date(validFrom), new Date(validTo)];
     const day = (date: Date) => date.toISOString().slice(0, 10);
-    return now > to
-      ? [`${cert} has expired on ${day(to)}`]
-      : now < from
-      ? [`${cert} is not valid before ${day(from)}`]
-      : [];
+    if (now > to) return [`${cert} has expired on ${day(to)}`];
+    return now < from ? [`${cert} is not valid before ${day(from)}`] : [];
   });
 }
 
 // --- 12.2 Runtimes: Deno, Bun, Node and the edge, in one table ---
 
-/** Standard output through node:fs. A pipe that is full for now says so, and is asked again, ever less often. */
+/** Writes to standard output through node:fs. While the pipe is full, tries again after 1, 2, 4, ... 50 ms. */
 const printed = (bytes: Uint8Array, wait = 1): Promise<number> =>
   new Promise((resolve, reject) => {
     fs.write(1, bytes, (error, written) => {
@@ -11121,48 +11118,48 @@ const printed = (bytes: Uint8Array, wait = 1): Promise<number> =>
     });
   });
 
-/** A report in which nothing that a server or a client has said begins a line, or reaches a terminal as a command. */
+/** A report in which text of a server or client can neither begin a line nor control a terminal. */
 const oneLine = (text: string): string =>
   text.replace(/[^\n\x20-\x7e\xa0-\uffff]/g, (c) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`)
     .replaceAll("\n", "\n  ");
 
-/** Says something on standard error; the platform of the edge has times of its own. */
+/** Writes a report to standard error, with the time; the edge's platform adds its own. */
 const printReport: Effects["report"] = (level, text) =>
   console.error(`${AT_THE_EDGE ? "" : `${new Date().toISOString()} `}${level}: ${oneLine(text)}`);
 const AT_THE_EDGE =
   (globalThis as { navigator?: { userAgent?: string } }).navigator?.userAgent === "Cloudflare-Workers";
 
-/** Where this runs. Workers are asked for first: they know Node's names too. */
+/** The runtime. The edge comes first, since workerd has Node's names too. */
 const here = AT_THE_EDGE ? "edge" : "Deno" in globalThis ? "deno" : "Bun" in globalThis ? "bun" : "node";
 
-/** Writes to standard output some of these bytes, however long its reader takes, and says how many. */
+/** Writes bytes to standard output, waiting for its reader, and gives how many it has written. */
 const PRINT: Record<typeof here, (bytes: Uint8Array) => Promise<number>> = {
-  deno: (bytes) => (globalThis as unknown as DenoApi).Deno.stdout.write(bytes), // its node:fs would hold up everything
+  deno: (bytes) => (globalThis as unknown as DenoApi).Deno.stdout.write(bytes), // Deno's fs.write blocks the thread
   bun: (bytes) => printed(bytes),
   node: (bytes) => printed(bytes),
   edge: (bytes) => Promise.resolve(bytes.length), // `Effects.accessLog` goes to the platform's log
 };
 type DenoApi = { Deno: { stdout: { write(bytes: Uint8Array): Promise<number> } } };
 
-/** Milliseconds that never go back, and the date: read once in a turn of the event loop; at the edge each time. */
+/** Monotonic milliseconds and the date, read once in each turn of the event loop. */
 function clock(): { now: number; date: Date } {
   if (clockOfTurn) return clockOfTurn;
   const read = { now: performance.now(), date: new Date() };
-  if (here === "edge") return read; // an immediate there ends with its request, and may never run
+  if (here === "edge") return read; // immediates there end with their request and may never run
   setImmediate(() => clockOfTurn = undefined);
   return clockOfTurn = read;
 }
 let clockOfTurn: ReturnType<typeof clock> | undefined;
 const now = (): number => clock().now;
 
-/** What the servers that hand over Requests say of their clients: ours, Deno's, Bun's, and that of @hono/node-server. */
+/** What HTTP servers pass with a Request about its client: ours, Deno's, Bun's, and @hono/node-server. */
 interface ServerEnv {
   incoming?: HttpRequest | { socket?: { remoteAddress?: string } };
   remoteAddr?: { hostname?: string };
   requestIP?(request: Request): { address: string } | null;
 }
 
-/** Who sends a Request. At the edge a header of the platform says it. */
+/** The client of a Request. At the edge a header of the platform has its address. */
 function clientOf(request: Request, env: unknown): Client {
   const { incoming, remoteAddr, requestIP } = (env ?? {}) as ServerEnv;
   if (incoming && "block" in incoming) {
@@ -11174,30 +11171,38 @@ function clientOf(request: Request, env: unknown): Client {
   return { address: unmapped(address), scheme, headers: [...request.headers].flat(), upgrades: here === "edge" };
 }
 
-/** What is wrong with the files that a config names. */
+/** What is wrong with the certificate files that a config names. */
 function problemsOf({ listen, tcp, services }: Config, now: Date): string[] {
   const problems: string[] = [];
-  const attempt = (where: string, read: () => string[]) => {
+  const check = (where: string, read: () => string[]) => {
     try {
       problems.push(...read().map((one) => `${where}: ${one}`));
     } catch (error) {
       problems.push(`${where}: ${(error as Error).message}`);
     }
   };
-  for (const [i, at] of listen.entries()) {
-    attempt(`listen[${i}]`, () => (at.tls.length && readSecure(at), outdated(at, now)));
-  }
-  for (const { name, listen } of tcp) {
-    for (const at of listen) attempt(name, () => (at.tls.length && readSecure(at), outdated(at, now)));
-  }
+  const checkListener = (where: string, at: ListenerConfig) =>
+    check(where, () => {
+      if (at.tls.length) readSecure(at);
+      return outdated(at, now);
+    });
+  for (const [i, at] of listen.entries()) checkListener(`listen[${i}]`, at);
+  for (const { name, listen } of tcp) listen.forEach((at) => checkListener(name, at));
   for (const [name, { tls: { ca, cert, key } }] of services) {
-    if (ca) attempt(`${name}: tls`, () => (readCertificate(ca), []));
-    if (cert) attempt(`${name}: tls`, () => (readPair({ cert, key }), outdated({ tls: [{ cert, key }] }, now)));
+    check(`${name}: tls`, () => {
+      if (ca) readCertificate(ca);
+      return [];
+    });
+    check(`${name}: tls`, () => {
+      if (!cert) return [];
+      readPair({ cert, key });
+      return outdated({ tls: [{ cert, key }] }, now);
+    });
   }
   return problems;
 }
 
-/** How attempts get to their servers: over our own client, or at the edge by the platform's fetch. */
+/** Sends attempts over our own client, at the edge by the platform's fetch. */
 function defaultTransport(): Pick<Effects, "send" | "connect"> {
   if (here === "edge") {
     return { send: sendByFetch(nativeFetch), connect: () => Promise.reject(new Error("not at the edge")) };
@@ -11206,14 +11211,14 @@ function defaultTransport(): Pick<Effects, "send" | "connect"> {
   return { send: (attempt) => client.send(attempt), connect: (server, timeout) => client.connect(server, timeout) };
 }
 
-/** Reads a certificate, and reads it again when its file has changed. */
+/** Reads certificates for metrics and views, each again when its file has changed. */
 function certificateReader(): Effects["certificate"] {
   const known = new Map<string, { stamp: string; certificate: ReturnType<Effects["certificate"]> }>();
   const read = (file: string) => {
     try {
       const certificate = readCertificate(file);
       return { names: namesOf(certificate), until: new Date(certificate.validTo) };
-    } catch { // the start and the log have said why
+    } catch { // reported at the start and at reloads
       return undefined;
     }
   };
@@ -11233,7 +11238,7 @@ function defaultEffects(): Omit<Effects, "accessLog"> {
     date: () => clock().date,
     random: Math.random,
     sign: (secret, text) => createHmac("sha256", secret).update(text).digest("base64url"),
-    secret: () => secret ||= randomBytes(32).toString("base64url"), // at the edge not before a request has come
+    secret: () => secret ||= randomBytes(32).toString("base64url"), // the edge has no random bytes before a request
     sleep: (milliseconds, signal) =>
       new Promise((resolve) => {
         const timer = setTimeout(resolve, milliseconds);
@@ -11248,18 +11253,19 @@ function defaultEffects(): Omit<Effects, "accessLog"> {
 }
 
 /**
- * That an address is ours, and nobody listens there: of those who share a port each would get a part of the clients, and
- * none would notice. It is asked as a client does: a listener at this port would take clients and turn them away.
+ * Checks, before workers share a port, that no other process listens there: the system would give that one a part of
+ * the clients. It connects as a client does: a trial listener would take clients and turn them away.
+ * @throws {Error} with the code EADDRINUSE, or why this machine cannot listen at the address
  */
 async function checkUnused(host: string, port: number): Promise<void> {
   const server = createServer();
   await new Promise<void>((resolve, reject) => {
     server.on("error", reject);
-    server.listen({ port: 0, ...(host && { host: bare(host) }) }, resolve); // else another machine might answer
+    server.listen({ port: 0, ...(host && { host: bare(host) }) }, resolve); // fails where the address is another machine's
   });
   const taken = port > 0 && await new Promise<boolean>((resolve) => {
     const socket = netConnect(port, bare(host) || "127.0.0.1", () => {
-      resolve(socket.localPort !== port); // else it has met itself
+      resolve(socket.localPort !== port); // equal: the socket has connected to itself
       socket.destroy();
     }).on("error", () => resolve(false));
   });
@@ -11269,10 +11275,10 @@ async function checkUnused(host: string, port: number): Promise<void> {
 
 // --- 12.3 Library: a balancer with the effects of this runtime ---
 
-/** Effects of your own, in place of the runtime's. `fetch` sends attempts, where that is a function of the Fetch API. */
+/** Effects of the library's user, in place of the runtime's. `fetch` sends attempts by a function of the Fetch API. */
 export type OwnEffects = Partial<Effects> & { fetch?: Fetch };
 
-/** A strategy that is not ours, and may do what it likes: what it returns is looked at. */
+/** A strategy of the library's user that throws where the user's function returns no candidate. */
 function checkedStrategy(name: string, own: Strategy): Strategy {
   const checked: Strategy = (candidates, draw) => {
     const server: unknown = own(candidates, draw);
@@ -11288,9 +11294,9 @@ function checkedStrategy(name: string, own: Strategy): Strategy {
 const logToConsole: Effects["accessLog"] = (record, format) => console.log(accessLine(record, format));
 
 /**
- * Makes a load balancer of a parsed config. It has no access log unless the config says `log`, or there is an effect for it.
- * @param options what shall differ from the runtime's own: a clock, a random, a transport; and strategies of your own,
- *   by the names that `strategy:` may then say
+ * Makes a load balancer of a parsed config. It writes an access log only where the config has `log`, or to your effect.
+ * @param options effects in place of the runtime's, such as a clock or a transport, and your own strategies by the names
+ *   that `strategy:` may then have
  */
 export function createLoadBalancer(
   config: Config,
@@ -11352,7 +11358,7 @@ const WorkerCount = word("auto or a whole number from 1 to 256", /^(?:auto|[1-9]
   return text === "auto" ? availableParallelism() : Number(text) <= 256 && Number(text);
 });
 
-/** What is wrong with an option, from what node:util says of it. */
+/** What is wrong with an option, from the error of node:util. */
 function misused({ code, message }: { code: string; message: string }): string {
   const [, option = ""] = /'(?:-\w, )?(--?[\w-]+)/.exec(message) ?? [], names = Object.keys(OPTIONS);
   const hint = guess(option.replace(/^-+/, ""), names).replace(/"(?=\w)/g, '"--');
@@ -11418,7 +11424,7 @@ const READ_ERRORS: Record<string, string> = {
 };
 function readText(file: string): string {
   try {
-    return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(fs.readFileSync(file)); // else saving would lose bytes
+    return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(fs.readFileSync(file)); // fatal: saving would lose bytes
   } catch (error) {
     const { code = "", message: said } = error as Error & { code?: string };
     const message = `cannot be read: ${READ_ERRORS[code] ?? said}`;
@@ -11434,7 +11440,7 @@ interface Listener {
   address: string;
   /** Takes no more connections, and resolves when those that are open have ended. */
   close(): Promise<unknown>;
-  /** Whether some client has not yet received what was written to it. */
+  /** Whether bytes wait to be sent to a client. */
   isWriting(): boolean;
   /** Uses other certificates for new connections. If that throws, the old ones stay. */
   swap(secure: Secure | undefined): void;
@@ -11447,7 +11453,7 @@ type Admit = (socket: Socket) => FailureName | undefined;
 interface ListenerHooks {
   admit: Admit;
   protocols: string[]; // that clients over TLS may choose (ALPN)
-  limits(): Pick<Config["limits"], "header">; // a handshake may take as long as a head
+  limits(): Pick<Config["limits"], "header">; // a TLS handshake may take as long as a request head
   take(socket: Socket, address: string): void;
   refuse(socket: Socket, why: FailureName, address: string): void;
 }
@@ -11479,8 +11485,8 @@ async function listen(at: ListenAt, secure: Secure | undefined, hooks: ListenerH
       hooks.take(socket, address);
     });
   let tls = secure && secured(secure);
-  // a client that half-closes during a handshake has left
-  const canShare = !secure && here !== "bun"; // reads: as for connections to servers
+  const canShare = !secure && here !== "bun"; // read buffers, as connections to servers do
+  // a client that ends its side during a handshake has left: so no half-open connections where there is TLS
   const server = createServer({ allowHalfOpen: !secure, noDelay: true, pauseOnConnect: canShare }, (accepted) => {
     const socket = canShare ? withSharedReads(accepted) : accepted;
     const refusal = hooks.admit(socket);
@@ -11521,16 +11527,17 @@ async function listen(at: ListenAt, secure: Secure | undefined, hooks: ListenerH
 }
 
 /**
- * Has a listener accept again. Deno's stops for ever, without an event, when the process has run out of handles (tried on
- * 2.9.6); where it still accepts, this changes nothing. `_handle` is no public API: without it such a listener stays deaf.
+ * Makes a listener of Deno accept again. When the process runs out of file handles it stops for ever, without an event
+ * (2.9.6); a listener that accepts is not changed. `_handle` is no public API: without it the listener would stay stopped.
  */
 function acceptAgain(server: { _handle?: { listen?(backlog: number): void } }): void {
-  if ("Deno" in globalThis) server._handle?.listen?.(511);
+  if (here === "deno") server._handle?.listen?.(511);
 }
+
 /**
- * The connection of an accepted socket as a socket that reads into the shared buffer. Only new sockets have that option, so the
- * handle changes its owner. `_handle` is no public API (tried on Deno 2.9.6 and Node 24.21): where it is not there, the
- * accepted socket is used, and without shared reads uploads of 1 MiB go at 0.6 to 0.7 of the speed.
+ * Moves an accepted connection to a new socket that reads into the shared buffer: only new sockets take that option.
+ * `_handle` is no public API (Deno 2.9.6, Node 24.21): without it the accepted socket is used, and uploads of 1 MiB have
+ * 0.6 to 0.7 of the speed.
  */
 function withSharedReads(accepted: Socket): Socket {
   const own = accepted as unknown as { _handle?: object | null }, handle = own._handle;
@@ -11538,9 +11545,9 @@ function withSharedReads(accepted: Socket): Socket {
   own._handle = null;
   const options: object = { handle, allowHalfOpen: true, ...sharedReads(() => socket) };
   const socket: Socket = new NetSocket(options as SocketConstructorOpts);
-  return socket.once("close", () => accepted.destroy()); // till then the listener counts it
+  return socket.once("close", () => accepted.destroy()); // the listener counts the connection until then
 }
-const KEEP_ALIVE = 60_000; // milliseconds of silence before TCP keep-alive tests whether a client is there
+const KEEP_ALIVE = 60_000; // milliseconds of silence before TCP keep-alive probes a client
 
 /** Why an address cannot be listened on, and what to do, by the code of the error; Deno has EINVAL for EADDRNOTAVAIL. */
 const LISTEN_ERRORS: Record<string, string> = {
@@ -11609,9 +11616,9 @@ interface ServeOptions {
 }
 
 /**
- * Serves a balancer, or an app that has one mounted, over our own server of HTTP/1.1: the one way in which everything
- * passes as it came, and WebSockets pass at all. A balancer's servers are probed until it is closed; where an app has it
- * mounted, call its `start`.
+ * Serves a balancer, or an app that has one mounted, over our own HTTP server. Only this way messages pass byte for byte,
+ * and WebSockets pass at all. A balancer's health checks run until the listener is closed; for a mounted balancer, call
+ * its `start`.
  * @throws {Error} with the address and why it cannot be listened on
  */
 export async function serve(app: LoadBalancer | { fetch: Serve }, options: ServeOptions = {}): Promise<Listener> {
@@ -12099,14 +12106,14 @@ const WATCH_TICK = 500; // milliseconds between two looks at the file
 /** Runs until a signal ends it. */
 async function run(call: Call): Promise<void> {
   const { file } = call, isDemo = Boolean(call.options.demo), text = isDemo ? await demo() : undefined;
-  let inForce = fileStamp(file), seen = inForce; // before it is read, so that no change after that is missed
+  let inForce = fileStamp(file), seen = inForce; // taken before the file is read: no later change is missed
   const config = load(call, text);
   const log = new AccessLog(PRINT[here], defaultEffects().report);
   const lb = createLoadBalancer(config, { accessLog: log.write });
   const { report } = lb.balancer.effects;
   process.on("exit", () => {
     try {
-      fs.writeSync(1, log.rest()); // nothing can be waited for any more
+      fs.writeSync(1, log.rest()); // asynchronous writes no longer happen
     } catch { /* nobody reads it */ }
   });
   const opening = openListeners(lb, call, log);
@@ -12123,11 +12130,14 @@ async function run(call: Call): Promise<void> {
   if (!isDemo) {
     process.on("SIGHUP", () => reloadFile(call, lb));
     setInterval(() => {
-      const isStill = seen === (seen = fileStamp(file)); // nobody is still writing it
-      if (isStill && inForce !== (inForce = seen)) reloadFile(call, lb, true);
+      const stamp = fileStamp(file), isStill = stamp === seen; // not still being written
+      seen = stamp;
+      if (!isStill || stamp === inForce) return;
+      inForce = stamp;
+      reloadFile(call, lb, true);
     }, WATCH_TICK);
   }
-  process.stderr.on("error", () => {}); // nobody reads it any more: reporting that would go round in circles
+  process.stderr.on("error", () => {}); // nobody reads it: a report of that would fail the same way
   process.on("uncaughtException", (error) => report("error", `internal: ${error.stack ?? error}`)); // serve on
   reportOpened(opened, report);
   if (call.workers > 1) report("info", `workers: ${call.workers}`);
@@ -12135,7 +12145,7 @@ async function run(call: Call): Promise<void> {
   if (isDemo) report("info", demoHints([...opened.values()][0]!.replace("0.0.0.0", "localhost"), admin));
 }
 
-/** Opens the listeners: here, or in workers. These share the port, and so it is tried first whether another has it. */
+/** Opens the listeners in this thread, or in workers; these share ports, so other processes must not have them. */
 async function openListeners(lb: LoadBalancer, call: Call, log: AccessLog): Promise<Listeners> {
   const shared = call.options["reuse-port"] === true, { effects, table } = lb.balancer;
   if (call.workers === 1) return await listenAll({ lb, shared, ports: new Map(), alone: true, report: effects.report });
@@ -12144,7 +12154,7 @@ async function openListeners(lb: LoadBalancer, call: Call, log: AccessLog): Prom
   return await startWorkers(lb, call.workers, log);
 }
 
-/** The end after a signal; a second one ends at once. */
+/** Drains and ends the program after a signal; a second signal ends it at once. */
 async function quit({ balancer }: LoadBalancer, opening: Promise<Listeners>, grace: number, log: AccessLog) {
   const { effects } = balancer, until = effects.now() + grace;
   if (balancer.draining) {
@@ -12160,7 +12170,7 @@ async function quit({ balancer }: LoadBalancer, opening: Promise<Listeners>, gra
   process.exit(0);
 }
 
-/** Says what is balanced, and which files that are named cannot be used. */
+/** Reports the services, and problems with the files and routes of the config. */
 function announce({ balancer: { table, effects } }: LoadBalancer): void {
   for (const problem of problemsOf(table.config, effects.date())) effects.report("error", problem);
   for (const warning of table.config.warnings) effects.report("warn", warning);
@@ -12171,7 +12181,7 @@ function announce({ balancer: { table, effects } }: LoadBalancer): void {
   if (services.length > 20) effects.report("info", `and ${services.length - 20} more services`);
 }
 
-/** Puts the file in force again, or only where it says something else than is. One that cannot be used changes nothing. */
+/** Reloads the file; `onlyIfOther`: unless its text is in force already. A file that is not valid changes nothing. */
 function reloadFile(call: Call, lb: LoadBalancer, onlyIfOther = false): void {
   const { effects, table, reloadFailed } = lb.balancer;
   try {
@@ -12191,7 +12201,7 @@ function reloadFile(call: Call, lb: LoadBalancer, onlyIfOther = false): void {
   }
 }
 
-/** @throws {StartError} with what is wrong with other files than routes.yml */
+/** The output of --check. @throws {StartError} with what is wrong with the files that the config names */
 function checked(call: Call): string {
   const config = load(call), problems = problemsOf(config, new Date());
   if (problems.length) throw new StartError(problems.map((one) => `${call.file}: ${one}`).join("\n"));
@@ -12199,7 +12209,7 @@ function checked(call: Call): string {
   return `${warnings}${call.file} is fine: services: ${config.services.size}, routes: ${config.routes.length}`;
 }
 
-/** What an option asks for that only prints; undefined: the program shall run. */
+/** The output of the options that only print; undefined: the program has to run. */
 function textAskedFor(call: Call): string | undefined {
   const { options } = call;
   if (options.help) return USAGE;
@@ -12210,7 +12220,7 @@ function textAskedFor(call: Call): string | undefined {
   return typeof options.explain === "string" ? explained(load(call), options.explain) : undefined;
 }
 
-/** The program. Ends it with 1 or 2 where it cannot do what it is asked to do; listeners would keep it running. */
+/** The program. Exits with 2 after a wrong call, and with 1 where it cannot start. */
 async function main(args: string[], env: Call["env"]): Promise<void> {
   try {
     const call = readCall(args, env), text = textAskedFor(call);
@@ -12226,10 +12236,10 @@ async function main(args: string[], env: Call["env"]): Promise<void> {
 
 // --- 12.8 Edge: the handlers that the platform calls ---
 
-/** Limits of connections and heads, which the platform has of its own. */
+/** Limits of connections and heads: the platform has its own. */
 const SOCKET_LIMITS = ["connections", "client_connections", "header", "keep_alive", "header_size", "header_fields"];
 
-/** The balancer of the edge. What cannot be there is left out, and said in one line, so that one file serves both. */
+/** The balancer of the edge. Leaves out, with one report, what the platform does itself: so one file serves both. */
 function makeAtTheEdge(): LoadBalancer {
   const text = fs.readFileSync("/bundle/routes.yml", "utf8"); // it lies beside the bundle
   const config = parseConfig(text, { env: process.env }), services = [...config.services.values()];
@@ -12252,7 +12262,7 @@ interface EdgeHandlers {
   scheduled(): Promise<void>;
 }
 
-/** Everything is made with the first request, since nothing may run before. Probes go beside requests, and by cron. */
+/** The edge's handlers. The first request makes the balancer, since nothing may run before; requests and cron run probes. */
 function edge(): EdgeHandlers {
   let made: LoadBalancer | undefined;
   const lb = () => made ??= makeAtTheEdge();
@@ -12260,7 +12270,7 @@ function edge(): EdgeHandlers {
     fetch(request, env, context) {
       const answer = Promise.resolve(lb().fetch(request, env as object));
       const behind = answer.then(() => BACKGROUND_WORK.get(request));
-      context.waitUntil(Promise.all([answer, behind, lb().probe()])); // else a client that leaves would stay in flight for ever
+      context.waitUntil(Promise.all([answer, behind, lb().probe()])); // without it a client that leaves stays in flight
       return answer;
     },
     scheduled: () => lb().probe(),
