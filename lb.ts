@@ -9058,7 +9058,7 @@ const PROBE_TICK = 100; // milliseconds between two looks at which probes are du
 
 // --- 11.1 Views: servers, services and routes, as plain JSON and as text ---
 
-/** Who asks, and the token that it has shown. */
+/** The client of a request, and the token that it has shown. */
 type AdminEnv = { Variables: { peer: string; shown: "token" | "read token" | "" } };
 type AdminContext = Context<AdminEnv>;
 
@@ -9350,7 +9350,7 @@ function whyNot(server: Server, may: boolean, now: number): string {
   if (may) return ill && `${ill}, but too few are healthy`;
   if (ill) return ill;
   if (trying) return "another request tries it out";
-  if (pausedUntil > now) return `it wants to be left alone for another ${left(pausedUntil)} s`;
+  if (pausedUntil > now) return `its Retry-After holds for another ${left(pausedUntil)} s`;
   if (inFlight >= room) return `full: ${inFlight} of ${room}`;
   return backup ? "a backup" : "";
 }
@@ -9722,14 +9722,14 @@ const ANSWERS = {
   Text: [STRING],
 } satisfies Record<string, [schema: Schema, text?: (value: never) => string]>;
 
-interface Asked {
+interface ApiRequest {
   context: AdminContext;
   lb: LoadBalancer;
   parse: Parse;
   change: Change;
 }
 /** One operation of the API. The description is made of the same. */
-type Operation = [does: string, answers: keyof typeof ANSWERS, run: (asked: Asked) => unknown, more?: {
+type Operation = [does: string, answers: keyof typeof ANSWERS, run: (request: ApiRequest) => unknown, more?: {
   takes?: [body: keyof typeof BODIES, example: unknown];
   asks?: Record<string, string>; // its query
   gives?: 201 | 202; // a status beside that of its example and those of what is wrong
@@ -9783,16 +9783,17 @@ function meantService({ routes, services }: Config): string {
   if (name !== undefined && !others.length) return name;
   throw new AdminError(409, name ? `which service? ${[name, ...others].join(", ")}` : "there is no service");
 }
-const nameOf = ({ context: { req } }: Asked, config: Config): string => req.param("service") ?? meantService(config);
+const nameOf = ({ context: { req } }: ApiRequest, config: Config): string =>
+  req.param("service") ?? meantService(config);
 
-function serviceOf(asked: Asked): Service {
-  const { services, config } = asked.lb.balancer.table, name = nameOf(asked, config), service = services.get(name);
+function serviceOf(request: ApiRequest): Service {
+  const { services, config } = request.lb.balancer.table, name = nameOf(request, config), service = services.get(name);
   if (service) return service;
   throw new AdminError(404, `there is no service ${quote(name)}${guess(name, [...services.keys()])}`);
 }
 /** By its name or its URL. */
-function serverOf(asked: Asked): Server {
-  const name = asked.context.req.param("server") ?? "", service = serviceOf(asked);
+function serverOf(request: ApiRequest): Server {
+  const name = request.context.req.param("server") ?? "", service = serviceOf(request);
   const server = service.servers.find((one) => one.name === name || one.url === name);
   if (server) return server;
   const names = service.servers.map((one) => name.includes("/") ? one.url : one.name);
@@ -9804,36 +9805,37 @@ const serviceKeys = new Set(Object.keys(ServiceSchema.entries));
 const keysOf = (entry: unknown, own: boolean): Raw =>
   Object.fromEntries(Object.entries(record(entry)).filter(([key]) => serviceKeys.has(key) === own));
 const placeOf = ({ places }: Config, name: string): Keys => places.get(name) ?? ["services", escapeKey(name)];
-const versionOf = (asked: Asked): Versioned => (config) =>
-  at(writtenOf(config), placeOf(config, nameOf(asked, config)));
-const editService = (asked: Asked, edit: Edit): Promise<void> => asked.change(asked.context, edit, versionOf(asked));
+const versionOf = (request: ApiRequest): Versioned => (config) =>
+  at(writtenOf(config), placeOf(config, nameOf(request, config)));
+const editService = (request: ApiRequest, edit: Edit): Promise<void> =>
+  request.change(request.context, edit, versionOf(request));
 
 /** A service as it stands and as it is written: that is what PUT takes. */
-function answerService(asked: Asked): ServiceView & { config: unknown } {
-  const { table, effects } = asked.lb.balancer, entry = versionOf(asked)(table.config);
-  asked.context.header("etag", tagOf(entry));
+function answerService(request: ApiRequest): ServiceView & { config: unknown } {
+  const { table, effects } = request.lb.balancer, entry = versionOf(request)(table.config);
+  request.context.header("etag", tagOf(entry));
   const config = unescapedAll(masked(keysOf(entry, true), hidden));
-  return { ...SERVICE_VIEW.read(serviceOf(asked), effects.now()), config };
+  return { ...SERVICE_VIEW.read(serviceOf(request), effects.now()), config };
 }
 
 /** Writes a service: a new one, another one in its place, or the one there is with changes. */
-async function writeService(asked: Asked) {
-  const { req } = asked.context, { value } = await bodyOf(asked.context), name = req.param("service") ?? "";
+async function writeService(request: ApiRequest) {
+  const { req } = request.context, { value } = await bodyOf(request.context), name = req.param("service") ?? "";
   if (!isRecord(value)) throw invalidAt("", `${quote(value)} is not a map with keys such as servers`);
   const mistakes = Object.keys(value).filter((key) => !serviceKeys.has(key)).map((key) => {
     return { path: unescaped(key), message: `unknown key${guess(key, [...serviceKeys], true)}` };
   });
   if (mistakes.length) throw invalid(mistakes);
-  await editService(asked, (raw, config) => {
+  await editService(request, (raw, config) => {
     const place = placeOf(config, name), entry = at(raw, place), isNew = entry === undefined;
     if (req.method === "POST" && !isNew) throw new AdminError(409, `there is a service ${quote(name)} already`);
-    if (req.method === "PATCH" && isNew) serviceOf(asked); // which says so
+    if (req.method === "PATCH" && isNew) serviceOf(request); // which says so
     const under = keysOf(entry, true), isPatch = req.method === "PATCH";
     const own = isPatch ? merged(under, value, longForm(ServiceSchema, under)) as Raw : value;
     put(raw, place, { ...keysOf(entry, false), ...own });
-    asked.context.status(isNew ? 201 : 200);
+    request.context.status(isNew ? 201 : 200);
   });
-  return answerService(asked);
+  return answerService(request);
 }
 
 const asMap = (entry: unknown): Raw => isRecord(entry) ? { ...entry } : { url: entry };
@@ -9853,9 +9855,9 @@ function listOf(raw: Raw, config: Config, name: string) {
 }
 
 /** Changes one server in its list, or takes it out. One that was repeated is then listed once, with its weight. */
-function editServer(asked: Asked, edit: (entry: Raw) => unknown): Promise<void> {
-  return editService(asked, (raw, config) => {
-    const { url, weight } = serverOf(asked), { place, listed, now } = listOf(raw, config, nameOf(asked, config));
+function editServer(request: ApiRequest, edit: (entry: Raw) => unknown): Promise<void> {
+  return editService(request, (raw, config) => {
+    const { url, weight } = serverOf(request), { place, listed, now } = listOf(raw, config, nameOf(request, config));
     const [first, ...again] = now.flatMap((one, i) => one.url === url ? [i] : []);
     const changed = edit({ ...asMap(listed[first!]), ...(again.length > 0 && { weight }) });
     put(raw, place, listed.flatMap((one, i) => i === first ? changed ?? [] : again.includes(i) ? [] : [one]));
@@ -9863,41 +9865,41 @@ function editServer(asked: Asked, edit: (entry: Raw) => unknown): Promise<void> 
 }
 
 /** A server, also one that has just been taken out. `leaves`: 202 while requests are still in flight there. */
-function answerServer(asked: Asked, server = serverOf(asked), leaves = false): ServerView {
-  const { effects, table } = asked.lb.balancer, now = effects.now(), service = table.services.get(server.service);
+function answerServer(request: ApiRequest, server = serverOf(request), leaves = false): ServerView {
+  const { effects, table } = request.lb.balancer, now = effects.now(), service = table.services.get(server.service);
   if (service) candidatesOf(service, now); // weights are worked out with it
-  asked.context.header("etag", tagOf(versionOf(asked)(table.config)) ?? '""');
-  if (leaves && server.inFlight > 0) asked.context.status(202);
+  request.context.header("etag", tagOf(versionOf(request)(table.config)) ?? '""');
+  if (leaves && server.inFlight > 0) request.context.status(202);
   return SERVER_VIEW.read(server, now);
 }
 
 /** Changes a server, and waits for requests in flight there as long as `?wait=` says. */
-async function patchServer(asked: Asked, patch: Raw): Promise<ServerView> {
-  const { context: { req }, lb: { balancer: { effects } } } = asked, server = serverOf(asked);
+async function patchServer(request: ApiRequest, patch: Raw): Promise<ServerView> {
+  const { context: { req }, lb: { balancer: { effects } } } = request, server = serverOf(request);
   const sent = req.query("wait") ?? "0", wait = v.safeParse(duration(0), sent);
   if (!wait.success) throw invalidAt("wait", `${quote(sent)} is not a duration such as 30s`);
-  await editServer(asked, (entry) => shortest(merged(entry, patch) as Raw, ...Object.keys(patch)));
+  await editServer(request, (entry) => shortest(merged(entry, patch) as Raw, ...Object.keys(patch)));
   const end = effects.now() + wait.output;
   while (server.inFlight > 0 && effects.now() < end && !req.raw.signal.aborted) await effects.sleep(20);
-  return answerServer(asked, server, server.state !== "ready");
+  return answerServer(request, server, server.state !== "ready");
 }
 
 /** Adds a server; which one it is shows when the file has been read. */
-async function postServer(asked: Asked): Promise<ServerView | ServiceView> {
-  const { value } = await bodyOf(asked.context);
+async function postServer(request: ApiRequest): Promise<ServerView | ServiceView> {
+  const { value } = await bodyOf(request.context);
   let url: string | undefined;
-  await editService(asked, (raw, config) => {
-    const name = nameOf(asked, config), { place, listed, now } = listOf(raw, config, name);
+  await editService(request, (raw, config) => {
+    const name = nameOf(request, config), { place, listed, now } = listOf(raw, config, name);
     put(raw, place, [...listed, value]);
     const text = rewrite(config.text, raw), distinct = new Set(now.map((one) => one.url));
-    url = asked.parse(text).services.get(name)!.servers.find((one) => !distinct.has(one.url))?.url;
+    url = request.parse(text).services.get(name)!.servers.find((one) => !distinct.has(one.url))?.url;
     if (url !== undefined) return text;
     throw new AdminError(409, `${name} has this server already`);
   });
-  const added = serviceOf(asked).servers.find((one) => one.url === url);
-  if (!added) return answerService(asked); // somebody has taken it out by now
-  asked.context.status(201);
-  return answerServer(asked, added);
+  const added = serviceOf(request).servers.find((one) => one.url === url);
+  if (!added) return answerService(request); // somebody has taken it out by now
+  request.context.status(201);
+  return answerServer(request, added);
 }
 
 /** The servers of PythonLoadBalancer's body: one that is repeated weighs more, and what else is known of one stays. */
@@ -9909,8 +9911,8 @@ function mergePool(servers: Out<typeof Pool>["servers"], { listed, now }: Return
   });
 }
 
-async function writeConfig(asked: Asked): Promise<unknown> {
-  const { context, change } = asked, { value, text, isYaml } = await bodyOf(context);
+async function writeConfig(request: ApiRequest): Promise<unknown> {
+  const { context, change } = request, { value, text, isYaml } = await bodyOf(context);
   const replaces = context.req.method === "PUT";
   if (replaces && !context.req.header("if-match")) {
     throw new AdminError(428, "send If-Match with the ETag of GET /config, or *");
@@ -9919,11 +9921,11 @@ async function writeConfig(asked: Asked): Promise<unknown> {
     if (replaces && isYaml) return text;
     return rewrite(config.text, replaces ? value : merged(raw, value, longForm(RoutesFile, raw)));
   }, (config) => config.text);
-  return answerConfig(asked);
+  return answerConfig(request);
 }
 
 const TEXT_TYPE = "text/plain; charset=utf-8";
-function answerConfig({ context, lb }: Asked): unknown {
+function answerConfig({ context, lb }: ApiRequest): unknown {
   const { config } = lb.balancer.table, accept = context.req.header("accept") ?? "";
   const shown = masked(writtenOf(config), hidden);
   context.header("etag", tagOf(config.text));
@@ -9932,53 +9934,53 @@ function answerConfig({ context, lb }: Asked): unknown {
   return context.body(rewrite(config.text, shown), { headers: { "content-type": type } });
 }
 
-async function writePool(asked: Asked): Promise<ServiceView> {
-  const { servers } = await checkedBody(asked.context, Pool);
-  await editService(asked, (raw, config) => {
+async function writePool(request: ApiRequest): Promise<ServiceView> {
+  const { servers } = await checkedBody(request.context, Pool);
+  await editService(request, (raw, config) => {
     const list = listOf(raw, config, meantService(config));
     put(raw, list.place, mergePool(servers, list));
   });
-  return answerService(asked);
+  return answerService(request);
 }
 
-async function deleteService(asked: Asked): Promise<ServiceView> {
-  const { name } = serviceOf(asked), last = answerService(asked);
-  await editService(asked, (raw, config) => put(raw, placeOf(config, name), undefined));
+async function deleteService(request: ApiRequest): Promise<ServiceView> {
+  const { name } = serviceOf(request), last = answerService(request);
+  await editService(request, (raw, config) => put(raw, placeOf(config, name), undefined));
   return last;
 }
 
-async function deleteServer(asked: Asked): Promise<ServerView> {
-  const server = serverOf(asked);
-  await editServer(asked, () => undefined);
-  return answerServer(asked, server, true);
+async function deleteServer(request: ApiRequest): Promise<ServerView> {
+  const server = serverOf(request);
+  await editServer(request, () => undefined);
+  return answerServer(request, server, true);
 }
 
-async function putHealth(asked: Asked): Promise<ServerView> {
-  const { health } = await checkedBody(asked.context, HealthSchema), server = serverOf(asked);
-  setHealth(serviceOf(asked), server, health === "up", asked.lb.balancer.effects);
-  reportChange(asked.context, asked.lb.balancer.effects, [health]);
-  return answerServer(asked, server);
+async function putHealth(request: ApiRequest): Promise<ServerView> {
+  const { health } = await checkedBody(request.context, HealthSchema), server = serverOf(request);
+  setHealth(serviceOf(request), server, health === "up", request.lb.balancer.effects);
+  reportChange(request.context, request.lb.balancer.effects, [health]);
+  return answerServer(request, server);
 }
 
-async function checkConfig({ context, parse }: Asked) {
+async function checkConfig({ context, parse }: ApiRequest) {
   const { services, routes } = parse((await bodyOf(context)).text);
   return { services: services.size, routes: routes.length };
 }
 
-function explainUrl({ context: { req }, lb }: Asked) {
+function explainUrl({ context: { req }, lb }: ApiRequest) {
   const url = req.query("url") ?? "";
   if (/^https?:/.test(url) && URL.canParse(url)) return explain(lb.balancer, req.query("method") ?? "GET", url);
   throw invalidAt("url", `${quote(url)} is not a URL such as http://host/path`);
 }
 
-function endWorker({ context: { req }, lb: { balancer } }: Asked) {
+function endWorker({ context: { req }, lb: { balancer } }: ApiRequest) {
   const id = req.param("worker") ?? "", worker = balancer.workers.get(Number(id));
   if (!worker) throw new AdminError(404, `there is no worker ${quote(id)}`);
   worker.end();
   return { id: Number(id) };
 }
 
-const sendEvents = ({ context, lb }: Asked) =>
+const sendEvents = ({ context, lb }: ApiRequest) =>
   streamSSE(context, async (stream) => {
     for (; !stream.aborted; await stream.sleep(1_000)) {
       await stream.writeSSE({ data: JSON.stringify(snapshotOf(lb.balancer)) });
@@ -10009,20 +10011,20 @@ const OPERATIONS = {
     "ServiceState", deleteService, { at: "/services/spare" }],
 
   "GET /services/:service/servers": ["The servers of a service", "Servers",
-    (asked) => serverViews(serviceOf(asked), asked.lb.balancer.effects.now())],
+    (request) => serverViews(serviceOf(request), request.lb.balancer.effects.now())],
   "POST /services/:service/servers": ["A further server", "ServerState", postServer,
     { takes: ["Server", { url: "10.0.0.4:8080", weight: 2 }] }],
   "GET /services/:service/servers/:server": ["One server, by its name or URL", "ServerState",
-    (asked) => answerServer(asked)],
+    (request) => answerServer(request)],
   "PATCH /services/:service/servers/:server": ["Changes a server: its weight, say", "ServerState",
-    async (asked) => patchServer(asked, record((await bodyOf(asked.context)).value)),
+    async (request) => patchServer(request, record((await bodyOf(request.context)).value)),
     { takes: ["ServerPatch", { weight: 3 }], asks: WAIT, gives: 202 }],
   "DELETE /services/:service/servers/:server": [
     "Takes a server out; requests in flight there finish (drain it first to wait for them)",
     "ServerState", deleteServer, { gives: 202 }],
   "PUT /services/:service/servers/:server/state": [
     "ready, drain (no new requests, those in flight finish) or maint (no probes either)", "ServerState",
-    async (asked) => patchServer(asked, await checkedBody(asked.context, State)),
+    async (request) => patchServer(request, await checkedBody(request.context, State)),
     { takes: ["State", { state: "drain" }], asks: WAIT, gives: 202 }],
   "PUT /services/:service/servers/:server/health": [
     "Says that a server is up or down, until probes say otherwise; this is not saved",
@@ -10058,8 +10060,8 @@ const prettyJson = (value: unknown): string =>
   JSON.stringify(value, null, 2).replace(/\[\n[\d.,\s]+\]/g, (list) => list.replace(/\s+/g, " "));
 
 /** Runs an operation. Its answer is JSON on one line, on many with `?pretty`, or text for `Accept: text/plain`. */
-async function answerTo([, answers, run]: Operation, asked: Asked): Promise<Response> {
-  const { context } = asked, { req } = context, value = await run(asked);
+async function runOperation([, answers, run]: Operation, request: ApiRequest): Promise<Response> {
+  const { context } = request, { req } = context, value = await run(request);
   if (value instanceof Response) return value; // which is no JSON, or a problem
   const isText = /^text\/plain\b/.test(req.header("accept") ?? "");
   const [, text = stringify] = ANSWERS[answers] as [Schema, ((value: unknown) => string)?];
@@ -10069,10 +10071,12 @@ async function answerTo([, answers, run]: Operation, asked: Asked): Promise<Resp
 }
 
 /** Offers the operations that everybody may use, or the others. */
-function offer(app: Hono<AdminEnv>, isOpen: boolean, asked: Omit<Asked, "context">): void {
+function addRoutes(app: Hono<AdminEnv>, isOpen: boolean, request: Omit<ApiRequest, "context">): void {
   for (const [name, operation] of Object.entries<Operation>(OPERATIONS)) {
     const [method, path] = name.split(" ") as [string, string];
-    if (!!operation[3]?.open === isOpen) app.on(method, path, (context) => answerTo(operation, { context, ...asked }));
+    if (!!operation[3]?.open === isOpen) {
+      app.on(method, path, (context) => runOperation(operation, { context, ...request }));
+    }
   }
 }
 
@@ -10125,7 +10129,7 @@ function exampleApp(effects: Effects): Hono<AdminEnv> {
   balancer.entrypoints.set("http", newEntrypoint("http"));
   balancer.workers.set(1, { since: balancer.startedAt, end: nothing });
   const asked = { lb, parse: parseConfig, change: changesOf(lb, parseConfig) };
-  for (const isOpen of [true, false]) offer(app, isOpen, asked);
+  for (const isOpen of [true, false]) addRoutes(app, isOpen, asked);
   return app;
 }
 
@@ -10298,7 +10302,7 @@ const linksTo = (pages: Record<string, string>) =>
 const TEXTS = { metrics: "Metrics", config: "Config" };
 
 const DOCS_STYLE = `
-main { max-width: 900px; }
+main { max-width: 900px; gap: 8px; } h2 { margin-top: 12px; }
 td:first-child { width: 30%; }
 details > :is(p, pre) { margin: 8px 16px; }
 details pre { padding: 8px; max-height: 300px; overflow: auto; border: 1px solid var(--line); border-radius: 6px; }
@@ -10326,12 +10330,12 @@ function docsOf(method: string, path: string, one: Described, schemas: Schemas) 
 
 /** The API for people. */
 // deno-fmt-ignore
-function docsPage(nonce: string, { paths, tags, components: { schemas } }: OpenApi) {
+function docsPage(nonce: string, { paths, tags, components: { schemas } }: OpenApi, texts: typeof TEXTS | undefined) {
   const all = Object.entries(paths).flatMap(([path, methods]) =>
     Object.entries(methods).map(([method, one]) => ({ tag: one.tags[0], line: docsOf(method, path, one, schemas) })));
   return pageOf(nonce, "lb.ts: API", DOCS_STYLE, html`
 <main>
-  <header><h1>lb.ts ${VERSION}: API</h1>${linksTo({ "./": "Dashboard", "openapi.json": "openapi.json", ...TEXTS })}</header>
+  <header><h1>lb.ts ${VERSION}: API</h1>${linksTo({ "./": "Dashboard", "openapi.json": "openapi.json", ...texts })}</header>
   <p>Bodies are JSON or YAML, by Content-Type. Answers are JSON, with <code>?pretty</code> on many lines, and text for
     <code>Accept: text/plain</code>. What is wrong comes as <code>application/problem+json</code> (RFC 9457).
     With a token in routes.yml: <code>Authorization: Bearer ...</code>.</p>
@@ -10339,14 +10343,15 @@ function docsPage(nonce: string, { paths, tags, components: { schemas } }: OpenA
 </main>`);
 }
 
-/** The description as a page and for machines. There is nothing in it that depends on the config. */
-function docs(effects: Effects): Hono<AdminEnv> {
+/** The description as a page and for machines. Where a token is wanted the page has no links that would be refused. */
+function docs(balancer: Balancer): Hono<AdminEnv> {
   const app = new Hono<AdminEnv>();
   let known: Promise<OpenApi> | undefined;
-  const describe = () => known ??= openApi(effects);
+  const describe = () => known ??= openApi(balancer.effects);
+  const texts = () => balancer.tokens.token ? undefined : TEXTS;
   app.get("/openapi.json", async (context) => context.json(await describe()));
   const policy = { defaultSrc: ["'none'"], styleSrc: [NONCE], imgSrc: ["data:"], frameAncestors: ["'none'"] };
-  app.get("/docs", pageHandler(async (nonce) => docsPage(nonce, await describe()), policy));
+  app.get("/docs", pageHandler(async (nonce) => docsPage(nonce, await describe(), texts()), policy));
   return app;
 }
 
@@ -10358,41 +10363,43 @@ p:empty, ul:empty, [hidden] { display: none !important; }
 .good { --tone: var(--good); } .warn { --tone: var(--warn); } .bad { --tone: var(--bad); }
 .tone, [data-title=State] { color: var(--tone, var(--ink)); }
 .lost > :not(header) { opacity: 0.45; }
-header .card { flex-basis: 100%; border-left: 4px solid var(--tone, var(--line)); }
-#verdict { font-size: 22px; font-weight: 600; }
+header .card { flex-basis: 100%; margin-top: 8px; border-left: 4px solid var(--tone, var(--line)); }
+#verdict { font-size: clamp(18px, 2.4vw, 22px); font-weight: 600; }
 .facts { display: flex; flex-wrap: wrap; gap: 0 16px; }
 #troubles { max-height: 200px; margin-top: 8px; overflow: auto; list-style: none; }
-li a { color: inherit; text-decoration-color: transparent; } li a:hover { text-decoration-color: currentcolor; }
+li { padding-left: 18px; text-indent: -18px; } li::before { content: "▲ "; } li.bad::before { content: "✕ "; }
+li a { color: inherit; } li a:not(:hover) { text-decoration: none; }
 #charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 16px; }
-figcaption { display: grid; grid-template-columns: 1fr auto; align-items: baseline; }
-b { grid-column: span 2; font-size: 20px; }
+figure { display: grid; align-content: space-between; }
+figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: baseline; gap: 0 12px; }
+b { flex-basis: 100%; font-size: 20px; }
 svg { display: block; width: 100%; height: 56px; border-bottom: 1px solid var(--line); }
 path { fill: none; stroke: var(--blue); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
 path + path { stroke: var(--dim); stroke-dasharray: 3 3; }
 .bar { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 16px; }
-.bar input { flex: 1; min-width: 0; } .bar [type=checkbox] { margin-right: 8px; accent-color: var(--blue); }
+.bar > input { flex: 1; min-width: 0; } label { display: flex; align-items: center; gap: 8px; } #problems { accent-color: var(--blue); }
 input, button { padding: 6px 10px; border: 1px solid var(--line); border-radius: 6px; background: var(--card); }
-#services { display: grid; gap: 12px; }
+#services { display: grid; gap: 8px; } #services:empty, table:not(:has(td)) { display: none; }
 details { overflow: clip; } summary h2 { display: inline; } h2 small { margin-left: 8px; }
 details > p, details > .bar, #answer { margin: 0 16px 12px; }
 section :is(th, td) { font-variant-numeric: tabular-nums; }
 section thead th { padding: 4px 8px; }
 section :is(th, td):nth-child(n + 4) { padding-inline: 4px; text-align: right; white-space: nowrap; }
 section th:first-child { width: 16%; } section th:nth-child(2) { width: 9%; } section th:nth-child(3) { width: 12%; }
-section :is(th, td).change { width: 204px; padding-right: 16px; }
+section :is(th, td):last-child { padding-right: 16px; } section th.change { width: 204px; }
 section tbody tr { height: 53px; }
 tr:is(.bad, .warn) { box-shadow: inset 3px 0 var(--tone); } tr:target { outline: 2px solid var(--blue); outline-offset: -2px; }
 td small, th small { display: block; }
 td button { padding: 2px 7px; margin-left: 4px; color: var(--blue); font-size: 12px; }
 dialog { width: min(440px, calc(100% - 32px)); margin: auto; padding: 24px; }
-dialog form { display: grid; gap: 16px; } label span { margin-right: 8px; }
+dialog form { display: grid; gap: 16px; }
 menu { display: flex; justify-content: space-between; } #go { border-color: var(--blue); color: var(--blue); }
 #sheet { width: min(1000px, calc(100% - 32px)); } #sheet pre { max-height: 70vh; overflow: auto; }
 ::backdrop { background: #0008; }
 @media (max-width: 1100px) {
   section thead { display: none; }
   section tbody { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); }
-  section tbody tr { display: grid; grid-template-columns: repeat(4, 1fr); height: auto; padding: 6px 8px; border-top: 1px solid var(--line); }
+  section tbody tr { display: grid; grid-template-columns: repeat(4, 1fr); height: auto; align-content: start; padding: 6px 8px; border-top: 1px solid var(--line); }
   section tr > :is(th, td):nth-child(n) { width: auto; padding: 3px 8px; border: 0; text-align: left; }
   section th:first-child { grid-column: span 4; } section td:nth-child(-n + 3) { grid-column: span 2; }
   section td.change { grid-column: span 3; align-self: end; } td button { padding: 6px 10px; margin: 0 4px 0 0; }
@@ -10423,8 +10430,8 @@ const sampleOf = ({ time, total, services }: Snapshot): Sample => ({
 /** What was counted between two moments, as figures; all that was counted if the counters began again. */
 function figuresOf(now: CountersView, then: CountersView | undefined, time: number) {
   const since = then && then.requests <= now.requests ? then : { requests: 0, errors: 0, durations: [] };
-  const requests = now.requests - since.requests,
-    durations = now.durations.map((n, i) => n - (since.durations[i] ?? 0));
+  const requests = now.requests - since.requests;
+  const durations = now.durations.map((n, i) => n - (since.durations[i] ?? 0));
   const upTo = (share: number) => requests > 0 ? quantile({ requests, durations }, share) : undefined;
   const failed = requests > 0 ? (now.errors - since.errors) / requests : undefined;
   return { rate: requests / Math.max(1, time), failed, p50: upTo(0.5), p95: upTo(0.95), p99: upTo(0.99) };
@@ -10451,7 +10458,7 @@ function chartsOf(history: Sample[], snapshot: Snapshot) {
         return `${pen}${2 * (HISTORY.most - points.length + i)} ${(54 - 52 * value / (most || 1)).toFixed(1)}`;
       }).join("")
     );
-    const now = names.map((name) => format(points.at(-1)?.[name])).join(", "), top = `at most ${format(most)} in 5 min`;
+    const now = names.map((name) => format(points.at(-1)?.[name])).join(", "), top = `max ${format(most)} in 5 min`;
     // deno-fmt-ignore
     return html`<figure><figcaption><span>${title}</span><small>${top}</small><b>${now}</b></figcaption>
 <svg viewBox="0 0 300 56" preserveAspectRatio="none" role="img" aria-label="${title}: now ${now}, ${top}">
@@ -10491,8 +10498,8 @@ function shownOf(service: ServiceView, snapshot: Snapshot, history: Sample[]): S
     return { server, id, now, state, level: STATES[state][1] };
   });
   const id = pathOf(name), now = recently(id, counters), troubles: Trouble[] = [];
-  const say = (level: Trouble["level"], text: string, at = id) =>
-    troubles.push({ level, text: `${name}: ${text}`, at });
+  const say = (level: Trouble["level"], what: string, at = id) =>
+    troubles.push({ level, text: `${name}: ${what}`, at });
   if (servers.length > 0 && !askable) say("bad", "no server may be asked");
   if (panicking) say("bad", "too few servers are healthy: all of them are asked");
   if ((now.failed ?? 0) > FAILING) say("bad", "more than 5 % of the requests fail");
@@ -10516,38 +10523,35 @@ function troublesOfProgram({ listeners, reloads }: Snapshot, date: Date): Troubl
   return reloads.failed ? [{ level: "bad", text, at: "" }, ...certificates] : certificates;
 }
 
-/** What may be done to a server: by which operation with which body, and what that means. */
 const PUT_STATE = "PUT /services/:service/servers/:server/state";
 const PATCH_SERVER = "PATCH /services/:service/servers/:server";
-const SERVER_ACTIONS: Record<string, [by: keyof typeof OPERATIONS, body: Raw, why: (server: ServerView) => string]> = {
+/** What may be done to a server: by which operation with which body, and what that means. */
+// deno-fmt-ignore
+const SERVER_ACTIONS: Record<string, [by: keyof typeof OPERATIONS, body: Raw, means: (server: ServerView) => string]> = {
   ready: [PUT_STATE, { state: "ready" }, () => "Requests and probes go to it again."],
-  drain: [
-    PUT_STATE,
-    { state: "drain" },
-    ({ in_flight }) => `No new requests go to it; those in flight finish (${in_flight}). Probes go on.`,
-  ],
+  drain: [PUT_STATE, { state: "drain" }, (server) =>
+    `No new requests go to it; those in flight finish (${server.in_flight}). Probes go on.`],
   maint: [PUT_STATE, { state: "maint" }, () => "Neither requests nor probes go to it."],
   weight: [PATCH_SERVER, {}, () => "Its share of new requests, from 0 (none) to 256."],
 };
 
-/** Buttons, each with the request that it stands for. */
+/** Buttons, each with the request that it sends; the script adds the weight to the body of that one. */
 function buttonsOf({ service, servers }: ShownService, { server, id }: ShownServer) {
   const isLast = !servers.some((other) => other.level === "good" && other.server !== server);
-  return Object.entries(SERVER_ACTIONS).filter(([action]) => action !== server.state).map(
-    ([action, [by, body, whyOf]]) => {
-      const alone = isLast && /drain|maint/.test(action) ? ` No other server of ${service.name} is up!` : "";
-      const call = by.replace(/\/services\/:service\/servers\/:server/, id), label = `${action} ${server.name}`;
-      // deno-fmt-ignore
-      return html`<button name="${action}" value="${action === "weight" ? server.weight : ""}" data-call="${call}"
-data-body="${JSON.stringify(body)}" title="${whyOf(server)}${alone}" aria-label="${label}">${action}</button>`;
-    },
-  );
+  const actions = Object.entries(SERVER_ACTIONS).filter(([action]) => action !== server.state);
+  return actions.map(([action, [by, body, means]]) => {
+    const alone = isLast && /drain|maint/.test(action) ? ` No other server of ${service.name} is up!` : "";
+    const call = by.replace("/services/:service/servers/:server", id), label = `${action} ${server.name}`;
+    // deno-fmt-ignore
+    return html`<button name="${action}" value="${action === "weight" ? server.weight : ""}" data-call="${call}"
+data-body="${JSON.stringify(body)}" title="${means(server)}${alone}" aria-label="${label}">${action}</button>`;
+  });
 }
 
 /** What stands below a server's state. */
 function stateDetail({ server, state }: ShownServer): string {
   if (state === "paused") return `for another ${FORMAT.age(server.paused_for)}`;
-  if (state === "failing") return `${FORMAT.percent(server.failing)} of requests`;
+  if (state === "failing") return `${FORMAT.percent(server.failing)} failed`;
   return state === "unchecked" ? "not asked yet" : `for ${FORMAT.age(server.status_for)}`;
 }
 const checkDetail = ({ ago, took }: { ago: number; took: number }): string =>
@@ -10613,18 +10617,15 @@ function serviceSection(shown: ShownService, { find, onlyProblems, flipped, mayC
 
 // Routes, and the page.
 
-function routeRow(
-  { name, default: takesRest, methods, hosts, paths, headers, query, services, redirect, respond }: RouteView,
-) {
+function routeRow(route: RouteView) {
+  const { name, methods, hosts, headers, query, services, redirect, respond } = route;
   const signs: Raw = { prefix: "", exact: "= ", regex: "~ " };
-  const wanted = paths.flatMap((one) => Object.entries(one)).map(([kind, path]) => `${signs[kind]}${path}`);
-  const rules = [methods, hosts, wanted, [...headers, ...query]].map((list) => list.join(", ")).filter(Boolean);
-  const match = takesRest ? "all else" : rules.join(" ") || "everything";
-  const answer = redirect ? `redirect ${redirect}` : `answer ${respond}`;
-  const target = services?.map(({ service, weight }) => services.length > 1 ? `${weight} ${service}` : service).join(
-    ", ",
-  );
-  return html`<tr>${[name, match, target ?? answer].map((text) => html`<td>${text}</td>`)}</tr>`;
+  const paths = route.paths.flatMap((one) => Object.entries(one)).map(([kind, path]) => `${signs[kind]}${path}`);
+  const rules = [methods, hosts, paths, [...headers, ...query]].map((list) => list.join(", ")).filter(Boolean);
+  const match = route.default ? "all else" : rules.join(" ") || "everything";
+  const targets = services?.map(({ service, weight }) => services.length > 1 ? `${weight} ${service}` : service);
+  const target = targets?.join(", ") ?? (redirect ? `redirect ${redirect}` : `answer ${respond}`);
+  return html`<tr>${[name, match, target].map((text) => html`<td>${text}</td>`)}</tr>`;
 }
 
 /** In one line: how many servers are up. */
@@ -10633,15 +10634,16 @@ function verdictOf(servers: ShownServer[]): string {
   const up = count(({ state }) => state === "up"), all = FORMAT.count(servers.length);
   if (!servers.length) return "No servers yet";
   if (up === servers.length) return `All servers are up: ${all}`;
-  const aside = count(({ server }) => server.state !== "ready"),
-    unchecked = count(({ state }) => state === "unchecked");
+  const aside = count(({ server }) => server.state !== "ready");
+  const unchecked = count(({ state }) => state === "unchecked");
   const others = Object.entries({ "set aside": aside, unchecked }).filter(([, n]) => n > 0);
   const rest = others.map(([what, n]) => `, ${FORMAT.count(n)} ${what}`).join("");
   return `${FORMAT.count(up)} of ${all} servers are up${rest}`;
 }
 
 /** Where it listens, since when, and with what. */
-function programFacts({ version, runtime, uptime, workers, reloads, listeners, draining }: Snapshot): string[] {
+function programFacts(snapshot: Snapshot, { mayChange }: Chosen): string[] {
+  const { version, runtime, uptime, workers, reloads, listeners, draining } = snapshot;
   const addresses = listeners.map(({ protocol, address, certificates }) => {
     const ends = certificates.map(({ names, until }) => `${names.join(", ")} until ${dayOf(until)}`).join("; ");
     return `${protocol}://${address}${ends && ` (certificate ${ends})`}`;
@@ -10650,6 +10652,7 @@ function programFacts({ version, runtime, uptime, workers, reloads, listeners, d
     ...[`lb.ts ${version} on ${runtime}`, draining ? "draining" : `up ${FORMAT.age(uptime)}`],
     ...(workers.length ? [`workers: ${workers.length}`] : []),
     ...[reloads.count ? `last reload ${FORMAT.age(reloads.ago)} ago` : "no reload yet", ...addresses],
+    ...(mayChange ? [] : ["read token: nothing can be changed here"]),
   ];
 }
 
@@ -10669,8 +10672,8 @@ const SIGNS = { good: "●", warn: "▲", bad: "✕", "": "○" };
 /** All that changes, as the script puts it in place: elements have either elements in them or text. */
 function liveView(balancer: Balancer, history: Sample[], chosen: Chosen) {
   const snapshot = snapshotOf(balancer), { services, routes } = snapshot, { find, onlyProblems, flipped } = chosen;
-  const all = services.map((service) => shownOf(service, snapshot, history)),
-    servers = all.flatMap((one) => one.servers);
+  const all = services.map((service) => shownOf(service, snapshot, history));
+  const servers = all.flatMap((one) => one.servers);
   const troubles = [...troublesOfProgram(snapshot, balancer.effects.date()), ...all.flatMap((one) => one.troubles)]
     .sort((a, b) => a.level.localeCompare(b.level)); // bad before warn
   const isKnown = servers.every(({ state }) => state !== "unchecked");
@@ -10683,17 +10686,17 @@ function liveView(balancer: Balancer, history: Sample[], chosen: Chosen) {
   return html`<main id="live">
 <header><h1>lb.ts</h1>${linksTo({ docs: "API", ...TEXTS })}
 <div class="card ${level}"><p id="verdict" class="tone" role="status">${SIGNS[level]} ${verdictOf(servers)}</p>
-<p class="facts">${programFacts(snapshot).map((fact) => html`<small>${fact}</small>`)}</p>
+<p class="facts">${programFacts(snapshot, chosen).map((fact) => html`<small>${fact}</small>`)}</p>
 <ul id="troubles" aria-label="What is wrong">${troubles.map(({ level, text, at }) =>
   html`<li class="tone ${level}">${at ? html`<a href="#${at}">${text}</a>` : html`<span>${text}</span>`}</li>`)}</ul></div></header>
 <div id="charts">${chartsOf(history, snapshot)}</div>
-<div class="bar"><input id="find" type="search" placeholder="Find a server, service or state" aria-label="Find">
+<div class="bar"><input id="find" type="search" placeholder="Find a server or state" aria-label="Find">
 <label><input id="problems" type="checkbox"><span>Problems only</span></label></div>
 <p id="none">${sections.length ? "" : none}</p>
 <div id="services">${sections}</div>
 <details id="rules" ${flipped.has("rules") === isFew ? "" : "open"}><summary><h2>Routes</h2></summary>
 <form id="explain" class="bar"><input id="request" aria-label="Request"
-placeholder="Which route does this request take? GET http://host/path"><button>Explain</button></form>
+placeholder="Route of GET http://host/path?"><button>Explain</button></form>
 <pre id="answer" ${answer ? "" : "hidden"}>${answer}</pre>
 <table><thead><tr><th>Route</th><th>Match</th><th>Service</th></tr></thead>
 <tbody id="routes">${routes.map(routeRow)}</tbody></table></details>
@@ -10975,14 +10978,14 @@ export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<
   app.use(checkSite(balancer, hosts.map((host) => hostName(host))));
 
   // For everybody who gets here, without a token: pages must not have anything in them that the API would not tell.
-  offer(app, true, asked);
-  app.route("/", docs(balancer.effects));
+  addRoutes(app, true, asked);
+  app.route("/", docs(balancer));
   const gate = checkToken(balancer);
   app.route("/", dashboard(balancer, gate));
 
   app.use(gate);
   app.use(bodyLimit({ maxSize: MOST.bytes, onError: () => problem(413, "the body is larger than 1 MiB") }));
-  offer(app, false, asked);
+  addRoutes(app, false, asked);
   app.all("*", ({ req }) => problem(404, `there is no ${req.path}`)); // else a balancer beside it would be asked
   return app;
 }

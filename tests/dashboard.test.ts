@@ -363,6 +363,72 @@ for (const dark of [false, true]) {
   );
 }
 
+/** The least contrast of a text with what is behind it (WCAG 2.2, 1.4.3), and that text. */
+const CONTRAST = `(() => {
+  const rgb = (color) => color.match(/[\\d.]+/g).map(Number);
+  const light = (color) => {
+    const [r, g, b] = rgb(color).map((c) => c <= 10.3 ? c / 3294.6 : ((c / 255 + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (one) => one && rgb(getComputedStyle(one).backgroundColor)[3] === 0 ? behind(one.parentElement) : one;
+  const texts = [...document.body.querySelectorAll("*")].filter((one) =>
+    one.checkVisibility() && [...one.childNodes].some((node) => node.nodeType === 3 && node.data.trim()));
+  return texts.map((one) => {
+    const [more, less] = [light(getComputedStyle(one).color), light(getComputedStyle(behind(one)).backgroundColor)]
+      .sort((a, b) => b - a);
+    return [(more + 0.05) / (less + 0.05), one.textContent];
+  }).sort(([a], [b]) => a - b)[0];
+})()`;
+
+for (const dark of [false, true]) {
+  test(
+    `every text can be read, and nothing is wider than a phone, ${dark ? "dark" : "light"}`,
+    { needs: ["chromium"] },
+    () =>
+      withServers(1, async ([one]) => {
+        const long = "a-server-with-a-very-long-name.eu-central-1.compute.internal.example.com:8443";
+        const shop = {
+          servers: [one!.address, REFUSED, { url: long, state: "drain" }],
+          health: { interval: "1s", fall: 1 },
+        };
+        const config = {
+          services: { shop, spare: { servers: [{ url: one!.address, state: "maint" }, "127.0.0.1:2"], health: "off" } },
+          routes: [{
+            host: "a-very-long-host-name.of-a-department.example.com",
+            path: `/${"x".repeat(90)}`,
+            service: "spare",
+          }],
+          default: { service: "shop" },
+        };
+        await looking(config, async ({ page, lb }) => {
+          await send(lb, 4);
+          await figure(page, REFUSED, "State", /✕ down/);
+          for (const width of [400, 1100, 1101, 1400]) {
+            await page.setViewportSize({ width, height: 800 });
+            const wide = await page.evaluate<number>("document.documentElement.scrollWidth");
+            assert.ok(wide <= width, `${wide} pixels in a window of ${width}`);
+          }
+          const [least, text] = await page.evaluate<[number, string]>(CONTRAST);
+          assert.ok(least >= 4.5, `${least}: ${text}`);
+        }, { dark });
+      }),
+  );
+}
+
+test(
+  "where there is no service yet it says how to begin",
+  { needs: ["chromium"] },
+  () =>
+    looking({ name_routes: true }, async ({ page, lb }) => {
+      await reads(page, "#verdict", "○ No servers yet");
+      await reads(page, "#none", "There is no service yet");
+      assert.equal(await page.locator("section").count(), 0);
+      await lb.reload({ services: { shop: { servers: [REFUSED], health: "off" } }, name_routes: true });
+      await reads(page, "th", REFUSED);
+      await page.locator("#none").waitFor({ state: "hidden" });
+    }),
+);
+
 test("a lost connection is said, and made again", { needs: ["chromium"] }, () =>
   withServers(1, async ([one]) => {
     const config = { default: { servers: [one!.address] } };
@@ -401,6 +467,7 @@ test(
       assert.equal(await page.getByRole("dialog").count(), 0);
       assert.equal(await row(page, REFUSED).getByRole("button").count(), 0, "no buttons that would be refused");
       assert.equal(await page.getByRole("columnheader", { name: "Change" }).count(), 0);
+      await reads(page, "small", "read token: nothing can be changed here");
       await page.getByRole("link", { name: "Config" }).click();
       await reads(page, "#text", '"token": "***"'); // a link sends no token, and so the page shows it
       await page.keyboard.press("Escape");
@@ -573,6 +640,8 @@ for (const dark of [false, true]) {
           await link.evaluate<string, { href: string }>(({ href }) => href),
           `http://127.0.0.1:${lb.admin}/openapi.json`,
         );
+        const refused = await page.getByRole("link", { name: /Metrics|Config/ }).count();
+        assert.equal(refused, 0, "links, which send no token, lead nowhere where there is one");
       }, { dark, path: "/docs" }),
   );
 }

@@ -139,7 +139,7 @@ test("a server says what limit auto has found, that it sent Retry-After, and tha
   const { services: [{ servers }] } = await explain();
   assert.deepEqual(servers[0], { server: "a:1", asked: true, limit: 7 });
   assert.deepEqual(servers.slice(1).map(({ why }: Verdict) => why), [
-    "it wants to be left alone for another 2 s",
+    "its Retry-After holds for another 2 s",
     "another request tries it out",
   ]);
 });
