@@ -392,7 +392,7 @@ export async function chaos({ seconds, seed, workers = 1, pause = 0 }: Chaos) {
     agent.destroy();
     await sleep(5_000); // connections that nobody uses are closed
     const after = held(program.pid!);
-    process.kill(program.pid!, "SIGTERM"); // after child.kill Deno takes the signal for the end
+    program.kill("SIGTERM");
     await until("lb.ts ends", () => over, 20_000);
     return { counts, ...tally, heard, before, after, err };
   } catch (error) {

@@ -822,7 +822,7 @@ async function withHandles(handles: number, use: (port: number, alive: () => boo
   try {
     const port = await until("it listens", () => portOf(output, "http"), 30_000);
     await use(port, () => exit === undefined);
-    process.kill(child.pid!, "SIGTERM"); // not child.kill: after it Deno reports the signal as the end
+    child.kill("SIGTERM");
     await until("it ends", () => exit !== undefined, 10_000);
     assert.equal(exit, 0, output);
     assert.doesNotMatch(output, /uncaught|unhandled|panicked|internal/i);

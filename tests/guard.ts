@@ -2,11 +2,14 @@
 // holds the other end of a pipe, and kills the child when the pipe closes.
 
 import { type ChildProcess, spawn, type SpawnOptions } from "node:child_process";
+import process from "node:process";
 import type { Readable } from "node:stream";
 
 /** The child keeps the shell's process id, `$$`; the shell that waits is a second one. */
 const guarded = (target: string) =>
   `exec 3<&0; (trap '' INT TERM HUP; read -r line; kill -9 ${target}) <&3 >/dev/null 2>&1 & exec "$@" 3<&- </dev/null`;
+
+const hasEnded = ({ exitCode, signalCode }: ChildProcess): boolean => exitCode !== null || signalCode !== null;
 
 /** A child with its output piped. */
 export type Guarded = ChildProcess & { pid: number; stdout: Readable; stderr: Readable };
@@ -25,5 +28,7 @@ export function spawnGuarded(
   const child = spawn("sh", words, { ...others, stdio: ["pipe", stdout, "pipe"] });
   child.stdin!.on("error", () => {});
   child.once("exit", () => child.stdin!.end("\n"));
+  // Deno's own reports the end at once, whatever the process makes of the signal (2.9.6)
+  child.kill = (signal = "SIGTERM") => !hasEnded(child) && process.kill(child.pid!, signal);
   return child as Guarded;
 }

@@ -81,8 +81,7 @@ function start(script: string, args: string[], { cwd = tmpdir(), env = {} as Rec
     err: () => err,
     ended,
     over: () => over,
-    // not child.kill: after it Deno reports the signal as the end, whatever the process made of it
-    signal: (name) => void process.kill(child.pid!, name),
+    signal: (name) => void child.kill(name),
   };
 }
 
