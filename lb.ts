@@ -5,7 +5,7 @@
  *
  * As a library: `createLoadBalancer(parseConfig(text))` is a Hono app; serve it, mount it, wrap it.
  *
- * The life of a request, in the functions of section 8.6:
+ * The life of a request, in the functions of section 8.5:
  *
  *     validate -> match -> pick -> forward -> account -> (retry, minus those tried) -> respond
  *
@@ -19,8 +19,7 @@
  *      5 Load balancing    strategies, eligibility, outlier detection, health checks, sticky sessions
  *      6 Traffic control   limits and queue, retries, hedging
  *      7 Observability     traces, access log, metrics
- *      8 Request path      local replies, proxy headers, picking, attempts and accounting, hedged and mirrored
- *                          attempts, balance
+ *      8 Request path      local replies, proxy headers, attempts, hedged and mirrored attempts, balance
  *      9 TCP proxy         connections that are not HTTP
  *     10 Assembly          the table of a config, and the state carried over a reload
  *     11 Admin             views, explain, config edits, endpoints, API description, dashboard, access
@@ -1902,6 +1901,9 @@ export class WireError extends Error {
   }
 }
 
+/** What is reported of an error of a program: where it was thrown. */
+const stackOf = (error: unknown): string => error instanceof Error ? error.stack ?? error.message : String(error);
+
 // --- 2.2 Messages: requests, responses and their bodies as plain data ---
 
 /** Received bytes. Never change them: Deno sends them as they are when the socket takes them, after `write`. */
@@ -2279,9 +2281,6 @@ function grpcFields(kind: FailureName): Fields {
   const { status, text } = FAILURES[kind];
   return ["grpc-status", `${GRPC_STATUSES[status] ?? 2}`, "grpc-message", text];
 }
-/** The status of a call that has ended: from the trailers, or from a head that has them. */
-const grpcStatus = ({ trailers, response }: ExchangeAttempt): string | undefined =>
-  fieldOf(trailers, "grpc-status") ?? fieldOf(response?.fields ?? NO_FIELDS, "grpc-status");
 
 /** Fields as pairs of name and value. */
 const pairs = (fields: Fields): [string, string][] =>
@@ -2301,6 +2300,17 @@ const inMemory = (pieces: Bytes[]): Body =>
 
 // --- 2.3 Services and routes: servers, services, routes and tables, and their state ---
 
+/** The value under `key`, made first where there is none. */
+function entry<K extends WeakKey | string | number, V>(
+  map: { get(key: K): V | undefined; set(key: K, value: V): unknown },
+  key: K,
+  make: (key: K) => V,
+): V {
+  let value = map.get(key);
+  if (value === undefined) map.set(key, value = make(key));
+  return value;
+}
+
 /** Upper bounds of the latency histogram, in milliseconds: Traefik's 0.1, 0.3, 1.2 and 5 s, and finer ones. */
 const BUCKETS = [0.25, 0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 800, 1_200, 2_500, 5_000, 10_000, 60_000];
 
@@ -2316,6 +2326,18 @@ interface Counters {
 const newCounters = (): Counters => ({
   ...{ requests: 0, errors: 0, bytesIn: 0, bytesOut: 0, milliseconds: 0, durations: [...BUCKETS, 0].fill(0) },
 });
+
+/** Counts a request that has ended. */
+function count(counters: Counters, milliseconds: number, bytesIn: number, bytesOut: number, failed: boolean): void {
+  counters.requests++;
+  if (failed) counters.errors++;
+  counters.bytesIn += bytesIn;
+  counters.bytesOut += bytesOut;
+  counters.milliseconds += milliseconds;
+  let bucket = 0;
+  while (bucket < BUCKETS.length && milliseconds > BUCKETS[bucket]!) bucket++;
+  counters.durations[bucket]!++;
+}
 
 /** Counters by status and method (see `tallyOf`). */
 type Tallies = Map<number, Counters>;
@@ -2334,6 +2356,12 @@ interface Entrypoint {
   tallies: Tallies;
 }
 const newEntrypoint = (name: string): Entrypoint => ({ name, inFlight: 0, tallies: newTallies() });
+
+const METHODS = [..."EXTENSION_METHOD GET HEAD POST PUT PATCH DELETE OPTIONS TRACE CONNECT".split(" "), ""];
+
+/** The counters of one status and one method, under a number: a request makes no text. Any other method is the first. */
+const tallyOf = (tallies: Tallies, { status, method }: { status: number; method: string }): Counters =>
+  entry(tallies, status * 16 + Math.max(0, METHODS.indexOf(method)), newCounters);
 
 /** Mixes 32 bits so that numbers that differ in one bit are far apart (MurmurHash3's finish). */
 function mix(h: number): number {
@@ -2605,19 +2633,17 @@ interface HostTable {
 
 // --- 2.4 Exchanges and attempts: a request of a client, its attempts at servers, and their outcomes ---
 
-/** The value under `key`, made first where there is none. */
-function entry<K extends WeakKey | string | number, V>(
-  map: { get(key: K): V | undefined; set(key: K, value: V): unknown },
-  key: K,
-  make: (key: K) => V,
-): V {
-  let value = map.get(key);
-  if (value === undefined) map.set(key, value = make(key));
-  return value;
+/** What servers are picked for: a request or a connection. */
+interface Asker extends Draw {
+  now: number;
+  readonly tried: Server[]; // the latest last
 }
 
-/** One request's life, from its head to the end of the answer's body. A class, for the reason of `NOT_SENT_YET`. */
-class Exchange implements Draw {
+/**
+ * One request's life, from its head to the end of the response's body. A class: of a plain literal that is in flight in
+ * the first collections V8 keeps all dead ones, with all that they refer to, until the next full collection.
+ */
+class Exchange implements Asker {
   // given
   readonly balancer: Balancer;
   readonly table: Table; // in force when it came in
@@ -2657,8 +2683,9 @@ class Exchange implements Draw {
   traceFlags = ""; // 01: sampled
   traceState = ""; // that came with it
   span = ""; // 16 digits, of the latest attempt
+  target = ""; // path and query as servers get them, after the route's rules
   reply: (response: HttpResponse) => void; // to the client, or through middleware
-  onLeave: (() => void) | undefined = undefined; // what has to end when the client leaves
+  onLeave: ((exchange: Exchange) => void) | undefined = undefined; // ends what goes on when the client leaves
 
   // counted
   concurrencyKey = ""; // the client, where it may have only so many requests in flight
@@ -2698,23 +2725,6 @@ function deadlineOf({ request, block, started }: Exchange): number {
 }
 const GRPC_UNITS: Record<string, number> = { H: 3.6e6, M: 6e4, S: 1e3, m: 1, u: 1e-3, n: 1e-6 }; // milliseconds
 
-/** An attempt of an exchange, and what has become of it. */
-interface ExchangeAttempt extends Attempt {
-  readonly exchange: Exchange;
-  readonly service: Service;
-  readonly span: string; // of its trace
-
-  headAt: number; // when the head of the answer was there; 0: not yet
-  endedAt: number; // when the last byte had passed; 0: not yet
-  response: HttpResponse | undefined; // the server's, as soon as its head is there
-  failure: Failure | undefined; // why there is none, or not all of it
-  sent: boolean; // the server may have seen some of the request
-  hasLost: boolean; // another attempt was faster
-  detail: string; // what is wrong with its answer, for the operator; or empty
-  afterEnd: (() => void) | undefined; // called once it has ended
-  decide(attempt: ExchangeAttempt): void; // its answer's head is there, or there will be none
-}
-
 /** The events of an attempt, in this order: `onInform` any number of times, `onHead` at most once, `onEnd` once. */
 interface AttemptEvents {
   /** An interim answer, such as 103. */
@@ -2745,6 +2755,73 @@ export interface Attempt extends AttemptEvents {
   deadline: number; // when it has to be over, as a call of gRPC says; Infinity: never
   carrier: { cancel(why: Failure): void } | undefined; // cancels it; undefined: not begun, or over
 }
+
+/** Bytes of the request's body that were meant for servers; of a tunnel all that the client has sent. */
+const receivedBy = ({ uploaded, body }: Attempt): number => Math.max(uploaded, body.length);
+
+/** An attempt of an exchange. It owns what becomes of it. */
+abstract class ExchangeAttempt implements Attempt {
+  // given
+  readonly exchange: Exchange;
+  readonly service: Service;
+  readonly server: Server;
+  readonly retry: number; // 0: the first attempt, or the second beside it
+  readonly decide: (attempt: ExchangeAttempt) => void; // called when there is a response's head, or there will be none
+  readonly startedAt: number;
+  readonly method: string;
+  readonly target: string;
+  readonly body: Body;
+  readonly upgrade: string;
+  readonly secret: ReadonlySet<string> | undefined;
+  readonly timeouts: Policy["timeouts"];
+  readonly tunnels: Set<Tunnel>;
+  readonly deadline: number;
+  lines = "";
+  span = ""; // 16 digits, of its trace
+
+  // counted by its connection
+  connectedAt = 0;
+  uploaded = 0;
+  received = 0;
+  trailers = NO_FIELDS;
+  carrier: Attempt["carrier"] = undefined;
+
+  // results
+  headAt = 0; // when the response's head was there; 0: not yet
+  endedAt = 0; // when the last byte had passed; 0: not yet
+  response: HttpResponse | undefined = undefined; // the server's, as soon as its head is there
+  failure: Failure | undefined = undefined; // why there is none, or not all of it
+  detail = ""; // what is wrong with the response, for the operator; or empty
+  sent = true; // the server may have seen some of the request
+  hasLost = false; // another attempt was faster
+  afterEnd: (() => void) | undefined = undefined; // called once it has ended
+
+  constructor(exchange: Exchange, server: Server, retry: number, decide: ExchangeAttempt["decide"]) {
+    const { service, policy: { timeouts } } = exchange.destination!;
+    this.exchange = exchange;
+    this.service = service;
+    this.server = server;
+    this.retry = retry;
+    this.decide = decide;
+    this.startedAt = exchange.now;
+    this.method = exchange.method;
+    this.target = exchange.target;
+    this.body = exchange.body;
+    this.upgrade = exchange.upgrade;
+    this.secret = exchange.request.block.secret;
+    this.timeouts = timeouts;
+    this.tunnels = exchange.balancer.tunnels;
+    this.deadline = deadlineOf(exchange);
+  }
+
+  abstract onInform(status: number, reason: string, fields: Fields): void;
+  abstract onHead(response: HttpResponse): void;
+  abstract onEnd(failure: Failure | undefined, detail: string, sent: boolean): void;
+}
+
+/** The status of a call that has ended: from the trailers, or from a head that has them. */
+const grpcStatus = ({ trailers, response }: ExchangeAttempt): string | undefined =>
+  fieldOf(trailers, "grpc-status") ?? fieldOf(response?.fields ?? NO_FIELDS, "grpc-status");
 
 /** An attempt that is not counted: a probe or a mirrored copy. */
 const newAttempt = (
@@ -3808,12 +3885,12 @@ class ClientConnection extends Connection implements BodySource {
     if (this.receiving) return this.receiveBody(this.receiving, bytes);
     this.rest = this.rest.length ? Buffer.concat([this.rest, bytes]) : bytes;
     if (this.phase !== "request") this.proceed();
-    if (this.phase === "request" || !hasRoom(this.socket)) this.holdBack();
+    if (this.rest.length >= DISCARDED && (this.phase === "request" || !hasRoom(this.socket))) this.holdBack();
   }
 
   /** Pauses the socket once 64 KiB of pipelined requests wait. */
   private holdBack(): void {
-    if (this.heldBack || this.rest.length < DISCARDED) return;
+    if (this.heldBack) return;
     this.heldBack = true;
     pauseSocket(this.socket);
   }
@@ -3870,8 +3947,9 @@ class ClientConnection extends Connection implements BodySource {
       if (bytes.length > 3) this.searched = bytes.length;
       return false;
     }
+    const head = parseRequestHead(text, header_fields);
     this.rest = behind(bytes, text.length + 4);
-    this.begin(parseRequestHead(text, header_fields));
+    this.begin(head);
     return true;
   }
 
@@ -6412,13 +6490,6 @@ const peakEwma: Strategy = (candidates, { random, now }) => {
   return best;
 };
 
-/** Takes note of how long a server has needed: a peak at once, what is less as far as time has passed. */
-function noteTime(server: Server, milliseconds: number, now: number): void {
-  const rest = Math.exp((server.recentAt - now) / DECAY), sample = Math.max(milliseconds, LEAST_TIME);
-  server.recent = sample > server.recent ? sample : server.recent * rest + sample * (1 - rest);
-  server.recentAt = now;
-}
-
 /** How far servers are from a key. */
 function scoresFor(candidates: Candidates, key: string): (server: Server) => number {
   const seed = hash(key), { even } = weightsOf(candidates);
@@ -6628,18 +6699,6 @@ function findLimit(server: Server, milliseconds: number, refused: boolean, now: 
 
 // --- 5.3 Outlier detection: what requests find out about servers: failures, latencies, ejections ---
 
-/** A request is on its way to a server: until `onWaitEnded` it waits. */
-function onAsked(server: Server, now: number): void {
-  server.waiting++;
-  server.waitingSince += now;
-}
-
-/** The head of an answer has come, or none will: the request that began then waits no longer. */
-function onWaitEnded(server: Server, began: number): void {
-  server.waiting--;
-  server.waitingSince = server.waiting && server.waitingSince - began;
-}
-
 /** What a failure counts as: ten times the usual latency, so that failing fast attracts no requests. */
 const asSlow = ({ servers }: Service, milliseconds: number): number =>
   Math.max(milliseconds, 10 * (meanLatency(servers) || 100));
@@ -6666,11 +6725,9 @@ function eject(service: Service, server: Server, why: string, effects: Effects):
   return true;
 }
 
-/** A server has one request more. On trial it gets one; the others pass it by until that one's verdict. */
-function onPicked(service: Service, server: Server, now: number): void {
-  server.picks++;
-  server.inFlight++;
-  if (server.until === 0 || now < server.until) return; // where all are asked, those who are ejected are
+/** A server gets a request while it is on trial: the others pass it by until that one's verdict. */
+function beginTrial(service: Service, server: Server, now: number): void {
+  if (now < server.until) return; // where all are asked, those that are ejected are
   server.trying = true;
   service.candidatesUntil = 0;
 }
@@ -6710,6 +6767,13 @@ function onAnswered(service: Service, server: Server, effects: Effects): void {
   if (server.until !== 0) return;
   server.failures = 0;
   if (server.ejections > 0 && effects.now() > server.back + service.config.eject.for) server.ejections = 0;
+}
+
+/** Takes note of how long a server has needed: a peak at once, what is less as far as time has passed. */
+function noteTime(server: Server, milliseconds: number, now: number): void {
+  const rest = Math.exp((server.recentAt - now) / DECAY), sample = Math.max(milliseconds, LEAST_TIME);
+  server.recent = sample > server.recent ? sample : server.recent * rest + sample * (1 - rest);
+  server.recentAt = now;
 }
 
 const MEMORY = 64; // attempts: older ones fade
@@ -7108,13 +7172,10 @@ function countOut(crowd: Map<string, number>, client: string): void {
   else crowd.delete(client);
 }
 
-/** Whether too much is in flight: of all clients, or of this one. */
-function checkConcurrency(balancer: Balancer, exchange: Exchange): FailureName | undefined {
-  const { requests, per_client } = exchange.table.config.limits;
-  if (balancer.inFlight > requests) return "busy";
-  if (per_client === Infinity) return undefined;
+/** Whether a client may have one more request in flight; counts it. */
+function admitRequest(exchange: Exchange, most: number): boolean {
   exchange.concurrencyKey = clientNetwork(exchange.client);
-  return countIn(balancer.clients, exchange.concurrencyKey) < per_client ? undefined : "client-busy";
+  return countIn(exchange.balancer.clients, exchange.concurrencyKey) < most;
 }
 
 /** Counts a connection for as long as it is open, or says what it is refused for. Trusted proxies bring many clients. */
@@ -7166,16 +7227,6 @@ function wakeQueue({ waiting }: Service): void {
 /** The same for all services, after a change that may have made room anywhere. */
 function wakeQueues({ services }: Table): void {
   for (const service of services.values()) if (service.waiting.size > 0) wakeQueue(service);
-}
-
-/** One request less at a server: whoever has waited longest gets its place. */
-function releaseServer(service: Service, server: Server): void {
-  server.inFlight--;
-  if (server.trying && server.inFlight === 0) { // its trial was nothing that says anything, a copy say
-    server.trying = false;
-    service.candidatesUntil = 0;
-  }
-  if (service.waiting.size > 0) wakeQueue(service);
 }
 
 /**
@@ -7252,8 +7303,9 @@ function forRetry(service: Service, candidates: readonly Server[], tried: Server
  * seen the request or it is idempotent and its body is at hand; somebody is left who has not asked to be left alone; and
  * the budget has room. A connection that never stood put no load on any server, and so costs no budget.
  */
-function mayRetry(attempt: ExchangeAttempt, retry: number): boolean {
-  const { exchange, response, failure } = attempt, { policy, retryOn, service, fallback } = exchange.destination!;
+function mayRetry(attempt: ExchangeAttempt): boolean {
+  const { exchange, response, failure, retry } = attempt,
+    { policy, retryOn, service, fallback } = exchange.destination!;
   if (retry >= policy.retries) return false;
   const isUnavailable = isGrpc(exchange.request) &&
     fieldOf(response?.fields ?? NO_FIELDS, "grpc-status") === GRPC_UNAVAILABLE;
@@ -7354,14 +7406,17 @@ function startTrace(exchange: Exchange): void {
   if (sent) exchange.traceState = fieldOf(fields, "tracestate") ?? "";
 }
 
+/** Gives an attempt a span of its own, in the trace of its request. */
+function nextSpan(exchange: Exchange): void {
+  if (exchange.trace) exchange.span = newId(exchange.balancer);
+  else startTrace(exchange);
+}
+
 // --- 7.2 Access log: one line a request, made and printed together with others ---
 
 const isoSecond = onceASecond((date) => date.toISOString().slice(0, 19));
 const DECIMALS = Array.from({ length: 1_000 }, (_, i) => `.${String(i).padStart(3, "0")}`); // 0.2 us less than toFixed
 const isoTime = (date: Date): string => `${isoSecond(date)}${DECIMALS[date.getUTCMilliseconds()]}Z`;
-
-/** Bytes of the request's body that were meant for servers; of a tunnel all that the client has said. */
-const receivedBy = ({ uploaded, body }: Attempt): number => Math.max(uploaded, body.length);
 
 /** Milliseconds with their microseconds. */
 const rounded = (time: number): number => Math.round(time * 1_000) / 1_000;
@@ -7560,27 +7615,9 @@ class AccessLog {
 
 // --- 7.3 Metrics: counters, and their text for Prometheus ---
 
-const METHODS = [..."EXTENSION_METHOD GET HEAD POST PUT PATCH DELETE OPTIONS TRACE CONNECT".split(" "), ""];
-
-/** The counters of one status and one method, under a number: a request makes no text. Any other method is the first. */
-const tallyOf = (tallies: Tallies, { status, method }: Pick<Exchange, "status" | "method">): Counters =>
-  entry(tallies, status * 16 + Math.max(0, METHODS.indexOf(method)), newCounters);
-
 /** Counts what a request or a connection has failed for. */
 const countFailure = ({ failures }: Balancer, reason: string): unknown =>
   entry(failures, reason, newOccurrences).times++;
-
-/** Adds one that has ended. */
-function count(counters: Counters, milliseconds: number, bytesIn: number, bytesOut: number, failed: boolean): void {
-  counters.requests++;
-  if (failed) counters.errors++;
-  counters.bytesIn += bytesIn;
-  counters.bytesOut += bytesOut;
-  counters.milliseconds += milliseconds;
-  let bucket = 0;
-  while (bucket < BUCKETS.length && milliseconds > BUCKETS[bucket]!) bucket++;
-  counters.durations[bucket]!++;
-}
 
 /** All counters as one: what a service or an entrypoint has had. */
 export function totalOf(tallies: Tallies): Counters {
@@ -7833,7 +7870,7 @@ const METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8";
 
 // -----------------------------------------------------------------------------------------------------------
 // 8. Request path
-// From the head of a request to the last byte of its response. The functions of 8.6 are the steps, in order:
+// From the head of a request to the last byte of its response. The functions of 8.5 are the steps, in order:
 // validate, match, pick, forward, account, (retry, minus those tried), respond.
 // Every pick is released exactly once, when its attempt ends.
 // -----------------------------------------------------------------------------------------------------------
@@ -8007,9 +8044,7 @@ function commonLines(exchange: Exchange, host: string): string {
 
 /** The fields of the request as a server gets them, after the route's rules, as they are written. */
 function outboundLines(exchange: Exchange, server: Server): string {
-  const { balancer, upgrade, request } = exchange, { hasRules, request: rules } = exchange.route!;
-  if (exchange.trace) exchange.span = newId(balancer);
-  else startTrace(exchange);
+  const { upgrade, request } = exchange, { hasRules, request: rules } = exchange.route!;
   let out = `${commonLines(exchange, hostFor(exchange, server))}x-request-id: ${exchange.id}\r\n` +
     `traceparent: 00-${exchange.trace}-${exchange.span}-${exchange.traceFlags}\r\n`;
   if (exchange.traceState) out += `tracestate: ${exchange.traceState}\r\n`;
@@ -8032,7 +8067,8 @@ function withShared(fields: Fields, shared: Exchange["shared"]): Fields {
 /** A server's response after the route's rules, with our CORS, cookie and rate fields. */
 function inboundResponse(exchange: Exchange, response: HttpResponse): HttpResponse {
   const { quota, shared } = exchange, { hasRules, response: rules } = exchange.route!;
-  const cookie = noteCookies(exchange, response.fields);
+  const isSticky = exchange.destination!.service.config.sticky.cookie !== "";
+  const cookie = isSticky ? noteCookies(exchange, response.fields) : "";
   if (!hasRules && !cookie && !quota.length && !shared.length) return response;
   const own = [...quota, ...cookie ? ["set-cookie", cookie] : []];
   const given = shared.length ? withoutCors(response.fields) : response.fields;
@@ -8079,9 +8115,52 @@ function hostFor(exchange: Exchange, server: Server): string {
   return /^(?:keep|server)$/.test(host_header) ? hostFieldOf(server.url) : host_header;
 }
 
-// --- 8.3 Picking: the server of the next attempt ---
+// --- 8.3 Attempts: a server is picked and asked, and what becomes of that is counted once ---
 
-/** The choice of the service's strategy. */
+const TOO_MUCH = new Set([429, 503]); // statuses whose Retry-After is obeyed
+const GATEWAY_ERRORS = new Set([502, 503, 504]); // an answer that counts against its server
+const BLAMELESS = new Set<string>(["client-left", "client-timeout", "bad-body", "body-too-large", "deadline"]);
+const isServerError = (status: number): boolean => status >= 500 && status < 600;
+
+/** The servers that a request or a connection may go to now. */
+function serversFor(service: Service, { tried, now }: Asker, effects: Effects): readonly Server[] {
+  if (now >= service.compareAt) compare(service, now, effects);
+  const candidates = candidatesOf(service, now);
+  return withRoom(service, tried.length ? forRetry(service, candidates, tried, now) : candidates);
+}
+
+/** Gives a server a request or a connection, until `releaseServer`. */
+function takeServer(service: Service, server: Server, { tried, now }: Asker): Server {
+  tried.push(server);
+  server.picks++;
+  server.inFlight++;
+  if (server.until !== 0) beginTrial(service, server, now);
+  return server;
+}
+
+/** A server has one request less: the one that has waited longest gets its place. */
+function releaseServer(service: Service, server: Server): void {
+  server.inFlight--;
+  if (server.trying && server.inFlight === 0) { // its trial has told nothing: it was a copy, say
+    server.trying = false;
+    service.candidatesUntil = 0;
+  }
+  if (service.waiting.size > 0) wakeQueue(service);
+}
+
+/** A request to a server waits for its response, until `endWaiting`. */
+function beginWaiting(server: Server, now: number): void {
+  server.waiting++;
+  server.waitingSince += now;
+}
+
+/** The head of a response has come, or none will. */
+function endWaiting(server: Server, startedAt: number): void {
+  server.waiting--;
+  server.waitingSince = server.waiting && server.waitingSince - startedAt;
+}
+
+/** Asks the strategy of a service. */
 function runStrategy(service: Service, candidates: Candidates, exchange: Exchange): Server {
   if (!exchange.tried.length) exchange.turn = service.turn++;
   exchange.key = service.key(exchange);
@@ -8090,43 +8169,25 @@ function runStrategy(service: Service, candidates: Candidates, exchange: Exchang
 
 /** The client's previous server while it is eligible; else another one, with a new cookie. */
 function pickSticky(service: Service, candidates: Candidates, exchange: Exchange): Server {
-  const { effects } = exchange.balancer;
-  if (service.lostCookie === service.config.sticky.cookie) return runStrategy(service, candidates, exchange);
+  const { effects } = exchange.balancer, { cookie } = service.config.sticky;
+  if (service.lostCookie === cookie) return runStrategy(service, candidates, exchange);
   const before = stickyServer(service, exchange, effects);
   const stays = before !== undefined && candidates.includes(before);
   const server = stays ? before : runStrategy(service, candidates, exchange);
-  exchange.block = { fields: withoutCookie(exchange.block.fields, service.config.sticky.cookie), passing: undefined };
+  exchange.block = { fields: withoutCookie(exchange.block.fields, cookie), passing: undefined };
   exchange.cookie = server === before ? "" : cookieFor(service, server, exchange, effects);
   return server;
 }
 
-function takeServer({ tried, destination, now }: Exchange, server: Server): Server {
-  onPicked(destination!.service, server, now);
-  tried.push(server);
-  return server;
-}
-
-/** Picks the server of the next attempt. It counts as in flight from here to `judgeFailure` or `settle`. */
+/** Picks the server of the next attempt; undefined where none may be asked now. */
 function pickServer(exchange: Exchange, now: number): Server | undefined {
-  const { tried } = exchange, { service } = exchange.destination!;
+  const { service } = exchange.destination!;
   exchange.now = now;
-  if (now >= service.compareAt) compare(service, now, exchange.balancer.effects);
-  let candidates = candidatesOf(service, now);
-  if (tried.length) candidates = forRetry(service, candidates, tried, now);
-  candidates = withRoom(service, candidates);
+  const candidates = serversFor(service, exchange, exchange.balancer.effects);
   if (candidates.length === 0) return undefined;
-  const server = service.config.sticky.cookie
-    ? pickSticky(service, candidates as Candidates, exchange)
-    : runStrategy(service, candidates as Candidates, exchange);
-  return takeServer(exchange, server);
+  const pick = service.config.sticky.cookie ? pickSticky : runStrategy;
+  return takeServer(service, pick(service, candidates as Candidates, exchange), exchange);
 }
-
-// --- 8.4 Attempts and accounting: one request to one server, which never throws, counted once ---
-
-const TOO_MUCH = new Set([429, 503]); // statuses whose Retry-After is obeyed
-const GATEWAY_ERRORS = new Set([502, 503, 504]); // an answer that counts against its server
-const BLAMELESS = new Set<string>(["client-left", "client-timeout", "bad-body", "body-too-large", "deadline"]);
-const isServerError = (status: number): boolean => status >= 500 && status < 600;
 
 /** Reports what is wrong with a server, once a second at most: the access log has every request. */
 function reportServer(service: Service, server: Server, detail: string, effects: Effects): void {
@@ -8136,132 +8197,113 @@ function reportServer(service: Service, server: Server, detail: string, effects:
   effects.report("warn", `${service.name}: ${server.name}: ${detail}`);
 }
 
-/** Called when an attempt has its response head, or has failed without one. */
-type Decide = (attempt: ExchangeAttempt) => void;
+/** A request or a connection at a server. */
+type ServerUse = Pick<ExchangeAttempt, "service" | "server" | "startedAt" | "endedAt">;
 
-/**
- * The initial values of an attempt. Spread first: a plain literal that is in flight in the first collections is one that V8
- * keeps among the old objects, where each dead attempt keeps all of its request until the next full collection.
- */
-const NOT_SENT_YET = {
-  ...{ connectedAt: 0, uploaded: 0, received: 0, headAt: 0, endedAt: 0, sent: true, hasLost: false, detail: "" },
-  ...{ trailers: NO_FIELDS, carrier: undefined, response: undefined, failure: undefined, afterEnd: undefined },
-  deadline: Infinity,
-};
-
-/** An attempt at the picked server. */
-function newServerAttempt(exchange: Exchange, server: Server, decide: Decide): ExchangeAttempt {
-  const { method, body, upgrade, destination, balancer: { tunnels } } = exchange;
-  const { service, policy: { timeouts } } = destination!;
-  const attempt: ExchangeAttempt = {
-    ...NOT_SENT_YET,
-    exchange,
-    service,
-    server,
-    method,
-    body,
-    upgrade,
-    timeouts,
-    tunnels,
-    decide,
-    startedAt: exchange.now,
-    target: targetOf(exchange, exchange.route!),
-    lines: outboundLines(exchange, server),
-    span: exchange.span, // of these lines
-    secret: exchange.request.block.secret,
-    onInform: (...interim) => exchange.attempt === attempt && exchange.request.inform(...interim),
-    onHead: (response) => onAnswer(attempt, response),
-    onEnd: (failure, detail, sent) => onAttemptEnd(attempt, failure, detail, sent),
-  };
-  attempt.deadline = deadlineOf(exchange);
-  return attempt;
-}
-
-function send(attempt: ExchangeAttempt): void {
-  const { exchange, server, startedAt } = attempt;
-  exchange.attempt = attempt;
-  onAsked(server, startedAt);
-  exchange.balancer.effects.send(attempt);
-}
-
-function onAnswer(attempt: ExchangeAttempt, response: HttpResponse): void {
-  const { exchange, service, server, startedAt } = attempt, { effects } = exchange.balancer, { status } = response;
-  const mistake = response.tunnel && isWebSocket(attempt.upgrade) &&
-    handshakeMistake(exchange.block.fields, response.fields);
-  if (mistake) {
-    attempt.detail = mistake;
-    return attempt.carrier?.cancel("invalid-answer");
-  }
-  const now = attempt.headAt = effects.now();
-  attempt.response = response;
-  onWaitEnded(server, startedAt);
-  const wait = TOO_MUCH.has(status) && fieldOf(response.fields, "retry-after");
-  if (wait) onRetryAfter(service, server, wait, effects);
-  onHead(service, server, status, startedAt, now, effects);
-  if (service.hedge && !attempt.hasLost && status < 500) learnHedgeDelay(service, now - startedAt);
-  if (response.tunnel) onAnswered(service, server, effects); // its end may be hours away
-  guarded(exchange, () => attempt.decide(attempt));
-}
-
-function onAttemptEnd(attempt: ExchangeAttempt, failure: Failure | undefined, detail: string, sent: boolean): void {
-  if (attempt.endedAt) return;
-  attempt.endedAt = attempt.exchange.balancer.effects.now();
-  attempt.failure = failure;
-  attempt.sent = sent;
-  if (attempt.response) settle(attempt, attempt.response.status);
-  else judgeFailure(attempt, failure ?? "reset", attempt.detail || detail);
-  const { afterEnd: then } = attempt;
-  attempt.afterEnd = undefined;
-  if (then) guarded(attempt.exchange, then);
-}
-
-/** No answer has come. What the client did says nothing about the server. */
-function judgeFailure(attempt: ExchangeAttempt, failure: Failure, detail: string): void {
-  const { exchange, service, server, startedAt, endedAt } = attempt, { effects } = exchange.balancer;
-  const isBlamed = !BLAMELESS.has(failure) && !isOutOfHandles(detail),
-    received = attempt.sent ? receivedBy(attempt) : 0;
-  attempt.failure = failure;
-  onWaitEnded(server, startedAt);
+/** No response has come from a server. `problem`: what it is blamed for; undefined: that was not its fault. */
+function countNoResponse(use: ServerUse, received: number, problem: string | undefined, effects: Effects): void {
+  const { service, server, startedAt, endedAt } = use, isBlamed = problem !== undefined;
+  endWaiting(server, startedAt);
   count(server.counters, endedAt - startedAt, received, 0, isBlamed);
   if (isBlamed) {
-    reportServer(service, server, detail, effects);
+    reportServer(service, server, problem, effects);
     onNoResponse(service, server, startedAt, endedAt, effects);
-  } else {
-    if (attempt.hasLost && failure === "client-left") onAbandoned(service, server, startedAt, effects);
-    if (server.until !== 0 && isTrial(server, startedAt)) endTrial(service, server, "undecided", effects);
-  }
-  releaseServer(service, server);
-  guarded(exchange, () => attempt.decide(attempt));
+  } else if (server.until !== 0 && isTrial(server, startedAt)) endTrial(service, server, "undecided", effects);
 }
 
-/** The end of a response, whole or not. Every attempt of an exchange comes here once, or to `judgeFailure`. */
-function settle(attempt: ExchangeAttempt, status: number): void {
-  const { exchange, service, server, startedAt, failure } = attempt, { effects } = exchange.balancer;
-  const isOpen = status === 101; // its end, perhaps hours later, says nothing about the server
-  const isCutOff = failure !== undefined && !BLAMELESS.has(failure) && !isOpen;
-  const milliseconds = (isOpen ? attempt.headAt : attempt.endedAt) - startedAt;
-  count(server.counters, milliseconds, receivedBy(attempt), attempt.received, isCutOff || isServerError(status));
-  if (isCutOff) reportServer(service, server, `its answer was cut off (${failure})`, effects);
-  if (isCutOff || GATEWAY_ERRORS.has(status)) onFailed(service, server, startedAt, effects);
-  else if (failure === undefined && !isOpen) {
+/** An attempt at the server that was picked for it, and the events of its connection. */
+class ServerAttempt extends ExchangeAttempt {
+  constructor(exchange: Exchange, server: Server, retry: number, decide: ExchangeAttempt["decide"]) {
+    super(exchange, server, retry, decide);
+    nextSpan(exchange);
+    this.span = exchange.span;
+    this.lines = outboundLines(exchange, server);
+  }
+
+  send(): void {
+    const { exchange, server } = this;
+    exchange.attempt = this;
+    beginWaiting(server, this.startedAt);
+    exchange.balancer.effects.send(this);
+  }
+
+  onInform(status: number, reason: string, fields: Fields): void {
+    if (this.exchange.attempt === this) this.exchange.request.inform(status, reason, fields);
+  }
+
+  onHead(response: HttpResponse): void {
+    const { exchange, service, server, startedAt } = this, { effects } = exchange.balancer, { status } = response;
+    const mistake = response.tunnel && isWebSocket(this.upgrade) &&
+      handshakeMistake(exchange.block.fields, response.fields);
+    if (mistake) {
+      this.detail = mistake;
+      return this.carrier?.cancel("invalid-answer");
+    }
+    this.headAt = effects.now();
+    this.response = response;
+    endWaiting(server, startedAt);
+    const wait = TOO_MUCH.has(status) && fieldOf(response.fields, "retry-after");
+    if (wait) onRetryAfter(service, server, wait, effects);
+    onHead(service, server, status, startedAt, this.headAt, effects);
+    if (service.hedge && !this.hasLost && status < 500) learnHedgeDelay(service, this.headAt - startedAt);
+    if (response.tunnel) onAnswered(service, server, effects); // its end may be hours away
+    try {
+      this.decide(this);
+    } catch (error) { // of a custom strategy, say
+      failInternally(exchange, error);
+    }
+  }
+
+  onEnd(failure: Failure | undefined, detail: string, sent: boolean): void {
+    if (this.endedAt) return;
+    const { exchange, response, afterEnd } = this;
+    this.endedAt = exchange.balancer.effects.now();
+    this.failure = failure;
+    this.sent = sent;
+    if (response) this.countResponse(response.status);
+    else this.countFailure(failure ?? "reset", this.detail || detail);
+    releaseServer(this.service, this.server);
+    if (!response) guarded(exchange, () => this.decide(this));
+    else if (exchange.attempt === this && exchange.status) finish(exchange);
+    this.afterEnd = undefined;
+    if (afterEnd) guarded(exchange, afterEnd);
+  }
+
+  /** There will be no response. What the client did says nothing about the server. */
+  private countFailure(failure: Failure, detail: string): void {
+    const { service, server, startedAt } = this, { effects } = this.exchange.balancer;
+    const isBlamed = !BLAMELESS.has(failure) && !isOutOfHandles(detail);
+    this.failure = failure;
+    if (this.hasLost && failure === "client-left") onAbandoned(service, server, startedAt, effects);
+    countNoResponse(this, this.sent ? receivedBy(this) : 0, isBlamed ? detail : undefined, effects);
+  }
+
+  /** The response has ended, whole or not. */
+  private countResponse(status: number): void {
+    const { exchange, service, server, startedAt, failure } = this, { effects } = exchange.balancer;
+    const isOpen = status === 101; // its end, perhaps hours later, says nothing about the server
+    const isCutOff = failure !== undefined && !BLAMELESS.has(failure) && !isOpen;
+    const milliseconds = (isOpen ? this.headAt : this.endedAt) - startedAt;
+    count(server.counters, milliseconds, receivedBy(this), this.received, isCutOff || isServerError(status));
+    if (isCutOff) reportServer(service, server, `its answer was cut off (${failure})`, effects);
+    if (isCutOff || GATEWAY_ERRORS.has(status)) return onFailed(service, server, startedAt, effects);
+    if (failure !== undefined || isOpen) return;
     onAnswered(service, server, effects);
     if (exchange.tried.length === 1) earnRetry(exchange, service);
   }
-  releaseServer(service, server);
-  if (exchange.attempt === attempt && exchange.status) finish(exchange);
 }
 
-/** Runs code that may throw, such as a custom strategy: the error fails this request only. */
-function guarded(exchange: Exchange, run: () => void): void {
+/** Runs a step that may throw, such as a custom strategy: the error fails this request only. */
+function guarded(exchange: Exchange, step: (exchange: Exchange) => void): void {
   try {
-    run();
+    step(exchange);
   } catch (error) {
     failInternally(exchange, error);
   }
 }
 
 function failInternally(exchange: Exchange, error: unknown): void {
-  exchange.balancer.effects.report("error", error instanceof Error ? error.stack ?? error.message : String(error));
+  exchange.balancer.effects.report("error", stackOf(error));
   if (!exchange.status) refuse(exchange, "internal");
 }
 
@@ -8321,7 +8363,7 @@ function refuse(exchange: Exchange, kind: FailureName): void {
   respondLocally(exchange, reply.status === 405 ? { ...reply, fields: [...reply.fields, "allow", allow] } : reply);
 }
 
-// --- 8.5 Hedged and mirrored attempts: a second attempt beside a slow first one, and copies ---
+// --- 8.4 Hedged and mirrored attempts: a second attempt beside a slow first one, and copies ---
 
 /** Work that outlives the response: copies and losing attempts. The edge must wait for it. */
 const BACKGROUND_WORK = new WeakMap<Request, Promise<unknown>>();
@@ -8335,10 +8377,10 @@ const MOST_GRACE = 1_000; // milliseconds that a losing attempt may still run, a
  * Asks one server, and a second one when the first takes longer than most answers do. The first good answer wins and the
  * other attempt is given up; a bad one does not win while the other may still be better.
  */
-function sendHedged(exchange: Exchange, server: Server, decide: Decide): void {
+function sendHedged(exchange: Exchange, server: Server, retry: number, decide: ExchangeAttempt["decide"]): void {
   const { effects } = exchange.balancer, { service, retryOn } = exchange.destination!;
-  let second: ExchangeAttempt | undefined, waiting: ExchangeAttempt | undefined, over = false;
-  const hear: Decide = (attempt) => {
+  let second: ServerAttempt | undefined, waiting: ExchangeAttempt | undefined, over = false;
+  const hear: ExchangeAttempt["decide"] = (attempt) => {
     const other = attempt === first ? second : first;
     if (over) return attempt.response?.body.cancel(); // it has lost
     if (other && !waiting) {
@@ -8356,17 +8398,16 @@ function sendHedged(exchange: Exchange, server: Server, decide: Decide): void {
     addBackgroundWork(exchange, abandon(other, effects));
     decide(attempt);
   };
-  if (!exchange.trace) startTrace(exchange); // one for both
-  const first = newServerAttempt(exchange, server, hear);
+  const first = new ServerAttempt(exchange, server, retry, hear);
   exchange.onLeave = () => [first, second].forEach((attempt) => attempt?.carrier?.cancel("client-left"));
-  send(first);
+  first.send();
   effects.sleep(service.hedgeDelay).then(() =>
     guarded(exchange, () => {
       const other = over || exchange.request.gone ? undefined : pickSecond(exchange, first);
       if (!other) return;
       service.retrying++;
-      second = newServerAttempt(exchange, other, hear);
-      send(second);
+      second = new ServerAttempt(exchange, other, retry, hear);
+      second.send();
     })
   );
 }
@@ -8396,8 +8437,7 @@ function pickSecond(exchange: Exchange, first: ExchangeAttempt): Server | undefi
   earnRetry(exchange, service);
   if (!spendRetry(service, 0, now)) return undefined;
   try {
-    const server = runStrategy(service, others as readonly Server[] as Candidates, exchange);
-    return takeServer(exchange, server);
+    return takeServer(service, runStrategy(service, others as readonly Server[] as Candidates, exchange), exchange);
   } catch (error) { // a strategy threw: nothing waits for the first attempt any more
     addBackgroundWork(exchange, abandon(first, effects));
     throw error;
@@ -8416,9 +8456,9 @@ function mirror(exchange: Exchange, destination: Destination): void {
   const mayCopy = exchange.body.length >= 0 && exchange.body.bytes !== undefined;
   if (!mayCopy || copies.inFlight >= MOST_COPIES) return void copies.skipped++;
   copies.inFlight++;
-  const sent = Promise.resolve().then(() => sendCopy(exchange, destination)).catch((error) =>
-    effects.report("error", error instanceof Error ? error.stack ?? error.message : String(error))
-  ).finally(() => copies.inFlight--);
+  const sent = Promise.resolve().then(() => sendCopy(exchange, destination))
+    .catch((error) => effects.report("error", stackOf(error)))
+    .finally(() => copies.inFlight--);
   addBackgroundWork(exchange, sent);
 }
 
@@ -8429,8 +8469,9 @@ async function sendCopy(exchange: Exchange, destination: Destination): Promise<v
   const server = pickServer(copy, effects.now());
   if (server === undefined) return void service.copies.skipped++;
   if (server.trying) endTrial(service, server, "undecided", effects); // a copy tries nobody out
-  const { policy: { timeouts } } = destination, lines = outboundLines(copy, server);
-  const given = { server, method, body, target: targetOf(copy, copy.route!), lines, timeouts, startedAt: copy.now };
+  nextSpan(copy);
+  const { policy: { timeouts } } = destination, { target } = copy, lines = outboundLines(copy, server);
+  const given = { server, method, body, target, lines, timeouts, startedAt: copy.now };
   const problem = await new Promise<string | undefined>((resolve) =>
     effects.send(newAttempt(given, {
       onInform() {},
@@ -8443,10 +8484,10 @@ async function sendCopy(exchange: Exchange, destination: Destination): Promise<v
   service.copies[problem ? "failed" : "answered"]++;
 }
 
-// --- 8.6 Balance: the request path, step by step ---
+// --- 8.5 Balance: the request path, step by step ---
 
 /** A new exchange; a trusted peer may have given it an id. */
-function exchangeOf(balancer: Balancer, request: HttpRequest, isWrapped = false): Exchange {
+function newExchange(balancer: Balancer, request: HttpRequest, isWrapped = false): Exchange {
   const origin = originOf(request, balancer.table.trusts);
   const given = origin.isTold ? fieldOf(request.block.fields, "x-request-id") : undefined;
   balancer.requests++;
@@ -8456,24 +8497,32 @@ function exchangeOf(balancer: Balancer, request: HttpRequest, isWrapped = false)
 
 /** Answers one request. `isWrapped`: middleware has seen it before. */
 function balance(balancer: Balancer, request: HttpRequest, isWrapped = false): void {
-  const exchange = exchangeOf(balancer, request, isWrapped);
+  const exchange = newExchange(balancer, request, isWrapped);
   balancer.inFlight++;
   exchange.entrypoint.inFlight++;
-  request.onGone = () => exchange.onLeave?.();
-  guarded(exchange, () => {
-    if (request.gone) return refuse(exchange, "client-left");
-    const refusal = validate(exchange) ?? detectLoop(exchange);
-    if (refusal) return refuse(exchange, refusal);
-    if (request.source?.bodyUsed && !request.body.bytes) throw new Error(BODY_READ);
-    exchange.upgrade = upgradeOf(request);
-    const route = exchange.route = matchRoute(exchange.table, exchange);
-    if (!route && exchange.path === "*") return respondLocally(exchange, textReply(200, "", ["allow", ANY_METHOD]));
-    if (!route) return refuse(exchange, exchange.allow ? "bad-method" : "no-route");
-    const destination = route.action.kind === "forward" ? drawDestination(route, exchange) : undefined;
-    const go = () => act(exchange, destination);
-    if (destination?.around && !exchange.upgrade) void actWithin(exchange, destination, go);
-    else go();
-  });
+  request.onGone = () => exchange.onLeave?.(exchange);
+  try {
+    takeRequest(exchange);
+  } catch (error) {
+    failInternally(exchange, error);
+  }
+}
+
+/** Validates a request, and finds its route and its service. */
+function takeRequest(exchange: Exchange): void {
+  const { request } = exchange;
+  if (request.gone) return refuse(exchange, "client-left");
+  const refusal = validate(exchange) ?? detectLoop(exchange);
+  if (refusal) return refuse(exchange, refusal);
+  if (request.source?.bodyUsed && !request.body.bytes) throw new Error(BODY_READ);
+  const route = exchange.route = matchRoute(exchange.table, exchange);
+  if (route) exchange.target = targetOf(exchange, route);
+  exchange.upgrade = upgradeOf(request);
+  if (!route && exchange.path === "*") return respondLocally(exchange, textReply(200, "", ["allow", ANY_METHOD]));
+  if (!route) return refuse(exchange, exchange.allow ? "bad-method" : "no-route");
+  const destination = route.action.kind === "forward" ? drawDestination(route, exchange) : undefined;
+  if (destination?.around && !exchange.upgrade) void actWithin(exchange, destination);
+  else act(exchange, destination);
 }
 
 const BODY_READ =
@@ -8489,11 +8538,13 @@ function upgradeOf({ upgrade, method, block: { fields } }: HttpRequest): string 
 
 /** Why the route does not take a request, if it does not. */
 function checkAdmission(exchange: Exchange): FailureName | undefined {
-  const { admits, buckets, body_limit } = exchange.route!, full = checkConcurrency(exchange.balancer, exchange);
-  if (full) return full;
-  if (admits && !admits(exchange.client)) return "denied";
+  const { balancer, client, body, table: { config: { limits } } } = exchange;
+  const { admits, buckets, body_limit } = exchange.route!;
+  if (balancer.inFlight > limits.requests) return "busy";
+  if (limits.per_client < Infinity && !admitRequest(exchange, limits.per_client)) return "client-busy";
+  if (admits && !admits(client)) return "denied";
   if (buckets && !withinRate(buckets, exchange)) return "rate";
-  return exchange.body.length > body_limit ? "body-too-large" : undefined;
+  return body.length > body_limit ? "body-too-large" : undefined;
 }
 
 /** Does what the route says, if it takes the request: answers by itself, or asks servers. */
@@ -8508,7 +8559,7 @@ function act(exchange: Exchange, destination: Destination | undefined): void {
 }
 
 /** The same behind Hono's CORS, which answers preflights; what it sets goes with any other answer. */
-async function actWithin(exchange: Exchange, { around }: Destination, go: () => void): Promise<void> {
+async function actWithin(exchange: Exchange, destination: Destination): Promise<void> {
   let isWanted = false;
   const answer = () => {
     isWanted = true;
@@ -8520,13 +8571,13 @@ async function actWithin(exchange: Exchange, { around }: Destination, go: () => 
     const sent = exchange.method === "OPTIONS" && !isPreflight
       ? new Request(asked.url, { headers: asked.headers })
       : asked;
-    const response = await around!.fetch(sent, { answer });
+    const response = await destination.around!.fetch(sent, { answer });
     if (!isWanted) return respondLocally(exchange, fromResponse(response));
     exchange.shared = [...response.headers];
   } catch (error) {
     return failInternally(exchange, error);
   }
-  guarded(exchange, go);
+  guarded(exchange, () => act(exchange, destination));
 }
 
 /** A service of a split: the client's previous one, or one by weight. */
@@ -8582,24 +8633,25 @@ function ask(exchange: Exchange, retry: number, now: number, failure: FailureNam
 
 /** Sends the request to a server that has been picked for it. */
 function forward(exchange: Exchange, server: Server, retry: number): void {
-  const { service } = exchange.destination!, route = exchange.route!;
-  const decide: Decide = (attempt) => conclude(attempt, retry);
-  exchange.onLeave = () => exchange.attempt?.carrier?.cancel("client-left");
-  if (retry === 0 && route.mirror) mirror(exchange, route.mirror);
+  const { service } = exchange.destination!, copies = exchange.route!.mirror;
+  exchange.onLeave = cancelAttempt;
+  if (retry === 0 && copies) mirror(exchange, copies);
   if (retry > 0) {
     service.retrying++;
     service.retries++;
     server.retries++;
   }
-  if (mayHedge(exchange, service)) sendHedged(exchange, server, decide);
-  else send(newServerAttempt(exchange, server, decide));
+  if (service.hedge > 0 && mayHedge(exchange, service)) sendHedged(exchange, server, retry, conclude);
+  else new ServerAttempt(exchange, server, retry, conclude).send();
 }
 
+const cancelAttempt = ({ attempt }: Exchange): void => attempt?.carrier?.cancel("client-left");
+
 /** Sends the response or failure of an attempt to the client, or asks another server. */
-function conclude(attempt: ExchangeAttempt, retry: number): void {
-  const { exchange, response, failure = "reset" } = attempt, { effects } = exchange.balancer;
+function conclude(attempt: ExchangeAttempt): void {
+  const { exchange, response, retry, failure = "reset" } = attempt, { effects } = exchange.balancer;
   if (retry > 0) attempt.service.retrying--;
-  if (!mayRetry(attempt, retry)) {
+  if (!mayRetry(attempt)) {
     if (response) return respond(attempt, response);
     return refuse(exchange, exchange.request.gone ? "client-left" : failure);
   }
@@ -8618,45 +8670,48 @@ function conclude(attempt: ExchangeAttempt, retry: number): void {
 // The same services, strategies and health, with bytes in place of requests.
 // -----------------------------------------------------------------------------------------------------------
 
-/** One connection's life, from its listener to its last byte. A Draw, so that strategies can choose its server. */
-interface Relay extends Draw {
-  route: TcpRoute;
-  near: Socket; // to the client
-  target: string; // the listener's address
-  id: string;
-  entrypoint: Entrypoint;
-  started: number;
+/** One connection's life, from its listener to its last byte. */
+interface Relay extends Asker {
+  // given
+  readonly balancer: Balancer;
+  readonly route: TcpRoute;
+  readonly near: Socket; // to the client
+  readonly target: string; // the listener's address
+  readonly id: string;
+  readonly entrypoint: Entrypoint;
+  readonly started: number; // milliseconds
+
+  // counted
   connectedAt: number; // to its server; 0: not yet
   since: number; // when something last passed
-  tried: Server[];
   received: number; // bytes from the client
   bytes: number; // bytes to it
   problem: FailureName | "";
 }
 
 /** Finds a server for a client's connection and stays until both are closed. */
-async function carry(balancer: Balancer, relay: Relay): Promise<void> {
-  const { effects } = balancer, { route: { service, admits }, near, entrypoint } = relay;
+async function carry(relay: Relay): Promise<void> {
+  const { balancer, route: { service, admits }, near, entrypoint } = relay;
   near.on("error", () => relay.problem ||= "client-left");
   pauseSocket(near); // until its server is reached
   for (const one of [balancer, entrypoint, service]) one.inFlight++;
   try {
     if (admits && !admits(relay.client)) relay.problem ||= "denied";
-    const far = relay.problem ? undefined : await reach(relay, effects);
-    if (far) await couple(balancer, relay, far);
+    const far = relay.problem ? undefined : await reach(relay);
+    if (far) await couple(relay, far);
   } catch (error) { // a strategy of somebody's own has thrown
-    effects.report("error", error instanceof Error ? error.stack ?? error.message : String(error));
+    balancer.effects.report("error", stackOf(error));
     relay.problem = "internal";
   }
   resetSocket(near);
   for (const one of [balancer, entrypoint, service]) one.inFlight--;
-  settleRelay(balancer, relay);
+  finishRelay(relay);
 }
 
 /** Counts a connection that is over, and writes its line of the log. */
-function settleRelay(balancer: Balancer, relay: Relay): void {
+function finishRelay(relay: Relay): void {
+  const { balancer, route: { service }, entrypoint, bytes, received, problem, tried, started, connectedAt } = relay;
   const { effects, table: { config: { log } } } = balancer;
-  const { route: { service }, entrypoint, bytes, received, problem, tried, started, connectedAt } = relay;
   const status = problem ? FAILURES[problem].status : 200, ended = effects.now() - started;
   for (const { tallies } of [entrypoint, service]) {
     const counters = tallyOf(tallies, { status, method: "" });
@@ -8695,31 +8750,25 @@ function settleRelay(balancer: Balancer, relay: Relay): void {
 }
 
 /** Asks one server after another for a connection. No byte has passed yet, so that nothing can happen twice. */
-async function reach(relay: Relay, effects: Effects): Promise<Socket | undefined> {
-  const { route: { service }, near, tried } = relay;
+async function reach(relay: Relay): Promise<Socket | undefined> {
+  const { balancer: { effects }, route: { service }, near } = relay;
   for (let retry = 0;; retry++) {
-    const now = relay.now = effects.now(), { retries, timeouts } = service.config;
-    if (now >= service.compareAt) compare(service, now, effects);
-    const ready = withRoom(service, candidatesOf(service, now));
-    const candidates = tried.length ? forRetry(service, ready, tried, now) : ready;
+    const startedAt = relay.now = effects.now(), { retries, timeouts } = service.config;
+    const candidates = serversFor(service, relay, effects);
     if (candidates.length === 0) return void (relay.problem ||= "no-server");
-    const server = service.strategy(candidates as Candidates, relay);
-    onPicked(service, server, now);
-    tried.push(server);
+    const server = takeServer(service, service.strategy(candidates as Candidates, relay), relay);
     if (retry > 0) [service.retries, server.retries] = [service.retries + 1, server.retries + 1];
-    onAsked(server, now);
-    const far = await connectWithin(timeouts.connect, dial(server)), milliseconds = effects.now() - now;
-    onWaitEnded(server, now);
+    beginWaiting(server, startedAt);
+    const far = await connectWithin(timeouts.connect, dial(server)), endedAt = effects.now();
     if (!(far instanceof WireError)) {
-      onHead(service, server, 200, now, now + milliseconds, effects);
-      relay.connectedAt = relay.since = now + milliseconds;
+      endWaiting(server, startedAt);
+      onHead(service, server, 200, startedAt, endedAt, effects);
+      relay.connectedAt = relay.since = endedAt;
       relay.problem = "";
       return far;
     }
     relay.problem = far.kind;
-    count(server.counters, milliseconds, 0, 0, true);
-    reportServer(service, server, far.message, effects);
-    onNoResponse(service, server, now, now + milliseconds, effects);
+    countNoResponse({ service, server, startedAt, endedAt }, 0, far.message, effects);
     releaseServer(service, server);
     if (retry >= retries || near.destroyed) return undefined;
     if (retry > 0) await backOff(retry, effects);
@@ -8744,8 +8793,8 @@ async function passBytes(relay: Relay, far: Socket, now: Effects["now"]): Promis
 }
 
 /** Connects a client to its server until both are closed, and counts what the server has done. */
-async function couple(balancer: Balancer, relay: Relay, far: Socket): Promise<void> {
-  const { effects, relays } = balancer, { near, route: { service, proxy_protocol, at }, tried } = relay;
+async function couple(relay: Relay, far: Socket): Promise<void> {
+  const { balancer: { effects, relays }, near, route: { service, proxy_protocol, at }, tried } = relay;
   const server = tried.at(-1)!, over = new AbortController(), began = effects.now();
   const end = (problem: FailureName) => {
     relay.problem ||= problem;
@@ -8806,8 +8855,8 @@ export function relayTcp(
   const client = unmapped(near.remoteAddress), now = effects.now(), turn = route.service.turn++;
   const entrypoint = entry(balancer.entrypoints, "tcp", newEntrypoint);
   const id = `${name}-${(++balancer.requests).toString(36)}`;
-  void carry(balancer, {
-    ...{ random: effects.random, now, turn, key: client, client, request: undefined },
+  void carry({
+    ...{ balancer, random: effects.random, now, turn, key: client, client, request: undefined },
     ...{ route, near, target, id, entrypoint, started: now, connectedAt: 0, since: now, tried: [] },
     ...{ received: 0, bytes: 0, problem: refusal ?? "" },
   });
@@ -8993,7 +9042,7 @@ const handleByFetch = (fetch: Serve, report: Effects["report"]) => async (incomi
   try {
     incoming.respond(fromResponse(await fetch(request, { incoming })));
   } catch (error) {
-    report("error", error instanceof Error ? error.stack ?? error.message : String(error));
+    report("error", stackOf(error));
     fail("internal");
   }
 };
@@ -9383,7 +9432,7 @@ function explain(balancer: Balancer, method: string, url: string) {
   const effects = { ...balancer.effects, random: Math.random }; // which leaves a seeded one as it is
   const from = { address: "127.0.0.1", scheme: new URL(url).protocol.slice(0, -1), headers: [] };
   const request = requestOf(new Request(url, { method }), from, () => {});
-  const exchange = exchangeOf({ ...balancer, effects, entrypoints: new Map() }, request);
+  const exchange = newExchange({ ...balancer, effects, entrypoints: new Map() }, request);
   const refusal = validate(exchange), route = refusal ? undefined : matchRoute(balancer.table, exchange);
   if (!route) {
     const failure = refusal ?? (exchange.allow ? "bad-method" : "no-route");
