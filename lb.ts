@@ -9450,19 +9450,21 @@ function explain(balancer: Balancer, method: string, url: string) {
   return { ...found, target: `${method} ${targetOf(exchange, route)}`, services, ...copies };
 }
 
+/** The same of a request as people write it, `GET http://host/path`; undefined where it is none. */
+function explainLine(balancer: Balancer, line: string): ReturnType<typeof explain> | undefined {
+  const [, method = "GET", url = ""] = /^(?:([A-Z]+) )?(https?:\/\/\S+)$/.exec(line.trim()) ?? [];
+  return URL.canParse(url) ? explain(balancer, method, url) : undefined;
+}
+
 /** What `explain` gives: `failure` where no route takes the request, `status` where it is not forwarded. */
-const ExplanationSchema = v.object({
-  failure: v.optional(says(STRING, "as in x-lb-failure: no route takes it")),
-  text: v.optional(STRING),
-  allow: v.optional(STRINGS),
-  status: v.optional(NUMBER),
-  route: v.optional(STRING),
-  action: v.optional(says(STRING, "forward, redirect or respond")),
-  restricted: v.optional(says(BOOLEAN, "allow or deny may refuse the client")),
-  weight: v.optional(NUMBER),
-  target: v.optional(says(STRING, "what the server gets")),
-  copies: v.optional(says(STRING, "the service that gets copies")),
-  services: v.optional(v.array(v.object({
+const ExplanationSchema = v.partial(v.object({
+  failure: says(STRING, "as in x-lb-failure: no route takes it"),
+  ...{ text: STRING, allow: STRINGS, status: NUMBER, route: STRING, weight: NUMBER },
+  action: says(STRING, "forward, redirect or respond"),
+  restricted: says(BOOLEAN, "allow or deny may refuse the client"),
+  target: says(STRING, "what the server gets"),
+  copies: says(STRING, "the service that gets copies"),
+  services: v.array(v.object({
     ...{ service: STRING, strategy: STRING, weight: NUMBER, fallback: BOOLEAN },
     takes: says(v.nullable(STRING), "the server that would take it"),
     servers: v.array(v.object({
@@ -9470,8 +9472,8 @@ const ExplanationSchema = v.object({
       score: v.optional(numeric("that the strategy gives it: the lowest wins")),
       limit: v.optional(numeric("requests in flight at most, as max_in_flight: auto has found")),
     })),
-  }))),
-});
+  })),
+}));
 
 function explanationText(found: ReturnType<typeof explain>): string {
   if ("failure" in found) {
@@ -10445,7 +10447,7 @@ dialog form { display: grid; gap: 16px; }
 menu { display: flex; justify-content: space-between; } #go { border-color: var(--blue); color: var(--blue); }
 #sheet { width: min(1000px, calc(100% - 32px)); } #sheet pre { max-height: 70vh; overflow: auto; }
 ::backdrop { background: #0008; }
-@media (max-width: 1100px) {
+@media (max-width: 1280px) {
   section thead { display: none; }
   section tbody { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); }
   section tbody tr { display: grid; grid-template-columns: repeat(4, 1fr); height: auto; align-content: start; padding: 6px 8px; border-top: 1px solid var(--line); }
@@ -10706,12 +10708,10 @@ function programFacts(snapshot: Snapshot, { mayChange }: Chosen): string[] {
 }
 
 /** What would become of a request, in words: `GET http://host/path`, or a path alone. */
-function explainText(balancer: Balancer, text: string): string {
-  const [, method = "GET", url = ""] = /^(?:([A-Z]+) )?(https?:\/\/\S+|\/\S*)$/.exec(text) ?? [];
-  const whole = url.startsWith("/") ? `http://localhost${url}` : url;
-  if (!URL.canParse(whole)) return `${quote(text)} is not a request such as GET http://host/path`;
+function explainText(balancer: Balancer, line: string): string {
   try {
-    return explanationText(explain(balancer, method, whole));
+    const found = explainLine(balancer, line.replace(/^([A-Z]+ )?\//, "$1http://localhost/"));
+    return found ? explanationText(found) : `${quote(line)} is not a request such as GET http://host/path`;
   } catch (error) {
     return (error as Error).message;
   }
@@ -12125,9 +12125,8 @@ async function startWorkers(lb: LoadBalancer, count: number, log: AccessLog): Pr
 
 /** Which route a request belongs to and which servers it may go to, for a balancer that has just started. */
 function explained(config: Config, text: string): string {
-  const [, method = "GET", url = ""] = /^(?:([A-Z]+) )?(https?:\/\/\S+)$/.exec(text.trim()) ?? [];
-  if (!URL.canParse(url)) throw new UsageError(`--explain: "${text}" is not a request such as 'GET http://host/path'`);
-  const found = explain(createLoadBalancer(config).balancer, method, url);
+  const found = explainLine(createLoadBalancer(config).balancer, text);
+  if (!found) throw new UsageError(`--explain: "${text}" is not a request such as 'GET http://host/path'`);
   if ("failure" in found) process.exitCode = 1;
   return explanationText(found);
 }

@@ -363,6 +363,11 @@ for (const dark of [false, true]) {
   );
 }
 
+/** What does not fit its cell. */
+const CUT_OFF = `[...document.querySelectorAll("th, td, summary, p, li, button")]
+  .filter((one) => one.checkVisibility() && one.scrollWidth > one.clientWidth + 1)
+  .map((one) => one.textContent.trim() + " " + one.scrollWidth + " in " + one.clientWidth)`;
+
 /** The least contrast of a text with what is behind it (WCAG 2.2, 1.4.3), and that text. */
 const CONTRAST = `(() => {
   const rgb = (color) => color.match(/[\\d.]+/g).map(Number);
@@ -403,10 +408,12 @@ for (const dark of [false, true]) {
         await looking(config, async ({ page, lb }) => {
           await send(lb, 4);
           await figure(page, REFUSED, "State", /✕ down/);
-          for (const width of [400, 1100, 1101, 1400]) {
+          for (const width of [400, 1280, 1281, 1400]) {
             await page.setViewportSize({ width, height: 800 });
             const wide = await page.evaluate<number>("document.documentElement.scrollWidth");
             assert.ok(wide <= width, `${wide} pixels in a window of ${width}`);
+            const cut = await page.evaluate<string[]>(CUT_OFF);
+            assert.deepEqual(cut, [], `at ${width} pixels`);
           }
           const [least, text] = await page.evaluate<[number, string]>(CONTRAST);
           assert.ok(least >= 4.5, `${least}: ${text}`);
