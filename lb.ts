@@ -260,10 +260,10 @@ const whole = (least: number, most: number) => {
 // Times become milliseconds, percentages fractions, sizes bytes, and none becomes Infinity.
 const UNITS: Record<string, number> = { ms: 1, s: 1e3, m: 60e3, h: 3600e3, d: 86400e3 };
 const TIME = /^(?:0|(\d+(?:\.\d+)?)(ms|s|m|h|d))$/, MORE_THAN_0 = /^(?=.*[1-9])\d+(?:\.\d+)?(?:ms|s|m|h|d)$/;
-const duration = (least: number) =>
+const duration = (least: number, days = 1) =>
   word("a duration such as 500ms, 2s or 1m", TIME, (_, count = "0", unit = "s") => {
     const ms = Math.round(Number(count) * UNITS[unit]!);
-    return ms >= least && ms <= UNITS.d! ? ms : new Error(`${least ? "more than 0 and " : ""}at most 1d`);
+    return ms >= least && ms <= days * UNITS.d! ? ms : new Error(`${least ? "more than 0 and " : ""}at most ${days}d`);
   }, least ? MORE_THAN_0 : TIME);
 /** Text such as 500ms, 2s or 1m to milliseconds. */
 const Duration = duration(1);
@@ -585,7 +585,7 @@ const HostHeader = word("keep, server or a host such as www.example.com", /^\S+$
 }, AUTHORITY);
 const CookieName = word("a cookie name", TOKEN);
 const Secret = v.pipe(Text, v.nonEmpty("the secret is empty"));
-const StickyMap = map({ cookie: opt(CookieName, "lb"), secret: opt(Secret), max_age: opt(duration(0), 0) });
+const StickyMap = map({ cookie: opt(CookieName, "lb"), secret: opt(Secret), max_age: opt(duration(0, 400), 0) }); // browsers keep none longer
 const Stuck = v.pipe(StickyMap, v.transform((one) => ({ secret: "", ...one })));
 const A_COOKIE = "the name of a cookie, or a map such as { cookie: lb }";
 const NO_COOKIE = /^(?:on|yes|no|none|true|false|enabled?|disabled?|cookie|source|ip)$/i;

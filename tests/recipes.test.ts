@@ -23,6 +23,7 @@ import {
   status,
   target,
   test,
+  until,
   value,
 } from "./rig.ts";
 
@@ -64,7 +65,8 @@ interface Site {
   /** The status and the body: `200 localhost:8081 /a`. */
   ask(path: string, headers?: string, host?: string): Promise<string>;
   answer(path: string, headers?: string, host?: string): Promise<Message>;
-  port(scheme: string): number;
+  /** Where the program listens for this scheme. */
+  port(scheme: string): Promise<number>;
   close(name: string): Promise<void>;
 }
 
@@ -91,7 +93,10 @@ async function cook(
     lb,
     answer: ask,
     ask: async (...about) => ((one) => `${status(one)} ${one.body}`)(await ask(...about)),
-    port: (scheme) => Number(new RegExp(`listening on ${scheme}://127\\.0\\.0\\.1:(\\d+)`).exec(lb.output())![1]),
+    async port(scheme) {
+      const told = new RegExp(`listening on ${scheme}://127\\.0\\.0\\.1:(\\d+)`);
+      return Number(await until(`it listens for ${scheme}`, () => told.exec(lb.output())?.[1]));
+    },
     close,
   };
 }
@@ -143,7 +148,7 @@ test("https and HSTS", async (t) => {
   const redirect = await answer("/cart?a=1");
   assert.equal(status(redirect), 308);
   assert.equal(value(redirect, "location"), "https://a.test/cart?a=1");
-  const socket = connectTls({ port: port("https"), host: "127.0.0.1", servername: "a.test", ca: CA });
+  const socket = connectTls({ port: await port("https"), host: "127.0.0.1", servername: "a.test", ca: CA });
   socket.write(get("/cart", "Connection: close\r\n"));
   const secure = await readText(socket);
   assert.match(secure, /\r\nstrict-transport-security: max-age=31536000\r\n/i);
@@ -152,7 +157,8 @@ test("https and HSTS", async (t) => {
 
 test("TCP: databases and the like", async (t) => {
   const { port, close } = await cook(t, "TCP: databases and the like");
-  const ask = async () => `${(await rawRequest(port("tcp"), get("/", "Connection: close\r\n"))).answers[0]?.body}`;
+  const ask = async () =>
+    `${(await rawRequest(await port("tcp"), get("/", "Connection: close\r\n"))).answers[0]?.body}`;
   assert.deepEqual([await ask(), await ask()], ["localhost:5433 /", "localhost:5433 /"]);
   await close("localhost:5433");
   assert.equal(await ask(), "localhost:5434 /");

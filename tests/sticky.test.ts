@@ -97,9 +97,9 @@ test("the cookie is for this site and not for scripts, and over https only where
   const { ask } = setUp();
   assert.match((await ask()).set[0]!, /^lb=[\w-]{22}; Path=\/; HttpOnly; SameSite=Lax$/);
   assert.match((await ask({ scheme: "https" })).set[0]!, /^lb=[\w-]{22}; Path=\/; HttpOnly; SameSite=Lax; Secure$/);
-  const aged = setUp("shop: { servers: [a:1], sticky: { cookie: id, max_age: 1h } }", undefined, "trust: [192.0.2.1]");
+  const aged = setUp("shop: { servers: [a:1], sticky: { cookie: id, max_age: 30d } }", undefined, "trust: [192.0.2.1]");
   const { set } = await aged.ask({ headers: { "x-forwarded-proto": "https" } });
-  assert.match(set[0]!, /^id=[\w-]{22}; Path=\/; Max-Age=3600; HttpOnly; SameSite=Lax; Secure$/);
+  assert.match(set[0]!, /^id=[\w-]{22}; Path=\/; Max-Age=2592000; HttpOnly; SameSite=Lax; Secure$/);
 });
 
 test("the cookie tells nothing about the server, and nobody can make one", async () => {
@@ -282,6 +282,7 @@ test("routes.yml: what sticky may say, and its secret is never printed", () => {
       "on",
       "yes",
       "{max_age: -1s}",
+      "{max_age: 401d}",
     ]
   ) {
     assert.throws(() => file(wrong), { name: "ConfigError" }, wrong);
