@@ -1948,7 +1948,7 @@ interface FieldBlock {
   /** Whether it is of a call of gRPC; absent: not asked for yet. */
   grpc?: boolean;
   /** Names of fields that came as never indexed, over HTTP/2. */
-  secret?: ReadonlySet<string>;
+  secret?: ReadonlySet<string> | undefined;
 }
 
 /** Who asks, over what and for which host: from the connection, or as trusted peers tell it. */
@@ -4690,12 +4690,12 @@ function neverIndexed(bytes: string): string {
 }
 
 /** Field lines, compressed; fields with a name in `secret` came as never indexed, and stay so. */
-function compressLines(lines: string, secret = NO_NAMES): string {
+function compressLines(lines: string, secret?: ReadonlySet<string>): string {
   let block = "";
   for (let at = 0, next; at < lines.length; at = next + 2) {
     next = lines.indexOf("\r\n", at);
     const line = lines.slice(at, next), bytes = compressLine(line);
-    block += secret.size > 0 && secret.has(lower(line.slice(0, line.indexOf(":")))) ? neverIndexed(bytes) : bytes;
+    block += secret?.has(lower(line.slice(0, line.indexOf(":")))) ? neverIndexed(bytes) : bytes;
   }
   return block;
 }
@@ -4706,7 +4706,7 @@ const compressHead = memo((lines) => compressLines(lines), 2_048);
 interface HeaderBlock {
   readonly fields: string[]; // name, value, ...
   readonly size: number; // as RFC 9113 section 6.5.2 counts it; above the limit not all fields are there
-  readonly secret: ReadonlySet<string>; // names of fields that are never indexed
+  readonly secret: ReadonlySet<string> | undefined; // names of fields that are never indexed
   request?: Http2Head;
   response?: ResponseHead | string;
 }
@@ -4724,7 +4724,7 @@ class HeaderDecoder {
   decode(bytes: Bytes, limit: number): HeaderBlock {
     const text = bytes.toString("latin1"), before = this.known.get(text), fields: string[] = [];
     if (before) return before;
-    let size = 0, hasFields = false, changes = false, secret = NO_NAMES;
+    let size = 0, hasFields = false, changes = false, secret: Set<string> | undefined;
     [this.bytes, this.at] = [bytes, 0];
     while (this.at < bytes.length) {
       const first = bytes[this.at]!, isIndexed = first >= 128, isAdded = !isIndexed && first >= 64;
@@ -4741,7 +4741,7 @@ class HeaderDecoder {
       hasFields = true;
       size += name.length + value.length + 32;
       if (size <= limit) fields.push(name, value);
-      if (first >> 4 === 1) secret = new Set([...secret, name]);
+      if (first >> 4 === 1) (secret ??= new Set()).add(name);
       if (!isAdded) continue;
       this.table.push([name, value]);
       this.size += name.length + value.length + 32;
@@ -5542,7 +5542,7 @@ class Http2ClientConnection extends Http2Connection {
     const { context } = this.owner, problem = failure.code === "ENHANCE_YOUR_CALM" ? "flood" : "bad-request";
     if (this.isOver) return;
     super.fail(failure);
-    const head = http2RequestHead({ fields: [], size: 0, secret: NO_NAMES }, context.limits());
+    const head = http2RequestHead({ fields: [], size: 0, secret: undefined }, context.limits());
     context.handle(new ClientStream(this, 0, { ...head, problem }, true).request);
   }
 
