@@ -1943,7 +1943,7 @@ interface FieldBlock {
   readonly fields: Fields;
   /** The fields to forward; undefined: not derived yet. */
   passing: PassingFields | undefined;
-  /** Who has asked with this head last. */
+  /** The client that sent this head last. */
   origin?: Origin | undefined;
   /** Whether it is of a call of gRPC; absent: not asked for yet. */
   grpc?: boolean;
@@ -1951,18 +1951,18 @@ interface FieldBlock {
   secret?: ReadonlySet<string> | undefined;
 }
 
-/** Who asks, over what and for which host: from the connection, or as trusted peers tell it. */
+/** The client of a request, its scheme and host: from the connection, or as trusted proxies report them. */
 interface Origin {
   readonly peer: string; // the address that is connected
   readonly spoken: string; // http or https, to the peer
-  readonly trusts: (peer: string) => boolean; // who is believed
+  readonly trusts: (peer: string) => boolean; // whether a peer is a trusted proxy
 
   readonly client: string; // its address
   readonly scheme: string; // http or https, as the client speaks it
-  readonly host: string; // with its port, where a peer tells it; empty: the request's own Host
-  readonly port: string; // that the client has asked, where a peer tells it; else empty
+  readonly host: string; // with its port, as a trusted proxy reports it; empty: the request's own Host
+  readonly port: string; // that the client has asked, as a trusted proxy reports it; else empty
   readonly chain: readonly string[]; // addresses from the client to the peer
-  readonly isTold: boolean; // by a trusted peer
+  readonly isTold: boolean; // a trusted proxy has reported it
 }
 
 /** The request's fields that are forwarded, and the values of those that the balancer rewrites. */
@@ -2053,7 +2053,7 @@ interface Tunnel {
   look(now: number): void;
 }
 
-/** Received bytes, and the buffers that are used again when these have been written. Other views, as of a stream, are not here. */
+/** Buffers that are reused once their bytes have been written, by the view that was handed out; other views do not free them. */
 const lent = new WeakMap<Bytes, Bytes>();
 
 /** A body in memory, which can be sent again: its bytes are no longer lent. */
@@ -2993,7 +2993,7 @@ interface AccessRecord {
 
 // --- 3.1 Parser: HTTP/1.1 heads, bodies and trailers ---
 
-/** Caches the results for the latest short texts, 1,000 to 2,000 of them: a thousand hosts are looked up, not read again. */
+/** Caches results for the latest 1,000 to 2,000 short texts: those of a thousand hosts are not parsed again. */
 function memo<T>(work: (text: string) => T, longest = 100): (text: string) => T {
   let known = new Map<string, T>(), older = known;
   return (text) => {
@@ -3128,7 +3128,7 @@ const joinValues = (before: string, value: string): string => before ? `${before
 
 const VALUE = /^[\t\x20-\x7e\x80-\xff]*$/;
 
-/** The target's authority and Host must name the same host (RFC 9112 section 3.2.2 would ignore Host: nobody may win). */
+/** Whether the target's authority and Host name the same host. RFC 9112 section 3.2.2 ignores Host; here both must agree. */
 function sameAuthority(authority: string, host: string): boolean {
   if (authority === host) return true;
   const plain = (name: string) => name.toLowerCase().replace(/:(?:80|443)?$/, "");
@@ -3367,10 +3367,10 @@ const resetSocket = (socket: Socket): unknown =>
   socket.destroyed || ("encrypted" in socket ? socket.destroy() : socket.resetAndDestroy());
 
 const LENT_SIZE = 65_536; // bytes
-const FRAME_HEADS = 64; // bytes of HTTP/2's frames around as many
+const FRAME_HEADS = 64; // bytes of the heads of HTTP/2's frames, for as many bytes
 const idleBuffers: Bytes[] = []; // that nobody uses: 4 MiB at most
 
-/** Memory to fill. A large one is used again when it has been written: V8 is slow to collect thousands. */
+/** Memory of a size. A large buffer is reused once it has been written, for V8 is slow to collect thousands. */
 function borrowed(size: number): Bytes {
   if (size < LENT_SIZE / 2 || size > LENT_SIZE + FRAME_HEADS) return Buffer.allocUnsafe(size);
   const buffer = idleBuffers.pop() ?? Buffer.allocUnsafeSlow(LENT_SIZE + FRAME_HEADS), part = buffer.subarray(0, size);
@@ -3382,7 +3382,7 @@ function copied(bytes: Bytes): Bytes {
   bytes.copy(copy);
   return copy;
 }
-/** Nobody reads these bytes any more. */
+/** Frees a lent buffer: its bytes are not needed any more. */
 function giveBack(bytes: Bytes): void {
   const buffer = lent.get(bytes);
   lent.delete(bytes);
@@ -3834,7 +3834,7 @@ function gzipped(body: Body): Body {
   return packed;
 }
 
-/** The bytes from here on. None of them keeps the others in memory: thousands of connections wait for their next request. */
+/** The bytes from `at` on. An empty view would keep the whole buffer in memory, for each of thousands of idle connections. */
 const behind = (bytes: Bytes, at: number): Bytes => at < bytes.length ? bytes.subarray(at) : NO_BYTES;
 
 /** `Date`, made once a second (RFC 9110 section 6.6.1). */
@@ -4900,11 +4900,11 @@ abstract class Http2Stream<C extends Http2Connection = Http2Connection> implemen
   }
 
   /**
-   * It is over before its regular end: `reset`, by the peer or with its connection, or `invalid-answer`, as what the peer
-   * sent breaks the rules. `unseen`: the peer has not looked at the request.
+   * Ends it early: `reset` by the peer or with its connection; `invalid-answer` if the peer has broken the rules. `unseen`:
+   * the peer has not looked at the request.
    */
   abstract fail(why: Failure, detail: string, unseen?: boolean): void;
-  /** The body that goes out breaks off. */
+  /** Ends it early because the body that goes out breaks off. */
   abstract cancel(why: Failure): void;
   abstract abandon(): void;
 
@@ -4972,7 +4972,7 @@ abstract class Http2Stream<C extends Http2Connection = Http2Connection> implemen
     });
   }
 
-  /** Sends what may be sent now, at most so many frames. Gives whether more may follow at once. */
+  /** Sends what may be sent now, at most `frames` frames. Returns whether more could follow at once. */
   pump(frames = Infinity): boolean {
     const { connection, id } = this;
     while (this.piece && !this.sent) {
@@ -5241,12 +5241,12 @@ abstract class Http2Connection extends Connection {
     }
   }
 
-  /** The stream of a frame that may cross its end. */
+  /** The stream of a frame that may have been sent before the peer knew that the stream was over. */
   private openStream(id: number): Http2Stream | undefined {
     if (id % 2 === 0 || id > this.lastId) throw fault("PROTOCOL_ERROR", `stream ${id} has not begun`);
     return this.streams.get(id);
   }
-  /** The stream of a frame; undefined where one that we have reset is meant. */
+  /** The stream of a frame; undefined if we have reset it. */
   protected streamOf(id: number): Http2Stream | undefined {
     const stream = this.openStream(id);
     if (!stream && !this.resets.has(id)) throw fault("STREAM_CLOSED", `stream ${id} is closed`);
@@ -5308,7 +5308,7 @@ abstract class Http2Connection extends Connection {
     this.writeFrame(GOAWAY, 0, 0, u32(last) + u32(HTTP2_ERRORS.indexOf(code)) + detail);
   }
 
-  /** Says that the connection ends, and sends nothing more; where it has streams, these are gone. */
+  /** Sends the last GOAWAY: nothing else is sent, and streams that are open are lost. */
   protected goAway(last: number, code: Http2Error = "NO_ERROR", detail = ""): void {
     if (this.isOver) return;
     this.sendGoAway(last, code, detail);
@@ -5322,7 +5322,7 @@ abstract class Http2Connection extends Connection {
   protected fail({ code, message }: Http2Failure): void {
     this.goAway(this.lastId, code, message);
   }
-  /** All streams are gone, or some. */
+  /** Ends all streams, or those that are meant. */
   protected leaveAll(detail: string, isMeant = (_stream: Http2Stream): boolean => true, unseen = false): void {
     for (const stream of [...this.streams.values()].filter(isMeant)) {
       stream.drop();
@@ -5435,8 +5435,8 @@ class ClientStream extends Http2Stream<Http2ClientConnection> {
     super.endSide();
   }
   /**
-   * Ends an upload that nobody wants, when the client has had time to get the response. Gives the milliseconds for which the
-   * client has taken nothing of what waits for it.
+   * Resets an upload that outlives its response, once the client has had time to read that. Returns for how many milliseconds
+   * the client has taken nothing of a response that waits.
    */
   look(now: number): number {
     if (now - this.answeredAt >= LINGER.without) this.reset("NO_ERROR");
@@ -5537,7 +5537,7 @@ class Http2ClientConnection extends Http2Connection {
     if (this.leavingAt || this.clientEnded) this.endIfUnused();
   }
 
-  /** It is counted and logged as a request that is not valid. */
+  /** Ends the connection, which is counted and logged as a request that is not valid. */
   protected override fail(failure: Http2Failure): void {
     const { context } = this.owner, problem = failure.code === "ENHANCE_YOUR_CALM" ? "flood" : "bad-request";
     if (this.isOver) return;
@@ -5559,7 +5559,7 @@ class Http2ClientConnection extends Http2Connection {
     this.owner.connections.delete(this);
   }
 
-  /** Has the client open no more streams. Those that it has opened meanwhile are still served (RFC 9113 section 6.8). */
+  /** Tells the client to open no more streams. Those that it has opened meanwhile are still served (RFC 9113 section 6.8). */
   closeIdle(): void {
     if (this.leavingAt || this.isOver) return;
     this.leavingAt = this.now();
@@ -5660,7 +5660,7 @@ class UpstreamStream extends Http2Stream<Http2UpstreamConnection> implements Pro
     super.onData(bytes, size, ends);
   }
 
-  /** The response is complete; what is left of the upload nobody wants. */
+  /** The response is complete: the rest of the upload is cancelled. */
   protected override onEnd(trailers: Fields): void {
     const { attempt } = this;
     attempt.trailers = trailers;
