@@ -2119,13 +2119,16 @@ class StreamedBody implements Body {
 
   get bytes(): Bytes | undefined {
     const { kept, outcome } = this, isWhole = typeof outcome === "object" && outcome.length === 0; // trailers are not kept
-    return kept && isWhole && this.received <= this.limit ? Buffer.concat(kept) : undefined;
+    if (!kept || !isWhole || this.received > this.limit) return undefined;
+    if (kept.length > 1) kept.splice(0, kept.length, Buffer.concat(kept));
+    return kept[0] ?? NO_BYTES;
   }
 
   read(reader: BodyReader): void {
-    const { bytes } = this;
-    if (this.isRead && !bytes) return reader.fail("bad-body"); // it has been read before
-    if (this.isRead) return inMemory([bytes!]).read(reader);
+    if (this.isRead) { // before, so that only a copy can be read
+      const { bytes } = this;
+      return bytes ? new MemoryBody(bytes).read(reader) : reader.fail("bad-body");
+    }
     this.isRead = true;
     if (this.received > this.limit) {
       this.cancel();
@@ -5051,8 +5054,11 @@ abstract class Http2Connection extends Connection {
   hasSettings = false; // the peer's
   protected maxStreams = MAX_STREAMS; // that the peer takes from us
   protected lastId = 0; // the highest that a client has begun
+  protected usedAt: number; // when the last stream ended, or the connection began, in milliseconds
+  protected leavingAt = 0; // when one side said that it opens no more streams; 0: not yet
+  protected lastServed = Infinity; // the last stream of the peer that is served, where it has been told
   protected isOver = false; // a GOAWAY has ended it
-  protected overAt = 0; // when, in milliseconds
+  protected overAt = 0; // when
   protected rest: Bytes = NO_BYTES; // of a frame that has not come whole
   protected block: OpenBlock | undefined;
   protected readonly maxPush: number = 1; // that SETTINGS_ENABLE_PUSH may be
@@ -5066,6 +5072,7 @@ abstract class Http2Connection extends Connection {
     super(socket);
     this.now = now;
     this.headLimit = headLimit;
+    this.usedAt = now();
   }
 
   abstract onHead(id: number, block: HeaderBlock, ends: boolean): void;
@@ -5255,6 +5262,11 @@ abstract class Http2Connection extends Connection {
   /** Forgets a stream that is over. */
   remove(id: number): void {
     this.streams.delete(id);
+    this.usedAt = this.now();
+    if (this.leavingAt) this.endIfUnused();
+  }
+  protected endIfUnused(): void {
+    if (!this.streams.size) this.goAway("NO_ERROR");
   }
 
   protected override write(text: string): void {
@@ -5304,14 +5316,14 @@ abstract class Http2Connection extends Connection {
     resets.add(id);
     if (resets.size > MOST_RESETS) resets.delete(resets.values().next().value!);
   }
-  sendGoAway(last: number, code: Http2Error, detail = ""): void {
+  protected sendGoAway(last: number, code: Http2Error, detail = ""): void {
     this.writeFrame(GOAWAY, 0, 0, u32(last) + u32(HTTP2_ERRORS.indexOf(code)) + detail);
   }
 
   /** Sends the last GOAWAY: nothing else is sent, and streams that are open are lost. */
-  protected goAway(last: number, code: Http2Error = "NO_ERROR", detail = ""): void {
+  protected goAway(code: Http2Error, detail = ""): void {
     if (this.isOver) return;
-    this.sendGoAway(last, code, detail);
+    this.sendGoAway(Math.min(this.lastId, this.lastServed), code, detail);
     this.isOver = true;
     this.overAt = this.now();
     this.leaveAll(detail);
@@ -5320,7 +5332,7 @@ abstract class Http2Connection extends Connection {
   }
   /** Ends the connection for what the peer did. */
   protected fail({ code, message }: Http2Failure): void {
-    this.goAway(this.lastId, code, message);
+    this.goAway(code, message);
   }
   /** Ends all streams, or those that are meant. */
   protected leaveAll(detail: string, isMeant = (_stream: Http2Stream): boolean => true, unseen = false): void {
@@ -5473,12 +5485,9 @@ class Http2ClientConnection extends Http2Connection {
   readonly scheme: string;
   readonly peer: string;
   private readonly owner: ClientOwner;
-  private since: number; // when the last stream ended, or the connection began
   private hasPreface = false;
   private begun: ClientStream[] = []; // requests that have begun in the bytes being read
-  private leavingAt = 0; // when the client was told to open no more streams; 0: not yet
   private skipped = { after: 0, before: 0 }; // numbers that the client has left out, the latest of them
-  private lastServed = Infinity; // the last stream that is served, once the client has been told
   private clientEnded = false; // the client has ended its side
   private unsent = 0; // what waited for the client when it was last looked at
   private movedAt: number; // when it last took something
@@ -5489,7 +5498,7 @@ class Http2ClientConnection extends Http2Connection {
     this.owner = owner;
     this.scheme = scheme;
     this.peer = unmapped(socket.remoteAddress);
-    this.since = this.movedAt = context.now();
+    this.movedAt = this.usedAt;
     this.sendSettings([[SETTING.streams, MAX_STREAMS], [SETTING.list, header_size], [SETTING.connect, 1]]);
   }
 
@@ -5531,12 +5540,6 @@ class Http2ClientConnection extends Http2Connection {
     this.begun.push(begun);
   }
 
-  override remove(id: number): void {
-    super.remove(id);
-    this.since = this.now();
-    if (this.leavingAt || this.clientEnded) this.endIfUnused();
-  }
-
   /** Ends the connection, which is counted and logged as a request that is not valid. */
   protected override fail(failure: Http2Failure): void {
     const { context } = this.owner, problem = failure.code === "ENHANCE_YOUR_CALM" ? "flood" : "bad-request";
@@ -5550,6 +5553,7 @@ class Http2ClientConnection extends Http2Connection {
   /** The client has half-closed: it still gets the responses to whole requests. */
   onEnd(): void {
     this.clientEnded = true;
+    this.leavingAt ||= this.now();
     this.leaveAll(CLOSED, (stream) => !stream.hasEnded);
     this.endIfUnused();
   }
@@ -5569,9 +5573,6 @@ class Http2ClientConnection extends Http2Connection {
   override onPong(): void {
     if (this.leavingAt) this.endIfUnused();
   }
-  private endIfUnused(): void {
-    if (!this.streams.size) this.goAway(Math.min(this.lastId, this.lastServed)); // never more than it said before
-  }
 
   isWriting(): boolean {
     return this.unwritten !== "" || this.socket.writableLength > 0 || this.blocked.size > 0;
@@ -5579,7 +5580,7 @@ class Http2ClientConnection extends Http2Connection {
 
   look(now: number): void {
     const { header, keep_alive } = this.owner.context.limits(), { socket, streams, block } = this;
-    const unsent = socket.writableLength, waited = now - this.since;
+    const unsent = socket.writableLength, waited = now - this.usedAt;
     if (unsent === 0 || unsent !== this.unsent) this.movedAt = now;
     this.unsent = unsent;
     const stuck = Math.max(...[...streams.values() as Iterable<ClientStream>].map((stream) => stream.look(now)));
@@ -5721,9 +5722,8 @@ class Http2UpstreamConnection extends Http2Connection {
   readonly server: Server;
   readonly pool: Http2UpstreamConnection[];
   protected override readonly maxPush = 0;
-  private idleUntil = Infinity;
+  protected override lastServed = 0; // the server opens none
   private readonly bornAt: number;
-  private isLeaving = false; // the server has sent GOAWAY
 
   constructor(client: Dialer, socket: Socket, server: Server, pool: Http2UpstreamConnection[]) {
     super(socket, () => client.now(), MAX_HEAD);
@@ -5768,10 +5768,9 @@ class Http2UpstreamConnection extends Http2Connection {
 
   /** Whether another attempt may use it. */
   isOpen(): boolean {
-    const { isOver, isLeaving, socket, client, bornAt, streams, lastId } = this,
-      isYoung = client.time - bornAt < MAX_AGE;
-    const hasRoom = streams.size < this.maxStreams && lastId < MAX_WINDOW - 2;
-    return hasRoom && isYoung && !isOver && !isLeaving && !socket.destroyed;
+    const { isOver, leavingAt, socket, client, bornAt, streams, lastId } = this;
+    if (isOver || leavingAt || socket.destroyed || client.time - bornAt >= MAX_AGE) return false;
+    return streams.size < this.maxStreams && lastId < MAX_WINDOW - 2;
   }
   /** Sends an attempt, once the server has said how many streams it takes. */
   take(attempt: Attempt): void {
@@ -5784,20 +5783,13 @@ class Http2UpstreamConnection extends Http2Connection {
   onHead(id: number, block: HeaderBlock, ends: boolean): void {
     this.streamOf(id)?.onBlock(block, ends);
   }
-  override remove(id: number): void {
-    super.remove(id);
-    if (this.streams.size) return;
-    this.idleUntil = this.client.time + IDLE;
-    if (this.isLeaving) this.goAway(0);
-  }
-
   onGoAway(last: number): void {
-    this.isLeaving = true;
+    this.leavingAt = this.now();
     this.leaveAll("it ends the connection", ({ id }) => id > last, true);
-    if (!this.streams.size) this.goAway(0);
+    this.endIfUnused();
   }
   onEnd(): void {
-    this.goAway(0, "NO_ERROR", this.reason);
+    this.goAway("NO_ERROR", this.reason);
   }
   onClose(): void {
     const { client, pool } = this;
@@ -5811,7 +5803,7 @@ class Http2UpstreamConnection extends Http2Connection {
     const { streams, socket } = this;
     for (const stream of [...streams.values() as Iterable<UpstreamStream>]) stream.look(now);
     if (this.isOver ? now - this.overAt >= LINGER.silent : !this.hasSettings && !streams.size) socket.destroy();
-    else if (this.hasSettings && !streams.size && now >= this.idleUntil) this.goAway(0);
+    else if (this.hasSettings && now - this.usedAt >= IDLE) this.endIfUnused();
   }
 }
 const NO_PROTOCOL = /no.?application.?protocol|alert number 120/i; // what runtimes say where ALPN finds none
