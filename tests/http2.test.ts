@@ -1621,6 +1621,20 @@ test("a POST without a length is not asked again where it may have been looked a
   assert.equal(h2.requests.length, 3);
 });
 
+test("a small PUT without a length is asked of another server after a failure, with all of its body", async () => {
+  const client = await open();
+  h2.script = async (stream) => {
+    await stream.done();
+    stream.reset("INTERNAL_ERROR");
+  };
+  for (let i = 0; i < 2; i++) {
+    const put = client.ask("/either", { method: "PUT", body: "hello", sized: false });
+    assert.equal((await put.done()).json().bodyLength, 5);
+    assert.equal(JSON.parse((await ask1("/either", { ...CHUNKED, method: "PUT" })).body.toString()).bodyLength, 5);
+  }
+  assert.ok(h2.requests.length > 0, "it was asked");
+});
+
 test("a request that a server always refuses is answered with 502", async () => {
   h2.script = (stream) => stream.reset("REFUSED_STREAM");
   const stream = await (await open()).ask("/h2/refused/always", { body: "hello" }).done();
