@@ -2083,12 +2083,13 @@ export const NO_BODY: Body = new MemoryBody(NO_BYTES);
 const EMPTY_BODY: Body = new MemoryBody(NO_BYTES); // Content-Length: 0
 const WINDOW = 262_144; // bytes that wait for a slow reader before the source is paused
 const KEPT = 65_536; // bytes: a body up to this size is kept for another attempt
+const KEPT_PIECES = 64; // that are put together: a byte in a piece of its own takes the memory of a hundred
 
 /** The connection that a body comes from. */
 interface BodySource {
   /** The body is being read: the time to send 100 Continue. */
   onRead?(): void;
-  hold(): void;
+  hold?(): void;
   release(): void;
   /** Discards the rest; of a response by cancelling its attempt. */
   abandon(): void;
@@ -2166,7 +2167,7 @@ class StreamedBody implements Body {
     if (this.received > KEPT) this.kept = undefined;
     if (this.kept) {
       lent.delete(bytes);
-      this.kept.push(bytes);
+      if (this.kept.push(bytes) >= KEPT_PIECES) this.kept = [Buffer.concat(this.kept)];
     }
     if (this.reader && !this.paused && this.waiting.length === 0) return this.reader.data(bytes);
     this.waiting.push(bytes);
@@ -2189,7 +2190,7 @@ class StreamedBody implements Body {
   private hold(): void {
     if (this.held) return;
     this.held = true;
-    this.source.hold();
+    this.source.hold?.();
   }
   private letGo(): void {
     if (!this.held) return;
@@ -3690,7 +3691,7 @@ class ByteTunnel implements Tunnel {
 /** Two bodies as a socket, where a tunnel is one stream of a connection: what comes in, and what `send` has go out. */
 function socketOf(incoming: Body, send: (outgoing: Body) => void): Socket {
   let goOn: (() => void) | undefined;
-  const outgoing = new StreamedBody(-1, { hold() {}, release: () => goOn?.(), abandon: () => socket.destroy() });
+  const outgoing = new StreamedBody(-1, { release: () => goOn?.(), abandon: () => socket.destroy() });
   const socket: Duplex = new Duplex({
     read: () => incoming.resume(),
     write(bytes: Bytes, _encoding, done) {
@@ -4943,7 +4944,6 @@ abstract class Http2Stream<C extends Http2Connection = Http2Connection> implemen
     this.onEnd(pairs(read.fields).filter(([name]) => mayTrail(name)).flat());
   }
 
-  hold(): void {}
   /** Lets the peer send more, if there is room for it. */
   release(): void {
     if (this.hasEnded || this.body?.held || this.unread < STREAM_WINDOW / 2) return;
@@ -5924,7 +5924,6 @@ class FetchBody extends StreamedBody {
   constructor(fetched: ReadableStream<Uint8Array<ArrayBuffer>>, length: number, whyBroken: () => Failure) {
     super(length, {
       onRead: () => void this.pump(),
-      hold() {}, // `pump` asks whether the body is held
       release: () => this.goOn?.(),
       abandon: () => void (this.input ?? fetched).cancel().catch(() => {}),
     });
