@@ -9764,9 +9764,10 @@ const ANSWERS = {
   Text: [STRING],
 } satisfies Record<string, [schema: Schema, text?: (value: never) => string]>;
 
+/** A request to the API, and what it looks at and changes. */
 interface ApiRequest {
   context: AdminContext;
-  lb: LoadBalancer;
+  balancer: Balancer;
   parse: Parse;
   change: Change;
 }
@@ -9829,7 +9830,7 @@ const nameOf = ({ context: { req } }: ApiRequest, config: Config): string =>
   req.param("service") ?? meantService(config);
 
 function serviceOf(request: ApiRequest): Service {
-  const { services, config } = request.lb.balancer.table, name = nameOf(request, config), service = services.get(name);
+  const { services, config } = request.balancer.table, name = nameOf(request, config), service = services.get(name);
   if (service) return service;
   throw new AdminError(404, `there is no service ${quote(name)}${guess(name, [...services.keys()])}`);
 }
@@ -9854,7 +9855,7 @@ const editService = (request: ApiRequest, edit: Edit): Promise<void> =>
 
 /** A service as it stands and as it is written: that is what PUT takes. */
 function answerService(request: ApiRequest): ServiceView & { config: unknown } {
-  const { table, effects } = request.lb.balancer, entry = versionOf(request)(table.config);
+  const { table, effects } = request.balancer, entry = versionOf(request)(table.config);
   request.context.header("etag", tagOf(entry));
   const config = unescapedAll(masked(keysOf(entry, true), hidden));
   return { ...SERVICE_VIEW.read(serviceOf(request), effects.now()), config };
@@ -9908,7 +9909,7 @@ function editServer(request: ApiRequest, edit: (entry: Raw) => unknown): Promise
 
 /** A server, also one that has just been taken out. `leaves`: 202 while requests are still in flight there. */
 function answerServer(request: ApiRequest, server = serverOf(request), leaves = false): ServerView {
-  const { effects, table } = request.lb.balancer, now = effects.now(), service = table.services.get(server.service);
+  const { effects, table } = request.balancer, now = effects.now(), service = table.services.get(server.service);
   if (service) candidatesOf(service, now); // weights are worked out with it
   request.context.header("etag", tagOf(versionOf(request)(table.config)) ?? '""');
   if (leaves && server.inFlight > 0) request.context.status(202);
@@ -9917,7 +9918,7 @@ function answerServer(request: ApiRequest, server = serverOf(request), leaves = 
 
 /** Changes a server, and waits for requests in flight there as long as `?wait=` says. */
 async function patchServer(request: ApiRequest, patch: Raw): Promise<ServerView> {
-  const { context: { req }, lb: { balancer: { effects } } } = request, server = serverOf(request);
+  const { context: { req }, balancer: { effects } } = request, server = serverOf(request);
   const sent = req.query("wait") ?? "0", wait = v.safeParse(duration(0), sent);
   if (!wait.success) throw invalidAt("wait", `${quote(sent)} is not a duration such as 30s`);
   await editServer(request, (entry) => shortest(merged(entry, patch) as Raw, ...Object.keys(patch)));
@@ -9967,8 +9968,8 @@ async function writeConfig(request: ApiRequest): Promise<unknown> {
 }
 
 const TEXT_TYPE = "text/plain; charset=utf-8";
-function answerConfig({ context, lb }: ApiRequest): unknown {
-  const { config } = lb.balancer.table, accept = context.req.header("accept") ?? "";
+function answerConfig({ context, balancer }: ApiRequest): unknown {
+  const { config } = balancer.table, accept = context.req.header("accept") ?? "";
   const shown = masked(writtenOf(config), hidden);
   context.header("etag", tagOf(config.text));
   if (/[/+]json/.test(accept)) return unescapedAll(shown);
@@ -9999,8 +10000,8 @@ async function deleteServer(request: ApiRequest): Promise<ServerView> {
 
 async function putHealth(request: ApiRequest): Promise<ServerView> {
   const { health } = await checkedBody(request.context, HealthSchema), server = serverOf(request);
-  setHealth(serviceOf(request), server, health === "up", request.lb.balancer.effects);
-  reportChange(request.context, request.lb.balancer.effects, [health]);
+  setHealth(serviceOf(request), server, health === "up", request.balancer.effects);
+  reportChange(request.context, request.balancer.effects, [health]);
   return answerServer(request, server);
 }
 
@@ -10009,23 +10010,23 @@ async function checkConfig({ context, parse }: ApiRequest) {
   return { services: services.size, routes: routes.length };
 }
 
-function explainUrl({ context: { req }, lb }: ApiRequest) {
+function explainUrl({ context: { req }, balancer }: ApiRequest) {
   const url = req.query("url") ?? "";
-  if (/^https?:/.test(url) && URL.canParse(url)) return explain(lb.balancer, req.query("method") ?? "GET", url);
+  if (/^https?:/.test(url) && URL.canParse(url)) return explain(balancer, req.query("method") ?? "GET", url);
   throw invalidAt("url", `${quote(url)} is not a URL such as http://host/path`);
 }
 
-function endWorker({ context: { req }, lb: { balancer } }: ApiRequest) {
+function endWorker({ context: { req }, balancer }: ApiRequest) {
   const id = req.param("worker") ?? "", worker = balancer.workers.get(Number(id));
   if (!worker) throw new AdminError(404, `there is no worker ${quote(id)}`);
   worker.end();
   return { id: Number(id) };
 }
 
-const sendEvents = ({ context, lb }: ApiRequest) =>
+const sendEvents = ({ context, balancer }: ApiRequest) =>
   streamSSE(context, async (stream) => {
     for (; !stream.aborted; await stream.sleep(1_000)) {
-      await stream.writeSSE({ data: JSON.stringify(snapshotOf(lb.balancer)) });
+      await stream.writeSSE({ data: JSON.stringify(snapshotOf(balancer)) });
     }
   });
 const METRICS_HEADERS = { headers: { "content-type": METRICS_TYPE } };
@@ -10041,7 +10042,7 @@ const OPERATIONS = {
   "POST /": ["Changes the servers of the default service, or of the only one; one that is repeated weighs more",
     "ServiceState", writePool, { takes: ["Pool", EXAMPLE_POOL] }],
 
-  "GET /services": ["All services and their servers", "Snapshot", ({ lb }) => snapshotOf(lb.balancer)],
+  "GET /services": ["All services and their servers", "Snapshot", ({ balancer }) => snapshotOf(balancer)],
   "GET /services/:service": ["One service, and how it is written", "ServiceState", answerService],
   "POST /services/:service": ["A new service", "ServiceState", writeService,
     { takes: ["Service", { servers: ["10.0.0.9:80"] }], at: "/services/new" }],
@@ -10053,7 +10054,7 @@ const OPERATIONS = {
     "ServiceState", deleteService, { at: "/services/spare" }],
 
   "GET /services/:service/servers": ["The servers of a service", "Servers",
-    (request) => serverViews(serviceOf(request), request.lb.balancer.effects.now())],
+    (request) => serverViews(serviceOf(request), request.balancer.effects.now())],
   "POST /services/:service/servers": ["A further server", "ServerState", postServer,
     { takes: ["Server", { url: "10.0.0.4:8080", weight: 2 }] }],
   "GET /services/:service/servers/:server": ["One server, by its name or URL", "ServerState",
@@ -10079,22 +10080,22 @@ const OPERATIONS = {
   "POST /config/check": ["Checks a routes.yml and changes nothing", "Checked", checkConfig,
     { takes: ["Config", EXAMPLE_FILE] }],
 
-  "GET /routes": ["All routes, in the order of the file", "Routes", ({ lb }) => routeViews(lb.balancer)],
+  "GET /routes": ["All routes, in the order of the file", "Routes", ({ balancer }) => routeViews(balancer)],
   "GET /explain": ["Which route a request would take, which services, which servers and why not the others, and who would take it",
     "Explanation", explainUrl, { asks: EXPLAIN, at: "/explain?url=http://www.example.com/cart" }],
   "GET /metrics": ["Everything that is counted, for Prometheus", "Text",
-    ({ context, lb }) => context.body(renderMetrics(samplesOf(lb.balancer)), METRICS_HEADERS)],
+    ({ context, balancer }) => context.body(renderMetrics(samplesOf(balancer)), METRICS_HEADERS)],
   "GET /connections": ["What is in flight, and where", "Connections",
-    ({ lb }) => v.parse(ConnectionsSchema, snapshotOf(lb.balancer))],
-  "GET /workers": ["The threads that serve, if there are some", "Workers", ({ lb }) => workersView(lb.balancer)],
+    ({ balancer }) => v.parse(ConnectionsSchema, snapshotOf(balancer))],
+  "GET /workers": ["The threads that serve, if there are some", "Workers", ({ balancer }) => workersView(balancer)],
   "DELETE /workers/:worker": ["Ends a thread at once, with what is in flight there; another one takes its place",
     "Worker", endWorker],
   "GET /events": ["What GET /services says, once a second (Server-Sent Events)", "Snapshot", sendEvents],
   "GET /health/live": ["200 as long as it runs", "Status", () => ({ status: "live" }), { open: true }],
   "GET /health/ready": ["200, and 503 as soon as it drains", "Status",
-    ({ lb }) => lb.balancer.draining ? problem(503, "draining") : { status: "ready" }, { open: true }],
+    ({ balancer }) => balancer.draining ? problem(503, "draining") : { status: "ready" }, { open: true }],
   "GET /version": ["Of lb.ts, and where it runs", "Version",
-    ({ lb }) => ({ version: VERSION, runtime: lb.balancer.runtime })],
+    ({ balancer }) => ({ version: VERSION, runtime: balancer.runtime })],
 } satisfies Record<string, Operation>;
 
 /** JSON on many lines, but for lists of numbers. */
@@ -10112,12 +10113,12 @@ async function runOperation([, answers, run]: Operation, request: ApiRequest): P
   return context.body(`${isText ? text(value).trimEnd() : json}\n`);
 }
 
-/** Offers the operations that everybody may use, or the others. */
-function addRoutes(app: Hono<AdminEnv>, isOpen: boolean, request: Omit<ApiRequest, "context">): void {
+/** Adds the operations that everybody may use, or the others. */
+function addRoutes(app: Hono<AdminEnv>, isOpen: boolean, known: Omit<ApiRequest, "context">): void {
   for (const [name, operation] of Object.entries<Operation>(OPERATIONS)) {
     const [method, path] = name.split(" ") as [string, string];
     if (!!operation[3]?.open === isOpen) {
-      app.on(method, path, (context) => runOperation(operation, { context, ...request }));
+      app.on(method, path, (context) => runOperation(operation, { context, ...known }));
     }
   }
 }
@@ -10170,8 +10171,8 @@ function exampleApp(effects: Effects): Hono<AdminEnv> {
   Object.assign(probed!, { probedAt: 58_000, probeTook: 3 });
   balancer.entrypoints.set("http", newEntrypoint("http"));
   balancer.workers.set(1, { since: balancer.startedAt, end: nothing });
-  const asked = { lb, parse: parseConfig, change: changesOf(lb, parseConfig) };
-  for (const isOpen of [true, false]) addRoutes(app, isOpen, asked);
+  const known = { balancer, parse: parseConfig, change: changesOf(lb, parseConfig) };
+  for (const isOpen of [true, false]) addRoutes(app, isOpen, known);
   return app;
 }
 
@@ -11005,7 +11006,7 @@ function problemOf({ effects }: Balancer, error: Error, method: string): Respons
  */
 export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<AdminEnv> {
   const { file, parse = (text: string) => parseConfig(text, file ? { file } : {}), hosts = [] } = options;
-  const { balancer } = lb, app = new Hono<AdminEnv>(), asked = { lb, parse, change: changesOf(lb, parse, file) };
+  const { balancer } = lb, app = new Hono<AdminEnv>(), known = { balancer, parse, change: changesOf(lb, parse, file) };
   app.onError((error, { req }) => problemOf(balancer, error, req.method));
   app.use(async (context, next) => {
     await next();
@@ -11018,14 +11019,14 @@ export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<
   app.use(checkSite(balancer, hosts.map((host) => hostName(host))));
 
   // For everybody who gets here, without a token: pages must not have anything in them that the API would not tell.
-  addRoutes(app, true, asked);
+  addRoutes(app, true, known);
   app.route("/", docs(balancer));
   const gate = checkToken(balancer);
   app.route("/", dashboard(balancer, gate));
 
   app.use(gate);
   app.use(bodyLimit({ maxSize: MOST.bytes, onError: () => problem(413, "the body is larger than 1 MiB") }));
-  addRoutes(app, false, asked);
+  addRoutes(app, false, known);
   app.all("*", ({ req }) => problem(404, `there is no ${req.path}`)); // else a balancer beside it would be asked
   return app;
 }
