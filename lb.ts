@@ -9761,7 +9761,7 @@ const ANSWERS = {
   Status: [v.object({ status: STRING })],
   Version: [v.object({ version: STRING, runtime: STRING })],
   Config: [RoutesFile],
-  Text: [STRING],
+  Text: [v.string()],
 } satisfies Record<string, [schema: Schema, text?: (value: never) => string]>;
 
 /** A request to the API, and what it looks at and changes. */
