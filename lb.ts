@@ -23,7 +23,8 @@
  *      9 TCP proxy         connections that are not HTTP
  *     10 Assembly          the table of a config, and the state carried over a reload
  *     11 Admin             views, explain, config edits, endpoints, API description, dashboard, access
- *     12 Program           TLS, runtimes, library, command line, listeners, workers, main, edge
+ *     12 Fleet             engine, fleet
+ *     13 Program           TLS, runtimes, library, command line, listeners, workers, main, edge
  *
  * @module
  */
@@ -52,7 +53,7 @@ import {
   type TlsOptions,
   type TLSSocket,
 } from "node:tls";
-import { availableParallelism } from "node:os";
+import { availableParallelism, hostname } from "node:os";
 import { Duplex } from "node:stream";
 import { isDeepStrictEqual, parseArgs, promisify } from "node:util";
 import { isMainThread, parentPort, Worker, workerData } from "node:worker_threads";
@@ -858,6 +859,36 @@ const Limits = map({
   header_size: key(HeadSize, "of a request's head: 431 beyond", "64KiB"),
   header_fields: key(whole(1, 10_000), "of a request: 431 beyond", 1_000),
 });
+// Several instances, one configuration.
+const ENGINE = "an etcd such as http://10.0.0.1:2379 (a path may follow, no user)";
+const EngineUrl = word(ENGINE, /^(?:https?:\/\/)?[^\s/?#@]+(?:\/[^\s?#@]*)?$/, (text) => {
+  const url = text.includes("://") ? text : `http://${text}`;
+  return URL.canParse(url) && new URL(url).href.replace(/\/+$/, "");
+});
+const AN_INSTANCE = "a name of an instance (at most 100 characters, without / and spaces)";
+const FleetMap = map({
+  etcd: key(many(EngineUrl, ENGINE), "members of etcd; any that answers will do", []),
+  prefix: key(word("a prefix such as lb/", /^[!-~]{1,200}$/), "of the fleet's keys", "lb/"),
+  name: key(
+    word(AN_INSTANCE, /^[^\s/\p{Cc}]{0,100}$/u),
+    "of this instance; else the name of its host and the id of its process",
+    "",
+  ),
+  user: key(Text, "of etcd", ""),
+  password: key(Text, "of the user, or the token of a Durable Object", ""),
+  tls: key(Tls, "PEM files; the name to verify; insecure: any will do", v.getDefaults(TlsMap)),
+  ttl: key(
+    v.pipe(Duration, v.check((ms) => ms >= 2_000, "is less than 2s")),
+    "an instance that the engine has not heard for so long is gone; at least 2s",
+    "10s",
+  ),
+  probers: key(whole(1, 100), "instances that probe each server; most of them decide", 3),
+  durable: key(Text, "at the edge, in place of etcd: the binding of an LbFleet object", ""),
+}, "{ etcd: http://10.0.0.1:2379 }");
+const FleetSchema = v.pipe(
+  FleetMap,
+  v.check((one) => one.etcd.length > 0 || one.durable !== "", "needs etcd, or durable"),
+);
 const RoutesFile = map({
   listen: key(many(ListenerSchema, "a port or an address"), "where clients connect; over TLS, as {address, tls}", 8080),
   admin: key(Admin, "the API and the pages for operators: listen, token, read_token (may only look)"),
@@ -887,6 +918,10 @@ const RoutesFile = map({
     v.array(Tcp, "$ is not a list such as [{ listen: 5432, servers: [localhost:5433] }]"),
     "connections that are not HTTP, to some servers",
     [],
+  ),
+  fleet: key(
+    FleetSchema,
+    "instances that share this file and what they know of servers, and the etcd through which they do",
   ),
 });
 
@@ -997,6 +1032,19 @@ interface TcpConfig {
   allow: string[];
   deny: string[];
 }
+/** The fleet that an instance belongs to. */
+export interface FleetConfig {
+  etcd: string[]; // URLs without a slash at their end
+  prefix: string;
+  name: string; // empty: of host and process
+  user: string;
+  password: string;
+  tls: ServiceConfig["tls"];
+  ttl: number; // milliseconds
+  probers: number;
+  durable: string; // a binding of the edge; empty: none
+}
+
 /**
  * A whole file, as it is parsed: nothing is optional any more. `source` is the file with all defaults written in, `text`
  * and `file` the file itself, and `places` say where in it each service stands.
@@ -1020,6 +1068,7 @@ interface Config {
   services: Map<string, ServiceConfig>;
   routes: RouteConfig[];
   tcp: TcpConfig[];
+  fleet?: FleetConfig | undefined;
   source: Raw;
   text: string;
   file: string;
@@ -1425,7 +1474,7 @@ function check(file: Raw, more: string[], say: Report) {
   const later = isTrue(file.name_routes) && services.length === 0; // they come over the admin API
   const isLeftOut = ROUTED.every((key) => [file[key] ?? []].flat().length === 0);
   const isKnown = Object.keys(file).every((key) => Object.hasOwn(RoutesFile.entries, key)); // else it may be under that
-  if (none && !later && isLeftOut && isKnown) {
+  if (none && !later && isLeftOut && isKnown && !file.fleet) { // a fleet may have routes for it
     say([], "no way leads to a server: hosts, paths, routes, default or tcp is needed");
   }
 }
@@ -1510,7 +1559,7 @@ const Entry = v.object({ ...place, ...actions, ...conditions, ...changes });
 /** Files that routes.yml names lie beside it, unless their names begin at the root. */
 const beside = (file: string, name: string): string =>
   !name || /^(?:[a-z]:)?[/\\]/i.test(name) ? name : file.replace(/[^/\\]*$/, "") + name;
-function locate(file: string, services: Iterable<ServiceConfig>, ...fronts: ListenerConfig[][]): void {
+function locate(file: string, services: Pick<ServiceConfig, "tls">[], ...fronts: ListenerConfig[][]): void {
   for (const service of services) {
     const { ca, cert, key } = service.tls;
     service.tls = { ...service.tls, ca: beside(file, ca), cert: beside(file, cert), key: beside(file, key) };
@@ -1522,7 +1571,7 @@ function locate(file: string, services: Iterable<ServiceConfig>, ...fronts: List
 }
 /** Every entry in the general form, and a service for each that lists servers. */
 function expandConfig(source: Raw, text: string, file: string): Config {
-  const { listen, admin, trust, limits, log, name_routes, tcp } = v.parse(RoutesFile, source);
+  const { listen, admin, trust, limits, log, name_routes, tcp, fleet } = v.parse(RoutesFile, source);
   const services = new Map(mapsIn(source, "services").map(([[, name], own]) => [unescaped(String(name)), own]));
   const written = entriesOf(source).map(([, entry]) => entry), last = topMap(source, "default").length;
   const names = new Set(written.map((entry) => entry.name));
@@ -1560,8 +1609,8 @@ function expandConfig(source: Raw, text: string, file: string): Config {
   const maps = [...mapsIn(source, "services", "tcp"), ...entriesOf(source)];
   const stands = new Map(maps.map(([path, own]) => [own, path]));
   const places = new Map([...services].map(([name, own]) => [name, stands.get(own)!]));
-  locate(file, parsed.values(), listen, ...tcp.map((one) => one.listen));
-  const top = { listen, admin, trust, limits, log, name_routes };
+  locate(file, [...parsed.values(), ...fleet ? [fleet] : []], listen, ...tcp.map((one) => one.listen));
+  const top = { listen, admin, trust, limits, log, name_routes, fleet };
   return { ...top, services: parsed, routes, tcp, source, text, file, places, warnings: [] };
 }
 
@@ -2405,6 +2454,7 @@ export interface Server extends Latency {
 
   // health
   up: boolean; // what active probes say
+  opinion: boolean; // the same by probes of this instance alone: in a fleet most probers decide
   until: number; // end of its ejection, then it is on trial; 0: neither
   trying: boolean; // its one trial request is in flight
   slow: boolean; // ejected for its latency, not for failures
@@ -2460,7 +2510,7 @@ const newServer = (
   { tls, http }: Pick<ServiceConfig, "tls" | "http">,
 ): Server => ({
   ...{ ...config, service, tls, http, hash: hash(config.name), effective: config.weight, limit: Infinity },
-  ...{ up: true, until: 0, trying: false, slow: false, pausedUntil: 0, since: 0, back: -Infinity },
+  ...{ up: true, opinion: true, until: 0, trying: false, slow: false, pausedUntil: 0, since: 0, back: -Infinity },
   ...{ failures: 0, ejections: 0, probeAt: 0, passes: 0, fails: 0, probedAt: 0, probeTook: 0, probeProblem: "" },
   ...{ inFlight: 0, waiting: 0, waitingSince: 0, current: 0, limitWindow: newLimitWindow(0, 0), load: 0, picksThen: 0 },
   ...{ recentAt: 0, saidAt: -Infinity, picks: 0, answers: 0, retries: 0, ejected: 0, probesPassed: 0, probesFailed: 0 },
@@ -2924,6 +2974,12 @@ export interface Effects {
   client(request: Request, env: unknown): Client;
   /** Tells other threads what a probe has found: what is wrong with the server, or undefined. */
   onProbed(service: Service, server: Server, problem: string | undefined): void;
+  /** Whether this instance probes a server: in a fleet some do. */
+  probes(service: Service, server: Server): boolean;
+  /** Whether a server counts as up, after a probe of this instance: in a fleet most of its probers decide. */
+  agree(service: Service, server: Server): boolean;
+  /** The fleet that this instance belongs to. */
+  fleet?: Membership | undefined;
   /** Tells other threads that an operator has marked a server up or down. */
   told(service: Service, server: Server, up: boolean): void;
   /** What the certificate in a file is for, and until when. */
@@ -2932,6 +2988,46 @@ export interface Effects {
   accessLog(record: AccessRecord, format: LineFormat): void;
   /** One line for the operator. */
   report(level: "info" | "warn" | "error", text: string): void;
+}
+
+/** What the program asks of its fleet. */
+export interface Membership {
+  /** Whether it waits for the fleet's first document: this instance has none of its own. */
+  isWaiting(): boolean;
+  /**
+   * Has all instances change their config. `edit` makes a text of a config, and again of a newer one where somebody else was
+   * first. Resolves when it is in force here. Gives the live instances that have it not in force after `wait` milliseconds.
+   * `replaces`: nothing of the config before stays.
+   */
+  change(edit: (config: Config) => string, wait: number, replaces: boolean): Promise<string[]>;
+  /** Has all instances count a server as up or down, until probes say otherwise. False: the engine is away. */
+  tell(service: Service, server: Server, up: boolean): Promise<boolean>;
+  view(): FleetView;
+  /** Documents that could not be used, seconds since the engine answered, and listings by what made them necessary. */
+  counted(): { refused: number; contact: number; resyncs: ReadonlyMap<string, number> };
+}
+
+/** A fleet as `GET /fleet` shows it. */
+export interface FleetView {
+  engine: "answers" | "away" | "none";
+  since: string; // when that began
+  problem: string; // what is wrong with the engine
+  name: string; // of this instance
+  config: number; // revision of the document in force here
+  instances: InstanceView[];
+  probes: { server: string; by: string[] }[];
+}
+
+/** What an instance says of itself. */
+export interface InstanceView {
+  name: string;
+  since: string;
+  version: string;
+  runtime: string;
+  config: number; // revision in force there
+  problem: string; // why it is not the newest
+  down: string[]; // servers among its probes that these found down
+  ejected: string[];
 }
 
 /** The client of a Request. `headers`: name, value, name, value, ... in the order of the wire. */
@@ -6919,7 +7015,6 @@ function onRetryAfter(service: Service, server: Server, value: string, effects: 
 /** Counts a probe's verdict: `rise` or `fall` of them in a row flip the server, and each flip is reported once. */
 function onProbed(service: Service, server: Server, problem: string | undefined, effects: Effects): void {
   const { rise, fall } = service.config.health;
-  const wasUp = server.up;
   const now = server.probedAt = effects.now();
   const wasEjected = now < server.until && !server.slow; // a probe says nothing about that
   server.probeProblem = problem ?? "";
@@ -6927,22 +7022,31 @@ function onProbed(service: Service, server: Server, problem: string | undefined,
   else server.probesFailed++;
   server.passes = problem === undefined ? server.passes + 1 : 0;
   server.fails = problem === undefined ? 0 : server.fails + 1;
-  if (problem === undefined && wasEjected) server.until = now; // it may be tried out at once
-  if (wasUp ? server.fails >= fall : server.passes >= rise) server.up = !wasUp;
-  if (server.up === wasUp && (!wasEjected || problem !== undefined)) return;
-  service.candidatesUntil = 0;
+  if (server.opinion ? server.fails >= fall : server.passes >= rise) server.opinion = !server.opinion;
+  if (problem === undefined && wasEjected) {
+    server.until = server.since = now; // it may be tried out at once
+    service.candidatesUntil = 0;
+  }
+  setUp(service, server, effects.agree(service, server), problem, effects);
+}
+
+/** Takes a server out, or back in, and says so once. */
+function setUp(service: Service, server: Server, up: boolean, problem: string | undefined, effects: Effects): void {
+  if (server.up === up) return;
+  const now = effects.now();
+  server.up = up;
   server.since = now;
-  if (server.up === wasUp) return;
-  if (server.up) server.back = now;
-  if (wasUp && !server.up) effects.report("warn", `${service.name}: ${server.name} is down: ${problem}`);
-  else effects.report("info", `${service.name}: ${server.name} is up`);
+  if (up) server.back = now;
+  service.candidatesUntil = 0;
+  if (up) effects.report("info", `${service.name}: ${server.name} is up`);
+  else effects.report("warn", `${service.name}: ${server.name} is down: ${problem ?? "most of its probers say so"}`);
 }
 
 /** What an operator says of a server. It holds until probes say otherwise. */
 function setHealth(service: Service, server: Server, up: boolean, effects: Effects): void {
   effects.told(service, server, up);
   if (server.up !== up || up && server.until > 0) server.since = effects.now();
-  Object.assign(server, { up, passes: 0, fails: 0, failures: 0 }, up && { until: 0, ejections: 0 });
+  Object.assign(server, { up, opinion: up, passes: 0, fails: 0, failures: 0 }, up && { until: 0, ejections: 0 });
   service.candidatesUntil = 0;
 }
 
@@ -7041,9 +7145,9 @@ const isOutOfHandles = (detail: string): boolean => /\bE[MN]FILE\b/.test(detail)
 async function probeDue(table: Table, effects: Effects): Promise<void> {
   const now = effects.now();
   const due = [...table.services.values()].filter(({ config }) => config.health.kind !== "off").flatMap((service) =>
-    service.servers.filter((server) => server.probeAt <= now && server.state !== "maint").map((server) =>
-      [service, server] as const
-    )
+    service.servers.filter((server) => server.probeAt <= now && server.state !== "maint").filter((server) =>
+      effects.probes(service, server)
+    ).map((server) => [service, server] as const)
   );
   await Promise.all(due.map(async ([service, server]) => {
     server.probeAt = now + service.config.health.interval * (0.9 + 0.2 * effects.random());
@@ -7691,6 +7795,8 @@ const requestMetrics = (level: "entrypoint" | "service"): Metric<Counters>[] => 
 interface Counted {
   balancer: Balancer;
   build: Balancer;
+  fleet: Membership;
+  resyncs: Occurrences;
   failure: Occurrences;
   entrypoint: Entrypoint;
   entrypointRequests: Counters;
@@ -7718,6 +7824,14 @@ const METRICS: { [K in Kind]: Metric<Counted[K]>[] } = {
     gauge("process_start_time_seconds", "When it was started", (b) => +b.startedAt / 1_000),
   ],
   build: [gauge("lb_build_info", "Always 1; the labels say what runs", () => 1)],
+  fleet: [
+    gauge("lb_fleet_up", "1: the fleet's engine answers", (f) => Number(f.view().engine === "answers")),
+    gauge("lb_fleet_instances", "Live instances", (f) => f.view().instances.length),
+    gauge("lb_fleet_config_revision", "Revision of the document in force", (f) => f.view().config),
+    counter("lb_fleet_config_refused_total", "Documents that could not be used here", (f) => f.counted().refused),
+    gauge("lb_fleet_seconds_since_contact", "Since the engine has answered", (f) => f.counted().contact),
+  ],
+  resyncs: [counter("lb_fleet_resyncs_total", "Listings, by what ended the watch before", (n) => n.times)],
   failure: [counter("lb_failures_total", "Requests that failed, by what x-lb-failure says", "times")],
   entrypoint: [
     gauge("lb_open_connections", "Requests in flight (connections that wait for the next are not seen)", "inFlight"),
@@ -7802,6 +7916,9 @@ function visitCounted(balancer: Balancer, visit: Visit): void {
   };
   visit("balancer", {}, balancer);
   visit("build", { version: VERSION, runtime }, balancer);
+  const { fleet } = balancer.effects;
+  if (fleet) visit("fleet", {}, fleet);
+  for (const [reason, times] of fleet?.counted().resyncs ?? []) visit("resyncs", { reason }, { times });
   for (const [reason, failure] of failures) visit("failure", { reason }, failure);
   for (const entrypoint of entrypoints.values()) {
     const labels = { entrypoint: entrypoint.name };
@@ -8892,7 +9009,7 @@ function buildService(config: ServiceConfig, name: string, strategy: Strategy, n
     if (isNew) server.back = now;
     const found = wasAuto ? server.limit : FIRST_LIMIT; // what `auto` has found stays found
     server.limit = Math.min(server.max, isAuto ? found : config.max_in_flight);
-    if (config.health.kind === "off" && previous?.config.health.kind !== "off") server.up = true; // nobody would find out
+    if (config.health.kind === "off" && previous?.config.health.kind !== "off") server.up = server.opinion = true; // nobody would find out
     if (config.eject.failures === Infinity) Object.assign(server, { until: 0, trying: false });
     return server;
   });
@@ -9098,8 +9215,8 @@ const PROBE_TICK = 100; // milliseconds between two looks at which probes are du
 
 // --- 11.1 Views: servers, services and routes, as plain JSON and as text ---
 
-/** The client of a request, and the token that it has shown. */
-type AdminEnv = { Variables: { peer: string; shown: "token" | "read token" | "" } };
+/** The client of a request, the token that it has shown, and the instances that lack the change it has made. */
+type AdminEnv = { Variables: { peer: string; shown: "token" | "read token" | ""; missing?: string[] } };
 type AdminContext = Context<AdminEnv>;
 
 type Gatekeeper = MiddlewareHandler<AdminEnv>;
@@ -9250,6 +9367,26 @@ const routeViews = ({ table }: Balancer) => table.config.routes.map((route) => R
 
 const WORKERS = v.array(v.object({ id: NUMBER, since: MOMENT }));
 const workersView = ({ workers }: Balancer) => [...workers].map(([id, { since }]) => ({ id, since }));
+
+const INSTANCE = v.object({
+  ...{ name: STRING, since: MOMENT, version: STRING, runtime: STRING },
+  config: numeric("revision in force there"),
+  problem: says(STRING, "why it is not the newest"),
+  down: says(STRINGS, "servers among its probes that these found down"),
+  ejected: STRINGS,
+});
+const FLEET = v.object({
+  engine: says(v.picklist(["answers", "away", "none"]), "none: there is no fleet"),
+  since: MOMENT,
+  problem: says(STRING, "what is wrong with the engine"),
+  name: says(STRING, "of this instance"),
+  config: numeric("revision in force here"),
+  instances: v.array(INSTANCE),
+  probes: says(v.array(v.object({ server: STRING, by: STRINGS })), "the instances that probe a server"),
+});
+const NO_FLEET_VIEW = { engine: "none", problem: "", name: "", config: 0, instances: [], probes: [] };
+const fleetView = ({ effects: { fleet }, startedAt }: Balancer) =>
+  fleet?.view() ?? { ...NO_FLEET_VIEW, since: startedAt.toISOString() };
 
 const ENTRYPOINTS = v.array(v.object({ name: STRING, in_flight: NUMBER }));
 const entrypointsView = ({ entrypoints }: Balancer) =>
@@ -9609,7 +9746,7 @@ async function writeBeside(
  * Saves a file that said `before`, and keeps that as `.bak` beside it. Whenever the process ends, it is whole: old or new.
  * @throws {Refused} where it says something else by now (409), or cannot be written (500): then it is as it was
  */
-export async function saveFile(file: string, before: string, text: string): Promise<void> {
+export async function saveFile(file: string, before: string, text: string, keeps = true): Promise<void> {
   const isThere = fs.existsSync(file), path = isThere ? fs.realpathSync(file) : file; // a link stays one
   const bak = `${path}.bak`;
   const check = () => {
@@ -9622,7 +9759,7 @@ export async function saveFile(file: string, before: string, text: string): Prom
   try {
     check();
     const like = isThere ? fs.statSync(path) : { mode: 0o600, uid: -1, gid: -1 };
-    const kept = isThere && await writeBeside(bak, before, like, false); // no link: not every file system has them
+    const kept = isThere && keeps && await writeBeside(bak, before, like, false); // no link: not every file system has them
     const fresh = await writeBeside(path, text, like, true);
     check();
     if (kept) fs.renameSync(kept, bak);
@@ -9705,27 +9842,46 @@ const needsRestart = (...configs: Config[]): boolean =>
 /** What has changed, for `If-Match`. */
 type Versioned = (config: Config) => unknown;
 type Parse = (text: string) => Config;
-type Change = (context: AdminContext, edit: Edit, what: Versioned) => Promise<void>;
+/** `replaces`: nothing of the config before stays. */
+type Change = (context: AdminContext, edit: Edit, what: Versioned, replaces?: boolean) => Promise<void>;
+
+/** How long an answer may wait, as `?wait=` says. */
+function waitOf({ req }: AdminContext): number {
+  const sent = req.query("wait") ?? "0", wait = v.safeParse(duration(0), sent);
+  if (wait.success) return wait.output;
+  throw invalidAt("wait", `${quote(sent)} is not a duration such as 30s`);
+}
 
 /**
  * The one way in which the config is changed: one change after the other, each whole or not at all. It is edited, read
- * again and checked like any routes.yml, saved, and put in force.
+ * again and checked like any routes.yml, saved, and put in force; in a fleet by all instances.
  */
 function changesOf(lb: LoadBalancer, parse: Parse, file?: string): Change {
-  const { balancer } = lb;
+  const { balancer } = lb, { effects } = balancer;
   let last: Promise<unknown> = Promise.resolve();
-  const apply = async (context: AdminContext, edit: Edit, what: Versioned) => {
-    const { req } = context, { config } = balancer.table, before = writtenOf(config), after = structuredClone(before);
-    const match = req.header("if-match"), tag = tagOf(what(config));
-    if (match && !(tag && match.split(",").some((one) => one.trim() === tag || one.trim() === "*"))) {
-      throw new AdminError(412, "it has changed in the meantime");
+  const apply = async (context: AdminContext, edit: Edit, what: Versioned, replaces = false) => {
+    const match = context.req.header("if-match"), wait = waitOf(context);
+    let base = balancer.table.config;
+    const make = (config: Config): string => {
+      const before = writtenOf(base = config), after = structuredClone(before), tag = tagOf(what(config));
+      if (match && !(tag && match.split(",").some((one) => one.trim() === tag || one.trim() === "*"))) {
+        throw new AdminError(412, "it has changed in the meantime");
+      }
+      const text = edit(after, config) ?? rewrite(config.text, after, before);
+      parse(text);
+      return text;
+    };
+    if (effects.fleet) context.set("missing", await effects.fleet.change(make, wait, replaces));
+    else {
+      const text = make(base), next = parse(text);
+      if (text === base.text && !balancer.reloadFailed) return;
+      if (file) await saveFile(file, base.text, text);
+      await lb.reload(next);
     }
-    const text = edit(after, config) ?? rewrite(config.text, after, before), next = parse(text);
-    if (text === config.text && !balancer.reloadFailed) return;
-    if (file) await saveFile(file, config.text, text);
-    await lb.reload(next);
-    reportChange(context, balancer.effects, differences(before, writtenOf(next)));
-    if (needsRestart(config, next)) balancer.effects.report("warn", NEEDS_RESTART);
+    const { config } = balancer.table;
+    if (config === base) return;
+    reportChange(context, effects, differences(writtenOf(base), writtenOf(config)));
+    if (needsRestart(base, config)) effects.report("warn", NEEDS_RESTART);
   };
   return (...asked) => last = last.then(() => apply(...asked), () => apply(...asked)) as Promise<void>;
 }
@@ -9756,6 +9912,7 @@ const ANSWERS = {
   Routes: [v.array(ROUTE_VIEW.schema)],
   Connections: [ConnectionsSchema],
   Workers: [WORKERS],
+  Fleet: [FLEET],
   Worker: [v.object({ id: NUMBER })],
   Checked: [v.object({ services: NUMBER, routes: NUMBER })],
   Status: [v.object({ status: STRING })],
@@ -9918,12 +10075,10 @@ function answerServer(request: ApiRequest, server = serverOf(request), leaves = 
 
 /** Changes a server, and waits for requests in flight there as long as `?wait=` says. */
 async function patchServer(request: ApiRequest, patch: Raw): Promise<ServerView> {
-  const { context: { req }, balancer: { effects } } = request, server = serverOf(request);
-  const sent = req.query("wait") ?? "0", wait = v.safeParse(duration(0), sent);
-  if (!wait.success) throw invalidAt("wait", `${quote(sent)} is not a duration such as 30s`);
+  const { context, balancer: { effects } } = request, server = serverOf(request), wait = waitOf(context);
   await editServer(request, (entry) => shortest(merged(entry, patch) as Raw, ...Object.keys(patch)));
-  const end = effects.now() + wait.output;
-  while (server.inFlight > 0 && effects.now() < end && !req.raw.signal.aborted) await effects.sleep(20);
+  const end = effects.now() + wait;
+  while (server.inFlight > 0 && effects.now() < end && !context.req.raw.signal.aborted) await effects.sleep(20);
   return answerServer(request, server, server.state !== "ready");
 }
 
@@ -9960,10 +10115,15 @@ async function writeConfig(request: ApiRequest): Promise<unknown> {
   if (replaces && !context.req.header("if-match")) {
     throw new AdminError(428, "send If-Match with the ETag of GET /config, or *");
   }
-  await change(context, (raw, config) => {
-    if (replaces && isYaml) return text;
-    return rewrite(config.text, replaces ? value : merged(raw, value, longForm(RoutesFile, raw)));
-  }, (config) => config.text);
+  await change(
+    context,
+    (raw, config) => {
+      if (replaces && isYaml) return text;
+      return rewrite(config.text, replaces ? value : merged(raw, value, longForm(RoutesFile, raw)));
+    },
+    (config) => config.text,
+    replaces,
+  );
   return answerConfig(request);
 }
 
@@ -10000,8 +10160,9 @@ async function deleteServer(request: ApiRequest): Promise<ServerView> {
 
 async function putHealth(request: ApiRequest): Promise<ServerView> {
   const { health } = await checkedBody(request.context, HealthSchema), server = serverOf(request);
-  setHealth(serviceOf(request), server, health === "up", request.balancer.effects);
-  reportChange(request.context, request.balancer.effects, [health]);
+  const { effects } = request.balancer, service = serviceOf(request), isUp = health === "up";
+  if (!await effects.fleet?.tell(service, server, isUp)) setHealth(service, server, isUp, effects);
+  reportChange(request.context, effects, [health]);
   return answerServer(request, server);
 }
 
@@ -10023,6 +10184,11 @@ function endWorker({ context: { req }, balancer }: ApiRequest) {
   return { id: Number(id) };
 }
 
+function answerReady({ balancer: { draining, effects } }: ApiRequest): unknown {
+  if (draining) return problem(503, "draining");
+  return effects.fleet?.isWaiting() ? problem(503, "waiting for the fleet's document") : { status: "ready" };
+}
+
 const sendEvents = ({ context, balancer }: ApiRequest) =>
   streamSSE(context, async (stream) => {
     for (; !stream.aborted; await stream.sleep(1_000)) {
@@ -10032,6 +10198,7 @@ const sendEvents = ({ context, balancer }: ApiRequest) =>
 const METRICS_HEADERS = { headers: { "content-type": METRICS_TYPE } };
 
 const WAIT = { wait: "how long the answer may wait for requests in flight there, such as 30s; then 202" };
+const WAIT_FOR_ALL = { wait: "how long the answer may wait for the instances of a fleet, such as 10s; then 202" };
 const EXPLAIN = { url: "such as http://www.example.com/path", method: "default GET" };
 const EXAMPLE_FILE = { default: { servers: ["10.0.0.1:8080"] } };
 const EXAMPLE_POOL = { servers: [{ addr: "10.0.0.1", port: 8080 }, { addr: "10.0.0.2", port: 8080 }] };
@@ -10074,9 +10241,9 @@ const OPERATIONS = {
     "ServerState", putHealth, { takes: ["Health", { health: "down" }] }],
 
   "GET /config": ["routes.yml, as YAML or JSON; secrets as ***", "Config", answerConfig],
-  "PUT /config": ["Another routes.yml; needs If-Match", "Config", writeConfig, { takes: ["Config", EXAMPLE_FILE] }],
+  "PUT /config": ["Another routes.yml; needs If-Match", "Config", writeConfig, { takes: ["Config", EXAMPLE_FILE], asks: WAIT_FOR_ALL }],
   "PATCH /config": ["Changes some keys of routes.yml (RFC 7396: null takes one out)",
-    "Config", writeConfig, { takes: ["Config", { log: "json" }] }],
+    "Config", writeConfig, { takes: ["Config", { log: "json" }], asks: WAIT_FOR_ALL }],
   "POST /config/check": ["Checks a routes.yml and changes nothing", "Checked", checkConfig,
     { takes: ["Config", EXAMPLE_FILE] }],
 
@@ -10090,10 +10257,12 @@ const OPERATIONS = {
   "GET /workers": ["The threads that serve, if there are some", "Workers", ({ balancer }) => workersView(balancer)],
   "DELETE /workers/:worker": ["Ends a thread at once, with what is in flight there; another one takes its place",
     "Worker", endWorker],
+  "GET /fleet": ["The fleet: its engine, its instances, and which of them probe which server", "Fleet",
+    ({ balancer }) => fleetView(balancer)],
   "GET /events": ["What GET /services says, once a second (Server-Sent Events)", "Snapshot", sendEvents],
   "GET /health/live": ["200 as long as it runs", "Status", () => ({ status: "live" }), { open: true }],
-  "GET /health/ready": ["200, and 503 as soon as it drains", "Status",
-    ({ balancer }) => balancer.draining ? problem(503, "draining") : { status: "ready" }, { open: true }],
+  "GET /health/ready": ["200; 503 as soon as it drains, and while it waits for the first document of its fleet",
+    "Status", answerReady, { open: true }],
   "GET /version": ["Of lb.ts, and where it runs", "Version",
     ({ balancer }) => ({ version: VERSION, runtime: balancer.runtime })],
 } satisfies Record<string, Operation>;
@@ -10105,6 +10274,8 @@ const prettyJson = (value: unknown): string =>
 /** Runs an operation. Its answer is JSON on one line, on many with `?pretty`, or text for `Accept: text/plain`. */
 async function runOperation([, answers, run]: Operation, request: ApiRequest): Promise<Response> {
   const { context } = request, { req } = context, value = await run(request);
+  const missing = context.get("missing") ?? []; // the client has waited for all, and these have not made the change
+  if (missing.length) return context.json({ missing }, 202);
   if (value instanceof Response) return value; // which is no JSON, or a problem
   const isText = /^text\/plain\b/.test(req.header("accept") ?? "");
   const [, text = stringify] = ANSWERS[answers] as [Schema, ((value: unknown) => string)?];
@@ -10166,7 +10337,8 @@ function exampleApp(effects: Effects): Hono<AdminEnv> {
   const until = new Date("2027-01-31T12:00:00Z"), nothing = () => {}, runtime = "node";
   const still = { now: () => 60_000, date: () => new Date("2026-12-01T12:00:00Z"), random: () => 0.5 };
   const silent = { certificate: () => ({ names: ["www.example.com"], until }), report: nothing, told: nothing };
-  const lb = assembleBalancer(parseConfig(EXAMPLE), { ...effects, ...still, ...silent }, strategies, runtime);
+  const alone = { ...effects, ...still, ...silent, fleet: undefined }; // its changes stay here
+  const lb = assembleBalancer(parseConfig(EXAMPLE), alone, strategies, runtime);
   const { balancer } = lb, [probed] = balancer.table.services.get("shop")!.servers, app = new Hono<AdminEnv>();
   Object.assign(probed!, { probedAt: 58_000, probeTook: 3 });
   balancer.entrypoints.set("http", newEntrypoint("http"));
@@ -11032,12 +11204,926 @@ export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<
 }
 
 // -----------------------------------------------------------------------------------------------------------
-// 12. Program
+// 12. Fleet
+// Many instances, one configuration and one opinion of health, through etcd or a Durable Object. Nobody puts
+// anything in force but what the watch brings, in its order; without the engine each instance goes on alone.
+// -----------------------------------------------------------------------------------------------------------
+
+// --- 12.1 Engine: the calls of etcd that a fleet makes, over its JSON gateway ---
+
+/** The value of a key, and the revision of its last change. */
+export interface EngineValue {
+  value: string;
+  revision: number;
+}
+/** A key that has changed; without a value it was deleted. */
+export interface EngineEvent {
+  key: string; // without the prefix
+  value: string | undefined;
+  revision: number;
+}
+/** A watch that is open. */
+export interface Watch {
+  ended: Promise<string>; // why, in a word
+  close(why: string): void;
+}
+/** What a fleet asks of its engine. All calls reject with an EngineError. */
+export interface Engine {
+  /** All keys with this prefix, as of a revision; without values they are empty. */
+  list(withValues: boolean): Promise<{ revision: number; keys: Map<string, EngineValue> }>;
+  /** Writes a value if the key has this revision (0: is not there). Gives what the key holds then. */
+  swap(key: string, value: string, revision: number, lease?: string): Promise<EngineValue & { isOurs: boolean }>;
+  put(key: string, value: string, lease?: string): Promise<void>;
+  grant(ttl: number): Promise<string>;
+  /** False: the lease is over. */
+  keepAlive(lease: string): Promise<boolean>;
+  revoke(lease: string): Promise<void>;
+  /** Hands over what changes from a revision on, in order. */
+  watch(from: number, hear: (events: EngineEvent[]) => void): Watch;
+  /** Asks another member from now on. */
+  next(): void;
+}
+
+/** silent: no member answers; lease: it is over; refused: all else. */
+export class EngineError extends Error {
+  readonly kind: "silent" | "lease" | "refused";
+  constructor(kind: EngineError["kind"], message: string) {
+    super(message);
+    this.kind = kind;
+  }
+}
+
+const ANSWER_TIME = 2_000; // milliseconds that a member may take to answer
+/** What etcd says of a token that it takes no more. */
+const STALE = /auth token|auth store is old|user name is empty/;
+const base64 = (text: string): string => Buffer.from(text).toString("base64");
+const fromBase64 = (text: unknown): string => Buffer.from(String(text ?? ""), "base64").toString();
+/** The first key behind all that begin with a prefix. */
+function endOf(prefix: string): string {
+  const bytes = Buffer.from(prefix);
+  bytes[bytes.length - 1]!++;
+  return bytes.toString("base64");
+}
+
+/** Calls `take` with each line of a body, and `end` at its end, with what it broke off for. */
+function readLines(body: Body, take: (line: string) => void, end: (why: string) => void): void {
+  let rest = "";
+  body.read({
+    data(bytes) {
+      const lines = (rest + bytes.toString("latin1")).split("\n");
+      rest = lines.pop()!;
+      lines.filter(Boolean).forEach(take);
+    },
+    end: () => end("it was ended"),
+    fail: (why) => end(FAILURES[why].text),
+  });
+}
+
+/** The text of an error: streams have it in a map. */
+const textOf = ({ error, message }: Raw): string => String(record(error).message ?? error ?? message ?? "");
+/** What etcd says in an error, as an operator should read it. */
+function engineError(member: string, status: number, answer: Raw, { user, prefix }: FleetConfig): EngineError {
+  const text = textOf(answer);
+  if (/lease not found/.test(text)) return new EngineError("lease", "the lease is over");
+  if (/authentication failed/.test(text)) {
+    return new EngineError("refused", `etcd refuses the user ${quote(user)}: name or password is wrong`);
+  }
+  if (/user name is empty/.test(text) || status === 401) {
+    return new EngineError("refused", "etcd asks for fleet.user and fleet.password");
+  }
+  if (/permission denied/.test(text)) {
+    const what = `the user ${quote(user)} may not read and write all keys that begin with ${quote(prefix)}`;
+    return new EngineError("refused", `${what}: grant its role readwrite there`);
+  }
+  if (/too large/.test(text)) {
+    return new EngineError(
+      "refused",
+      "the document is larger than etcd takes, which is 1.5 MiB unless it is told more",
+    );
+  }
+  if (text.startsWith("etcdserver: ")) {
+    const isPassing = /timed out|leader|stopped|unhealthy|unavailable|not capable/i.test(text);
+    return new EngineError(isPassing ? "silent" : "refused", `${member}: ${text}`);
+  }
+  const isBusy = status >= 500 && status !== 501;
+  return new EngineError(
+    isBusy ? "silent" : "refused",
+    `${member} does not speak etcd's JSON gateway (status ${status})`,
+  );
+}
+
+/** A client of etcd, or of what speaks like it. It stays with a member as long as that answers. */
+export class EtcdClient implements Engine {
+  private readonly config: FleetConfig;
+  private readonly effects: Pick<Effects, "send" | "now" | "random">;
+  private readonly members: { server: Server; path: string; url: string }[];
+  private current: number;
+  private token: string | undefined; // empty: none is asked for
+  private watching: Watch | undefined;
+
+  constructor(config: FleetConfig, effects: Pick<Effects, "send" | "now" | "random">) {
+    this.config = config;
+    this.effects = effects;
+    this.members = config.etcd.map((url) => {
+      const { origin, pathname } = new URL(url), { port, protocol, hostname } = new URL(url);
+      const name = `${hostname}:${port || (protocol === "https:" ? 443 : 80)}`;
+      const given = { url: origin, name, weight: 1, host: "", backup: false, max: Infinity, state: "ready" as const };
+      return {
+        url,
+        path: pathname.replace(/\/$/, ""),
+        server: newServer(given, "fleet", { tls: config.tls, http: 1 }),
+      };
+    });
+    this.current = Math.floor(effects.random() * this.members.length); // not all instances ask the same one
+  }
+
+  next(): void {
+    const { length } = this.members, others = Math.max(1, length - 1);
+    this.current = (this.current + 1 + Math.floor(this.effects.random() * others)) % length;
+  }
+
+  async list(withValues: boolean): Promise<{ revision: number; keys: Map<string, EngineValue> }> {
+    const { prefix } = this.config, range = { key: base64(prefix), range_end: endOf(prefix) };
+    const { header, kvs = [] } = await this.call("kv/range", { ...range, keys_only: !withValues });
+    const keys = (kvs as Raw[]).map((kv) => [this.nameOf(kv), this.valueOf(kv)] as const);
+    return { revision: Number(record(header).revision), keys: new Map(keys) };
+  }
+
+  async swap(key: string, value: string, revision: number, lease = "0"): Promise<EngineValue & { isOurs: boolean }> {
+    const where = { key: base64(this.config.prefix + key) };
+    const { succeeded, header, responses } = await this.call("kv/txn", {
+      compare: [{ ...where, target: "MOD", result: "EQUAL", mod_revision: `${revision}` }],
+      success: [{ request_put: { ...where, value: base64(value), lease } }],
+      failure: [{ request_range: where }],
+    });
+    if (succeeded) return { isOurs: true, value, revision: Number(record(header).revision) };
+    const [kv] = (record(record((responses as Raw[])[0]).response_range).kvs ?? []) as Raw[];
+    return { isOurs: false, ...this.valueOf(kv ?? {}) };
+  }
+
+  async put(key: string, value: string, lease = "0"): Promise<void> {
+    const put = { key: base64(this.config.prefix + key), value: base64(value), lease };
+    await this.call("kv/txn", { success: [{ request_put: put }] });
+  }
+
+  async grant(ttl: number): Promise<string> {
+    return String((await this.call("lease/grant", { TTL: `${Math.ceil(ttl / 1_000)}` })).ID);
+  }
+  async keepAlive(lease: string): Promise<boolean> {
+    return Number((await this.call("lease/keepalive", { ID: lease })).TTL ?? 0) > 0;
+  }
+  async revoke(lease: string): Promise<void> {
+    await this.call("lease/revoke", { ID: lease });
+  }
+
+  watch(from: number, hear: (events: EngineEvent[]) => void): Watch {
+    const { prefix } = this.config, ended = Promise.withResolvers<string>();
+    let attempt: Attempt | undefined, isOver = false;
+    const close = (why: string) => {
+      isOver = true;
+      ended.resolve(why);
+      attempt?.carrier?.cancel("client-left");
+    };
+    const take = (line: string) => {
+      if (isOver) return;
+      const { result, error } = JSON.parse(line) as Raw, { canceled, events = [], compact_revision } = record(result);
+      if (error || canceled) {
+        if (!compact_revision) this.token = undefined; // it may be that which is refused
+        return close(compact_revision ? "compacted" : "refused");
+      }
+      const changes = (events as Raw[]).map(({ type, kv }) => {
+        const { value, revision } = this.valueOf(record(kv));
+        return { key: this.nameOf(record(kv)), revision, value: type === "DELETE" ? undefined : value };
+      });
+      if (changes.length) hear(changes);
+    };
+    const range = { key: base64(prefix), range_end: endOf(prefix), start_revision: `${from}` };
+    this.open("watch", { create_request: range }, Infinity, (begun) => attempt = begun).then(({ status, body }) => {
+      if (status !== 200) return body.cancel(), close("refused");
+      readLines(body, take, () => close("broken"));
+    }).catch(() => close("broken"));
+    return this.watching = { ended: ended.promise, close };
+  }
+
+  private nameOf({ key }: Raw): string {
+    return fromBase64(key).slice(this.config.prefix.length);
+  }
+  private valueOf({ value, mod_revision }: Raw): EngineValue {
+    return { value: fromBase64(value), revision: Number(mod_revision ?? 0) };
+  }
+
+  /** Asks each member once, beginning with the one that has answered last. */
+  private async call(path: string, body: Raw): Promise<Raw> {
+    for (let left = this.members.length - 1;; left--) {
+      const asked = this.current;
+      try {
+        return await this.ask(path, body);
+      } catch (error) {
+        if (!(error instanceof EngineError) || error.kind !== "silent") throw error;
+        this.watching?.close("silent");
+        if (left === 0) throw error;
+        if (this.current === asked) this.current = (asked + 1) % this.members.length;
+      }
+    }
+  }
+
+  /** A token that is refused, as after another password or five quiet minutes, is got anew at once. */
+  private async ask(path: string, body: Raw, isAgain = false): Promise<Raw> {
+    const { url } = this.members[this.current]!, hasUser = this.config.user + this.config.password !== "";
+    if (hasUser) this.token ??= await this.logIn(url);
+    const { status, answer } = await this.post(path, body);
+    if (status === 200 && "header" in answer) return answer;
+    const isStale = status === 401 || STALE.test(textOf(answer));
+    if (!isStale || !hasUser || isAgain) throw engineError(url, status, answer, this.config);
+    this.token = undefined;
+    return await this.ask(path, body, true);
+  }
+
+  private async logIn(url: string): Promise<string> {
+    const { user: name, password } = this.config;
+    const { status, answer } = await this.post("auth/authenticate", { name, password });
+    if (/authentication is not enabled/.test(textOf(answer))) return ""; // it would refuse any token
+    if (status !== 200 || !answer.token) throw engineError(url, status, answer, this.config);
+    return String(answer.token);
+  }
+
+  private async post(path: string, body: Raw): Promise<{ status: number; answer: Raw }> {
+    const { url } = this.members[this.current]!, { status, body: content } = await this.open(path, body, ANSWER_TIME);
+    const taken = await new Promise<Body | Failure>((resolve) => collect(content, resolve));
+    if (typeof taken === "string") throw new EngineError("silent", `${url}: ${FAILURES[taken].text}`);
+    try {
+      const answer = record(JSON.parse(taken.bytes!.toString()));
+      return { status, answer: isRecord(answer.result) ? answer.result : answer };
+    } catch { // another program
+      return { status, answer: {} };
+    }
+  }
+
+  /** Sends a request to the current member: resolves with the head of its answer, which `patience` bounds as a whole. */
+  private open(path: string, body: Raw, patience: number, onBegin?: (attempt: Attempt) => void) {
+    const { server, path: base, url } = this.members[this.current]!, { effects, token } = this;
+    const fields = ["host", hostFieldOf(server.url), "content-type", "application/json"];
+    if (token) fields.push("authorization", token);
+    const given = {
+      ...{ server, method: "POST", target: `${base}/v3/${path}`, lines: linesOf(fields), startedAt: effects.now() },
+      body: inMemory([Buffer.from(JSON.stringify(body))]),
+      timeouts: { connect: ANSWER_TIME, response: ANSWER_TIME, idle: patience, request: Infinity },
+    };
+    return new Promise<Pick<HttpResponse, "status" | "body">>((resolve, reject) => {
+      const attempt = newAttempt(given, {
+        onInform() {},
+        onHead: resolve,
+        onEnd: (failure, detail) => failure && reject(new EngineError("silent", `${url}: ${detail}`)),
+      });
+      attempt.deadline = effects.now() + patience;
+      onBegin?.(attempt);
+      effects.send(attempt);
+    });
+  }
+}
+
+// --- 12.2 Fleet: one document, one opinion of health, and an instance among others ---
+
+/** What an instance writes of itself. */
+export interface InstanceRecord extends Omit<InstanceView, "name"> {
+  id: string; // of its process
+  members: string; // `viewHash` of the fleet as it knows it
+  told: number; // revision of the last word of an operator that it has heard
+}
+/** What an instance holds a server for. */
+export type Vote = "up" | "down" | "unknown";
+
+const keyOfServer = ({ name }: Pick<Service, "name">, { url }: Pick<Server, "url">): string => `${name} ${url}`;
+
+/** The instances that probe a server: those with the highest hash of both (rendezvous). */
+export function probersOf(server: string, members: readonly string[], probers: number): string[] {
+  const ranked = members.map((name) => ({ name, rank: hash(`${name}\n${server}`) }));
+  ranked.sort((a, b) => b.rank - a.rank || (a.name < b.name ? -1 : 1));
+  return ranked.slice(0, probers).map(({ name }) => name);
+}
+
+/** The same for all instances that choose the same probers. */
+export const viewHash = (members: readonly string[], probers: number): string =>
+  digits(hash(`${probers}\n${members.toSorted().join("\n")}`));
+
+/** What an instance says of a server that it probes. It counts once it knows the same members and the same operators. */
+export function voteOf(of: InstanceRecord | undefined, server: string, view: string, told: number): Vote {
+  if (!of || of.members !== view || of.told < told) return "unknown";
+  return of.down.includes(server) ? "down" : "up";
+}
+
+/** What most of the votes say. Undefined: too few are known, or those that are unknown would decide. */
+export function majorityOf(votes: readonly Vote[]): "up" | "down" | undefined {
+  const count = (vote: Vote) => votes.filter((one) => one === vote).length, half = votes.length / 2;
+  if (votes.length - count("unknown") <= half) return undefined;
+  if (count("down") > half) return "down";
+  return count("up") >= half ? "up" : undefined;
+}
+
+/** What an engine has under `instances/`; undefined: no instance has written that. */
+function readRecord(text: string | undefined): InstanceRecord | undefined {
+  try {
+    const read = record(JSON.parse(text ?? ""));
+    return typeof read.id === "string" && Array.isArray(read.down) ? read as unknown as InstanceRecord : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
+/** What a fleet needs of the program around it. */
+export interface FleetMember {
+  own: FleetConfig; // as the local file has it
+  name: string; // where that gives none
+  id: string; // of this process
+  file: string;
+  /** At the edge: it neither registers nor watches. */
+  isObserver: boolean;
+  parse(text: string): Config;
+  /** The local file; undefined: it cannot be read. */
+  read(): string | undefined;
+  /** Writes the local file, which said `before`. `keep`: that stays beside it as .bak. */
+  save(before: string, text: string, keep: boolean): Promise<void>;
+  /** A document has been put in force. */
+  onApplied(next: Config, before: Config): void;
+}
+
+const CHANGE_TIME = 10_000; // milliseconds that a change may take until it is in force here
+const MOST_TRIES = 5; // of one change, where others are first
+const PAUSES = { least: 100, most: 5_000 }; // milliseconds before the engine is listed again
+const LATEST = 1_000; // milliseconds that a watch may be behind what is listed
+const BEAT = 100; // milliseconds between two looks at what is due
+const POLL = 10; // milliseconds between two looks at what is waited for
+const withoutShared = ({ ttl: _, probers: __, ...own }: Raw): Raw => own;
+
+/** This instance in its fleet. */
+export class Fleet implements Membership {
+  private readonly lb: LoadBalancer;
+  private readonly effects: Effects;
+  private readonly engine: Engine;
+  private readonly member: FleetMember;
+
+  // from the engine
+  private keys = new Map<string, EngineValue>();
+  private revision = 0;
+  private records = new Map<string, InstanceRecord>(); // of live instances
+  private document: EngineValue & { problem: string } | undefined; // the newest
+  private inForce = 0; // revision of the document in force; 0: it is the local file
+  private secret = "";
+  private readonly told = new Map<string, number>(); // revisions of operators' words that were heard, by key
+
+  // how the engine is
+  private state: "answers" | "away" = "away";
+  private since: Date;
+  private contactAt: number;
+  private problem = ""; // why it does not answer
+  private isAwaySaid = false;
+  private heldUntil = 0; // until then records of others may be from before the engine was away
+  private hasLearnt = false;
+  private isOver = false;
+  private applying: unknown; // resolves when workers have the document too
+  private refused = 0; // documents that could not be used here
+  private readonly resyncs = new Map<string, number>(); // by reason
+
+  // this instance
+  private name: string;
+  private lease = "";
+  private leaseTtl = 0;
+  private written = ""; // its record as the engine has it
+  private saidDown = new Set<string>(); // servers that it has written to be down
+  private writing: Promise<void> | undefined;
+  private watching: Watch | undefined;
+  private tickAt = 0; // when the lease is kept alive again
+  private isTicking = false;
+  private view_ = ""; // `viewHash` of the members that it knows
+  private probing = new Map<string, string[]>(); // instances that probe a server
+  private local: Raw; // `fleet` as the local file has it
+  private copied: EngineValue; // what the local file said last, and of which document that is a copy; 0: of none
+  private copying: Promise<void> = Promise.resolve();
+
+  constructor(lb: LoadBalancer, engine: Engine, member: FleetMember) {
+    const { table: { config }, effects } = lb.balancer;
+    [this.lb, this.effects, this.engine, this.member] = [lb, effects, engine, member];
+    this.name = member.own.name || member.name;
+    this.since = effects.date();
+    this.contactAt = effects.now();
+    this.local = record(writtenOf(config).fleet);
+    this.copied = { value: config.text, revision: 0 };
+    effects.fleet = this;
+    effects.probes = (service, server) => this.probes(service, server);
+    effects.agree = (service, server) => this.agree(service, server);
+  }
+
+  // Its life.
+
+  /** Joins the fleet, and goes on in the background. Resolves when it has joined, or after a time at most. */
+  async start(patience: number): Promise<void> {
+    void this.follow();
+    void this.beat();
+    await this.until(() => this.hasLearnt, patience);
+    if (this.hasLearnt) return;
+    const instead = this.isWaiting() ? "waits for its document" : `starts with ${this.member.file}`;
+    this.effects.report("warn", `fleet: ${this.problem || "the engine has not answered yet"}; ${instead}`);
+  }
+
+  /** Takes this instance off the fleet at once. */
+  async leave(): Promise<void> {
+    const { lease } = this;
+    this.isOver = true;
+    this.lease = "";
+    this.watching?.close("over");
+    for (const [service, server] of this.servers()) if (!this.isProber(service, server)) beginProbing(server);
+    if (lease) await this.engine.revoke(lease).catch(() => {});
+  }
+
+  /** At the edge, beside a request: takes what is listed for the truth. */
+  async look(): Promise<void> {
+    try {
+      await this.learn();
+    } catch (error) {
+      const { ttl } = this.shared();
+      this.complain(error);
+      if (this.effects.now() - this.contactAt > ttl) this.onAway(ttl);
+    }
+  }
+
+  /** Lists, then watches from there on, for ever: whatever ends a watch, what is listed counts. */
+  private async follow(): Promise<void> {
+    for (let pause = PAUSES.least; !this.isOver;) {
+      let reason = "unreachable";
+      const begun = this.effects.now();
+      try {
+        await this.learn();
+        this.watching = this.engine.watch(this.revision + 1, (events) => this.hear(events));
+        reason = await this.watching.ended;
+      } catch (error) {
+        this.complain(error);
+      }
+      if (reason !== "silent") this.engine.next(); // then it has gone on to one that answers
+      this.resyncs.set(reason, (this.resyncs.get(reason) ?? 0) + 1);
+      if (this.effects.now() - begun > PAUSES.most) pause = PAUSES.least;
+      await this.effects.sleep(pause * (0.5 + this.effects.random()));
+      pause = Math.min(2 * pause, PAUSES.most);
+    }
+  }
+
+  /** Looks at what is due: the lease, whether the engine is away, and whether this process has stood still. */
+  private async beat(): Promise<void> {
+    for (let seen = this.effects.now(); !this.isOver; await this.effects.sleep(BEAT)) {
+      const now = this.effects.now(), { ttl } = this.shared(), late = now - seen - BEAT;
+      seen = now;
+      if (late > LATEST) { // others have been heard, but not by us
+        this.contactAt += late;
+        this.watching?.close("paused");
+      }
+      if (now - this.contactAt > ttl) this.onAway(ttl);
+      if (this.heldUntil && now >= this.heldUntil) {
+        this.heldUntil = 0;
+        this.settle();
+      }
+      if (this.hasLearnt && !this.isTicking && now >= this.tickAt) void this.tick(now + ttl / 3);
+    }
+  }
+
+  /** Keeps the lease alive, and finds out whether the watch is deaf (a frozen member: etcd issue 8980). */
+  private async tick(next: number): Promise<void> {
+    const { watching, engine, effects } = this;
+    this.isTicking = true;
+    this.tickAt = next;
+    try {
+      if (this.lease && !await engine.keepAlive(this.lease)) this.onLeaseOver();
+      const known = this.revision, { revision, keys } = await engine.list(false);
+      this.touch();
+      this.publish(); // ejections, and what could not be written before
+      if (revision < known) return watching?.close("restored");
+      if (!this.isBehind(keys, revision)) return;
+      await effects.sleep(LATEST);
+      if (!this.isBehind(keys, revision)) return;
+      engine.next();
+      watching?.close("deaf");
+    } catch (error) {
+      this.complain(error);
+    } finally {
+      this.isTicking = false;
+    }
+  }
+
+  /** Whether the watch has not brought all of what is listed. */
+  private isBehind(listed: ReadonlyMap<string, EngineValue>, revision: number): boolean {
+    const isGone = ([key, one]: [string, EngineValue]) => one.revision <= revision && !listed.has(key);
+    return [...listed.values()].some((one) => one.revision > this.revision) || [...this.keys].some(isGone);
+  }
+
+  /** Silence is said when it has lasted (`onAway`); all else at once. */
+  private complain(error: unknown): void {
+    const { message, stack } = error as Error, isKnown = error instanceof EngineError;
+    const isNew = message !== this.problem && !this.isOver;
+    if (!isKnown) this.effects.report("error", `fleet: ${stack}`);
+    else if (isNew && error.kind !== "silent") this.effects.report("warn", `fleet: ${message}`);
+    this.problem = message;
+  }
+
+  /** The engine has answered. */
+  private touch(): void {
+    const now = this.effects.now();
+    this.contactAt = now;
+    if (this.state === "answers") return;
+    this.state = "answers";
+    this.since = this.effects.date();
+    if (this.hasLearnt) this.heldUntil = now + this.shared().ttl; // who is gone will be by then
+    if (this.isAwaySaid) this.effects.report("info", "fleet: the engine answers again");
+    this.isAwaySaid = false;
+  }
+
+  private onAway(ttl: number): void {
+    if (this.isAwaySaid) return;
+    this.isAwaySaid = true;
+    if (this.state === "answers") this.since = this.effects.date();
+    this.state = "away";
+    for (const [service, server] of this.servers()) if (!this.isProber(service, server)) beginProbing(server);
+    const why = this.problem && ` (${this.problem})`;
+    const what = "config, health and secret stay as they are, and this instance probes all servers itself";
+    this.effects.report("warn", `fleet: the engine has not answered for ${ttl / 1_000} s${why}: ${what}`);
+  }
+
+  // What the engine says.
+
+  /** Lists all keys and takes them for the truth; what a fleet must have and lacks is written first. */
+  async learn(): Promise<void> {
+    let listed = await this.engine.list(true);
+    if (!this.isWaiting() && !listed.keys.has("config")) await this.putDocument();
+    if (!listed.keys.has("secret")) await this.engine.swap("secret", this.effects.secret(), 0);
+    if (!listed.keys.has("config") || !listed.keys.has("secret")) listed = await this.engine.list(true);
+    this.touch();
+    [this.keys, this.revision] = [listed.keys, listed.revision];
+    const isMember = !!this.lease && readRecord(this.keys.get(`instances/${this.name}`)?.value)?.id === this.member.id;
+    this.takeSecret();
+    this.takeDocument();
+    this.takeRecords();
+    for (const key of this.keys.keys()) if (key.startsWith("told/")) this.takeWord(key);
+    if (!isMember) {
+      this.adopt();
+      if (!this.member.isObserver) await this.join();
+    }
+    this.settle();
+    this.publish();
+    this.problem = "";
+    this.hasLearnt = true;
+    void this.checkFile();
+  }
+
+  /** What the watch brings, in its order. */
+  private hear(events: EngineEvent[]): void {
+    this.touch();
+    for (const { key, value, revision } of events) {
+      this.revision = revision;
+      if (value === undefined) this.keys.delete(key);
+      else this.keys.set(key, { value, revision });
+      if (key === "secret") this.takeSecret();
+      else if (key === "config") this.takeDocument();
+      else if (key.startsWith("told/")) this.takeWord(key);
+      else if (key.startsWith("instances/")) this.takeRecords();
+      if (key === `instances/${this.name}` && value === undefined && this.lease) this.onLeaseOver();
+    }
+    this.settle();
+    this.publish();
+  }
+
+  private takeSecret(): void {
+    const { value } = this.keys.get("secret") ?? {}, isOther = value !== this.effects.secret();
+    if (!value) return void this.engine.swap("secret", this.effects.secret(), 0).catch(() => {}); // somebody deleted it
+    this.secret = value;
+    this.effects.secret = () => this.secret;
+    if (isOther) void this.lb.reload(this.lb.balancer.table.config); // cookies are signed anew, in workers too
+  }
+
+  private takeDocument(): void {
+    const { balancer } = this.lb, before = balancer.table.config, entry = this.keys.get("config");
+    if (!entry && this.isWaiting()) return;
+    if (!entry) return void this.putDocument().catch(() => {}); // a new listing tries again
+    if (entry.revision === this.document?.revision && entry.value === this.document.value) return;
+    const document = this.document = { ...entry, problem: "" };
+    let next = before;
+    try {
+      if (entry.value !== before.text) next = this.member.parse(entry.value);
+      if (next !== before) this.applying = this.lb.reload(next);
+    } catch (error) {
+      document.problem = (error as Error).message;
+      this.refused++;
+      balancer.reloadFailed = true;
+      const why = `revision ${entry.revision} of the document cannot be used here, and the one before stays in force`;
+      return this.effects.report("error", `fleet: ${why}:\n${document.problem}`);
+    }
+    balancer.reloadFailed = false;
+    this.inForce = entry.revision;
+    if (this.leaseTtl && this.leaseTtl !== this.shared().ttl) void this.join().catch(() => this.onLeaseOver());
+    this.takeRecords(); // with other servers and another number of probers
+    this.copying = this.copying.then(() => this.copy(entry));
+    if (next !== before) this.member.onApplied(next, before);
+  }
+
+  /** The document is not there: what is in force becomes it, unless somebody else is first. */
+  private async putDocument(): Promise<void> {
+    const { isOurs } = await this.engine.swap("config", this.lb.balancer.table.config.text, 0);
+    if (!isOurs) return;
+    const what = this.inForce
+      ? "was deleted: what is in force here is put back"
+      : `did not exist: it is ${this.member.file}`;
+    this.effects.report(this.inForce ? "warn" : "info", `fleet: the document ${what}`);
+  }
+
+  private takeWord(key: string): void {
+    const entry = this.keys.get(key), at = key.lastIndexOf(" "), { services } = this.lb.balancer.table;
+    const service = services.get(key.slice("told/".length, at));
+    const server = service?.servers.find(({ url }) => url === key.slice(at + 1));
+    if (!entry) return void this.told.delete(key);
+    if (this.told.get(key) === entry.revision) return;
+    this.told.set(key, entry.revision);
+    if (service && server) setHealth(service, server, entry.value === "up", this.effects);
+  }
+
+  /** Who lives, and who therefore probes what. Who becomes a prober of a server begins with what is agreed of it. */
+  private takeRecords(): void {
+    const { probers } = this.shared(), before = this.probing;
+    const all = [...this.keys].filter(([key]) => key.startsWith("instances/"));
+    const read = all.map(([key, { value }]) => [key.slice("instances/".length), readRecord(value)] as const);
+    this.records = new Map(read.filter((one): one is [string, InstanceRecord] => one[1] !== undefined));
+    const members = [...this.records.keys()];
+    this.view_ = viewHash(members, probers);
+    this.probing = new Map();
+    for (const [service, server] of this.servers()) {
+      const key = keyOfServer(service, server), by = probersOf(key, members, probers);
+      this.probing.set(key, by);
+      if (by.includes(this.name) && !before.get(key)?.includes(this.name) && this.isAgreed()) beginProbing(server);
+    }
+  }
+
+  // Health.
+
+  private servers(): [Service, Server][] {
+    const { services } = this.lb.balancer.table;
+    const checked = [...services.values()].filter(({ config }) => config.health.kind !== "off");
+    return checked.flatMap((service) => service.servers.map((server): [Service, Server] => [service, server]));
+  }
+  private isProber(service: Service, server: Server): boolean {
+    return this.probing.get(keyOfServer(service, server))?.includes(this.name) ?? false;
+  }
+  /** Whether what others say counts. */
+  private isAgreed(): boolean {
+    return this.state === "answers" && !this.heldUntil && !this.isOver;
+  }
+  private probes(service: Service, server: Server): boolean {
+    if (!this.isAgreed() || this.records.size === 0) return true;
+    return !!this.lease && this.isProber(service, server);
+  }
+  private agree(service: Service, server: Server): boolean {
+    if (!this.isAgreed() || this.records.size === 0) return server.opinion;
+    if (server.opinion === this.saidDown.has(keyOfServer(service, server))) this.publish();
+    const verdict = this.verdict(service, server);
+    return verdict === undefined ? server.up : verdict === "up";
+  }
+  private verdict(service: Service, server: Server): "up" | "down" | undefined {
+    const key = keyOfServer(service, server), told = this.keys.get(`told/${key}`)?.revision ?? 0;
+    return majorityOf((this.probing.get(key) ?? []).map((name) => {
+      if (name === this.name && this.lease) return server.opinion ? "up" : "down";
+      return voteOf(this.records.get(name), key, this.view_, told);
+    }));
+  }
+
+  /** Puts in force what is agreed. */
+  private settle(): void {
+    if (!this.isAgreed()) return;
+    for (const [service, server] of this.servers()) {
+      const verdict = this.verdict(service, server);
+      if (verdict === undefined || (verdict === "up") === server.up) continue;
+      setUp(service, server, verdict === "up", undefined, this.effects);
+      this.effects.onProbed(service, server, verdict === "up" ? undefined : "most of its probers say so");
+    }
+  }
+
+  /** Takes what the others agree on for the truth: it is new here, or was away for longer than its lease. */
+  private adopt(): void {
+    this.heldUntil = 0;
+    this.lease = "";
+    this.settle();
+    if (this.records.size > 0) { for (const [, server] of this.servers()) beginProbing(server); }
+  }
+
+  // This instance among others.
+
+  /** The document's part of `fleet`, which has to be the same on all instances. */
+  private shared(): Pick<FleetConfig, "ttl" | "probers"> {
+    const { ttl, probers } = this.lb.balancer.table.config.fleet ?? (this.inForce ? NO_FLEET : this.member.own);
+    return { ttl, probers };
+  }
+
+  private record(): InstanceRecord {
+    const { balancer } = this.lb, servers = this.servers();
+    const named = (some: [Service, Server][]) => some.map(([service, server]) => keyOfServer(service, server)).sort();
+    const now = this.effects.now();
+    return {
+      ...{ id: this.member.id, since: balancer.startedAt.toISOString(), version: VERSION, runtime: balancer.runtime },
+      ...{ config: this.inForce, problem: this.document?.problem ?? "", members: this.view_ },
+      told: Math.max(0, ...this.told.values()),
+      down: named(servers.filter(([service, server]) => !server.opinion && this.isProber(service, server))),
+      ejected: named(servers.filter(([, server]) => server.until > now)),
+    };
+  }
+
+  /** Registers under a new lease. A name that another one has gets a number behind it. */
+  private async join(): Promise<void> {
+    const { ttl } = this.shared(), wanted = this.member.own.name || this.member.name, old = this.lease;
+    const lease = await this.engine.grant(ttl);
+    for (let i = 1;; i++) {
+      const name = i === 1 ? wanted : `${wanted}#${i}`, key = `instances/${name}`, there = this.keys.get(key);
+      if (there && readRecord(there.value)?.id !== this.member.id) continue;
+      const text = JSON.stringify(this.record());
+      if (there) await this.engine.put(key, text, lease);
+      else if (readRecord((await this.engine.swap(key, text, 0, lease)).value)?.id !== this.member.id) continue;
+      if (name !== wanted && name !== this.name) {
+        this.effects.report("warn", `fleet: another instance is called ${quote(wanted)}: this one is ${quote(name)}`);
+      }
+      [this.name, this.lease, this.leaseTtl, this.written] = [name, lease, ttl, text];
+      if (old) await this.engine.revoke(old).catch(() => {}); // its record has the new one already
+      return;
+    }
+  }
+
+  /** This process has stood still for too long, or the engine was away: it has to register anew. */
+  private onLeaseOver(): void {
+    this.lease = "";
+    this.watching?.close("lease");
+  }
+
+  /** Writes this instance's record, where it says something else by now. */
+  private publish(): void {
+    if (this.lease && !this.isOver) this.writing ??= this.write().finally(() => this.writing = undefined);
+  }
+  private async write(): Promise<void> {
+    await Promise.resolve(); // for all that changes in this turn
+    try {
+      while (this.lease) {
+        const own = this.record(), text = JSON.stringify(own);
+        if (text === this.written) return;
+        await this.engine.put(`instances/${this.name}`, text, this.lease);
+        this.written = text;
+        this.saidDown = new Set(own.down);
+      }
+    } catch (error) {
+      if ((error as EngineError).kind === "lease") this.onLeaseOver();
+      else this.complain(error); // the next tick writes again
+    }
+  }
+
+  // Changes.
+
+  isWaiting(): boolean {
+    const { routes, tcp, name_routes } = this.lb.balancer.table.config;
+    return this.inForce === 0 && !this.document?.problem && routes.length + tcp.length === 0 && !name_routes;
+  }
+
+  async change(edit: (config: Config) => string, wait: number, replaces: boolean): Promise<string[]> {
+    for (let left = MOST_TRIES; left > 0; left--) {
+      const base = this.document, { config } = this.lb.balancer.table;
+      if (this.state === "away") throw new AdminError(503, "the fleet's engine is away: nothing can be changed");
+      if (base?.problem && !replaces) {
+        throw new AdminError(409, `the fleet's newest document cannot be used here: PUT /config replaces it`);
+      }
+      const text = edit(config);
+      if (text === base?.value) return [];
+      const { isOurs, value, revision } = await this.engine.swap("config", text, base?.revision ?? 0).catch((error) => {
+        throw new AdminError(error.kind === "silent" ? 503 : 500, `this could not be written: ${error.message}`);
+      });
+      const isThere = isOurs || value === text; // then an answer was lost
+      const hasCome = () => isThere ? (this.document?.revision ?? 0) >= revision : this.document !== base;
+      if (!await this.until(hasCome, CHANGE_TIME)) {
+        throw new AdminError(503, isThere ? "it is written, and not in force here yet" : "the engine falls behind");
+      }
+      await this.applying;
+      if (isThere) return await this.waitForAll(revision, wait);
+    }
+    throw new AdminError(409, `others were first, ${MOST_TRIES} times in a row: try again`);
+  }
+
+  /** Waits until all live instances have a document in force. Gives those that have not. */
+  private async waitForAll(revision: number, wait: number): Promise<string[]> {
+    const missing = () =>
+      [...this.records].filter(([name, { config }]) => (name === this.name ? this.inForce : config) < revision);
+    if (wait > 0) await this.until(() => missing().length === 0, wait);
+    return wait > 0 ? missing().map(([name]) => name) : [];
+  }
+
+  async tell({ name }: Service, { url }: Server, up: boolean): Promise<boolean> {
+    const key = `told/${name} ${url}`, before = this.told.get(key);
+    if (this.state === "away") return false;
+    const isTold = await this.engine.put(key, up ? "up" : "down").then(() => true, () => false);
+    return isTold && await this.until(() => this.told.get(key) !== before, CHANGE_TIME);
+  }
+
+  private async until(has: () => boolean, patience: number): Promise<boolean> {
+    for (const end = this.effects.now() + patience; !has(); await this.effects.sleep(POLL)) {
+      if (this.effects.now() >= end) return false;
+    }
+    return true;
+  }
+
+  // The local file.
+
+  /** The document as this file has it: who this instance is, and how it gets to the engine, stays its own. */
+  private localText(text: string): string {
+    const raw = record(readAsWritten(text, this.member.file)), theirs = record(raw.fleet);
+    if (differences(withoutShared(theirs), withoutShared(this.local)).length === 0) return text;
+    const { ttl, probers } = theirs,
+      shared = { ...ttl !== undefined && { ttl }, ...probers !== undefined && { probers } };
+    try {
+      return rewrite(text, { ...raw, fleet: { ...withoutShared(this.local), ...shared } });
+    } catch { // anchors
+      return text;
+    }
+  }
+
+  /** Copies the document in force to the local file. What stood there and was no copy stays beside it. */
+  private async copy({ value, revision }: EngineValue): Promise<void> {
+    const { file, isObserver } = this.member;
+    if (isObserver || revision !== this.inForce) return; // a newer one follows
+    const text = this.localText(value), there = this.member.read(), isCopy = there === this.copied.value;
+    try {
+      if (there !== text) {
+        await this.member.save(there ?? "", text, !isCopy || this.copied.revision === 0);
+        const why = this.copied.revision === 0
+          ? "said something else than"
+          : "was edited on the base of an older one than";
+        if (!isCopy || this.copied.revision === 0) {
+          this.effects.report(
+            "warn",
+            `fleet: ${file} ${why} the fleet's document, which it is now; it is in ${file}.bak`,
+          );
+        }
+      }
+      this.copied = { value: text, revision };
+    } catch (error) {
+      if (this.member.read() === text) this.copied = { value: text, revision }; // another instance has done it
+      else this.effects.report("warn", `fleet: ${(error as Error).message}: the document is in force all the same`);
+    }
+  }
+
+  /** Looks whether somebody has edited the local file, and makes that the document. */
+  async checkFile(): Promise<void> {
+    await this.copying;
+    const text = this.member.read(), { document, copied } = this;
+    if (this.member.isObserver || text === undefined || text === copied.value) return;
+    if (this.state === "away") {
+      return this.effects.report("warn", `fleet: the engine is away: ${this.member.file} counts when it is back`);
+    }
+    try {
+      this.member.parse(text);
+      const base = document?.problem ? document.revision : copied.revision; // who cannot use it replaces it
+      const { isOurs } = await this.engine.swap("config", text, base);
+      if (!isOurs) return; // the other one is copied, over this one
+      this.local = record(record(readAsWritten(text, this.member.file)).fleet);
+      this.copied = { value: text, revision: base };
+    } catch (error) {
+      this.lb.balancer.reloadFailed = true;
+      this.effects.report("error", `the old config stays in force:\n${(error as Error).message}`);
+    }
+  }
+
+  // What there is to see.
+
+  view(): FleetView {
+    const all = [...this.records].map(([name, one]) => ({ name, ...name === this.name ? this.record() : one }));
+    return {
+      ...{
+        engine: this.state,
+        since: this.since.toISOString(),
+        problem: this.problem,
+        name: this.name,
+        config: this.inForce,
+      },
+      instances: all.toSorted((a, b) => a.name < b.name ? -1 : 1).map(({ id: _, members: __, told: ___, ...one }) =>
+        one
+      ),
+      probes: [...this.probing].map(([server, by]) => ({ server, by: this.state === "away" ? [this.name] : by })),
+    };
+  }
+  counted(): { refused: number; contact: number; resyncs: ReadonlyMap<string, number> } {
+    const contact = (this.effects.now() - this.contactAt) / 1_000;
+    return { refused: this.refused, contact, resyncs: this.resyncs };
+  }
+}
+const NO_FLEET: FleetConfig = v.parse(FleetMap, {});
+
+/** A prober of a server begins with what is agreed. */
+function beginProbing(server: Server): void {
+  Object.assign(server, { opinion: server.up, passes: 0, fails: 0 });
+}
+
+// -----------------------------------------------------------------------------------------------------------
+// 13. Program
 // The program around the balancer: effects of the runtimes, command line, listeners, workers, signals, edge.
 // Only this chapter names runtimes.
 // -----------------------------------------------------------------------------------------------------------
 
-// --- 12.1 TLS: certificates of listeners, read again when their files change ---
+// --- 13.1 TLS: certificates of listeners, read again when their files change ---
 
 /** A certificate with its key, as texts, and the names that it is for. */
 interface Pair {
@@ -11150,7 +12236,7 @@ function outdated({ tls }: Pick<ListenerConfig, "tls">, now: Date): string[] {
   });
 }
 
-// --- 12.2 Runtimes: Deno, Bun, Node and the edge, in one table ---
+// --- 13.2 Runtimes: Deno, Bun, Node and the edge, in one table ---
 
 /** Writes to standard output through node:fs. While the pipe is full, tries again after 1, 2, 4, ... 50 ms. */
 const printed = (bytes: Uint8Array, wait = 1): Promise<number> =>
@@ -11290,6 +12376,8 @@ function defaultEffects(): Omit<Effects, "accessLog"> {
       }),
     client: clientOf,
     onProbed: () => {},
+    probes: () => true,
+    agree: (_, server) => server.opinion,
     told: () => {},
     certificate: certificateReader(),
     report: printReport,
@@ -11317,7 +12405,7 @@ async function checkUnused(host: string, port: number): Promise<void> {
   if (taken) throw Object.assign(new Error(), { code: "EADDRINUSE" });
 }
 
-// --- 12.3 Library: a balancer with the effects of this runtime ---
+// --- 13.3 Library: a balancer with the effects of this runtime ---
 
 /** Effects of the library's user, in place of the runtime's. `fetch` sends attempts by a function of the Fetch API. */
 export type OwnEffects = Partial<Effects> & { fetch?: Fetch };
@@ -11355,7 +12443,7 @@ export function createLoadBalancer(
   return lb;
 }
 
-// --- 12.4 Command line: options, then the environment, then the file ---
+// --- 13.4 Command line: options, then the environment, then the file ---
 
 const USAGE = `lb.ts ${VERSION}: a load balancer for HTTP in one file
 
@@ -11476,7 +12564,7 @@ function readText(file: string): string {
   }
 }
 
-// --- 12.5 Listeners: opened, updated with the config and certificates, and drained ---
+// --- 13.5 Listeners: opened, updated with the config and certificates, and drained ---
 
 /** A listener that is open. */
 interface Listener {
@@ -11856,7 +12944,7 @@ async function drain(balancer: Balancer, open: OpenListeners, grace: number): Pr
   return { requests: balancer.inFlight, connections };
 }
 
-// --- 12.6 Workers: threads that share the port, and one that decides ---
+// --- 13.6 Workers: threads that share the port, and one that decides ---
 
 const WORKER = "lb.ts worker";
 /** What a worker has to know when it starts. All of it can be copied from thread to thread. */
@@ -11872,8 +12960,8 @@ interface WorkerTask {
 }
 /** From the main thread to its workers. */
 type ToWorker =
-  | { kind: "config"; config: Raw }
-  | { kind: "probed"; service: string; url: string; problem: string | undefined }
+  | { kind: "config"; config: Raw; secret: string }
+  | { kind: "probed"; service: string; url: string; problem: string | undefined; up: boolean }
   | { kind: "told"; service: string; url: string; up: boolean }
   | { kind: "drain"; grace: number };
 /** From a worker. */
@@ -11967,7 +13055,8 @@ async function work({ config, file, ports, reports, workers, secret, down }: Wor
     sendLines(lines);
     return Promise.resolve(lines.length);
   }, report);
-  const lb = createLoadBalancer(read(config), { accessLog: log.write, report, secret: () => secret });
+  let signing = secret;
+  const lb = createLoadBalancer(read(config), { accessLog: log.write, report, secret: () => signing });
   const { balancer } = lb, { effects } = balancer;
   process.on("uncaughtException", (error) => report("error", `internal: ${error.stack ?? error}`)); // serve on
   const find = (name: string, url: string) => {
@@ -11976,13 +13065,14 @@ async function work({ config, file, ports, reports, workers, secret, down }: Wor
   };
   for (const [name, url] of down) {
     const { server } = find(name, url);
-    if (server) server.up = false;
+    if (server) server.up = server.opinion = false;
   }
   const listeners = await listenAll({ lb, shared: true, ports, alone: reports, report: reports ? report : () => {} })
     .catch((error) => send({ kind: "failed", reason: error.message }));
   if (!listeners) return;
   parentPort!.on("message", async (order: ToWorker) => {
     if (order.kind === "config") {
+      signing = order.secret;
       lb.reload(read(order.config));
       send({ kind: "counts", counts: takeSamples(balancer) }); // what is in flight where nothing new goes any more
       return send({ kind: "applied" });
@@ -11995,7 +13085,8 @@ async function work({ config, file, ports, reports, workers, secret, down }: Wor
     const { service, server } = find(order.service, order.url);
     if (!service || !server) return;
     if (order.kind === "told") return setHealth(service, server, order.up, effects);
-    onProbed(service, server, order.problem, { ...effects, report: () => {} }); // the main thread has reported it
+    const { problem, up } = order; // the main thread has decided and reported it
+    onProbed(service, server, problem, { ...effects, agree: () => up, report: () => {} });
     server.probesPassed = server.probesFailed = 0; // it has counted them, too
   });
   let seen = -1;
@@ -12031,19 +13122,23 @@ const sendToAll = (workers: Workers, order: ToWorker): void =>
 const nextFromAll = <K extends WorkerMessage["kind"]>(workers: Workers, kind: K, timeout: number) =>
   Promise.all([...workers.keys()].map((worker) => nextMessage(worker, kind, timeout)));
 
+const configOrder = ({ table, effects }: Balancer): ToWorker => ({
+  ...{ kind: "config", config: table.config.source, secret: effects.secret() },
+});
+
 /** Has the workers hear at once what is changed or found here. A reload resolves when all of them have it. */
 function passOn(lb: LoadBalancer, workers: Workers, show: () => void): void {
   const { reload, balancer } = lb, { effects } = balancer;
   lb.reload = (config) => {
     reload(config);
     const applied = nextFromAll(workers, "applied", APPLYING);
-    sendToAll(workers, { kind: "config", config: balancer.table.config.source });
+    sendToAll(workers, configOrder(balancer));
     show();
     return applied;
   };
   effects.told = ({ name }, { url }, up) => sendToAll(workers, { kind: "told", service: name, url, up });
-  effects.onProbed = ({ name }, { url }, problem) =>
-    sendToAll(workers, { kind: "probed", service: name, url, problem });
+  effects.onProbed = ({ name }, { url, up }, problem) =>
+    sendToAll(workers, { kind: "probed", service: name, url, problem, up });
 }
 
 const serversDown = ({ services }: Table): WorkerTask["down"] =>
@@ -12089,7 +13184,7 @@ async function startWorkers(lb: LoadBalancer, count: number, log: AccessLog): Pr
     }
     workers.set(worker, undefined);
     balancer.workers.set(id, { since: effects.date(), end: () => void worker.terminate() });
-    worker.postMessage({ kind: "config", config: balancer.table.config.source } satisfies ToWorker); // it may be another
+    worker.postMessage(configOrder(balancer)); // it may be another
     return listening.opened;
   };
   const replace = (reason: string) => {
@@ -12113,7 +13208,7 @@ async function startWorkers(lb: LoadBalancer, count: number, log: AccessLog): Pr
   };
 }
 
-// --- 12.7 Main: the program, from its arguments to its exit status ---
+// --- 13.7 Main: the program, from its arguments to its exit status ---
 
 /** Which route a request belongs to and which servers it may go to, for a balancer that has just started. */
 function explained(config: Config, text: string): string {
@@ -12159,25 +13254,40 @@ async function run(call: Call): Promise<void> {
       fs.writeSync(1, log.rest()); // asynchronous writes no longer happen
     } catch { /* nobody reads it */ }
   });
+  let isAdminOpen = false;
+  let onApplied: FleetMember["onApplied"] = () => {}; // what comes first is announced with the listeners
+  const fleet = config.fleet && makeFleet(lb, call, config.fleet, (...applied) => onApplied(...applied));
+  await fleet?.start(JOINING); // what the others know comes before the first request
   const opening = openListeners(lb, call, log);
-  const stop = () => void quit(lb, opening, call.drain, log);
+  const stop = () => void quit(lb, opening, call.drain, log, fleet);
   process.on("SIGTERM", stop).on("SIGINT", stop);
   const { opened } = await opening;
-  let admin = "";
-  if (config.admin) {
+  let adminAddress = "";
+  const openAdmin = async ({ admin }: Config) => {
+    if (!admin || isAdminOpen) return;
+    isAdminOpen = true;
     const app = createAdmin(lb, { ...!isDemo && { file }, parse: (text) => load(call, text) });
-    ({ address: admin } = await serve(app, { hostname: config.admin.listen.host, port: config.admin.listen.port }));
-    report("info", `admin on http://${admin}`);
-  }
+    const { address } = await serve(app, { hostname: admin.listen.host, port: admin.listen.port });
+    report("info", `admin on http://${address}`);
+    adminAddress = address;
+  };
+  await openAdmin(lb.balancer.table.config);
+  onApplied = (next, before) => {
+    report("info", `${file} is in force again, as the fleet has it`);
+    if (isAdminOpen && needsRestart(next, before)) report("warn", NEEDS_RESTART);
+    announce(lb);
+    openAdmin(next).catch((error) => report("error", error.message));
+  };
   lb.start();
   if (!isDemo) {
-    process.on("SIGHUP", () => reloadFile(call, lb));
+    const read = (onlyIfOther: boolean) => fleet ? void fleet.checkFile() : reloadFile(call, lb, onlyIfOther);
+    process.on("SIGHUP", () => read(false));
     setInterval(() => {
       const stamp = fileStamp(file), isStill = stamp === seen; // not still being written
       seen = stamp;
       if (!isStill || stamp === inForce) return;
       inForce = stamp;
-      reloadFile(call, lb, true);
+      read(true);
     }, WATCH_TICK);
   }
   process.stderr.on("error", () => {}); // nobody reads it: a report of that would fail the same way
@@ -12185,7 +13295,33 @@ async function run(call: Call): Promise<void> {
   reportOpened(opened, report);
   if (call.workers > 1) report("info", `workers: ${call.workers}`);
   announce(lb);
-  if (isDemo) report("info", demoHints([...opened.values()][0]!.replace("0.0.0.0", "localhost"), admin));
+  if (isDemo) report("info", demoHints([...opened.values()][0]!.replace("0.0.0.0", "localhost"), adminAddress));
+}
+
+const JOINING = 3_000; // milliseconds that the start waits for the fleet's engine
+
+/** This instance in its fleet, of which the main thread is the member. */
+function makeFleet(lb: LoadBalancer, call: Call, own: FleetConfig, onApplied: FleetMember["onApplied"]) {
+  const { file } = call, { effects } = lb.balancer, isThisMachine = (url: string) => isLoopback(new URL(url).hostname);
+  if (!own.etcd.length) {
+    return void effects.report("error", `${file}: fleet.durable is for the edge: without etcd this instance is alone`);
+  }
+  for (const url of own.etcd.filter((url) => url.startsWith("http:") && !isThisMachine(url))) {
+    effects.report("warn", `fleet: ${url} is asked without TLS: who listens there reads documents and passwords`);
+  }
+  return new Fleet(lb, new EtcdClient(own, effects), {
+    ...{ own, file, name: `${hostname()}-${process.pid}`, id: randomBytes(9).toString("base64url"), isObserver: false },
+    parse: (text) => load(call, text),
+    read() {
+      try {
+        return readText(file);
+      } catch { // whoever has written it hears of it with the next document
+        return undefined;
+      }
+    },
+    save: (before, text, keeps) => saveFile(file, before, text, keeps),
+    onApplied,
+  });
 }
 
 /** Opens the listeners in this thread, or in workers; these share ports, so other processes must not have them. */
@@ -12198,18 +13334,25 @@ async function openListeners(lb: LoadBalancer, call: Call, log: AccessLog): Prom
 }
 
 /** Drains and ends the program after a signal; a second signal ends it at once. */
-async function quit({ balancer }: LoadBalancer, opening: Promise<Listeners>, grace: number, log: AccessLog) {
+async function quit(
+  { balancer }: LoadBalancer,
+  opening: Promise<Listeners>,
+  grace: number,
+  log: AccessLog,
+  fleet: Fleet | undefined,
+): Promise<void> {
   const { effects } = balancer, until = effects.now() + grace;
   if (balancer.draining) {
     effects.report("warn", `ended by a second signal; requests cut off: ${balancer.inFlight}`);
     process.exit(1);
   }
   balancer.draining = true;
+  const left = fleet?.leave();
   effects.report("info", `draining; requests in flight: ${balancer.inFlight}`);
   const { requests, connections } = await (await opening).drain(grace);
   const cut = requests ? `; requests cut off: ${requests}` : "";
   effects.report("info", `drained${cut}${connections ? `; connections ended: ${connections}` : ""}`);
-  await log.end(Math.max(until - effects.now(), 500));
+  await Promise.all([left, log.end(Math.max(until - effects.now(), 500))]);
   process.exit(0);
 }
 
@@ -12277,7 +13420,7 @@ async function main(args: string[], env: Call["env"]): Promise<void> {
   }
 }
 
-// --- 12.8 Edge: the handlers that the platform calls ---
+// --- 13.8 Edge: the handlers that the platform calls ---
 
 /** Limits of connections and heads: the platform has its own. */
 const SOCKET_LIMITS = ["connections", "client_connections", "header", "keep_alive", "header_size", "header_fields"];

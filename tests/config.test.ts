@@ -773,12 +773,12 @@ const WRONG: [text: string, ...expected: string[]][] = [
   [
     `${ROUTE}listn: 1\nworker: {}\n`,
     '2:1: listn: unknown key; did you mean "listen"?',
-    "3:1: worker: unknown key; allowed: listen, admin, trust, limits, log, name_routes, defaults, services, hosts, paths, routes, default, tcp",
+    "3:1: worker: unknown key; allowed: listen, admin, trust, limits, log, name_routes, defaults, services, hosts, paths, routes, default, tcp, fleet",
   ],
   [
     `${ROUTE}__proto__: 1\nconstructor: 1`,
-    "2:1: __proto__: unknown key; allowed: listen, admin, trust, limits, log, name_routes, defaults, services, hosts, paths, routes, default, tcp",
-    "3:1: constructor: unknown key; allowed: listen, admin, trust, limits, log, name_routes, defaults, services, hosts, paths, routes, default, tcp",
+    "2:1: __proto__: unknown key; allowed: listen, admin, trust, limits, log, name_routes, defaults, services, hosts, paths, routes, default, tcp, fleet",
+    "3:1: constructor: unknown key; allowed: listen, admin, trust, limits, log, name_routes, defaults, services, hosts, paths, routes, default, tcp, fleet",
   ],
   [
     "default: { servers: [{ url: a:1, wieght: 2 }] }",

@@ -27,6 +27,7 @@ const SLOW = ["chaos", "fuzz", "simulate"];
 const PROGRAMS = Object.entries({
   "/usr/bin/chromium": "chromium",
   "/usr/bin/curl": "curl",
+  "/usr/bin/etcd": "etcd-server",
   "/usr/bin/faketime": "faketime",
   "/usr/bin/git": "git",
   "/usr/bin/goaccess": "goaccess",
