@@ -96,7 +96,7 @@ import {
 
 // --- 1.1 Value types: durations, sizes, names, addresses, and how schemas are put together ---
 
-// A message that begins with $ begins with the value: `"5 sec" is not a duration` (see `report`).
+// A message that begins with $ begins with the value: `"5 sec" is not a duration` (see `reportIssue`).
 type Schema = v.GenericSchema;
 type Out<S extends Schema> = v.InferOutput<S>;
 type OutOf<E extends v.ObjectEntries> = Out<v.ObjectSchema<E, undefined>>;
@@ -105,8 +105,8 @@ type Raw = Record<string, unknown>;
 type Keys = (string | number)[];
 
 const isRecord = (value: unknown): value is Raw => typeof value === "object" && value !== null && !Array.isArray(value);
-const record = (value: unknown): Raw => isRecord(value) ? value : {};
-const isTrue = (value: unknown) => /^true$/i.test(String(value)); // see `spelled`
+const mapOf = (value: unknown): Raw => isRecord(value) ? value : {};
+const isTrue = (value: unknown) => /^true$/i.test(String(value)); // see `asSpelled`
 
 /** valibot takes a list for a map with the keys "0", "1", ...; we do not. */
 const notAList = <S extends Schema>(schema: S, message: string): S => ({
@@ -117,7 +117,7 @@ const notAList = <S extends Schema>(schema: S, message: string): S => ({
 /** A key of a map with its default, as one would write it. */
 const exampleOf = (entries: v.ObjectEntries): string => {
   const [name, value] = Object.entries(entries).map(([key, schema]) => [key, "default" in schema ? schema.default : ""])
-    .find(([, or]) => or && typeof or !== "object") ?? [Object.keys(entries)[0], "..."];
+    .find(([, value]) => value && typeof value !== "object") ?? [Object.keys(entries)[0], "..."];
   return `{ ${name}: ${value} }`;
 };
 /** A map with known keys. Unlike `v.strictObject`, which stops at the first one, it reports every unknown key. */
@@ -137,8 +137,11 @@ const choice = <const E extends v.ObjectEntries>(entries: E) => {
   );
 };
 /** A key that may be left out; without a fallback it then stays absent. */
-const key = <S extends Schema, D extends v.InferInput<S> | undefined = undefined>(schema: S, about: string, or?: D) =>
-  v.pipe(v.optional(schema, or as never), v.description(about)) as unknown as v.OptionalSchema<S, D>;
+const may = <S extends Schema, D extends v.InferInput<S> | undefined = undefined>(
+  schema: S,
+  about: string,
+  usual?: D,
+) => v.pipe(v.optional(schema, usual as never), v.description(about)) as unknown as v.OptionalSchema<S, D>;
 /** A key that must be there. The union keeps its description in front of the transformations, where JSON Schema ends. */
 const need = <S extends Schema>(schema: S, about: string) => v.pipe(v.union([schema]), v.description(about));
 const opt = v.optional; // for keys that their map's own description explains
@@ -153,10 +156,10 @@ const dict = <I, O>(name: v.GenericSchema<unknown, string>, value: v.GenericSche
     notAList(v.record(v.string(), value, message), message),
     v.rawCheck<Record<string, O>>(({ dataset: { value: input }, addIssue }) => { // also where a value is wrong
       const seen = new Set<string>();
-      for (const [key, value] of Object.entries(record(input))) {
+      for (const [key, value] of Object.entries(mapOf(input))) {
         const { issues, output } = v.safeParse(name, unescaped(key));
         const message = issues ? issues[0].message : seen.has(output) && "$ stands twice";
-        if (message) addIssue({ message, path: [{ type: "object", origin: "key", input: record(input), key, value }] });
+        if (message) addIssue({ message, path: [{ type: "object", origin: "key", input: mapOf(input), key, value }] });
         else seen.add(output as string);
       }
     }),
@@ -231,7 +234,7 @@ type Reader<T> = (text: string, ...groups: string[]) => T | Error | false;
  * A word or number. `read` makes a value of the pattern's groups; false refuses it, and so does an Error, which says why.
  * Editors show what the pattern refuses, or `strict`, where that refuses more.
  */
-const word = <T = string>(what: string, pattern: RegExp, read: Reader<T> = (text) => text as T, strict = pattern) =>
+const term = <T = string>(what: string, pattern: RegExp, read: Reader<T> = (text) => text as T, strict = pattern) =>
   v.pipe(
     Object.assign(either(what, v.string(), v.number()), { json: patternJson(strict) }),
     v.rawTransform<string | number, T>(({ dataset, addIssue, NEVER }) => {
@@ -243,7 +246,7 @@ const word = <T = string>(what: string, pattern: RegExp, read: Reader<T> = (text
     }),
   );
 /** Takes 3.0, 1e3 and True for what they are, where `scalar` has left them as they are written. */
-const spelled = <S extends Schema>(schema: S): S => ({
+const asSpelled = <S extends Schema>(schema: S): S => ({
   ...schema,
   "~run": (dataset: v.UnknownDataset, config: v.Config<v.BaseIssue<unknown>>) => {
     const { value } = dataset, odd = typeof value === "string" && ODD.test(value);
@@ -252,8 +255,8 @@ const spelled = <S extends Schema>(schema: S): S => ({
 });
 const ODD = /^(?:True|TRUE|False|FALSE|(?:0|[1-9]\d*)(?:\.\d*0|(?:\.\d+)?[eE]\d+))$/;
 const numeral = (least: number, most: number, message = `$ is not a number from ${least} to ${most}`) =>
-  v.pipe(spelled(v.number(message)), v.minValue(least, message), v.maxValue(most, message));
-const whole = (least: number, most: number) => {
+  v.pipe(asSpelled(v.number(message)), v.minValue(least, message), v.maxValue(most, message));
+const integer = (least: number, most: number) => {
   const message = `$ is not a whole number from ${least} to ${most}`;
   return v.pipe(numeral(least, most, message), v.integer(message));
 };
@@ -262,25 +265,25 @@ const whole = (least: number, most: number) => {
 const UNITS: Record<string, number> = { ms: 1, s: 1e3, m: 60e3, h: 3600e3, d: 86400e3 };
 const TIME = /^(?:0|(\d+(?:\.\d+)?)(ms|s|m|h|d))$/, MORE_THAN_0 = /^(?=.*[1-9])\d+(?:\.\d+)?(?:ms|s|m|h|d)$/;
 const duration = (least: number, days = 1) =>
-  word("a duration such as 500ms, 2s or 1m", TIME, (_, count = "0", unit = "s") => {
+  term("a duration such as 500ms, 2s or 1m", TIME, (_, count = "0", unit = "s") => {
     const ms = Math.round(Number(count) * UNITS[unit]!);
     return ms >= least && ms <= days * UNITS.d! ? ms : new Error(`${least ? "more than 0 and " : ""}at most ${days}d`);
   }, least ? MORE_THAN_0 : TIME);
 /** Text such as 500ms, 2s or 1m to milliseconds. */
 const Duration = duration(1);
-const Percent = word("a percentage from 0% to 100%", /^(?:100|\d?\d(?:\.\d+)?)%$/, (text) => parseFloat(text) / 100);
+const Percent = term("a percentage from 0% to 100%", /^(?:100|\d?\d(?:\.\d+)?)%$/, (text) => parseFloat(text) / 100);
 const SIZE = /^(?:[nN]one|NONE|(\d+(?:\.\d+)?) ?(?:([kKmMgGtT]?)([iI]?)[bB])?)$/;
-const bytesIn: Reader<number> = (_, count, prefix = "", i) => {
+const readBytes: Reader<number> = (_, count, prefix = "", i) => {
   const bytes = Math.floor(Number(count) * (i ? 1024 : 1000) ** " kmgt".indexOf(lower(prefix) || " "));
   return count === undefined ? Infinity : Number.isSafeInteger(bytes) && bytes;
 };
-const Size = word("a size such as 512kB, 10MB, 1MiB, a number of bytes, or none", SIZE, bytesIn);
-const HeadSize = word("a size such as 64KiB, from 1KiB to 1MiB", SIZE, (...size) => {
-  const bytes = bytesIn(...size);
+const Size = term("a size such as 512kB, 10MB, 1MiB, a number of bytes, or none", SIZE, readBytes);
+const HeadSize = term("a size such as 64KiB, from 1KiB to 1MiB", SIZE, (...size) => {
+  const bytes = readBytes(...size);
   return Number(bytes) >= 1_024 && Number(bytes) <= 2 ** 20 && bytes;
 });
-const Limit = or("none", Infinity, whole(1, 1e6), "a whole number from 1 to 1000000");
-const Bool = spelled(v.boolean("$ is not true or false")), True = spelled(v.literal(true));
+const Limit = or("none", Infinity, integer(1, 1e6), "a whole number from 1 to 1000000");
+const Bool = asSpelled(v.boolean("$ is not true or false")), True = asSpelled(v.literal(true));
 const Text = v.pipe(either("text", v.string(), v.number(), v.boolean()), v.transform(String));
 // A line break would begin another header.
 const Printable = v.pipe(Text, v.regex(/^[\t\x20-\x7e\x80-\xff]*$/, "$ cannot stand in a header"), v.trim());
@@ -288,16 +291,16 @@ const Texts = many(Printable, "a text");
 const lower = (text: string) => text.toLowerCase();
 const TOKEN = /^[!#$%&'*+.^_`|~0-9A-Za-z-]+$/; // RFC 9110 section 5.6.2
 const upper = (text: string) => text.toUpperCase();
-const Method = word(
+const Method = term(
   "a method that can be forwarded, such as GET",
   TOKEN,
   (text) => !/^(trace|connect)$/i.test(text) && upper(text),
 );
 const Methods = many(Method, "a method");
-const HeaderName = word("a header name", TOKEN, lower);
+const HeaderName = term("a header name", TOKEN, lower);
 // Where a message ends and the next one begins is ours to say.
 const FRAMING = /^(connection|content-length|host|keep-alive|proxy-connection|te|trailer|transfer-encoding|upgrade)$/;
-const RuleName = word(
+const RuleName = term(
   "a header name that a rule may change",
   TOKEN,
   (name) => !FRAMING.test(lower(name)) && lower(name),
@@ -311,13 +314,13 @@ const isName = (text: string) =>
 const isHost = (text: string) => /^\[.*\]$/.test(text) ? isIPv6(text.slice(1, -1)) : isName(text) || isIPv4(text);
 const LOCAL = "unix"; // among networks: clients of Unix sockets, which have no address
 const NETWORK = /^([^/]+)(?:\/(\d{1,3}))?$/;
-const Network = word("an address or a network such as 10.0.0.0/8", NETWORK, (text, address, bits = "0") => {
+const Network = term("an address or a network such as 10.0.0.0/8", NETWORK, (text, address, bits = "0") => {
   return (text === LOCAL || isAddress(address) && Number(bits) <= (isIPv4(address) ? 32 : 128)) && text;
 });
 const Networks = many(Network, "an address or a network");
 const AUTHORITY = /^(\[[^\]]*\]|[^:[\]]*)(?::(\d{1,5}))?$/;
-const Host = word("a host such as www.example.com", AUTHORITY, (text, host) => (!text || isHost(host)) && text);
-const HostPattern = word('a host such as www.example.com or "*.example.com"', AUTHORITY, (_, host, port) => {
+const Host = term("a host such as www.example.com", AUTHORITY, (text, host) => (!text || isHost(host)) && text);
+const HostPattern = term('a host such as www.example.com or "*.example.com"', AUTHORITY, (_, host, port) => {
   const name = lower(host).replace(/\.$/, "");
   if (!isHost(name.replace(/^\*\./, "")) || /^\*\.[[\d.]+$/.test(name)) return false;
   return port ? new Error(`routes match hosts on all ports; write ${host}`) : name;
@@ -325,19 +328,19 @@ const HostPattern = word('a host such as www.example.com or "*.example.com"', AU
 const ADDRESS = /^(?:(.*):)?(\d{1,5})$/, A_LISTENER = "a port, or an address such as 127.0.0.1:8080 or [::]:8080";
 const readAddress = (_: string, host = "", port: string) =>
   Number(port) < 65536 && (!host || isHost(host)) && { host, port: Number(port) };
-const AddressSchema = word(A_LISTENER, ADDRESS, readAddress);
+const AddressSchema = term(A_LISTENER, ADDRESS, readAddress);
 /** The name of a Unix socket. Of its path the system takes 107 bytes (unix(7)). */
 const UNIX = /unix:\/[!-~]{1,106}/, isUnix = (host: string): boolean => host.startsWith("unix:");
 const LISTEN = new RegExp(`^(?:${UNIX.source}|(?:(.*):)?(\\d{1,5}))$`);
-const Listen = word(`${A_LISTENER}, or unix:/run/lb.sock`, LISTEN, (text, host, port) => {
+const Listen = term(`${A_LISTENER}, or unix:/run/lb.sock`, LISTEN, (text, host, port) => {
   return isUnix(text) ? { host: text, port: 0 } : readAddress(text, host, port!);
 });
-const Mode = word("permissions such as 660", /^0?[0-7]{3}$/, (text) => parseInt(text, 8));
+const Mode = term("permissions such as 660", /^0?[0-7]{3}$/, (text) => parseInt(text, 8));
 /** A port alone is one of this machine's: only who says so opens it to others. */
 const Local = v.pipe(AddressSchema, v.transform(({ host, port }) => ({ host: host || "127.0.0.1", port })));
 const isLoopback = (host: string) =>
   host === "localhost" || host === "[::1]" || isIPv4(host) && host.startsWith("127.");
-const Bearer = word("a token of 8 or more letters, digits and -._~+/", /^[\w.~+/-]{8,}=*$/); // RFC 6750 section 2.1
+const Bearer = term("a token of 8 or more letters, digits and -._~+/", /^[\w.~+/-]{8,}=*$/); // RFC 6750 section 2.1
 const UNRESERVED = /[\w.~-]/;
 /** Percent-encoding in its normal form: in capitals, and only where it is needed (RFC 3986 section 6.2.2). */
 const normalEncoding = (path: string): string => {
@@ -349,11 +352,11 @@ const normalEncoding = (path: string): string => {
 };
 const A_PATH = "a path such as /v1 (it begins with / and has no query)", NO_DOTS = "no request has . or .. in its path";
 const hasDots = (path: string) => /\/\.\.?(?:[/?]|$)/.test(path);
-const ProbePath = word("a path such as /healthz (it begins with /)", /^\/[!-"$-~]*$/, (path) => {
+const ProbePath = term("a path such as /healthz (it begins with /)", /^\/[!-"$-~]*$/, (path) => {
   return hasDots(path) ? new Error(NO_DOTS) : path; // ASCII without space and #
 });
 /** Where a rewrite leads. Nobody means a star or a name literally there. */
-const Path = word(A_PATH, /^\/[!-"$->@-~]*$/, (path) => {
+const Path = term(A_PATH, /^\/[!-"$->@-~]*$/, (path) => {
   if (hasDots(path)) return new Error(NO_DOTS);
   if (!/\*|\{|\/:[a-z]/i.test(path)) return path;
   return new Error("it is taken literally; what follows the match stays by itself, and $1 is a group of {regex: ...}");
@@ -403,14 +406,14 @@ const readPattern = (written: string): string | Error => {
 const PATTERN = /^[/*^][^\x00-\x20?#\x7f]*$/;
 const SEGMENTS = String
   .raw`(?:/(?::[A-Za-z_]\w*|\{[A-Za-z_]\w*\}|(?!:)(?:[^\x00-\x20?#\x7f/{}*\\%]|%[0-9A-Fa-f]{2})*))`;
-const Exact = word(A_PATH, PATTERN, readPattern, new RegExp(`^${SEGMENTS}+$`));
+const Exact = term(A_PATH, PATTERN, readPattern, new RegExp(`^${SEGMENTS}+$`));
 const readPrefix: Reader<string> = (path) => {
   const pattern = readPattern(path.replace(/\/\*\*?$/, "/"));
   return typeof pattern === "string" ? pattern.replace(/\/+$/, "") : pattern;
 };
-const Prefix = word(A_PATH, PATTERN, readPrefix, new RegExp(`^(?:${SEGMENTS}+|${SEGMENTS}*/\\*\\*?)$`));
+const Prefix = term(A_PATH, PATTERN, readPrefix, new RegExp(`^(?:${SEGMENTS}+|${SEGMENTS}*/\\*\\*?)$`));
 /** RE2 syntax: linear time by construction, so that no pattern can be made slow by a request. */
-const Regex = word("a regular expression (RE2)", /^[\s\S]*$/, (text) => {
+const Regex = term("a regular expression (RE2)", /^[\s\S]*$/, (text) => {
   try {
     return RE2JS.compile(text), text;
   } catch (error) { // its message has the pattern, which may be a secret
@@ -419,7 +422,7 @@ const Regex = word("a regular expression (RE2)", /^[\s\S]*$/, (text) => {
 });
 
 /** A host as the runtimes' listeners take it. */
-const bare = (host: string): string => host.replace(/^\[|\]$/g, "");
+const bareAddress = (host: string): string => host.replace(/^\[|\]$/g, "");
 
 /** A client's address: listeners for both families give ::ffff:10.0.0.1 (RFC 4291 section 2.5.5.2). */
 const unmapped = (address: string | undefined): string => address?.replace(/^::ffff:/, "") || "unknown";
@@ -428,28 +431,28 @@ const unmapped = (address: string | undefined): string => address?.replace(/^::f
 const pathOfUnix = (host: string): string => host.slice("unix:".length);
 
 /** An address as people write it. */
-const shown = (host: string, port: number): string => isUnix(host) ? host : `${host || "0.0.0.0"}:${port}`;
+const shownAddress = (host: string, port: number): string => isUnix(host) ? host : `${host || "0.0.0.0"}:${port}`;
 
 // --- 1.2 Services: what a service and its servers may say ---
 
 const ORIGIN =
   /^(?:unix:\/[!-~]{1,106}|(?:([hH][tT][tT][pP][sS]?|[hH]2[cC]):\/\/)?(\[[^\]]*\]|[^:[\]/?#@]*)(?::(\d{1,5}))?\/?)$/;
 const SERVER = "a server such as localhost:8081 or http://localhost (no user, no path)";
-const isPort = (server: unknown): boolean => /^\d{1,5}$/.test(String(server));
+const isPortText = (server: unknown): boolean => /^\d{1,5}$/.test(String(server));
 const Url = {
-  ...word(SERVER, ORIGIN, (text, scheme = "", given, at) => {
+  ...term(SERVER, ORIGIN, (text, scheme = "", given, at) => {
     if (isUnix(text)) return { name: text, url: text };
-    const [host, port] = isPort(text) ? ["localhost", text] : [given!, at];
+    const [host, port] = isPortText(text) ? ["localhost", text] : [given!, at];
     const number = Number(port ?? { http: 80, h2c: 80, https: 443 }[lower(scheme)]), name = `${lower(host)}:${number}`;
     const isThere = isHost(host.replace(/\.$/, "")) && URL.canParse(`http://${name}`); // a last dot: no search domains
     const fits = isThere && number > 0 && number < 65536, isH2c = lower(scheme) === "h2c";
     const { origin } = new URL(`${isH2c ? "http" : scheme || "http"}://${fits ? name : "none"}`);
     return fits && { name, url: isH2c ? origin.replace("http", "h2c") : origin };
   }),
-  long: (server: unknown) => isPort(server) ? `localhost:${server}` : server,
+  long: (server: unknown) => isPortText(server) ? `localhost:${server}` : server,
 };
 const also = {
-  weight: opt(whole(0, 256), 1),
+  weight: opt(integer(0, 256), 1),
   host: opt(Host, ""),
   backup: opt(Bool, false),
   max: opt(Limit, "none"),
@@ -488,10 +491,10 @@ const Servers = v.pipe(
 /** The built-in strategies that are named by a word. */
 const STRATEGIES = ["round-robin", "first", "random", "two-choices", "least-connections", "least-response-time", "peak-ewma", "ip-hash"] as const;
 type Hashed = "header" | "cookie" | "query" | "path" | "client";
-const named = { header: opt(HeaderName), cookie: opt(Text), query: opt(Text) };
-const HashMap = map({ hash: choice({ ...named, path: opt(True), client: opt(True) }) });
+const NAMED_KEYS = { header: opt(HeaderName), cookie: opt(Text), query: opt(Text) };
+const HashMap = map({ hash: choice({ ...NAMED_KEYS, path: opt(True), client: opt(True) }) });
 const AnyName = Object.assign(v.union([v.picklist(STRATEGIES), v.string()]), { json: { enum: STRATEGIES } });
-/** Any name, for users may bring strategies of their own: `check` knows which there are. */
+/** Any name, for users may bring strategies of their own: `checkFile` knows which there are. */
 const StrategySchema = v.pipe(
   either("a strategy such as random or {hash: {header: name}}", AnyName, HashMap),
   v.transform((strategy): { name: string; by: Hashed | "none"; key: string } => {
@@ -501,25 +504,25 @@ const StrategySchema = v.pipe(
   }),
 );
 const A_STATUS = "a status such as 200, 2xx, or 200-399";
-const StatusRange = word(A_STATUS, /^([1-5]\d\d)(?:-([1-5]\d\d))?$/, (_, from, to = from) => {
+const StatusRange = term(A_STATUS, /^([1-5]\d\d)(?:-([1-5]\d\d))?$/, (_, from, to = from) => {
   return from <= to && [Number(from), Number(to)] as [number, number];
 });
-const Hundred = word(A_STATUS, /^[1-5](?:xx|XX)$/);
+const Hundred = term(A_STATUS, /^[1-5](?:xx|XX)$/);
 const Statuses = orBrief(A_STATUS, Hundred, (text) => String(text).replace(/xx/i, "00-$`99"), StatusRange);
 const Probe = map({
-  path: key(either("a path", v.literal(""), ProbePath), "a request to it; without it a TCP connect", ""),
-  interval: key(Duration, "time between two probes", "10s"),
-  timeout: key(Duration, "a probe that takes longer has failed", "2s"),
-  expect: key(many(Statuses, "a status", 1), "200, 200-399, or a list", [200]),
-  body: key(Text, "what the body has to contain", ""),
-  grpc: key(
+  path: may(either("a path", v.literal(""), ProbePath), "a request to it; without it a TCP connect", ""),
+  interval: may(Duration, "time between two probes", "10s"),
+  timeout: may(Duration, "a probe that takes longer has failed", "2s"),
+  expect: may(many(Statuses, "a status", 1), "200, 200-399, or a list", [200]),
+  body: may(Text, "what the body has to contain", ""),
+  grpc: may(
     v.pipe(Text, v.maxBytes(100, "$ is longer than 100 bytes")),
     "the service that grpc.health.v1 is asked about, over HTTP/2; empty: the whole server",
   ),
-  rise: key(whole(1, 100), "successes in a row until it may be asked again", 2),
-  fall: key(whole(1, 100), "failures in a row until it may not be asked", 3),
-  method: key(oneOf("GET", "HEAD", "OPTIONS", "POST"), "to ask with", "GET"),
-  headers: key(dict(HeaderName, Printable, "{ x-name: value }"), "of the request", {}),
+  rise: may(integer(1, 100), "successes in a row until it may be asked again", 2),
+  fall: may(integer(1, 100), "failures in a row until it may not be asked", 3),
+  method: may(oneOf("GET", "HEAD", "OPTIONS", "POST"), "to ask with", "GET"),
+  headers: may(dict(HeaderName, Printable, "{ x-name: value }"), "of the request", {}),
 });
 const kindOfProbe = ({ grpc, path }: Out<typeof Probe>) =>
   grpc !== undefined ? "grpc" as const : path ? "http" as const : "tcp" as const;
@@ -529,15 +532,15 @@ const ShortProbe = orBrief(A_PROBE, ProbePath, (path) => ({ path }), Probing);
 const Health = or("off", { kind: "off" as const, ...v.parse(Probe, {}) }, ShortProbe, A_PROBE);
 const Slow = or("off", Infinity, numeral(1.1, 1000), "a number from 1.1 to 1000");
 const EjectMap = map({
-  failures: key(whole(1, 1e6), "failed requests in a row", 5),
-  for: key(Duration, "how long; with every further time in a row that much longer", "30s"),
-  slow: key(Slow, "latency, in medians of the pool; or off", 3),
-  at_most: key(Percent, "of the servers at a time", "50%"),
+  failures: may(integer(1, 1e6), "failed requests in a row", 5),
+  for: may(Duration, "how long; with every further time in a row that much longer", "30s"),
+  slow: may(Slow, "latency, in medians of the pool; or off", 3),
+  at_most: may(Percent, "of the servers at a time", "50%"),
 });
 const Eject = or("off", { failures: Infinity, for: 0, slow: Infinity, at_most: 0 }, EjectMap);
-const QueueMap = map({ size: opt(whole(1, 100_000), 100), timeout: opt(Duration, "5s") });
-const Quantile = word("a share such as p95, from p50 to p99", /^p([5-9]\d)$/, (_, percent) => Number(percent) / 100);
-const ServiceName = word("a name", /^\P{Cc}{1,200}$/u);
+const QueueMap = map({ size: opt(integer(1, 100_000), 100), timeout: opt(Duration, "5s") });
+const Quantile = term("a share such as p95, from p50 to p99", /^p([5-9]\d)$/, (_, percent) => Number(percent) / 100);
+const ServiceName = term("a name", /^\P{Cc}{1,200}$/u);
 const AUTO = 0; // max_in_flight: what each server can bear is found out
 const InFlight = v.pipe(
   either("auto, none or a whole number from 1 to 1000000", v.literal("auto"), Limit),
@@ -554,15 +557,15 @@ const Timeouts = map({
   request: opt(or("none", Infinity, Duration, "a duration such as 30s"), "none"),
 });
 const WEB_ORIGIN = /^(?:\*|null|[a-z][a-z0-9+.-]*:\/\/(?:\*\.)?(?:\[[^\]]*\]|[^*:[\]/?#@\s]+)(?::\d{1,5})?)$/;
-const WebOrigin = word('an origin such as https://a.example, https://*.example or "*"', WEB_ORIGIN);
+const WebOrigin = term('an origin such as https://a.example, https://*.example or "*"', WEB_ORIGIN);
 const WebOrigins = many(WebOrigin, "an origin");
 const CorsMap = map({
-  origin: key(WebOrigins, "origins that may read the answers; https://*.example.com is any below it", ["*"]),
-  allow_methods: key(Methods, "methods they may use", ["GET", "HEAD", "PUT", "POST", "DELETE", "PATCH"]),
-  allow_headers: key(Texts, "headers they may send; none: those they ask for", []),
-  expose_headers: key(Texts, "headers they may read", []),
-  max_age: key(duration(0), "how long a browser may remember this", 0),
-  credentials: key(Bool, "with cookies", false),
+  origin: may(WebOrigins, "origins that may read the answers; https://*.example.com is any below it", ["*"]),
+  allow_methods: may(Methods, "methods they may use", ["GET", "HEAD", "PUT", "POST", "DELETE", "PATCH"]),
+  allow_headers: may(Texts, "headers they may send; none: those they ask for", []),
+  expose_headers: may(Texts, "headers they may read", []),
+  max_age: may(duration(0), "how long a browser may remember this", 0),
+  credentials: may(Bool, "with cookies", false),
 });
 const credible = (cors: Out<typeof CorsMap>) => !cors.credentials || !cors.origin.includes("*");
 const SafeCors = v.pipe(CorsMap, v.check(credible, "credentials need origins by name, not *"));
@@ -574,58 +577,58 @@ const TlsMap = map({ ca: Name, cert: Name, key: Name, servername: Name, insecure
 const Tls = v.pipe(TlsMap, v.check((tls) => !tls.cert === !tls.key, "needs cert and key together"));
 const HttpVersion = v.pipe(oneOf(1, 1.1, 2, "auto"), v.transform((version) => version === 1.1 ? 1 : version));
 const RETRY_CAUSES = ["connect", "reset", "unavailable"] as const; // the last is gRPC's
-const RetryOn = either("connect, reset, unavailable, or 400 to 599", v.picklist(RETRY_CAUSES), whole(400, 599));
+const RetryOn = either("connect, reset, unavailable, or 400 to 599", v.picklist(RETRY_CAUSES), integer(400, 599));
 const Fallback = or("none", "", ServiceName, "a name");
 /** What other programs call the server's own name, and the client's. */
 const OWN_HOST = /^(?:upstream|upstream_hostport|auto|rewrite|\{.*upstream.*|\$proxy_host)$/;
 const SENT_HOST = /^(?:preserve|pass|original|\{.*host.*|\$(?:http_)?host)$/;
-const HostHeader = word("keep, server or a host such as www.example.com", /^\S+$/, (host) => {
+const HostHeader = term("keep, server or a host such as www.example.com", /^\S+$/, (host) => {
   if (OWN_HOST.test(host)) return new Error("the server's own is called server");
   if (SENT_HOST.test(host)) return new Error("the client's is called keep");
   return /^(?:keep|server)$/.test(host) || v.is(Host, host) ? host : false;
 }, AUTHORITY);
-const CookieName = word("a cookie name", TOKEN);
+const CookieName = term("a cookie name", TOKEN);
 const Secret = v.pipe(Text, v.nonEmpty("the secret is empty"));
 const StickyMap = map({ cookie: opt(CookieName, "lb"), secret: opt(Secret), max_age: opt(duration(0, 400), 0) }); // browsers keep none longer
 const Stuck = v.pipe(StickyMap, v.transform((one) => ({ secret: "", ...one })));
 const A_COOKIE = "the name of a cookie, or a map such as { cookie: lb }";
 const NO_COOKIE = /^(?:on|yes|no|none|true|false|enabled?|disabled?|cookie|source|ip)$/i;
-const ShortCookie = word(A_COOKIE, TOKEN, (name) => !NO_COOKIE.test(name) && name);
+const ShortCookie = term(A_COOKIE, TOKEN, (name) => !NO_COOKIE.test(name) && name);
 const ShortSticky = orBrief(A_COOKIE, ShortCookie, (cookie) => ({ cookie }), Stuck);
 const Sticky = or("off", { cookie: "", secret: "", max_age: 0 }, ShortSticky, A_COOKIE);
 const Compress = orBrief("true, false or gzip", v.literal("gzip"), () => true, Bool);
 /** What a route may also say, and then wins over its service. */
-const policy = {
-  retries: key(whole(0, 10), "further attempts, always at another server while one is left", 1),
-  retry_on: key(v.array(RetryOn, "$ is not a list"), "what is tried again", ["connect", "reset", 502, 503, 504]),
-  timeouts: key(
+const POLICY_KEYS = {
+  retries: may(integer(0, 10), "further attempts, always at another server while one is left", 1),
+  retry_on: may(v.array(RetryOn, "$ is not a list"), "what is tried again", ["connect", "reset", 502, 503, 504]),
+  timeouts: may(
     Timeouts,
     "until connected, until the headers, between pieces of a body, for all of a request's",
     v.getDefaults(Timeouts),
   ),
-  host_header: key(HostHeader, "keep (the client's), server (the server's own), or a literal", "keep"),
-  compress: key(Compress, "gzip for text when the client accepts it and the server did not", false),
-  cors: key(Cors, "off, or who may read the answers in a browser", "off"),
+  host_header: may(HostHeader, "keep (the client's), server (the server's own), or a literal", "keep"),
+  compress: may(Compress, "gzip for text when the client accepts it and the server did not", false),
+  cors: may(Cors, "off, or who may read the answers in a browser", "off"),
 };
 const settings = {
-  strategy: key(StrategySchema, "which server takes a request; hash: the same key, the same server", "round-robin"),
-  health: key(Health, "off, or how servers are probed", v.getDefaults(Probe)),
-  eject: key(Eject, "off, or whom requests take out: who fails, or falls behind the others", v.getDefaults(EjectMap)),
-  slow_start: key(duration(0), "from 10 % of its weight to all of it, for a server that comes back or is new", "0s"),
-  panic: key(Percent, "fewer servers than this may be asked: ask them all rather than none", "50%"),
-  retry_budget: key(Percent, "retries at most, of the requests; at least 3 a second", "20%"),
-  hedge: key(Hedge, "off, or p95: who waits longer than so many percent do is tried at another server too", "off"),
-  max_in_flight: key(InFlight, "per server; auto: as many as leave its latency as it is", "none"),
-  queue: key(Queue, "off, or how many requests wait where all servers are full, and how long", v.getDefaults(QueueMap)),
-  fallback: key(Fallback, "the service that is asked when no server of this one may be", "none"),
-  sticky: key(
+  strategy: may(StrategySchema, "which server takes a request; hash: the same key, the same server", "round-robin"),
+  health: may(Health, "off, or how servers are probed", v.getDefaults(Probe)),
+  eject: may(Eject, "off, or whom requests take out: who fails, or falls behind the others", v.getDefaults(EjectMap)),
+  slow_start: may(duration(0), "from 10 % of its weight to all of it, for a server that comes back or is new", "0s"),
+  panic: may(Percent, "fewer servers than this may be asked: ask them all rather than none", "50%"),
+  retry_budget: may(Percent, "retries at most, of the requests; at least 3 a second", "20%"),
+  hedge: may(Hedge, "off, or p95: who waits longer than so many percent do is tried at another server too", "off"),
+  max_in_flight: may(InFlight, "per server; auto: as many as leave its latency as it is", "none"),
+  queue: may(Queue, "off, or how many requests wait where all servers are full, and how long", v.getDefaults(QueueMap)),
+  fallback: may(Fallback, "the service that is asked when no server of this one may be", "none"),
+  sticky: may(
     Sticky,
     "off, or the cookie that keeps a client on its server; what signs it; how long it is kept",
     "off",
   ),
-  tls: key(Tls, "PEM files; the name to verify; insecure: any will do", v.getDefaults(TlsMap)),
-  http: key(HttpVersion, "with https:// servers: 1.1, 2, or auto, which takes 2 where the server offers it", 1.1),
-  ...policy,
+  tls: may(Tls, "PEM files; the name to verify; insecure: any will do", v.getDefaults(TlsMap)),
+  http: may(HttpVersion, "with https:// servers: 1.1, 2, or auto, which takes 2 where the server offers it", 1.1),
+  ...POLICY_KEYS,
 };
 
 /** What a route may say about its services: retries, time limits and the like. Times are milliseconds. */
@@ -681,16 +684,16 @@ const Rewrite = orBrief(REWRITE, Path, (path) => ({ path }), RewriteMap);
 const HeaderRulesSchema = map({ set: opt(RuleValues, {}), add: opt(RuleValues, {}), remove: opt(RuleNames, []) });
 const QueryRules = map({ set: opt(dict(Text, Text, "{ name: value }"), {}), remove: opt(many(Text, "a name"), []) });
 const RequestRules = map({ headers: opt(HeaderRulesSchema, {}), query: opt(QueryRules, {}) });
-const To = word("a URL or path to go to", /^(?:(?:[hH][tT][tT][pP][sS]?:\/\/|\/)[!-~]+|\/)$/, (to) => {
+const To = term("a URL or path to go to", /^(?:(?:[hH][tT][tT][pP][sS]?:\/\/|\/)[!-~]+|\/)$/, (to) => {
   if (!/\$\w|[{}]|\*$|\/:[a-z]/i.test(to)) return to;
   return new Error("it is taken literally; { host: b.example } and { scheme: https } keep path and query");
 });
-const Place = word("a path such as /v1", /^(?:\/[!-~]*|)$/);
-const parts = { scheme: opt(oneOf("http", "https", ""), ""), host: opt(Host, ""), port: opt(whole(0, 65535), 0) };
+const Place = term("a path such as /v1", /^(?:\/[!-~]*|)$/);
+const PARTS = { scheme: opt(oneOf("http", "https", ""), ""), host: opt(Host, ""), port: opt(integer(0, 65535), 0) };
 const RedirectMap = v.pipe(
   map({
     to: opt(either("a URL or path to go to", v.literal(""), To), ""),
-    ...parts,
+    ...PARTS,
     path: opt(Place, ""),
     status: opt(oneOf(301, 302, 303, 307, 308), 302),
   }),
@@ -700,19 +703,19 @@ const RedirectMap = v.pipe(
 const REDIRECT = "a URL or path to go to, or a map such as { scheme: https }";
 const Redirect = orBrief(REDIRECT, To, (to) => ({ to }), RedirectMap);
 const RespondMap = v.pipe(
-  map({ status: opt(whole(200, 599), 200), body: opt(Text, ""), headers: opt(RuleValues, {}) }),
+  map({ status: opt(integer(200, 599), 200), body: opt(Text, ""), headers: opt(RuleValues, {}) }),
   v.check((one) => !one.body || ![204, 205, 304].includes(one.status), "an answer with this status has no body"),
   v.transform((one) => ({ kind: "respond" as const, ...one })),
 );
 const Respond = orBrief(
   "a status, or a map such as { status: 404 }",
-  whole(200, 599),
+  integer(200, 599),
   (status) => ({ status }),
   RespondMap,
 );
 const RateKey = either("ip or {header: name}", v.literal("ip"), map({ header: HeaderName }));
 const RateMap = v.pipe(
-  map({ requests: whole(1, 1e6), per: opt(Duration, "1s"), by: opt(RateKey, "ip"), burst: opt(whole(1, 1e6)) }),
+  map({ requests: integer(1, 1e6), per: opt(Duration, "1s"), by: opt(RateKey, "ip"), burst: opt(integer(1, 1e6)) }),
   v.transform(({ by, ...one }) => ({ ...one, burst: one.burst ?? one.requests, by: by === "ip" ? "" : by.header })),
 );
 const A_RATE = "a rate such as 5/s, or a map such as { requests: 5, per: 1s }";
@@ -721,7 +724,7 @@ const readRate = (rate: string | number) => {
   const [, requests, count, unit] = PER.exec(String(rate))!;
   return { requests: Number(requests), per: `${count || 1}${unit}` };
 };
-const RateWord = word(A_RATE, PER, (text, requests) => Number(requests) <= 1e6 && text);
+const RateWord = term(A_RATE, PER, (text, requests) => Number(requests) <= 1e6 && text);
 const ShortRate = orBrief(A_RATE, RateWord, readRate, RateMap);
 const RateSchema = or("off", undefined, ShortRate, A_RATE);
 const MirrorMap = map({ service: ServiceName, percent: opt(numeral(0, 100), 100) });
@@ -730,54 +733,58 @@ const ShortMirror = orBrief(A_MIRROR, ServiceName, (service) => ({ service, perc
 const Mirror = or("off", { service: "", percent: 0 }, ShortMirror, A_MIRROR);
 const Share = either(
   "a whole number from 0 to 1000000, or a percentage",
-  whole(0, 1e6),
+  integer(0, 1e6),
   v.pipe(Percent, v.transform((part) => part * 100)),
 );
-const place = {
-  host: key(many(HostPattern, "a host"), '"*.example.com" is any labels in front, not example.com itself', []),
-  path: key(many(PathMatch, "a path"), "prefix by whole segments, {exact: /v1}, {regex: ...}, or a list", []),
-  strip: key(Bool, "true: the server sees the rest of the path", false),
+const PLACE_KEYS = {
+  host: may(many(HostPattern, "a host"), '"*.example.com" is any labels in front, not example.com itself', []),
+  path: may(many(PathMatch, "a path"), "prefix by whole segments, {exact: /v1}, {regex: ...}, or a list", []),
+  strip: may(Bool, "true: the server sees the rest of the path", false),
 };
 const conditions = {
-  scheme: key(oneOf("http", "https", ""), "that the client speaks; asked before all routes that leave it open", ""),
-  methods: key(Methods, "any when empty", []),
-  headers: key(tests(HeaderName), "all must hold: the value, {regex: ...} or {present: true}", {}),
-  query: key(tests(Text), "all must hold: the value, {regex: ...} or {present: true}", {}),
+  scheme: may(oneOf("http", "https", ""), "that the client speaks; asked before all routes that leave it open", ""),
+  methods: may(Methods, "any when empty", []),
+  headers: may(tests(HeaderName), "all must hold: the value, {regex: ...} or {present: true}", {}),
+  query: may(tests(Text), "all must hold: the value, {regex: ...} or {present: true}", {}),
 };
-const actions = {
-  service: key(ServiceName, "one of services"),
-  servers: key(Servers, "a service of its own; any key of one may stand beside it"),
-  split: key(
+const ACTION_KEYS = {
+  service: may(ServiceName, "one of services"),
+  servers: may(Servers, "a service of its own; any key of one may stand beside it"),
+  split: may(
     dict(ServiceName, Share, "{ shop: 90%, next: 10% }"),
     "services and their shares, as weights or percentages",
   ),
-  redirect: key(Redirect, "to, literally, or scheme, host, port and path (what is not named stays); status"),
-  respond: key(Respond, "an answer of its own: status, body and headers"),
+  redirect: may(Redirect, "to, literally, or scheme, host, port and path (what is not named stays); status"),
+  respond: may(Respond, "an answer of its own: status, body and headers"),
 };
-const changes = {
-  name: key(word("a name", /^\P{Cc}{0,200}$/u), "for logs and --explain; else its host and path", ""),
-  rewrite: key(Rewrite, "path for what matched, or whole for all of it; host", {}),
-  request: key(RequestRules, "headers and query: set replaces, add adds, remove removes", {}),
-  response: key(map({ headers: opt(HeaderRulesSchema, {}) }), "headers: set replaces, add adds, remove removes", {}),
-  mirror: key(Mirror, "off, or the service that gets a copy of so many percent of the requests", "off"),
-  allow: key(Networks, "only these clients", []),
-  deny: key(Networks, "not these clients; wins over allow", []),
-  rate: key(RateSchema, "off, or requests per time, by ip or {header: name}; burst: how many at once", "off"),
-  body_limit: key(Size, "of a request's body", "none"),
+const CHANGE_KEYS = {
+  name: may(term("a name", /^\P{Cc}{0,200}$/u), "for logs and --explain; else its host and path", ""),
+  rewrite: may(Rewrite, "path for what matched, or whole for all of it; host", {}),
+  request: may(RequestRules, "headers and query: set replaces, add adds, remove removes", {}),
+  response: may(map({ headers: opt(HeaderRulesSchema, {}) }), "headers: set replaces, add adds, remove removes", {}),
+  mirror: may(Mirror, "off, or the service that gets a copy of so many percent of the requests", "off"),
+  allow: may(Networks, "only these clients", []),
+  deny: may(Networks, "not these clients; wins over allow", []),
+  rate: may(RateSchema, "off, or requests per time, by ip or {header: name}; burst: how many at once", "off"),
+  body_limit: may(Size, "of a request's body", "none"),
 };
-const target = { ...actions, ...changes, ...settings }, route = { ...place, ...conditions, ...target };
-const ACTIONS = Object.keys(actions), A_ROUTE = "{ path: /api, service: shop }";
-const DefaultMap = withOneOf(map(target, "{ service: shop }"), ACTIONS),
-  AnyRoute = withOneOf(map(route, A_ROUTE), ACTIONS);
+const TARGET_KEYS = { ...ACTION_KEYS, ...CHANGE_KEYS, ...settings },
+  ROUTE_KEYS = { ...PLACE_KEYS, ...conditions, ...TARGET_KEYS };
+const ACTIONS = Object.keys(ACTION_KEYS), A_ROUTE = "{ path: /api, service: shop }";
+const DefaultMap = withOneOf(map(TARGET_KEYS, "{ service: shop }"), ACTIONS),
+  AnyRoute = withOneOf(map(ROUTE_KEYS, A_ROUTE), ACTIONS);
 const Default = orBrief(
   "a service, or a map such as { service: shop }",
   ServiceName,
   (service) => ({ service }),
   DefaultMap,
 );
-const HostRoute = withOneOf(map({ ...route, host: need(many(HostPattern, "a host", 1), "a host or a list") }), ACTIONS);
+const HostRoute = withOneOf(
+  map({ ...ROUTE_KEYS, host: need(many(HostPattern, "a host", 1), "a host or a list") }),
+  ACTIONS,
+);
 const PathRoute = withOneOf(
-  map({ ...route, path: need(many(PathMatch, "a path", 1), "this path and all below it") }),
+  map({ ...ROUTE_KEYS, path: need(many(PathMatch, "a path", 1), "this path and all below it") }),
   ACTIONS,
 );
 const ServiceSchema = map({
@@ -785,9 +792,9 @@ const ServiceSchema = map({
   ...settings,
 }, "{ servers: [localhost:8081] }");
 const AdminMap = map({
-  listen: key(Local, "where operators connect; a port alone is on 127.0.0.1", "127.0.0.1:9090"),
-  token: key(Bearer, "what a request has to show; required beyond loopback"),
-  read_token: key(Bearer, "another one, which may only look"),
+  listen: may(Local, "where operators connect; a port alone is on 127.0.0.1", "127.0.0.1:9090"),
+  token: may(Bearer, "what a request has to show; required beyond loopback"),
+  read_token: may(Bearer, "another one, which may only look"),
 });
 const AdminChecked = v.pipe(
   AdminMap,
@@ -809,10 +816,10 @@ const Certificate = map({ cert: need(PemFile, "PEM: it, and those that sign it")
 const Certificates = many(Certificate, "a map with cert and key");
 const ListenerMap = map({
   address: need(Listen, "a port or an address"),
-  tls: key(Certificates, "certificates; by the name that is asked for, else the first", []),
-  client_ca: key(Text, "PEM: clients have to show a certificate that one of these has signed", ""),
-  h2c: key(Bool, "without TLS: clients may begin with HTTP/2 (prior knowledge)", false),
-  mode: key(Mode, "of a Unix socket; without it 660"),
+  tls: may(Certificates, "certificates; by the name that is asked for, else the first", []),
+  client_ca: may(Text, "PEM: clients have to show a certificate that one of these has signed", ""),
+  h2c: may(Bool, "without TLS: clients may begin with HTTP/2 (prior knowledge)", false),
+  mode: may(Mode, "of a Unix socket; without it 660"),
 });
 const ListenerSchema = v.pipe(
   either("a port or an address, or a map with address and tls", Listen, ListenerMap),
@@ -836,90 +843,90 @@ const tcpSettings = {
   health: settings.health,
   eject: settings.eject,
   panic: settings.panic,
-  max_in_flight: key(Limit, "per server", "none"),
-  retries: key(whole(0, 10), "further servers, where one cannot be reached", 1),
-  timeouts: key(TcpTimeouts, "until connected, and while nothing passes", v.getDefaults(TcpTimeouts)),
+  max_in_flight: may(Limit, "per server", "none"),
+  retries: may(integer(0, 10), "further servers, where one cannot be reached", 1),
+  timeouts: may(TcpTimeouts, "until connected, and while nothing passes", v.getDefaults(TcpTimeouts)),
 };
 const Tcp = map({
   listen: need(many(ListenerSchema, "a port or an address", 1), "where clients connect; over TLS, as {address, tls}"),
-  name: key(changes.name, "of its service; else tcp: and its port", ""),
+  name: may(CHANGE_KEYS.name, "of its service; else tcp: and its port", ""),
   servers: need(Servers, "host:port, or {url, weight, backup, max, state}"),
-  proxy_protocol: key(Bool, "true: servers are told the client's address (PROXY protocol, version 2)", false),
-  allow: changes.allow,
-  deny: changes.deny,
+  proxy_protocol: may(Bool, "true: servers are told the client's address (PROXY protocol, version 2)", false),
+  allow: CHANGE_KEYS.allow,
+  deny: CHANGE_KEYS.deny,
   ...tcpSettings,
 });
 const Limits = map({
-  requests: key(Limit, "in flight, of all clients: 503 beyond", "none"),
-  per_client: key(Limit, "in flight, of one address (an IPv6 /64): 429 beyond", "none"),
-  connections: key(Limit, "open, of one thread: 503 beyond", "none"),
-  client_connections: key(Limit, "of those, of one address (an IPv6 /64): 429 beyond", "none"),
-  header: key(Duration, "until the head of a request is there: 408 beyond", "10s"),
-  keep_alive: key(Duration, "until a connection without a request is closed", "75s"),
-  header_size: key(HeadSize, "of a request's head: 431 beyond", "64KiB"),
-  header_fields: key(whole(1, 10_000), "of a request: 431 beyond", 1_000),
+  requests: may(Limit, "in flight, of all clients: 503 beyond", "none"),
+  per_client: may(Limit, "in flight, of one address (an IPv6 /64): 429 beyond", "none"),
+  connections: may(Limit, "open, of one thread: 503 beyond", "none"),
+  client_connections: may(Limit, "of those, of one address (an IPv6 /64): 429 beyond", "none"),
+  header: may(Duration, "until the head of a request is there: 408 beyond", "10s"),
+  keep_alive: may(Duration, "until a connection without a request is closed", "75s"),
+  header_size: may(HeadSize, "of a request's head: 431 beyond", "64KiB"),
+  header_fields: may(integer(1, 10_000), "of a request: 431 beyond", 1_000),
 });
 // Several instances, one configuration.
 const ENGINE = "an etcd such as http://10.0.0.1:2379 (a path may follow, no user)";
-const EngineUrl = word(ENGINE, /^(?:https?:\/\/)?[^\s/?#@]+(?:\/[^\s?#@]*)?$/, (text) => {
+const EngineUrl = term(ENGINE, /^(?:https?:\/\/)?[^\s/?#@]+(?:\/[^\s?#@]*)?$/, (text) => {
   const url = text.includes("://") ? text : `http://${text}`;
   return URL.canParse(url) && new URL(url).href.replace(/\/+$/, "");
 });
 const AN_INSTANCE = "a name of an instance (at most 100 characters, without / and spaces)";
 const FleetMap = map({
-  etcd: key(many(EngineUrl, ENGINE), "members of etcd; any that answers will do", []),
-  prefix: key(word("a prefix such as lb/", /^[!-~]{1,200}$/), "of the fleet's keys", "lb/"),
-  name: key(
-    word(AN_INSTANCE, /^[^\s/\p{Cc}]{0,100}$/u),
+  etcd: may(many(EngineUrl, ENGINE), "members of etcd; any that answers will do", []),
+  prefix: may(term("a prefix such as lb/", /^[!-~]{1,200}$/), "of the fleet's keys", "lb/"),
+  name: may(
+    term(AN_INSTANCE, /^[^\s/\p{Cc}]{0,100}$/u),
     "of this instance; else the name of its host and the id of its process",
     "",
   ),
-  user: key(Text, "of etcd", ""),
-  password: key(Text, "of the user, or the token of a Durable Object", ""),
-  tls: key(Tls, "PEM files; the name to verify; insecure: any will do", v.getDefaults(TlsMap)),
-  ttl: key(
+  user: may(Text, "of etcd", ""),
+  password: may(Text, "of the user, or the token of a Durable Object", ""),
+  tls: may(Tls, "PEM files; the name to verify; insecure: any will do", v.getDefaults(TlsMap)),
+  ttl: may(
     v.pipe(Duration, v.check((ms) => ms >= 2_000, "is less than 2s")),
     "an instance that the engine has not heard for so long is gone; at least 2s",
     "10s",
   ),
-  probers: key(whole(1, 100), "instances that probe each server; most of them decide", 3),
-  durable: key(Text, "at the edge, in place of etcd: the binding of an LbFleet object", ""),
+  probers: may(integer(1, 100), "instances that probe each server; most of them decide", 3),
+  durable: may(Text, "at the edge, in place of etcd: the binding of an LbFleet object", ""),
 }, "{ etcd: http://10.0.0.1:2379 }");
 const FleetSchema = v.pipe(
   FleetMap,
   v.check((one) => one.etcd.length > 0 || one.durable !== "", "needs etcd, or durable"),
 );
 const RoutesFile = map({
-  listen: key(many(ListenerSchema, "a port or an address"), "where clients connect; over TLS, as {address, tls}", 8080),
-  admin: key(Admin, "the API and the pages for operators: listen, token, read_token (may only look)"),
-  trust: key(Networks, "peers whose X-Forwarded-* and Forwarded are believed", []),
-  limits: key(Limits, "how much at once, against abuse", {}),
-  log: key(Log, "combined, json or off; or {format, sample}: a share of what succeeds", "combined"),
-  name_routes: key(Bool, "true: every service answers under /<its name>/..., prefix stripped", false),
-  defaults: key(map(settings), "any key of a service, for all services", {}),
-  services: key(
+  listen: may(many(ListenerSchema, "a port or an address"), "where clients connect; over TLS, as {address, tls}", 8080),
+  admin: may(Admin, "the API and the pages for operators: listen, token, read_token (may only look)"),
+  trust: may(Networks, "peers whose X-Forwarded-* and Forwarded are believed", []),
+  limits: may(Limits, "how much at once, against abuse", {}),
+  log: may(Log, "combined, json or off; or {format, sample}: a share of what succeeds", "combined"),
+  name_routes: may(Bool, "true: every service answers under /<its name>/..., prefix stripped", false),
+  defaults: may(map(settings), "any key of a service, for all services", {}),
+  services: may(
     dict(ServiceName, ServiceSchema, "{ shop: { servers: [localhost:8081] } }"),
     "servers that answer the same",
     {},
   ),
-  hosts: key(
+  hosts: may(
     v.array(HostRoute, "$ is not a list such as [{ host: a.example, service: shop }]"),
     "one host to some servers",
     [],
   ),
-  paths: key(
+  paths: may(
     v.array(PathRoute, "$ is not a list such as [{ path: /api, service: shop }]"),
     "one path to some servers",
     [],
   ),
-  routes: key(v.array(AnyRoute, "$ is not a list such as [{ path: /api, service: shop }]"), "the general form", []),
-  default: key(Default, "when nothing matches; without it 404"),
-  tcp: key(
+  routes: may(v.array(AnyRoute, "$ is not a list such as [{ path: /api, service: shop }]"), "the general form", []),
+  default: may(Default, "when nothing matches; without it 404"),
+  tcp: may(
     v.array(Tcp, "$ is not a list such as [{ listen: 5432, servers: [localhost:5433] }]"),
     "connections that are not HTTP, to some servers",
     [],
   ),
-  fleet: key(
+  fleet: may(
     FleetSchema,
     "instances that share this file and what they know of servers, and the etcd through which they do",
   ),
@@ -1137,7 +1144,7 @@ type Findings = ReturnType<typeof newFindings>;
 
 // YAML nodes become plain values, and every path gets its place in the file.
 /** In `{ port: ${PORT} }` the inner braces would be YAML's: they change places with two characters of no meaning. */
-const wrapped = (text: string) => text.replace(/\$\{(\w+)\}/g, "$\ue000$1\ue001");
+const wrapVariables = (text: string) => text.replace(/\$\{(\w+)\}/g, "$\ue000$1\ue001");
 const unwrapped = (text: string) => text.replace(/\$\ue000(\w+)\ue001/g, "${$1}");
 /** `${NAME}` is the variable, `$${` is `${`. */
 const expanded = (text: string, env: Env, complain: Complain) =>
@@ -1152,7 +1159,7 @@ const expanded = (text: string, env: Env, complain: Complain) =>
 
 /** Only now, after YAML has been read, are variables put in: none can bring in a key or a list. */
 function scalar({ value, source = "", type }: Scalar, env: Env | undefined, complain: Complain): unknown {
-  // 1.10 stays text, as a header or a version would be another one as the number 1.1; see `spelled`
+  // 1.10 stays text, as a header or a version would be another one as the number 1.1; see `asSpelled`
   if (typeof value === "number" || typeof value === "boolean") return String(value) === source ? value : source;
   if (typeof value !== "string") return value;
   const text = unwrapped(value), out = env ? expanded(text, env, complain) : text;
@@ -1207,7 +1214,7 @@ function nodeReader(env: Env | undefined, places: Map<string, Offsets>, say: Rep
 function readYaml(text: string, env: Env | undefined, { lines, places, say }: Findings): unknown {
   if (text.length > MOST.bytes) return void say([], "the file is larger than 1 MiB");
   try {
-    const doc = parseDocument(wrapped(text), { lineCounter: lines, prettyErrors: false, uniqueKeys: false });
+    const doc = parseDocument(wrapVariables(text), { lineCounter: lines, prettyErrors: false, uniqueKeys: false });
     for (const { message, pos, code } of [...doc.errors, ...doc.warnings]) {
       if (message.includes("call stack")) throw new RangeError(message); // the parser's own
       say([], code === "MULTIPLE_DOCS" ? "the file holds more than one document" : unwrapped(message), pos[0]);
@@ -1319,9 +1326,9 @@ function entriesIn(schema: Schema): Record<string, Schema>[] {
   return entries ? [entries] : [];
 }
 /** Where in a file a key belongs. */
-function placesOf(name: string): string[] {
+function placesNamed(name: string): string[] {
   const key = firstPart(name),
-    ways: Record<string, Schema> = { ...place, ...conditions, ...actions, ...changes, ...policy };
+    ways: Record<string, Schema> = { ...PLACE_KEYS, ...conditions, ...ACTION_KEYS, ...CHANGE_KEYS, ...POLICY_KEYS };
   const scopes = { "the top of the file": RoutesFile.entries, "a service": ServiceSchema.entries, "a route": ways };
   const found = Object.entries(scopes).filter(([, entries]) => Object.hasOwn(entries, key)).map(([scope]) => scope);
   const above: Record<string, Schema> = { ...RoutesFile.entries, ...ServiceSchema.entries, ...ways };
@@ -1332,7 +1339,7 @@ function placesOf(name: string): string[] {
   return found;
 }
 /** At most three of them. */
-const listed = (words: string[]): string => {
+const inWords = (words: string[]): string => {
   const [first, ...others] = words.slice(0, 3).toReversed();
   return others.length ? `${others.toReversed().join(", ")} or ${first}` : `${first}`;
 };
@@ -1342,21 +1349,21 @@ function guess(wrong: string, known: string[], isKey = false): string {
   if (isKey && Object.hasOwn(HINTS, plain)) return `; ${HINTS[plain]}`;
   const meant = Object.keys(OTHER_NAMES).filter((name) => OTHER_NAMES[name]!.split(" ").includes(plain));
   const here = meant.filter((name) => known.includes(firstPart(name)));
-  if (here.length) return `; did you mean ${listed(here.map(asWritten))}?`;
+  if (here.length) return `; did you mean ${inWords(here.map(asWritten))}?`;
   const apart = (name: string) => distance(wrong, name), least = Math.min(...known.map(apart));
-  const elsewhere = isKey && least > 1 && [wrong, ...meant].find((name) => placesOf(name).length > 0);
-  if (elsewhere) return `; ${asWritten(elsewhere).replace(/^"|"$/g, "")} belongs to ${listed(placesOf(elsewhere))}`;
+  const elsewhere = isKey && least > 1 && [wrong, ...meant].find((name) => placesNamed(name).length > 0);
+  if (elsewhere) return `; ${asWritten(elsewhere).replace(/^"|"$/g, "")} belongs to ${inWords(placesNamed(elsewhere))}`;
   const isNear = (name: string) => least < 2 || name[0] === wrong[0]; // http is not tcp
   const near = least <= Math.ceil(wrong.length / 3)
     ? known.filter((name) => apart(name) === least && isNear(name))
     : [];
-  return near.length ? `; did you mean ${listed(near.map(quote))}?` : "";
+  return near.length ? `; did you mean ${inWords(near.map(quote))}?` : "";
 }
 
 /** Keys that somebody may look for beside those of tcp. */
-const FOR_REQUESTS = new Set(Object.keys({ ...route, ...Timeouts.entries }));
+const FOR_REQUESTS = new Set(Object.keys({ ...ROUTE_KEYS, ...Timeouts.entries }));
 
-function report({ issue, path }: { issue: Issue; path: Keys }, say: Report): unknown {
+function reportIssue({ issue, path }: { issue: Issue; path: Keys }, say: Report): unknown {
   const name = unescaped(String(path.at(-1))), ofKey = issue.path?.at(-1)?.origin === "key";
   if (issue.type === "never") {
     const known = issue.message.split(" ");
@@ -1374,7 +1381,7 @@ function report({ issue, path }: { issue: Issue; path: Keys }, say: Report): unk
 /** The maps that stand in these lists and maps of the file, with their paths. */
 const mapsIn = (file: Raw, ...keys: string[]) =>
   keys.flatMap((key) => {
-    const all = file[key], pairs = Array.isArray(all) ? [...all.entries()] : Object.entries(record(all));
+    const all = file[key], pairs = Array.isArray(all) ? [...all.entries()] : Object.entries(mapOf(all));
     return pairs.filter(([, one]) => isRecord(one)).map(([at, one]): [Keys, Raw] => [[key, at], one as Raw]);
   });
 /** Where a file says what becomes of requests and connections. */
@@ -1384,13 +1391,13 @@ const entriesOf = (file: Raw) => [...mapsIn(file, "hosts", "paths", "routes"), .
 const SEGMENT = /^(?!\.\.?$)[\w.~-]+$/;
 /** What `name_routes` adds: a route for every service whose name can be a segment of a path. */
 const nameRoutes = ({ name_routes, services }: Raw): Raw[] =>
-  Object.keys(isTrue(name_routes) ? record(services) : {}).map(unescaped)
+  Object.keys(isTrue(name_routes) ? mapOf(services) : {}).map(unescaped)
     .filter((service) => SEGMENT.test(service)).map((service) => ({ path: `/${service}`, service, strip: true }));
 
 const hasRoutes = (file: Raw): boolean => entriesOf(file).length + nameRoutes(file).length > 0;
 /** How many groups a path's regular expression has; what is no expression is rewritten literally. */
 function groupsOf(path: unknown): number {
-  const { regex } = record(path);
+  const { regex } = mapOf(path);
   try {
     return typeof regex === "string" ? RE2JS.compile(regex).groupCount() : Infinity;
   } catch { // said elsewhere
@@ -1409,7 +1416,7 @@ function checkShares(shares: unknown[], complain: Complain): void {
 
 /** Whoever falls back to others must not come back to himself. */
 function checkFallbacks(file: Raw, say: Report) {
-  const services = mapsIn(file, "services"), usual = record(file.defaults).fallback ?? "none";
+  const services = mapsIn(file, "services"), usual = mapOf(file.defaults).fallback ?? "none";
   const said = services.map((
     [[, name], own],
   ): [string, string] => [unescaped(`${name}`), `${own.fallback ?? usual}`]);
@@ -1424,8 +1431,8 @@ function checkFallbacks(file: Raw, say: Report) {
 
 const HASH_OF =
   "hash needs what to hash, as in { hash: { header: x-user } }, or cookie, query, path: true, client: true";
-function check(file: Raw, more: string[], say: Report) {
-  const services = Object.keys(record(file.services)).map(unescaped), strategies = [...STRATEGIES, ...more];
+function checkFile(file: Raw, more: string[], say: Report) {
+  const services = Object.keys(mapOf(file.services)).map(unescaped), usable = [...STRATEGIES, ...more];
   const known = (path: Keys, name: unknown, what: string, names: string[], at?: "key") => {
     if (typeof name !== "string" && typeof name !== "number" || names.includes(`${name}`)) return;
     const there = names.join(", ").slice(0, 200) || "there is none";
@@ -1434,31 +1441,31 @@ function check(file: Raw, more: string[], say: Report) {
   const entries = entriesOf(file);
   for (const [path, own] of [...topMap(file, "defaults"), ...mapsIn(file, "services", "tcp"), ...entries]) {
     if (own.strategy === "hash") say([...path, "strategy"], HASH_OF);
-    else known([...path, "strategy"], own.strategy, "strategy", strategies);
+    else known([...path, "strategy"], own.strategy, "strategy", usable);
     if (own.fallback !== "none") known([...path, "fallback"], own.fallback, "service", services);
   }
   checkFallbacks(file, say);
   const taken = new Set<string>();
   for (const [path, entry] of entries) {
     const has = ACTIONS.filter((name) => Object.hasOwn(entry, name)), but = has.length && `, not ${has.join(" and ")}`;
-    const isMisnamed = Object.keys(entry).some((key) => !Object.hasOwn(route, key) && guess(key, ACTIONS)); // said already
+    const isMisnamed = Object.keys(entry).some((key) => !Object.hasOwn(ROUTE_KEYS, key) && guess(key, ACTIONS)); // said already
     if (has.length > 1 || !has.length && !isMisnamed) {
       say(path, `needs exactly one of ${ACTIONS.join(", ")}${but || ""}`);
     }
     known([...path, "service"], entry.service, "service", services);
-    known([...path, "mirror", "service"], record(entry.mirror).service, "service", services);
-    const split = Object.entries(record(entry.split));
+    known([...path, "mirror", "service"], mapOf(entry.mirror).service, "service", services);
+    const split = Object.entries(mapOf(entry.split));
     for (const [name] of split) known([...path, "split", name], unescaped(name), "service", services, "key");
     checkShares(split.map(([, share]) => share), (message) => say([...path, "split"], message));
     for (const key of has.includes("servers") ? [] : Object.keys(entry)) {
-      if (!Object.hasOwn(settings, key) || Object.hasOwn(policy, key)) continue;
+      if (!Object.hasOwn(settings, key) || Object.hasOwn(POLICY_KEYS, key)) continue;
       say([...path, key], "belongs to a service: it stands there, or beside servers", "key");
     }
     const isOwn = has.length === 1 && (has[0] === "redirect" || has[0] === "respond");
     if (isOwn && entry.cors && entry.cors !== "off") {
       say([...path, "cors"], `is for answers of servers: a ${has[0]} has headers of its own under response`, "key");
     }
-    const groups = Math.min(...[entry.path].flat().map(groupsOf)), rewritten = record(entry.rewrite).path;
+    const groups = Math.min(...[entry.path].flat().map(groupsOf)), rewritten = mapOf(entry.rewrite).path;
     const group = Math.max(0, ...[...String(rewritten).matchAll(/\$(\d+)/g)].map((found) => Number(found[1])));
     if (group > groups) say([...path, "rewrite", "path"], `$${group} is none of the groups of every path`);
     if (isTrue(entry.strip) && entry.rewrite) say([...path, "strip"], "strip and rewrite exclude each other", "key");
@@ -1481,9 +1488,9 @@ function check(file: Raw, more: string[], say: Report) {
 
 /** What a TCP service may not be: the strategies that look at requests, servers over TLS, another one's name or port. */
 function checkTcp(file: Raw, say: Report) {
-  const names = new Set(Object.keys(record(file.services)).map(unescaped));
+  const names = new Set(Object.keys(mapOf(file.services)).map(unescaped));
   for (const [path, { name, servers, strategy }] of mapsIn(file, "tcp")) {
-    if (isRecord(strategy) && !record(strategy.hash).client) {
+    if (isRecord(strategy) && !mapOf(strategy.hash).client) {
       say([...path, "strategy"], "there is no request whose parts could be hashed; {hash: {client: true}} works");
     }
     for (const [i, server] of [servers ?? []].flat().entries()) {
@@ -1533,16 +1540,16 @@ const mapValues = (values: Raw, change: (value: unknown, name: string) => unknow
 /** `over` on top of `under`; two maps are merged, anything else is replaced. */
 const overlay = (under: Raw, over: Raw): Raw => ({
   ...under,
-  ...mapValues(over, (value, key) => isRecord(value) ? { ...record(under[key]), ...value } : value),
+  ...mapValues(over, (value, key) => isRecord(value) ? { ...mapOf(under[key]), ...value } : value),
 });
 const builtIn = v.getDefaults(map(settings));
 /** Writes into every service what it leaves to `defaults`, and to us: the file as it could have been written. */
 function writeDefaults(file: Raw): Raw {
-  const full = (own: Raw) => overlay(builtIn, overlay(record(file.defaults), own));
+  const full = (own: Raw) => overlay(builtIn, overlay(mapOf(file.defaults), own));
   const inline = entriesOf(file).filter(([, entry]) => Object.hasOwn(entry, "servers"));
   for (const [, own] of [...mapsIn(file, "services"), ...inline]) Object.assign(own, full(own));
   for (const [, own] of mapsIn(file, "tcp")) {
-    const usual = overlay(full({}), own), times = record(usual.timeouts);
+    const usual = overlay(full({}), own), times = mapOf(usual.timeouts);
     const all = mapValues(tcpSettings, (_, name) => usual[name]);
     all.timeouts = mapValues(TcpTimeouts.entries, (_, name) => times[name]);
     if (isRecord(all.strategy)) all.strategy = { hash: { client: true } }; // what any hash is without a request
@@ -1555,7 +1562,7 @@ const unique = (name: string, taken: { has(name: string): boolean }) => {
   for (let i = 2; taken.has(free); i++) free = `${name}#${i}`;
   return free;
 };
-const Entry = v.object({ ...place, ...actions, ...conditions, ...changes });
+const Entry = v.object({ ...PLACE_KEYS, ...ACTION_KEYS, ...conditions, ...CHANGE_KEYS });
 /** Files that routes.yml names lie beside it, unless their names begin at the root. */
 const beside = (file: string, name: string): string =>
   !name || /^(?:[a-z]:)?[/\\]/i.test(name) ? name : file.replace(/[^/\\]*$/, "") + name;
@@ -1588,7 +1595,7 @@ function expandConfig(source: Raw, text: string, file: string): Config {
     const own = servers ? unique(name, services) : service;
     if (servers) services.set(own!, entry);
     const under = (service = "") =>
-      v.parse(v.object(policy), overlay(services.get(service) ?? record(source.defaults), entry));
+      v.parse(v.object(POLICY_KEYS), overlay(services.get(service) ?? mapOf(source.defaults), entry));
     const shares = own === undefined ? split ?? new Map<string, number>() : new Map([[own, 1]]);
     const target = ([service, weight]: [string, number]): Target => {
       const next = `${services.get(service)!.fallback}`;
@@ -1596,8 +1603,8 @@ function expandConfig(source: Raw, text: string, file: string): Config {
     };
     const targets = [...shares].map(target);
     const action: Action = redirect ?? respond ?? { kind: "forward", targets };
-    const rewrite = strip ? { ...carried.rewrite, kind: "replace" as const } : carried.rewrite;
-    return { ...carried, name, hosts, paths, action, rewrite, policy: targets[0]?.policy ?? under(), fallback };
+    if (strip) carried.rewrite = { ...carried.rewrite, kind: "replace" };
+    return { ...carried, name, hosts, paths, action, policy: targets[0]?.policy ?? under(), fallback };
   });
   for (const [i, [, own]] of mapsIn(source, "tcp").entries()) {
     const { name, listen } = tcp[i]!, { host, port } = listen[0]!;
@@ -1736,8 +1743,8 @@ export function parseConfig(text: string, options: ParseOptions = {}): Config {
   if (raw !== undefined && !unreadable.has("")) {
     const sayMore: Report = (path, message, at) => unreadable.has(dotted(path)) || say(path, message, at);
     const issues = v.safeParse(RoutesFile, raw).issues ?? [];
-    for (const one of issues.flatMap((issue) => flatten(issue))) report(one, sayMore);
-    if (isRecord(raw)) check(long = longForm(RoutesFile, raw) as Raw, Object.keys(own), sayMore);
+    for (const one of issues.flatMap((issue) => flatten(issue))) reportIssue(one, sayMore);
+    if (isRecord(raw)) checkFile(long = longForm(RoutesFile, raw) as Raw, Object.keys(own), sayMore);
   }
   end();
   const config = expandConfig(writeDefaults(long), text, file);
@@ -1756,11 +1763,11 @@ function readAsWritten(text: string, file: string): unknown {
 }
 
 /** What editors are told beside what valibot does. */
-function overrideSchema({ valibotSchema, jsonSchema }: { valibotSchema: object; jsonSchema: Json }): Json | undefined {
-  const { type, json, oneOf } = valibotSchema as { type: string; json?: Json; oneOf?: string[] };
-  if (type !== "object_with_rest") return json;
-  const one = oneOf && { oneOf: oneOf.map((key) => ({ required: [key] })) };
-  return { ...jsonSchema, ...one, additionalProperties: false };
+function overrideSchema(made: { valibotSchema: object; jsonSchema: Json }): Json | undefined {
+  const schema = made.valibotSchema as { type: string; json?: Json; oneOf?: string[] };
+  if (schema.type !== "object_with_rest") return schema.json;
+  const one = schema.oneOf && { oneOf: schema.oneOf.map((key) => ({ required: [key] })) };
+  return { ...made.jsonSchema, ...one, additionalProperties: false };
 }
 const AS_WRITTEN = { typeMode: "input", errorMode: "ignore", overrideSchema } as const;
 /** JSON Schemas that refer to each other by their names in the API description. */
@@ -1770,7 +1777,7 @@ const schemasOf = (schemas: Record<string, Schema>): Record<string, Json> => {
 };
 
 /** Changes the schemas that a schema consists of: those of keys by their names, others without. */
-function within(schema: Json, change: (part: Json, key?: string) => Json): Json {
+function changeParts(schema: Json, change: (part: Json, key?: string) => Json): Json {
   const out: Raw = { ...schema };
   if (isRecord(out.additionalProperties)) out.additionalProperties = change(out.additionalProperties);
   if (isRecord(out.items)) out.items = change(out.items);
@@ -1780,7 +1787,7 @@ function within(schema: Json, change: (part: Json, key?: string) => Json): Json 
 }
 /** The same in fewer words: one choice instead of choices among choices. */
 function tidy(schema: Json): Json {
-  const { anyOf, required, ...rest } = within(schema, tidy);
+  const { anyOf, required, ...rest } = changeParts(schema, tidy);
   const same = { ...rest, ...(required?.length && { required }) };
   if (!anyOf) return same;
   const parts = (anyOf as Json[]).flatMap((part) =>
@@ -1804,7 +1811,7 @@ function withVariables(schema: Json): Json {
   if (pattern) return { ...schema, pattern: `${pattern}|${VARIABLE.pattern}` };
   if (words) return { ...rest, anyOf: [{ enum: words }, VARIABLE] };
   if (one !== undefined) return { ...rest, anyOf: [{ const: one }, VARIABLE] };
-  if (!isValue(schema) || types.includes("string")) return within(schema, withVariables);
+  if (!isValue(schema) || types.includes("string")) return changeParts(schema, withVariables);
   return { ...schema, ...VARIABLE, type: [...types, "string"] } as unknown as Json;
 }
 const isValue = ({ type, enum: words, const: one }: Json): boolean =>
@@ -1815,22 +1822,22 @@ function withDefs(schema: Json): Json {
   const count = (part: Json): Json => {
     const text = JSON.stringify(part), seen = counts.get(text) ?? 0;
     counts.set(text, seen + 1);
-    return seen ? part : within(part, count);
+    return seen ? part : changeParts(part, count);
   };
   const share = (above: string) => (part: Json, key = above): Json => {
     const text = JSON.stringify(part);
-    if (counts.get(text)! < 2 || text.length < 60) return within(part, share(key));
+    if (counts.get(text)! < 2 || text.length < 60) return changeParts(part, share(key));
     if (!names.has(text)) {
       let name = key;
       for (let i = 2; Object.hasOwn($defs, name); i++) name = `${key}${i}`;
       names.set(text, name);
       $defs[name] = {}; // taken, while its parts are shared
-      $defs[name] = within(part, share(key));
+      $defs[name] = changeParts(part, share(key));
     }
     return { $ref: `#/$defs/${names.get(text)}` };
   };
   count(schema);
-  return { ...within(schema, share("value")), $defs } as Json;
+  return { ...changeParts(schema, share("value")), $defs } as Json;
 }
 /** JSON Schema (draft-07) of routes.yml as it is written, for editors. */
 export const jsonSchema = (): Json =>
@@ -1846,10 +1853,10 @@ function unescapedAll(value: unknown): unknown {
   return Object.fromEntries(Object.entries(value).map(([name, one]) => [unescaped(name), unescapedAll(one)]));
 }
 /** `hash: {cookie: lb}` and the like name a thing and hold no secret; `sticky: {secret: ...}` does. */
-function masked(value: unknown, show: (text: string, secret: boolean) => unknown, key = "", above = ""): unknown {
-  if (Array.isArray(value)) return value.map((item) => masked(item, show, key, above));
+function maskSecrets(value: unknown, show: (text: string, secret: boolean) => unknown, key = "", above = ""): unknown {
+  if (Array.isArray(value)) return value.map((item) => maskSecrets(item, show, key, above));
   if (isRecord(value)) {
-    return mapValues(value, (one, name) => masked(one, show, name === "regex" ? key : name, key));
+    return mapValues(value, (one, name) => maskSecrets(one, show, name === "regex" ? key : name, key));
   }
   const names = /^(hash|split)$/.test(above) || above === "sticky" && key !== "secret";
   const secret = SECRET.test(key) && !names && typeof value !== "boolean";
@@ -1857,7 +1864,7 @@ function masked(value: unknown, show: (text: string, secret: boolean) => unknown
 }
 /** What is in force, as a routes.yml with the defaults spelt out and secrets as `***`. */
 export const printConfig = ({ source }: Config): string => {
-  const shown = masked(source, (text, secret) => secret ? "***" : text.replaceAll("${", () => "$${"));
+  const shown = maskSecrets(source, (text, secret) => secret ? "***" : text.replaceAll("${", () => "$${"));
   return stringify(unescapedAll(shown), { lineWidth: 0, aliasDuplicateObjects: false });
 };
 
@@ -2103,7 +2110,7 @@ interface Tunnel {
 }
 
 /** Buffers that are reused once their bytes have been written, by the view that was handed out; other views do not free them. */
-const lent = new WeakMap<Bytes, Bytes>();
+const LENT_BUFFERS = new WeakMap<Bytes, Bytes>();
 
 /** A body in memory, which can be sent again: its bytes are no longer lent. */
 class MemoryBody implements Body {
@@ -2113,7 +2120,7 @@ class MemoryBody implements Body {
   constructor(bytes: Bytes) {
     this.bytes = bytes;
     this.length = bytes.length;
-    lent.delete(bytes);
+    LENT_BUFFERS.delete(bytes);
   }
   read(reader: BodyReader): void {
     if (this.bytes.length) reader.data(this.bytes);
@@ -2215,7 +2222,7 @@ class StreamedBody implements Body {
     if (this.received > this.limit) return this.end("body-too-large");
     if (this.received > KEPT) this.kept = undefined;
     if (this.kept) {
-      lent.delete(bytes);
+      LENT_BUFFERS.delete(bytes);
       if (this.kept.push(bytes) >= KEPT_PIECES) this.kept = [Buffer.concat(this.kept)];
     }
     if (this.reader && !this.paused && this.waiting.length === 0) return this.reader.data(bytes);
@@ -2336,7 +2343,7 @@ function grpcFields(kind: FailureName): Fields {
 }
 
 /** Fields as pairs of name and value. */
-const pairs = (fields: Fields): [string, string][] =>
+const fieldPairs = (fields: Fields): [string, string][] =>
   Array.from({ length: fields.length / 2 }, (_, i) => [fields[2 * i]!, fields[2 * i + 1]!]);
 
 /** Reads a whole body into memory. */
@@ -2354,13 +2361,13 @@ const inMemory = (pieces: Bytes[]): Body =>
 // --- 2.3 Services and routes: servers, services, routes and tables, and their state ---
 
 /** The value under `key`, made first where there is none. */
-function entry<K extends WeakKey | string | number, V>(
-  map: { get(key: K): V | undefined; set(key: K, value: V): unknown },
+function getOrMake<K extends WeakKey | string | number, V>(
+  known: { get(key: K): V | undefined; set(key: K, value: V): unknown },
   key: K,
   make: (key: K) => V,
 ): V {
-  let value = map.get(key);
-  if (value === undefined) map.set(key, value = make(key));
+  let value = known.get(key);
+  if (value === undefined) known.set(key, value = make(key));
   return value;
 }
 
@@ -2381,7 +2388,7 @@ const newCounters = (): Counters => ({
 });
 
 /** Counts a request that has ended. */
-function count(counters: Counters, milliseconds: number, bytesIn: number, bytesOut: number, failed: boolean): void {
+function tally(counters: Counters, milliseconds: number, bytesIn: number, bytesOut: number, failed: boolean): void {
   counters.requests++;
   if (failed) counters.errors++;
   counters.bytesIn += bytesIn;
@@ -2414,7 +2421,7 @@ const METHODS = [..."EXTENSION_METHOD GET HEAD POST PUT PATCH DELETE OPTIONS TRA
 
 /** The counters of one status and one method, under a number: a request makes no text. Any other method is the first. */
 const tallyOf = (tallies: Tallies, { status, method }: { status: number; method: string }): Counters =>
-  entry(tallies, status * 16 + Math.max(0, METHODS.indexOf(method)), newCounters);
+  getOrMake(tallies, status * 16 + Math.max(0, METHODS.indexOf(method)), newCounters);
 
 /** Mixes 32 bits so that numbers that differ in one bit are far apart (MurmurHash3's finish). */
 function mix(h: number): number {
@@ -2765,7 +2772,7 @@ class Exchange implements Asker {
     this.body = request.body;
     this.random = effects.random;
     this.started = this.now = effects.now();
-    this.entrypoint = entry(balancer.entrypoints, request.scheme, newEntrypoint);
+    this.entrypoint = getOrMake(balancer.entrypoints, request.scheme, newEntrypoint);
     this.logged = sample === 1 || effects.random() < sample;
     this.reply = (response) => request.respond(response);
   }
@@ -3474,32 +3481,32 @@ const idleBuffers: Bytes[] = []; // that nobody uses: 4 MiB at most
 function borrowed(size: number): Bytes {
   if (size < LENT_SIZE / 2 || size > LENT_SIZE + FRAME_HEADS) return Buffer.allocUnsafe(size);
   const buffer = idleBuffers.pop() ?? Buffer.allocUnsafeSlow(LENT_SIZE + FRAME_HEADS), part = buffer.subarray(0, size);
-  lent.set(part, buffer);
+  LENT_BUFFERS.set(part, buffer);
   return part;
 }
-function copied(bytes: Bytes): Bytes {
+function copyOfBytes(bytes: Bytes): Bytes {
   const copy = borrowed(bytes.length);
   bytes.copy(copy);
   return copy;
 }
 /** Frees a lent buffer: its bytes are not needed any more. */
 function giveBack(bytes: Bytes): void {
-  const buffer = lent.get(bytes);
-  lent.delete(bytes);
+  const buffer = LENT_BUFFERS.get(bytes);
+  LENT_BUFFERS.delete(bytes);
   if (buffer) useAgain(buffer);
 }
 const useAgain = (buffer: Bytes): unknown => idleBuffers.length < 64 && idleBuffers.push(buffer);
 
 /** Writes bytes. A buffer that was lent is free again when all of it has gone out. */
 function writeBytes(socket: Socket, bytes: Bytes): void {
-  const buffer = lent.get(bytes);
+  const buffer = LENT_BUFFERS.get(bytes);
   if (!buffer) return void socket.write(bytes);
-  lent.delete(bytes); // once
+  LENT_BUFFERS.delete(bytes); // once
   socket.write(bytes, () => void useAgain(buffer));
 }
 
 /** Whether less than WINDOW waits in a socket. `write` returns false even where all went out at once. */
-const hasRoom = (socket: Socket): boolean => socket.writableLength < WINDOW;
+const socketHasRoom = (socket: Socket): boolean => socket.writableLength < WINDOW;
 
 /**
  * A connection that speaks HTTP/1.1. What it writes in one turn of the event loop leaves at the end of the turn, as one
@@ -3558,7 +3565,7 @@ abstract class Connection {
       if (chunked) this.write("\r\n");
       socket.uncork();
     }
-    return hasRoom(socket);
+    return socketHasRoom(socket);
   }
 
   hold(): void {
@@ -3702,7 +3709,7 @@ class ByteSide implements TunnelSide {
     this.bytes += bytes.length;
     if (tunnel.webSocket) this.frames.follow(bytes);
     to.write(bytes);
-    if (!hasRoom(to)) pauseSocket(this.socket);
+    if (!socketHasRoom(to)) pauseSocket(this.socket);
   }
   onDrain(): void {
     resumeSocket(this.other.socket);
@@ -3935,7 +3942,7 @@ function gzipped(body: Body): Body {
 }
 
 /** The bytes from `at` on. An empty view would keep the whole buffer in memory, for each of thousands of idle connections. */
-const behind = (bytes: Bytes, at: number): Bytes => at < bytes.length ? bytes.subarray(at) : NO_BYTES;
+const bytesBehind = (bytes: Bytes, at: number): Bytes => at < bytes.length ? bytes.subarray(at) : NO_BYTES;
 
 /** `Date`, made once a second (RFC 9110 section 6.6.1). */
 const dateLine = onceASecond((date) => `Date: ${date.toUTCString()}\r\n`);
@@ -3985,7 +3992,7 @@ class ClientConnection extends Connection implements BodySource {
     if (this.receiving) return this.receiveBody(this.receiving, bytes);
     this.rest = this.rest.length ? Buffer.concat([this.rest, bytes]) : bytes;
     if (this.phase !== "request") this.proceed();
-    if (this.rest.length >= DISCARDED && (this.phase === "request" || !hasRoom(this.socket))) this.holdBack();
+    if (this.rest.length >= DISCARDED && (this.phase === "request" || !socketHasRoom(this.socket))) this.holdBack();
   }
 
   /** Pauses the socket once 64 KiB of pipelined requests wait. */
@@ -3999,13 +4006,13 @@ class ClientConnection extends Connection implements BodySource {
   private proceed(): void {
     if (this.proceeding) return;
     this.proceeding = true;
-    while ((this.phase === "idle" || this.phase === "head") && this.rest.length && hasRoom(this.socket)) {
+    while ((this.phase === "idle" || this.phase === "head") && this.rest.length && socketHasRoom(this.socket)) {
       if (!this.served && this.rest[0] === PREFACE.charCodeAt(0) && this.hasPreface()) return;
       if (!this.takeRequest()) break;
     }
     this.proceeding = false;
     const waits = this.phase === "idle" || this.phase === "head";
-    if (waits && this.clientEnded && hasRoom(this.socket)) this.close();
+    if (waits && this.clientEnded && socketHasRoom(this.socket)) this.close();
     if (!this.heldBack || this.rest.length >= DISCARDED) return;
     this.heldBack = false;
     resumeSocket(this.socket);
@@ -4048,7 +4055,7 @@ class ClientConnection extends Connection implements BodySource {
       return false;
     }
     const head = parseRequestHead(text, header_fields);
-    this.rest = behind(bytes, text.length + 4);
+    this.rest = bytesBehind(bytes, text.length + 4);
     this.begin(head);
     return true;
   }
@@ -4079,7 +4086,7 @@ class ClientConnection extends Connection implements BodySource {
     else if (head.framing === "none") request.body = head.announced ? EMPTY_BODY : NO_BODY;
     else if (head.length > 0 && rest.length >= head.length) {
       request.body = new MemoryBody(rest.subarray(0, head.length));
-      this.rest = behind(rest, head.length);
+      this.rest = bytesBehind(rest, head.length);
     } else {
       request.body = this.body = new StreamedBody(head.length, this);
       if (head.length < 0) this.body.kept = [];
@@ -4103,7 +4110,7 @@ class ClientConnection extends Connection implements BodySource {
       this.closes = true;
       return this.phase === "discarding" ? this.close() : body!.end("bad-body");
     }
-    this.rest = behind(after, 0);
+    this.rest = bytesBehind(after, 0);
     body!.end(receiving.trailers);
     if (this.phase === "discarding") this.next();
   }
@@ -4374,7 +4381,7 @@ class UpstreamConnection extends Connection implements BodySource, Progress {
     super(socket);
     const { server } = attempt;
     this.client = client;
-    this.pool = entry(client.pools, server, () => []);
+    this.pool = getOrMake(client.pools, server, () => []);
     this.bornAt = this.since = client.time;
     this.attempt = attempt;
     attempt.carrier = this;
@@ -4612,8 +4619,8 @@ function readOnAfterFailedWrites(socket: Socket): Socket {
 const READ_ON = 100; // milliseconds
 
 /** The option of a socket that reads into one buffer for all sockets, out of which what came is copied. */
-const sharedReads = (socketOf: () => Socket) => ({
-  onread: { buffer: RECEIVED, callback: (size: number) => socketOf().push(copied(RECEIVED.subarray(0, size))) },
+const sharedReads = (socket: () => Socket) => ({
+  onread: { buffer: RECEIVED, callback: (size: number) => socket().push(copyOfBytes(RECEIVED.subarray(0, size))) },
 });
 const RECEIVED = Buffer.allocUnsafeSlow(LENT_SIZE);
 
@@ -4642,7 +4649,7 @@ function readPem(file: string, kind: Pem): string {
 /** A socket to a server; the addresses of a name are tried one after another (RFC 8305). */
 function dial({ url, tls }: Server, protocols = ["http/1.1"]): Socket {
   if (isUnix(url)) return readOnAfterFailedWrites(connectPlain({ path: pathOfUnix(url), allowHalfOpen: true }));
-  const { hostname, port, protocol } = new URL(url), host = bare(hostname), secure = protocol === "https:";
+  const { hostname, port, protocol } = new URL(url), host = bareAddress(hostname), secure = protocol === "https:";
   const address = {
     host,
     port: Number(port || (secure ? 443 : 80)),
@@ -5037,7 +5044,7 @@ abstract class Http2Stream<C extends Http2Connection = Http2Connection> implemen
     const read = ends ? readHttp2Fields(given, NO_NAMES) : undefined;
     if (this.hasEnded) throw fault("STREAM_CLOSED", "a head behind the end of a stream", this.id);
     if (!read) throw fault("PROTOCOL_ERROR", "trailers are malformed", this.id);
-    this.onEnd(pairs(read.fields).filter(([name]) => mayTrail(name)).flat());
+    this.onEnd(fieldPairs(read.fields).filter(([name]) => mayTrail(name)).flat());
   }
 
   /** Lets the peer send more, if there is room for it. */
@@ -5077,7 +5084,7 @@ abstract class Http2Stream<C extends Http2Connection = Http2Connection> implemen
     while (this.piece && !this.sent) {
       const { piece, at } = this, left = piece.length - at;
       const size = Math.min(left, this.window, connection.window, frames === 1 ? connection.maxFrame : LENT_SIZE);
-      if (size <= 0 || !hasRoom(connection.socket) || frames <= 0) {
+      if (size <= 0 || !socketHasRoom(connection.socket) || frames <= 0) {
         connection.blocked.add(this);
         return frames <= 0;
       }
@@ -5188,7 +5195,7 @@ abstract class Http2Connection extends Connection {
       this.takeFrame(data[at + 3]!, data[at + 4]!, stream, data.subarray(at + 9, end));
       at = end;
     }
-    if (!this.isOver) this.rest = behind(data, at);
+    if (!this.isOver) this.rest = bytesBehind(data, at);
     // a peer that does not read is not read; bodies stop at WINDOW, so that two balancers never wait for each other
     if (this.socket.writableLength > 4 * WINDOW) this.hold();
   }
@@ -5337,7 +5344,7 @@ abstract class Http2Connection extends Connection {
     for (let more = true; more;) {
       more = false;
       for (const stream of [...this.blocked]) {
-        if (this.window <= 0 || !hasRoom(this.socket)) return; // the others come first the next time
+        if (this.window <= 0 || !socketHasRoom(this.socket)) return; // the others come first the next time
         this.blocked.delete(stream);
         more = stream.pump(1) || more;
       }
@@ -5606,7 +5613,7 @@ class Http2ClientConnection extends Http2Connection {
       if (!PREFACE.startsWith(text)) return this.fail(fault("PROTOCOL_ERROR", "not the preface of HTTP/2"));
       if (text.length < PREFACE.length) return;
       this.hasPreface = true;
-      [bytes, this.rest] = [behind(this.rest, PREFACE.length), NO_BYTES];
+      [bytes, this.rest] = [bytesBehind(this.rest, PREFACE.length), NO_BYTES];
     }
     super.onData(bytes);
     const { begun, owner: { context } } = this;
@@ -5978,7 +5985,7 @@ export class HttpClient implements Dialer {
 
   /** Hands an attempt to a connection of HTTP/2 that has room for it, or opens one. */
   private share(attempt: Attempt): void {
-    const { server } = attempt, pool = entry(this.shared, server, (): Http2UpstreamConnection[] => []);
+    const { server } = attempt, pool = getOrMake(this.shared, server, (): Http2UpstreamConnection[] => []);
     let connection = pool.find((one) => one.isOpen());
     if (!connection) {
       const socket = this.connectFor(attempt, server.http === 2 ? ["h2"] : ["h2", "http/1.1"]);
@@ -6112,10 +6119,10 @@ const HOP_FIELDS = Object.keys(FIELD_ROLES).filter((name) => !/^(?:content-lengt
 /** Fields without those that end at this hop. */
 const withoutHopFields = (fields: Fields): Fields =>
   without(fields, new Set([...HOP_FIELDS, ...connectionNames(fieldOf(fields, "connection") ?? "")]));
-const isToken = memo((text) => TOKEN.test(text));
+const isTokenText = memo((text) => TOKEN.test(text));
 /** Whether all fields are valid: a line break would begin another header, or another request. */
 function isPrintable(fields: Fields): boolean {
-  for (let i = 0; i < fields.length; i += 2) if (!isToken(fields[i]!) || !VALUE.test(fields[i + 1]!)) return false;
+  for (let i = 0; i < fields.length; i += 2) if (!isTokenText(fields[i]!) || !VALUE.test(fields[i + 1]!)) return false;
   return true;
 }
 
@@ -6123,7 +6130,7 @@ function isPrintable(fields: Fields): boolean {
 function toRequest(request: HttpRequest, withBody: boolean): Request {
   const { method, target, host, scheme, block, body } = request;
   const path = target.startsWith("/") ? target : target.replace(/^https?:\/\/[^/?#]*\/?|^\*$/i, "/");
-  const init: RequestInit & { duplex?: "half" } = { method, headers: pairs(block.fields) };
+  const init: RequestInit & { duplex?: "half" } = { method, headers: fieldPairs(block.fields) };
   if (withBody && body.length !== 0 && method !== "GET" && method !== "HEAD") {
     Object.assign(init, { body: body.stream(), duplex: "half" });
   }
@@ -6209,7 +6216,7 @@ async function nativeFetch(url: string, attempt: FetchAttempt): Promise<Response
   const init = { encodeResponseBody: "manual", signal: AbortSignal.any([signal, late.signal]) };
   let response: Response;
   try {
-    const named = pairs(without(headers, new Set(["host"]))); // which the platform sets from the URL
+    const named = fieldPairs(without(headers, new Set(["host"]))); // which the platform sets from the URL
     response = await fetch(url, { ...init, method, headers: named, body, redirect: "manual" });
   } catch (error) {
     const kind = late.signal.aborted ? "timeout" : signal.aborted ? "client-left" : "reset";
@@ -6318,7 +6325,7 @@ const ANY_PATH = { kind: "prefix", path: "" } as const;
 function compileHosts(routes: Route[]): HostTable {
   const hosts: HostTable = { named: new Map(), any: newPathTable() };
   for (const route of [...routes].sort((a, b) => b.rank - a.rank)) {
-    const tables = route.hosts.map((host) => entry(hosts.named, host.replace("*", ""), newPathTable));
+    const tables = route.hosts.map((host) => getOrMake(hosts.named, host.replace("*", ""), newPathTable));
     for (const table of tables.length ? tables : [hosts.any]) {
       for (const path of route.paths.length ? route.paths : [ANY_PATH]) {
         if (path.kind === "regex") table.regex.push({ pattern: RE2JS.compile(path.source), routes: [route] });
@@ -6331,7 +6338,7 @@ function compileHosts(routes: Route[]): HostTable {
 
 function putPath(table: PathTable, { kind, path }: Extract<PathRule, { path: string }>, route: Route): void {
   const segments = path.split("/"), shape = segments.map((segment) => segment.startsWith("{") ? "1" : "0").join("");
-  entry(table[kind], shapeKey(segments, shape), () => []).push(route);
+  getOrMake(table[kind], shapeKey(segments, shape), () => []).push(route);
   if (kind === "prefix") table.depth = Math.max(table.depth, segments.length - 1);
   if (shape.includes("1")) table.shapes = [...new Set([...table.shapes, shape])].sort(); // literal segments go first
 }
@@ -6361,7 +6368,7 @@ function matchPath(table: PathTable, exchange: Exchange): Route | undefined {
   const { path } = exchange;
   const exact = matchText(table, "exact", exchange, path);
   if (exact) return exact;
-  for (let prefix = cut(path, table.depth);; prefix = prefix.slice(0, prefix.lastIndexOf("/"))) {
+  for (let prefix = firstSegments(path, table.depth);; prefix = prefix.slice(0, prefix.lastIndexOf("/"))) {
     const route = matchText(table, "prefix", exchange, prefix);
     if (route) return route;
     if (prefix === "") break;
@@ -6387,7 +6394,7 @@ function matchText(table: PathTable, kind: "exact" | "prefix", exchange: Exchang
 }
 
 /** The first `depth` segments of a path. */
-function cut(path: string, depth: number): string {
+function firstSegments(path: string, depth: number): string {
   let end = 0;
   for (let i = 0; i < depth; i++) {
     end = path.indexOf("/", end + 1);
@@ -6448,14 +6455,14 @@ function compileAdmission(allow: string[], deny: string[]): Route["admits"] {
 }
 
 /** The path that the server sees: what matched is replaced, and what follows it stays as it came. */
-function rewritePath({ rewrite }: Route, { path, sent, matched }: Exchange): string {
-  if (rewrite.kind === "none") return sent;
-  if (rewrite.kind === "whole") return rewrite.path;
+function rewritePath({ rewrite: rule }: Route, { path, sent, matched }: Exchange): string {
+  if (rule.kind === "none") return sent;
+  if (rule.kind === "whole") return rule.path;
   if (typeof matched === "string") {
-    const rest = path === matched ? "" : sent.slice(cut(sent, matched.split("/").length - 1).length);
-    return rewrite.path.replace(/\/+$/, "") + rest || "/";
+    const rest = path === matched ? "" : sent.slice(firstSegments(sent, matched.split("/").length - 1).length);
+    return rule.path.replace(/\/+$/, "") + rest || "/";
   }
-  const rewritten = matched.matcher(path).replaceFirst(rewrite.path);
+  const rewritten = matched.matcher(path).replaceFirst(rule.path);
   return removeDots(rewritten.startsWith("/") ? rewritten : `/${rewritten}`);
 }
 
@@ -6490,11 +6497,11 @@ function applyRules(fields: Fields, { set, add, remove }: HeaderRules): string[]
 
 // --- 5.1 Strategies: pure functions from candidates to a server, in one table ---
 
-const known = new WeakMap<Candidates, { even: boolean; heaviest: number; hashes: Uint32Array }>();
+const CANDIDATE_WEIGHTS = new WeakMap<Candidates, { even: boolean; heaviest: number; hashes: Uint32Array }>();
 
 /** What the weights of these candidates are like. The list stays the same until a server flips, and so does the answer. */
 const weightsOf = (candidates: Candidates) =>
-  entry(known, candidates, () => {
+  getOrMake(CANDIDATE_WEIGHTS, candidates, () => {
     const heaviest = Math.max(...candidates.map(({ effective }) => effective));
     const even = candidates.every(({ effective }) => effective === heaviest);
     return { heaviest, even, hashes: Uint32Array.from(candidates, (server) => server.hash) };
@@ -6515,7 +6522,7 @@ const roundRobin: Strategy = (candidates, { turn }) => {
 };
 
 /** The server with the least score; among equals the first, counted from `start`. */
-function least(candidates: Candidates, score: (server: Server) => number, start = 0): Server {
+function leastByScore(candidates: Candidates, score: (server: Server) => number, start = 0): Server {
   let best = candidates[start]!;
   let lowest = score(best);
   for (let i = 1, at = start; i < candidates.length; i++) {
@@ -6531,7 +6538,7 @@ function least(candidates: Candidates, score: (server: Server) => number, start 
 const busyness = (server: Server): number => server.inFlight / server.effective;
 
 /** Draws by weight without a sum: a server is accepted as often as its weight stands to the heaviest. */
-function draw(candidates: Candidates, random: () => number, except?: Server): Server {
+function drawByWeight(candidates: Candidates, random: () => number, except?: Server): Server {
   const { heaviest } = weightsOf(candidates);
   for (;;) {
     const server = candidates[Math.floor(random() * candidates.length)]!;
@@ -6562,7 +6569,7 @@ function costOf(server: Server, now: number, fastest: number): number {
 /** The least cost of all, or of two at random where there are more than 8; among equals any. */
 const peakEwma: Strategy = (candidates, { random, now }) => {
   if (candidates.length > 8) {
-    const one = draw(candidates, random), other = draw(candidates, random, one);
+    const one = drawByWeight(candidates, random), other = drawByWeight(candidates, random, one);
     const fastest = Math.min(latencyOf(one, now), latencyOf(other, now));
     return costOf(other, now, fastest) < costOf(one, now, fastest) ? other : one;
   }
@@ -6590,10 +6597,10 @@ function scoresFor(candidates: Candidates, key: string): (server: Server) => num
  */
 function rendezvous(candidates: Candidates, key: string, isFull: (server: Server) => boolean): Server {
   const { even, hashes } = weightsOf(candidates);
-  const wanted = even ? candidates[farthest(hashes, hash(key))]! : least(candidates, scoresFor(candidates, key));
+  const wanted = even ? candidates[farthest(hashes, hash(key))]! : leastByScore(candidates, scoresFor(candidates, key));
   if (!isFull(wanted)) return wanted;
   const score = scoresFor(candidates, key);
-  return least(candidates, (server) => isFull(server) ? Infinity : score(server));
+  return leastByScore(candidates, (server) => isFull(server) ? Infinity : score(server));
 }
 
 /** The first of the hashes that make the largest number with a seed: a thousand cost 2 us as numbers in a row, and 8 as servers. */
@@ -6658,11 +6665,11 @@ const leastResponseTime: Strategy = (candidates, { now }) => {
 export const strategies: Record<typeof STRATEGIES[number] | "hash", Strategy> = {
   "round-robin": roundRobin,
   "first": (candidates) => candidates[0],
-  "random": (candidates, { random }) => draw(candidates, random),
+  "random": (candidates, { random }) => drawByWeight(candidates, random),
   "two-choices": (candidates, { random }) => {
-    const one = draw(candidates, random);
-    if (candidates.length <= 8) return least(candidates, busyness, candidates.indexOf(one));
-    return least([one, draw(candidates, random, one)], busyness);
+    const one = drawByWeight(candidates, random);
+    if (candidates.length <= 8) return leastByScore(candidates, busyness, candidates.indexOf(one));
+    return leastByScore([one, drawByWeight(candidates, random, one)], busyness);
   },
   "least-connections": (candidates) => {
     const { heaviest } = weightsOf(candidates);
@@ -6919,8 +6926,8 @@ const DEVIATIONS = 1.9; // below the mean of the others' success rates, as in En
 const LEAST_GAP = 0.1; // between success rates
 
 /** Whether a time is out of all proportion to what the pool needs. */
-const isSlow = ({ median, config: { eject } }: Service, milliseconds: number): boolean =>
-  median > 0 && milliseconds > Math.max(eject.slow * median, median + NEGLIGIBLE);
+const isSlow = ({ median, config }: Service, milliseconds: number): boolean =>
+  median > 0 && milliseconds > Math.max(config.eject.slow * median, median + NEGLIGIBLE);
 
 /** What is typical of a server, where requests that wait longer than that count as if they were answered now; 0: not known. */
 function typicalOf({ typical, samples, load, waiting, waitingSince }: Server, now: number): number {
@@ -7123,7 +7130,7 @@ function bodyProblem(wanted: string, taken: Body | Failure): string | undefined 
 }
 
 /** One probe: what is wrong with the server, or undefined. */
-async function probe(service: Service, server: Server, effects: Effects): Promise<string | undefined> {
+async function probeServer(service: Service, server: Server, effects: Effects): Promise<string | undefined> {
   const { kind, timeout } = service.config.health;
   const giveUp = new AbortController();
   const ask = kind === "grpc" ? probeGrpc : probeHttp;
@@ -7152,7 +7159,7 @@ async function probeDue(table: Table, effects: Effects): Promise<void> {
   await Promise.all(due.map(async ([service, server]) => {
     server.probeAt = now + service.config.health.interval * (0.9 + 0.2 * effects.random());
     const begun = effects.now();
-    const problem = await probe(service, server, effects);
+    const problem = await probeServer(service, server, effects);
     if (problem && isOutOfHandles(problem)) return effects.report("error", `a probe is left out: ${problem}`);
     onProbed(service, server, problem, effects);
     effects.onProbed(service, server, problem);
@@ -7212,7 +7219,7 @@ function cookieFor(service: Service, server: Server, exchange: Exchange, effects
 function noteCookies({ destination, cookie, balancer: { effects } }: Exchange, fields: Fields): string {
   const { service } = destination!, { cookie: name } = service.config.sticky;
   const isSet = name &&
-    pairs(fields).some(([field, value]) => lower(field) === "set-cookie" && value.startsWith(`${name}=`));
+    fieldPairs(fields).some(([field, value]) => lower(field) === "set-cookie" && value.startsWith(`${name}=`));
   if (!isSet) return cookie;
   const said =
     `${service.name}: its servers set the cookie ${name} themselves, and so sticky does not: it needs another name, such as lb`;
@@ -7274,7 +7281,7 @@ function admitRequest(exchange: Exchange, most: number): boolean {
 }
 
 /** Counts a connection for as long as it is open, or says what it is refused for. Trusted proxies bring many clients. */
-function admit(balancer: Balancer, socket: Socket, isLocal = false): FailureName | undefined {
+function admitConnection(balancer: Balancer, socket: Socket, isLocal = false): FailureName | undefined {
   const { table: { config: { limits }, trusts }, connected } = balancer;
   if (socket.remoteAddress === undefined && !isLocal) return undefined; // it is gone already
   const peer = unmapped(socket.remoteAddress), client = clientNetwork(peer);
@@ -7712,7 +7719,7 @@ class AccessLog {
 
 /** Counts what a request or a connection has failed for. */
 const countFailure = ({ failures }: Balancer, reason: string): unknown =>
-  entry(failures, reason, newOccurrences).times++;
+  getOrMake(failures, reason, newOccurrences).times++;
 
 /** All counters as one: what a service or an entrypoint has had. */
 export function totalOf(tallies: Tallies): Counters {
@@ -7762,7 +7769,7 @@ const copiesAt = (key: keyof Service["copies"]): NumberAt<Service> => ({
   write: (service, value) => void (service.copies[key] = value),
 });
 /** How many requests lasted as long as a bound or less. */
-const upTo = (bound: number): NumberAt<Counters> => ({
+const requestsUpTo = (bound: number): NumberAt<Counters> => ({
   read: ({ durations }) => durations.reduce((sum, held, at) => at > bound ? sum : sum + held),
   write({ durations }, value) { // behind those of lower bounds
     durations[bound] = 0;
@@ -7781,7 +7788,7 @@ const requestMetrics = (level: "entrypoint" | "service"): Metric<Counters>[] => 
     histogram(
       `lb_${level}_request_duration_seconds_bucket{le="${bound}"}`,
       "Time to the end of the answer, with all attempts",
-      upTo(i),
+      requestsUpTo(i),
     )
   ),
   histogram(`lb_${level}_request_duration_seconds_sum`, "", inSeconds),
@@ -7896,7 +7903,7 @@ const METRICS: { [K in Kind]: Metric<Counted[K]>[] } = {
     counter("lb_server_errors_total", "Attempts with a 5xx, or a failure that is not the client's", "errors"),
     counter("", "", "bytesIn"),
     counter("", "", "bytesOut"),
-    ...BOUNDS.map((_, i) => counter("", "", upTo(i))),
+    ...BOUNDS.map((_, i) => counter("", "", requestsUpTo(i))),
   ],
   strategy: [counter("lb_server_picks_total", "How often a strategy took the server", (s) => s.picks)],
 };
@@ -7986,7 +7993,7 @@ const METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8";
 // --- 8.1 Local replies: redirects, fixed responses, OPTIONS ---
 
 /** Where a redirect leads: taken literally, or the request's own address with some parts replaced. */
-function redirect(exchange: Exchange, action: Extract<Action, { kind: "redirect" }>): HttpResponse {
+function redirectReply(exchange: Exchange, action: Extract<Action, { kind: "redirect" }>): HttpResponse {
   const { to, scheme, host, port, path, status } = action, { origin } = exchange;
   const proto = scheme || origin.scheme, asked = origin.host || exchange.host;
   const own = /:\d+$/.exec(asked)?.[0] ?? (origin.port && `:${origin.port}`); // it goes with its host and scheme
@@ -8033,14 +8040,14 @@ const fieldAction = memo((spelled): FieldAction => {
 });
 
 /** No value that counts in these lists has a comma or a semicolon, not in quotes either. */
-const pieces = (text: string | undefined, separator: string): string[] =>
+const splitBy = (text: string | undefined, separator: string): string[] =>
   text === undefined ? [] : text.split(separator).map((piece) => piece.trim());
 const FORWARDED_PARAMETER = /^([\w-]+)=(?:"([^"\\]*)"|([^\s"]*))$/;
 
 /** The parameters of an entry of Forwarded (RFC 7239 section 4); none where it is not valid, or says a thing twice. */
 function parametersOf(entry: string): Map<string, string> {
   const parameters = new Map<string, string>();
-  for (const text of pieces(entry, ";").filter(Boolean)) {
+  for (const text of splitBy(entry, ";").filter(Boolean)) {
     const [, name = "", quoted, plain = ""] = FORWARDED_PARAMETER.exec(text) ?? [];
     if (!name || parameters.has(lower(name))) return new Map();
     parameters.set(lower(name), quoted ?? plain);
@@ -8075,7 +8082,7 @@ function chainTo(peer: string, nodes: string[], trusts: Table["trusts"]): string
  */
 function readOrigin(fields: Fields, known: Pick<Origin, "peer" | "spoken" | "trusts">): Origin {
   const { peer, spoken, trusts } = known;
-  const listed = (name: string) => pieces(fieldOf(fields, name), ",");
+  const listed = (name: string) => splitBy(fieldOf(fields, name), ",");
   const entries = listed("forwarded").map(parametersOf);
   const parameters = (name: string) => entries.map((entry) => entry.get(name) ?? "");
   const usual = chainTo(peer, listed("x-forwarded-for"), trusts), standard = chainTo(peer, parameters("for"), trusts);
@@ -8140,7 +8147,7 @@ function commonLines(exchange: Exchange, host: string): string {
   if (isSame) return latest.text;
   const asked = origin.host || named, [node, ...proxies] = chain.map((address) => `for=${forwardedNode(address)}`);
   const forwarded = [`${node};${asked && `host="${asked}";`}proto=${scheme}`, ...proxies].join(", ");
-  const told = origin.isTold ? pairs(block.fields).filter(([name]) => fieldAction(name) === "told").flat() : [];
+  const told = origin.isTold ? fieldPairs(block.fields).filter(([name]) => fieldAction(name) === "told").flat() : [];
   const text =
     `host: ${host}\r\n${passing.lines}${linesOf(without(told, OURS))}x-forwarded-for: ${chain.join(", ")}\r\n` +
     (asked && `x-forwarded-host: ${asked}\r\n`) + `x-forwarded-proto: ${scheme}\r\n` +
@@ -8163,7 +8170,7 @@ function outboundLines(exchange: Exchange, server: Server): string {
 
 /** A server's fields without its own CORS. */
 const withoutCors = (fields: Fields): string[] =>
-  pairs(fields).filter(([name]) => !/^access-control-/i.test(name)).flat();
+  fieldPairs(fields).filter(([name]) => !/^access-control-/i.test(name)).flat();
 
 /** Fields with what our CORS says in place of what says the same; Vary grows. */
 function withShared(fields: Fields, shared: Exchange["shared"]): Fields {
@@ -8191,7 +8198,7 @@ const CODED = new Set(["content-length", "etag"]); // fields of a response that 
 /** Whether Accept-Encoding takes gzip (RFC 9110 section 12.5.3). */
 function acceptsGzip(accept: string): boolean {
   const qualities = new Map(
-    pieces(accept, ",").map((entry) => {
+    splitBy(accept, ",").map((entry) => {
       const [, coding = "", quality = "1"] = /^([^\s;]+)\s*(?:;\s*q=([\d.]+))?$/i.exec(entry) ?? [];
       return [lower(coding), Number(quality)];
     }),
@@ -8312,7 +8319,7 @@ type ServerUse = Pick<ExchangeAttempt, "service" | "server" | "startedAt" | "end
 function countNoResponse(use: ServerUse, received: number, problem: string | undefined, effects: Effects): void {
   const { service, server, startedAt, endedAt } = use, isBlamed = problem !== undefined;
   endWaiting(server, startedAt);
-  count(server.counters, endedAt - startedAt, received, 0, isBlamed);
+  tally(server.counters, endedAt - startedAt, received, 0, isBlamed);
   if (isBlamed) {
     reportServer(service, server, problem, effects);
     onNoResponse(service, server, startedAt, endedAt, effects);
@@ -8392,7 +8399,7 @@ class ServerAttempt extends ExchangeAttempt {
     const isOpen = status === 101; // its end, perhaps hours later, says nothing about the server
     const isCutOff = failure !== undefined && !BLAMELESS.has(failure) && !isOpen;
     const milliseconds = (isOpen ? this.headAt : this.endedAt) - startedAt;
-    count(server.counters, milliseconds, receivedBy(this), this.received, isCutOff || isServerError(status));
+    tally(server.counters, milliseconds, receivedBy(this), this.received, isCutOff || isServerError(status));
     if (isCutOff) reportServer(service, server, `its answer was cut off (${failure})`, effects);
     if (isCutOff || GATEWAY_ERRORS.has(status)) return onFailed(service, server, startedAt, effects);
     if (failure !== undefined || isOpen) return;
@@ -8428,12 +8435,12 @@ function finish(exchange: Exchange): void {
   balancer.inFlight--;
   if (exchange.concurrencyKey) countOut(balancer.clients, exchange.concurrencyKey);
   entrypoint.inFlight--;
-  count(tallyOf(entrypoint.tallies, exchange), milliseconds, received, bytes, failed);
+  tally(tallyOf(entrypoint.tallies, exchange), milliseconds, received, bytes, failed);
   if (destination) {
     destination.service.inFlight--;
-    count(tallyOf(destination.service.tallies, exchange), milliseconds, received, bytes, failed);
+    tally(tallyOf(destination.service.tallies, exchange), milliseconds, received, bytes, failed);
     const status = isGrpc(exchange.request) && answering && grpcStatus(answering), { grpc } = destination.service;
-    if (status && /^(?:\d|1[0-6])$/.test(status)) entry(grpc, status, newOccurrences).times++;
+    if (status && /^(?:\d|1[0-6])$/.test(status)) getOrMake(grpc, status, newOccurrences).times++;
   }
   if (problem) countFailure(balancer, problem);
   const { format } = exchange.table.config.log;
@@ -8446,7 +8453,7 @@ function finish(exchange: Exchange): void {
 }
 
 /** Sends a server's response. The exchange is finished when its attempt ends. */
-function respond(attempt: ExchangeAttempt, response: HttpResponse): void {
+function sendResponse(attempt: ExchangeAttempt, response: HttpResponse): void {
   const { exchange } = attempt;
   exchange.attempt = attempt;
   exchange.status = response.status;
@@ -8558,7 +8565,7 @@ const MOST_COPIES = 100; // in flight to one service; further requests are not c
  * Has a copy of a request sent to another service, behind the request itself. Nobody waits for it; where the body is a
  * stream there is none to copy.
  */
-function mirror(exchange: Exchange, destination: Destination): void {
+function sendMirrored(exchange: Exchange, destination: Destination): void {
   const { effects } = exchange.balancer, { copies } = destination.service;
   if (exchange.upgrade || effects.random() >= destination.weight) return; // a conversation has no copy
   const mayCopy = exchange.body.length >= 0 && exchange.body.bytes !== undefined;
@@ -8659,7 +8666,7 @@ function checkAdmission(exchange: Exchange): FailureName | undefined {
 function act(exchange: Exchange, destination: Destination | undefined): void {
   const route = exchange.route!, { action } = route, refusal = checkAdmission(exchange);
   if (refusal) return refuse(exchange, refusal);
-  if (action.kind === "redirect") return respondLocally(exchange, redirect(exchange, action));
+  if (action.kind === "redirect") return respondLocally(exchange, redirectReply(exchange, action));
   if (action.kind === "respond") return respondLocally(exchange, respondLiterally(route, action));
   exchange.destination = destination!;
   destination!.service.inFlight++;
@@ -8701,10 +8708,10 @@ function drawDestination(route: Route, exchange: Exchange): Destination {
 function takeBody(exchange: Exchange): void {
   const { request, body, balancer: { effects } } = exchange;
   body.limit = exchange.route!.body_limit;
-  if (body.bytes) return ask(exchange, 0, exchange.started);
+  if (body.bytes) return askServer(exchange, 0, exchange.started);
   const isSmall = body.length >= 0 && body.length <= KEPT && !request.expects; // what is held back is read when a server takes it
   const isUnknown = body instanceof FetchBody && body.length < 0 && !fieldOf(request.block.fields, "transfer-encoding");
-  if (!isSmall && !isUnknown) return ask(exchange, 0, exchange.started);
+  if (!isSmall && !isUnknown) return askServer(exchange, 0, exchange.started);
   const { idle, request: whole } = exchange.destination!.policy.timeouts, over = new AbortController();
   const go = (taken: Body | Failure) => {
     if (over.signal.aborted) return;
@@ -8712,7 +8719,7 @@ function takeBody(exchange: Exchange): void {
     exchange.onLeave = undefined;
     if (typeof taken === "string") return refuse(exchange, request.gone ? "client-left" : taken);
     exchange.body = taken;
-    guarded(exchange, () => ask(exchange, 0, effects.now()));
+    guarded(exchange, () => askServer(exchange, 0, effects.now()));
   };
   exchange.onLeave = () => go("client-left");
   effects.sleep(Math.min(idle, whole), over.signal).then(() => go("client-timeout"));
@@ -8721,7 +8728,7 @@ function takeBody(exchange: Exchange): void {
 }
 
 /** Asks a server: at once, or when one has room; else one of the fallback service. Requests in the queue go first. */
-function ask(exchange: Exchange, retry: number, now: number, failure: FailureName = "no-server"): void {
+function askServer(exchange: Exchange, retry: number, now: number, failure: FailureName = "no-server"): void {
   const { effects } = exchange.balancer, { service, fallback } = exchange.destination!;
   if (service.waiting.size > 0) wakeQueue(service);
   const server = pickServer(exchange, now);
@@ -8735,7 +8742,7 @@ function ask(exchange: Exchange, retry: number, now: number, failure: FailureNam
     fallback.service.inFlight++;
     exchange.destination = fallback;
     exchange.cookie = "";
-    ask(exchange, retry, effects.now(), failure);
+    askServer(exchange, retry, effects.now(), failure);
   }).catch((error) => failInternally(exchange, error));
 }
 
@@ -8743,7 +8750,7 @@ function ask(exchange: Exchange, retry: number, now: number, failure: FailureNam
 function forward(exchange: Exchange, server: Server, retry: number): void {
   const { service } = exchange.destination!, copies = exchange.route!.mirror;
   exchange.onLeave = cancelAttempt;
-  if (retry === 0 && copies) mirror(exchange, copies);
+  if (retry === 0 && copies) sendMirrored(exchange, copies);
   if (retry > 0) {
     service.retrying++;
     service.retries++;
@@ -8760,10 +8767,10 @@ function conclude(attempt: ExchangeAttempt): void {
   const { exchange, response, retry, failure = "reset" } = attempt, { effects } = exchange.balancer;
   if (retry > 0) attempt.service.retrying--;
   if (!mayRetry(attempt)) {
-    if (response) return respond(attempt, response);
+    if (response) return sendResponse(attempt, response);
     return refuse(exchange, exchange.request.gone ? "client-left" : failure);
   }
-  const again = () => ask(exchange, retry + 1, effects.now(), response ? undefined : failure);
+  const again = () => askServer(exchange, retry + 1, effects.now(), response ? undefined : failure);
   const soon = retry === 0 ? again : () => {
     backOff(retry, effects).then(() => guarded(exchange, again));
   };
@@ -8823,7 +8830,7 @@ function finishRelay(relay: Relay): void {
   const status = problem ? FAILURES[problem].status : 200, ended = effects.now() - started;
   for (const { tallies } of [entrypoint, service]) {
     const counters = tallyOf(tallies, { status, method: "" });
-    count(counters, ended, received, bytes, status >= 500 && problem !== "draining");
+    tally(counters, ended, received, bytes, status >= 500 && problem !== "draining");
   }
   if (problem) countFailure(balancer, problem);
   if (log.format === "off" || !problem && effects.random() >= log.sample) return;
@@ -8922,7 +8929,7 @@ async function couple(relay: Relay, far: Socket): Promise<void> {
   over.abort();
   relays.delete(drained);
   const failed = relay.problem === "reset" && relay.bytes === 0; // later it may be how they say goodbye
-  count(server.counters, effects.now() - began, relay.received, relay.bytes, failed);
+  tally(server.counters, effects.now() - began, relay.received, relay.bytes, failed);
   if (failed) {
     reportServer(service, server, "it reset the connection before it sent anything", effects);
     onFailed(service, server, began, effects);
@@ -8961,7 +8968,7 @@ export function relayTcp(
   const { effects, table, name } = balancer, route = table.tcp.get(address);
   if (!route) return void near.destroy();
   const client = unmapped(near.remoteAddress), now = effects.now(), turn = route.service.turn++;
-  const entrypoint = entry(balancer.entrypoints, "tcp", newEntrypoint);
+  const entrypoint = getOrMake(balancer.entrypoints, "tcp", newEntrypoint);
   const id = `${name}-${(++balancer.requests).toString(36)}`;
   void carry({
     ...{ balancer, random: effects.random, now, turn, key: client, client, request: undefined },
@@ -9098,16 +9105,16 @@ function buildRoute(config: RouteConfig, services: Map<string, Service>, buckets
 /**
  * Compiles a config into what requests read.
  * @param now of the effects: servers that are new, or in another state than before, are so since then
- * @throws {TypeError} where a service has a strategy that is not among `strategies`; `parseConfig` has refused all else
+ * @throws {TypeError} where a service has a strategy that is not among `known`; `parseConfig` has refused all else
  */
-function buildTable(config: Config, strategies: Strategies, previous?: Table, now = 0): Table {
+function buildTable(config: Config, known: Strategies, previous?: Table, now = 0): Table {
   for (const [name, { strategy }] of config.services) { // before anything is changed that serves
-    if (Object.hasOwn(strategies, strategy.name)) continue;
+    if (Object.hasOwn(known, strategy.name)) continue;
     throw new TypeError(`service ${name}: there is no strategy ${strategy.name}`);
   }
   const services = new Map<string, Service>();
   for (const [name, service] of config.services) {
-    const strategy = strategies[service.strategy.name]!;
+    const strategy = known[service.strategy.name]!;
     services.set(name, buildService(service, name, strategy, now, previous?.services.get(name)));
   }
   const buckets: Table["buckets"] = new Map(); // those of before where route and rule are the same
@@ -9119,7 +9126,7 @@ function buildTable(config: Config, strategies: Strategies, previous?: Table, no
   const tcp: Table["tcp"] = new Map();
   for (const { name, listen, proxy_protocol, allow, deny } of config.tcp) {
     const route = { service: services.get(name)!, proxy_protocol, admits: compileAdmission(allow, deny) };
-    for (const at of listen) tcp.set(unique(shown(at.host, at.port), tcp), { ...route, at });
+    for (const at of listen) tcp.set(unique(shownAddress(at.host, at.port), tcp), { ...route, at });
   }
   const ofScheme = Map.groupBy(routes.filter(({ fallback }) => !fallback), ({ scheme }) => scheme);
   return {
@@ -9222,7 +9229,7 @@ type AdminContext = Context<AdminEnv>;
 type Gatekeeper = MiddlewareHandler<AdminEnv>;
 
 /** An answer that says what is wrong (RFC 9457). */
-const problem = (status: number, detail: string, headers: Record<string, string> = {}, more: Raw = {}): Response =>
+const problemJson = (status: number, detail: string, headers: Record<string, string> = {}, more: Raw = {}): Response =>
   Response.json({ type: "about:blank", title: STATUS_CODES[status], status, detail, ...more }, {
     status,
     headers: { ...headers, "content-type": "application/problem+json" },
@@ -9260,7 +9267,7 @@ const STRING = v.string(), NUMBER = v.number(), BOOLEAN = v.boolean(), STRINGS =
 const NUMBERS = v.array(NUMBER);
 const MOMENT = v.pipe(STRING, v.isoTimestamp());
 
-const seconds = (milliseconds: number): number => Math.max(0, Math.round(milliseconds)) / 1_000;
+const toSeconds = (milliseconds: number): number => Math.max(0, Math.round(milliseconds)) / 1_000;
 const thousandths = (value: number): number => Math.round(value * 1_000) / 1_000;
 const finite = (limit: number): number | null => Number.isFinite(limit) ? limit : null;
 
@@ -9275,7 +9282,7 @@ const COUNTERS_VIEW = viewOf<[Counters]>()({
 
 const CHECK = v.object({ ago: NUMBER, took: NUMBER, problem: says(STRING, "what was wrong; empty: it passed") });
 const checkView = ({ probedAt, probeTook, probeProblem }: Server, now: number) =>
-  probedAt > 0 ? { ago: seconds(now - probedAt), took: seconds(probeTook), problem: probeProblem } : null;
+  probedAt > 0 ? { ago: toSeconds(now - probedAt), took: toSeconds(probeTook), problem: probeProblem } : null;
 
 const STATUSES = ["up", "down", "ejected", "trial", "paused", "drain", "maint"] as const;
 function serverStatus(server: Server, now: number): typeof STATUSES[number] {
@@ -9293,7 +9300,7 @@ const SERVER_VIEW = viewOf<[server: Server, now: number, share?: number | undefi
   status: [v.picklist(STATUSES), serverStatus],
   status_for: [
     numeric("for how long"),
-    (s, now) => seconds(now - (s.until > now ? s.since : Math.max(s.since, s.until))),
+    (s, now) => toSeconds(now - (s.until > now ? s.since : Math.max(s.since, s.until))),
   ],
   check: [says(v.nullable(CHECK), "the last probe; null: there was none"), checkView],
   state: [v.picklist(["ready", "drain", "maint"]), (s) => s.state],
@@ -9307,8 +9314,8 @@ const SERVER_VIEW = viewOf<[server: Server, now: number, share?: number | undefi
     (s) => finite(s.max),
   ],
   limit: [says(v.nullable(NUMBER), "the same, whatever it comes from"), (s) => finite(Math.floor(s.limit))],
-  ejected_for: [numeric("for how much longer"), (s, now) => seconds(s.until - now)],
-  paused_for: [numeric("for how much longer, as its Retry-After asked"), (s, now) => seconds(s.pausedUntil - now)],
+  ejected_for: [numeric("for how much longer"), (s, now) => toSeconds(s.until - now)],
+  paused_for: [numeric("for how much longer, as its Retry-After asked"), (s, now) => toSeconds(s.pausedUntil - now)],
   in_flight: [NUMBER, (s) => s.inFlight],
   picks: [numeric("requests that it was chosen for"), (s) => s.picks],
   answers: [NUMBER, (s) => s.answers],
@@ -9396,7 +9403,7 @@ const CERTIFICATES = says(v.array(v.object({ names: STRINGS, until: MOMENT })), 
 const LISTENERS = v.array(v.object({ address: STRING, protocol: STRING, certificates: CERTIFICATES }));
 function listenersView({ table: { config }, effects }: Balancer) {
   const view = (plain: string, secure: string) => ({ host, port, tls }: ListenerConfig) => ({
-    address: shown(host, port), // as the file says it
+    address: shownAddress(host, port), // as the file says it
     protocol: tls.length ? secure : plain,
     certificates: tls.flatMap(({ cert }) => effects.certificate(cert) ?? []),
   });
@@ -9408,7 +9415,7 @@ const RELOADS = v.object({
   ...{ count: NUMBER, ago: NUMBER },
   failed: says(BOOLEAN, "the file on disk could not be put in force"),
 });
-const ago = (then: Date, { effects }: Balancer) => seconds(+effects.date() - +then);
+const secondsAgo = (then: Date, { effects }: Balancer) => toSeconds(+effects.date() - +then);
 
 const totalView = ({ entrypoints }: Balancer) =>
   COUNTERS_VIEW.read(totalOf(new Map([...entrypoints.values()].map(({ tallies }, i) => [i, totalOf(tallies)]))));
@@ -9421,9 +9428,9 @@ function serviceViews({ table, effects }: Balancer): ServiceView[] {
 const SNAPSHOT_VIEW = viewOf<[balancer: Balancer]>()({
   version: [STRING, () => VERSION],
   runtime: [STRING, (b) => b.runtime],
-  time: [numeric("on a clock that begins anywhere and never goes back"), (b) => seconds(b.effects.now())],
-  uptime: [numeric("of the program"), (b) => ago(b.startedAt, b)],
-  reloads: [RELOADS, (b) => ({ count: b.reloads, ago: ago(b.reloadedAt, b), failed: b.reloadFailed })],
+  time: [numeric("on a clock that begins anywhere and never goes back"), (b) => toSeconds(b.effects.now())],
+  uptime: [numeric("of the program"), (b) => secondsAgo(b.startedAt, b)],
+  reloads: [RELOADS, (b) => ({ count: b.reloads, ago: secondsAgo(b.reloadedAt, b), failed: b.reloadFailed })],
   workers: [WORKERS, workersView],
   listeners: [LISTENERS, listenersView],
   draining: [says(BOOLEAN, "it takes no new connections, and will end"), (b) => b.draining],
@@ -9516,7 +9523,7 @@ const serviceText = ({ name, strategy, askable, in_flight, waiting, servers }: S
 // --- 11.2 Explain: which route and server a request would take, and why not the others, without asking any ---
 
 /** What speaks against asking a server, and where it may be asked all the same, why that is. */
-function whyNot(server: Server, may: boolean, now: number): string {
+function whyNot(server: Server, isAsked: boolean, now: number): string {
   const { state, weight, inFlight, up, probeProblem, until, trying, pausedUntil, backup } = server;
   const left = (time: number) => Math.ceil((time - now) / 1_000);
   const room = Math.floor(server.limit);
@@ -9524,7 +9531,7 @@ function whyNot(server: Server, may: boolean, now: number): string {
   if (weight === 0) return "its weight is 0";
   const down = up ? "" : `down${probeProblem && `: ${probeProblem}`}`;
   const ill = down || (until > now ? `ejected for another ${left(until)} s` : "");
-  if (may) return ill && `${ill}, but too few are healthy`;
+  if (isAsked) return ill && `${ill}, but too few are healthy`;
   if (ill) return ill;
   if (trying) return "another request tries it out";
   if (pausedUntil > now) return `its Retry-After holds for another ${left(pausedUntil)} s`;
@@ -9631,16 +9638,16 @@ function explanationText(found: ReturnType<typeof explain>): string {
 // --- 11.3 Config edits: the file after a change: its comments and order stay, and it is always whole on disk ---
 
 /** A value as YAML on one line. */
-function inline(value: unknown): string {
-  const list = JSON.parse(wrapped(JSON.stringify([unescapedAll(value)])));
+function inlineYaml(value: unknown): string {
+  const list = JSON.parse(wrapVariables(JSON.stringify([unescapedAll(value)])));
   const text = stringify(list, { collectionStyle: "flow", lineWidth: 0 });
   return unwrapped(text.trim().slice(1, -1).trim());
 }
 
 /** YAML that is to be changed. All words are text, so that `007` and `1e3` stay as they are written. */
 const editable = (text: string) =>
-  parseDocument(wrapped(text), { schema: "failsafe", customTags: ["null"], uniqueKeys: false });
-const nodeOf = (value: unknown): Node => (editable(`[${inline(value)}]`).contents as YAMLSeq<Node>).items[0]!;
+  parseDocument(wrapVariables(text), { schema: "failsafe", customTags: ["null"], uniqueKeys: false });
+const nodeOf = (value: unknown): Node => (editable(`[${inlineYaml(value)}]`).contents as YAMLSeq<Node>).items[0]!;
 
 /** Makes a node say `after` instead of `before`. What stays the same keeps its node: comments, quotes, style. */
 function edited(node: Node | null, before: unknown, after: unknown): Node | null {
@@ -9677,7 +9684,7 @@ function edited(node: Node | null, before: unknown, after: unknown): Node | null
 
 /** Rewrites YAML, indented as it was. Spaces within lines are set anew, and line breaks in `[]` and `{}`. */
 function rewriteYaml(text: string, before: unknown, after: unknown): string {
-  const doc = editable(text), source = wrapped(text);
+  const doc = editable(text), source = wrapVariables(text);
   visit(doc, {
     Pair(_, { key, value }) { // `key: # comment` stays one line
       if (!isScalar(key) || !isCollection(value) || !/^ *: *#/.test(source.slice(key.range![1]))) return;
@@ -9692,7 +9699,7 @@ function rewriteYaml(text: string, before: unknown, after: unknown): string {
   return unwrapped(doc.toString({ indent, indentSeq, lineWidth: 0 }));
 }
 
-function isJson(text: string): boolean {
+function looksLikeJson(text: string): boolean {
   try {
     return isRecord(JSON.parse(text));
   } catch {
@@ -9709,7 +9716,7 @@ export function rewrite(text: string, after: unknown, before: unknown = readAsWr
   const mark = text.startsWith("\ufeff") ? "\ufeff" : "", eol = text.includes("\r\n") ? "\r\n" : "\n";
   const source = text.slice(mark.length).replaceAll("\r\n", "\n");
   try {
-    const changed = isJson(source)
+    const changed = looksLikeJson(source)
       ? `${JSON.stringify(unescapedAll(after), null, /^\{\n(\s+)/.exec(source)?.[1])}\n`
       : rewriteYaml(source, before, after);
     const written = mark + changed.replaceAll("\n", eol);
@@ -9775,14 +9782,15 @@ export async function saveFile(file: string, before: string, text: string, keeps
   }
 }
 
-const written = new WeakMap<Config, Raw>();
+const writtenConfigs = new WeakMap<Config, Raw>();
 /** The file in force as it is written: variables stay `${NAME}`. */
-const writtenOf = (config: Config): Raw => entry(written, config, () => record(readAsWritten(config.text, "")));
+const writtenOf = (config: Config): Raw =>
+  getOrMake(writtenConfigs, config, () => mapOf(readAsWritten(config.text, "")));
 /** What stands at a place; what every object inherits (`toString`) does not. */
-const at = (raw: unknown, path: Keys): unknown =>
+const valueAt = (raw: unknown, path: Keys): unknown =>
   path.reduce((at, key) => at instanceof Object && Object.hasOwn(at, key) ? (at as Raw)[key] : undefined, raw);
 /** Puts a value in its place; undefined takes it away. */
-function put(raw: Raw, path: Keys, value: unknown): void {
+function putValue(raw: Raw, path: Keys, value: unknown): void {
   const above = path.slice(0, -1), last = path.at(-1)!;
   const parent = above.reduce<Raw>((value, key) => (value[key] ??= {}) as Raw, raw);
   if (value !== undefined) parent[last] = value;
@@ -9795,10 +9803,10 @@ function put(raw: Raw, path: Keys, value: unknown): void {
  */
 function merged(under: unknown, patch: unknown, long = under): unknown {
   if (!isRecord(patch)) return patch;
-  const out = { ...record(isRecord(under) ? under : long) };
+  const out = { ...mapOf(isRecord(under) ? under : long) };
   for (const [key, value] of Object.entries(patch)) {
     if (value === null) delete out[key];
-    else out[key] = merged(out[key], value, at(long, [key]));
+    else out[key] = merged(out[key], value, valueAt(long, [key]));
   }
   return out;
 }
@@ -9810,11 +9818,11 @@ function differences(before: unknown, after: unknown, path: Keys = []): string[]
   if (lists || isRecord(before) && isRecord(after)) {
     const keys = new Set([...Object.keys(before), ...Object.keys(after as Raw)]);
     return [...keys].flatMap((key) =>
-      differences(at(before, [key]), at(after, [key]), [...path, lists ? Number(key) : key])
+      differences(valueAt(before, [key]), valueAt(after, [key]), [...path, lists ? Number(key) : key])
     );
   }
-  const shown = masked({ [String(path.at(-1))]: after }, hidden, String(path.at(-2))) as Raw;
-  return [`${dotted(path)}: ${after === undefined ? "taken out" : inline(Object.values(shown)[0]).slice(0, 200)}`];
+  const shown = maskSecrets({ [String(path.at(-1))]: after }, hidden, String(path.at(-2))) as Raw;
+  return [`${dotted(path)}: ${after === undefined ? "taken out" : inlineYaml(Object.values(shown)[0]).slice(0, 200)}`];
 }
 
 /** Secrets stay where they are, unless they are no secrets: `${NAME}` only says where one is. */
@@ -9892,8 +9900,8 @@ const State = map({
   state: need(also.state.wrapped, "drain: no new requests, those in flight finish; maint: no probes either"),
 });
 const HealthSchema = map({ health: need(oneOf("up", "down"), "until probes say otherwise") });
-const Addr = word("a host name or an address", /^.+$/, (text) => (isName(text) || isAddress(text)) && text);
-const Members = v.array(map({ addr: Addr, port: whole(1, 65_535) }), "$ is not a list");
+const Addr = term("a host name or an address", /^.+$/, (text) => (isName(text) || isAddress(text)) && text);
+const Members = v.array(map({ addr: Addr, port: integer(1, 65_535) }), "$ is not a list");
 const SomeMembers = v.pipe(Members, v.minLength(1, "is empty"));
 const Pool = map({ servers: need(SomeMembers, "addr and port of each; one that is repeated weighs more") });
 const ServerPatch = map({ url: opt(Url), ...also });
@@ -9969,7 +9977,7 @@ async function bodyOf({ req }: AdminContext): Promise<{ value: unknown; text: st
 async function checkedBody<S extends Schema>(context: AdminContext, schema: S): Promise<Out<S>> {
   const { output, issues } = v.safeParse(schema, (await bodyOf(context)).value), mistakes: AdminError["mistakes"] = [];
   for (const one of issues?.flatMap((issue) => flatten(issue)) ?? []) {
-    report(one, (path, message) => mistakes.push({ path: dotted(path), message }));
+    reportIssue(one, (path, message) => mistakes.push({ path: dotted(path), message }));
   }
   if (mistakes.length) throw invalid(mistakes);
   return output as Out<S>;
@@ -9983,11 +9991,11 @@ function meantService({ routes, services }: Config): string {
   if (name !== undefined && !others.length) return name;
   throw new AdminError(409, name ? `which service? ${[name, ...others].join(", ")}` : "there is no service");
 }
-const nameOf = ({ context: { req } }: ApiRequest, config: Config): string =>
+const givenName = ({ context: { req } }: ApiRequest, config: Config): string =>
   req.param("service") ?? meantService(config);
 
 function serviceOf(request: ApiRequest): Service {
-  const { services, config } = request.balancer.table, name = nameOf(request, config), service = services.get(name);
+  const { services, config } = request.balancer.table, name = givenName(request, config), service = services.get(name);
   if (service) return service;
   throw new AdminError(404, `there is no service ${quote(name)}${guess(name, [...services.keys()])}`);
 }
@@ -10002,11 +10010,11 @@ function serverOf(request: ApiRequest): Server {
 
 const serviceKeys = new Set(Object.keys(ServiceSchema.entries));
 /** The keys of a service in its entry, or the others: those of the route that it stands beside. */
-const keysOf = (entry: unknown, own: boolean): Raw =>
-  Object.fromEntries(Object.entries(record(entry)).filter(([key]) => serviceKeys.has(key) === own));
-const placeOf = ({ places }: Config, name: string): Keys => places.get(name) ?? ["services", escapeKey(name)];
+const ownKeys = (entry: unknown, own: boolean): Raw =>
+  Object.fromEntries(Object.entries(mapOf(entry)).filter(([key]) => serviceKeys.has(key) === own));
+const placeOfService = ({ places }: Config, name: string): Keys => places.get(name) ?? ["services", escapeKey(name)];
 const versionOf = (request: ApiRequest): Versioned => (config) =>
-  at(writtenOf(config), placeOf(config, nameOf(request, config)));
+  valueAt(writtenOf(config), placeOfService(config, givenName(request, config)));
 const editService = (request: ApiRequest, edit: Edit): Promise<void> =>
   request.change(request.context, edit, versionOf(request));
 
@@ -10014,7 +10022,7 @@ const editService = (request: ApiRequest, edit: Edit): Promise<void> =>
 function answerService(request: ApiRequest): ServiceView & { config: unknown } {
   const { table, effects } = request.balancer, entry = versionOf(request)(table.config);
   request.context.header("etag", tagOf(entry));
-  const config = unescapedAll(masked(keysOf(entry, true), hidden));
+  const config = unescapedAll(maskSecrets(ownKeys(entry, true), hidden));
   return { ...SERVICE_VIEW.read(serviceOf(request), effects.now()), config };
 }
 
@@ -10027,12 +10035,12 @@ async function writeService(request: ApiRequest) {
   });
   if (mistakes.length) throw invalid(mistakes);
   await editService(request, (raw, config) => {
-    const place = placeOf(config, name), entry = at(raw, place), isNew = entry === undefined;
+    const place = placeOfService(config, name), entry = valueAt(raw, place), isNew = entry === undefined;
     if (req.method === "POST" && !isNew) throw new AdminError(409, `there is a service ${quote(name)} already`);
     if (req.method === "PATCH" && isNew) serviceOf(request); // which says so
-    const under = keysOf(entry, true), isPatch = req.method === "PATCH";
+    const under = ownKeys(entry, true), isPatch = req.method === "PATCH";
     const own = isPatch ? merged(under, value, longForm(ServiceSchema, under)) as Raw : value;
-    put(raw, place, { ...keysOf(entry, false), ...own });
+    putValue(raw, place, { ...ownKeys(entry, false), ...own });
     request.context.status(isNew ? 201 : 200);
   });
   return answerService(request);
@@ -10048,19 +10056,19 @@ function shortest(entry: Raw, ...changed: string[]): unknown {
 
 /** Where in a service's entry its servers are listed, and which is at which place: one that is repeated at several. */
 function listOf(raw: Raw, config: Config, name: string) {
-  const place = [...placeOf(config, name), "servers"];
-  const inForce = [at(config.source, place)].flat(), now = inForce.map((one) => v.parse(ServerSchema, one));
-  const listed = [at(raw, place) ?? inForce].flat(); // a merge key (<<) has brought them in
+  const place = [...placeOfService(config, name), "servers"];
+  const inForce = [valueAt(config.source, place)].flat(), now = inForce.map((one) => v.parse(ServerSchema, one));
+  const listed = [valueAt(raw, place) ?? inForce].flat(); // a merge key (<<) has brought them in
   return { place, listed, now };
 }
 
 /** Changes one server in its list, or takes it out. One that was repeated is then listed once, with its weight. */
 function editServer(request: ApiRequest, edit: (entry: Raw) => unknown): Promise<void> {
   return editService(request, (raw, config) => {
-    const { url, weight } = serverOf(request), { place, listed, now } = listOf(raw, config, nameOf(request, config));
+    const { url, weight } = serverOf(request), { place, listed, now } = listOf(raw, config, givenName(request, config));
     const [first, ...again] = now.flatMap((one, i) => one.url === url ? [i] : []);
     const changed = edit({ ...asMap(listed[first!]), ...(again.length > 0 && { weight }) });
-    put(raw, place, listed.flatMap((one, i) => i === first ? changed ?? [] : again.includes(i) ? [] : [one]));
+    putValue(raw, place, listed.flatMap((one, i) => i === first ? changed ?? [] : again.includes(i) ? [] : [one]));
   });
 }
 
@@ -10087,8 +10095,8 @@ async function postServer(request: ApiRequest): Promise<ServerView | ServiceView
   const { value } = await bodyOf(request.context);
   let url: string | undefined;
   await editService(request, (raw, config) => {
-    const name = nameOf(request, config), { place, listed, now } = listOf(raw, config, name);
-    put(raw, place, [...listed, value]);
+    const name = givenName(request, config), { place, listed, now } = listOf(raw, config, name);
+    putValue(raw, place, [...listed, value]);
     const text = rewrite(config.text, raw), distinct = new Set(now.map((one) => one.url));
     url = request.parse(text).services.get(name)!.servers.find((one) => !distinct.has(one.url))?.url;
     if (url !== undefined) return text;
@@ -10130,7 +10138,7 @@ async function writeConfig(request: ApiRequest): Promise<unknown> {
 const TEXT_TYPE = "text/plain; charset=utf-8";
 function answerConfig({ context, balancer }: ApiRequest): unknown {
   const { config } = balancer.table, accept = context.req.header("accept") ?? "";
-  const shown = masked(writtenOf(config), hidden);
+  const shown = maskSecrets(writtenOf(config), hidden);
   context.header("etag", tagOf(config.text));
   if (/[/+]json/.test(accept)) return unescapedAll(shown);
   const type = accept.startsWith("text/") ? TEXT_TYPE : "application/yaml"; // which browsers do not show
@@ -10141,14 +10149,14 @@ async function writePool(request: ApiRequest): Promise<ServiceView> {
   const { servers } = await checkedBody(request.context, Pool);
   await editService(request, (raw, config) => {
     const list = listOf(raw, config, meantService(config));
-    put(raw, list.place, mergePool(servers, list));
+    putValue(raw, list.place, mergePool(servers, list));
   });
   return answerService(request);
 }
 
 async function deleteService(request: ApiRequest): Promise<ServiceView> {
   const { name } = serviceOf(request), last = answerService(request);
-  await editService(request, (raw, config) => put(raw, placeOf(config, name), undefined));
+  await editService(request, (raw, config) => putValue(raw, placeOfService(config, name), undefined));
   return last;
 }
 
@@ -10185,8 +10193,8 @@ function endWorker({ context: { req }, balancer }: ApiRequest) {
 }
 
 function answerReady({ balancer: { draining, effects } }: ApiRequest): unknown {
-  if (draining) return problem(503, "draining");
-  return effects.fleet?.isWaiting() ? problem(503, "waiting for the fleet's document") : { status: "ready" };
+  if (draining) return problemJson(503, "draining");
+  return effects.fleet?.isWaiting() ? problemJson(503, "waiting for the fleet's document") : { status: "ready" };
 }
 
 const sendEvents = ({ context, balancer }: ApiRequest) =>
@@ -10227,7 +10235,7 @@ const OPERATIONS = {
   "GET /services/:service/servers/:server": ["One server, by its name or URL", "ServerState",
     (request) => answerServer(request)],
   "PATCH /services/:service/servers/:server": ["Changes a server: its weight, say", "ServerState",
-    async (request) => patchServer(request, record((await bodyOf(request.context)).value)),
+    async (request) => patchServer(request, mapOf((await bodyOf(request.context)).value)),
     { takes: ["ServerPatch", { weight: 3 }], asks: WAIT, gives: 202 }],
   "DELETE /services/:service/servers/:server": [
     "Takes a server out; requests in flight there finish (drain it first to wait for them)",
@@ -10631,14 +10639,14 @@ interface Sample {
 type CountersView = ReturnType<typeof COUNTERS_VIEW.read>;
 const HISTORY = { interval: 2_000, most: 150, recent: 15 }; // milliseconds between samples, and how many are kept
 
-const pathOf = (service: string, server?: string): string =>
+const adminPath = (service: string, server?: string): string =>
   ["services", service, ...(server === undefined ? [] : ["servers", server])].map(encodeURIComponent).join("/");
 
 const sampleOf = ({ time, total, services }: Snapshot): Sample => ({
   ...{ time, total },
   counters: new Map(services.flatMap(({ name, counters, servers }) => [
-    [pathOf(name), counters] as const,
-    ...servers.map((server) => [pathOf(name, server.name), server.counters] as const),
+    [adminPath(name), counters] as const,
+    ...servers.map((server) => [adminPath(name, server.name), server.counters] as const),
   ])),
 });
 
@@ -10709,10 +10717,10 @@ function shownOf(service: ServiceView, snapshot: Snapshot, history: Sample[]): S
   const time = since ? snapshot.time - since.time : snapshot.uptime;
   const recently = (id: string, counters: CountersView) => figuresOf(counters, since?.counters?.get(id), time);
   const servers = service.servers.map((server) => {
-    const id = pathOf(name, server.name), now = recently(id, server.counters), state = stateOf(server, now.failed);
+    const id = adminPath(name, server.name), now = recently(id, server.counters), state = stateOf(server, now.failed);
     return { server, id, now, state, level: STATES[state][1] };
   });
-  const id = pathOf(name), now = recently(id, counters), troubles: Trouble[] = [];
+  const id = adminPath(name), now = recently(id, counters), troubles: Trouble[] = [];
   const say = (level: Trouble["level"], what: string, at = id) =>
     troubles.push({ level, text: `${name}: ${what}`, at });
   if (servers.length > 0 && !askable) say("bad", "no server may be asked");
@@ -11110,15 +11118,15 @@ interface AdminOptions {
 /** No page of another site gets in through a browser: neither by a name of its own (DNS rebinding), nor by a form (CSRF). */
 const checkSite = (balancer: Balancer, hosts: string[]): Gatekeeper => async ({ req }, next) => {
   const host = lower(req.header("host") ?? ""), name = hostName(host);
-  const known = name === "localhost" || isAddress(bare(name)) || hosts.includes(name);
+  const known = name === "localhost" || isAddress(bareAddress(name)) || hosts.includes(name);
   if (!hostIsValid(host) || !known && !balancer.tokens.token) {
-    return problem(403, `Host: ${quote(host)} is neither an address nor localhost`);
+    return problemJson(403, `Host: ${quote(host)} is neither an address nor localhost`);
   }
   const origin = lower(req.header("origin") ?? `http://${host}`);
-  if (origin.replace(/^https?:\/\//, "") !== host) return problem(403, `Origin: ${quote(origin)} is another site`);
+  if (origin.replace(/^https?:\/\//, "") !== host) return problemJson(403, `Origin: ${quote(origin)} is another site`);
   const followed = req.method === "GET" && req.header("sec-fetch-mode") === "navigate"; // a link to a page of ours
   const site = req.header("sec-fetch-site") ?? "none";
-  if (site !== "same-origin" && site !== "none" && !followed) return problem(403, "the request is another site's");
+  if (site !== "same-origin" && site !== "none" && !followed) return problemJson(403, "the request is another site's");
   return await next();
 };
 
@@ -11145,18 +11153,20 @@ function checkToken(balancer: Balancer): Gatekeeper {
     if (!token) return await next();
     // From here to the count nothing is waited for: of guesses that come at once each is counted.
     const wait = Math.ceil(((wrong.get(network)?.until ?? 0) - effects.now()) / 1_000);
-    if (wait > 0) return problem(429, "too many wrong tokens", { "retry-after": `${wait}` });
+    if (wait > 0) return problemJson(429, "too many wrong tokens", { "retry-after": `${wait}` });
     const header = req.header("authorization"), given = /^Bearer +([\w.~+/-]+=*) *$/i.exec(header ?? "")?.[1];
-    if (header && !given) return problem(400, "Authorization is not a bearer token", challenge("invalid_request"));
+    if (header && !given) return problemJson(400, "Authorization is not a bearer token", challenge("invalid_request"));
     const isShown = (known?: string) => !!known && !!given && signed(known) === signed(given);
     const isToken = isShown(token);
     if (!isToken && !isShown(read_token)) {
       if (given) countWrong(network, peer);
-      return problem(401, "the right bearer token is needed", challenge(given && "invalid_token"));
+      return problemJson(401, "the right bearer token is needed", challenge(given && "invalid_token"));
     }
     wrong.delete(network);
     set("shown", isToken ? "token" : "read token");
-    if (!isToken && req.method !== "GET" && req.method !== "HEAD") return problem(403, "the read token may only look");
+    if (!isToken && req.method !== "GET" && req.method !== "HEAD") {
+      return problemJson(403, "the read token may only look");
+    }
     return await next();
   };
 }
@@ -11166,10 +11176,10 @@ function problemOf({ effects }: Balancer, error: Error, method: string): Respons
   const isConfig = error instanceof ConfigError, refused = isConfig ? invalid(error.mistakes) : error;
   if (refused instanceof AdminError) {
     const { status, message, mistakes } = refused;
-    return problem(isConfig && method === "DELETE" ? 409 : status, message, {}, mistakes && { mistakes });
+    return problemJson(isConfig && method === "DELETE" ? 409 : status, message, {}, mistakes && { mistakes });
   }
   effects.report("error", `admin: ${error.stack ?? error}`);
-  return problem(500, "the load balancer has failed");
+  return problemJson(500, "the load balancer has failed");
 }
 
 /**
@@ -11186,7 +11196,8 @@ export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<
   });
   app.use(methodNotAllowed({
     app,
-    onMethodNotAllowed: ({ req }, allowed) => problem(405, `${req.method} ${req.path}`, { allow: allowed.join(", ") }),
+    onMethodNotAllowed: ({ req }, allowed) =>
+      problemJson(405, `${req.method} ${req.path}`, { allow: allowed.join(", ") }),
   }));
   app.use(checkSite(balancer, hosts.map((host) => hostName(host))));
 
@@ -11197,9 +11208,9 @@ export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<
   app.route("/", dashboard(balancer, gate));
 
   app.use(gate);
-  app.use(bodyLimit({ maxSize: MOST.bytes, onError: () => problem(413, "the body is larger than 1 MiB") }));
+  app.use(bodyLimit({ maxSize: MOST.bytes, onError: () => problemJson(413, "the body is larger than 1 MiB") }));
   addRoutes(app, false, known);
-  app.all("*", ({ req }) => problem(404, `there is no ${req.path}`)); // else a balancer beside it would be asked
+  app.all("*", ({ req }) => problemJson(404, `there is no ${req.path}`)); // else a balancer beside it would be asked
   return app;
 }
 
@@ -11280,7 +11291,7 @@ function readLines(body: Body, take: (line: string) => void, end: (why: string) 
 }
 
 /** The text of an error: streams have it in a map. */
-const textOf = ({ error, message }: Raw): string => String(record(error).message ?? error ?? message ?? "");
+const textOf = ({ error, message }: Raw): string => String(mapOf(error).message ?? error ?? message ?? "");
 /** What etcd says in an error, as an operator should read it. */
 function engineError(member: string, status: number, answer: Raw, { user, prefix }: FleetConfig): EngineError {
   const text = textOf(answer);
@@ -11346,7 +11357,7 @@ export class EtcdClient implements Engine {
     const { prefix } = this.config, range = { key: base64(prefix), range_end: endOf(prefix) };
     const { header, kvs = [] } = await this.call("kv/range", { ...range, keys_only: !withValues });
     const keys = (kvs as Raw[]).map((kv) => [this.nameOf(kv), this.valueOf(kv)] as const);
-    return { revision: Number(record(header).revision), keys: new Map(keys) };
+    return { revision: Number(mapOf(header).revision), keys: new Map(keys) };
   }
 
   async swap(key: string, value: string, revision: number, lease = "0"): Promise<EngineValue & { isOurs: boolean }> {
@@ -11356,8 +11367,8 @@ export class EtcdClient implements Engine {
       success: [{ request_put: { ...where, value: base64(value), lease } }],
       failure: [{ request_range: where }],
     });
-    if (succeeded) return { isOurs: true, value, revision: Number(record(header).revision) };
-    const [kv] = (record(record((responses as Raw[])[0]).response_range).kvs ?? []) as Raw[];
+    if (succeeded) return { isOurs: true, value, revision: Number(mapOf(header).revision) };
+    const [kv] = (mapOf(mapOf((responses as Raw[])[0]).response_range).kvs ?? []) as Raw[];
     return { isOurs: false, ...this.valueOf(kv ?? {}) };
   }
 
@@ -11386,14 +11397,14 @@ export class EtcdClient implements Engine {
     };
     const take = (line: string) => {
       if (isOver) return;
-      const { result, error } = JSON.parse(line) as Raw, { canceled, events = [], compact_revision } = record(result);
+      const { result, error } = JSON.parse(line) as Raw, { canceled, events = [], compact_revision } = mapOf(result);
       if (error || canceled) {
         if (!compact_revision) this.token = undefined; // it may be that which is refused
         return close(compact_revision ? "compacted" : "refused");
       }
       const changes = (events as Raw[]).map(({ type, kv }) => {
-        const { value, revision } = this.valueOf(record(kv));
-        return { key: this.nameOf(record(kv)), revision, value: type === "DELETE" ? undefined : value };
+        const { value, revision } = this.valueOf(mapOf(kv));
+        return { key: this.nameOf(mapOf(kv)), revision, value: type === "DELETE" ? undefined : value };
       });
       if (changes.length) hear(changes);
     };
@@ -11452,7 +11463,7 @@ export class EtcdClient implements Engine {
     const taken = await new Promise<Body | Failure>((resolve) => collect(content, resolve));
     if (typeof taken === "string") throw new EngineError("silent", `${url}: ${FAILURES[taken].text}`);
     try {
-      const answer = record(JSON.parse(taken.bytes!.toString()));
+      const answer = mapOf(JSON.parse(taken.bytes!.toString()));
       return { status, answer: isRecord(answer.result) ? answer.result : answer };
     } catch { // another program
       return { status, answer: {} };
@@ -11523,7 +11534,7 @@ export function majorityOf(votes: readonly Vote[]): "up" | "down" | undefined {
 /** What an engine has under `instances/`; undefined: no instance has written that. */
 function readRecord(text: string | undefined): InstanceRecord | undefined {
   try {
-    const read = record(JSON.parse(text ?? ""));
+    const read = mapOf(JSON.parse(text ?? ""));
     return typeof read.id === "string" && Array.isArray(read.down) ? read as unknown as InstanceRecord : undefined;
   } catch {
     return undefined;
@@ -11606,7 +11617,7 @@ export class Fleet implements Membership {
     this.name = member.own.name || member.name;
     this.since = effects.date();
     this.contactAt = effects.now();
-    this.local = record(writtenOf(config).fleet);
+    this.local = mapOf(writtenOf(config).fleet);
     this.copied = { value: config.text, revision: 0 };
     effects.fleet = this;
     effects.probes = (service, server) => this.probes(service, server);
@@ -12030,7 +12041,7 @@ export class Fleet implements Membership {
 
   /** The document as this file has it: who this instance is, and how it gets to the engine, stays its own. */
   private localText(text: string): string {
-    const raw = record(readAsWritten(text, this.member.file)), theirs = record(raw.fleet);
+    const raw = mapOf(readAsWritten(text, this.member.file)), theirs = mapOf(raw.fleet);
     if (differences(withoutShared(theirs), withoutShared(this.local)).length === 0) return text;
     const { ttl, probers } = theirs,
       shared = { ...ttl !== undefined && { ttl }, ...probers !== undefined && { probers } };
@@ -12079,7 +12090,7 @@ export class Fleet implements Membership {
       const base = document?.problem ? document.revision : copied.revision; // who cannot use it replaces it
       const { isOurs } = await this.engine.swap("config", text, base);
       if (!isOurs) return; // the other one is copied, over this one
-      this.local = record(record(readAsWritten(text, this.member.file)).fleet);
+      this.local = mapOf(mapOf(readAsWritten(text, this.member.file)).fleet);
       this.copied = { value: text, revision: base };
     } catch (error) {
       this.lb.balancer.reloadFailed = true;
@@ -12138,7 +12149,7 @@ interface Secure {
 }
 
 /** Reads and parses a PEM file. @throws {Error} with the file and what it does not contain */
-function parsed<T>(file: string, what: string, kind: Pem, parse: (text: string) => T): T {
+function parsePem<T>(file: string, what: string, kind: Pem, parse: (text: string) => T): T {
   const text = readPem(file, kind);
   try {
     return parse(text);
@@ -12148,13 +12159,13 @@ function parsed<T>(file: string, what: string, kind: Pem, parse: (text: string) 
 }
 
 const readCertificate = (file: string): X509Certificate =>
-  parsed(file, "certificate", "CERTIFICATE", (text) => new X509Certificate(text));
+  parsePem(file, "certificate", "CERTIFICATE", (text) => new X509Certificate(text));
 
 /** @throws {Error} with the file and what is wrong with it */
 function readPair({ cert, key }: ListenerConfig["tls"][number]): Pair {
   const certificate = readCertificate(cert);
   const own = certificate.checkPrivateKey(
-    parsed(key, "private key without a password", "PRIVATE KEY", createPrivateKey),
+    parsePem(key, "private key without a password", "PRIVATE KEY", createPrivateKey),
   );
   if (!own) throw new Error(`${key} is not the key of ${cert}`);
   return { cert: readPem(cert, "CERTIFICATE"), key: readPem(key, "PRIVATE KEY"), names: namesOf(certificate) };
@@ -12260,10 +12271,10 @@ const AT_THE_EDGE =
   (globalThis as { navigator?: { userAgent?: string } }).navigator?.userAgent === "Cloudflare-Workers";
 
 /** The runtime. The edge comes first, since workerd has Node's names too. */
-const here = AT_THE_EDGE ? "edge" : "Deno" in globalThis ? "deno" : "Bun" in globalThis ? "bun" : "node";
+const HERE = AT_THE_EDGE ? "edge" : "Deno" in globalThis ? "deno" : "Bun" in globalThis ? "bun" : "node";
 
 /** Writes bytes to standard output, waiting for its reader, and gives how many it has written. */
-const PRINT: Record<typeof here, (bytes: Uint8Array) => Promise<number>> = {
+const PRINT: Record<typeof HERE, (bytes: Uint8Array) => Promise<number>> = {
   deno: (bytes) => (globalThis as unknown as DenoApi).Deno.stdout.write(bytes), // Deno's fs.write blocks the thread
   bun: (bytes) => printed(bytes),
   node: (bytes) => printed(bytes),
@@ -12275,12 +12286,12 @@ type DenoApi = { Deno: { stdout: { write(bytes: Uint8Array): Promise<number> } }
 function clock(): { now: number; date: Date } {
   if (clockOfTurn) return clockOfTurn;
   const read = { now: performance.now(), date: new Date() };
-  if (here === "edge") return read; // immediates there end with their request and may never run
+  if (HERE === "edge") return read; // immediates there end with their request and may never run
   setImmediate(() => clockOfTurn = undefined);
   return clockOfTurn = read;
 }
 let clockOfTurn: ReturnType<typeof clock> | undefined;
-const now = (): number => clock().now;
+const currentTime = (): number => clock().now;
 
 /** What HTTP servers pass with a Request about its client: ours, Deno's, Bun's, and @hono/node-server. */
 interface ServerEnv {
@@ -12296,9 +12307,9 @@ function clientOf(request: Request, env: unknown): Client {
     return { address: incoming.peer, scheme: incoming.scheme, headers: [...request.headers].flat() };
   }
   const address = remoteAddr?.hostname ?? (requestIP && requestIP.call(env, request)?.address) ??
-    incoming?.socket?.remoteAddress ?? (here === "edge" && request.headers.get("cf-connecting-ip") || undefined);
+    incoming?.socket?.remoteAddress ?? (HERE === "edge" && request.headers.get("cf-connecting-ip") || undefined);
   const scheme = request.url.startsWith("https:") ? "https" : "http";
-  return { address: unmapped(address), scheme, headers: [...request.headers].flat(), upgrades: here === "edge" };
+  return { address: unmapped(address), scheme, headers: [...request.headers].flat(), upgrades: HERE === "edge" };
 }
 
 /** What is wrong with the certificate files that a config names. */
@@ -12334,10 +12345,10 @@ function problemsOf({ listen, tcp, services }: Config, now: Date): string[] {
 
 /** Sends attempts over our own client, at the edge by the platform's fetch. */
 function defaultTransport(): Pick<Effects, "send" | "connect"> {
-  if (here === "edge") {
+  if (HERE === "edge") {
     return { send: sendByFetch(nativeFetch), connect: () => Promise.reject(new Error("not at the edge")) };
   }
-  const client = new HttpClient({ now });
+  const client = new HttpClient({ now: currentTime });
   return { send: (attempt) => client.send(attempt), connect: (server, timeout) => client.connect(server, timeout) };
 }
 
@@ -12364,7 +12375,7 @@ function defaultEffects(): Omit<Effects, "accessLog"> {
   let secret = "";
   return {
     ...defaultTransport(),
-    now,
+    now: currentTime,
     date: () => clock().date,
     random: Math.random,
     sign: (secret, text) => createHmac("sha256", secret).update(text).digest("base64url"),
@@ -12393,10 +12404,10 @@ async function checkUnused(host: string, port: number): Promise<void> {
   const server = createServer();
   await new Promise<void>((resolve, reject) => {
     server.on("error", reject);
-    server.listen({ port: 0, ...(host && { host: bare(host) }) }, resolve); // fails where the address is another machine's
+    server.listen({ port: 0, ...(host && { host: bareAddress(host) }) }, resolve); // fails where the address is another machine's
   });
   const taken = port > 0 && await new Promise<boolean>((resolve) => {
-    const socket = netConnect(port, bare(host) || "127.0.0.1", () => {
+    const socket = netConnect(port, bareAddress(host) || "127.0.0.1", () => {
       resolve(socket.localPort !== port); // equal: the socket has connected to itself
       socket.destroy();
     }).on("error", () => resolve(false));
@@ -12439,7 +12450,7 @@ export function createLoadBalancer(
     "log" in writtenOf(lb.balancer.table.config) && logToConsole(...entry);
   const all: Effects = { ...defaultEffects(), accessLog, ...sends && { send: sendByFetch(sends) }, ...others };
   const checked = Object.entries(own).map(([name, strategy]) => [name, checkedStrategy(name, strategy)]);
-  const lb: LoadBalancer = assembleBalancer(config, all, { ...strategies, ...Object.fromEntries(checked) }, here);
+  const lb: LoadBalancer = assembleBalancer(config, all, { ...strategies, ...Object.fromEntries(checked) }, HERE);
   return lb;
 }
 
@@ -12486,7 +12497,7 @@ interface Call {
   env: Record<string, string | undefined>;
 }
 
-const WorkerCount = word("auto or a whole number from 1 to 256", /^(?:auto|[1-9]\d{0,2})$/, (text) => {
+const WorkerCount = term("auto or a whole number from 1 to 256", /^(?:auto|[1-9]\d{0,2})$/, (text) => {
   return text === "auto" ? availableParallelism() : Number(text) <= 256 && Number(text);
 });
 
@@ -12530,7 +12541,7 @@ function readOption<T>(name: string, schema: v.GenericSchema<unknown, T>, text: 
 }
 
 /** Reads the file; options and the environment replace what it says. */
-function load({ file, env, listen, admin, log }: Call, text = readText(file)): Config {
+function loadConfig({ file, env, listen, admin, log }: Call, text = readText(file)): Config {
   const config = parseConfig(text, { env, file }), { source } = config;
   if (listen !== undefined) {
     const at = readOption("--listen, --port, LB_LISTEN or LB_PORT", Listen, listen);
@@ -12538,9 +12549,9 @@ function load({ file, env, listen, admin, log }: Call, text = readText(file)): C
     source.listen = /^\d+$/.test(listen) ? Number(listen) : listen;
   }
   if (admin !== undefined) {
-    const map = admin === "off" ? undefined : { ...record(source.admin), listen: admin };
-    config.admin = map && readOption("--admin or LB_ADMIN", Admin, admin, map);
-    source.admin = map;
+    const own = admin === "off" ? undefined : { ...mapOf(source.admin), listen: admin };
+    config.admin = own && readOption("--admin or LB_ADMIN", Admin, admin, own);
+    source.admin = own;
   }
   if (log !== undefined) {
     const format = config.log.format = readOption("--log or LB_LOG", LogFormat, log);
@@ -12606,10 +12617,10 @@ async function removeStaleSocket(path: string): Promise<void> {
 }
 
 /** @throws {StartError} with the address and why it cannot be listened on */
-async function listen(at: ListenAt, secure: Secure | undefined, hooks: ListenerHooks): Promise<Listener> {
+async function listenOn(at: ListenAt, secure: Secure | undefined, hooks: ListenerHooks): Promise<Listener> {
   const { host, port, shared: reusePort, mode } = at, shaking = new Map<string, [Socket, number]>(); // handshakes
   const peerOf = ({ remoteAddress, remotePort }: Socket) => `${remoteAddress} ${remotePort}`;
-  let address = shown(host, port);
+  let address = shownAddress(host, port);
   const secured = (own: Secure) =>
     tlsServer(own, hooks.protocols, (socket) => {
       shaking.delete(peerOf(socket));
@@ -12617,7 +12628,7 @@ async function listen(at: ListenAt, secure: Secure | undefined, hooks: ListenerH
       hooks.take(socket, address);
     });
   let tls = secure && secured(secure);
-  const canShare = !secure && here !== "bun"; // read buffers, as connections to servers do
+  const canShare = !secure && HERE !== "bun"; // read buffers, as connections to servers do
   // a client that ends its side during a handshake has left: so no half-open connections where there is TLS
   const server = createServer({ allowHalfOpen: !secure, noDelay: true, pauseOnConnect: canShare }, (accepted) => {
     const socket = canShare ? withSharedReads(accepted) : accepted;
@@ -12626,14 +12637,14 @@ async function listen(at: ListenAt, secure: Secure | undefined, hooks: ListenerH
     socket.setKeepAlive(true, KEEP_ALIVE);
     if (!tls) return hooks.take(socket, address);
     const peer = peerOf(socket);
-    shaking.set(peer, [socket, now()]);
+    shaking.set(peer, [socket, currentTime()]);
     socket.on("error", () => {}); // `close` follows
     socket.on("close", () => shaking.delete(peer));
     tls.emit("connection", socket);
   });
   const timer = setInterval(() => {
     const { header } = hooks.limits();
-    for (const [socket, began] of shaking.values()) if (now() - began >= header) socket.destroy();
+    for (const [socket, began] of shaking.values()) if (currentTime() - began >= header) socket.destroy();
     acceptAgain(server as object);
   }, 500);
   const path = isUnix(host) ? pathOfUnix(host) : "";
@@ -12641,14 +12652,14 @@ async function listen(at: ListenAt, secure: Secure | undefined, hooks: ListenerH
     if (path) await removeStaleSocket(path);
     await new Promise<void>((resolve, reject) => {
       server.on("error", reject);
-      server.listen(path ? { path } : { port, reusePort, ...(host && { host: bare(host) }) }, resolve);
+      server.listen(path ? { path } : { port, reusePort, ...(host && { host: bareAddress(host) }) }, resolve);
     });
     if (path) fs.chmodSync(path, mode);
   } catch (error) {
     clearInterval(timer);
     return cannotListen(host, port)(error as Error);
   }
-  address = shown(host, (server.address() as AddressInfo).port);
+  address = shownAddress(host, (server.address() as AddressInfo).port);
   const close = () =>
     new Promise<void>((resolve) => {
       clearInterval(timer);
@@ -12663,7 +12674,7 @@ async function listen(at: ListenAt, secure: Secure | undefined, hooks: ListenerH
  * (2.9.6); a listener that accepts is not changed. `_handle` is no public API: without it the listener would stay stopped.
  */
 function acceptAgain(server: { _handle?: { listen?(backlog: number): void } }): void {
-  if (here === "deno") server._handle?.listen?.(511);
+  if (HERE === "deno") server._handle?.listen?.(511);
 }
 
 /**
@@ -12699,9 +12710,9 @@ Object.assign(SOCKET_ERRORS, { EACCES: SOCKET_ERRORS.ENOENT, EPERM: SOCKET_ERROR
 const cannotListen = (host: string, port: number) => (error: Error & { code?: string }): never => {
   const isUnresolved = /EAI_|Failed to listen at/.test(error.message); // Bun's message, without a code (1.4.5)
   const known = isUnix(host) ? SOCKET_ERRORS : LISTEN_ERRORS;
-  const why = known[isUnresolved && !isIP(bare(host)) && !isUnix(host) ? "ENOTFOUND" : error.code ?? ""] ??
+  const why = known[isUnresolved && !isIP(bareAddress(host)) && !isUnix(host) ? "ENOTFOUND" : error.code ?? ""] ??
     error.message;
-  throw new StartError(`cannot listen on ${shown(host, port)}: ${why}`);
+  throw new StartError(`cannot listen on ${shownAddress(host, port)}: ${why}`);
 };
 
 /** What a listener of HTTP does with its requests and connections. */
@@ -12711,7 +12722,7 @@ type HttpHooks = ServerContext & { admit: Admit; refused(why: FailureName): unkn
 async function listenHttp(at: ListenAt, secure: Secure | undefined, hooks: HttpHooks): Promise<Listener> {
   let closing = false;
   const http = new HttpServer({ ...hooks, draining: () => closing || hooks.draining() });
-  const listener = await listen(at, secure, {
+  const listener = await listenOn(at, secure, {
     admit: hooks.admit,
     limits: hooks.limits,
     protocols: ["h2", "http/1.1", "http/1.0"],
@@ -12761,8 +12772,8 @@ export async function serve(app: LoadBalancer | { fetch: Serve }, options: Serve
     handle: isOurs ? app.handle : handleByFetch((request, env) => app.fetch(request, env), printReport),
     limits: () => isOurs ? app.balancer.table.config.limits : NO_LIMITS,
     draining: () => false,
-    now,
-    admit: (socket) => isOurs ? admit(app.balancer, socket) : undefined,
+    now: currentTime,
+    admit: (socket) => isOurs ? admitConnection(app.balancer, socket) : undefined,
     refused: (why) => isOurs && countFailure(app.balancer, why),
   });
   if (isOurs) app.start();
@@ -12802,7 +12813,7 @@ interface ListenContext {
 function listenersOf({ config, tcp }: Table): Map<string, ListenerConfig> {
   const listeners = new Map<string, ListenerConfig>();
   for (const at of config.listen) {
-    listeners.set(unique(`${at.tls.length ? "https" : "http"}://${shown(at.host, at.port)}`, listeners), at);
+    listeners.set(unique(`${at.tls.length ? "https" : "http"}://${shownAddress(at.host, at.port)}`, listeners), at);
   }
   for (const [address, { at }] of tcp) listeners.set(`${at.tls.length ? "tls" : "tcp"}://${address}`, at);
   return listeners;
@@ -12816,7 +12827,7 @@ async function openListener({ lb, shared, ports }: ListenContext, name: string, 
   const { balancer } = lb, where = { host: at.host, port: ports.get(name) ?? at.port, shared, mode: at.mode ?? 0o660 };
   const secure = await Promise.resolve(at).then(secureOf).catch(cannotListen(at.host, where.port));
   const isLocal = isUnix(at.host), limits = () => balancer.table.config.limits;
-  const hooks = { admit: (socket: Socket) => admit(balancer, socket, isLocal), limits };
+  const hooks = { admit: (socket: Socket) => admitConnection(balancer, socket, isLocal), limits };
   if (isHttp(name)) {
     const { handle } = lb, { now } = balancer.effects, draining = () => balancer.draining;
     const refused = (why: FailureName) => countFailure(balancer, why);
@@ -12824,7 +12835,7 @@ async function openListener({ lb, shared, ports }: ListenContext, name: string, 
     return await listenHttp(where, secure, { ...hooks, handle, draining, now, refused, http2 });
   }
   const tcp = hostOf(name);
-  return await listen(where, secure, {
+  return await listenOn(where, secure, {
     ...hooks,
     protocols: ["http/1.1", "http/1.0"], // not HTTP/2, which servers behind TLS seldom speak
     take: (socket, address) => relayTcp(balancer, tcp, address, socket),
@@ -13027,11 +13038,11 @@ function makeCounted({ entrypoints, failures, table }: Balancer, samples: Sample
   for (const key of samples.keys()) {
     const [kind, name = "", last = "", method = ""] = key.split("\n"), service = table.services.get(name);
     const of = { status: Number(last), method };
-    if (kind === "failure") entry(failures, name, newOccurrences);
-    if (kind === "entrypoint") entry(entrypoints, name, newEntrypoint);
-    if (kind === "entrypointRequests") tallyOf(entry(entrypoints, name, newEntrypoint).tallies, of);
+    if (kind === "failure") getOrMake(failures, name, newOccurrences);
+    if (kind === "entrypoint") getOrMake(entrypoints, name, newEntrypoint);
+    if (kind === "entrypointRequests") tallyOf(getOrMake(entrypoints, name, newEntrypoint).tallies, of);
     if (kind === "serviceRequests" && service) tallyOf(service.tallies, of);
-    if (kind === "grpc" && service) entry(service.grpc, last, newOccurrences);
+    if (kind === "grpc" && service) getOrMake(service.grpc, last, newOccurrences);
   }
 }
 
@@ -13046,7 +13057,7 @@ function applySamples(balancer: Balancer, samples: Samples): void {
 }
 
 /** A worker's whole life: it serves, and does what the main thread says. */
-async function work({ config, file, ports, reports, workers, secret, down }: WorkerTask): Promise<void> {
+async function runWorker({ config, file, ports, reports, workers, secret, down }: WorkerTask): Promise<void> {
   const send = (message: WorkerMessage): void => void parentPort!.postMessage(message); // Node's gives true
   const sendLines = (lines: Uint8Array) => send({ kind: "lines", lines: new Uint8Array(lines) }); // a view would take all of its buffer along
   const read = (source: Raw) => divideLimits(expandConfig(source, "", file), workers);
@@ -13242,11 +13253,11 @@ const demoHints = (address: string, admin: string): string =>
 const WATCH_TICK = 500; // milliseconds between two looks at the file
 
 /** Runs until a signal ends it. */
-async function run(call: Call): Promise<void> {
+async function runProgram(call: Call): Promise<void> {
   const { file } = call, isDemo = Boolean(call.options.demo), text = isDemo ? await demo() : undefined;
   let inForce = fileStamp(file), seen = inForce; // taken before the file is read: no later change is missed
-  const config = load(call, text);
-  const log = new AccessLog(PRINT[here], defaultEffects().report);
+  const config = loadConfig(call, text);
+  const log = new AccessLog(PRINT[HERE], defaultEffects().report);
   const lb = createLoadBalancer(config, { accessLog: log.write });
   const { report } = lb.balancer.effects;
   process.on("exit", () => {
@@ -13266,7 +13277,7 @@ async function run(call: Call): Promise<void> {
   const openAdmin = async ({ admin }: Config) => {
     if (!admin || isAdminOpen) return;
     isAdminOpen = true;
-    const app = createAdmin(lb, { ...!isDemo && { file }, parse: (text) => load(call, text) });
+    const app = createAdmin(lb, { ...!isDemo && { file }, parse: (text) => loadConfig(call, text) });
     const { address } = await serve(app, { hostname: admin.listen.host, port: admin.listen.port });
     report("info", `admin on http://${address}`);
     adminAddress = address;
@@ -13311,7 +13322,7 @@ function makeFleet(lb: LoadBalancer, call: Call, own: FleetConfig, onApplied: Fl
   }
   return new Fleet(lb, new EtcdClient(own, effects), {
     ...{ own, file, name: `${hostname()}-${process.pid}`, id: randomBytes(9).toString("base64url"), isObserver: false },
-    parse: (text) => load(call, text),
+    parse: (text) => loadConfig(call, text),
     read() {
       try {
         return readText(file);
@@ -13376,7 +13387,7 @@ function reloadFile(call: Call, lb: LoadBalancer, onlyIfOther = false): void {
     }
     const text = readText(call.file);
     if (onlyIfOther && !reloadFailed && text === table.config.text) return; // the admin API has saved it
-    const config = load(call, text);
+    const config = loadConfig(call, text);
     lb.reload(config);
     effects.report("info", `${call.file} is in force again`);
     if (needsRestart(config, table.config)) effects.report("warn", NEEDS_RESTART);
@@ -13388,8 +13399,8 @@ function reloadFile(call: Call, lb: LoadBalancer, onlyIfOther = false): void {
 }
 
 /** The output of --check. @throws {StartError} with what is wrong with the files that the config names */
-function checked(call: Call): string {
-  const config = load(call), problems = problemsOf(config, new Date());
+function checkCall(call: Call): string {
+  const config = loadConfig(call), problems = problemsOf(config, new Date());
   if (problems.length) throw new StartError(problems.map((one) => `${call.file}: ${one}`).join("\n"));
   const warnings = config.warnings.map((one) => `warning: ${one}\n`).join("");
   return `${warnings}${call.file} is fine: services: ${config.services.size}, routes: ${config.routes.length}`;
@@ -13401,16 +13412,16 @@ function textAskedFor(call: Call): string | undefined {
   if (options.help) return USAGE;
   if (options.version) return VERSION;
   if (options.schema) return JSON.stringify(jsonSchema(), null, 1);
-  if (options.check) return checked(call);
-  if (options["print-config"]) return printConfig(load(call));
-  return typeof options.explain === "string" ? explained(load(call), options.explain) : undefined;
+  if (options.check) return checkCall(call);
+  if (options["print-config"]) return printConfig(loadConfig(call));
+  return typeof options.explain === "string" ? explained(loadConfig(call), options.explain) : undefined;
 }
 
 /** The program. Exits with 2 after a wrong call, and with 1 where it cannot start. */
 async function main(args: string[], env: Call["env"]): Promise<void> {
   try {
     const call = readCall(args, env), text = textAskedFor(call);
-    if (text === undefined) await run(call);
+    if (text === undefined) await runProgram(call);
     else console.log(text.trimEnd());
   } catch (error) {
     if (![UsageError, ConfigError, StartError, AdminError].some((known) => error instanceof known)) throw error;
@@ -13467,8 +13478,8 @@ for (const [, short, name = "", value] of USAGE.matchAll(/^ {2}(?:-(\w),| {3}) -
   OPTIONS[name] = { type: value ? "string" : "boolean", ...short && { short } };
 }
 
-if (!isMainThread && (workerData as WorkerTask | null)?.role === WORKER) await work(workerData as WorkerTask);
+if (!isMainThread && (workerData as WorkerTask | null)?.role === WORKER) await runWorker(workerData as WorkerTask);
 else if (import.meta.main) await main(process.argv.slice(2), process.env);
 
-const handlers: EdgeHandlers | undefined = here === "edge" ? edge() : undefined;
+const handlers: EdgeHandlers | undefined = HERE === "edge" ? edge() : undefined;
 export default handlers;

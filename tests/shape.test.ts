@@ -333,15 +333,17 @@ function downward(source: string): string[] {
 function misnamed(source: string): string[] {
   const chapters = chaptersOf(source), sections = chapters.flatMap((one) => one.sections);
   const statements = statementsOf(tokenize(source)).filter(([first]) => first!.text !== "import");
-  const seen = new Set<string>();
+  const seen = new Set<string>(), own = new Set(statements.flatMap((statement) => declared(statement).names));
   return statements.flatMap((statement) => {
     const { line } = statement[0]!, { names } = declared(statement);
+    const hidden = [...bound(statement)].filter((name) => own.has(name));
     const twice = names.filter((name) => seen.has(name));
     for (const name of names) seen.add(name);
     const chapter = chapters.findLast((one) => one.line < line);
     const outside = chapter && sections[sectionAt(sections, line)]?.chapter === chapter ? [] : names;
     return [
       ...twice.map((name) => `${line}: ${name} is declared twice`),
+      ...hidden.map((name) => `${line}: ${name} is also a local of ${names[0]}`),
       ...outside.map((name) => `${line}: ${name} stands in no section`),
     ];
   });
@@ -615,6 +617,8 @@ test("what is wrong is found", () => {
       "misnamed early stands in no section",
     ],
     // names and functions
+    [here, "const dial = (above: number) => above;", "misnamed above is also a local of dial"],
+    ["return key.below", "const label = 1;\n  return label + key.below", "misnamed label is also a local of above"],
     ["class Later {}", "class Later {}\nconst Box = 1;", "misnamed Box is declared twice"],
     [
       "function main(): void {\n",
