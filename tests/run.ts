@@ -18,7 +18,7 @@ const JOB_TIMEOUT = 240_000; // milliseconds; a job that takes longer hangs
 const EDGE = "edge"; // starts workerd; Node runs it
 /** Files that run on Node only, all others on every runtime: logic without sockets, and this command's own test. */
 const ONE_RUNTIME = [
-  ...["balance", "config", "explain", "fuzz", "health", "readme", "routing", "run", "shape", "simulate", "strategies"],
+  ...["balance", "config", "explain", "fuzz", "docs", "health", "routing", "run", "shape", "simulate", "strategies"],
   ...["versions"],
 ];
 /** Files that `--quick` leaves out. */
