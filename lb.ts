@@ -2844,7 +2844,7 @@ abstract class ExchangeAttempt implements Attempt {
   connectedAt = 0;
   uploaded = 0;
   received = 0;
-  trailers = NO_FIELDS;
+  trailers: Fields = NO_FIELDS;
   carrier: Attempt["carrier"] = undefined;
 
   // results
