@@ -2148,7 +2148,7 @@ interface BodySource {
   hold?(): void;
   release(): void;
   /** Discards the rest; of a response by cancelling its attempt. */
-  abandon(): void;
+  abandon?(): void;
 }
 
 /** A body that a connection receives. */
@@ -2209,7 +2209,7 @@ class StreamedBody implements Body {
     this.reader = undefined;
     if (this.over) return;
     this.over = true;
-    this.source.abandon();
+    this.source.abandon?.();
   }
   stream(): ReadableStream<Uint8Array<ArrayBuffer>> {
     return streamOf(this);
@@ -5013,17 +5013,16 @@ abstract class Http2Stream<C extends Http2Connection = Http2Connection> implemen
   abstract fail(why: Failure, detail: string, unseen?: boolean): void;
   /** Ends it early because the body that goes out breaks off. */
   abstract cancel(why: Failure): void;
-  abstract abandon(): void;
 
   onData(bytes: Bytes, size: number, ends: boolean): void {
     const { body, id } = this;
     this.unread += size;
     if (this.hasEnded) throw fault("STREAM_CLOSED", "data behind the end of a stream", id);
     if (this.unread > STREAM_WINDOW) throw fault("FLOW_CONTROL_ERROR", "more data than its window allows", id);
-    if (body && !body.over && body.length >= 0 && body.received + bytes.length > body.length) {
-      throw fault("PROTOCOL_ERROR", "more data than announced", id);
-    }
-    if (bytes.length) body?.push(bytes);
+    if (!body) throw fault("PROTOCOL_ERROR", "data in front of its head", id);
+    const isTooLong = !body.over && body.length >= 0 && body.received + bytes.length > body.length;
+    if (isTooLong) throw fault("PROTOCOL_ERROR", "more data than announced", id);
+    if (bytes.length) body.push(bytes);
     if (ends) this.onEnd(NO_FIELDS);
     else this.release();
   }
@@ -5559,7 +5558,6 @@ class ClientStream extends Http2Stream<Http2ClientConnection> {
     this.seenBytes = this.sentBytes;
     return now - this.movedAt;
   }
-  abandon(): void {} // the rest is thrown away
   cancel(why: Failure): void {
     endRequest(this.request);
     if (!isGrpc(this.request)) return this.reset(this.isTunnel ? "CANCEL" : "INTERNAL_ERROR");
@@ -5756,14 +5754,6 @@ class UpstreamStream extends Http2Stream<Http2UpstreamConnection> implements Pro
     if (ends && !this.isDone) this.onEnd(NO_FIELDS);
   }
 
-  override onData(bytes: Bytes, size: number, ends: boolean): void {
-    if (!this.head) throw fault("PROTOCOL_ERROR", "data in front of its head", this.id);
-    const { client } = this.connection;
-    this.since = client.time = client.now();
-    this.attempt.received += bytes.length;
-    super.onData(bytes, size, ends);
-  }
-
   /** The response is complete: the rest of the upload is cancelled. */
   protected override onEnd(trailers: Fields): void {
     const { attempt } = this;
@@ -5775,9 +5765,10 @@ class UpstreamStream extends Http2Stream<Http2UpstreamConnection> implements Pro
     attempt.onEnd(undefined, "", true);
   }
   private detach(): void {
-    const { attempt, connected, sent } = this;
+    const { attempt, connected, sent, body } = this;
     this.isDone = true;
     attempt.uploaded = this.sentBytes;
+    attempt.received = body?.received ?? 0;
     attempt.carrier = undefined;
     if (connected && !sent) attempt.body.cancel();
   }
