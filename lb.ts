@@ -2018,7 +2018,7 @@ interface Origin {
   readonly host: string; // with its port, as a trusted proxy reports it; empty: the request's own Host
   readonly port: string; // that the client has asked, as a trusted proxy reports it; else empty
   readonly chain: readonly string[]; // addresses from the client to the peer
-  readonly isTold: boolean; // a trusted proxy has reported it
+  readonly isForwarded: boolean; // a trusted proxy has reported it
 }
 
 /** The request's fields that are forwarded, and the values of those that the balancer rewrites. */
@@ -2590,8 +2590,8 @@ interface Service {
   measured: number; // how many were written there
   hedgeDelay: number; // the quantile of these
   median: number; // of its servers' `typical`, as of the last comparison; 0: not known
-  crowd: number; // requests in flight at each server when the first slow one was ejected
-  peaceUntil: number; // until then no server is ejected for its latency
+  inFlightBefore: number; // requests in flight at each server when the first slow one was ejected
+  toleratedUntil: number; // until then no server is ejected for its latency
   comparedAt: number;
   compareAt: number; // when its servers are compared again
 
@@ -2609,7 +2609,7 @@ const newService = (name: string) => ({
   ...{ name, candidates: [] as readonly Server[], candidatesUntil: 0, panicking: false, turn: 0, lostCookie: "" },
   waiting: new Set<() => boolean>(),
   ...{ retrying: 0, saved: 0, secondAt: -Infinity, retried: 0 },
-  ...{ times: NO_TIMES, measured: 0, hedgeDelay: 0, median: 0, crowd: 0, peaceUntil: 0 },
+  ...{ times: NO_TIMES, measured: 0, hedgeDelay: 0, median: 0, inFlightBefore: 0, toleratedUntil: 0 },
   ...{ comparedAt: -Infinity, compareAt: 0, inFlight: 0, retries: 0, hedges: 0, hedgesWon: 0 },
   ...{ copies: { answered: 0, failed: 0, skipped: 0, inFlight: 0 }, tallies: newTallies(), grpc: new Map() },
 });
@@ -6542,7 +6542,7 @@ const LEAST_TIME = 0.01; // milliseconds: what is faster counts as that
 const UNKNOWN = 1e12; // milliseconds: what a second request counts as where the first has not been answered yet
 const NOISE = 2.5; // up to so many times the fastest is as good as equal: the peaks of equal servers differ that much
 
-/** The time that a server takes of late; or the age of those that still wait, where it hangs and has not even been slow yet. */
+/** A server's recent latency, or the mean age of the requests that wait there, whichever is longer. */
 function latencyOf(server: Server, now: number): number {
   const { waiting, waitingSince } = server;
   if (server.recent === 0) return waiting && UNKNOWN; // one request finds out
@@ -6551,7 +6551,7 @@ function latencyOf(server: Server, now: number): number {
   return age > recent ? age : recent;
 }
 
-/** What one more request costs at a server, where the fastest takes `fastest`. */
+/** The cost of one more request at a server, where the fastest server takes `fastest`. */
 function costOf(server: Server, now: number, fastest: number): number {
   const pace = latencyOf(server, now);
   return (pace > NOISE * fastest ? pace : fastest) * (server.inFlight + 1) / server.effective;
@@ -6575,7 +6575,7 @@ const peakEwma: Strategy = (candidates, { random, now }) => {
   return best;
 };
 
-/** How far servers are from a key. */
+/** Scores servers for a key; the least score takes it. */
 function scoresFor(candidates: Candidates, key: string): (server: Server) => number {
   const seed = hash(key), { even } = weightsOf(candidates);
   const chance = (server: Server) => (mix(seed ^ server.hash) + 0.5) / 2 ** 32;
@@ -6609,7 +6609,7 @@ function farthest(hashes: Uint32Array, seed: number): number {
 /** Whether a server has over 125 % of its share of the requests in flight, and more than a handful (bounded load). */
 function overloaded(candidates: Candidates): (server: Server) => boolean {
   const sum = (of: (server: Server) => number) => candidates.reduce((total, server) => total + of(server), 0);
-  let all = 0, weights = 0; // not asked for as long as nobody has more than a handful
+  let all = 0, weights = 0; // summed only once a server has HANDFUL in flight
   return (server) => {
     if (server.inFlight < HANDFUL) return false;
     all ||= 1.25 * (sum(({ inFlight }) => inFlight) + 1);
@@ -6667,7 +6667,7 @@ export const strategies: Record<typeof STRATEGIES[number] | "hash", Strategy> = 
     let best = candidates[0];
     for (const one of candidates) {
       if ((one.inFlight + 1) * best.effective < (best.inFlight + 1) * one.effective) best = one;
-      if (best.inFlight === 0 && best.effective === heaviest) break; // nobody can have less
+      if (best.inFlight === 0 && best.effective === heaviest) break; // no server can have less
     }
     return best;
   },
@@ -6708,16 +6708,16 @@ const isEnabled = (server: Server): boolean => server.weight > 0 && server.state
 const isHealthy = (server: Server, now: number): boolean =>
   server.up && (server.until === 0 || now >= server.until && !server.trying);
 
-/** How much of its weight a server has: all, or from the time when it came back 10 % and more. */
+/** The share of its weight that a server has: from 10 % when it comes back to all after `slow_start`. */
 function partOf(server: Server, slowStart: number, now: number): number {
   const age = now - server.back;
   return age >= slowStart ? 1 : Math.max(0.1, age / slowStart);
 }
 
 /**
- * Who of a service may be asked: healthy servers; backups where none of the others is; all where too few are left, so
- * that the rest is not crushed (panic), unless none is left and another service can be asked. Kept until a server flips
- * or a time has passed that matters: the request path only reads it.
+ * The servers of a service that may be asked: healthy ones; backups where no other is healthy; all where too few are, so
+ * that the rest is not overloaded (panic), unless none is and there is a fallback. The list is kept until the state of a
+ * server changes: the request path only reads it.
  */
 function candidatesOf(service: Service, now: number): readonly Server[] {
   if (now < service.candidatesUntil) return service.candidates;
@@ -6737,19 +6737,19 @@ function candidatesOf(service: Service, now: number): readonly Server[] {
   return service.candidates;
 }
 
-/** Who has asked to be left alone is, as if it were full; but not where that is more of them than may be ejected. */
+/** Servers that sent Retry-After are skipped, as full ones are; but no more of them than may be ejected. */
 function withoutPaused({ config }: Service, servers: readonly Server[], now: number): readonly Server[] {
   const rest = servers.filter((server) => now >= server.pausedUntil);
   return rest.length > 0 && rest.length >= servers.length * (1 - config.eject.at_most) ? rest : servers;
 }
 
-/** When time alone changes how a server stands. */
+/** When time alone changes whether a server may be asked, or its weight. */
 function nextChange(server: Server, slowStart: number, now: number): number {
   const times = [server.until, server.pausedUntil, ...partOf(server, slowStart, now) < 1 ? [now + slowStart / 50] : []];
   return Math.min(...times.filter((time) => time > now));
 }
 
-/** The servers of a service that may take one more request: that is read at every pick. */
+/** Those servers that have room for one more request. */
 function withRoom(service: Service, servers: readonly Server[]): readonly Server[] {
   return service.bounded ? servers.filter((server) => server.inFlight < server.limit) : servers;
 }
@@ -6757,7 +6757,7 @@ function withRoom(service: Service, servers: readonly Server[]): readonly Server
 const FIRST_LIMIT = 8; // for a server of which nothing is known
 const LEAST_LIMIT = 2;
 const TOLERANCE = 1.5; // times the calm latency
-const PULSE = { time: 250, answers: 10 }; // at least, until the limit is thought over
+const LEAST_WINDOW = { time: 250, answers: 10 }; // milliseconds and answers between two changes of the limit
 
 /**
  * Finds the limit of a server for `max_in_flight: auto`, by the gradient of its latency as in Netflix's
@@ -6765,18 +6765,18 @@ const PULSE = { time: 250, answers: 10 }; // at least, until the limit is though
  * where it is worse, the limit shrinks by as much. At its least, a server is as calm as it will ever be.
  */
 function findLimit(server: Server, milliseconds: number, refused: boolean, now: number): void {
-  const { limitWindow: pulse, limit } = server;
-  pulse.answers++;
-  pulse.sum += milliseconds;
-  pulse.most = Math.max(pulse.most, server.inFlight);
-  pulse.refused ||= refused;
-  if (now - pulse.since < PULSE.time || pulse.answers < PULSE.answers) return;
-  const mean = Math.max(pulse.sum / pulse.answers, LEAST_TIME), busy = pulse.most >= limit / 2;
-  const isCalm = !busy || limit <= LEAST_LIMIT || mean < pulse.baseline;
-  const calm = !pulse.baseline ? mean : isCalm ? pulse.baseline + 0.1 * (mean - pulse.baseline) : pulse.baseline;
+  const { limitWindow: window, limit } = server;
+  window.answers++;
+  window.sum += milliseconds;
+  window.most = Math.max(window.most, server.inFlight);
+  window.refused ||= refused;
+  if (now - window.since < LEAST_WINDOW.time || window.answers < LEAST_WINDOW.answers) return;
+  const mean = Math.max(window.sum / window.answers, LEAST_TIME), busy = window.most >= limit / 2;
+  const isCalm = !busy || limit <= LEAST_LIMIT || mean < window.baseline;
+  const calm = !window.baseline ? mean : isCalm ? window.baseline + 0.1 * (mean - window.baseline) : window.baseline;
   if (busy) {
     const gradient = Math.min(1, Math.max(0.5, TOLERANCE * calm / mean));
-    const next = pulse.refused ? 0.9 * limit : limit * gradient + Math.sqrt(limit);
+    const next = window.refused ? 0.9 * limit : limit * gradient + Math.sqrt(limit);
     server.limit = Math.min(server.max, Math.max(LEAST_LIMIT, next));
   }
   server.limitWindow = newLimitWindow(calm, now);
@@ -6847,14 +6847,14 @@ function onFailed(service: Service, server: Server, began: number, effects: Effe
   if (eject(service, server, `after ${failures} failures in a row`, effects)) server.slow = false;
 }
 
-/** A whole answer ends a run of failures; one well after the last ejection also forgets how often there was one. */
+/** A whole response ends a run of failures; one well after the last ejection also resets the count of ejections. */
 function onAnswered(service: Service, server: Server, effects: Effects): void {
   if (server.until !== 0) return;
   server.failures = 0;
   if (server.ejections > 0 && effects.now() > server.back + service.config.eject.for) server.ejections = 0;
 }
 
-/** Takes note of how long a server has needed: a peak at once, what is less as far as time has passed. */
+/** Updates `recent`: it jumps to a longer time, and moves towards a shorter one with a time constant of 10 s. */
 function noteTime(server: Server, milliseconds: number, now: number): void {
   const rest = Math.exp((server.recentAt - now) / DECAY), sample = Math.max(milliseconds, LEAST_TIME);
   server.recent = sample > server.recent ? sample : server.recent * rest + sample * (1 - rest);
@@ -6863,7 +6863,7 @@ function noteTime(server: Server, milliseconds: number, now: number): void {
 
 const MEMORY = 64; // attempts: older ones fade
 
-/** What an attempt says about a server: how long it took, and whether that was good. */
+/** Updates a server's statistics by the result of an attempt. */
 function recordResult(service: Service, server: Server, good: boolean, milliseconds: number, now: number): void {
   if (service.config.max_in_flight === AUTO) findLimit(server, milliseconds, !good, now);
   server.judged++;
@@ -6876,7 +6876,7 @@ function recordResult(service: Service, server: Server, good: boolean, milliseco
   noteTime(server, milliseconds, now);
 }
 
-/** The head of an answer. A 5xx is a failure for those who compare; a 429 says that the server has enough to do. */
+/** The head of a response. A 5xx counts as a failure in comparisons; a 429 says that the server is busy. */
 function onHead(service: Service, server: Server, status: number, began: number, now: number, effects: Effects): void {
   const milliseconds = now - began;
   server.answers++;
@@ -6894,7 +6894,7 @@ function onHead(service: Service, server: Server, status: number, began: number,
   } else recordResult(service, server, status < 500, milliseconds, now);
 }
 
-/** An attempt was given up, because another one was faster: its server takes at least as long as it has taken so far. */
+/** An attempt was given up because another was faster: its server takes at least the time that has passed. */
 function onAbandoned(service: Service, server: Server, began: number, effects: Effects): void {
   const now = effects.now(), milliseconds = now - began;
   if (server.until === 0) {
@@ -6904,7 +6904,7 @@ function onAbandoned(service: Service, server: Server, began: number, effects: E
   }
 }
 
-/** No answer has come, and that is the server's fault. */
+/** No response has come, by the server's fault. */
 function onNoResponse(service: Service, server: Server, began: number, now: number, effects: Effects): void {
   if (server.until === 0) recordResult(service, server, false, now - began, now);
   onFailed(service, server, began, effects);
@@ -6912,11 +6912,11 @@ function onNoResponse(service: Service, server: Server, began: number, now: numb
 
 const LEAST_COMPARED = 3; // servers
 const LEAST_SAMPLES = 20; // good answers of each
-const NEGLIGIBLE = 5; // milliseconds: nobody minds so much more
+const NEGLIGIBLE = 5; // milliseconds above the median that eject no server
 const DEVIATIONS = 1.9; // below the mean of the others' success rates, as in Envoy
 const LEAST_GAP = 0.1; // between success rates
 
-/** Whether a time is out of all proportion to what the pool needs. */
+/** Whether a time is `eject.slow` times the median of the pool, and not just a few milliseconds more. */
 const isSlow = ({ median, config }: Service, milliseconds: number): boolean =>
   median > 0 && milliseconds > Math.max(config.eject.slow * median, median + NEGLIGIBLE);
 
@@ -6934,7 +6934,7 @@ function medianOf(numbers: number[]): number {
   return (sorted[Math.floor(half)]! + sorted[Math.ceil(half) - 1]!) / 2;
 }
 
-/** Once a second, beside a request: who is much slower than the others, or fails more often, is ejected. */
+/** Ejects servers that are much slower than the others, or fail more often. It runs once a second, beside a request. */
 function compare(service: Service, now: number, effects: Effects): void {
   const seconds = Math.max(now - service.comparedAt, 1) / 1_000; // a reload may have it done again at once
   service.comparedAt = now;
@@ -6955,23 +6955,25 @@ const meanInFlight = (servers: Server[]): number =>
   servers.reduce((sum, { inFlight }) => sum + inFlight, 0) / servers.length;
 
 /**
- * Ejects those that take much longer than the others, unless that is because they have more to do. A pool that is busy
- * needs everybody, and a slow server is better than a queue: the more are out, the slower the next one has to be; and
- * where the others then have three times as much to do, the slow ones are asked again, and left in peace for a while.
+ * Ejects servers that take much longer than the others, unless they have more to do. In a busy pool a slow server is
+ * better than a queue: the more are out, the slower the next one has to be; and where the others then have three times
+ * as much to do, the ejections end, and no server is ejected for its latency for a while.
  */
 function ejectSlow(service: Service, some: Server[], now: number, effects: Effects): void {
   const out = service.servers.filter(({ slow, until }) => slow && until !== 0);
-  if (out.length > 0 && meanInFlight(some) > 3 * service.crowd + 2) return endEjections(service, out, now, effects);
+  if (out.length > 0 && meanInFlight(some) > 3 * service.inFlightBefore + 2) {
+    return endEjections(service, out, now, effects);
+  }
   const timed = some.map((server) => ({ server, time: typicalOf(server, now) })).filter(({ time }) => time > 0);
   if (timed.length < LEAST_COMPARED) return;
   service.median = medianOf(timed.map(({ time }) => time));
   const load = medianOf(timed.map(({ server }) => server.load / server.effective));
   for (const { server, time } of timed.sort((a, b) => b.time - a.time)) {
     const ejected = service.servers.filter(({ until }) => until !== 0).length;
-    if (!isSlow(service, time / (1 + 10 * ejected / service.servers.length)) || now < service.peaceUntil) return;
+    if (!isSlow(service, time / (1 + 10 * ejected / service.servers.length)) || now < service.toleratedUntil) return;
     if (server.load / server.effective > 1.1 * load) continue;
     const why = `because it takes ${Math.round(time)} ms where ${Math.round(service.median)} ms are usual`;
-    if (out.length === 0) service.crowd = meanInFlight(some.filter((other) => other !== server));
+    if (out.length === 0) service.inFlightBefore = meanInFlight(some.filter((other) => other !== server));
     if (eject(service, server, why, effects)) out.push(server), server.slow = true;
   }
 }
@@ -6983,10 +6985,10 @@ function endEjections(service: Service, out: Server[], now: number, effects: Eff
     effects.report("warn", `${service.name}: ${server.name} is asked again: without it the others have too much to do`);
   }
   service.candidatesUntil = 0;
-  service.peaceUntil = now + 2 * service.config.eject.for;
+  service.toleratedUntil = now + 2 * service.config.eject.for;
 }
 
-/** Ejects those whose success rate is out of line with that of all who do better. */
+/** Ejects servers whose success rate is out of line with that of the better ones. */
 function ejectFailing(service: Service, judged: Server[], effects: Effects): void {
   const [worst, ...others] = judged.sort((a, b) => b.failing - a.failing);
   if (worst === undefined || others.length < LEAST_COMPARED - 1) return;
@@ -7010,7 +7012,7 @@ function onRetryAfter(service: Service, server: Server, value: string, effects: 
 
 // --- 5.4 Health checks: probes, and what operators say ---
 
-/** Counts a probe's verdict: `rise` or `fall` of them in a row flip the server, and each flip is reported once. */
+/** Counts the result of a probe: `rise` or `fall` of them in a row change the server's state, which is reported once. */
 function onProbed(service: Service, server: Server, problem: string | undefined, effects: Effects): void {
   const { rise, fall } = service.config.health;
   const now = server.probedAt = effects.now();
@@ -7040,7 +7042,7 @@ function setUp(service: Service, server: Server, up: boolean, problem: string | 
   else effects.report("warn", `${service.name}: ${server.name} is down: ${problem ?? "most of its probers say so"}`);
 }
 
-/** What an operator says of a server. It holds until probes say otherwise. */
+/** Marks a server up or down for an operator, until probes find otherwise. */
 function setHealth(service: Service, server: Server, up: boolean, effects: Effects): void {
   effects.told(service, server, up);
   if (server.up !== up || up && server.until > 0) server.since = effects.now();
@@ -7161,9 +7163,9 @@ async function probeDue(table: Table, effects: Effects): Promise<void> {
 // --- 5.5 Sticky sessions: a signed cookie names the server that a client had before ---
 
 /**
- * What the cookie says for a server is nothing but a signature over its service and URL, cut to 132 bits: who has not the
- * secret can make none, and it tells nobody where the server is. All clients of a server have the same, so that a request
- * costs one look into a map, and a signature is made once for each server and once for each client that moves.
+ * The value of the cookie for a server: a signature over its service and URL, cut to 132 bits. Without the secret no client
+ * can make one, and it does not reveal the server's address. All clients of a server have the same value, so that a request
+ * costs one look-up in a map.
  */
 const valueFor = ({ name, config }: Service, { url }: Server, { sign, secret }: Effects): string =>
   sign(config.sticky.secret || secret(), `${name}\n${url}`).slice(0, 22);
@@ -7182,7 +7184,7 @@ function stickyServer(service: Service, exchange: Exchange, effects: Effects): S
   return value === undefined ? undefined : servers.get(value);
 }
 
-/** Where in a split a client was before. */
+/** The service of a split that the client had before. */
 function stickyDestination({ destinations }: Route, exchange: Exchange, effects: Effects): Destination | undefined {
   const placeOf = ({ service }: Destination) =>
     stickyValues(exchange, service.config.sticky.cookie).findIndex((value) =>
@@ -7206,7 +7208,7 @@ function cookieFor(service: Service, server: Server, exchange: Exchange, effects
   return `${cookie}=${values.join(".")}; Path=/${age}; HttpOnly; SameSite=Lax${https ? "; Secure" : ""}`;
 }
 
-/** Notices that a server sets the sticky cookie itself. Then it is the application's, which both would break otherwise. */
+/** Gives up the sticky cookie if a server sets one of that name: it is the application's, and both would break otherwise. */
 function noteCookies({ destination, cookie, balancer: { effects } }: Exchange, fields: Fields): string {
   const { service } = destination!, { cookie: name } = service.config.sticky;
   const isSet = name &&
@@ -7219,7 +7221,7 @@ function noteCookies({ destination, cookie, balancer: { effects } }: Exchange, f
   return "";
 }
 
-/** Headers without one cookie: it is between the client and us. */
+/** Headers without one cookie: servers do not get ours. */
 function withoutCookie(headers: readonly string[], name: string): readonly string[] {
   const out: string[] = [];
   for (let i = 0; i < headers.length; i += 2) {
@@ -7233,7 +7235,7 @@ function withoutCookie(headers: readonly string[], name: string): readonly strin
 
 // -----------------------------------------------------------------------------------------------------------
 // 6. Traffic control
-// How much, how often, and once more: who has to wait or to come back later, and when a request is sent again.
+// How much and how often: which requests wait or are refused, and when a request is sent again.
 // Decisions only; the attempts themselves are made in the request path.
 // -----------------------------------------------------------------------------------------------------------
 
@@ -7246,23 +7248,23 @@ const clientNetwork = memo((client) =>
   isIPv6(client) ? ipaddr.parse(client).toByteArray().slice(0, 8).join(".") : client
 );
 
-/** Whose bucket a request draws from. Without the header it is its address's; of a long value its end is kept. */
+/** The key of the bucket that a request draws from. Without the header it is the client's address; of a long value the end is kept. */
 function bucketOf({ client, block }: Exchange, { by }: Rate): string {
   const value = by && fieldOf(block.fields, by);
   if (value) return `=${value.length > 100 ? `${hash(value)} ${value.slice(-80)}` : value}`;
   return clientNetwork(client);
 }
 
-/** One more of a client's; gives how many there were. */
-function countIn(crowd: Map<string, number>, client: string): number {
-  const there = crowd.get(client) ?? 0;
-  crowd.set(client, there + 1);
+/** Counts one more of a client; returns how many there were before. */
+function countIn(counts: Map<string, number>, client: string): number {
+  const there = counts.get(client) ?? 0;
+  counts.set(client, there + 1);
   return there;
 }
-function countOut(crowd: Map<string, number>, client: string): void {
-  const left = crowd.get(client)! - 1;
-  if (left) crowd.set(client, left);
-  else crowd.delete(client);
+function countOut(counts: Map<string, number>, client: string): void {
+  const left = counts.get(client)! - 1;
+  if (left) counts.set(client, left);
+  else counts.delete(client);
 }
 
 /** Whether a client may have one more request in flight; counts it. */
@@ -7312,7 +7314,7 @@ function withinRate(buckets: Buckets, exchange: Exchange): boolean {
   return within;
 }
 
-/** There may be room again: those who wait take it in the order in which they came. */
+/** Gives room that has become free to the requests that wait, oldest first. */
 function wakeQueue({ waiting }: Service): void {
   for (const proceed of waiting) if (!proceed()) return;
 }
@@ -7340,7 +7342,7 @@ async function waitInQueue(exchange: Exchange, pick: () => Server | undefined): 
       const server = pick();
       if (server) leave(server);
       return server !== undefined;
-    } catch (error) { // a strategy's, and so not of those who come behind
+    } catch (error) { // of a strategy; it fails this request only
       waiting.delete(proceed);
       reject(error);
       return true;
@@ -7377,8 +7379,9 @@ const RETRIED_AS: Partial<Record<Failure, string | number>> = {
 };
 
 /**
- * Who may be asked again: untried and healthy ones, untried backups; and where no other service can be asked, untried
- * ones, and where all have been tried anybody. A retry is no trial, and leaves alone who has asked for that.
+ * The servers for a retry: untried healthy ones, then untried backups; without a fallback also any untried ones, and once
+ * all have been tried any. A retry never goes to a server on trial while others are healthy, nor to one that sent
+ * Retry-After.
  */
 function forRetry(service: Service, candidates: readonly Server[], tried: Server[], now: number): readonly Server[] {
   const calm = candidates.filter((server) => now >= server.pausedUntil);
@@ -7393,8 +7396,8 @@ function forRetry(service: Service, candidates: readonly Server[], tried: Server
 
 /**
  * Whether another attempt may be made: the policy names what happened; repeating it does no harm, because no server has
- * seen the request or it is idempotent and its body is at hand; somebody is left who has not asked to be left alone; and
- * the budget has room. A connection that never stood put no load on any server, and so costs no budget.
+ * seen the request or it is idempotent and its body is at hand; a server is left that did not send Retry-After; and the
+ * budget has room. A connection that was never established put no load on a server, and so costs no budget.
  */
 function mayRetry(attempt: ExchangeAttempt): boolean {
   const { exchange, response, failure, retry } = attempt,
@@ -7482,14 +7485,11 @@ function newId(balancer: Balancer): string {
   return digits(mix(id ^ balancer.seed)) + digits(id);
 }
 
-/** W3C Trace Context: a trace id, who asks, and flags. Nothing stands behind them in version 00; later ones may add. */
+/** W3C Trace Context: version, trace id, parent id and flags. Only versions after 00 may have more behind them. */
 const TRACEPARENT =
   /^(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-([0-9a-f]{2})(?:$|(?<!^00.{53})-)/;
 
-/**
- * Takes up the client's trace, or begins one. As with other proxies anybody may send one, for nothing depends on it; one
- * that is not valid is not passed on.
- */
+/** Continues the client's trace, or begins one. As in other proxies any client may send one; an invalid one is replaced. */
 function startTrace(exchange: Exchange): void {
   const { balancer, block: { fields } } = exchange;
   const asked = fieldOf(fields, "traceparent"), sent = asked && TRACEPARENT.exec(asked);
@@ -8013,8 +8013,8 @@ const ANY_METHOD = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"; // of Allow
 
 // --- 8.2 Proxy headers: what passes to a server and back ---
 
-/** What is done with a request's field. `told`: trusted peers only; `drop`: it ends here, or is set anew. */
-type FieldAction = "pass" | "drop" | "told" | "via";
+/** What is done with a request's field. `trusted`: it passes from trusted peers; `drop`: it ends here, or is set anew. */
+type FieldAction = "pass" | "drop" | "trusted" | "via";
 const DROPPED = new Set(
   `connection content-length expect host http2-settings keep-alive proxy proxy-authorization proxy-connection te
   traceparent tracestate transfer-encoding upgrade`.split(/\s+/),
@@ -8027,7 +8027,7 @@ const fieldAction = memo((spelled): FieldAction => {
   if (name === "via") return "via";
   if (DROPPED.has(folded)) return "drop";
   if (!FORWARDED.test(folded)) return "pass";
-  return name === folded ? "told" : "drop";
+  return name === folded ? "trusted" : "drop";
 });
 
 /** No value that counts in these lists has a comma or a semicolon, not in quotes either. */
@@ -8052,10 +8052,10 @@ function addressOf(node: string): string {
   return isAddress(bare) ? ipaddr.process(bare).toString() : "";
 }
 
-/** The schemes that trusted peers tell; some name those of WebSockets. */
-const TOLD_SCHEMES = new Map([["http", "http"], ["https", "https"], ["ws", "http"], ["wss", "https"]]);
+/** The schemes that trusted peers send; some send those of WebSockets. */
+const FORWARDED_SCHEMES = new Map([["http", "http"], ["https", "https"], ["ws", "http"], ["wss", "https"]]);
 
-/** The addresses from the client to a peer, as the nodes before it are told: farthest first, the peer last. */
+/** The addresses from the client to a peer, as trusted proxies name them: the client first, the peer last. */
 function chainTo(peer: string, nodes: string[], trusts: Table["trusts"]): string[] {
   const chain = [peer];
   for (const node of nodes.reverse()) {
@@ -8067,7 +8067,7 @@ function chainTo(peer: string, nodes: string[], trusts: Table["trusts"]): string
 }
 
 /**
- * Who asks. A trusted peer is believed about its own peer, and so on, from right to left, up to the first that is not trusted;
+ * The client's origin. A trusted peer is believed about its own peer, and so on, from right to left, up to the first that is not trusted;
  * scheme and host are what the farthest of the trusted tells. Forwarded adds what X-Forwarded-* leave open where it names the
  * same addresses. What is not valid does not count.
  */
@@ -8078,27 +8078,35 @@ function readOrigin(fields: Fields, known: Pick<Origin, "peer" | "spoken" | "tru
   const parameters = (name: string) => entries.map((entry) => entry.get(name) ?? "");
   const usual = chainTo(peer, listed("x-forwarded-for"), trusts), standard = chainTo(peer, parameters("for"), trusts);
   const chain = usual.length > 1 ? usual : standard, agrees = `${chain}` === `${standard}`;
-  const told = (name: string) =>
+  const forwarded = (name: string) =>
     [listed(`x-forwarded-${name}`), agrees ? parameters(name) : []].flatMap((list) =>
       list.slice(-Math.max(1, chain.length - 1)) // as many as there are proxies
     );
-  const scheme = told("proto").map((text) => TOLD_SCHEMES.get(lower(text))).find(Boolean) ?? spoken;
+  const scheme = forwarded("proto").map((text) => FORWARDED_SCHEMES.get(lower(text))).find(Boolean) ?? spoken;
   const wrong = scheme === "https" ? "80" : "443"; // as a proxy behind the one that ends TLS says it
   const isPort = (text: string) => /^[1-9]\d{0,4}$/.test(text) && Number(text) <= 65_535 && text !== wrong;
   return {
-    ...{ ...known, client: chain[0]!, scheme, chain, isTold: true },
-    host: told("host").find((host) => hostIsValid(host)) ?? "",
-    port: told("port").find(isPort) ?? "",
+    ...{ ...known, client: chain[0]!, scheme, chain, isForwarded: true },
+    host: forwarded("host").find((host) => hostIsValid(host)) ?? "",
+    port: forwarded("port").find(isPort) ?? "",
   };
 }
 
-/** Who asks: read once for each head that comes again from the same peer, which saves up to 15 us. */
+/** The client's origin, read once for each head that comes again from the same peer, which saves up to 15 us. */
 function originOf({ peer, scheme: spoken, block }: HttpRequest, trusts: Table["trusts"]): Origin {
   const { origin } = block;
   if (origin?.peer === peer && origin.spoken === spoken && origin.trusts === trusts) return origin;
   const known = { peer, spoken, trusts };
   if (trusts(peer)) return block.origin = readOrigin(block.fields, known);
-  return block.origin = { ...known, client: peer, scheme: spoken, host: "", port: "", chain: [peer], isTold: false };
+  return block.origin = {
+    ...known,
+    client: peer,
+    scheme: spoken,
+    host: "",
+    port: "",
+    chain: [peer],
+    isForwarded: false,
+  };
 }
 
 /** The fields of a request that pass to servers, worked out once for each head. */
@@ -8138,9 +8146,11 @@ function commonLines(exchange: Exchange, host: string): string {
   if (isSame) return latest.text;
   const asked = origin.host || named, [node, ...proxies] = chain.map((address) => `for=${forwardedNode(address)}`);
   const forwarded = [`${node};${asked && `host="${asked}";`}proto=${scheme}`, ...proxies].join(", ");
-  const told = origin.isTold ? fieldPairs(block.fields).filter(([name]) => fieldAction(name) === "told").flat() : [];
+  const passed = origin.isForwarded
+    ? fieldPairs(block.fields).filter(([name]) => fieldAction(name) === "trusted").flat()
+    : [];
   const text =
-    `host: ${host}\r\n${passing.lines}${linesOf(without(told, OURS))}x-forwarded-for: ${chain.join(", ")}\r\n` +
+    `host: ${host}\r\n${passing.lines}${linesOf(without(passed, OURS))}x-forwarded-for: ${chain.join(", ")}\r\n` +
     (asked && `x-forwarded-host: ${asked}\r\n`) + `x-forwarded-proto: ${scheme}\r\n` +
     (port && `x-forwarded-port: ${port}\r\n`) +
     `forwarded: ${forwarded}\r\nvia: ${joinValues(passing.via, `${version === "2.0" ? "2" : "1.1"} ${via}`)}\r\n`;
@@ -8247,7 +8257,7 @@ function takeServer(service: Service, server: Server, { tried, now }: Asker): Se
 /** A server has one request less: the one that has waited longest gets its place. */
 function releaseServer(service: Service, server: Server): void {
   server.inFlight--;
-  if (server.trying && server.inFlight === 0) { // its trial has told nothing: it was a copy, say
+  if (server.trying && server.inFlight === 0) { // its trial had no result: it was a copy, say
     server.trying = false;
     service.candidatesUntil = 0;
   }
@@ -8519,8 +8529,8 @@ function sendHedged(exchange: Exchange, server: Server, retry: number, decide: E
 }
 
 /**
- * An attempt whose answer nobody gets. It may run as long again as it already has: a server that was only a little late
- * says so, and one that hangs shows that it is not just late. Then it is given up.
+ * Ends an attempt that has lost. It may first run as long again as it already has, so that the latency of a server that
+ * was only a little late is measured, and one that hangs is known to be slower than that.
  */
 async function abandon(attempt: ExchangeAttempt, effects: Effects): Promise<void> {
   attempt.hasLost = true;
@@ -8574,7 +8584,7 @@ async function sendCopy(exchange: Exchange, destination: Destination): Promise<v
   const copy: Exchange = { ...exchange, destination, tried: [], onLeave: undefined };
   const server = pickServer(copy, effects.now());
   if (server === undefined) return void service.copies.skipped++;
-  if (server.trying) endTrial(service, server, "undecided", effects); // a copy tries nobody out
+  if (server.trying) endTrial(service, server, "undecided", effects); // a copy is no trial
   nextSpan(copy);
   const { policy: { timeouts } } = destination, { target } = copy, lines = outboundLines(copy, server);
   const given = { server, method, body, target, lines, timeouts, startedAt: copy.now };
@@ -8595,7 +8605,7 @@ async function sendCopy(exchange: Exchange, destination: Destination): Promise<v
 /** A new exchange; a trusted peer may have given it an id. */
 function newExchange(balancer: Balancer, request: HttpRequest, isWrapped = false): Exchange {
   const origin = originOf(request, balancer.table.trusts);
-  const given = origin.isTold ? fieldOf(request.block.fields, "x-request-id") : undefined;
+  const given = origin.isForwarded ? fieldOf(request.block.fields, "x-request-id") : undefined;
   balancer.requests++;
   const id = given ?? `${balancer.name}-${balancer.requests.toString(36)}`;
   return new Exchange(balancer, request, origin, id, isWrapped);
@@ -8805,7 +8815,7 @@ async function carry(relay: Relay): Promise<void> {
     if (admits && !admits(relay.client)) relay.problem ||= "denied";
     const far = relay.problem ? undefined : await reach(relay);
     if (far) await couple(relay, far);
-  } catch (error) { // a strategy of somebody's own has thrown
+  } catch (error) { // of a custom strategy
     balancer.effects.report("error", stackOf(error));
     relay.problem = "internal";
   }
@@ -8937,7 +8947,7 @@ async function untilIdle(relay: Relay, effects: Effects, over: AbortSignal): Pro
   }
 }
 
-/** Who is connected to whom, in front of everything else (PROXY protocol version 2, section 2.2). */
+/** The header of the PROXY protocol, version 2 (section 2.2): the addresses of client and listener. */
 function proxyHeader({ remoteAddress, remotePort, localAddress, localPort }: Socket): Uint8Array {
   const begin = [...Buffer.from("\r\n\r\n\0\r\nQUIT\n"), 0x21];
   if (remoteAddress === undefined) return Uint8Array.from([...begin, 0, 0, 0]); // over a Unix socket: no addresses
@@ -12017,8 +12027,8 @@ export class Fleet implements Membership {
   async tell({ name }: Service, { url }: Server, up: boolean): Promise<boolean> {
     const key = `told/${name} ${url}`, before = this.told.get(key);
     if (this.state === "away") return false;
-    const isTold = await this.engine.put(key, up ? "up" : "down").then(() => true, () => false);
-    return isTold && await this.until(() => this.told.get(key) !== before, CHANGE_TIME);
+    const isForwarded = await this.engine.put(key, up ? "up" : "down").then(() => true, () => false);
+    return isForwarded && await this.until(() => this.told.get(key) !== before, CHANGE_TIME);
   }
 
   private async until(has: () => boolean, patience: number): Promise<boolean> {
