@@ -30,7 +30,7 @@ import {
 } from "./rig.ts";
 
 const KIB = 1024, MIB = 1024 * KIB;
-const { LB_FLOW } = process.env, [, amount = "64", unit = "MiB"] = /^(\d+)(MiB|GiB)$/.exec(LB_FLOW ?? "") ?? [];
+const { LB_FLOW } = process.env, [, amount = "32", unit = "MiB"] = /^(\d+)(MiB|GiB)$/.exec(LB_FLOW ?? "") ?? [];
 const LARGE = Number(amount) * (unit === "GiB" ? 1024 : 1) * MIB;
 const LARGE_TAKES = 30_000 + LARGE / MIB * 100; // milliseconds at most
 const LONG = { timeout: 60_000 + 4 * LARGE_TAKES };
