@@ -10,6 +10,7 @@ import {
   type Exchange,
   get,
   inWords,
+  listenLocally,
   matching,
   type Message,
   type Part,
@@ -47,7 +48,7 @@ before(async () => {
     back.on("error", () => socket.destroy()).on("close", () => socket.destroy())
       .pipe(socket);
   });
-  await new Promise<void>((resolve) => relay.listen(0, "127.0.0.1", resolve));
+  await listenLocally(relay);
   const { port } = relay.address() as { port: number };
   program = await startProgram({
     log: "off",

@@ -2,7 +2,6 @@
 // goes back to 0.
 
 import assert from "node:assert/strict";
-import { test as nodeTest } from "node:test";
 import {
   accessLine,
   type Attempt,
@@ -19,7 +18,7 @@ import {
   strategies,
   WireError,
 } from "../lb.ts";
-import { requestOf } from "./rig.ts";
+import { assertIdle, requestOf, test as patientTest } from "./rig.ts";
 
 type FailureName = keyof typeof FAILURES;
 type RequestProblem = NonNullable<HttpRequest["problem"]>;
@@ -42,15 +41,9 @@ interface More {
 const balancers: LoadBalancer[] = [];
 /** A test at whose end every count is 0. (Deno runs no `afterEach` outside of `describe`.) */
 const test = (name: string, run: () => Promise<void>) =>
-  nodeTest(name, async () => {
+  patientTest(name, async () => {
     await run();
-    for (const { balancer } of balancers.splice(0)) {
-      assert.equal(balancer.inFlight, 0, "requests in flight");
-      for (const { name, servers, inFlight, retrying } of balancer.table.services.values()) {
-        const counts = [inFlight, retrying, ...servers.map((server) => server.inFlight)];
-        assert.deepEqual(counts, counts.map(() => 0), `in flight at ${name}: requests, retries, at each server`);
-      }
-    }
+    balancers.splice(0).forEach(assertIdle);
   });
 
 const bytesOf = (body: FetchAttempt["body"]) => new Response(body).text();

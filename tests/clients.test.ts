@@ -14,7 +14,7 @@ import { chromium } from "playwright-core";
 import { A, CA, KEY } from "./certificates.ts";
 import { BINARY, echoStrictly, openWebSocket, TEXT, webSocketServer } from "./frames.ts";
 import { spawnGuarded } from "./guard.ts";
-import { freePort, get, type Program, rawRequest, startProgram, test, until } from "./rig.ts";
+import { freePort, get, listenLocally, type Program, rawRequest, startProgram, test, until } from "./rig.ts";
 
 /** Runs a command to its end; what it prints. Fails where it does. */
 const run = (command: string, args: string[], cwd = tmpdir()): Promise<string> =>
@@ -37,7 +37,7 @@ async function inFolder(use: (folder: string) => Promise<void>) {
 /** An HTTP server, while `use` lasts. */
 async function serving(listener: RequestListener, use: (address: string) => Promise<void>) {
   const server = createServer(listener);
-  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  await listenLocally(server);
   try {
     await use(`127.0.0.1:${(server.address() as AddressInfo).port}`);
   } finally {

@@ -4,8 +4,8 @@
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
 import { createHash, randomBytes } from "node:crypto";
-import { type AddressInfo, connect, createServer, type Socket } from "node:net";
-import { until } from "./rig.ts";
+import { connect, createServer, type Socket } from "node:net";
+import { endServer, listenLocally, until } from "./rig.ts";
 
 export interface Frame {
   fin: boolean;
@@ -185,13 +185,9 @@ export async function webSocketServer(on: (peer: Peer) => void = () => {}): Prom
     peers: [],
     on,
     answer: () => "",
-    close() {
-      for (const { socket } of server.peers) socket.destroy();
-      return new Promise((resolve) => tcp.close(() => resolve()));
-    },
+    close: () => endServer(tcp, server.peers.map(({ socket }) => socket)),
   };
-  await new Promise<void>((resolve) => tcp.listen(0, "127.0.0.1", resolve));
-  server.port = (tcp.address() as AddressInfo).port;
+  server.port = await listenLocally(tcp);
   server.address = `127.0.0.1:${server.port}`;
   return server;
 }

@@ -28,6 +28,7 @@ import { A, CA, KEY } from "./certificates.ts";
 import {
   answer,
   freePort,
+  listenLocally,
   type Program,
   type ScriptedServer,
   scriptedServer,
@@ -122,7 +123,7 @@ async function tlsInFrontOf(address: string): Promise<TcpServer> {
   return await listening(server);
 }
 async function listening<S extends TcpServer | Http2Server>(server: S): Promise<S> {
-  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  await listenLocally(server);
   return server;
 }
 const portOf = (server: TcpServer | Http2Server) => (server.address() as AddressInfo).port;

@@ -4,9 +4,9 @@
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
 import { createHash } from "node:crypto";
-import { type AddressInfo, connect, createServer, type Socket } from "node:net";
+import { connect, createServer, type Socket } from "node:net";
 import { connect as connectTls, createServer as createTlsServer, type TlsOptions } from "node:tls";
-import type { Echo } from "./rig.ts";
+import { type Echo, endServer, listenLocally } from "./rig.ts";
 
 export const [DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION] =
   [0, 1, 2, 3, 4, 5, 6, 7, 8, 9] as const;
@@ -722,13 +722,9 @@ export async function h2Server(
   const tcp = tls ? createTlsServer({ ALPNProtocols: ["h2"], ...tls }, accept) : createServer(accept);
   const server: H2Server = {
     ...{ port: 0, address: "", url: "", script, options, ends: [], requests: [] },
-    close() {
-      for (const socket of open) socket.destroy();
-      return new Promise((resolve) => tcp.close(() => resolve()));
-    },
+    close: () => endServer(tcp, open),
   };
-  await new Promise<void>((resolve) => tcp.listen(port, "127.0.0.1", resolve));
-  server.port = (tcp.address() as AddressInfo).port;
+  server.port = await listenLocally(tcp, port);
   server.address = `127.0.0.1:${server.port}`;
   server.url = tls ? `https://${server.address}` : `h2c://${server.address}`;
   return server;

@@ -8,7 +8,7 @@ import { createHash } from "node:crypto";
 import { connect as connectHttp2, createSecureServer } from "node:http2";
 import type { AddressInfo, Socket } from "node:net";
 import process from "node:process";
-import { after, before, test as nodeTest } from "node:test";
+import { after, before } from "node:test";
 import {
   connect as connectTls,
   createServer as createTlsServer,
@@ -78,6 +78,7 @@ import {
   type Echo,
   echo,
   get,
+  listenLocally,
   type Message,
   type Program,
   rawRequest,
@@ -89,6 +90,7 @@ import {
   startProgram,
   status,
   target,
+  test as patientTest,
   until,
   value,
 } from "./rig.ts";
@@ -172,7 +174,7 @@ before(async () => {
       );
     }),
   };
-  for (const server of Object.values(others)) await new Promise<void>((go) => server.listen(0, "127.0.0.1", go));
+  for (const server of Object.values(others)) await listenLocally(server);
   lb = await startProgram(config(), [], { "a.pem": A, "a.key": KEY });
   tlsPort = await until("it listens", () => Number(/listening on https:\/\/\S+:(\d+)/.exec(lb.output())?.[1]));
 });
@@ -202,7 +204,7 @@ async function assertIdle(): Promise<void> {
 
 /** A test at whose end lb.ts has sent nothing wrong, on no connection, and nothing is in flight. */
 function test(name: string, body: () => Promise<unknown>, timeout = 60_000): void {
-  nodeTest(name, { timeout }, async () => {
+  patientTest(name, { timeout }, async () => {
     for (const visit of [...h1.visits, ...early.visits]) visit.received = "";
     try {
       await body();

@@ -23,6 +23,7 @@ import {
   type Echo,
   echoServer,
   get,
+  listenLocally,
   type Part,
   rawRequest,
   scriptedServer,
@@ -431,7 +432,7 @@ test("served: behind middleware, headers keep their spelling and number, and the
 test("served: a body that middleware keeps a copy of is not changed by those that follow", async () => {
   const LARGE = 2_000_000, kept: Promise<ArrayBuffer>[] = [];
   const large = createServer(({ url }, response) => void response.end(Buffer.alloc(LARGE, Number(url!.slice(1)))));
-  await new Promise<void>((listening) => large.listen(0, "127.0.0.1", listening));
+  await listenLocally(large);
   const yaml = `default: { servers: ["127.0.0.1:${(large.address() as AddressInfo).port}"], health: off }`;
   const { port, end } = await served((app) =>
     app.use(async (context, next) => {

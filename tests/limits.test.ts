@@ -2,7 +2,6 @@
 // test moves; what a client notices runs through the program.
 
 import assert from "node:assert/strict";
-import { test as nodeTest } from "node:test";
 import { type AddressInfo, connect, createServer, type Socket } from "node:net";
 import { setImmediate } from "node:timers";
 import {
@@ -17,8 +16,10 @@ import {
 } from "../lb.ts";
 import {
   answer,
+  assertIdle,
   freePort,
   get,
+  listenLocally,
   type Message,
   rawRequest,
   type ScriptedServer,
@@ -28,6 +29,7 @@ import {
   startProgram,
   status,
   target,
+  test as patientTest,
   TestBody,
   until,
   value,
@@ -39,15 +41,9 @@ import {
 const balancers: LoadBalancer[] = [];
 /** A test at whose end nobody waits and every count is 0. */
 const test = (name: string, run: () => Promise<void>) =>
-  nodeTest(name, async () => {
+  patientTest(name, async () => {
     await run();
-    for (const { balancer } of balancers.splice(0)) {
-      assert.equal(balancer.inFlight, 0, "requests in flight");
-      for (const { name, servers, inFlight, retrying, waiting } of balancer.table.services.values()) {
-        const counts = [inFlight, retrying, waiting.size, ...servers.map((server) => server.inFlight)];
-        assert.deepEqual(counts, counts.map(() => 0), `${name}: requests, retries, waiting, at each server`);
-      }
-    }
+    balancers.splice(0).forEach(assertIdle);
   });
 
 /** Everything that is ready to happen happens. */
@@ -1209,7 +1205,7 @@ test("through the program: so many requests in flight of one client, so many of 
   }
 });
 
-nodeTest(
+patientTest(
   "through the program: so many connections, and no longer than so for the head of a request, or idle",
   { timeout: 30_000 },
   async () => {
@@ -1253,7 +1249,7 @@ nodeTest(
   },
 );
 
-nodeTest(
+patientTest(
   "a client that takes nothing of a response is cut off after keep_alive where no server limits it",
   async () => {
     let left = false;
@@ -1268,7 +1264,7 @@ nodeTest(
       now: () => performance.now(),
     });
     const listener = createServer((one) => server.accept(one, "http"));
-    await new Promise<void>((resolve) => listener.listen(0, "127.0.0.1", resolve));
+    await listenLocally(listener);
     const socket = connect((listener.address() as AddressInfo).port, "127.0.0.1");
     socket.on("error", () => {});
     try {
@@ -1284,41 +1280,44 @@ nodeTest(
 
 for (const length of [100, 100_000, -1]) {
   const what = length < 0 ? "a chunked body" : `a body of ${length} bytes`;
-  nodeTest(`through the program: ${what} that comes byte by byte has to be whole within timeouts.request`, async () => {
-    const server = await scriptedServer((visit) => void visit); // waits for the end
-    const timeouts = { idle: "20s", request: "700ms" };
-    const lb = await startProgram({
-      ...{ log: "off", default: { service: "s" } },
-      services: { s: { servers: [server.address], timeouts, health: "off", retries: 0 } },
-    });
-    const socket = connect(lb.port, "127.0.0.1");
-    socket.on("error", () => {});
-    let drip: ReturnType<typeof setInterval> | undefined;
-    try {
-      const framing = length < 0 ? "Transfer-Encoding: chunked" : `Content-Length: ${length}`;
-      socket.write(`POST / HTTP/1.1\r\nHost: a.test\r\n${framing}\r\n\r\n`);
-      drip = setInterval(() => socket.write(length < 0 ? "1\r\nx\r\n" : "x"), 50);
-      let text = "";
-      socket.on("data", (bytes) => text += bytes);
-      await until("it is refused", () => text.includes("\r\n\r\n"));
-      assert.match(text, /^HTTP\/1\.1 408 /);
-      assert.match(text, /^x-lb-failure: client-timeout\r$/mi);
-      assert.match(lb.output(), /^(?!.* warn: )/s, "it is not the server's fault");
-    } finally {
-      clearInterval(drip);
-      socket.destroy();
-      await lb.stop();
-      await server.close();
-    }
-  });
+  patientTest(
+    `through the program: ${what} that comes byte by byte has to be whole within timeouts.request`,
+    async () => {
+      const server = await scriptedServer((visit) => void visit); // waits for the end
+      const timeouts = { idle: "20s", request: "700ms" };
+      const lb = await startProgram({
+        ...{ log: "off", default: { service: "s" } },
+        services: { s: { servers: [server.address], timeouts, health: "off", retries: 0 } },
+      });
+      const socket = connect(lb.port, "127.0.0.1");
+      socket.on("error", () => {});
+      let drip: ReturnType<typeof setInterval> | undefined;
+      try {
+        const framing = length < 0 ? "Transfer-Encoding: chunked" : `Content-Length: ${length}`;
+        socket.write(`POST / HTTP/1.1\r\nHost: a.test\r\n${framing}\r\n\r\n`);
+        drip = setInterval(() => socket.write(length < 0 ? "1\r\nx\r\n" : "x"), 50);
+        let text = "";
+        socket.on("data", (bytes) => text += bytes);
+        await until("it is refused", () => text.includes("\r\n\r\n"));
+        assert.match(text, /^HTTP\/1\.1 408 /);
+        assert.match(text, /^x-lb-failure: client-timeout\r$/mi);
+        assert.match(lb.output(), /^(?!.* warn: )/s, "it is not the server's fault");
+      } finally {
+        clearInterval(drip);
+        socket.destroy();
+        await lb.stop();
+        await server.close();
+      }
+    },
+  );
 }
 
-nodeTest(
+patientTest(
   "through the program: a server that takes no more of a body until timeouts.request is over is the late one",
   async () => {
     const held: Socket[] = [];
     const server = createServer((socket) => void held.push(socket.on("error", () => {}).pause()));
-    await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+    await listenLocally(server);
     const address = `127.0.0.1:${(server.address() as AddressInfo).port}`, timeouts = { idle: "20s", request: "700ms" };
     const lb = await startProgram({
       ...{ log: "off", default: { service: "s" } },
@@ -1337,11 +1336,11 @@ nodeTest(
   },
 );
 
-nodeTest(
+patientTest(
   "through the program: one client has only so many connections, over TCP and over HTTP",
   async () => {
     const echo = createServer((socket) => socket.on("error", () => {}).pipe(socket));
-    await new Promise<void>((resolve) => echo.listen(0, "127.0.0.1", resolve));
+    await listenLocally(echo);
     const servers = [`127.0.0.1:${(echo.address() as AddressInfo).port}`], listen = await freePort();
     const limits = { client_connections: 2 }, respond = { body: "here" };
     const lb = await startProgram({

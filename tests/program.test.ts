@@ -28,6 +28,7 @@ import {
   echoServer,
   freePort,
   get,
+  listenLocally,
   type Message,
   rawRequest,
   runtime,
@@ -1114,7 +1115,7 @@ test("an upload of 1 GiB passes byte for byte, and is not kept in memory", async
       }
     });
   });
-  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  await listenLocally(server);
   try {
     const address = `127.0.0.1:${(server.address() as AddressInfo).port}`;
     await running(over([{ address }]), async (lb) => {

@@ -8,7 +8,7 @@ import { createHash } from "node:crypto";
 import { once } from "node:events";
 import { existsSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { get as httpGet, type IncomingMessage } from "node:http";
-import { type AddressInfo, connect, createServer, type Socket } from "node:net";
+import { type AddressInfo, connect, createServer, type Server, type Socket } from "node:net";
 import { availableParallelism, loadavg, tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
@@ -18,7 +18,7 @@ import { test as nodeTest, type TestContext } from "node:test";
 import { fileURLToPath } from "node:url";
 import { createGunzip } from "node:zlib";
 import { spawnGuarded } from "./guard.ts";
-import type { Attempt, Body, Failure, Fields, HttpClient, HttpRequest, HttpResponse } from "../lb.ts";
+import type { Attempt, Body, Failure, Fields, HttpClient, HttpRequest, HttpResponse, LoadBalancer } from "../lb.ts";
 
 type Bytes = NonNullable<Body["bytes"]>;
 type BodyReader = Parameters<Body["read"]>[0];
@@ -299,6 +299,18 @@ export interface ScriptedServer {
   close(): Promise<void>;
 }
 
+/** Listens on 127.0.0.1, on a free port unless another is given; gives the port. */
+export async function listenLocally(server: Server, port = 0): Promise<number> {
+  await new Promise<void>((resolve) => server.listen(port, "127.0.0.1", resolve));
+  return (server.address() as AddressInfo).port;
+}
+
+/** Ends a server and its open connections. */
+export function endServer(server: Server, open: Iterable<Socket>): Promise<void> {
+  for (const socket of open) socket.destroy();
+  return new Promise((resolve) => server.close(() => resolve()));
+}
+
 export async function scriptedServer(script: Script): Promise<ScriptedServer> {
   const open = new Set<Socket>();
   let count = 0, visits = 0;
@@ -359,13 +371,9 @@ export async function scriptedServer(script: Script): Promise<ScriptedServer> {
       Object.assign(server, { script, at, visits: [], requests: [], last: undefined });
       count = 0;
     },
-    close() {
-      for (const socket of open) socket.destroy();
-      return new Promise((resolve) => tcp.close(() => resolve()));
-    },
+    close: () => endServer(tcp, open),
   };
-  await new Promise<void>((resolve) => tcp.listen(0, "127.0.0.1", resolve));
-  server.port = (tcp.address() as AddressInfo).port;
+  server.port = await listenLocally(tcp);
   server.address = `127.0.0.1:${server.port}`;
   return server;
 }
@@ -508,9 +516,8 @@ export async function startProgram(
 /** A port that nobody listens on. */
 export async function freePort(): Promise<number> {
   const server = createServer();
-  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
-  const { port } = server.address() as AddressInfo;
-  await new Promise<void>((resolve) => server.close(() => resolve()));
+  const port = await listenLocally(server);
+  await endServer(server, []);
   return port;
 }
 
@@ -522,6 +529,15 @@ export function seeded(seed: number): () => number {
     t ^= t + Math.imul(t ^ t >>> 7, t | 61);
     return ((t ^ t >>> 14) >>> 0) / 2 ** 32;
   };
+}
+
+/** Nothing is in flight in a balancer, and nobody waits: every count is 0. */
+export function assertIdle({ balancer }: LoadBalancer): void {
+  assert.equal(balancer.inFlight, 0, "requests in flight");
+  for (const { name, servers, inFlight, retrying, waiting } of balancer.table.services.values()) {
+    const counts = [inFlight, retrying, waiting.size, ...servers.map((server) => server.inFlight)];
+    assert.deepEqual(counts, counts.map(() => 0), `${name}: requests, retries, waiting, at each server`);
+  }
 }
 
 // ─── Attempts: a request through an HttpClient, without a balancer ───

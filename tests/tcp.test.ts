@@ -8,7 +8,7 @@ import { writeFileSync } from "node:fs";
 import { type AddressInfo, connect, createServer, type Socket } from "node:net";
 import process from "node:process";
 import { ConfigError, createLoadBalancer, type Draw, parseConfig, relayTcp, type Strategy } from "../lb.ts";
-import { type Program, sleep, startProgram, test, until } from "./rig.ts";
+import { listenLocally, type Program, sleep, startProgram, test, until } from "./rig.ts";
 
 // ─── Servers and clients ───
 
@@ -175,7 +175,7 @@ test("a slow reader stops a fast writer, both ways, and loses nothing", async ()
   let written = () => 0, reader: Socket | undefined;
   const server = createServer({ allowHalfOpen: true, pauseOnConnect: true }, (socket) => reader = socket);
   const talker = createServer((socket) => written = flood(socket));
-  for (const one of [server, talker]) await new Promise<void>((resolve) => one.listen(0, "127.0.0.1", resolve));
+  for (const one of [server, talker]) await listenLocally(one);
   const at = (one: typeof server) => `127.0.0.1:${(one.address() as AddressInfo).port}`;
   await running([{ servers: [at(server)] }, { servers: [at(talker)] }], async (_lb, [up, down]) => {
     const sender = connect(up!, "127.0.0.1");
@@ -493,7 +493,7 @@ async function inProcess(config: Record<string, unknown>, own: Record<string, St
     { allowHalfOpen: true },
     (socket) => relayTcp(lb.balancer, "127.0.0.1:0", "127.0.0.1:0", socket),
   );
-  await new Promise<void>((resolve) => listener.listen(0, "127.0.0.1", resolve));
+  await listenLocally(listener);
   const service = lb.balancer.table.services.get("db")!;
   const settled = () =>
     until(

@@ -24,6 +24,7 @@ import {
   type Echo,
   echo,
   freePort,
+  listenLocally,
   type Program,
   runtime,
   type Script,
@@ -416,7 +417,7 @@ test("a slow reader stops a fast writer over TLS, both ways, and loses nothing: 
       socket.on("data", (bytes: Buffer) => length += bytes.length);
     });
   });
-  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  await listenLocally(server);
   const servers = [`127.0.0.1:${(server.address() as AddressInfo).port}`], listen = { address: LOCAL, tls: FIRST };
   const config = { listen, tcp: [{ listen, servers, health: "off" }], default: { servers, health: "off" } };
   const lb = await startProgram(config, ["--drain", "0s"], FILES);
@@ -735,7 +736,7 @@ async function runningTcp(
     socket.on("error", () => {});
     talk(socket);
   });
-  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  await listenLocally(server);
   const servers = [`127.0.0.1:${(server.address() as AddressInfo).port}`];
   const listen = { address: LOCAL, tls: FIRST, ...front };
   const lb = await startProgram({ limits, tcp: [{ listen, servers, ...more }] }, [], FILES);
@@ -984,7 +985,7 @@ async function secured(options: TlsOptions = {}) {
     socket.on("data", () => socket.write(`HTTP/1.1 200 OK\r\nContent-Length: ${body.length}\r\n\r\n${body}`));
   });
   server.on("tlsClientError", () => {});
-  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  await listenLocally(server);
   const url = `https://127.0.0.1:${(server.address() as AddressInfo).port}`;
   return { url, close: () => new Promise((resolve) => server.close(resolve)) };
 }
@@ -1049,7 +1050,7 @@ test(
         sent = flood(socket);
       });
     });
-    await new Promise<void>((resolve) => fast.listen(0, "127.0.0.1", resolve));
+    await listenLocally(fast);
     const port = await freePort(), tls = { ca: "ca.pem" };
     const routes = [["/down", (fast.address() as AddressInfo).port], ["/up", port]].map(([path, port]) => ({
       ...{ path, servers: [`https://127.0.0.1:${port}`], tls, health: "off" },

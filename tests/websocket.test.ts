@@ -29,6 +29,7 @@ import {
 import {
   answer,
   get,
+  listenLocally,
   type Program,
   rawRequest,
   resetConnection,
@@ -711,7 +712,7 @@ test("a WebSocket that would come back is refused", async () => {
     for (const one of [socket, on]) one.on("error", () => {});
     sockets.push(socket, on);
   });
-  await new Promise<void>((resolve) => tcp.listen(0, "127.0.0.1", resolve));
+  await listenLocally(tcp);
   const lb = await startProgram({ default: { servers: [`127.0.0.1:${(tcp.address() as AddressInfo).port}`] } });
   port = lb.port;
   try {
@@ -902,7 +903,7 @@ async function tunnelServer(): Promise<TunnelServer> {
     };
     socket.on("data", look);
   });
-  await new Promise<void>((resolve) => tcp.listen(0, "127.0.0.1", resolve));
+  await listenLocally(tcp);
   const server: TunnelServer = {
     address: `127.0.0.1:${(tcp.address() as AddressInfo).port}`,
     ends,

@@ -10,7 +10,6 @@ import { type AddressInfo, connect, createServer, type Server as Listener, Socke
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
-import { test as nodeTest } from "node:test";
 import { createServer as createTlsServer, type TlsOptions, type TLSSocket } from "node:tls";
 import {
   type Attempt,
@@ -30,6 +29,7 @@ import {
   sendAttempt,
   type Sending,
   sleep,
+  test as patientTest,
   TestBody,
   TestBytes,
   until,
@@ -37,7 +37,7 @@ import {
 
 const after: (() => unknown)[] = []; // what the running test has opened
 const test = (name: string, body: () => Promise<void>) =>
-  nodeTest(name, { timeout: 60_000 }, async () => {
+  patientTest(name, { timeout: 60_000 }, async () => {
     try {
       await body();
     } finally {
