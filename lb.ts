@@ -12027,8 +12027,8 @@ export class Fleet implements Membership {
   async tell({ name }: Service, { url }: Server, up: boolean): Promise<boolean> {
     const key = `told/${name} ${url}`, before = this.told.get(key);
     if (this.state === "away") return false;
-    const isForwarded = await this.engine.put(key, up ? "up" : "down").then(() => true, () => false);
-    return isForwarded && await this.until(() => this.told.get(key) !== before, CHANGE_TIME);
+    const isTold = await this.engine.put(key, up ? "up" : "down").then(() => true, () => false);
+    return isTold && await this.until(() => this.told.get(key) !== before, CHANGE_TIME);
   }
 
   private async until(has: () => boolean, patience: number): Promise<boolean> {
