@@ -6482,8 +6482,8 @@ function applyRules(fields: Fields, { set, add, remove }: HeaderRules): string[]
 
 // -----------------------------------------------------------------------------------------------------------
 // 5. Load balancing
-// Which server takes a request. Enabled is not healthy: requests eject a server for a time, probes take it out
-// and bring it back. Strategies only see the servers that may be asked.
+// Which server takes a request. Failed requests eject a server for a time, failed probes take it down. Strategies
+// only see the servers that may be asked.
 // -----------------------------------------------------------------------------------------------------------
 
 // --- 5.1 Strategies: pure functions from candidates to a server, in one table ---
@@ -7473,8 +7473,8 @@ const mayHedge = ({ method, body, upgrade }: Exchange, { hedge, measured }: Serv
 
 // -----------------------------------------------------------------------------------------------------------
 // 7. Observability
-// What is written down and counted, under names that OpenTelemetry and Traefik use. Requests never wait for the
-// log, and counters add up over workers.
+// What is logged and counted, under the names of OpenTelemetry and Traefik. Requests never wait for the log, and
+// counters add up over workers.
 // -----------------------------------------------------------------------------------------------------------
 
 // --- 7.1 Traces: W3C Trace Context ---
@@ -8786,7 +8786,7 @@ function conclude(attempt: ExchangeAttempt): void {
 // The same services, strategies and health, with bytes in place of requests.
 // -----------------------------------------------------------------------------------------------------------
 
-/** One connection's life, from its listener to its last byte. */
+/** One connection, from its listener to its last byte. */
 interface Relay extends Asker {
   // given
   readonly balancer: Balancer;
@@ -8805,7 +8805,7 @@ interface Relay extends Asker {
   problem: FailureName | "";
 }
 
-/** Finds a server for a client's connection and stays until both are closed. */
+/** Finds a server for a client's connection, and passes bytes until both sides are closed. */
 async function carry(relay: Relay): Promise<void> {
   const { balancer, route: { service, admits }, near, entrypoint } = relay;
   near.on("error", () => relay.problem ||= "client-left");
@@ -8824,7 +8824,7 @@ async function carry(relay: Relay): Promise<void> {
   finishRelay(relay);
 }
 
-/** Counts a connection that is over, and writes its line of the log. */
+/** Counts and logs a connection that has ended. */
 function finishRelay(relay: Relay): void {
   const { balancer, route: { service }, entrypoint, bytes, received, problem, tried, started, connectedAt } = relay;
   const { effects, table: { config: { log } } } = balancer;
@@ -8938,7 +8938,7 @@ async function couple(relay: Relay, far: Socket): Promise<void> {
   releaseServer(service, server);
 }
 
-/** Resolves when nothing has passed for the time that the service allows. */
+/** Resolves when no byte has passed for `timeouts.idle`. */
 async function untilIdle(relay: Relay, effects: Effects, over: AbortSignal): Promise<void> {
   const left = () => relay.since + relay.route.service.config.timeouts.idle - effects.now();
   for (let wait = left(); wait > 0; wait = left()) {
@@ -12959,7 +12959,7 @@ async function drain(balancer: Balancer, open: OpenListeners, grace: number): Pr
 // --- 13.6 Workers: threads that share the port, and one that decides ---
 
 const WORKER = "lb.ts worker";
-/** What a worker has to know when it starts. All of it can be copied from thread to thread. */
+/** What a worker is started with. All of it can be copied from thread to thread. */
 interface WorkerTask {
   role: typeof WORKER; // somebody else's threads may have imported this file
   config: Raw; // in force, as it is spelt out
@@ -13057,7 +13057,7 @@ function applySamples(balancer: Balancer, samples: Samples): void {
   });
 }
 
-/** A worker's whole life: it serves, and does what the main thread says. */
+/** Runs a worker: it serves requests, and follows the orders of the main thread. */
 async function runWorker({ config, file, ports, reports, workers, secret, down }: WorkerTask): Promise<void> {
   const send = (message: WorkerMessage): void => void parentPort!.postMessage(message); // Node's gives true
   const sendLines = (lines: Uint8Array) => send({ kind: "lines", lines: new Uint8Array(lines) }); // a view would take all of its buffer along
@@ -13111,7 +13111,7 @@ async function runWorker({ config, file, ports, reports, workers, secret, down }
 }
 
 const COUNT_TICK = 200; // milliseconds between two times that a worker sends what it has counted
-const APPLYING = 5_000; // milliseconds that a worker may take to put a config in force before it is not waited for
+const APPLYING = 5_000; // milliseconds for which a reload waits until a worker has put the config in force
 const RESPAWN_DELAY = 500; // milliseconds until a worker that has died is replaced
 
 /** The next message of a kind from a worker; undefined when it takes too long, or the worker ends. */
@@ -13138,7 +13138,7 @@ const configOrder = ({ table, effects }: Balancer): ToWorker => ({
   ...{ kind: "config", config: table.config.source, secret: effects.secret() },
 });
 
-/** Has the workers hear at once what is changed or found here. A reload resolves when all of them have it. */
+/** Sends reloads, results of probes and marks of operators to the workers at once. A reload resolves when all have it. */
 function passOn(lb: LoadBalancer, workers: Workers, show: () => void): void {
   const { reload, balancer } = lb, { effects } = balancer;
   lb.reload = (config) => {
