@@ -2381,7 +2381,7 @@ interface Counters {
   bytesIn: number; // of the requests' bodies
   bytesOut: number; // of the answers' bodies
   milliseconds: number; // the sum of their times to the end of the response
-  durations: number[]; // requests by bucket of the histogram; the last one: slower than all BUCKETS
+  durations: number[]; // requests by bucket of the histogram; the last one: longer than all BUCKETS
 }
 const newCounters = (): Counters => ({
   ...{ requests: 0, errors: 0, bytesIn: 0, bytesOut: 0, milliseconds: 0, durations: [...BUCKETS, 0].fill(0) },
@@ -2451,8 +2451,8 @@ export interface Server extends Latency {
   host: string; // the Host that it gets; empty: as `host_header` says
   backup: boolean;
   max: number; // requests in flight; Infinity: any number
-  state: ServerConfig["state"];
-  service: string;
+  state: ServerConfig["state"]; // as an operator wants it: ready, drain or maint
+  service: string; // the name of its service
   tls: ServiceConfig["tls"];
   http: ServiceConfig["http"]; // the version to ask it with; auto: 2 if it offers that
   hash: number; // of its name, for rendezvous
@@ -2476,11 +2476,11 @@ export interface Server extends Latency {
   passes: number; // consecutive ones passed while down
   fails: number; // consecutive ones failed while up
   probedAt: number; // when the last one ended; 0: there was none
-  probeTook: number;
+  probeTook: number; // milliseconds
   probeProblem: string; // what was wrong with it; empty: it passed
 
   // in flight
-  inFlight: number;
+  inFlight: number; // requests and connections that it has been given
   waiting: number; // of those: requests still without a response head
   waitingSince: number; // the sum of their start times, which gives their mean age at any time
   current: number; // smooth weighted round robin's running weight
@@ -2491,8 +2491,8 @@ export interface Server extends Latency {
   saidAt: number; // when its last failure was reported
 
   // counters
-  picks: number;
-  answers: number;
+  picks: number; // requests and connections that it was given so far
+  answers: number; // responses whose head has come
   retries: number; // attempts that came here because another had failed
   ejected: number; // ejections so far
   probesPassed: number;
@@ -2575,7 +2575,7 @@ interface Service {
   // selection
   candidates: readonly Server[]; // eligible servers, as last computed
   candidatesUntil: number; // when to compute them again; 0: now
-  panicking: boolean;
+  panicking: boolean; // so few servers are healthy that all may be asked
   turn: number; // requests so far
   waiting: Set<() => boolean>; // the queue, oldest first: a call picks a server, or says that all are full
 
@@ -2592,11 +2592,11 @@ interface Service {
   median: number; // of its servers' `typical`, as of the last comparison; 0: not known
   inFlightBefore: number; // requests in flight at each server when the first slow one was ejected
   toleratedUntil: number; // until then no server is ejected for its latency
-  comparedAt: number;
-  compareAt: number; // when its servers are compared again
+  comparedAt: number; // when its servers were last compared; -Infinity: never
+  compareAt: number; // when they are compared again
 
   // counters
-  inFlight: number;
+  inFlight: number; // requests, with those in the queue
   retries: number; // so far
   hedges: number; // second attempts so far
   hedgesWon: number; // those that answered first
@@ -2618,9 +2618,9 @@ const NO_TIMES = new Float64Array(0);
 /** One service that a route may forward to, with the policy of that route. */
 interface Destination {
   service: Service;
-  weight: number;
+  weight: number; // its share of the route's requests, of the sum of weights
   policy: Policy;
-  retryOn: ReadonlySet<string | number>;
+  retryOn: ReadonlySet<string | number>; // statuses and failures after which a request is sent again
   around: Around | undefined; // cors
   compress: boolean;
   fallback: Destination | undefined; // used when no server here is eligible
@@ -2667,7 +2667,7 @@ interface Table {
   fallback: Route | undefined; // `default`
   buckets: Map<string, Buckets>; // by route and rule
   tcp: Map<string, TcpRoute>; // by host:port, as the file has them
-  trusts: (peer: string) => boolean;
+  trusts: (peer: string) => boolean; // whether an address is one of `trust`
 }
 
 /** The host and port of a server's URL. */
@@ -2729,9 +2729,9 @@ class Exchange implements Asker {
   upgrade = ""; // the protocol that it asks to switch to, where it may; else empty
 
   // decided
-  now: number;
-  turn = 0;
-  key = "";
+  now: number; // when its server was last picked
+  turn = 0; // of the service
+  key = ""; // what `hash` hashes
   matched: string | RE2JS = ""; // the part of the path that the route's prefix took, or the pattern that found it
   allow: string[] | undefined = undefined; // methods of routes that match in all but the method
   route: Route | undefined = undefined;
