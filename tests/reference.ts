@@ -38,6 +38,7 @@ const WORDS: [name: string, taken: string, ...refused: string[]][] = [
   ["origin", "https://a.example", "a"],
   ["network", "10.0.0.0/8", "10.0.0.0/8/8"],
   ["address", "127.0.0.1:80", "a"],
+  ["word", "a.b/c", "a b"],
   ["server", "http://a:1", "a b/c"],
   ["token", "abcdefgh", "a"],
   ["name", "x-name", "a b"],
@@ -103,12 +104,13 @@ function defaultOf({ default: value }: Schema): string {
 const missing = new Set<string>(), said = new Set<string>(), shown = new Set<string>();
 
 function row(path: string, key: string, given: Schema, isRequired: boolean): string {
-  const schema = resolve(given), about = ABOUT[path] ?? schema.description;
-  said.add(path);
+  const schema = resolve(given), short = path.split(".").slice(-2).join(".");
+  const about = ABOUT[path] ?? schema.description ?? ABOUT[short];
+  said.add(path).add(short);
   if (about === undefined) missing.add(path);
-  const first = isRequired ? "required" : defaultOf(schema), short = SHORT[path] ?? "";
-  const edge = NOT_AT_THE_EDGE.has(path) ? "no" : "yes";
-  return `| ${[code(key), phrase(kindsOf(schema)), first, short && code(short), edge, about].join(" | ")} |`;
+  const first = isRequired ? "required" : defaultOf(schema), brief = SHORT[path] ?? "";
+  const edge = NOT_AT_THE_EDGE.some((one) => `${path}.`.startsWith(`${one}.`)) ? "no" : "yes";
+  return `| ${[code(key), phrase(kindsOf(schema)), first, brief && code(brief), edge, about].join(" | ")} |`;
 }
 
 /** The table of some keys of a map, and those of the maps in it, each of which is shown once. */
@@ -166,35 +168,22 @@ except some way to an answer. Unknown keys are errors, and the message says what
 - The column **edge** says whether the key has an effect at the edge too. Everywhere else all keys have.
 `;
 const APART = new Set(["services", "defaults", "hosts", "paths", "routes", "default", "tcp"]);
-/** What the platform does itself there, or what nobody can do there. */
-const NOT_AT_THE_EDGE = new Set([
-  ...["listen", "listen.address", "listen.tls", "listen.tls.cert", "listen.tls.key", "listen.client_ca", "listen.h2c"],
-  ...["listen.mode", "admin", "admin.listen", "admin.token", "admin.read_token", "limits.connections"],
-  ...["limits.client_connections", "limits.header", "limits.keep_alive", "limits.header_size", "limits.header_fields"],
-  ...["service.tls", "service.tls.ca", "service.tls.cert", "service.tls.key", "service.tls.servername"],
-  ...["service.tls.insecure", "service.http", "service.host_header", "service.health.grpc", "service.timeouts.connect"],
+/** What the platform does itself there, or what nobody can do there; and so is all that stands in these. */
+const NOT_AT_THE_EDGE = [
   ...[
-    "service.servers.host",
-    "route.rewrite.host",
+    "listen",
+    "admin",
     "tcp",
-    "tcp.listen",
-    "tcp.name",
-    "tcp.servers",
-    "tcp.proxy_protocol",
+    "limits.connections",
+    "limits.client_connections",
+    "limits.header",
+    "limits.keep_alive",
   ],
-  ...[
-    "tcp.allow",
-    "tcp.deny",
-    "tcp.strategy",
-    "tcp.health",
-    "tcp.eject",
-    "tcp.panic",
-    "tcp.max_in_flight",
-    "tcp.retries",
-  ],
-  ...["tcp.timeouts", "tcp.timeouts.connect", "tcp.timeouts.idle"],
-]);
+  ...["limits.header_size", "limits.header_fields", "service.tls", "service.http", "service.host_header"],
+  ...["service.health.grpc", "service.timeouts.connect", "service.servers.host", "route.rewrite.host"],
+];
 const INTRO: Record<string, string> = {
+  "fleet.tls": "`tls` of a service has the same keys.",
   service:
     "Under `services`, by its name. `defaults` takes the same keys, but for `servers`, and holds for all services. An entry of\n" +
     "`hosts`, `paths`, `routes` or `default` with `servers` is a service of its own, named after its host or path.",
@@ -258,11 +247,11 @@ const ABOUT: Record<string, string> = {
   "service.sticky.cookie": "its name",
   "service.sticky.secret": "what signs it; without it each process draws one",
   "service.sticky.max_age": "how long browsers keep it; 0: until they are closed",
-  "service.tls.ca": "a PEM file with those whom the server's certificate may come from; without it the system's",
-  "service.tls.cert": "a PEM file: the certificate that we show the server",
-  "service.tls.key": "a PEM file: its private key",
-  "service.tls.servername": "the name that is asked for and verified; without it the server's host",
-  "service.tls.insecure": "any certificate will do",
+  "tls.ca": "a PEM file with those whom the server's certificate may come from; without it the system's",
+  "tls.cert": "a PEM file: the certificate that we show the server",
+  "tls.key": "a PEM file: its private key",
+  "tls.servername": "the name that is asked for and verified; without it the server's host",
+  "tls.insecure": "any certificate will do",
   "service.timeouts.connect": "until a server is connected",
   "service.timeouts.response": "until the head of its response is there",
   "service.timeouts.idle": "between two pieces of a body, and of a WebSocket",
