@@ -28,7 +28,7 @@ const skip = existsSync(NODE) ? false : "the build's tools are not installed";
 const onNode = runtime() === "node" ? { skip } : { skip: "it does not depend on the runtime" };
 const run = promisify(execFile);
 
-let folder = "", project = "";
+let folder = "", project = "/nowhere"; // until it is made
 before(async () => {
   if (skip) return;
   folder = mkdtempSync(join(tmpdir(), "lb-package-"));
