@@ -5704,8 +5704,8 @@ const LEAVING = 1_000; // milliseconds in which a client of HTTP/2 hears that it
 
 // Connections to servers.
 
-const NO_HTTP2 = "it closed the connection before it spoke HTTP/2; a server of HTTP/1.1 is written http://";
-const HTTP1 = "it speaks HTTP/1.1, and h2c:// is HTTP/2: write http://";
+const NO_HTTP2 = "; it has not spoken HTTP/2: for a server of HTTP/1.1 write http://";
+const HTTP1 = "it speaks HTTP/1.1, not HTTP/2: write http:// in place of h2c://";
 const NO_ALPN = "it does not offer HTTP/2 by ALPN; http: 1.1 or auto asks it over HTTP/1.1";
 
 /** An attempt on its stream. */
@@ -5817,6 +5817,7 @@ class Http2UpstreamConnection extends Http2Connection {
   readonly pool: Http2UpstreamConnection[];
   protected override readonly maxPush = 0;
   protected override lastServed = 0; // the server opens none
+  private hint = ""; // what to change, where the server has not spoken HTTP/2
   private readonly bornAt: number;
 
   constructor(client: Dialer, socket: Socket, server: Server, pool: Http2UpstreamConnection[]) {
@@ -5832,7 +5833,7 @@ class Http2UpstreamConnection extends Http2Connection {
   private onConnect(): void {
     const { socket, client, server } = this;
     client.time = client.now();
-    this.reason = NO_HTTP2;
+    if (!isSecure(server)) this.hint = NO_HTTP2;
     if (!isSecure(server) || (socket as TLSSocket).alpnProtocol === "h2") {
       this.write(PREFACE);
       return this.sendSettings([[SETTING.push, 0], [SETTING.list, MAX_HEAD]]);
@@ -5854,7 +5855,7 @@ class Http2UpstreamConnection extends Http2Connection {
   /** The server says how many streams it takes. */
   override onFirstSettings(): void {
     const { client, server, maxStreams } = this, waiting = [...this.streams.values() as Iterable<UpstreamStream>];
-    this.reason = CLOSED;
+    this.hint = "";
     client.mostStreams.set(server, maxStreams);
     for (const stream of waiting.splice(0, maxStreams)) stream.send();
     for (const stream of waiting) stream.fail("reset", "it takes no more streams", true);
@@ -5883,12 +5884,12 @@ class Http2UpstreamConnection extends Http2Connection {
     this.endIfUnused();
   }
   onEnd(): void {
-    this.goAway("NO_ERROR", this.reason);
+    this.goAway("NO_ERROR", this.reason + this.hint);
   }
   onClose(): void {
     const { client, pool } = this;
     this.isOver = true;
-    this.leaveAll(NO_PROTOCOL.test(this.reason) ? NO_ALPN : this.reason);
+    this.leaveAll(NO_PROTOCOL.test(this.reason) ? NO_ALPN : this.reason + this.hint);
     pool.splice(pool.indexOf(this), 1);
     client.connections.delete(this);
   }

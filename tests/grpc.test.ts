@@ -220,7 +220,7 @@ const CHECKS: Record<string, { grpc: string; at: keyof typeof CHECKED; finds: st
   "not-found": { grpc: "no.Service", at: "one", finds: "grpc-status 5" },
   "missing": { grpc: "", at: "bare", finds: "grpc-status 12" },
   "no-grpc": { grpc: "", at: "h2", finds: "status 200 without a grpc-status" },
-  "no-http2": { grpc: "", at: "plain", finds: "it speaks HTTP/1.1, and h2c:// is HTTP/2: write http://" },
+  "no-http2": { grpc: "", at: "plain", finds: "it speaks HTTP/1.1, not HTTP/2: write http:// in place of h2c://" },
   "http1": { grpc: "", at: "old", finds: "gRPC needs HTTP/2: an h2c:// server, or http: 2" },
 };
 const CHECKED = {

@@ -1953,7 +1953,7 @@ test("a server that closes at once is answered for with 502", async () => {
     return isOver;
   });
   assert.equal((await asked).status, 502);
-  await until("a warning", () => /closed the connection before it spoke HTTP\/2; .*http:\/\//.test(warned("/h2")));
+  await until("a warning", () => /it has not spoken HTTP\/2: .* write http:\/\//.test(warned("/h2")));
 });
 
 /** What a server sends again and again. */
