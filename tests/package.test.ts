@@ -93,11 +93,25 @@ test("the built file runs alone in an empty folder", { skip }, async () => {
   assert.match(await answersOf([...command, "--workers", "2"], cwd, alone()), /^hello from \w+: GET \/a\n$/);
 });
 
-test("the built file says which Node it needs", onNode, async () => {
+/** Runs a file on Node and gives what it ends with and says. */
+async function ended(args: string[], cwd: string): Promise<{ code: number; stderr: string }> {
+  return await run(NODE, args, { cwd }).then(({ stderr }) => ({ code: 0, stderr }), (error) => error);
+}
+
+test("an older Node is told in one sentence which one is needed", onNode, async () => {
   const older = 'data:text/javascript,Object.defineProperty(process, "versions", { value: { node: "20.20.2" } })';
-  const failed = await run(NODE, ["--import", older, "lb.js"], { cwd: join(folder, "alone") }).catch((error) => error);
-  assert.equal(failed.code, 1);
-  assert.match(failed.stderr, /^lb\.ts needs Node 22\.18 or later, and this is Node 20\.20\.2: update Node, or .*\n$/);
+  for (const file of [join(folder, "alone/lb.js"), join(ROOT, ".ci/ready.cjs")]) {
+    const { code, stderr } = await ended(["--import", older, file], folder);
+    assert.equal(code, 1);
+    assert.match(stderr, /^lb\.ts needs Node 22\.18 or later, and this is Node 20\.20\.2: update Node, or .*\n$/);
+  }
+});
+
+test("npm start says what to do where nothing is installed", onNode, async () => {
+  copyFileSync(join(ROOT, ".ci/ready.cjs"), join(folder, "ready.cjs"));
+  const { code, stderr } = await ended(["ready.cjs", "hono"], folder);
+  assert.deepEqual([code, stderr], [1, "hono, which lb.ts needs, is not in node_modules: run npm install\n"]);
+  assert.equal((await ended([join(ROOT, ".ci/ready.cjs"), "hono", "esbuild"], folder)).code, 0);
 });
 
 test("the built file runs as a Worker", onNode, async (t) => {
