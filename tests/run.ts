@@ -9,18 +9,15 @@
 // A runtime on which a file's tests did not run counts as failed. A file that fails beside others runs once more alone,
 // and that counts; the first output stays visible. When this process ends, in whatever way, all that it has started ends.
 
-import { spawnGuarded } from "./guard.ts";
+import { spawnGuarded } from "./rig/guard.ts";
 
 const ROOT = new URL("..", import.meta.url).pathname;
 const CORES = navigator.hardwareConcurrency;
 const AT_ONCE = 3 * CORES; // jobs; most of them mostly wait
 const JOB_TIMEOUT = 240_000; // milliseconds; a job that takes longer hangs
 const EDGE = "edge"; // starts workerd; Node runs it
-/** Files that run on Node only, all others on every runtime: logic without sockets, and this command's own test. */
-const ONE_RUNTIME = [
-  ...["balance", "config", "explain", "fuzz", "docs", "health", "routing", "run", "shape", "simulate", "strategies"],
-  ...["versions"],
-];
+/** The folder whose files run on Node only, all others on every runtime: logic without sockets, and this command's test. */
+const ONE_RUNTIME = "tests/unit/";
 /** Files that `--quick` leaves out. */
 const SLOW = ["chaos", "fuzz", "simulate"];
 /** The programs that tests run beside lb.ts, and the Debian packages that contain them. */
@@ -330,11 +327,13 @@ async function jobsFor({ runtimes, names, quick }: Choice): Promise<Job[]> {
     const report = `${SCRATCH}/${runtime}-${nameOf(file)}.xml`;
     return { runtime, name: nameOf(file), report, command: (RUNTIMES[runtime] ?? RUNTIMES.node!)(file, report) };
   };
-  const runtimesOf = (name: string) =>
-    name === EDGE ? [WORKERD] : ONE_RUNTIME.includes(name) ? ["node"] : Object.keys(RUNTIMES);
+  const runtimesOf = (file: string) => {
+    if (nameOf(file) === EDGE) return [WORKERD];
+    return file.startsWith(ONE_RUNTIME) ? ["node"] : Object.keys(RUNTIMES);
+  };
   const jobs = [
     ...[check("fmt", "--check"), check("lint"), check("check", "lb.ts", "build.ts", ...sources)],
-    ...files.flatMap((file) => runtimesOf(nameOf(file)).map((runtime) => testing(runtime, file))),
+    ...files.flatMap((file) => runtimesOf(file).map((runtime) => testing(runtime, file))),
   ];
   const isWanted = (runtime: string) =>
     runtimes.length ? runtimes.includes(runtime) : runtime !== CHECKS || !names.length;
@@ -367,7 +366,7 @@ function table(results: Result[]): void {
 function reportLeftOut({ runtimes, names, quick }: Choice, lacking: string[]): void {
   const say = (what: string, list: string[], why: string) =>
     list.length && console.log(`${what}: ${list.join(", ")} (${why})`);
-  say("only on Node", ONE_RUNTIME, "logic without sockets, and this command");
+  say("only on Node", [ONE_RUNTIME], "logic without sockets, and this command's own test");
   if (quick) {
     say("left out", ALL_RUNTIMES.filter((runtime) => !runtimes.includes(runtime)), "quick: one runtime");
     say("left out", SLOW, "quick: slow files");

@@ -1,6 +1,6 @@
 // Who takes part: lb.ts on its runtimes, and its peers with the settings that their manuals give for this work
 // (connections to the servers kept open, one worker, no access log). And the servers behind them.
-import { A, KEY } from "../../certificates.ts";
+import { A, KEY } from "../../rig/certificates.ts";
 import { FOLDER, freePorts, listening, LOAD_CORE, start, writeTemporary } from "./processes.ts";
 
 export interface Setup {

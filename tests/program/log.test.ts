@@ -1,0 +1,510 @@
+// What is written down: a line for each request in one of two formats, what is never in it, which requests have one, the
+// trace that a request belongs to, and what the operator is told.
+
+import assert from "node:assert/strict";
+import { accessLine, type Client, createLoadBalancer, type Failure, parseConfig } from "../../lb.ts";
+import {
+  answer,
+  get,
+  type Message,
+  type Program,
+  rawRequest,
+  scriptedServer,
+  seeded,
+  sleep,
+  startProgram,
+  test,
+  TestBytes,
+  until,
+  value,
+} from "../rig/rig.ts";
+
+interface Ask extends RequestInit {
+  headers?: Record<string, string>;
+  from?: Partial<Client>;
+}
+
+/** A balancer over a and b whose attempts meet a status, or a failure, in turn: connected after 1 ms, a head after 10. */
+function setUp(top: string, manners: (number | Failure)[] = [200], random = () => 0.5) {
+  const clock = { now: 1_000 };
+  const [lines, reports, asked]: [string[], string[], Record<string, string>[]] = [[], [], []];
+  let turn = 0;
+  const lb = createLoadBalancer(parseConfig(`${top}\ndefault: { servers: [a:1, b:1], health: off, eject: off }`), {
+    random,
+    now: () => clock.now,
+    date: () => new Date(Date.UTC(2026, 10, 21, 3, 14, 42, 7)),
+    sleep: (_ms, signal) => signal ? new Promise<void>(() => {}) : Promise.resolve(),
+    client: (request, env) => ({
+      address: "192.0.2.9",
+      scheme: "http",
+      headers: [...request.headers].flat(),
+      ...(env as Partial<Client>),
+    }),
+    send(attempt) {
+      const { lines } = attempt;
+      asked.push(Object.fromEntries(lines.split("\r\n").slice(0, -1).map((line) => line.split(": "))));
+      const manner = manners[Math.min(turn++, manners.length - 1)]!;
+      if (typeof manner === "string") return attempt.onEnd(manner, "no", manner !== "connect");
+      attempt.connectedAt = clock.now += 1;
+      clock.now += 9.1234;
+      attempt.received = 6;
+      attempt.onHead({ status: manner, reason: "", fields: [], body: new TestBytes("") });
+      attempt.onEnd(undefined, "", true);
+    },
+    accessLog: (record, format) => lines.push(accessLine(record, format)),
+    report: (level, text) => reports.push(`${level} ${text}`),
+  });
+  const ask = async (url = "http://h.test/", { from = {}, ...init }: Ask = {}) => {
+    const request = new Request(url, { ...init, headers: { host: new URL(url).host, ...init.headers } });
+    const { status } = await lb.fetch(request, from as object);
+    clock.now += 0.5;
+    return status;
+  };
+  return { lb, ask, lines, reports, asked };
+}
+const EVIL = { "user-agent": 'a"b\\c\t\x9bé', "referer": "http://r.test/\t." };
+/** No request may have these. */
+const WORSE = { "user-agent": 'a"b\\c\x1b[31m\x7f\x9bé', "referer": "http://r.test/\x0b" };
+const TRUSTED = { address: "10.1.2.3" };
+
+// ─── The formats ───
+
+test("combined is Apache's line, and behind it who was asked, when what happened, and the names of the request", async () => {
+  const { ask, lines, asked } = setUp("log: combined", ["connect", 200, 200]);
+  await ask("http://h.test/a%22b?q=%0a", { headers: { ...EVIL } });
+  await ask("http://h.test/", { from: { address: "2001:db8::1" }, headers: { host: "a@b" } });
+  await ask("http://h.test/", { headers: { ...WORSE } });
+  const [{ "x-request-id": id, traceparent }] = asked as [Record<string, string>];
+  const trace = traceparent!.split("-")[1];
+  assert.deepEqual(lines[0]!.split(" default "), [
+    '192.0.2.9 - - [21/Nov/2026:03:14:42 +0000] "GET /a%22b?q=%0a HTTP/1.1" 200 6 "http://r.test/\\x09." "a\\x22b\\x5cc\\x09\\x9b\\xe9"',
+    `b:1 2 1.000/10.123/10.123 - ${id} ${trace}`,
+  ]);
+  assert.match(
+    lines[1]!,
+    /^2001:db8::1 - - \[.*\] "GET \/ HTTP\/1\.1" 400 45 "-" "-" - - 0 -\/-\/0.000 bad-host \S+ [0-9a-f]{32}$/,
+  );
+  const [, worse] = lines[2]!.split(" HTTP/1.1");
+  assert.match(worse!, /^" 400 \d+ "http:\/\/r\.test\/\\x0b" "a\\x22b\\x5cc\\x1b\[31m\\x7f\\x9b\\xe9" - - 0 /);
+  assert.match(worse!, / bad-request /);
+});
+
+test("combined has as many words where a trusted peer gives an empty request id", async () => {
+  const { ask, lines } = setUp("log: combined\ntrust: [10.0.0.0/8]");
+  for (const id of ["given", ""]) await ask("http://h.test/", { from: { ...TRUSTED, headers: ["x-request-id", id] } });
+  assert.match(lines[0]!, / - given [0-9a-f]{32}$/);
+  assert.match(lines[1]!, / - - [0-9a-f]{32}$/);
+});
+
+test("json has OpenTelemetry's names, and lb. before those of our own", async () => {
+  const { ask, lines, asked } = setUp("log: json", [503, 200]);
+  await ask("http://h.test:81/p?q=1", { method: "PUT", body: "abc", headers: { ...EVIL, "content-length": "3" } });
+  const { trace_id, span_id, "lb.request_id": id, ...rest } = JSON.parse(lines[0]!);
+  const [first, last] = asked.map(({ traceparent }) => traceparent!.split("-"));
+  assert.deepEqual([trace_id, span_id], [last![1], last![2]]);
+  assert.notEqual(span_id, first![2]);
+  assert.equal(id, asked[0]!["x-request-id"]);
+  assert.deepEqual(rest, {
+    "timestamp": "2026-11-21T03:14:42.007Z",
+    "client.address": "192.0.2.9",
+    "http.request.method": "PUT",
+    "network.protocol.version": "1.1",
+    "url.scheme": "http",
+    "server.address": "h.test",
+    "url.path": "/p",
+    "url.query": "q=1",
+    "http.response.status_code": 200,
+    "http.request.body.size": 3,
+    "http.response.body.size": 6,
+    "http.request.header.referer": EVIL.referer,
+    "user_agent.original": EVIL["user-agent"],
+    "lb.route": "default",
+    "lb.service": "default",
+    "lb.server": "b:1",
+    "lb.attempts": 2,
+    "lb.connected_ms": 11.123,
+    "lb.head_ms": 20.247,
+    "lb.ended_ms": 20.247,
+  });
+});
+
+test("json says why a request failed, and leaves out what there was not", async () => {
+  const { ask, lines } = setUp("log: json\nhosts: [{ host: only.test, respond: {} }]", ["timeout"]);
+  await ask("http://h.test/", { method: "POST" });
+  await ask("http://h.test/", { headers: { host: "a@b" } });
+  await ask("http://only.test/");
+  const [failed, refused, own] = lines.map((line) => JSON.parse(line));
+  assert.deepEqual([failed["error.type"], failed["http.response.status_code"], failed["lb.server"]], [
+    "timeout",
+    504,
+    "a:1",
+  ]);
+  assert.ok(!("lb.head_ms" in failed) && !("lb.connected_ms" in failed));
+  assert.deepEqual([refused["error.type"], refused["url.original"], refused["lb.attempts"]], [
+    "bad-host",
+    "/",
+    0,
+  ]);
+  for (const name of ["url.path", "lb.route", "lb.service", "lb.server", "span_id", "user_agent.original"]) {
+    assert.ok(!(name in refused), name);
+  }
+  assert.deepEqual([own["lb.route"], own["error.type"], "lb.service" in own], ["only.test", undefined, false]);
+  assert.match(refused.trace_id, /^[0-9a-f]{32}$/);
+});
+
+test("nothing that a client sends begins another line or reaches a terminal as a command", async () => {
+  for (const log of ["combined", "json"]) {
+    const { ask, lines } = setUp(`log: ${log}\ntrust: [10.0.0.0/8]`);
+    await ask("http://h.test/\x9b?\u2028", { headers: { ...WORSE } });
+    await ask("http://h.test/", { headers: { "user-agent": "a\x1b[31m\x9b", "host": "\x9b" } });
+    const raw = ["x-request-id", "\x1b\x9b\r\n\ud800", "x-forwarded-for", "\x1b", "user-agent", "\udfff\u2028\x85é"];
+    await ask(undefined, { from: { ...TRUSTED, headers: raw } });
+    assert.equal(lines.length, 3);
+    for (const line of lines) assert.match(line, /^[\x20-\x7e]+$/, log);
+    if (log === "json") assert.equal(JSON.parse(lines[2]!)["user_agent.original"], "\udfff\u2028\x85é");
+  }
+});
+
+test("Authorization and Cookie are in no line, nor is any header but Referer and User-Agent", async () => {
+  for (const log of ["combined", "json"]) {
+    const { ask, lines } = setUp(`log: ${log}`, [200, "reset"]);
+    const names = ["authorization", "cookie", "proxy-authorization", "x-api-key", "tracestate"];
+    const headers = Object.fromEntries(names.map((name) => [name, `a=secret-${name}`]));
+    for (const method of ["GET", "POST"]) await ask("http://h.test/", { method, headers });
+    assert.equal(lines.length, 2);
+    assert.doesNotMatch(lines.join("\n"), /secret/);
+  }
+});
+
+test("a server's 5xx is its status, and a name with blanks stays one word", async () => {
+  const { ask, lines } = setUp("log: json", [500]);
+  await ask();
+  assert.equal(JSON.parse(lines[0]!)["error.type"], "500");
+  const named = setUp("log: combined\nhosts: [{ name: my own shop, host: my.test, servers: [c:1], health: off }]");
+  await named.ask("http://my.test/");
+  assert.match(named.lines[0]!, / my\\x20own\\x20shop c:1 1 /);
+});
+
+// ─── Which requests have a line ───
+
+test("of what succeeds a sample is written, of what fails everything", async () => {
+  const { ask, lines } = setUp("log: { format: json, sample: 10% }", [200], seeded(7));
+  for (let i = 0; i < 1_000; i++) await ask();
+  assert.ok(lines.length > 60 && lines.length < 140, `${lines.length}`);
+  for (const [manner, written] of [[404, 0], [500, 1], [503, 1], ["reset", 1], ["client-left", 1]] as const) {
+    const never = setUp("log: { sample: 0% }", [manner]);
+    await never.ask("http://h.test/", { method: "POST" });
+    assert.equal(never.lines.length, written, String(manner));
+  }
+  const refused = setUp("log: { sample: 0% }");
+  await refused.ask("http://h.test/", { headers: { host: "a@b" } });
+  assert.equal(refused.lines.length, 1);
+});
+
+test("a trace that is begun here is marked as recorded where its line is written", async () => {
+  const { ask, lines, asked } = setUp("log: { format: json, sample: 50% }", [200], seeded(3));
+  for (let i = 0; i < 40; i++) await ask();
+  const written = new Set(lines.map((line) => JSON.parse(line).trace_id));
+  for (const { traceparent } of asked) {
+    const [, trace, , flags] = traceparent!.split("-");
+    assert.equal(flags, written.has(trace) ? "01" : "00");
+  }
+  assert.ok(written.size > 5 && written.size < 35);
+  const off = setUp("log: off");
+  await off.ask();
+  assert.match(off.asked[0]!.traceparent!, /-01$/);
+});
+
+// ─── Traces ───
+
+const TRACE = "4bf92f3577b34da6a3ce929d0e0e4736", PARENT = "00f067aa0ba902b7";
+
+test("a valid traceparent is kept, with a span of its own for each attempt, and so is its tracestate", async () => {
+  const { ask, asked } = setUp("log: off", [503, 200]);
+  await ask("http://h.test/", { headers: { traceparent: `00-${TRACE}-${PARENT}-01`, tracestate: "a=1,b=2" } });
+  const spans = asked.map(({ traceparent }) => {
+    assert.match(traceparent!, new RegExp(`^00-${TRACE}-(?!0{16}|${PARENT})[0-9a-f]{16}-01$`));
+    return traceparent!.split("-")[2];
+  });
+  assert.equal(new Set(spans).size, 2);
+  assert.deepEqual(asked.map(({ tracestate }) => tracestate), ["a=1,b=2", "a=1,b=2"]);
+});
+
+for (
+  const [what, sent, flags] of [
+    ["not sampled", `00-${TRACE}-${PARENT}-00`, "00"],
+    ["flags that we do not know", `00-${TRACE}-${PARENT}-ff`, "03"],
+    ["a later version", `01-${TRACE}-${PARENT}-01`, "01"],
+    ["a later version with more behind it", `cc-${TRACE}-${PARENT}-01-what-ever`, "01"],
+  ] as const
+) {
+  test(`a traceparent is kept: ${what}`, async () => {
+    const { ask, asked } = setUp("log: off");
+    await ask("http://h.test/", { headers: { traceparent: sent } });
+    assert.match(asked[0]!.traceparent!, new RegExp(`^00-${TRACE}-[0-9a-f]{16}-${flags}$`));
+  });
+}
+
+for (
+  const [what, sent] of [
+    ["none", ""],
+    ["an id of zeros", `00-${"0".repeat(32)}-${PARENT}-01`],
+    ["a parent of zeros", `00-${TRACE}-${"0".repeat(16)}-01`],
+    ["capitals", `00-${TRACE.toUpperCase()}-${PARENT}-01`],
+    ["version ff", `ff-${TRACE}-${PARENT}-01`],
+    ["version 00 with more behind it", `00-${TRACE}-${PARENT}-01-more`],
+    ["a later version with more and no dash", `01-${TRACE}-${PARENT}-01more`],
+    ["too short", `00-${TRACE.slice(1)}-${PARENT}-01`],
+    ["two of them", `00-${TRACE}-${PARENT}-01, 00-${TRACE}-${PARENT}-01`],
+    ["something else", "hello"],
+  ] as const
+) {
+  test(`a trace is begun in place of: ${what}`, async () => {
+    const { ask, asked } = setUp("log: off");
+    for (let i = 0; i < 2; i++) {
+      await ask("http://h.test/", { headers: { ...(sent && { traceparent: sent }), tracestate: "a=1" } });
+    }
+    const traces = asked.map(({ traceparent, tracestate }) => {
+      assert.equal(tracestate, undefined, "it belongs to the other one");
+      const [, trace] = /^00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-01$/.exec(traceparent!)!;
+      return trace;
+    });
+    assert.ok(!traces.includes(TRACE) && traces[0] !== traces[1]);
+  });
+}
+
+test("twenty thousand traces and spans have names of their own", async () => {
+  const { ask, asked } = setUp("log: off");
+  for (let i = 0; i < 20_000; i++) await ask();
+  assert.equal(new Set(asked.map(({ traceparent }) => traceparent!.slice(3, 35))).size, 20_000);
+  assert.equal(new Set(asked.map(({ traceparent }) => traceparent!.slice(36, 52))).size, 20_000);
+});
+
+// ─── What the operator is told ───
+
+test("a report is one entry with its time and level, whatever is in it", () => {
+  const said: string[] = [];
+  const { error } = console;
+  console.error = (line: string) => said.push(line);
+  try {
+    const { report } = createLoadBalancer(parseConfig("default: { servers: [a:1] }")).balancer.effects;
+    report("warn", "its name is \x1b[31mx\x07\r\n2026-01-01T00:00:00.000Z error: forged");
+    report("info", "café");
+  } finally {
+    console.error = error;
+  }
+  const [warning, info] = said as [string, string];
+  assert.match(
+    warning,
+    /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z warn: its name is \\x1b\[31mx\\x07\\x0d\n {2}2026-01-01T00:00:00.000Z error: forged$/,
+  );
+  assert.match(info, /Z info: café$/);
+});
+
+// ─── The running program ───
+
+/** The program over some servers, while `use` lasts; gives what has been said of requests since it listened. */
+async function running(
+  config: Record<string, unknown>,
+  scripts: Parameters<typeof scriptedServer>[0][],
+  use: (
+    program: Awaited<ReturnType<typeof startProgram>>,
+    lines: (count: number) => Promise<string[]>,
+    servers: Awaited<ReturnType<typeof scriptedServer>>[],
+  ) => Promise<void>,
+  args: string[] = [],
+) {
+  const servers = await Promise.all(scripts.map(scriptedServer));
+  const shop = { servers: servers.map(({ address }) => address), health: "off" };
+  const program = await startProgram({ services: { shop }, default: { service: "shop" }, ...config }, args);
+  const said = () => program.output().split("\n").filter((line) => /^(\{|127\.0\.0\.1 - )/.test(line));
+  const lines = (count: number) => until(`${count} lines`, () => said().length >= count && said());
+  try {
+    await use(program, lines, servers);
+  } finally {
+    await program.stop();
+    for (const server of servers) await server.close();
+  }
+}
+const LONG = { timeout: 120_000 };
+const hello = (visit: { send(...parts: (Buffer | number)[]): Promise<void> }) => visit.send(answer("hello"));
+
+test(
+  "the program writes Apache's line for each request, and what it knows of it",
+  LONG,
+  () =>
+    running({ log: "combined" }, [hello], async (lb, lines, [server]) => {
+      await rawRequest(lb.port, get('/a?b="c', "User-Agent: curl/8\r\nReferer: http://r.test/\r\n"));
+      const [line] = await lines(1);
+      const time = String.raw`\[\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d \+0000\]`;
+      const told = String.raw`"GET /a\?b=(\\x22|%22)c HTTP/1\.1" 200 5 "http://r\.test/" "curl/8"`;
+      const more = String.raw`shop ${server!.address} 1 [\d.]+/[\d.]+/[\d.]+ - \S+ [0-9a-f]{32}`;
+      assert.match(line!, new RegExp(String.raw`^127\.0\.0\.1 - - ${time} ${told} ${more}$`));
+    }),
+);
+
+test(
+  "the program's json has the times of a request, in their order, over both attempts",
+  LONG,
+  () =>
+    running({ log: "json" }, [
+      (visit) => visit.send(answer("no", "", "503 No")),
+      async (visit) => {
+        await visit.send(50, "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhello", 50, "hello");
+      },
+    ], async (lb, lines, servers) => {
+      await rawRequest(lb.port, get("/a?b=c", `traceparent: 00-${TRACE}-${PARENT}-01\r\nTraceState: x=y\r\n`));
+      await rawRequest(lb.port, "TRACE / HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\n\r\n");
+      const [passed, refused] = (await lines(2)).map((line) => JSON.parse(line));
+      const { "lb.connected_ms": connected, "lb.head_ms": head, "lb.ended_ms": ended } = passed;
+      assert.ok(0 < connected && connected < head && head < ended, `${connected} ${head} ${ended}`);
+      assert.ok(head - connected > 40 && ended - head > 40, `${connected} ${head} ${ended}`);
+      assert.deepEqual([passed["lb.attempts"], passed["http.response.body.size"]], [2, 10]);
+      assert.deepEqual([passed["lb.service"], passed["lb.server"]], ["shop", servers[1]!.address]);
+      assert.deepEqual([refused["error.type"], refused["lb.attempts"]], ["bad-method", 0]);
+      assert.notEqual(passed["lb.request_id"], refused["lb.request_id"]);
+      const seen = servers.map(({ requests }) => requests[0]!);
+      const parts = seen.map((request: Message) => value(request, "traceparent").split("-"));
+      assert.deepEqual(parts.map(([version, trace, , flags]) => [version, trace, flags]), [["00", TRACE, "01"], [
+        "00",
+        TRACE,
+        "01",
+      ]]);
+      assert.notEqual(parts[0]![2], parts[1]![2]);
+      assert.deepEqual(seen.map((request) => value(request, "tracestate")), ["x=y", "x=y"]);
+      assert.deepEqual([passed.trace_id, passed.span_id], [TRACE, parts[1]![2]]);
+    }),
+);
+
+for (const format of ["combined", "json"]) {
+  test(
+    `the program's ${format} log stays one line a request, whatever is in it`,
+    LONG,
+    () =>
+      running({ log: format }, [hello], async (lb, lines) => {
+        const evil =
+          'User-Agent: a"b\\c\xe9\x9b\r\nReferer: " 200 0 "x\r\nAuthorization: Bearer sesame\r\nCookie: a=sesame\r\n';
+        await rawRequest(lb.port, get("/log/%0d%0a127.0.0.1%20-%20%1b[31m\"'", evil));
+        await rawRequest(lb.port, get("/x?\x1b[31m%0d%0a{", evil));
+        await rawRequest(lb.port, get("/last"));
+        const all = await lines(2);
+        await until("the last", () => lb.output().includes("/last"));
+        for (const line of all) assert.match(line, /^[\x20-\x7e]+$/);
+        assert.ok(!lb.output().includes("sesame"));
+        if (format === "json") { for (const line of all) assert.equal(typeof JSON.parse(line), "object"); }
+      }),
+  );
+}
+
+test(
+  "the program samples what succeeds, and --log changes the format alone",
+  LONG,
+  () =>
+    running({ log: { format: "combined", sample: "0%" } }, [
+      (visit, { start }) => visit.send(answer("x", "", start.includes("/bad") ? "500 Bad" : "200 OK")),
+    ], async (lb, lines) => {
+      for (let i = 0; i < 20; i++) await rawRequest(lb.port, get("/good"));
+      await rawRequest(lb.port, get("/bad"));
+      const all = await lines(1);
+      assert.deepEqual(all.map((line) => JSON.parse(line)["url.path"]), ["/bad"]);
+    }, ["--log", "json"]),
+);
+
+test(
+  "log: off writes nothing, and standard error has times and levels",
+  LONG,
+  () =>
+    running({ log: "off" }, [hello], async (lb) => {
+      await rawRequest(lb.port, get("/"));
+      await lb.stop();
+      const time = String.raw`\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z`;
+      const entries = lb.output().trimEnd().split("\n");
+      for (const entry of entries) assert.match(entry, new RegExp(`^${time} info: `));
+      assert.match(entries.at(-1)!, /info: drained$/);
+    }),
+);
+
+test("a server that is down is told as a warning", LONG, async () => {
+  const server = await scriptedServer(() => {});
+  await server.close();
+  const health = { interval: "100ms", timeout: "1s", rise: 1, fall: 1 };
+  const lb = await startProgram({ default: { servers: [server.address], health } });
+  try {
+    await until("it is down", () => / warn: default: \S+ is down: /.test(lb.output()));
+  } finally {
+    await lb.stop();
+  }
+});
+
+/** Asks for many lines of 56 kB: each letter of the agent is escaped. */
+async function fill({ port }: Program, count: number) {
+  const headers = { "user-agent": '"'.repeat(14_000) };
+  const ask = () => fetch(`http://127.0.0.1:${port}/`, { headers }).then((one) => one.text());
+  for (let i = 0; i < count; i += 20) {
+    for (const body of await Promise.all(Array.from({ length: 20 }, ask))) assert.equal(body, "here");
+  }
+}
+const filled = (lb: Program) =>
+  lb.output().split("\n").filter((line) => /^127.* 200 4 "-" "(\\x22){14000}" .* \S+$/.test(line)).length;
+
+test("a reader of the log that stalls costs lines, which are counted, and no request", LONG, async () => {
+  const lb = await startProgram({ log: "combined", default: { respond: { body: "here" } } }), sent = 1_600; // 90 MB
+  /** Until nothing more comes: its length is known at once, but to look into 64 MiB again and again keeps a machine busy. */
+  const quiet = async () => {
+    for (let before = -1; before !== lb.output().length;) {
+      before = lb.output().length;
+      await sleep(500);
+    }
+  };
+  const lost = () => [...lb.errors().matchAll(/that are lost: (\d+)\n/g)].reduce((sum, one) => sum + Number(one[1]), 0);
+  try {
+    lb.stdout.pause();
+    await fill(lb, sent);
+    await until("the warning", () => lb.errors().includes("warn: nobody reads the access log: its lines are lost"));
+    lb.stdout.resume();
+    await until("what was lost is counted", () => lost() > 0, 60_000);
+    await quiet();
+    await fetch(`http://127.0.0.1:${lb.port}/last`).then((one) => one.text());
+    await until("the log goes on", () => lb.output().includes("GET /last"), 60_000);
+    assert.ok(lost() > 200 && lost() < 800, `${lost()} lines`);
+    assert.equal(filled(lb) + lost(), sent);
+  } finally {
+    await lb.stop();
+  }
+});
+
+test("a reader that takes its time has the whole log before the program ends", LONG, async () => {
+  const lb = await startProgram({ log: "combined", default: { respond: { body: "here" } } });
+  try {
+    lb.stdout.pause();
+    await fill(lb, 200); // 11 MB, far more than pipes hold
+    const ended = lb.stop();
+    await until("it has nothing else to do", () => lb.output().includes("info: drained"));
+    lb.stdout.resume();
+    await ended;
+    await until("every line is there", () => filled(lb) === 200);
+    assert.doesNotMatch(lb.output(), /lost/);
+  } finally {
+    await lb.stop();
+  }
+});
+
+test("a log that cannot be written is told once, and how much was lost", LONG, async () => {
+  const lb = await startProgram({ log: "combined", default: { respond: { body: "here" } } });
+  const ask = () => fetch(`http://127.0.0.1:${lb.port}/`).then((one) => one.text());
+  try {
+    lb.stdout.destroy();
+    for (let i = 0; i < 5; i++) {
+      assert.equal(await ask(), "here");
+      await sleep(50);
+    }
+    await until(
+      "it is told",
+      () => /warn: the access log cannot be written \(.+\): its lines are lost\n/.test(lb.output()),
+    );
+  } finally {
+    await lb.stop();
+  }
+  assert.equal(lb.output().split("cannot be written").length, 2);
+  assert.match(lb.output(), /warn: lines of the access log that are lost: [1-5]\n/);
+});

@@ -1,0 +1,66 @@
+// README and docs/: every example can be used as it stands, every link leads somewhere, and the reference is the schema's.
+
+import assert from "node:assert/strict";
+import { existsSync, readdirSync, readFileSync } from "node:fs";
+import { dirname, join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { jsonSchema, parseConfig } from "../../lb.ts";
+import { makeReference } from "../rig/reference.ts";
+import { test } from "../rig/rig.ts";
+
+const ROOT = fileURLToPath(new URL("../..", import.meta.url));
+const read = (name: string): string => readFileSync(join(ROOT, name), "utf8");
+const PAGES = [
+  "README.md",
+  ...readdirSync(join(ROOT, "docs")).filter((name) => /\.md$/.test(name)).map((name) => `docs/${name}`),
+];
+const env = new Proxy<Record<string, string>>({}, {
+  get: (_, name) => `value-of-${String(name)}`,
+  getOwnPropertyDescriptor: () => ({ enumerable: true, configurable: true, value: "" }),
+});
+
+test("every routes.yml in README and docs can be used as it stands", () => {
+  let count = 0;
+  for (const page of PAGES) {
+    for (const [, text] of read(page).matchAll(/^ *```yaml\n(.*?)^ *```/gms)) {
+      count++;
+      assert.deepEqual(parseConfig(text!, { env, file: page }).warnings, [], `${page}:\n${text}`);
+    }
+  }
+  assert.ok(count >= 10, `${count} examples`);
+});
+
+test("docs/config.md is what the schema is made into", () => {
+  assert.equal(
+    read("docs/config.md"),
+    makeReference(),
+    "write it anew: deno run -A tests/rig/reference.ts > docs/config.md",
+  );
+});
+
+test("the whole file shows every key there is", () => {
+  const whole = read("docs/routes.yml"), keys = new Set<string>();
+  JSON.stringify(jsonSchema(), (key, value) => {
+    if (key === "properties") Object.keys(value).forEach((name) => keys.add(name));
+    return value;
+  });
+  assert.ok(keys.size > 60);
+  assert.deepEqual([...keys].filter((key) => !new RegExp(`\\b${key}\\b`).test(whole)), []);
+});
+
+/** A heading's name in links, as GitHub makes it. */
+const anchorOf = (heading: string): string =>
+  heading.toLowerCase().replace(/[^\p{L}\p{N}\s_-]/gu, "").trim().replaceAll(" ", "-");
+
+test("every link within README and docs leads to a file and a heading that are there", () => {
+  for (const page of PAGES) {
+    for (const [, link] of read(page).matchAll(/\]\(([^)\s]+)\)/g)) {
+      if (/^https?:/.test(link!)) continue;
+      const [path, anchor] = link!.split("#"), target = path ? join(dirname(page), path) : page;
+      assert.ok(existsSync(join(ROOT, target)), `${page}: ${link}`);
+      if (anchor === undefined) continue;
+      const anchors = [...read(target).matchAll(/^#+ (.*)$/gm)].map(([, heading]) => anchorOf(heading!));
+      assert.ok(anchors.includes(anchor), `${page}: ${link}; there is ${anchors.join(", ")}`);
+    }
+  }
+});
