@@ -23,13 +23,14 @@
  *      9 TCP proxy         connections that are not HTTP
  *     10 Assembly          the table of a config, and the state carried over a reload
  *     11 Admin             views, explain, config edits, endpoints, API description, dashboard, access
- *     12 Fleet             engine, fleet
+ *     12 Fleet and discovery  engine, fleet, discovery
  *     13 Program           TLS, runtimes, library, command line, listeners, workers, main, edge
  *
  * @module
  */
 
 import { createHash, createHmac, createPrivateKey, randomBytes, X509Certificate } from "node:crypto";
+import { lookup as lookupName, Resolver } from "node:dns/promises";
 import * as fs from "node:fs";
 import { STATUS_CODES } from "node:http";
 import {
@@ -439,18 +440,28 @@ const ORIGIN =
   /^(?:unix:\/[!-~]{1,106}|(?:([hH][tT][tT][pP][sS]?|[hH]2[cC]):\/\/)?(\[[^\]]*\]|[^:[\]/?#@]*)(?::(\d{1,5}))?\/?)$/;
 const SERVER = "a server such as localhost:8081 or http://localhost (no user, no path)";
 const isPortText = (server: unknown): boolean => /^\d{1,5}$/.test(String(server));
+const readServer: Reader<{ name: string; url: string }> = (text, scheme = "", given, at) => {
+  if (isUnix(text)) return { name: text, url: text };
+  const [host, port] = isPortText(text) ? ["localhost", text] : [given!, at];
+  const number = Number(port ?? { http: 80, h2c: 80, https: 443 }[lower(scheme)]), name = `${lower(host)}:${number}`;
+  const isThere = isHost(host.replace(/\.$/, "")) && URL.canParse(`http://${name}`); // a last dot: no search domains
+  const fits = isThere && number > 0 && number < 65536, isH2c = lower(scheme) === "h2c";
+  const { origin } = new URL(`${isH2c ? "http" : scheme || "http"}://${fits ? name : "none"}`);
+  return fits && { name, url: isH2c ? origin.replace("http", "h2c") : origin };
+};
 const Url = {
-  ...term(SERVER, ORIGIN, (text, scheme = "", given, at) => {
-    if (isUnix(text)) return { name: text, url: text };
-    const [host, port] = isPortText(text) ? ["localhost", text] : [given!, at];
-    const number = Number(port ?? { http: 80, h2c: 80, https: 443 }[lower(scheme)]), name = `${lower(host)}:${number}`;
-    const isThere = isHost(host.replace(/\.$/, "")) && URL.canParse(`http://${name}`); // a last dot: no search domains
-    const fits = isThere && number > 0 && number < 65536, isH2c = lower(scheme) === "h2c";
-    const { origin } = new URL(`${isH2c ? "http" : scheme || "http"}://${fits ? name : "none"}`);
-    return fits && { name, url: isH2c ? origin.replace("http", "h2c") : origin };
-  }),
+  ...term(SERVER, ORIGIN, readServer),
   long: (server: unknown) => isPortText(server) ? `localhost:${server}` : server,
 };
+const A_DNS_NAME = "a name and a port such as api.internal:8080, or https://api.internal";
+const DnsName = term(A_DNS_NAME, ORIGIN, (text, scheme, host = "", port) => {
+  return isName(host.replace(/\.$/, "")) && readServer(text, ...[scheme, host, port] as string[]);
+});
+const SRV = /^(?:(https?|h2c):\/\/)?((?:[\w-]+\.)+[\w-]+\.?)$/i;
+const SrvName = term("a name of SRV records such as _http._tcp.api.internal", SRV, (_, scheme = "", host) => {
+  const usual = /^_https\./i.test(host!) ? "https" : "http";
+  return isName(host!.replace(/\.$/, "")) && { name: lower(host!), url: `${lower(scheme || usual)}://${lower(host!)}` };
+});
 const also = {
   weight: opt(integer(0, 256), 1),
   host: opt(Host, ""),
@@ -458,7 +469,21 @@ const also = {
   max: opt(Limit, "none"),
   state: opt(oneOf("ready", "drain", "maint"), "ready"),
 };
-const ServerMap = v.pipe(map({ url: Url, ...also }), v.transform(({ url, ...rest }) => ({ ...url, ...rest })));
+const SERVER_KEYS = ["url", "dns", "srv"] as const;
+const ServerMap = v.pipe(
+  withOneOf(map({ url: opt(Url), dns: opt(DnsName), srv: opt(SrvName), ...also }), [...SERVER_KEYS]),
+  v.check(
+    (one) => SERVER_KEYS.filter((key) => one[key]).length === 1,
+    `needs exactly one of ${SERVER_KEYS.join(", ")}`,
+  ),
+  v.transform(({ url, dns, srv, ...rest }): ServerConfig => {
+    if (url) return { ...url, ...rest };
+    return dns ? { ...dns, find: "dns", ...rest } : { ...srv!, find: "srv", ...rest };
+  }),
+);
+/** A server as the file has it: where it is, or the name by which it is found. */
+const writtenServer = (server: unknown): unknown =>
+  isRecord(server) ? SERVER_KEYS.map((key) => server[key]).find((one) => one !== undefined) : server;
 const OnlyUrl = v.pipe(Url, v.transform((url) => ({ ...url, ...v.parse(v.object(also), {}) })));
 const ServerSchema = either("a server such as localhost:8081 or {url: ..., weight: 2}", OnlyUrl, ServerMap);
 
@@ -466,6 +491,7 @@ const ServerSchema = either("a server such as localhost:8081 or {url: ..., weigh
 interface ServerConfig {
   url: string;
   name: string; // host:port, or the URL where servers share that
+  find?: "dns" | "srv"; // it stands for all servers that DNS has under its name
   weight: number;
   host: string; // the Host that it gets; empty: as `host_header` says
   backup: boolean;
@@ -473,16 +499,19 @@ interface ServerConfig {
   state: "ready" | "drain" | "maint";
 }
 
+/** What tells servers and names of one list apart. */
+const idOf = ({ find = "", url }: { find?: string | undefined; url: string }): string => find + url;
+
 /** A server that is listed again weighs more. Where http and https share a host and port, the URLs are the names. */
 const Servers = v.pipe(
   many(ServerSchema, "a server"),
   v.rawTransform<ServerConfig[], ServerConfig[]>(({ dataset: { value: listed }, addIssue }) => {
-    const named = Map.groupBy(listed, (server) => server.name);
-    return [...Map.groupBy(listed, (server) => server.url)].map(([url, same]) => {
+    const named = Map.groupBy(listed, (server) => server.find ? "" : server.name);
+    return [...Map.groupBy(listed, idOf).values()].map((same) => {
       const weight = same.reduce((sum, server) => sum + server.weight, 0), first = { ...same[0]!, weight };
       const differ = same.some((server) => JSON.stringify({ ...server, weight }) !== JSON.stringify(first));
-      if (differ) addIssue({ message: `${url} stands twice with different host, backup, max or state` });
-      return named.get(first.name)!.length > same.length ? { ...first, name: url } : first;
+      if (differ) addIssue({ message: `${first.url} stands twice with different host, backup, max or state` });
+      return !first.find && named.get(first.name)!.length > same.length ? { ...first, name: first.url } : first;
     });
   }),
   v.check((servers) => servers.some((server) => server.weight > 0), "needs a server with a weight above 0"),
@@ -788,7 +817,7 @@ const PathRoute = withOneOf(
   ACTIONS,
 );
 const ServiceSchema = map({
-  servers: need(Servers, "host:port, URL, or {url, weight, host, backup, max, state}"),
+  servers: need(Servers, "host:port, URL, or {url (or dns, or srv), weight, host, backup, max, state}"),
   ...settings,
 }, "{ servers: [localhost:8081] }");
 const AdminMap = map({
@@ -850,12 +879,21 @@ const tcpSettings = {
 const Tcp = map({
   listen: need(many(ListenerSchema, "a port or an address", 1), "where clients connect; over TLS, as {address, tls}"),
   name: may(CHANGE_KEYS.name, "of its service; else tcp: and its port", ""),
-  servers: need(Servers, "host:port, or {url, weight, backup, max, state}"),
+  servers: need(Servers, "host:port, or {url (or dns, or srv), weight, backup, max, state}"),
   proxy_protocol: may(Bool, "true: servers are told the client's address (PROXY protocol, version 2)", false),
   allow: CHANGE_KEYS.allow,
   deny: CHANGE_KEYS.deny,
   ...tcpSettings,
 });
+const RESOLVER = /^(?:(\d[\d.]+)(?::(\d{1,5}))?|\[([^\]]+)\](?::(\d{1,5}))?|([\da-f:.]*:[\da-f:.]*))$/i;
+const ResolverSchema = term(
+  "an address such as 10.0.0.2 or 10.0.0.2:53",
+  RESOLVER,
+  (_, v4 = "", p4, inner, p6, v6 = "") => {
+    const port = Number(p4 ?? p6 ?? 53), fits = v4 ? isIPv4(v4) : isIPv6(inner ?? v6);
+    return fits && port > 0 && port < 65536 && `${v4 || `[${inner ?? v6}]`}:${port}`;
+  },
+);
 const Limits = map({
   requests: may(Limit, "in flight, of all clients: 503 beyond", "none"),
   per_client: may(Limit, "in flight, of one address (an IPv6 /64): 429 beyond", "none"),
@@ -900,6 +938,11 @@ const RoutesFile = map({
   listen: may(many(ListenerSchema, "a port or an address"), "where clients connect; over TLS, as {address, tls}", 8080),
   admin: may(Admin, "the API and the pages for operators: listen, token, read_token (may only look)"),
   trust: may(Networks, "peers whose X-Forwarded-* and Forwarded are believed", []),
+  resolvers: may(
+    many(ResolverSchema, "an address"),
+    "that are asked for dns: and srv: servers; else the machine's",
+    [],
+  ),
   limits: may(Limits, "how much at once, against abuse", {}),
   log: may(Log, "combined, json or off; or {format, sample}: a share of what succeeds", "combined"),
   name_routes: may(Bool, "true: every service answers under /<its name>/..., prefix stripped", false),
@@ -1060,6 +1103,7 @@ interface Config {
   listen: ListenerConfig[];
   admin?: { listen: Address; token?: string | undefined; read_token?: string | undefined } | undefined;
   trust: string[];
+  resolvers: string[]; // address:port
   limits: {
     requests: number; // this and the next three: Infinity is none
     per_client: number;
@@ -1495,7 +1539,7 @@ function checkTcp(file: Raw, say: Report) {
     }
     for (const [i, server] of [servers ?? []].flat().entries()) {
       const at = Array.isArray(servers) ? [...path, "servers", i] : [...path, "servers"];
-      const url = String(isRecord(server) ? server.url : server);
+      const url = String(writtenServer(server));
       if (/^https:/i.test(url)) say(at, `${quote(url)} speaks TLS: tcp passes bytes as they are, and adds none`);
     }
     if (name && names.has(`${name}`)) say([...path, "name"], `${quote(name)} names another service already`);
@@ -1508,7 +1552,7 @@ function checkHttp2(file: Raw, say: Report) {
   for (const [path, { http, servers }] of [...mapsIn(file, "services"), ...entriesOf(file)]) {
     if (http !== 2) continue;
     for (const [i, server] of [servers ?? []].flat().entries()) {
-      const url = String(isRecord(server) ? server.url : server), bareUrl = url.replace(/^http:\/\//i, "");
+      const url = String(writtenServer(server)), bareUrl = url.replace(/^http:\/\//i, "");
       if (/^(?:https|h2c):/i.test(url)) continue;
       say(
         [...path, "servers", ...Array.isArray(servers) ? [i] : []],
@@ -1578,7 +1622,7 @@ function locate(file: string, services: Pick<ServiceConfig, "tls">[], ...fronts:
 }
 /** Every entry in the general form, and a service for each that lists servers. */
 function expandConfig(source: Raw, text: string, file: string): Config {
-  const { listen, admin, trust, limits, log, name_routes, tcp, fleet } = v.parse(RoutesFile, source);
+  const { listen, admin, trust, resolvers, limits, log, name_routes, tcp, fleet } = v.parse(RoutesFile, source);
   const services = new Map(mapsIn(source, "services").map(([[, name], own]) => [unescaped(String(name)), own]));
   const written = entriesOf(source).map(([, entry]) => entry), last = topMap(source, "default").length;
   const names = new Set(written.map((entry) => entry.name));
@@ -1617,7 +1661,7 @@ function expandConfig(source: Raw, text: string, file: string): Config {
   const stands = new Map(maps.map(([path, own]) => [own, path]));
   const places = new Map([...services].map(([name, own]) => [name, stands.get(own)!]));
   locate(file, [...parsed.values(), ...fleet ? [fleet] : []], listen, ...tcp.map((one) => one.listen));
-  const top = { listen, admin, trust, limits, log, name_routes, fleet };
+  const top = { listen, admin, trust, resolvers, limits, log, name_routes, fleet };
   return { ...top, services: parsed, routes, tcp, source, text, file, places, warnings: [] };
 }
 
@@ -2442,6 +2486,35 @@ const HEX = Array.from({ length: 256 }, (_, byte) => byte.toString(16).padStart(
 const digits = (word: number): string =>
   HEX[word >>> 24]! + HEX[word >>> 16 & 255]! + HEX[word >>> 8 & 255]! + HEX[word & 255]!;
 
+/** A server as its service has it: one that the file lists, or one that DNS has under a name in the file. */
+type ListedServer = Omit<ServerConfig, "find"> & Pick<Server, "authority" | "foundBy">;
+
+/** A server that DNS has. */
+interface FoundServer {
+  url: string;
+  name: string; // address:port
+  authority: string; // its Host where there is no other
+  servername: string; // for SNI and verification
+  weight: number; // its own, which multiplies that of the file
+  backup: boolean;
+  lacking: number; // answers in a row that did not have it
+}
+
+/** A name whose records are servers. */
+interface Discovery extends Pick<ServerConfig, "url" | "name"> {
+  find: "dns" | "srv";
+  found: FoundServer[]; // in the order in which they were found first
+  isKnown: boolean; // a look has ended
+  isOfSystem: boolean; // its servers are those that the system has, and DNS has not
+  lookAt: number; // when it is looked up again; Infinity: that goes on now
+  problem: string; // why the latest answer was of no use; empty: it was
+  staleSince: number; // when the first of these came
+}
+
+const newDiscovery = (url: string, name: string, find: Discovery["find"]): Discovery => ({
+  ...{ url, name, find, found: [], isKnown: false, isOfSystem: false, lookAt: -Infinity, problem: "", staleSince: 0 },
+});
+
 /** One server of one service. Times are milliseconds of `Effects.now`. */
 export interface Server extends Latency {
   // config
@@ -2449,6 +2522,8 @@ export interface Server extends Latency {
   name: string; // host:port, or the URL where servers share that
   weight: number;
   host: string; // the Host that it gets; empty: as `host_header` says
+  authority: string; // the Host that its URL or its DNS name gives
+  foundBy: string; // the name whose records have it; empty: the file lists it
   backup: boolean;
   max: number; // requests in flight; Infinity: any number
   state: ServerConfig["state"]; // as an operator wants it: ready, drain or maint
@@ -2512,7 +2587,7 @@ interface Latency {
 const NO_LATENCY: Latency = { samples: 0, latency: 0, typical: 0, judged: 0, failing: 0, recent: 0 };
 
 const newServer = (
-  config: ServerConfig,
+  config: ListedServer,
   service: string,
   { tls, http }: Pick<ServiceConfig, "tls" | "http">,
 ): Server => ({
@@ -2536,6 +2611,9 @@ interface LimitWindow {
 const newLimitWindow = (baseline: number, since: number): LimitWindow => ({
   ...{ baseline, since, answers: 0, sum: 0, most: 0, refused: false },
 });
+
+/** What operators may say of a server that was found, until it is gone. */
+type FoundChange = Partial<Pick<ServerConfig, "weight" | "state">>;
 
 /** Never empty: servers that cannot take the request are left out, and with none left no strategy runs. */
 export type Candidates = readonly [Server, ...Server[]];
@@ -2565,9 +2643,11 @@ interface Service {
   name: string;
   config: ServiceConfig;
   servers: Server[];
+  names: Discovery[]; // that stand for servers
   strategy: Strategy;
   key: (exchange: Exchange) => string; // what `hash` hashes
   cookies: Map<string, Server> | undefined; // the servers by the values of the sticky cookie, once they are signed
+  changes: Map<string, FoundChange>; // by URL, what operators have said of servers that were found
   lostCookie: string; // the name of the sticky cookie, once a server has set one of that name: it is the application's
   hedge: number; // the quantile of latency after which a second attempt is sent; 0: never
   bounded: boolean; // some server has a `max`, or the service a `max_in_flight`
@@ -2607,7 +2687,7 @@ interface Service {
 
 const newService = (name: string) => ({
   ...{ name, candidates: [] as readonly Server[], candidatesUntil: 0, panicking: false, turn: 0, lostCookie: "" },
-  waiting: new Set<() => boolean>(),
+  ...{ waiting: new Set<() => boolean>(), names: [] as Discovery[], changes: new Map<string, FoundChange>() },
   ...{ retrying: 0, saved: 0, secondAt: -Infinity, retried: 0 },
   ...{ times: NO_TIMES, measured: 0, hedgeDelay: 0, median: 0, inFlightBefore: 0, toleratedUntil: 0 },
   ...{ comparedAt: -Infinity, compareAt: 0, inFlight: 0, retries: 0, hedges: 0, hedgesWon: 0 },
@@ -2662,6 +2742,7 @@ interface TcpRoute extends Pick<TcpConfig, "proxy_protocol"> {
 interface Table {
   config: Config;
   services: Map<string, Service>;
+  names: Map<string, Discovery>; // by `idOf`
   hosts: HostTable;
   schemes: Map<string, HostTable>; // routes that are limited to one scheme
   fallback: Route | undefined; // `default`
@@ -2977,6 +3058,15 @@ export interface Effects {
   secret(): string;
   /** Resolves after a time; after the signal it may never resolve, and keeps nothing waiting. */
   sleep(milliseconds: number, signal?: AbortSignal): Promise<void>;
+  /** Asks a resolver, or those of the machine (empty). Rejects where there is no answer. Undefined: there is no DNS here. */
+  resolve: ((name: string, type: "A" | "AAAA", resolver: string) => Promise<DnsAddress[]>) | undefined;
+  resolveSrv(name: string, resolver: string): Promise<SrvRecord[]>;
+  /** Asks the system, which knows its hosts file and search domains. */
+  lookup(name: string): Promise<DnsAddress[]>;
+  /** Tells other threads which servers a name has. */
+  onFound(id: string, found: FoundServer[]): void;
+  /** Tells other threads what an operator has said of a server that was found. */
+  onChanged(service: Service, server: Server, change: FoundChange): void;
   /** The client of a Request; `env` is what the runtime passes beside it. */
   client(request: Request, env: unknown): Client;
   /** Tells other threads what a probe has found: what is wrong with the server, or undefined. */
@@ -3035,6 +3125,20 @@ export interface InstanceView {
   problem: string; // why it is not the newest
   down: string[]; // servers among its probes that these found down
   ejected: string[];
+}
+
+/** An address that DNS has, with its seconds to live; 0: they are not known. */
+interface DnsAddress {
+  address: string;
+  ttl: number;
+}
+
+/** A server that DNS has (RFC 2782): those of the lowest priority first, the others as backups. */
+interface SrvRecord {
+  name: string;
+  port: number;
+  priority: number;
+  weight: number;
 }
 
 /** The client of a Request. `headers`: name, value, name, value, ... in the order of the wire. */
@@ -7054,7 +7158,7 @@ function setHealth(service: Service, server: Server, up: boolean, effects: Effec
 /** One probe over HTTP: what is wrong with the answer, or undefined. Its body is read to the end or cancelled. */
 function probeHttp(service: Service, server: Server, effects: Effects, giveUp: AbortSignal) {
   const { health } = service.config, { method, timeout, path: target } = health, body = NO_BODY;
-  const own = ["host", server.host || hostFieldOf(server.url), "user-agent", "lb.ts probe"];
+  const own = ["host", server.host || server.authority, "user-agent", "lb.ts probe"];
   const fields = [...own, ...[...health.headers].flat()];
   const timeouts = { connect: timeout, response: timeout, idle: timeout, request: Infinity };
   const given = { server, method, target, lines: linesOf(fields), body, timeouts, startedAt: effects.now() };
@@ -7080,7 +7184,7 @@ function probeGrpc(service: Service, server: Server, effects: Effects, giveUp: A
   if (server.http === 1) return Promise.resolve("gRPC needs HTTP/2: an h2c:// server, or http: 2");
   const message = name.length ? [Buffer.from([10, name.length]), name] : [], size = message.length && name.length + 2;
   const own = ["content-type", "application/grpc", "te", "trailers", "user-agent", "lb.ts probe"];
-  const fields = ["host", server.host || hostOf(server.url), ...own];
+  const fields = ["host", server.host || server.authority, ...own];
   const timeouts = { connect: timeout, response: timeout, idle: timeout, request: Infinity };
   const given = {
     method: "POST",
@@ -7802,6 +7906,7 @@ interface Counted {
   service: Service;
   serviceRequests: Counters;
   grpc: Occurrences;
+  name: Discovery;
   server: Server;
   serverRequests: Counters;
   strategy: Server;
@@ -7858,6 +7963,14 @@ const METRICS: { [K in Kind]: Metric<Counted[K]>[] } = {
     }),
   ],
   serviceRequests: requestMetrics("service"),
+  name: [
+    gauge(
+      "lb_discovery_up",
+      "1: the latest answer for the name was good; 0: the servers of before stay",
+      (d) => +!d.problem,
+    ),
+    gauge("lb_discovery_servers", "Servers that the name has", (d) => d.found.length),
+  ],
   grpc: [counter("lb_service_grpc_responses_total", "Calls of gRPC that have ended, by status", "times")],
   server: [
     counter("", "", "picks"),
@@ -7924,6 +8037,7 @@ function visitCounted(balancer: Balancer, visit: Visit): void {
     visit("entrypoint", labels, entrypoint);
     visitTallies("entrypointRequests", labels, entrypoint.tallies);
   }
+  for (const discovery of table.names.values()) visit("name", { name: discovery.name }, discovery);
   for (const service of table.services.values()) {
     const { name, tallies, grpc, servers, config: { strategy } } = service;
     visit("service", { service: name }, service);
@@ -8229,7 +8343,7 @@ function hostFor(exchange: Exchange, server: Server): string {
   const literal = exchange.route!.rewrite.host || server.host;
   if (literal) return literal;
   if (host_header === "keep" && exchange.host) return exchange.host;
-  return /^(?:keep|server)$/.test(host_header) ? hostFieldOf(server.url) : host_header;
+  return /^(?:keep|server)$/.test(host_header) ? server.authority : host_header;
 }
 
 // --- 8.3 Attempts: a server is picked and asked, and what becomes of that is counted once ---
@@ -8999,22 +9113,60 @@ export interface LoadBalancer extends Hono {
   stop(): void;
   /** Probes the servers that are due, once. */
   probe(): Promise<void>;
+  /** Looks up the names of servers that are due, once. `start` does it again and again. */
+  discover(): Promise<void>;
   /** What is in force and in flight, to be read. */
   balancer: Balancer;
+}
+
+/** What a service is built with, beside its config. */
+interface ServiceContext extends Pick<Table, "names"> {
+  strategy: Strategy;
+  now: number;
+}
+
+/** The servers of a service: those that the file lists, and those that its names stand for; each URL once. */
+function serversOf(
+  listed: ServerConfig[],
+  names: Table["names"],
+  changes: Service["changes"],
+): (ListedServer & Pick<FoundServer, "servername">)[] {
+  const byUrl = new Map<string, ListedServer & Pick<FoundServer, "servername">>();
+  for (const { find, ...one } of listed) {
+    const plain = { ...one, authority: hostFieldOf(one.url), foundBy: "", servername: "" };
+    const discovery = find && names.get(idOf({ find, url: one.url }));
+    const found = discovery
+      ? discovery.found.map(({ lacking: _, ...server }) => ({
+        ...{
+          ...one,
+          ...server,
+          foundBy: one.name,
+          weight: one.weight * server.weight,
+          backup: one.backup || server.backup,
+        },
+        ...changes.get(server.url),
+      }))
+      : [plain];
+    for (const server of found) if (!byUrl.has(server.url)) byUrl.set(server.url, server);
+  }
+  return [...byUrl.values()];
 }
 
 /**
  * Services that stay, by name, and their servers that stay, by URL, stay the same records: what is known of them is kept
  * over a reload, and what requests in flight find out is not lost.
  */
-function buildService(config: ServiceConfig, name: string, strategy: Strategy, now: number, previous?: Service) {
+function buildService(config: ServiceConfig, name: string, context: ServiceContext, previous?: Service): Service {
+  const { strategy, now, names: known } = context, changes = previous?.changes ?? new Map<string, FoundChange>();
+  const names = [...new Set(config.servers.flatMap((one) => known.get(idOf(one)) ?? []))];
   const byUrl = new Map(previous?.servers.map((server) => [server.url, server]));
   const isAuto = config.max_in_flight === AUTO, wasAuto = previous?.config.max_in_flight === AUTO;
-  const servers = config.servers.map((wanted) => {
+  const servers = serversOf(config.servers, known, changes).map(({ servername, ...wanted }) => {
     const before = byUrl.get(wanted.url), since = before?.state === wanted.state ? before.since : now;
     const isNew = previous && before?.state !== "ready" && wanted.state === "ready";
+    const tls = servername && !config.tls.servername ? { ...config.tls, servername } : config.tls;
     const http = wanted.url.startsWith("h2c:") ? 2 : wanted.url.startsWith("https:") ? config.http : 1;
-    const server = Object.assign(before ?? newServer(wanted, name, config), wanted, { tls: config.tls, http, since });
+    const server = Object.assign(before ?? newServer(wanted, name, config), wanted, { tls, http, since });
     if (isNew) server.back = now;
     const found = wasAuto ? server.limit : FIRST_LIMIT; // what `auto` has found stays found
     server.limit = Math.min(server.max, isAuto ? found : config.max_in_flight);
@@ -9022,10 +9174,15 @@ function buildService(config: ServiceConfig, name: string, strategy: Strategy, n
     if (config.eject.failures === Infinity) Object.assign(server, { until: 0, trying: false });
     return server;
   });
+  const urls = new Set(servers.map((server) => server.url));
+  if (names.some((one) => !one.isKnown)) { // until the first look has ended nobody who serves is dropped
+    servers.push(...previous?.servers.filter((server) => !urls.has(server.url)) ?? []);
+  }
+  for (const url of changes.keys()) if (!urls.has(url)) changes.delete(url);
   const { by, key } = config.strategy, read: Read = KEYS[by];
   return Object.assign(previous ?? newService(name), {
     config,
-    servers,
+    ...{ servers, names, changes },
     strategy,
     key: (exchange: Exchange) => read(exchange, key) ?? exchange.client, // which `hash` hashes
     cookies: undefined,
@@ -9036,6 +9193,20 @@ function buildService(config: ServiceConfig, name: string, strategy: Strategy, n
     candidatesUntil: 0,
     compareAt: config.eject.failures === Infinity ? Infinity : 0,
   });
+}
+
+/** Brings a service up to date with what its names and operators say. */
+function refreshService({ table, effects }: Balancer, service: Service): void {
+  const context = { strategy: service.strategy, now: effects.now(), names: table.names };
+  buildService(service.config, service.name, context, service);
+  wakeQueues(table);
+}
+
+/** Changes a server that was found; nothing of that is saved. */
+function changeFound(balancer: Balancer, service: Service, server: Server, change: FoundChange): void {
+  service.changes.set(server.url, { ...service.changes.get(server.url), ...change });
+  refreshService(balancer, service);
+  balancer.effects.onChanged(service, server, change);
 }
 
 /** Whether an origin is one of these; `https://*.example.com` is any below it, and as for hosts not itself. */
@@ -9114,10 +9285,14 @@ function buildTable(config: Config, known: Strategies, previous?: Table, now = 0
     if (Object.hasOwn(known, strategy.name)) continue;
     throw new TypeError(`service ${name}: there is no strategy ${strategy.name}`);
   }
-  const services = new Map<string, Service>();
+  const services = new Map<string, Service>(), names: Table["names"] = new Map();
+  for (const { url, name, find } of [...config.services.values()].flatMap(({ servers }) => servers)) {
+    const id = idOf({ find, url });
+    if (find) names.set(id, previous?.names.get(id) ?? newDiscovery(url, name, find));
+  }
   for (const [name, service] of config.services) {
-    const strategy = known[service.strategy.name]!;
-    services.set(name, buildService(service, name, strategy, now, previous?.services.get(name)));
+    const context = { strategy: known[service.strategy.name]!, now, names };
+    services.set(name, buildService(service, name, context, previous?.services.get(name)));
   }
   const buckets: Table["buckets"] = new Map(); // those of before where route and rule are the same
   for (const route of config.routes) {
@@ -9133,7 +9308,7 @@ function buildTable(config: Config, known: Strategies, previous?: Table, now = 0
   const ofScheme = Map.groupBy(routes.filter(({ fallback }) => !fallback), ({ scheme }) => scheme);
   return {
     config,
-    services,
+    ...{ services, names },
     buckets,
     hosts: compileHosts(ofScheme.get("") ?? []),
     schemes: new Map([...ofScheme].filter(([scheme]) => scheme).map(([scheme, own]) => [scheme, compileHosts(own)])),
@@ -9174,9 +9349,26 @@ async function keptBody(req: HonoRequest): Promise<Uint8Array | undefined> {
   return kept && (length ? Number(length) === kept.length : !Buffer.from(kept).includes("\ufffd")) ? kept : undefined;
 }
 
-/** Puts a balancer together from its config, its effects and the strategies that the config may name. */
-function assembleBalancer(config: Config, all: Effects, known: Strategies, runtime: string): LoadBalancer {
-  const balancer = newBalancer(buildTable(config, known, undefined, all.now()), all, runtime);
+/** What a balancer is put together of, beside its config and effects. */
+interface Assembly {
+  strategies: Strategies; // that the config may name
+  runtime: string;
+  discover(balancer: Balancer): Promise<void>;
+}
+
+/** A config for where there is no DNS: a name is one server, which is reached by it, and SRV records are left out. */
+function withoutDns(config: Config): Config {
+  const plain = (service: ServiceConfig): ServiceConfig => ({
+    ...service,
+    servers: service.servers.flatMap(({ find, ...one }) => find === "srv" ? [] : [one]),
+  });
+  return { ...config, services: new Map([...config.services].map(([name, service]) => [name, plain(service)])) };
+}
+
+/** Puts a balancer together from its config and its effects. */
+function assembleBalancer(config: Config, all: Effects, own: Assembly): LoadBalancer {
+  const { strategies: known, runtime } = own, fit = all.resolve ? (same: Config) => same : withoutDns;
+  const balancer = newBalancer(buildTable(fit(config), known, undefined, all.now()), all, runtime);
   const app = new Hono(), throughHono = app.fetch;
   let probing: ReturnType<typeof setInterval> | undefined;
   const answer = (request: Request, env: unknown, isWrapped: boolean, kept?: Uint8Array) =>
@@ -9197,16 +9389,18 @@ function assembleBalancer(config: Config, all: Effects, known: Strategies, runti
     balancer,
     handle: (request: HttpRequest) => isWrapped() ? handleThroughHono(request) : balance(balancer, request),
     reload(next: Config) {
-      balancer.table = buildTable(next, known, balancer.table, all.now());
+      balancer.table = buildTable(fit(next), known, balancer.table, all.now());
       if (next.admin?.token) balancer.tokens = next.admin;
       balancer.reloads++;
       balancer.reloadedAt = all.date();
       balancer.reloadFailed = false;
       wakeQueues(balancer.table);
+      if (probing) void own.discover(balancer);
     },
     probe,
+    discover: () => own.discover(balancer),
     start() {
-      probing ??= setInterval(probe, PROBE_TICK);
+      probing ??= setInterval(() => void Promise.all([probe(), own.discover(balancer)]), PROBE_TICK);
     },
     stop() {
       clearInterval(probing);
@@ -9306,6 +9500,8 @@ const SERVER_VIEW = viewOf<[server: Server, now: number, share?: number | undefi
   ],
   check: [says(v.nullable(CHECK), "the last probe; null: there was none"), checkView],
   state: [v.picklist(["ready", "drain", "maint"]), (s) => s.state],
+  found_by: [says(STRING, "the name whose DNS records have it; empty: the file lists it"), (s) => s.foundBy],
+  saved: [v.optional(says(BOOLEAN, "false: the change is not in the file")), (): boolean | undefined => undefined],
   backup: [BOOLEAN, (s) => s.backup],
   up: [says(BOOLEAN, "what probes say"), (s) => s.up],
   weight: [NUMBER, (s) => s.weight],
@@ -9335,6 +9531,17 @@ function serverViews(service: Service, now: number): ServerView[] {
   return service.servers.map((server) => SERVER_VIEW.read(server, now, shares.get(server) ?? 0));
 }
 
+/** A name that stands for servers. */
+const NAME_VIEW = viewOf<[Discovery, now: number]>()({
+  name: [STRING, (d) => d.name],
+  servers: [numeric("that were found by it"), (d) => d.found.length],
+  problem: [says(STRING, "of the latest answer; empty: there is none"), (d) => d.problem],
+  stale_for: [
+    says(v.nullable(NUMBER), "for how long answers have been of no use; null: the latest was good"),
+    (d, now) => d.problem ? toSeconds(now - d.staleSince) : null,
+  ],
+});
+
 const SERVICE_VIEW = viewOf<[service: Service, now: number]>()({
   name: [STRING, (s) => s.name],
   strategy: [STRING, (s) => s.config.strategy.name],
@@ -9346,6 +9553,10 @@ const SERVICE_VIEW = viewOf<[service: Service, now: number]>()({
   retries: [NUMBER, (s) => s.retries],
   requests: [numeric("that have been answered"), (s) => totalOf(s.tallies).requests],
   counters: [COUNTERS_VIEW.schema, (s) => COUNTERS_VIEW.read(totalOf(s.tallies))],
+  names: [
+    says(v.array(NAME_VIEW.schema), "by which servers are found"),
+    (s, now) => s.names.map((one) => NAME_VIEW.read(one, now)),
+  ],
   servers: [v.array(SERVER_VIEW.schema), serverViews],
   config: [v.optional(ServiceSchema), (): unknown => undefined], // see `answerService`
 });
@@ -9672,10 +9883,9 @@ function edited(node: Node | null, before: unknown, after: unknown): Node | null
       const found = left.findIndex(({ value }) => fits(value));
       return found < 0 ? undefined : left.splice(found, 1)[0];
     };
-    const urlOf = (value: unknown) => isRecord(value) ? value.url : value;
     const same = after.map((value) => take((one) => isDeepStrictEqual(one, value)));
     node.items = after.map((value, i) => {
-      const from = same[i] ?? take((one) => urlOf(one) === urlOf(value)); // the same server, or the next route
+      const from = same[i] ?? take((one) => writtenServer(one) === writtenServer(value)); // the same server, or the next route
       return from ? edited(from.item, from.value, value)! : nodeOf(value);
     });
     return node;
@@ -10083,13 +10293,33 @@ function answerServer(request: ApiRequest, server = serverOf(request), leaves = 
   return SERVER_VIEW.read(server, now);
 }
 
+const FoundChangeSchema = map({
+  weight: v.exactOptional(also.weight.wrapped),
+  state: v.exactOptional(also.state.wrapped),
+});
+
+/** Changes a server that DNS has: that is not in the file, and holds until the server is gone. */
+function changeFoundServer(request: ApiRequest, server: Server, patch: Raw): void {
+  const { output, issues } = v.safeParse(FoundChangeSchema, patch), { balancer } = request;
+  if (issues) {
+    throw new AdminError(
+      400,
+      `of ${server.name}, which was found by ${server.foundBy}, only weight and state can be changed`,
+    );
+  }
+  changeFound(balancer, serviceOf(request), server, output);
+  reportChange(request.context, balancer.effects, Object.keys(patch));
+}
+
 /** Changes a server, and waits for requests in flight there as long as `?wait=` says. */
 async function patchServer(request: ApiRequest, patch: Raw): Promise<ServerView> {
   const { context, balancer: { effects } } = request, server = serverOf(request), wait = waitOf(context);
-  await editServer(request, (entry) => shortest(merged(entry, patch) as Raw, ...Object.keys(patch)));
+  if (server.foundBy) changeFoundServer(request, server, patch);
+  else await editServer(request, (entry) => shortest(merged(entry, patch) as Raw, ...Object.keys(patch)));
   const end = effects.now() + wait;
   while (server.inFlight > 0 && effects.now() < end && !context.req.raw.signal.aborted) await effects.sleep(20);
-  return answerServer(request, server, server.state !== "ready");
+  const view = answerServer(request, server, server.state !== "ready");
+  return server.foundBy ? { ...view, saved: false } : view;
 }
 
 /** Adds a server; which one it is shows when the file has been read. */
@@ -10105,9 +10335,8 @@ async function postServer(request: ApiRequest): Promise<ServerView | ServiceView
     throw new AdminError(409, `${name} has this server already`);
   });
   const added = serviceOf(request).servers.find((one) => one.url === url);
-  if (!added) return answerService(request); // somebody has taken it out by now
   request.context.status(201);
-  return answerServer(request, added);
+  return added ? answerServer(request, added) : answerService(request); // it is a name
 }
 
 /** The servers of PythonLoadBalancer's body: one that is repeated weighs more, and what else is known of one stays. */
@@ -10164,6 +10393,9 @@ async function deleteService(request: ApiRequest): Promise<ServiceView> {
 
 async function deleteServer(request: ApiRequest): Promise<ServerView> {
   const server = serverOf(request);
+  if (server.foundBy) {
+    throw new AdminError(409, `${server.name} was found by ${server.foundBy}: set its state, or take that name out`);
+  }
   await editServer(request, () => undefined);
   return answerServer(request, server, true);
 }
@@ -10348,7 +10580,7 @@ function exampleApp(effects: Effects): Hono<AdminEnv> {
   const still = { now: () => 60_000, date: () => new Date("2026-12-01T12:00:00Z"), random: () => 0.5 };
   const silent = { certificate: () => ({ names: ["www.example.com"], until }), report: nothing, told: nothing };
   const alone = { ...effects, ...still, ...silent, fleet: undefined }; // its changes stay here
-  const lb = assembleBalancer(parseConfig(EXAMPLE), alone, strategies, runtime);
+  const lb = assembleBalancer(parseConfig(EXAMPLE), alone, { strategies, runtime, discover: async () => {} });
   const { balancer } = lb, [probed] = balancer.table.services.get("shop")!.servers, app = new Hono<AdminEnv>();
   Object.assign(probed!, { probedAt: 58_000, probeTook: 3 });
   balancer.entrypoints.set("http", newEntrypoint("http"));
@@ -10715,7 +10947,7 @@ interface ShownService {
 
 /** A service with its servers, how they do, and what is wrong with them. */
 function shownOf(service: ServiceView, snapshot: Snapshot, history: Sample[]): ShownService {
-  const { name, counters, askable, panicking } = service, since = history.find((sample) => sample.counters);
+  const { name, counters, askable, panicking, names } = service, since = history.find((sample) => sample.counters);
   const time = since ? snapshot.time - since.time : snapshot.uptime;
   const recently = (id: string, counters: CountersView) => figuresOf(counters, since?.counters?.get(id), time);
   const servers = service.servers.map((server) => {
@@ -10725,7 +10957,10 @@ function shownOf(service: ServiceView, snapshot: Snapshot, history: Sample[]): S
   const id = adminPath(name), now = recently(id, counters), troubles: Trouble[] = [];
   const say = (level: Trouble["level"], what: string, at = id) =>
     troubles.push({ level, text: `${name}: ${what}`, at });
-  if (servers.length > 0 && !askable) say("bad", "no server may be asked");
+  if (servers.length + names.length > 0 && !askable) say("bad", "no server may be asked");
+  for (const { name, problem, stale_for } of names) {
+    if (problem) say("warn", `DNS has had no good answer for ${name} for ${FORMAT.age(stale_for ?? 0)}: ${problem}`);
+  }
   if (panicking) say("bad", "too few servers are healthy: all of them are asked");
   if ((now.failed ?? 0) > FAILING) say("bad", "more than 5 % of the requests fail");
   for (const { server, state, level, id } of servers) {
@@ -10785,7 +11020,7 @@ const checkDetail = ({ ago, took }: { ago: number; took: number }): string =>
 /** What each column shows of a server: a figure, and a detail below it. */
 // deno-fmt-ignore
 const COLUMNS: Record<string, (shown: ShownServer) => [figure: string, detail?: string]> = {
-  "Server": ({ server }) => [server.name, server.backup ? "backup" : ""],
+  "Server": ({ server: { name, backup, found_by } }) => [name, [backup ? "backup" : "", found_by].filter(Boolean).join(" · ")],
   "State": (shown) => [`${STATES[shown.state][0]} ${shown.state}`, stateDetail(shown)],
   "Last check": ({ server: { check } }) => check ? [check.problem || "passed", checkDetail(check)] : ["–"],
   "Weight": ({ server }) => [`${server.weight}`, FORMAT.percent(server.share)],
@@ -10818,7 +11053,7 @@ function serviceSection(shown: ShownService, { find, onlyProblems, flipped, mayC
     lower(`${name} ${server.name} ${server.status} ${state}`).includes(find) &&
     (!onlyProblems || isTrouble(level) || isAllTrouble)
   );
-  if (!found.length) return [];
+  if (!found.length && (servers.length > 0 || !lower(name).includes(find))) return []; // or none is known yet
   const isOpen = (isFew || troubles.length > 0 || find !== "") !== flipped.has(fold), level = troubles[0]?.level ?? "";
   const facts = [strategy, `${servers.filter(({ state }) => state === "up").length} of ${servers.length} up`];
   facts.push(`${in_flight} in flight`, ...(waiting ? [`${waiting} waiting`] : []), FORMAT.rate(now.rate));
@@ -11217,9 +11452,10 @@ export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<
 }
 
 // -----------------------------------------------------------------------------------------------------------
-// 12. Fleet
+// 12. Fleet and discovery
 // Many instances, one configuration and one opinion of health, through etcd or a Durable Object. Nobody puts
 // anything in force but what the watch brings, in its order; without the engine each instance goes on alone.
+// Servers that come and go behind a name of DNS; they stay when DNS fails.
 // -----------------------------------------------------------------------------------------------------------
 
 // --- 12.1 Engine: the calls of etcd that a fleet makes, over its JSON gateway ---
@@ -11340,7 +11576,17 @@ export class EtcdClient implements Engine {
     this.members = config.etcd.map((url) => {
       const { origin, pathname } = new URL(url), { port, protocol, hostname } = new URL(url);
       const name = `${hostname}:${port || (protocol === "https:" ? 443 : 80)}`;
-      const given = { url: origin, name, weight: 1, host: "", backup: false, max: Infinity, state: "ready" as const };
+      const found = { authority: hostFieldOf(origin), foundBy: "" };
+      const given = {
+        ...found,
+        url: origin,
+        name,
+        weight: 1,
+        host: "",
+        backup: false,
+        max: Infinity,
+        state: "ready" as const,
+      };
       return {
         url,
         path: pathname.replace(/\/$/, ""),
@@ -11622,6 +11868,7 @@ export class Fleet implements Membership {
     this.local = mapOf(writtenOf(config).fleet);
     this.copied = { value: config.text, revision: 0 };
     effects.fleet = this;
+    effects.onFound = () => this.takeRecords(); // other servers may have other probers
     effects.probes = (service, server) => this.probes(service, server);
     effects.agree = (service, server) => this.agree(service, server);
   }
@@ -12130,6 +12377,185 @@ function beginProbing(server: Server): void {
   Object.assign(server, { opinion: server.up, passes: 0, fails: 0 });
 }
 
+// --- 12.3 Discovery: the servers that DNS has under a name ---
+
+/** Milliseconds: between two looks at least and at most, after one that failed; how long an answer may take. */
+const LOOKS = { least: 5_000, most: 60_000, again: 2_000, resolver: 1_000, system: 2_000 };
+
+/** Whom DNS is asked for, as `Effects` has it where there is DNS. */
+interface Dns extends Pick<Effects, "resolveSrv" | "lookup" | "sleep"> {
+  resolve: NonNullable<Effects["resolve"]>;
+  resolvers: string[]; // empty: those of the machine
+}
+
+/** What a look has found. */
+interface LookResult {
+  found: FoundServer[];
+  ttl: number; // seconds
+  problem: string; // why some or all of it is missing; empty: nothing is
+}
+
+/** What is asked for, unless it takes too long. */
+async function waitAtMost<T>(milliseconds: number, asked: Promise<T>, sleep: Effects["sleep"]): Promise<T> {
+  const over = new AbortController();
+  const late = sleep(milliseconds, over.signal).then(() => Promise.reject(new Error("no answer")));
+  try {
+    return await Promise.race([asked, late]);
+  } finally {
+    over.abort();
+  }
+}
+
+/** Asks one resolver after the other; rejects with what the last one has said. */
+async function askResolvers<T>({ resolvers, sleep }: Dns, ask: (resolver: string) => Promise<T[]>): Promise<T[]> {
+  let problem: unknown;
+  for (const resolver of resolvers.length ? resolvers : [""]) {
+    try {
+      const records = await waitAtMost(resolver ? LOOKS.resolver : LOOKS.system, ask(resolver), sleep);
+      if (records.length) return records;
+      problem = new Error("no records");
+    } catch (error) {
+      problem = error;
+    }
+  }
+  throw problem;
+}
+
+/**
+ * The addresses of a name: AAAA only where there is no A. The system is asked where DNS fails, for it knows the hosts file
+ * and search domains, but no longer once DNS has known the name: others' answers for unknown names would replace it.
+ */
+async function addressesOf(name: string, dns: Dns, mayAskSystem: boolean): Promise<DnsAddress[]> {
+  try {
+    return await askResolvers(dns, async (resolver) => {
+      const addresses = await dns.resolve(name, "A", resolver).catch(() => []);
+      return addresses.length ? addresses : await dns.resolve(name, "AAAA", resolver);
+    });
+  } catch (error) {
+    const all = mayAskSystem ? await waitAtMost(LOOKS.system, dns.lookup(name), dns.sleep).catch(() => []) : [];
+    const usable = all.filter(({ address }) => isAddress(address)),
+      v4 = usable.filter(({ address }) => isIPv4(address));
+    if (!usable.length) throw error;
+    return v4.length ? v4 : usable;
+  }
+}
+
+/** The servers at the addresses of a name. `url` is of that name, and says the scheme and port. */
+function serversAt(url: string, addresses: DnsAddress[], more: Pick<FoundServer, "weight" | "backup">): FoundServer[] {
+  const { protocol, hostname, port } = new URL(url), number = Number(port || (protocol === "https:" ? 443 : 80));
+  return addresses.map(({ address }) => {
+    const at = `${protocol}//${isIPv6(address) ? `[${address}]` : address}:${number}`;
+    const named = { authority: hostFieldOf(url), servername: bareAddress(hostname).replace(/\.$/, "") };
+    return { url: v.parse(Url, at).url, name: hostOf(at), ...named, ...more, lacking: 0 };
+  });
+}
+
+const PROBLEMS: Record<string, string> = {
+  ENOTFOUND: "there is no such name",
+  ENODATA: "the name has no such records",
+  ESERVFAIL: "the resolver has failed (SERVFAIL)",
+  ETIMEOUT: "no answer",
+  ECONNREFUSED: "no resolver is there",
+};
+const problemOfDns = (error: Error & { code?: string }): string => PROBLEMS[error.code ?? ""] ?? error.message;
+
+/** SRV records are in force for as long as the addresses of their servers: no runtime tells their own time. */
+async function lookUpSrv({ name, url }: Discovery, dns: Dns): Promise<LookResult> {
+  const records = await askResolvers(dns, (resolver) => dns.resolveSrv(name, resolver));
+  const first = Math.min(...records.map(({ priority }) => priority)), scheme = url.slice(0, url.indexOf(":"));
+  const looks = await Promise.allSettled(records.map(async ({ name: host, port, priority, weight }) => {
+    const addresses = await addressesOf(host, dns, true);
+    const at = v.parse(Url, `${scheme}://${host}:${port}`).url, backup = priority > first;
+    return { addresses, servers: serversAt(at, addresses, { weight: Math.max(1, weight), backup }) }; // 0: a small chance
+  }));
+  const failed = looks.find((look) => look.status === "rejected");
+  const good = looks.flatMap((look) => look.status === "fulfilled" ? [look.value] : []);
+  const ttl = Math.min(...good.flatMap(({ addresses }) => addresses.map((one) => one.ttl)));
+  return { found: good.flatMap(({ servers }) => servers), ttl, problem: failed ? problemOfDns(failed.reason) : "" };
+}
+
+/** Looks a name up. Never rejects. */
+async function lookUp(discovery: Discovery, dns: Dns): Promise<LookResult> {
+  const { find, url, found } = discovery;
+  try {
+    if (find === "srv") return await lookUpSrv(discovery, dns);
+    const isOfDns = found.length > 0 && !discovery.isOfSystem;
+    const addresses = await addressesOf(new URL(url).hostname, dns, !isOfDns);
+    discovery.isOfSystem = addresses.every(({ ttl }) => ttl === 0);
+    const ttl = Math.min(...addresses.map((one) => one.ttl));
+    return { found: serversAt(url, addresses, { weight: 1, backup: false }), ttl, problem: "" };
+  } catch (error) {
+    return { found: [], ttl: 0, problem: problemOfDns(error as Error) };
+  }
+}
+
+/**
+ * The servers of a name after an answer: those of before in their order, then new ones. One that an answer lacks stays until
+ * the next lacks it too, for many resolvers give a few of all addresses in turn.
+ */
+function afterAnswer(before: FoundServer[], { found, problem }: LookResult): FoundServer[] {
+  const fresh = new Map(found.map((server) => [server.url, server]));
+  const stayed = before.flatMap((server) => {
+    const now = fresh.get(server.url), lacking = server.lacking + (problem ? 0 : 1);
+    fresh.delete(server.url);
+    if (now) return [now];
+    return lacking < 2 ? [{ ...server, lacking }] : [];
+  });
+  return [...stayed, ...fresh.values()];
+}
+
+/** Puts the servers of a name in force. */
+function setFound(balancer: Balancer, id: string, found: FoundServer[]): void {
+  const discovery = balancer.table.names.get(id);
+  if (!discovery) return; // it has left the config
+  Object.assign(discovery, { found, isKnown: true });
+  for (const service of balancer.table.services.values()) {
+    if (service.names.includes(discovery)) refreshService(balancer, service);
+  }
+}
+
+/** Says when answers begin to fail and when that ends, and which servers come and go. */
+function reportLook({ name, found, problem }: Discovery, before: Discovery, report: Effects["report"]): void {
+  const listed = (servers: FoundServer[], others: FoundServer[]) =>
+    servers.filter(({ url }) => !others.some((other) => other.url === url)).map((server) => server.name).join(", ");
+  const more = listed(found, before.found), gone = listed(before.found, found);
+  const kept = found.length ? `the ${found.length} servers of before stay` : "it has no server yet";
+  if (problem && !before.problem) report("warn", `${name}: DNS has no good answer: ${problem}; ${kept}`);
+  if (!problem && before.problem) report("info", `${name}: DNS answers again, with ${found.length} servers`);
+  if (more) report("info", `${name}: found ${more}`);
+  if (gone) report("info", `${name}: gone are ${gone}`);
+}
+
+function takeLook(balancer: Balancer, discovery: Discovery, look: LookResult): void {
+  const { effects } = balancer, now = effects.now(), { problem, ttl } = look, before = { ...discovery };
+  const found = look.found.length ? afterAnswer(before.found, look) : before.found;
+  const wait = problem ? LOOKS.again : Math.min(Math.max(1_000 * ttl, LOOKS.least), LOOKS.most);
+  const staleSince = problem && !before.problem ? now : before.staleSince;
+  const lookAt = now + wait * (problem ? 1 : 0.9 + 0.2 * effects.random());
+  Object.assign(discovery, { found, problem, staleSince, lookAt });
+  reportLook(discovery, before, effects.report);
+  const plain = (servers: FoundServer[]) => JSON.stringify(servers.map((server) => ({ ...server, lacking: 0 })));
+  if (before.isKnown && plain(found) === plain(before.found)) return;
+  setFound(balancer, idOf(discovery), found);
+  effects.onFound(idOf(discovery), found);
+}
+
+/** Looks up all names that are due, and resolves when all answers are in. */
+async function discoverDue(balancer: Balancer): Promise<void> {
+  const { table: { names, config: { resolvers } }, effects: { resolve, ...others } } = balancer, now = others.now();
+  if (!resolve) return;
+  const due = [...names.values()].filter(({ lookAt }) => lookAt <= now);
+  for (const discovery of due) discovery.lookAt = Infinity;
+  await Promise.all(due.map(async (discovery) => {
+    takeLook(balancer, discovery, await lookUp(discovery, { ...others, resolve, resolvers }));
+  }));
+}
+
+const FIRST_LOOK = 2_000; // milliseconds that the start waits for it
+/** Looks up the names of a balancer that starts. Those that are unknown then do not stop the start. */
+const firstLook = ({ balancer }: LoadBalancer): Promise<void> =>
+  waitAtMost(FIRST_LOOK, discoverDue(balancer), balancer.effects.sleep).catch(() => {});
+
 // -----------------------------------------------------------------------------------------------------------
 // 13. Program
 // The program around the balancer: effects of the runtimes, command line, listeners, workers, signals, edge.
@@ -12354,6 +12780,22 @@ function defaultTransport(): Pick<Effects, "send" | "connect"> {
   return { send: (attempt) => client.send(attempt), connect: (server, timeout) => client.connect(server, timeout) };
 }
 
+/** A resolver, made for one question: Bun's never asks again after a negative answer (1.4.5). */
+function newResolver(resolver: string): Resolver {
+  const made = new Resolver({ timeout: LOOKS.resolver, tries: 2 });
+  if (resolver) made.setServers([resolver]);
+  return made;
+}
+
+/** DNS of this machine. At the edge the platform asks it. */
+const DNS: Pick<Effects, "resolve" | "resolveSrv" | "lookup"> = {
+  resolve: HERE === "edge"
+    ? undefined
+    : (name, type, resolver) => newResolver(resolver)[type === "A" ? "resolve4" : "resolve6"](name, { ttl: true }),
+  resolveSrv: (name, resolver) => newResolver(resolver).resolveSrv(name),
+  lookup: async (name) => (await lookupName(name, { all: true })).map(({ address }) => ({ address, ttl: 0 })),
+};
+
 /** Reads certificates for metrics and views, each again when its file has changed. */
 function certificateReader(): Effects["certificate"] {
   const known = new Map<string, { stamp: string; certificate: ReturnType<Effects["certificate"]> }>();
@@ -12388,10 +12830,13 @@ function defaultEffects(): Omit<Effects, "accessLog"> {
         signal?.addEventListener("abort", () => clearTimeout(timer), { once: true });
       }),
     client: clientOf,
+    ...DNS,
     onProbed: () => {},
     probes: () => true,
     agree: (_, server) => server.opinion,
     told: () => {},
+    onFound: () => {},
+    onChanged: () => {},
     certificate: certificateReader(),
     report: printReport,
   };
@@ -12452,7 +12897,9 @@ export function createLoadBalancer(
     "log" in writtenOf(lb.balancer.table.config) && logToConsole(...entry);
   const all: Effects = { ...defaultEffects(), accessLog, ...sends && { send: sendByFetch(sends) }, ...others };
   const checked = Object.entries(own).map(([name, strategy]) => [name, checkedStrategy(name, strategy)]);
-  const lb: LoadBalancer = assembleBalancer(config, all, { ...strategies, ...Object.fromEntries(checked) }, HERE);
+  const lb: LoadBalancer = assembleBalancer(config, all, {
+    ...{ strategies: { ...strategies, ...Object.fromEntries(checked) }, runtime: HERE, discover: discoverDue },
+  });
   return lb;
 }
 
@@ -12667,6 +13114,7 @@ async function listenOn(at: ListenAt, secure: Secure | undefined, hooks: Listene
       clearInterval(timer);
       for (const [socket] of shaking.values()) socket.destroy();
       server.close(() => resolve());
+      if (path) fs.rmSync(path, { force: true }); // Deno does it later, or not before the process ends
     });
   return { address, close, isWriting: () => false, swap: (next) => void (tls = next && secured(next)) };
 }
@@ -12770,6 +13218,7 @@ export async function serve(app: LoadBalancer | { fetch: Serve }, options: Serve
   const { port = 8080, hostname = "", tls = [], signal } = options, isOurs = "balancer" in app;
   const pairs = [tls].flat().map(({ cert, key }) => ({ cert, key, names: namesOf(new X509Certificate(cert)) }));
   const secure = pairs.length ? { pairs: pairs as Secure["pairs"], clientCa: "" } : undefined;
+  if (isOurs) await firstLook(app);
   const listener = await listenHttp({ host: hostname, port, shared: false, mode: 0o660 }, secure, {
     handle: isOurs ? app.handle : handleByFetch((request, env) => app.fetch(request, env), printReport),
     limits: () => isOurs ? app.balancer.table.config.limits : NO_LIMITS,
@@ -12969,6 +13418,7 @@ interface WorkerTask {
   reports: boolean; // it reports, for all workers, what each of them finds, and listens at Unix sockets
   workers: number; // that divide the limits
   secret: string; // of sticky cookies
+  found: ToWorker[]; // what DNS and operators have said so far
   down: [service: string, url: string][]; // what probes have found so far
 }
 /** From the main thread to its workers. */
@@ -12976,6 +13426,8 @@ type ToWorker =
   | { kind: "config"; config: Raw; secret: string }
   | { kind: "probed"; service: string; url: string; problem: string | undefined; up: boolean }
   | { kind: "told"; service: string; url: string; up: boolean }
+  | { kind: "found"; id: string; found: FoundServer[] }
+  | { kind: "changed"; service: string; url: string; change: FoundChange }
   | { kind: "drain"; grace: number };
 /** From a worker. */
 type WorkerMessage =
@@ -13059,7 +13511,7 @@ function applySamples(balancer: Balancer, samples: Samples): void {
 }
 
 /** Runs a worker: it serves requests, and follows the orders of the main thread. */
-async function runWorker({ config, file, ports, reports, workers, secret, down }: WorkerTask): Promise<void> {
+async function runWorker({ config, file, ports, reports, workers, secret, ...known }: WorkerTask): Promise<void> {
   const send = (message: WorkerMessage): void => void parentPort!.postMessage(message); // Node's gives true
   const sendLines = (lines: Uint8Array) => send({ kind: "lines", lines: new Uint8Array(lines) }); // a view would take all of its buffer along
   const read = (source: Raw) => divideLimits(expandConfig(source, "", file), workers);
@@ -13076,7 +13528,14 @@ async function runWorker({ config, file, ports, reports, workers, secret, down }
     const service = balancer.table.services.get(name);
     return { service, server: service?.servers.find((server) => server.url === url) };
   };
-  for (const [name, url] of down) {
+  const takeFound = (order: ToWorker): void => {
+    if (order.kind === "found") setFound(balancer, order.id, order.found);
+    if (order.kind !== "changed") return;
+    const { service, server } = find(order.service, order.url);
+    if (service && server) changeFound(balancer, service, server, order.change);
+  };
+  known.found.forEach(takeFound);
+  for (const [name, url] of known.down) {
     const { server } = find(name, url);
     if (server) server.up = server.opinion = false;
   }
@@ -13095,6 +13554,7 @@ async function runWorker({ config, file, ports, reports, workers, secret, down }
       sendLines(log.rest());
       return send({ kind: "drained", left });
     }
+    if (order.kind === "found" || order.kind === "changed") return takeFound(order);
     const { service, server } = find(order.service, order.url);
     if (!service || !server) return;
     if (order.kind === "told") return setHealth(service, server, order.up, effects);
@@ -13152,13 +13612,30 @@ function passOn(lb: LoadBalancer, workers: Workers, show: () => void): void {
   effects.told = ({ name }, { url }, up) => sendToAll(workers, { kind: "told", service: name, url, up });
   effects.onProbed = ({ name }, { url, up }, problem) =>
     sendToAll(workers, { kind: "probed", service: name, url, problem, up });
+  const { onFound } = effects;
+  effects.onFound = (id, found) => {
+    onFound(id, found);
+    sendToAll(workers, { kind: "found", id, found });
+  };
+  effects.onChanged = ({ name }, { url }, change) =>
+    sendToAll(workers, { kind: "changed", service: name, url, change });
 }
+
+/** What a worker has to hear of what DNS and operators have said so far. */
+const foundSoFar = ({ names, services }: Table): ToWorker[] => [
+  ...[...names].flatMap(([id, { found, isKnown }]): ToWorker[] => isKnown ? [{ kind: "found", id, found }] : []),
+  ...[...services.values()].flatMap(({ name: service, changes }) =>
+    [...changes].map(([url, change]): ToWorker => ({ kind: "changed", service, url, change }))
+  ),
+];
 
 const serversDown = ({ services }: Table): WorkerTask["down"] =>
   [...services.values()].flatMap(({ name, servers }) =>
     servers.filter(({ up }) => !up).map(({ url }): [string, string] => [name, url])
   );
 
+/** What a worker that starts has to hear. */
+const newsFor = (table: Table) => ({ found: foundSoFar(table), down: serversDown(table) });
 /** Starts the workers, one after the other, and replaces those that end. */
 async function startWorkers(lb: LoadBalancer, count: number, log: AccessLog): Promise<Listeners> {
   const { balancer } = lb, { effects } = balancer, workers: Workers = new Map();
@@ -13172,8 +13649,8 @@ async function startWorkers(lb: LoadBalancer, count: number, log: AccessLog): Pr
   const start = async (): Promise<Listeners["opened"]> => {
     const id = ++ids;
     reporter ||= id;
-    const { config: { source, file } } = balancer.table, down = serversDown(balancer.table);
-    const known = { config: source, file, ports, workers: count, secret: effects.secret(), down };
+    const { config: { source, file } } = balancer.table, news = newsFor(balancer.table);
+    const known = { config: source, file, ports, workers: count, secret: effects.secret(), ...news };
     const workerData: WorkerTask = { role: WORKER, reports: reporter === id, ...known };
     const worker = new Worker(new URL(import.meta.url), { workerData });
     let failed = "it was ended";
@@ -13197,7 +13674,7 @@ async function startWorkers(lb: LoadBalancer, count: number, log: AccessLog): Pr
     }
     workers.set(worker, undefined);
     balancer.workers.set(id, { since: effects.date(), end: () => void worker.terminate() });
-    worker.postMessage(configOrder(balancer)); // it may be another
+    for (const order of [configOrder(balancer), ...foundSoFar(balancer.table)]) worker.postMessage(order); // it may be another
     return listening.opened;
   };
   const replace = (reason: string) => {
@@ -13225,7 +13702,7 @@ async function startWorkers(lb: LoadBalancer, count: number, log: AccessLog): Pr
 
 /** Which route a request belongs to and which servers it may go to, for a balancer that has just started. */
 function explained(config: Config, text: string): string {
-  const found = explainLine(createLoadBalancer(config).balancer, text);
+  const found = explainLine(createLoadBalancer(config, { resolve: undefined }).balancer, text); // it asks nobody
   if (!found) throw new UsageError(`--explain: "${text}" is not a request such as 'GET http://host/path'`);
   if ("failure" in found) process.exitCode = 1;
   return explanationText(found);
@@ -13271,7 +13748,7 @@ async function runProgram(call: Call): Promise<void> {
   let onApplied: FleetMember["onApplied"] = () => {}; // what comes first is announced with the listeners
   const fleet = config.fleet && makeFleet(lb, call, config.fleet, (...applied) => onApplied(...applied));
   await fleet?.start(JOINING); // what the others know comes before the first request
-  const opening = openListeners(lb, call, log);
+  const opening = firstLook(lb).then(() => openListeners(lb, call, log));
   const stop = () => void quit(lb, opening, call.drain, log, fleet);
   process.on("SIGTERM", stop).on("SIGINT", stop);
   const { opened } = await opening;
@@ -13375,7 +13852,10 @@ function announce({ balancer: { table, effects } }: LoadBalancer): void {
   for (const warning of table.config.warnings) effects.report("warn", warning);
   const services = [...table.services.values()];
   for (const { name, servers, config } of services.slice(0, 20)) {
-    effects.report("info", `${name}: ${config.strategy.name} over ${servers.map((server) => server.name).join(", ")}`);
+    effects.report(
+      "info",
+      `${name}: ${config.strategy.name} over ${servers.map((server) => server.name).join(", ") || "no server yet"}`,
+    );
   }
   if (services.length > 20) effects.report("info", `and ${services.length - 20} more services`);
 }
@@ -13445,8 +13925,13 @@ function makeAtTheEdge(): LoadBalancer {
   for (const service of services) {
     if (!/^(?:http|off)$/.test(service.health.kind)) service.health = { ...service.health, kind: "off" }; // passive only
   }
+  const left: string[] = [],
+    has = (is: (server: ServerConfig) => boolean) => services.some(({ servers }) => servers.some(is));
+  if (has(({ find }) => find === "srv")) left.push("srv: servers");
+  if (has(({ url }) => isUnix(url))) left.push("servers at Unix sockets");
+  for (const service of services) service.servers = service.servers.filter(({ url }) => !isUnix(url));
   const lb = createLoadBalancer(config, { accessLog: logToConsole }), file = parseDocument(text);
-  const left = ["listen", "admin", "tcp"].filter((key) => file.has(key));
+  left.push(...["listen", "admin", "tcp", "resolvers"].filter((key) => file.has(key)));
   left.push(...SOCKET_LIMITS.filter((key) => file.hasIn(["limits", key])).map((key) => `limits.${key}`));
   if (services.some(({ tls }) => Object.values(tls).some(Boolean))) left.push("tls of servers");
   const { report } = lb.balancer.effects;

@@ -7,11 +7,8 @@ import { connect, createServer, type Server, type Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
-import nodeTest from "node:test";
 import { type ConfigError, parseConfig } from "../../lb.ts";
-import { get, sleep, startProgram, until } from "../rig/rig.ts";
-
-const test = (name: string, body: () => void | Promise<void>) => nodeTest(name, { timeout: 60_000 }, body);
+import { get, sleep, startProgram, test, until } from "../rig/rig.ts";
 
 const FOLDER = mkdtempSync(join(tmpdir(), "lb-unix-"));
 process.once("exit", () => rmSync(FOLDER, { recursive: true, force: true }));
@@ -103,7 +100,7 @@ test("a listener may be a Unix socket: 660 unless mode says otherwise, removed a
     assert.match(await ask({ path: second }), /fixed$/);
     assert.equal(statSync(second).mode & 0o777, 0o600);
     await lb.stop();
-    assert.equal(existsSync(second), false, "the file is removed at the end");
+    assert.equal(existsSync(second), false, `the file is removed at the end: ${lb.output()}`);
   } finally {
     await lb.stop();
   }

@@ -311,7 +311,9 @@ export function endServer(server: Server, open: Iterable<Socket>): Promise<void>
   return new Promise((resolve) => server.close(() => resolve()));
 }
 
-export async function scriptedServer(script: Script): Promise<ScriptedServer> {
+export const scriptedServer = (script: Script): Promise<ScriptedServer> => scriptedServerAt("127.0.0.1", 0, script);
+
+export async function scriptedServerAt(host: string, port: number, script: Script): Promise<ScriptedServer> {
   const open = new Set<Socket>();
   let count = 0, visits = 0;
   const tcp = createServer((socket) => {
@@ -373,7 +375,8 @@ export async function scriptedServer(script: Script): Promise<ScriptedServer> {
     },
     close: () => endServer(tcp, open),
   };
-  server.port = await listenLocally(tcp);
+  await new Promise<void>((resolve) => tcp.listen(port, host, resolve));
+  server.port = (tcp.address() as AddressInfo).port;
   server.address = `127.0.0.1:${server.port}`;
   return server;
 }
