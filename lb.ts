@@ -7675,11 +7675,16 @@ function inMillis(time: number | undefined): string {
   return `${whole}${DECIMALS[Math.round((time - whole) * 1_000)]}`;
 }
 
-/** `21/Nov/2026:03:14:42 +0000`, the time of Apache's logs, from an ISO time without its fraction. */
-const apacheTime = memo((iso) => {
-  const [, day, month, year, time] = new Date(`${iso}Z`).toUTCString().split(" ");
-  return `${day}/${month}/${year}:${time} +0000`;
-});
+/** `21/Nov/2026:03:14:42 +0000`, the time of Apache's logs, from an ISO time; made once a second. */
+const apacheTime = (() => {
+  let [second, text] = ["no second", ""];
+  return (iso: string): string => {
+    if (iso.startsWith(second)) return text;
+    const [, day, month, year, time] = new Date(iso).toUTCString().split(" ");
+    [second, text] = [iso.slice(0, 19), `${day}/${month}/${year}:${time} +0000`];
+    return text;
+  };
+})();
 
 /** Apache's line; service, server, attempts, times, failure and ids follow it (README). */
 function combinedLine(r: AccessRecord): string {
@@ -7691,7 +7696,7 @@ function combinedLine(r: AccessRecord): string {
   const request = `"${oneWord(r["http.request.method"])} ${asked} ${version ? `HTTP/${version}` : "-"}"`;
   const times = `${inMillis(r["lb.connected_ms"])}/${inMillis(r["lb.head_ms"])}/${inMillis(r["lb.ended_ms"])}`;
   const failure = r["error.type"] === `${status}` ? undefined : r["error.type"];
-  return `${oneWord(r["client.address"])} - - [${apacheTime(r.timestamp.slice(0, 19))}] ${request} ${status} ` +
+  return `${oneWord(r["client.address"])} - - [${apacheTime(r.timestamp)}] ${request} ${status} ` +
     `${r["http.response.body.size"]} ${inQuotes(r["http.request.header.referer"])} ` +
     `${inQuotes(r["user_agent.original"])} ${oneWord(r["lb.service"])} ${oneWord(r["lb.server"])} ` +
     `${r["lb.attempts"]} ${times} ${failure ?? (grpc ? `grpc-status-${grpc}` : "-")} ` +
