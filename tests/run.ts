@@ -257,12 +257,18 @@ async function missingPrograms(): Promise<string[]> {
   return PROGRAMS.filter((_, i) => !found[i]).map(([, name]) => name);
 }
 
+/** The services in some of these packages. */
+const SERVICES: Record<string, string> = {
+  "etcd-server": "etcd",
+  "prometheus": "prometheus",
+  "redis-server": "redis-server",
+};
 /** What Debian's package scripts ask before they start a service: 101 forbids it. */
 const POLICY = "/usr/sbin/policy-rc.d";
 
 /** Installs Debian packages, without starting the services that some of them contain, now or at the next boot. */
 async function installPrograms(packages: string[]): Promise<void> {
-  for (const service of packages.filter((name) => ["prometheus", "redis-server"].includes(name))) {
+  for (const service of packages.flatMap((name) => SERVICES[name] ?? [])) {
     await Deno.mkdir("/etc/systemd/system", { recursive: true });
     await Deno.symlink("/dev/null", `/etc/systemd/system/${service}.service`).catch(() => {}); // as systemctl mask does
   }

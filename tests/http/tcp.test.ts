@@ -103,7 +103,7 @@ async function running(
     const ports = await until("all are open", () => portsOf(lb).length === tcp.length && portsOf(lb));
     await use(lb, ports);
   } finally {
-    process.kill(lb.pid, "SIGTERM"); // not child.kill: after it Deno reports the signal as the end
+    process.kill(lb.pid, "SIGTERM");
     await until("lb.ts ends", () => /info: drained(; connections ended: \d+)?\n/.test(lb.output()));
     await lb.stop();
   }

@@ -161,7 +161,6 @@ async function running(
   try {
     const count = [whole.listen].flat().length;
     await use(lb, server, await until("all are open", () => portsOf(lb).length === count && portsOf(lb)));
-    // not child.kill: after it Deno reports the signal as the end
     if (!/info: draining/.test(lb.output())) process.kill(lb.pid, "SIGTERM");
     await until("it drains: nothing is left in flight", () => /info: drained\n/.test(lb.output()), 10_000);
   } finally {
