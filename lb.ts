@@ -23,7 +23,7 @@
  *      9 TCP proxy         connections that are not HTTP
  *     10 Assembly          the table of a config, and the state carried over a reload
  *     11 Admin             views, explain, config edits, endpoints, API description, dashboard, access
- *     12 Fleet and discovery  engine, fleet, discovery
+ *     12 Fleet and discovery  engine, fleet, discovery, Durable Object
  *     13 Program           TLS, runtimes, library, command line, listeners, workers, main, edge
  *
  * @module
@@ -12033,7 +12033,7 @@ export class Fleet implements Membership {
     this.publish();
     this.problem = "";
     this.hasLearnt = true;
-    void this.checkFile();
+    if (!this.member.isObserver) void this.checkFile();
   }
 
   /** What the watch brings, in its order. */
@@ -12069,7 +12069,7 @@ export class Fleet implements Membership {
     const document = this.document = { ...entry, problem: "" };
     let next = before;
     try {
-      if (entry.value !== before.text) next = this.member.parse(entry.value);
+      if (entry.value !== before.text) next = this.parse(entry.value);
       if (next !== before) this.applying = this.lb.reload(next);
     } catch (error) {
       document.problem = (error as Error).message;
@@ -12082,7 +12082,7 @@ export class Fleet implements Membership {
     this.inForce = entry.revision;
     if (this.leaseTtl && this.leaseTtl !== this.shared().ttl) void this.join().catch(() => this.onLeaseOver());
     this.takeRecords(); // with other servers and another number of probers
-    this.copying = this.copying.then(() => this.copy(entry));
+    if (!this.member.isObserver) this.copying = this.copying.then(() => this.copy(entry));
     if (next !== before) this.member.onApplied(next, before);
   }
 
@@ -12306,10 +12306,15 @@ export class Fleet implements Membership {
     }
   }
 
+  /** A document as it is put in force here: who this instance is needs no variables of others. */
+  parse(text: string): Config {
+    return { ...this.member.parse(this.localText(text)), text };
+  }
+
   /** Copies the document in force to the local file. What stood there and was no copy stays beside it. */
   private async copy({ value, revision }: EngineValue): Promise<void> {
-    const { file, isObserver } = this.member;
-    if (isObserver || revision !== this.inForce) return; // a newer one follows
+    const { file } = this.member;
+    if (revision !== this.inForce) return; // a newer one follows
     const text = this.localText(value), there = this.member.read(), isCopy = there === this.copied.value;
     try {
       if (there !== text) {
@@ -12335,7 +12340,7 @@ export class Fleet implements Membership {
   async checkFile(): Promise<void> {
     await this.copying;
     const text = this.member.read(), { document, copied } = this;
-    if (this.member.isObserver || text === undefined || text === copied.value) return;
+    if (text === undefined || text === copied.value) return;
     if (this.state === "away") {
       return this.effects.report("warn", `fleet: the engine is away: ${this.member.file} counts when it is back`);
     }
@@ -12560,6 +12565,250 @@ const FIRST_LOOK = 2_000; // milliseconds that the start waits for it
 /** Looks up the names of a balancer that starts. Those that are unknown then do not stop the start. */
 const firstLook = ({ balancer }: LoadBalancer): Promise<void> =>
   waitAtMost(FIRST_LOOK, discoverDue(balancer), balancer.effects.sleep).catch(() => {});
+
+// --- 12.4 Durable Object: an engine at the edge, which answers as etcd does ---
+
+/** As much as is used of what the platform gives a Durable Object. */
+interface DurableState {
+  storage: {
+    list(): Promise<Map<string, unknown>>;
+    put(entries: Raw): Promise<void>;
+    delete(names: string[]): Promise<unknown>;
+    setAlarm(at: number): Promise<void>;
+  };
+  blockConcurrencyWhile(work: () => Promise<void>): Promise<void>;
+}
+
+/** A key as etcd's JSON has it. */
+interface StoredKey {
+  key: string; // this and the value in base64
+  value: string;
+  create_revision: string;
+  mod_revision: string;
+  version: string;
+  lease: string;
+}
+interface StoredLease {
+  ttl: number; // seconds
+  until: number; // milliseconds; counted anew when the object is loaded, as etcd does
+}
+type StoredEvent = { type?: "DELETE"; kv: Partial<StoredKey> };
+interface Watcher {
+  covers(key: string): boolean;
+  stream: ReadableStreamDefaultController<Uint8Array>;
+}
+
+const MOST_EVENTS = 1_000; // that a watch may be behind
+const MOST_UNREAD = 100; // pieces for a watcher that does not read
+const bytesOf = (text: unknown): string => Buffer.from(String(text ?? ""), "base64").toString("latin1");
+
+/** Whether a key is in a range of etcd's: without an end it is that key alone. */
+function rangeOf({ key, range_end }: Raw): (name: string) => boolean {
+  const from = bytesOf(key), end = range_end === undefined ? undefined : bytesOf(range_end);
+  return (name) => end === undefined ? name === from : name >= from && (end === "\0" || name < end);
+}
+
+/** A call that etcd refuses: its code is gRPC's. */
+const engineRefusal = (status: number, code: number, message: string): Response =>
+  Response.json({ error: message, message, code }, { status });
+
+/**
+ * The engine of a fleet at the edge: a Durable Object that answers the calls of etcd's JSON gateway that a fleet makes.
+ * Keys and leases are in its storage, and an alarm ends leases.
+ */
+export class LbFleet {
+  private readonly storage: DurableState["storage"];
+  private readonly loaded: Promise<void>;
+  private keys = new Map<string, StoredKey>(); // by their bytes
+  private leases = new Map<string, StoredLease>();
+  private revision = 1;
+  private forgotten = 1; // no event of this revision or an earlier one is known
+  private events: { revision: number; key: string; event: StoredEvent }[] = [];
+  private readonly watchers = new Set<Watcher>();
+  private alarmAt = Infinity;
+
+  constructor(state: DurableState) {
+    this.storage = state.storage;
+    this.loaded = state.blockConcurrencyWhile(() => this.load());
+  }
+
+  private async load(): Promise<void> {
+    for (const [name, value] of await this.storage.list()) {
+      if (name === "revision") this.revision = this.forgotten = value as number;
+      else if (name.startsWith("key ")) this.keys.set(name.slice(4), value as StoredKey);
+      else this.leases.set(name.slice(6), { ttl: value as number, until: Date.now() + 1_000 * Number(value) });
+    }
+    await this.setAlarm();
+  }
+
+  /** Answers a call: `.../v3/kv/range` and the like. */
+  async fetch(request: Request): Promise<Response> {
+    const path = new URL(request.url).pathname.replace(/^.*\/v3\//, "");
+    const body = mapOf(await request.json().catch(() => undefined));
+    await this.loaded;
+    await this.alarm();
+    if (path === "watch") return this.watch(mapOf(body.create_request));
+    const id = String(body.ID ?? "");
+    if (path === "kv/range") return this.answer(this.list(body));
+    if (path === "kv/txn") return await this.transact(body);
+    if (path === "lease/grant") return await this.grant(Math.max(1, Math.ceil(Number(body.TTL) || 0)));
+    if (path === "lease/keepalive") return this.keepAlive(id);
+    if (path === "lease/revoke") {
+      if (!this.leases.has(id)) return engineRefusal(404, 5, "etcdserver: requested lease not found");
+      await this.end([id]);
+      return this.answer({});
+    }
+    return engineRefusal(404, 5, "Not Found");
+  }
+
+  /** Ends the leases that nobody has kept alive. */
+  async alarm(): Promise<void> {
+    const now = Date.now(), over = [...this.leases].filter(([, { until }]) => until <= now).map(([id]) => id);
+    if (over.length) await this.end(over);
+    await this.setAlarm();
+  }
+  private async setAlarm(): Promise<void> {
+    const next = Math.min(...[...this.leases.values()].map(({ until }) => until));
+    if (this.alarmAt <= Date.now()) this.alarmAt = Infinity;
+    if (next >= this.alarmAt) return; // which looks again
+    this.alarmAt = next;
+    await this.storage.setAlarm(next);
+  }
+
+  private header(): Raw {
+    return { cluster_id: "1", member_id: "1", revision: `${this.revision}`, raft_term: "1" };
+  }
+  private answer(more: Raw): Response {
+    return Response.json({ header: this.header(), ...more });
+  }
+
+  private list(range: Raw): Raw {
+    const covers = rangeOf(range), names = [...this.keys.keys()].filter(covers).sort();
+    const kvs = names.map((name) => this.keys.get(name)!);
+    return { kvs: range.keys_only ? kvs.map(({ value: _, ...kv }) => kv) : kvs, count: `${kvs.length}` };
+  }
+
+  /** Makes all of its changes under one revision, or those of its other branch. */
+  private async transact({ compare: wanted = [], success = [], failure = [] }: Raw): Promise<Response> {
+    const succeeded = (wanted as Raw[]).every((one) => this.holds(one));
+    const steps = (succeeded ? success : failure) as Raw[], revision = this.revision + 1, stored: Raw = {};
+    const puts = steps.map((step) => mapOf(step.request_put));
+    const isLost = puts.some(({ lease = "0" }) => String(lease) !== "0" && !this.leases.has(String(lease)));
+    if (isLost) return engineRefusal(404, 5, "etcdserver: requested lease not found");
+    const responses: Raw[] = [], gone: string[] = [];
+    for (const { request_put, request_delete_range, request_range } of steps) {
+      if (request_put) {
+        const { key, value = "", lease = "0" } = mapOf(request_put), name = bytesOf(key), before = this.keys.get(name);
+        const kv = {
+          ...{ key: String(key), value: String(value), lease: String(lease), mod_revision: `${revision}` },
+          create_revision: before?.create_revision ?? `${revision}`,
+          version: `${Number(before?.version ?? 0) + 1}`,
+        };
+        this.keys.set(name, kv);
+        stored[`key ${name}`] = kv;
+        this.note(revision, name, { kv });
+        responses.push({ response_put: {} });
+      } else if (request_delete_range) {
+        const names = [...this.keys.keys()].filter(rangeOf(mapOf(request_delete_range)));
+        for (const name of names) this.remove(name, revision);
+        gone.push(...names);
+        responses.push({ response_delete_range: { deleted: `${names.length}` } });
+      } else responses.push({ response_range: this.list(mapOf(request_range)) });
+    }
+    await this.save(revision, stored, gone.map((name) => `key ${name}`));
+    return this.answer({ succeeded, responses });
+  }
+
+  private holds({ key, target = "VERSION", result = "EQUAL", ...wanted }: Raw): boolean {
+    const field = {
+      VERSION: "version",
+      CREATE: "create_revision",
+      MOD: "mod_revision",
+      VALUE: "value",
+      LEASE: "lease",
+    };
+    const name = field[target as keyof typeof field], kv = this.keys.get(bytesOf(key));
+    const isText = name === "value", has = kv?.[name as keyof StoredKey] ?? (isText ? "" : "0");
+    const order = isText
+      ? Buffer.compare(Buffer.from(has), Buffer.from(String(wanted[name] ?? "")))
+      : Number(has) - Number(wanted[name] ?? 0);
+    return { EQUAL: order === 0, NOT_EQUAL: order !== 0, GREATER: order > 0, LESS: order < 0 }[String(result)] ?? false;
+  }
+
+  private async grant(ttl: number): Promise<Response> {
+    const id = `${1 + Math.floor(Math.random() * (2 ** 53 - 1))}`;
+    this.leases.set(id, { ttl, until: Date.now() + 1_000 * ttl });
+    await this.storage.put({ [`lease ${id}`]: ttl });
+    await this.setAlarm();
+    return this.answer({ ID: id, TTL: `${ttl}` });
+  }
+  private keepAlive(id: string): Response {
+    const lease = this.leases.get(id);
+    if (lease) lease.until = Date.now() + 1_000 * lease.ttl;
+    return Response.json({ result: { header: this.header(), ID: id, ...lease && { TTL: `${lease.ttl}` } } });
+  }
+
+  /** Ends leases, and their keys with them. */
+  private async end(ids: string[]): Promise<void> {
+    const revision = this.revision + 1;
+    for (const id of ids) this.leases.delete(id);
+    const names = [...this.keys].filter(([, { lease }]) => ids.includes(lease)).map(([name]) => name);
+    for (const name of names) this.remove(name, revision);
+    await this.save(revision, {}, [...ids.map((id) => `lease ${id}`), ...names.map((name) => `key ${name}`)]);
+  }
+  private remove(name: string, revision: number): void {
+    const { key } = this.keys.get(name)!;
+    this.keys.delete(name);
+    this.note(revision, name, { type: "DELETE", kv: { key, mod_revision: `${revision}` } });
+  }
+
+  /** Remembers a change for the watches that `save` tells of it. */
+  private note(revision: number, key: string, event: StoredEvent): void {
+    this.events.push({ revision, key, event });
+    if (this.events.length > MOST_EVENTS) this.forgotten = this.events.shift()!.revision;
+  }
+  private async save(revision: number, stored: Raw, gone: string[]): Promise<void> {
+    const isChange = this.events.at(-1)?.revision === revision;
+    if (isChange) this.revision = revision;
+    if (isChange) await this.storage.put({ ...stored, revision });
+    if (gone.length) await this.storage.delete(gone);
+    if (isChange) { for (const watcher of this.watchers) this.send(watcher, revision); }
+  }
+
+  private watch(range: Raw): Response {
+    const covers = rangeOf(range), from = Number(range.start_revision ?? 0) || this.revision + 1;
+    let watcher: Watcher | undefined;
+    const stream = new ReadableStream<Uint8Array>({
+      start: (stream) => {
+        watcher = { covers, stream };
+        this.write(watcher, { created: true });
+        if (from <= this.forgotten) {
+          this.write(watcher, { canceled: true, compact_revision: `${this.forgotten + 1}` });
+          return stream.close();
+        }
+        this.watchers.add(watcher);
+        this.send(watcher, from);
+      },
+      cancel: () => void (watcher && this.watchers.delete(watcher)),
+    });
+    return new Response(stream, { headers: { "content-type": "application/json" } });
+  }
+
+  /** Tells a watcher what has changed since a revision. */
+  private send(watcher: Watcher, from: number): void {
+    const fresh = this.events.filter(({ revision, key }) => revision >= from && watcher.covers(key));
+    if (fresh.length) this.write(watcher, { events: fresh.map(({ event }) => event) });
+  }
+  private write(watcher: Watcher, result: Raw): void {
+    const { stream } = watcher, line = JSON.stringify({ result: { header: this.header(), ...result } });
+    try {
+      stream.enqueue(Buffer.from(`${line}\n`));
+      if ((stream.desiredSize ?? 0) > -MOST_UNREAD) return;
+      stream.close(); // it lists again when it reads on
+    } catch { /* its client has left */ }
+    this.watchers.delete(watcher);
+  }
+}
 
 // -----------------------------------------------------------------------------------------------------------
 // 13. Program
@@ -13761,7 +14010,8 @@ async function runProgram(call: Call): Promise<void> {
   const openAdmin = async ({ admin }: Config) => {
     if (!admin || isAdminOpen) return;
     isAdminOpen = true;
-    const app = createAdmin(lb, { ...!isDemo && { file }, parse: (text) => loadConfig(call, text) });
+    const parse = (text: string) => fleet?.parse(text) ?? loadConfig(call, text);
+    const app = createAdmin(lb, { ...!isDemo && { file }, parse });
     const { address } = await serve(app, { hostname: admin.listen.host, port: admin.listen.port });
     report("info", `admin on http://${address}`);
     adminAddress = address;
@@ -13923,18 +14173,23 @@ async function main(args: string[], env: Call["env"]): Promise<void> {
 /** Limits of connections and heads: the platform has its own. */
 const SOCKET_LIMITS = ["connections", "client_connections", "header", "keep_alive", "header_size", "header_fields"];
 
-/** The balancer of the edge. Leaves out, with one report, what the platform does itself: so one file serves both. */
-function makeAtTheEdge(): LoadBalancer {
-  const text = fs.readFileSync("/bundle/routes.yml", "utf8"); // it lies beside the bundle
-  const config = parseConfig(text, { env: process.env }), services = [...config.services.values()];
+/** Reads a routes.yml for the edge, and says what of it is left out: there are no connections but those of HTTP. */
+function parseAtTheEdge(text: string): { config: Config; left: string[] } {
+  const config = parseConfig(text, { env: process.env }), services = [...config.services.values()], left: string[] = [];
+  const has = (is: (server: ServerConfig) => boolean) => services.some(({ servers }) => servers.some(is));
   for (const service of services) {
     if (!/^(?:http|off)$/.test(service.health.kind)) service.health = { ...service.health, kind: "off" }; // passive only
   }
-  const left: string[] = [],
-    has = (is: (server: ServerConfig) => boolean) => services.some(({ servers }) => servers.some(is));
   if (has(({ find }) => find === "srv")) left.push("srv: servers");
   if (has(({ url }) => isUnix(url))) left.push("servers at Unix sockets");
   for (const service of services) service.servers = service.servers.filter(({ url }) => !isUnix(url));
+  return { config, left };
+}
+
+/** The balancer of the edge. Leaves out, with one report, what the platform does itself: so one file serves both. */
+function makeAtTheEdge(env: EdgeEnv): { lb: LoadBalancer; fleet: Fleet | undefined; durable: string } {
+  const text = fs.readFileSync("/bundle/routes.yml", "utf8"); // it lies beside the bundle
+  const { config, left } = parseAtTheEdge(text), services = [...config.services.values()];
   const lb = createLoadBalancer(config, { accessLog: logToConsole }), file = parseDocument(text);
   left.push(...["listen", "admin", "tcp", "resolvers"].filter((key) => file.has(key)));
   left.push(...SOCKET_LIMITS.filter((key) => file.hasIn(["limits", key])).map((key) => `limits.${key}`));
@@ -13942,27 +14197,106 @@ function makeAtTheEdge(): LoadBalancer {
   const { report } = lb.balancer.effects;
   for (const warning of config.warnings) report("warn", warning);
   if (left.length) report("info", `left out of routes.yml, as the platform does it: ${left.join(", ")}`);
-  return lb;
+  const { fleet: own } = config;
+  return { lb, fleet: own && watchAtTheEdge(lb, own, env), durable: own?.durable ?? "" };
 }
 
+/** The variables and bindings of the edge. */
+type EdgeEnv = Record<string, unknown>;
+/** What the platform gives for the binding of a Durable Object. */
+interface DurableBinding {
+  idFromName(name: string): unknown;
+  get(id: unknown): { fetch(url: string | Request, init?: RequestInit): Promise<Response> };
+}
+/** The one object that is the engine of a fleet. */
+const durableOf = (env: EdgeEnv, name: string) => {
+  const binding = env[name] as DurableBinding | undefined;
+  return binding?.idFromName && binding.get(binding.idFromName("fleet"));
+};
+
+/** This isolate beside its fleet: it cannot keep a watch, and lists instead. */
+function watchAtTheEdge(lb: LoadBalancer, own: FleetConfig, env: EdgeEnv): Fleet | undefined {
+  const { effects } = lb.balancer, isBound = !!durableOf(env, own.durable);
+  if (own.durable && !isBound) effects.report("error", `fleet.durable: there is no binding ${quote(own.durable)}`);
+  if (!isBound && !own.etcd.length) return undefined;
+  const send = sendByFetch(async (url, { method, headers, body, signal, ended }) => {
+    const response = await durableOf(env, own.durable)!.fetch(url, {
+      method,
+      headers: fieldPairs(headers),
+      body,
+      signal,
+    });
+    ended(response.status, 0);
+    return response;
+  });
+  const engine = isBound
+    ? new EtcdClient({ ...own, etcd: ["https://fleet"], user: "", password: "" }, { ...effects, send })
+    : new EtcdClient(own, effects);
+  return new Fleet(lb, engine, {
+    ...{ own, name: "edge", id: "edge", file: "routes.yml", isObserver: true },
+    ...{ read: () => undefined, save: () => Promise.resolve(), onApplied() {} },
+    parse: (text) => parseAtTheEdge(text).config,
+  });
+}
+
+const DOOR = "/.well-known/lb-fleet/";
+
+/** Lets instances elsewhere to the Durable Object: those that have its token. */
+async function openDoor(request: Request, env: EdgeEnv, binding: string, { sign }: Effects): Promise<Response> {
+  const token = String(env.LB_FLEET_TOKEN ?? ""), path = new URL(request.url).pathname.slice(DOOR.length);
+  const isToken = (given: unknown) => token !== "" && sign(token, "") === sign(String(given ?? ""), "");
+  if (path === "v3/auth/authenticate") {
+    const { password } = mapOf(await request.json().catch(() => undefined));
+    if (isToken(password)) return Response.json({ header: {}, token });
+    return engineRefusal(401, 16, "etcdserver: authentication failed, invalid user ID or password");
+  }
+  if (!isToken(request.headers.get("authorization")?.replace(/^Bearer /i, ""))) {
+    return engineRefusal(401, 16, "etcdserver: invalid auth token");
+  }
+  return await durableOf(env, binding)!.fetch(new Request(`https://fleet/${path}`, request));
+}
+
+interface EdgeContext {
+  waitUntil(promise: Promise<unknown>): void;
+}
 /** What the platform calls: for each request, and by cron. */
 interface EdgeHandlers {
-  fetch(request: Request, env: unknown, context: { waitUntil(promise: Promise<unknown>): void }): Promise<Response>;
-  scheduled(): Promise<void>;
+  fetch(request: Request, env: EdgeEnv, context: EdgeContext): Promise<Response>;
+  scheduled(event: unknown, env: EdgeEnv): Promise<void>;
 }
 
-/** The edge's handlers. The first request makes the balancer, since nothing may run before; requests and cron run probes. */
+const LIST_EVERY = 1_000; // milliseconds
+
+/**
+ * The edge's handlers. The first request makes the balancer, since nothing may run before; requests and cron run probes.
+ * In a fleet the first request waits for the document; then others list, each for itself: no promise of one request may be
+ * waited for in another.
+ */
 function edge(): EdgeHandlers {
-  let made: LoadBalancer | undefined;
-  const lb = () => made ??= makeAtTheEdge();
+  let made: ReturnType<typeof makeAtTheEdge> | undefined, listedAt = -Infinity, hasListed = false;
+  const list = async ({ lb, fleet }: NonNullable<typeof made>) => {
+    const { effects } = lb.balancer;
+    if (!fleet || hasListed && effects.now() - listedAt < LIST_EVERY) return;
+    listedAt = effects.now();
+    await Promise.race([fleet.look(), effects.sleep(JOINING)]);
+    hasListed = true;
+  };
   return {
-    fetch(request, env, context) {
-      const answer = Promise.resolve(lb().fetch(request, env as object));
+    async fetch(request, env, context) {
+      const { lb, fleet, durable } = made ??= makeAtTheEdge(env);
+      if (durable && new URL(request.url).pathname.startsWith(DOOR) && durableOf(env, durable)) {
+        return await openDoor(request, env, durable, lb.balancer.effects);
+      }
+      if (fleet && !hasListed) await list(made);
+      const answer = Promise.resolve(lb.fetch(request, env));
       const behind = answer.then(() => BACKGROUND_WORK.get(request));
-      context.waitUntil(Promise.all([answer, behind, lb().probe()])); // without it a client that leaves stays in flight
-      return answer;
+      context.waitUntil(Promise.all([answer, behind, lb.probe(), list(made)])); // else a client that leaves stays in flight
+      return await answer;
     },
-    scheduled: () => lb().probe(),
+    async scheduled(_, env) {
+      await list(made ??= makeAtTheEdge(env));
+      await made.lb.probe();
+    },
   };
 }
 

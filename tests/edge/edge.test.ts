@@ -14,6 +14,7 @@ import { after, before, test, type TestContext } from "node:test";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import { brotliCompressSync, deflateSync, gunzipSync, gzipSync, zstdCompressSync } from "node:zlib";
+import { eventually, startBackend, startInstance } from "../rig/engines.ts";
 import { BINARY, handshake, openWebSocket, webSocketServer } from "../rig/websocket.ts";
 import {
   answer,
@@ -89,7 +90,11 @@ async function edge(t: TestContext, config: object, env: Record<string, string> 
             "routes.yml": { type: "text", contents: JSON.stringify({ log: "off", ...config }) },
           },
         },
-        env: Object.fromEntries(Object.entries(env).map(([name, value]) => [name, { type: "text", value }])),
+        env: {
+          ...Object.fromEntries(Object.entries(env).map(([name, value]) => [name, { type: "text", value }])),
+          FLEET: { type: "durable-object", worker: "lb", exportName: "LbFleet" },
+        },
+        exports: { LbFleet: { type: "durable-object", storage: "sqlite" } },
       },
       dev: { unsafeDirectSockets: [{ host: "127.0.0.1", port: 0 }] },
     }],
@@ -799,4 +804,99 @@ test("a server's refusal of a WebSocket reaches the client as it is", { skip }, 
   const { answers } = await rawRequest(lb.port, handshake("/"));
   assert.deepEqual(answers.map((one) => [status(one), value(one, "x-why"), body(one)]), [[401, "because", "no"]]);
   assert.equal(no.requests.length, 1);
+});
+
+// ─── Fleets ───
+
+const FLEET = { durable: "FLEET" }, TOKEN = "token-of-the-fleet";
+const b64 = (text: string) => Buffer.from(text).toString("base64");
+/** One call of the Durable Object, through the Worker. */
+async function callDurable(at: Edge, path: string, given: unknown, token = TOKEN) {
+  const headers = token ? `Authorization: ${token}\r\n` : "";
+  const answered = await at.ask(`/.well-known/lb-fleet/v3/${path}`, {
+    method: "POST",
+    headers,
+    body: JSON.stringify(given),
+  });
+  return { status: status(answered), json: JSON.parse(body(answered)) };
+}
+const putDurable = (at: Edge, key: string, value: string) =>
+  callDurable(at, "kv/txn", { success: [{ request_put: { key: b64(key), value: b64(value) } }] });
+
+test("the Durable Object is there for who has the token, and for nobody where there is none", { skip }, async (t) => {
+  const one = await server(t), config = { fleet: FLEET, default: { servers: over(one) } };
+  const open = await edge(t, config, { LB_FLEET_TOKEN: TOKEN }), closed = await edge(t, config);
+  const range = { key: b64("lb/"), range_end: b64("lb0") };
+  assert.equal((await callDurable(open, "kv/range", range)).status, 200);
+  for (const token of ["", "wrong"]) assert.equal((await callDurable(open, "kv/range", range, token)).status, 401);
+  for (const token of ["", TOKEN, "undefined"]) {
+    assert.equal((await callDurable(closed, "kv/range", range, token)).status, 401);
+  }
+  assert.equal((await callDurable(open, "auth/authenticate", { name: "x", password: TOKEN }, "")).json.token, TOKEN);
+  assert.equal((await callDurable(open, "auth/authenticate", { name: "x", password: "wrong" }, "")).status, 401);
+  assert.equal((await callDurable(closed, "auth/authenticate", { name: "x", password: "" }, "")).status, 401);
+  assert.equal((await callDurable(open, "kv/nothing", {})).status, 404);
+});
+
+test(
+  "an isolate takes the fleet's document before its first answer, and a newer one beside requests",
+  { skip },
+  async (t) => {
+    const [first, second] = [await server(t, "first"), await server(t, "second")];
+    const at = await edge(t, { fleet: FLEET, default: { servers: over(first) } }, { LB_FLEET_TOKEN: TOKEN });
+    assert.equal(body(await at.ask("/")), "first");
+    const { json } = await callDurable(at, "kv/range", { key: b64("lb/config") });
+    const text = Buffer.from(json.kvs[0].value, "base64").toString();
+    assert.match(text, /"fleet"/, "there was none: its own has become the document");
+    await putDurable(at, "lb/config", text.replace(first.address, second.address));
+    const end = Date.now() + 10_000;
+    while (body(await at.ask("/")) !== "second") {
+      assert.ok(Date.now() < end, "the newer document");
+      await sleep(50);
+    }
+    await putDurable(at, "lb/config", "servers: nonsense");
+    await sleep(1_200);
+    await at.ask("/");
+    await until(
+      "what cannot be used is said",
+      () => at.logs.some((line) => /of the document cannot be used here/.test(line)),
+    );
+    assert.equal(body(await at.ask("/")), "second");
+  },
+);
+
+test("instances elsewhere join over the Durable Object; where they probe, isolates do not", { skip }, async (t) => {
+  const ends: (() => unknown)[] = [];
+  t.after(async () => {
+    for (const end of ends) await end();
+  });
+  const own = { after: (end: () => unknown) => void ends.unshift(end) };
+  const at = await edge(t, { fleet: FLEET }, { LB_FLEET_TOKEN: TOKEN }),
+    url = `http://127.0.0.1:${at.port}/.well-known/lb-fleet/`;
+  assert.equal(status(await at.ask("/")), 404, "there is no document yet");
+  const backend = await startBackend(own, "one"),
+    joined = { etcd: url, user: "lb", password: "\${LB_FLEET_TOKEN}", ttl: "2s" };
+  const rest =
+    `default: { servers: [${backend.address}], health: { path: /health, interval: 200ms, fall: 2, rise: 2 } }\n`;
+  const env = { LB_FLEET_TOKEN: TOKEN };
+  const a = await startInstance(own, "a", joined, { rest, env }), b = await startInstance(own, "b", joined, { env });
+  await eventually("both are there", async () => (await b.fleet()).instances.length === 2);
+  await eventually("the edge has their document", async () => body(await at.ask("/")) === "one");
+  assert.equal((await b.ask("PATCH /config?wait=5s", { log: "json" })).status, 200);
+  assert.match(a.text(), /log: json/);
+  backend.isUp = false;
+  await eventually("down on both", async () => {
+    const all = await Promise.all([a, b].map((one) => one.ask("GET /services")));
+    return all.every(({ json }) => json.services[0].servers[0].up === false);
+  });
+  await eventually("and at the edge, by their word", async () => {
+    await at.ask("/");
+    return at.logs.some((line) => /is down: most of its probers say so/.test(line));
+  });
+  await a.stop("SIGKILL");
+  await eventually(
+    "who is gone loses its lease, by the alarm",
+    async () => (await b.fleet()).instances.length === 1,
+    20_000,
+  );
 });
