@@ -231,6 +231,9 @@ const ABOUT: Record<string, string> = {
   "log.sample": "the share of the requests that have a line; those that failed always have one",
   "service.servers": "one, or a list: `host:port`, a URL, `unix:/run/app.sock`, or a map",
   "service.servers.url": "`host:port`, `http://`, `https://` or `h2c://` and a host, or `unix:` and a path",
+  "service.servers.dns": "in place of `url`: `NAME:PORT` or `https://NAME`; each of its addresses is a server",
+  "service.servers.srv":
+    "in place of `url`: a name such as `_http._tcp.api.internal`; each of its SRV records is a server",
   "service.servers.weight": "its share, compared with those of the others; 0 takes no requests",
   "service.servers.host": "the Host that it gets; without it `host_header` decides",
   "service.servers.backup": "asked only when no other server of the service may be asked",
