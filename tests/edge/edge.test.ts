@@ -160,6 +160,21 @@ test(
   },
 );
 
+test(
+  "a dns: server is one server, reached by its name; srv: and Unix sockets are left out, and said",
+  { skip },
+  async (t) => {
+    const a = await server(t, "a"), name = a.address.replace("127.0.0.1", "localhost");
+    const servers = [{ dns: name }, { srv: "_http._tcp.a.test" }, "unix:/run/app.sock"];
+    const lb = await edge(t, { resolvers: ["10.0.0.2"], default: { servers } });
+    for (const path of ["/", "/", "/"]) assert.equal(body(await lb.ask(path)), "a");
+    await until("it is said", () => /left out/.test(lb.logs.join("\n")));
+    assert.deepEqual(lb.logs.filter((line) => /left out/.test(line)), [
+      "info: left out of routes.yml, as the platform does it: srv: servers, servers at Unix sockets, resolvers",
+    ]);
+  },
+);
+
 test("what the platform does is left out of the file with one line in the log", { skip }, async (t) => {
   const a = await server(t, "a");
   const limits = { requests: 100, connections: 5, header_size: "8KiB" };

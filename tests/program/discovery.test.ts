@@ -2,6 +2,8 @@
 // program over a DNS server of ours.
 
 import assert from "node:assert/strict";
+import type { Socket } from "node:net";
+import { createServer as createTlsServer, type TLSSocket } from "node:tls";
 import {
   type ConfigError,
   createAdmin,
@@ -12,7 +14,20 @@ import {
   samplesOf,
 } from "../../lb.ts";
 import { dnsServer } from "../rig/dns.ts";
-import { answer, get, rawRequest, scriptedServerAt, startProgram, status, test, until, value } from "../rig/rig.ts";
+import {
+  answer,
+  endServer,
+  get,
+  listenLocally,
+  rawRequest,
+  scriptedServerAt,
+  startProgram,
+  status,
+  test,
+  until,
+  value,
+} from "../rig/rig.ts";
+import { A, CA, KEY } from "../rig/certificates.ts";
 
 type Answer = string[] | Error;
 type Srv = [priority: number, weight: number, port: number, name: string][] | Error;
@@ -477,5 +492,33 @@ test("a name that is unknown at the start stops nothing, also where no resolver 
   } finally {
     await lb.stop();
     await Promise.all([dns.close(), one.close()]);
+  }
+});
+
+test("over TLS a server that was found is asked for the DNS name, and its certificate has to be for that", async () => {
+  const dns = await dnsServer(), open = new Set<Socket>();
+  const server = createTlsServer({ cert: A, key: KEY, ALPNProtocols: ["http/1.1"] }, (socket) => { // for a.test and 127.0.0.1
+    const body = String((socket as TLSSocket & { servername?: string | false }).servername || "none");
+    open.add(socket.on("error", () => {}));
+    socket.on("data", () => socket.write(`HTTP/1.1 200 OK\r\nContent-Length: ${body.length}\r\n\r\n${body}`));
+  });
+  server.on("tlsClientError", () => {});
+  const port = await listenLocally(server),
+    routes = ["a.test", "b.test"].map((name) => {
+      dns.set("A", name, ["127.0.0.1"]);
+      return { path: `/${name}`, servers: [{ dns: `https://${name}:${port}` }], tls: { ca: "ca.pem" }, health: "off" };
+    });
+  dns.set("SRV", "_https._tcp.test", [`1 1 ${port} a.test`]);
+  routes.push({ ...routes[0]!, path: "/srv", servers: [{ srv: "_https._tcp.test" } as never] });
+  const lb = await startProgram({ resolvers: [dns.address], routes }, [], { "ca.pem": CA });
+  try {
+    const ask = async (path: string) => (await rawRequest(lb.port, get(path), { quiet: 30 })).answers[0]!;
+    assert.equal((await ask("/a.test")).body.toString(), "a.test");
+    assert.equal((await ask("/srv")).body.toString(), "a.test");
+    const refused = await ask("/b.test");
+    assert.deepEqual([status(refused), value(refused, "x-lb-failure")], [502, "connect"]);
+  } finally {
+    await lb.stop();
+    await Promise.all([dns.close(), endServer(server, open)]);
   }
 });
