@@ -59,7 +59,6 @@ import { Duplex } from "node:stream";
 import { isDeepStrictEqual, parseArgs, promisify } from "node:util";
 import { isMainThread, parentPort, Worker, workerData } from "node:worker_threads";
 import { constants as zlib, createGzip } from "node:zlib";
-import { toJsonSchema, toJsonSchemaDefs } from "@valibot/to-json-schema";
 import { distance } from "fastest-levenshtein";
 import { type Context, Hono, type HonoRequest, type MiddlewareHandler } from "hono";
 import { bodyLimit } from "hono/body-limit";
@@ -75,15 +74,20 @@ import ipaddr from "ipaddr.js";
 import { RE2JS, type RE2JSSyntaxException } from "re2js";
 import * as v from "valibot";
 import {
+  type Document,
   isAlias,
   isCollection,
   isMap,
+  isNode,
+  isPair,
   isScalar,
   isSeq,
   LineCounter,
   type Node,
+  type Pair as YamlPair,
   parseDocument,
-  type Scalar,
+  Scalar,
+  type ScalarTag,
   stringify,
   visit,
   type YAMLSeq,
@@ -97,125 +101,153 @@ import {
 
 // --- 1.1 Value types: durations, sizes, names, addresses, and how schemas are put together ---
 
-// A message that begins with $ begins with the value: `"5 sec" is not a duration` (see `reportIssue`).
 type Schema = v.GenericSchema;
 type Out<S extends Schema> = v.InferOutput<S>;
-type OutOf<E extends v.ObjectEntries> = Out<v.ObjectSchema<E, undefined>>;
 type Raw = Record<string, unknown>;
-
 type Keys = (string | number)[];
 
 const isRecord = (value: unknown): value is Raw => typeof value === "object" && value !== null && !Array.isArray(value);
 const mapOf = (value: unknown): Raw => isRecord(value) ? value : {};
-const isTrue = (value: unknown) => /^true$/i.test(String(value)); // see `asSpelled`
+const isTrue = (value: unknown): boolean => /^true$/i.test(String(value));
+/** The entries of a record with these keys. No key is special, not even `__proto__`. */
+const pickKeys = (from: Raw, has: (key: string) => boolean): Raw =>
+  Object.fromEntries(Object.entries(from).filter(([key]) => has(key)));
+const mapValues = (values: Raw, change: (value: unknown, key: string) => unknown): Raw =>
+  Object.fromEntries(Object.entries(values).map(([key, value]) => [key, change(value, key)]));
 
-/** valibot takes a list for a map with the keys "0", "1", ...; we do not. */
-const notAList = <S extends Schema>(schema: S, message: string): S => ({
-  ...schema,
-  "~run": (dataset: v.UnknownDataset, config: v.Config<v.BaseIssue<unknown>>) =>
-    (Array.isArray(dataset.value) ? v.string(message) : schema)["~run"](dataset, config),
-});
+/** The value under `key`, made first where there is none. */
+function getOrMake<K extends WeakKey | string | number, V>(
+  values: { get(key: K): V | undefined; set(key: K, value: V): unknown },
+  key: K,
+  make: (key: K) => V,
+): V {
+  let value = values.get(key);
+  if (value === undefined) values.set(key, value = make(key));
+  return value;
+}
+
+// A message that begins with $ begins with the value: `"5 sec" is not a duration` (see `reportIssue`).
+const UNKNOWN_KEY = "unknown key", MISSING = "is missing";
+
+/** What the functions below add to a schema of valibot, for `longForm` and `jsonOf`. */
+interface Parts {
+  json?: Raw; // what JSON Schema says of it, where that is more than its type
+  about?: string; // a key's description
+  entries?: Record<string, Schema>; // of a map with known keys
+  oneOf?: string[]; // exactly one of these keys is there
+  values?: Schema; // of a map with free keys
+  short?: Schema; // what may stand in its place
+  long?(value: unknown): unknown; // what `short` stands for
+  // valibot's own
+  type: string;
+  literal?: string | boolean;
+  wrapped?: Schema;
+  default?: unknown;
+  options?: Schema[];
+  item?: Schema;
+  least?: number; // items of a list
+}
+const partsOf = (schema: Schema): Parts => schema as unknown as Parts;
+const withParts = <S extends Schema, P extends Partial<Parts>>(schema: S, parts: P): S & P =>
+  Object.assign(schema, parts);
+
+const mayBeAbsent = (schema: Schema): boolean => /optional$/.test(partsOf(schema).type); // or exact_optional
+
+type AddIssue = (info: { message: string; input?: unknown; path: [v.ObjectPathItem, ...v.IssuePathItem[]] }) => void;
+const pathItem = (origin: "key" | "value", input: Raw, key: string): v.ObjectPathItem => {
+  return { type: "object", origin, input, key, value: input[key] };
+};
+/** Reads the value of a key; its mistakes get the key in front of their paths. */
+function readKey(schema: Schema, input: Raw, key: string, addIssue: AddIssue): unknown {
+  const { issues, output } = v.safeParse(schema, Object.hasOwn(input, key) ? input[key] : undefined);
+  for (const issue of issues ?? []) addIssue({ ...issue, path: [pathItem("value", input, key), ...issue.path ?? []] });
+  return output;
+}
+
 /** A key of a map with its default, as one would write it. */
 const exampleOf = (entries: v.ObjectEntries): string => {
-  const [name, value] = Object.entries(entries).map(([key, schema]) => [key, "default" in schema ? schema.default : ""])
-    .find(([, value]) => value && typeof value !== "object") ?? [Object.keys(entries)[0], "..."];
+  const [name, value] = Object.entries(entries).map(([key, schema]) => [key, partsOf(schema).default])
+    .find(([, usual]) => usual && typeof usual !== "object") ?? [Object.keys(entries)[0], "..."];
   return `{ ${name}: ${value} }`;
 };
-/** A map with known keys. Unlike `v.strictObject`, which stops at the first one, it reports every unknown key. */
+type OutOf<E extends v.ObjectEntries> = Out<v.ObjectSchema<E, undefined>>;
+/** A map with known keys. Unlike valibot's own it takes no list, reports every unknown key, and knows no special one. */
 const map = <const E extends v.ObjectEntries>(entries: E, example: string = exampleOf(entries)) => {
-  const message = `$ is not a map such as ${example}`;
-  const schema = v.objectWithRest(entries, v.never(Object.keys(entries).join(" ")), message);
-  return notAList(schema as unknown as v.ObjectSchema<E, string>, message);
+  const read = v.rawTransform<Raw, OutOf<E>>(({ dataset: { value: input }, addIssue }) => {
+    const say = addIssue as AddIssue, out: Raw = {};
+    for (const [key, schema] of Object.entries(entries)) {
+      const { default: usual } = partsOf(schema), isThere = Object.hasOwn(input, key);
+      if (!isThere && !mayBeAbsent(schema)) say({ message: MISSING, path: [pathItem("key", input, key)] });
+      else if (isThere || usual !== undefined) out[key] = readKey(schema, input, key, say);
+    }
+    const known = Object.keys(entries), unknown = Object.keys(input).filter((key) => !known.includes(key));
+    for (const key of unknown) say({ message: UNKNOWN_KEY, input: known, path: [pathItem("key", input, key)] });
+    return out as OutOf<E>;
+  });
+  return withParts(v.pipe(v.custom<Raw>(isRecord, `$ is not a map such as ${example}`), read), { entries });
 };
-/** Tells editors that a map has exactly one of these keys. */
-const withOneOf = <S extends Schema>(schema: S, keys: string[]): S => Object.assign(schema, { oneOf: keys });
 /** A map with exactly one of these keys. */
 const choice = <const E extends v.ObjectEntries>(entries: E) => {
-  const message = `needs exactly one of ${Object.keys(entries).join(", ")}`;
+  const keys = Object.keys(entries), message = `needs exactly one of ${keys.join(", ")}`;
   return v.pipe(
-    withOneOf(map(entries), Object.keys(entries)),
+    withParts(map(entries), { oneOf: keys }),
     v.check((chosen) => Object.keys(chosen).length === 1, message),
   );
+};
+/** A map with free keys becomes a `Map`. */
+const dict = <O>(name: v.GenericSchema<unknown, string>, value: v.GenericSchema<unknown, O>, example: string) => {
+  const read = v.rawTransform<Raw, Map<string, O>>(({ dataset: { value: input }, addIssue }) => {
+    const say = addIssue as AddIssue, out = new Map<string, O>();
+    for (const key of Object.keys(input)) {
+      const { issues, output } = v.safeParse(name, key), isTwice = !issues && out.has(output);
+      const message = issues ? issues[0].message : isTwice && "$ stands twice";
+      if (message) say({ message, input: key, path: [pathItem("key", input, key)] });
+      out.set(output as string, readKey(value, input, key, say) as O);
+    }
+    return out;
+  });
+  return v.pipe(withParts(v.custom<Raw>(isRecord, `$ is not a map such as ${example}`), { values: value }), read);
 };
 /** A key that may be left out; without a fallback it then stays absent. */
 const may = <S extends Schema, D extends v.InferInput<S> | undefined = undefined>(
   schema: S,
   about: string,
   usual?: D,
-) => v.pipe(v.optional(schema, usual as never), v.description(about)) as unknown as v.OptionalSchema<S, D>;
-/** A key that must be there. The union keeps its description in front of the transformations, where JSON Schema ends. */
-const need = <S extends Schema>(schema: S, about: string) => v.pipe(v.union([schema]), v.description(about));
+) => withParts(v.optional(schema, usual as never), { about }) as unknown as v.OptionalSchema<S, D>;
+/** A schema with a description, such as that of a key that must be there. */
+const says = <S extends Schema>(schema: S, about: string): S => ({ ...schema, about });
+/** The defaults of a map as they are written. */
+const defaultsOf = (schema: Schema) => v.getDefaults(schema) as unknown as Raw;
 const opt = v.optional; // for keys that their map's own description explains
 
-// valibot drops the keys __proto__, constructor and prototype: they are written with a NUL in front until it is done.
-const escapeKey = (name: string) => /^(__proto__|constructor|prototype)$/.test(name) ? `\0${name}` : name;
-const unescaped = (name: string) => name.replace(/^\0/, "");
-/** A map with free keys becomes a `Map`, in which no name is special. */
-const dict = <I, O>(name: v.GenericSchema<unknown, string>, value: v.GenericSchema<I, O>, example: string) => {
-  const message = `$ is not a map such as ${example}`;
-  return v.pipe(
-    notAList(v.record(v.string(), value, message), message),
-    v.rawCheck<Record<string, O>>(({ dataset: { value: input }, addIssue }) => { // also where a value is wrong
-      const seen = new Set<string>();
-      for (const [key, value] of Object.entries(mapOf(input))) {
-        const { issues, output } = v.safeParse(name, unescaped(key));
-        const message = issues ? issues[0].message : seen.has(output) && "$ stands twice";
-        if (message) addIssue({ message, path: [{ type: "object", origin: "key", input: mapOf(input), key, value }] });
-        else seen.add(output as string);
-      }
-    }),
-    v.transform((input) =>
-      new Map(Object.entries(input).map(([key, value]) => [v.parse(name, unescaped(key)), value]))
-    ),
-  );
-};
 const either = <const O extends Schema[]>(what: string, ...options: O) => v.union(options, `$ is not ${what}`);
-const oneOf = <const N extends (string | number)[]>(...names: N) =>
-  v.picklist(names, `$ is not one of ${names.filter((name) => name !== "").join(", ")}`);
 /** One, or a list of them; always a list afterwards. */
 const many = <S extends Schema>(item: S, what: string, least = 0) => {
   const message = `$ is not ${what}, or a list of them`;
   const one = v.pipe(item, v.transform((one: Out<S>) => [one]));
-  return v.pipe(v.union([one, v.array(item, message)], message), v.check((list) => list.length >= least, message));
+  const list = withParts(v.array(item, message), { least });
+  return v.pipe(v.union([one, list], message), v.check(({ length }) => length >= least, `is empty: it needs ${what}`));
 };
-/** A short form: it means, and --print-config shows, what `long` makes of it. */
-const brief = <S extends Schema, L extends Schema>(short: S, long: (value: v.InferInput<S>) => unknown, schema: L) => ({
-  ...short as unknown as v.GenericSchema<v.InferInput<S>, Out<L>>,
-  long,
-  "~run": (dataset: v.UnknownDataset, config: v.Config<v.BaseIssue<unknown>>) => {
-    const { value } = dataset, read = short["~run"](dataset, config);
-    return (read.issues ? read : schema["~run"]({ value: long(value) }, config)) as v.OutputDataset<
-      Out<L>,
-      v.BaseIssue<unknown>
-    >;
-  },
-});
-/** Either a short form, or the long one. */
-const orBrief = <S extends Schema, L extends Schema>(what: string, ...of: Parameters<typeof brief<S, L>>) =>
-  either(what, brief(...of), of[2]);
-/** What is known of a schema's parts: valibot keeps those of the first schema in a pipe. */
-type Parts = {
-  type: string;
-  long?(value: unknown): unknown;
-  wrapped?: Schema;
-  options?: Schema[];
-  item?: Schema;
-  value?: Schema;
-  entries?: Record<string, Schema>;
-};
-/** A valid value with its short forms written out. */
+/** Either a short form, which means what `long` makes of it, or the long one. */
+const orBrief = <S extends Schema, L extends Schema>(
+  what: string,
+  short: S,
+  long: (value: v.InferInput<S>) => unknown,
+  schema: L,
+) => withParts(either(what, short, schema), { short, long }) as unknown as v.GenericSchema<unknown, Out<L>>;
+/** A value with its short forms written out. What is not valid stays as it is. */
 function longForm(schema: Schema, value: unknown): unknown {
-  const { type, long, wrapped, options, item, value: values, entries } = schema as unknown as Parts;
-  if (long) return long(value);
+  const { short, long, wrapped, options = [], item, entries, values } = partsOf(schema);
+  if (short && v.is(short, value)) return long!(value);
   if (wrapped) return longForm(wrapped, value);
-  if (type === "union") {
-    const option = options!.find((one) => v.safeParse(one, value).success);
-    return option ? longForm(option, value) : value;
-  }
+  if (options.some((one) => partsOf(one).literal === value)) return value;
+  for (const option of options) value = longForm(option, value);
   if (Array.isArray(value)) return item ? value.map((one) => longForm(item, one)) : value;
-  if (!isRecord(value)) return value;
-  const of = (key: string) => entries ? entries[key] : values;
-  return Object.fromEntries(Object.entries(value).map(([key, one]) => [key, of(key) ? longForm(of(key)!, one) : one]));
+  if (!isRecord(value) || !entries && !values) return value;
+  return mapValues(value, (one, key) => {
+    const part = values ?? (Object.hasOwn(entries!, key) ? entries![key] : undefined);
+    return part ? longForm(part, one) : one;
+  });
 }
 /** The word off or none, which means `meant`, or something else. */
 const or = <T, S extends Schema>(off: "off" | "none", meant: T, schema: S, what = "a map") =>
@@ -223,21 +255,27 @@ const or = <T, S extends Schema>(off: "off" | "none", meant: T, schema: S, what 
     either(`${off} or ${what}`, v.literal(off), schema),
     v.transform((value): T | Out<S> => value === off ? meant : value as Out<S>),
   );
-type Json = ReturnType<typeof toJsonSchema>;
+
+const VARIABLE = "\\$\\{"; // in JSON Schema: ${NAME} may stand in place of any value
 /** The JSON Schema of words and numbers of a pattern. */
-function patternJson(pattern: RegExp): Json {
-  const text: Json = { type: "string", pattern: pattern.source };
-  if (pattern.test("7") || pattern.test("200")) return { ...text, type: ["string", "number"] } as unknown as Json;
+function patternJson(pattern: RegExp): Raw {
+  const text = { type: "string", pattern: `${pattern.source}|${VARIABLE}` };
+  if (pattern.test("7") || pattern.test("200")) return { ...text, type: ["string", "number"] };
   return pattern.test("0") ? { anyOf: [text, { const: 0 }] } : text;
 }
 type Reader<T> = (text: string, ...groups: string[]) => T | Error | false;
 /**
  * A word or number. `read` makes a value of the pattern's groups; false refuses it, and so does an Error, which says why.
- * Editors show what the pattern refuses, or `strict`, where that refuses more.
+ * Editors show what the pattern refuses, or what `strict` does, where that refuses more.
  */
-const term = <T = string>(what: string, pattern: RegExp, read: Reader<T> = (text) => text as T, strict = pattern) =>
+const term = <T = string>(
+  what: string,
+  pattern: RegExp,
+  read: Reader<T> = (text) => text as T,
+  strict: RegExp | Raw = pattern,
+) =>
   v.pipe(
-    Object.assign(either(what, v.string(), v.number()), { json: patternJson(strict) }),
+    withParts(either(what, v.string(), v.number()), { json: strict instanceof RegExp ? patternJson(strict) : strict }),
     v.rawTransform<string | number, T>(({ dataset, addIssue, NEVER }) => {
       const found = pattern.exec(String(dataset.value)) as [string] | null;
       const value: T | Error | false = found !== null && read(...found);
@@ -246,21 +284,40 @@ const term = <T = string>(what: string, pattern: RegExp, read: Reader<T> = (text
       return NEVER;
     }),
   );
-/** Takes 3.0, 1e3 and True for what they are, where `scalar` has left them as they are written. */
-const asSpelled = <S extends Schema>(schema: S): S => ({
-  ...schema,
-  "~run": (dataset: v.UnknownDataset, config: v.Config<v.BaseIssue<unknown>>) => {
-    const { value } = dataset, odd = typeof value === "string" && ODD.test(value);
-    return schema["~run"](odd ? { ...dataset, value: JSON.parse(lower(value)) } : dataset, config);
-  },
-});
-const ODD = /^(?:True|TRUE|False|FALSE|(?:0|[1-9]\d*)(?:\.\d*0|(?:\.\d+)?[eE]\d+))$/;
-const numeral = (least: number, most: number, message = `$ is not a number from ${least} to ${most}`) =>
-  v.pipe(asSpelled(v.number(message)), v.minValue(least, message), v.maxValue(most, message));
-const integer = (least: number, most: number) => {
-  const message = `$ is not a whole number from ${least} to ${most}`;
-  return v.pipe(numeral(least, most, message), v.integer(message));
+/** A word or number that passes a test. */
+const scalar = (what: string, json: Raw, test: (text: string) => boolean) => {
+  const isScalar = (value: unknown) => typeof value === "string" || typeof value === "number";
+  return withParts(v.custom<string | number>((value) => isScalar(value) && test(`${value}`), `$ is not ${what}`), {
+    json,
+  });
 };
+const oneOf = <const N extends (string | number)[]>(...names: N) => {
+  const json = { anyOf: [{ enum: names }, { type: "string", pattern: VARIABLE }] };
+  const find = (text: string): N[number] | undefined => names.find((name) => `${name}` === text);
+  const what = `one of ${names.filter((name) => name !== "").join(", ")}`;
+  return v.pipe(scalar(what, json, (text) => find(text) !== undefined), v.transform((value) => find(`${value}`)!));
+};
+const numberFrom = (least: number, most: number, type: "number" | "integer") => {
+  const what = `a ${type === "integer" ? "whole number" : "number"} from ${least} to ${most}`;
+  const json = { type: [type, "string"], minimum: least, maximum: most, pattern: VARIABLE };
+  const fits = (number: number) => number >= least && number <= most && (type === "number" || Number.isInteger(number));
+  return v.pipe(
+    scalar(what, json, (text) => /^-?\d+(?:\.\d+)?(?:[eE]\d+)?$/.test(text)), // 3.0 and 1e3 too
+    v.transform(Number),
+    v.check(fits, `$ is not ${what}`),
+  );
+};
+const numeral = (least: number, most: number) => numberFrom(least, most, "number");
+const integer = (least: number, most: number) => numberFrom(least, most, "integer");
+const truth = (value: unknown): value is string | boolean => /^(?:true|false)$/i.test(String(value));
+const Bool = v.pipe(
+  withParts(v.custom(truth, "$ is not true or false"), { json: { type: ["boolean", "string"], pattern: VARIABLE } }),
+  v.transform(isTrue),
+);
+const True = v.pipe(
+  withParts(v.custom<unknown>(isTrue, "$ is not true"), { json: { const: true } }),
+  v.transform(() => true as const),
+);
 
 // Times become milliseconds, percentages fractions, sizes bytes, and none becomes Infinity.
 const UNITS: Record<string, number> = { ms: 1, s: 1e3, m: 60e3, h: 3600e3, d: 86400e3 };
@@ -284,8 +341,10 @@ const HeadSize = term("a size such as 64KiB, from 1KiB to 1MiB", SIZE, (...size)
   return Number(bytes) >= 1_024 && Number(bytes) <= 2 ** 20 && bytes;
 });
 const Limit = or("none", Infinity, integer(1, 1e6), "a whole number from 1 to 1000000");
-const Bool = asSpelled(v.boolean("$ is not true or false")), True = asSpelled(v.literal(true));
-const Text = v.pipe(either("text", v.string(), v.number(), v.boolean()), v.transform(String));
+const Text = v.pipe(
+  withParts(either("text", v.string(), v.number(), v.boolean()), { json: { type: ["string", "number", "boolean"] } }),
+  v.transform(String),
+);
 // A line break would begin another header.
 const Printable = v.pipe(Text, v.regex(/^[\t\x20-\x7e\x80-\xff]*$/, "$ cannot stand in a header"), v.trim());
 const Texts = many(Printable, "a text");
@@ -439,7 +498,8 @@ const shownAddress = (host: string, port: number): string => isUnix(host) ? host
 const ORIGIN =
   /^(?:unix:\/[!-~]{1,106}|(?:([hH][tT][tT][pP][sS]?|[hH]2[cC]):\/\/)?(\[[^\]]*\]|[^:[\]/?#@]*)(?::(\d{1,5}))?\/?)$/;
 const SERVER = "a server such as localhost:8081 or http://localhost (no user, no path)";
-const isPortText = (server: unknown): boolean => /^\d{1,5}$/.test(String(server));
+const isPortText = (server: unknown): boolean =>
+  typeof server !== "object" && /^\d{1,5}$/.test(String(server)) && Number(server) < 65536;
 const readServer: Reader<{ name: string; url: string }> = (text, scheme = "", given, at) => {
   if (isUnix(text)) return { name: text, url: text };
   const [host, port] = isPortText(text) ? ["localhost", text] : [given!, at];
@@ -449,10 +509,10 @@ const readServer: Reader<{ name: string; url: string }> = (text, scheme = "", gi
   const { origin } = new URL(`${isH2c ? "http" : scheme || "http"}://${fits ? name : "none"}`);
   return fits && { name, url: isH2c ? origin.replace("http", "h2c") : origin };
 };
-const Url = {
-  ...term(SERVER, ORIGIN, readServer),
-  long: (server: unknown) => isPortText(server) ? `localhost:${server}` : server,
-};
+const Url = withParts(
+  term(SERVER, ORIGIN, readServer),
+  { short: v.custom(isPortText), long: (server) => `localhost:${server}` },
+);
 const A_DNS_NAME = "a name and a port such as api.internal:8080, or https://api.internal";
 const DnsName = term(A_DNS_NAME, ORIGIN, (text, scheme, host = "", port) => {
   return isName(host.replace(/\.$/, "")) && readServer(text, ...[scheme, host, port] as string[]);
@@ -471,7 +531,7 @@ const also = {
 };
 const SERVER_KEYS = ["url", "dns", "srv"] as const;
 const ServerMap = v.pipe(
-  withOneOf(map({ url: opt(Url), dns: opt(DnsName), srv: opt(SrvName), ...also }), [...SERVER_KEYS]),
+  withParts(map({ url: opt(Url), dns: opt(DnsName), srv: opt(SrvName), ...also }), { oneOf: [...SERVER_KEYS] }),
   v.check(
     (one) => SERVER_KEYS.filter((key) => one[key]).length === 1,
     `needs exactly one of ${SERVER_KEYS.join(", ")}`,
@@ -522,8 +582,10 @@ const STRATEGIES = ["round-robin", "first", "random", "two-choices", "least-conn
 type Hashed = "header" | "cookie" | "query" | "path" | "client";
 const NAMED_KEYS = { header: opt(HeaderName), cookie: opt(Text), query: opt(Text) };
 const HashMap = map({ hash: choice({ ...NAMED_KEYS, path: opt(True), client: opt(True) }) });
-const AnyName = Object.assign(v.union([v.picklist(STRATEGIES), v.string()]), { json: { enum: STRATEGIES } });
-/** Any name, for users may bring strategies of their own: `checkFile` knows which there are. */
+const AnyName = withParts(v.string(), {
+  json: { anyOf: [{ enum: STRATEGIES }, { type: "string", pattern: VARIABLE }] },
+});
+/** Any name, for users may bring strategies of their own: `check` knows which there are. */
 const StrategySchema = v.pipe(
   either("a strategy such as random or {hash: {header: name}}", AnyName, HashMap),
   v.transform((strategy): { name: string; by: Hashed | "none"; key: string } => {
@@ -553,7 +615,7 @@ const Probe = map({
   method: may(oneOf("GET", "HEAD", "OPTIONS", "POST"), "to ask with", "GET"),
   headers: may(dict(HeaderName, Printable, "{ x-name: value }"), "of the request", {}),
 });
-const kindOfProbe = ({ grpc, path }: Out<typeof Probe>) =>
+const kindOfProbe = ({ grpc, path }: Pick<Out<typeof Probe>, "grpc" | "path">) =>
   grpc !== undefined ? "grpc" as const : path ? "http" as const : "tcp" as const;
 const Probing = v.pipe(Probe, v.transform((one) => ({ kind: kindOfProbe(one), ...one })));
 const A_PROBE = "a path, or a map such as { path: /healthz }";
@@ -597,7 +659,8 @@ const CorsMap = map({
   credentials: may(Bool, "with cookies", false),
 });
 const credible = (cors: Out<typeof CorsMap>) => !cors.credentials || !cors.origin.includes("*");
-const SafeCors = v.pipe(CorsMap, v.check(credible, "credentials need origins by name, not *"));
+const NOT_CREDIBLE = "credentials need origins by name, not *";
+const SafeCors = v.pipe(CorsMap, v.check(credible, NOT_CREDIBLE));
 const ORIGINS = 'an origin, a list of them, or a map such as { origin: "https://a.example" }';
 const ShortCors = orBrief(ORIGINS, WebOrigins, (origin) => ({ origin }), SafeCors);
 const Cors = or("off", { ...v.parse(CorsMap, {}), origin: [] as string[] }, ShortCors, ORIGINS);
@@ -606,7 +669,7 @@ const TlsMap = map({ ca: Name, cert: Name, key: Name, servername: Name, insecure
 const Tls = v.pipe(TlsMap, v.check((tls) => !tls.cert === !tls.key, "needs cert and key together"));
 const HttpVersion = v.pipe(oneOf(1, 1.1, 2, "auto"), v.transform((version) => version === 1.1 ? 1 : version));
 const RETRY_CAUSES = ["connect", "reset", "unavailable"] as const; // the last is gRPC's
-const RetryOn = either("connect, reset, unavailable, or 400 to 599", v.picklist(RETRY_CAUSES), integer(400, 599));
+const RetryOn = either("connect, reset, unavailable, or 400 to 599", oneOf(...RETRY_CAUSES), integer(400, 599));
 const Fallback = or("none", "", ServiceName, "a name");
 /** What other programs call the server's own name, and the client's. */
 const OWN_HOST = /^(?:upstream|upstream_hostport|auto|rewrite|\{.*upstream.*|\$proxy_host)$/;
@@ -633,7 +696,7 @@ const POLICY_KEYS = {
   timeouts: may(
     Timeouts,
     "until connected, until the headers, between pieces of a body, for all of a request's",
-    v.getDefaults(Timeouts),
+    defaultsOf(Timeouts),
   ),
   host_header: may(HostHeader, "keep (the client's), server (the server's own), or a literal", "keep"),
   compress: may(Compress, "gzip for text when the client accepts it and the server did not", false),
@@ -641,21 +704,21 @@ const POLICY_KEYS = {
 };
 const settings = {
   strategy: may(StrategySchema, "which server takes a request; hash: the same key, the same server", "round-robin"),
-  health: may(Health, "off, or how servers are probed", v.getDefaults(Probe)),
-  eject: may(Eject, "off, or whom requests take out: who fails, or falls behind the others", v.getDefaults(EjectMap)),
+  health: may(Health, "off, or how servers are probed", defaultsOf(Probe)),
+  eject: may(Eject, "off, or whom requests take out: who fails, or falls behind the others", defaultsOf(EjectMap)),
   slow_start: may(duration(0), "from 10 % of its weight to all of it, for a server that comes back or is new", "0s"),
   panic: may(Percent, "fewer servers than this may be asked: ask them all rather than none", "50%"),
   retry_budget: may(Percent, "retries at most, of the requests; at least 3 a second", "20%"),
   hedge: may(Hedge, "off, or p95: who waits longer than so many percent do is tried at another server too", "off"),
   max_in_flight: may(InFlight, "per server; auto: as many as leave its latency as it is", "none"),
-  queue: may(Queue, "off, or how many requests wait where all servers are full, and how long", v.getDefaults(QueueMap)),
+  queue: may(Queue, "off, or how many requests wait where all servers are full, and how long", defaultsOf(QueueMap)),
   fallback: may(Fallback, "the service that is asked when no server of this one may be", "none"),
   sticky: may(
     Sticky,
     "off, or the cookie that keeps a client on its server; what signs it; how long it is kept",
     "off",
   ),
-  tls: may(Tls, "PEM files; the name to verify; insecure: any will do", v.getDefaults(TlsMap)),
+  tls: may(Tls, "PEM files; the name to verify; insecure: any will do", defaultsOf(TlsMap)),
   http: may(HttpVersion, "with https:// servers: 1.1, 2, or auto, which takes 2 where the server offers it", 1.1),
   ...POLICY_KEYS,
 };
@@ -797,27 +860,27 @@ const CHANGE_KEYS = {
   rate: may(RateSchema, "off, or requests per time, by ip or {header: name}; burst: how many at once", "off"),
   body_limit: may(Size, "of a request's body", "none"),
 };
-const TARGET_KEYS = { ...ACTION_KEYS, ...CHANGE_KEYS, ...settings },
-  ROUTE_KEYS = { ...PLACE_KEYS, ...conditions, ...TARGET_KEYS };
+const TARGET_KEYS = { ...ACTION_KEYS, ...CHANGE_KEYS, ...settings };
+const ROUTE_KEYS = { ...PLACE_KEYS, ...conditions, ...TARGET_KEYS };
 const ACTIONS = Object.keys(ACTION_KEYS), A_ROUTE = "{ path: /api, service: shop }";
-const DefaultMap = withOneOf(map(TARGET_KEYS, "{ service: shop }"), ACTIONS),
-  AnyRoute = withOneOf(map(ROUTE_KEYS, A_ROUTE), ACTIONS);
+const DefaultMap = withParts(map(TARGET_KEYS, "{ service: shop }"), { oneOf: ACTIONS });
+const AnyRoute = withParts(map(ROUTE_KEYS, A_ROUTE), { oneOf: ACTIONS });
 const Default = orBrief(
   "a service, or a map such as { service: shop }",
   ServiceName,
   (service) => ({ service }),
   DefaultMap,
 );
-const HostRoute = withOneOf(
-  map({ ...ROUTE_KEYS, host: need(many(HostPattern, "a host", 1), "a host or a list") }),
-  ACTIONS,
+const HostRoute = withParts(
+  map({ ...ROUTE_KEYS, host: says(many(HostPattern, "a host", 1), "a host or a list") }),
+  { oneOf: ACTIONS },
 );
-const PathRoute = withOneOf(
-  map({ ...ROUTE_KEYS, path: need(many(PathMatch, "a path", 1), "this path and all below it") }),
-  ACTIONS,
+const PathRoute = withParts(
+  map({ ...ROUTE_KEYS, path: says(many(PathMatch, "a path", 1), "this path and all below it") }),
+  { oneOf: ACTIONS },
 );
 const ServiceSchema = map({
-  servers: need(Servers, "host:port, URL, or {url (or dns, or srv), weight, host, backup, max, state}"),
+  servers: says(Servers, "host:port, URL, or {url (or dns, or srv), weight, host, backup, max, state}"),
   ...settings,
 }, "{ servers: [localhost:8081] }");
 const AdminMap = map({
@@ -841,10 +904,10 @@ const Log = v.pipe(
 );
 // Where clients connect.
 const PemFile = v.pipe(Text, v.nonEmpty("the name of the file is empty"));
-const Certificate = map({ cert: need(PemFile, "PEM: it, and those that sign it"), key: need(PemFile, "PEM") });
+const Certificate = map({ cert: says(PemFile, "PEM: it, and those that sign it"), key: says(PemFile, "PEM") });
 const Certificates = many(Certificate, "a map with cert and key");
 const ListenerMap = map({
-  address: need(Listen, "a port or an address"),
+  address: says(Listen, "a port or an address"),
   tls: may(Certificates, "certificates; by the name that is asked for, else the first", []),
   client_ca: may(Text, "PEM: clients have to show a certificate that one of these has signed", ""),
   h2c: may(Bool, "without TLS: clients may begin with HTTP/2 (prior knowledge)", false),
@@ -874,12 +937,12 @@ const tcpSettings = {
   panic: settings.panic,
   max_in_flight: may(Limit, "per server", "none"),
   retries: may(integer(0, 10), "further servers, where one cannot be reached", 1),
-  timeouts: may(TcpTimeouts, "until connected, and while nothing passes", v.getDefaults(TcpTimeouts)),
+  timeouts: may(TcpTimeouts, "until connected, and while nothing passes", defaultsOf(TcpTimeouts)),
 };
 const Tcp = map({
-  listen: need(many(ListenerSchema, "a port or an address", 1), "where clients connect; over TLS, as {address, tls}"),
+  listen: says(many(ListenerSchema, "a port or an address", 1), "where clients connect; over TLS, as {address, tls}"),
   name: may(CHANGE_KEYS.name, "of its service; else tcp: and its port", ""),
-  servers: need(Servers, "host:port, or {url (or dns, or srv), weight, backup, max, state}"),
+  servers: says(Servers, "host:port, or {url (or dns, or srv), weight, backup, max, state}"),
   proxy_protocol: may(Bool, "true: servers are told the client's address (PROXY protocol, version 2)", false),
   allow: CHANGE_KEYS.allow,
   deny: CHANGE_KEYS.deny,
@@ -921,7 +984,7 @@ const FleetMap = map({
   ),
   user: may(Text, "of etcd", ""),
   password: may(Text, "of the user, or the token of a Durable Object", ""),
-  tls: may(Tls, "PEM files; the name to verify; insecure: any will do", v.getDefaults(TlsMap)),
+  tls: may(Tls, "PEM files; the name to verify; insecure: any will do", defaultsOf(TlsMap)),
   ttl: may(
     v.pipe(Duration, v.check((ms) => ms >= 2_000, "is less than 2s")),
     "an instance that the engine has not heard for so long is gone; at least 2s",
@@ -1127,10 +1190,15 @@ interface Config {
   warnings: string[]; // routes that are never reached, services that nothing leads to
 }
 
-// --- 1.4 YAML: from a text to plain values, each with its place in the file ---
+// --- 1.4 YAML: from a text to plain values, and where in the file each stands ---
 
 /** One thing that is wrong with a file, and where. */
-type Mistake = { line: number; column: number; path: string; message: string };
+interface Mistake {
+  line: number;
+  column: number;
+  path: string;
+  message: string;
+}
 const lineOf = (file: string, { line, column, path, message }: Mistake): string =>
   `${file}:${line}:${column}: ${path && `${path}: `}${message}`;
 /** Everything that is wrong with a file, one mistake a line: `routes.yml:12:7: listen: 99999 is not a port`. */
@@ -1144,17 +1212,16 @@ export class ConfigError extends Error {
 }
 type Env = Record<string, string | undefined>;
 
-type Offsets = { key: number; value: number };
+/** Says what is wrong with the value at a path, with its key, or at an offset of the text. */
 type Report = (path: Keys, message: string, at?: "key" | number) => unknown;
 type Complain = (message: string) => unknown;
-const MOST = { bytes: 2 ** 20, values: 100_000, depth: 32, mistakes: 50 };
+const MOST = { bytes: 2 ** 20, values: 100_000, aliases: 5_000, depth: 32, mistakes: 50 };
 const SECRET = /token|secret|password|authorization|cookie|api[-_]?key/i;
 
 const dotted = (path: Keys) =>
   path.reduce<string>((text, key) => {
     if (typeof key === "number") return `${text}[${key}]`;
-    const name = unescaped(key);
-    return /^[\w-]+$/.test(name) ? text + (text && ".") + name : `${text}[${JSON.stringify(name)}]`;
+    return /^[\w-]+$/.test(key) ? text + (text && ".") + key : `${text}[${JSON.stringify(key)}]`;
   }, "");
 /** A value as a message shows it: short, on one line, and without the password of a URL. */
 const quote = (value: unknown) => {
@@ -1165,28 +1232,6 @@ const quote = (value: unknown) => {
   return JSON.stringify(text.length > 58 ? `${text.slice(0, 56)}...` : text);
 };
 
-/** What is found wrong with a text, and where; `end` throws if there is anything. */
-function newFindings(file: string) {
-  const lines = new LineCounter(), places = new Map<string, Offsets>();
-  const found = new Map<string, Mistake & { offset: number }>();
-  const say: Report = (path, message, at) => {
-    const written = path.findLastIndex((_, i) => places.has(JSON.stringify(path.slice(0, i + 1)))) + 1; // not what a short form leaves out
-    const place = places.get(JSON.stringify(path.slice(0, written)));
-    const offset = typeof at === "number" ? at : place?.[at ?? "value"] ?? 0;
-    const { line, col } = lines.linePos(offset);
-    const mistake = { line: line || 1, column: col || 1, path: dotted(path), message, offset };
-    found.set(JSON.stringify([offset, path, message]), mistake);
-  };
-  const list = (): Mistake[] =>
-    [...found.values()].sort((a, b) => a.offset - b.offset).slice(0, MOST.mistakes).map(({ offset: _, ...one }) => one);
-  const end = () => {
-    if (found.size) throw new ConfigError(file, list());
-  };
-  return { lines, places, found, say, list, end };
-}
-type Findings = ReturnType<typeof newFindings>;
-
-// YAML nodes become plain values, and every path gets its place in the file.
 /** In `{ port: ${PORT} }` the inner braces would be YAML's: they change places with two characters of no meaning. */
 const wrapVariables = (text: string) => text.replace(/\$\{(\w+)\}/g, "$\ue000$1\ue001");
 const unwrapped = (text: string) => text.replace(/\$\ue000(\w+)\ue001/g, "${$1}");
@@ -1201,73 +1246,151 @@ const expanded = (text: string, env: Env, complain: Complain) =>
     return value ?? "";
   });
 
-/** Only now, after YAML has been read, are variables put in: none can bring in a key or a list. */
-function scalar({ value, source = "", type }: Scalar, env: Env | undefined, complain: Complain): unknown {
-  // 1.10 stays text, as a header or a version would be another one as the number 1.1; see `asSpelled`
-  if (typeof value === "number" || typeof value === "boolean") return String(value) === source ? value : source;
-  if (typeof value !== "string") return value;
-  const text = unwrapped(value), out = env ? expanded(text, env, complain) : text;
-  const meant = type === "PLAIN" && out !== text && /^(true|false|(0|[1-9]\d{0,14})(\.\d{0,9}[1-9])?)$/.test(out);
-  return meant ? JSON.parse(out) : out;
+/** Numbers and truths that can be written in no other way. All else is text, such as 1.10, 007 and True. */
+const EXACT: ScalarTag = {
+  tag: "tag:yaml.org,2002:float",
+  default: true,
+  test: /^(?:true|false|-?[1-9]\d{0,14}(?:\.\d{0,9}[1-9])?|0(?:\.\d{0,9}[1-9])?)$/,
+  identify: (value) => typeof value === "number" || typeof value === "boolean",
+  resolve: (text) => JSON.parse(text),
+  stringify: ({ value }) => String(value),
+};
+/** The YAML of a text. Every scalar is text, a number or a truth; the schema says what it means. */
+const parseYaml = (text: string, lineCounter = new LineCounter()): Document.Parsed =>
+  parseDocument(wrapVariables(text), {
+    ...{ schema: "failsafe", customTags: ["null", EXACT] },
+    ...{ stringKeys: true, uniqueKeys: false, prettyErrors: false, lineCounter },
+  });
+
+const keyText = ({ key }: YamlPair): string => {
+  const { source, value } = key as Scalar;
+  return unwrapped(String(source ?? value));
+};
+/** What stands at a key or an index of a node, also where an alias or a merge key (`<<`) has brought it there. */
+function childOf(doc: Document, node: unknown, step: string | number): { key: unknown; value: unknown } | undefined {
+  if (isAlias(node)) return childOf(doc, node.resolve(doc), step);
+  if (isSeq(node)) return { key: node.items[Number(step)], value: node.items[Number(step)] };
+  if (!isMap(node)) return undefined;
+  const own = node.items.findLast((pair) => keyText(pair) === step);
+  const sources = node.items.filter((pair) => !own && keyText(pair) === "<<").map(({ value }) => value);
+  const brought = sources.flatMap((one) => isSeq(one) ? one.items : [one]).map((one) => childOf(doc, one, step));
+  return own ?? brought.find((one) => one !== undefined);
 }
-/** `<<: *name` puts another map's keys under the own ones (YAML 1.1). */
-const isMerge = ({ key }: { key: Node }): boolean => isScalar(key) && key.source === "<<" && key.type === "PLAIN";
-/** Without `env` variables and merge keys stay as they are written. */
-function nodeReader(env: Env | undefined, places: Map<string, Offsets>, say: Report) {
-  const anchors = new Map<string, unknown>(), meant = new Map<unknown, unknown>(); // anchored nodes, and what aliases repeat
-  let count = 0;
-  return function read(node: unknown, path: Keys, at: Offsets): unknown {
-    const { anchor, range } = (node ?? {}) as { anchor?: string; range?: number[] };
-    if (anchor && !meant.has(node)) {
-      meant.set(node, node);
-      anchors.set(anchor, node);
-    }
-    const start = range?.[0] ?? at.value, here = { key: start, value: start };
-    places.set(JSON.stringify(path), { key: at.key, value: start });
-    if (++count > MOST.values) throw new RangeError(`more than ${MOST.values} values`); // an alias bomb, say
-    if (path.length > MOST.depth) return void say(path, `nested deeper than ${MOST.depth} levels`);
-    if (isSeq(node)) return node.items.map((item, i) => read(item, [...path, i], here));
-    if (isScalar(node)) return scalar(node, env, (message) => say(path, message));
-    if (isAlias(node)) {
-      if (!meant.has(node)) meant.set(node, anchors.get(node.source));
-      if (meant.get(node)) return read(meant.get(node), path, { key: at.key, value: start });
-      return void say(path, `*${node.source} names nothing above; text that begins with * stands in quotes`);
-    }
-    if (!isMap<Node>(node)) return null;
-    const out: Raw = {}, own = new Set<string>();
-    for (const { value } of env ? node.items.filter(isMerge) : []) {
-      const maps = isSeq(value) ? value.items.toReversed() : [value]; // the first of a list wins
-      for (const one of maps) Object.assign(out, read(one, path, here));
-      places.set(JSON.stringify(path), { key: at.key, value: start });
-    }
-    for (const { key, value } of node.items) {
-      if (env && isMerge({ key })) continue;
-      const offset = key.range?.[0] ?? start;
-      if (!isScalar(key)) {
-        say(path, "a key is a single word", offset);
-        continue;
-      }
-      const name = escapeKey(unwrapped(key.source ?? String(key.value)));
-      if (own.has(name)) say([...path, name], "stands twice", offset);
-      own.add(name);
-      out[name] = read(value, [...path, name], { key: offset, value: offset });
-    }
-    return out;
+/** Where a path stands in the text; of what a short form leaves out, the place where that stands. */
+function offsetOf(doc: Document, path: Keys, what: "key" | "value"): number {
+  let found: { key: unknown; value: unknown } = { key: undefined, value: doc.contents };
+  for (const step of path) {
+    const child = childOf(doc, found.value, step);
+    if (!child) break;
+    found = child;
+  }
+  const node = found[what] ?? found.value ?? found.key;
+  return (node as Node | undefined)?.range?.[0] ?? 0;
+}
+
+/** What is found wrong with a file. */
+function newFindings(file: string) {
+  const lines = new LineCounter(),
+    found = new Map<string, { path: Keys; message: string; at: "key" | number | undefined }>();
+  const say: Report = (path, message, at) => {
+    if (found.size < 20 * MOST.mistakes) found.set(JSON.stringify([path, message, at]), { path, message, at });
   };
+  const findings = { lines, found, say, doc: undefined as Document | undefined, list, end };
+  /** All mistakes with their places, in the order of the file. */
+  function list(): Mistake[] {
+    const placed = [...found.values()].map(({ path, message, at }) => {
+      const offset = typeof at === "number" ? at : findings.doc ? offsetOf(findings.doc, path, at ?? "value") : 0;
+      const { line, col } = lines.linePos(offset);
+      return { line: line || 1, column: col || 1, path: dotted(path), message };
+    });
+    return placed.sort((a, b) => a.line - b.line || a.column - b.column).slice(0, MOST.mistakes);
+  }
+  /** @throws {ConfigError} where there are any */
+  function end(): void {
+    if (found.size) throw new ConfigError(file, list());
+  }
+  return findings;
 }
-function readYaml(text: string, env: Env | undefined, { lines, places, say }: Findings): unknown {
+type Findings = ReturnType<typeof newFindings>;
+
+const nodePath = (nodes: readonly unknown[]): Keys =>
+  nodes.flatMap((node, i) => isPair(node) ? keyText(node) : isSeq(node) ? node.items.indexOf(nodes[i + 1]) : []);
+/** Reports keys that stand twice in a map, and aliases that name nothing: these become empty values. */
+function checkNodes(doc: Document, say: Report): void {
+  const anchors = new Set<string>();
+  let aliases = 0;
+  visit(doc, (_, node, above) => {
+    if (isMap(node)) {
+      const seen = new Set<string>();
+      for (const pair of node.items) {
+        const name = keyText(pair), path = [...nodePath([...above, node]), name];
+        if (seen.has(name)) say(path, "stands twice", (pair.key as Node).range![0]);
+        seen.add(name);
+      }
+    }
+    if (isNode(node) && !isAlias(node) && node.anchor) anchors.add(node.anchor);
+    if (!isAlias(node)) return undefined;
+    if (++aliases > MOST.aliases) throw new RangeError(`more than ${MOST.aliases} aliases`);
+    if (anchors.has(node.source)) return undefined;
+    const path = nodePath([...above, node]);
+    say(path, `*${node.source} names nothing above; text that begins with * stands in quotes`, node.range![0]);
+    return new Scalar(null);
+  });
+}
+/** The YAML of a file, if it is in order. */
+function readYaml(text: string, findings: Findings): Document | undefined {
+  const { lines, say } = findings;
   if (text.length > MOST.bytes) return void say([], "the file is larger than 1 MiB");
   try {
-    const doc = parseDocument(wrapVariables(text), { lineCounter: lines, prettyErrors: false, uniqueKeys: false });
+    const doc = parseYaml(text, lines);
     for (const { message, pos, code } of [...doc.errors, ...doc.warnings]) {
       if (message.includes("call stack")) throw new RangeError(message); // the parser's own
-      say([], code === "MULTIPLE_DOCS" ? "the file holds more than one document" : unwrapped(message), pos[0]);
+      const sentences: Record<string, string> = {
+        MULTIPLE_DOCS: "the file holds more than one document",
+        NON_STRING_KEY: "a key is a single word",
+      };
+      say([], sentences[code] ?? unwrapped(message), pos[0]);
     }
     if (doc.errors.length) return undefined;
-    return nodeReader(env, places, say)(doc.contents, [], { key: 0, value: 0 }) ?? void say([], "the file is empty");
+    checkNodes(doc, say);
+    if (isScalar(doc.contents) && doc.contents.value === null || !doc.contents) {
+      return void say([], "the file is empty");
+    }
+    return findings.doc = doc;
   } catch (error) {
     if (!(error instanceof RangeError)) throw error;
     return void say([], /call stack/.test(error.message) ? `nested deeper than ${MOST.depth} levels` : error.message);
+  }
+}
+
+/**
+ * The values of a document as they are written; with `env` variables and merge keys (`<<: *name` puts another map's keys
+ * under the own ones, as in YAML 1.1) are what they stand for. No variable can bring in a key or a list.
+ */
+function valuesOf(doc: Document, say: Report, env?: Env): unknown {
+  let count = 0;
+  const read = (value: unknown, path: Keys): unknown => {
+    if (++count > MOST.values) throw new RangeError(`more than ${MOST.values} values`); // an alias bomb, say
+    if (path.length > MOST.depth) return void say(path, `nested deeper than ${MOST.depth} levels`);
+    if (typeof value === "string") {
+      return env ? expanded(unwrapped(value), env, (message) => say(path, message)) : unwrapped(value);
+    }
+    if (Array.isArray(value)) return value.map((item, i) => read(item, [...path, i]));
+    if (!isRecord(value)) return value;
+    const isMerge = (key: string) => key === "<<" && env !== undefined;
+    const sources = isMerge("<<") && Object.hasOwn(value, "<<") ? [value["<<"]].flat().toReversed() : []; // the first wins
+    const brought = sources.flatMap((one) => Object.entries(mapOf(read(one, path))));
+    const own = Object.entries(value).filter(([key]) => !isMerge(key));
+    return Object.fromEntries([
+      ...brought,
+      ...own.map(([key, one]) => [unwrapped(key), read(one, [...path, unwrapped(key)])]),
+    ]);
+  };
+  try {
+    return read(doc.toJS({ maxAliasCount: -1 }), []);
+  } catch (error) {
+    if (!(error instanceof RangeError)) throw error;
+    return void say([], error.message);
   }
 }
 
@@ -1282,8 +1405,8 @@ function flatten(issue: Issue, above: Keys = []): { issue: Issue; path: Keys }[]
   const meant = deeper.length ? deeper : below.filter((sub) => sub.kind !== "schema" || flatten(sub)[0]!.issue !== sub);
   return meant.length ? meant.flatMap((sub) => flatten(sub, path)) : [{ issue, path }];
 }
-/** What other programs call it, by what it is called here; `a.b` is the key b in the map a. */
-const OTHER_NAMES: Record<string, string> = {
+/** What other programs call it, by what it is called here, or by a sentence; `a.b` is the key b in the map a. */
+const ALIASES: Record<string, string> = {
   services: "upstream upstreams backend backends cluster clusters pool pools",
   service: "upstream backend cluster pool proxy_pass reverse_proxy",
   servers: "upstream upstreams backend backends target targets endpoint endpoints node nodes members server",
@@ -1350,57 +1473,49 @@ const OTHER_NAMES: Record<string, string> = {
   servername: "sni server_name",
   insecure: "insecure_skip_verify skip_verify tls_insecure_skip_verify",
   proxy_protocol: "send_proxy send_proxy_v2",
+  "write response: { headers: { set: { strict-transport-security: max-age=31536000 } } }": "hsts",
+  "nobody is asked for a password here: that is middleware of your own, with lb.ts as a library":
+    "auth basic_auth basicauth jwt oauth",
+  "no files are served here: name a server that does, such as servers: [localhost:8081]":
+    "root file_server static files",
 };
-/** What is looked for here and stands elsewhere, or nowhere. */
-const HINTS: Record<string, string> = {
-  hsts: "write response: { headers: { set: { strict-transport-security: max-age=31536000 } } }",
-  auth: "nobody is asked for a password here: that is middleware of your own, with lb.ts as a library",
-  root: "no files are served here: name a server that does, such as servers: [localhost:8081]",
-};
-Object.assign(HINTS, { basic_auth: HINTS.auth, basicauth: HINTS.auth, jwt: HINTS.auth, oauth: HINTS.auth });
-Object.assign(HINTS, { file_server: HINTS.root, static: HINTS.root, files: HINTS.root });
 
 const asWritten = (name: string): string => name.includes(".") ? name.replace(/\.(.*)/, ": { $1 }") : `"${name}"`;
 const firstPart = (name: string): string => name.split(".")[0]!;
-/** The entries of the maps that a key may hold. */
-function entriesIn(schema: Schema): Record<string, Schema>[] {
-  const { type, wrapped, options, entries } = schema as unknown as Parts;
-  if (wrapped) return entriesIn(wrapped);
-  if (type === "union") return options!.flatMap(entriesIn);
-  return entries ? [entries] : [];
+/** The keys of the maps that a value may be. */
+function keysOfMaps(schema: Schema): string[] {
+  const { wrapped, options = [], entries = {} } = partsOf(schema);
+  return wrapped ? keysOfMaps(wrapped) : [...Object.keys(entries), ...options.flatMap(keysOfMaps)];
 }
 /** Where in a file a key belongs. */
 function placesNamed(name: string): string[] {
-  const key = firstPart(name),
-    ways: Record<string, Schema> = { ...PLACE_KEYS, ...conditions, ...ACTION_KEYS, ...CHANGE_KEYS, ...POLICY_KEYS };
+  const key = firstPart(name), ways = { ...PLACE_KEYS, ...conditions, ...ACTION_KEYS, ...CHANGE_KEYS, ...POLICY_KEYS };
   const scopes = { "the top of the file": RoutesFile.entries, "a service": ServiceSchema.entries, "a route": ways };
-  const found = Object.entries(scopes).filter(([, entries]) => Object.hasOwn(entries, key)).map(([scope]) => scope);
-  const above: Record<string, Schema> = { ...RoutesFile.entries, ...ServiceSchema.entries, ...ways };
-  for (const [outer, schema] of Object.entries(above)) {
-    if (/^defaults?$/.test(outer) || !entriesIn(schema).some((entries) => Object.hasOwn(entries, key))) continue;
-    found.push(outer === "servers" ? `a server: { url, ${key} }` : `${outer}: { ${key} }`);
-  }
-  return found;
+  const { defaults: _, default: __, ...above }: Record<string, Schema> = Object.assign({}, ...Object.values(scopes));
+  const outer = Object.keys(above).filter((one) => keysOfMaps(above[one]!).includes(key));
+  return [
+    ...Object.entries(scopes).filter(([, entries]) => Object.hasOwn(entries, key)).map(([scope]) => scope),
+    ...outer.map((one) => one === "servers" ? `a server: { url, ${key} }` : `${one}: { ${key} }`),
+  ];
 }
-/** At most three of them. */
+/** At most three of them: `a, b or c`. */
 const inWords = (words: string[]): string => {
-  const [first, ...others] = words.slice(0, 3).toReversed();
-  return others.length ? `${others.toReversed().join(", ")} or ${first}` : `${first}`;
+  const some = words.slice(0, 3), last = some.pop();
+  return some.length ? `${some.join(", ")} or ${last}` : `${last}`;
 };
 /** What may have been meant by a name: what is called so elsewhere, or by other programs, then what is spelt alike. */
 function guess(wrong: string, known: string[], isKey = false): string {
   const plain = lower(wrong.replace(/(?<=[a-z])(?=[A-Z])|[-. ]+/g, "_"));
-  if (isKey && Object.hasOwn(HINTS, plain)) return `; ${HINTS[plain]}`;
-  const meant = Object.keys(OTHER_NAMES).filter((name) => OTHER_NAMES[name]!.split(" ").includes(plain));
+  const meant = Object.keys(ALIASES).filter((name) => ALIASES[name]!.split(" ").includes(plain));
+  const sentence = meant.find((name) => name.includes(" "));
+  if (sentence) return isKey ? `; ${sentence}` : "";
   const here = meant.filter((name) => known.includes(firstPart(name)));
   if (here.length) return `; did you mean ${inWords(here.map(asWritten))}?`;
   const apart = (name: string) => distance(wrong, name), least = Math.min(...known.map(apart));
   const elsewhere = isKey && least > 1 && [wrong, ...meant].find((name) => placesNamed(name).length > 0);
-  if (elsewhere) return `; ${asWritten(elsewhere).replace(/^"|"$/g, "")} belongs to ${inWords(placesNamed(elsewhere))}`;
-  const isNear = (name: string) => least < 2 || name[0] === wrong[0]; // http is not tcp
-  const near = least <= Math.ceil(wrong.length / 3)
-    ? known.filter((name) => apart(name) === least && isNear(name))
-    : [];
+  if (elsewhere) return `; ${asWritten(elsewhere).replaceAll('"', "")} belongs to ${inWords(placesNamed(elsewhere))}`;
+  const isNear = (name: string) => apart(name) === least && (least < 2 || name[0] === wrong[0]); // http is not tcp
+  const near = least <= Math.ceil(wrong.length / 3) ? known.filter(isNear) : [];
   return near.length ? `; did you mean ${inWords(near.map(quote))}?` : "";
 }
 
@@ -1408,37 +1523,47 @@ function guess(wrong: string, known: string[], isKey = false): string {
 const FOR_REQUESTS = new Set(Object.keys({ ...ROUTE_KEYS, ...Timeouts.entries }));
 
 function reportIssue({ issue, path }: { issue: Issue; path: Keys }, say: Report): unknown {
-  const name = unescaped(String(path.at(-1))), ofKey = issue.path?.at(-1)?.origin === "key";
-  if (issue.type === "never") {
-    const known = issue.message.split(" ");
+  const name = String(path.at(-1)), ofKey = issue.path?.at(-1)?.origin === "key";
+  if (issue.message === MISSING) return say(path.slice(0, -1), `${name} ${MISSING}`);
+  if (issue.message === UNKNOWN_KEY) {
+    const known = issue.input as string[];
     if (path[0] === "tcp" && FOR_REQUESTS.has(name)) {
       return say(path, "is for requests: tcp passes bytes as they are, and knows of none", "key");
     }
-    return say(path, `unknown key${guess(name, known, true) || `; allowed: ${known.join(", ")}`}`, "key");
+    return say(path, `${UNKNOWN_KEY}${guess(name, known, true) || `; allowed: ${known.join(", ")}`}`, "key");
   }
-  if (ofKey && issue.kind === "schema") return say(path.slice(0, -1), `${name} is missing`);
-  const secret = path.some((key) => SECRET.test(String(key)));
-  const shown = ofKey ? quote(name) : secret ? "***" : quote(issue.input);
+  const isSecret = path.some((key) => SECRET.test(String(key)));
+  const shown = ofKey ? quote(name) : isSecret ? "***" : quote(issue.input);
   return say(path, issue.message.replace(/^\$/, () => shown), ofKey ? "key" : undefined);
 }
 
-/** The maps that stand in these lists and maps of the file, with their paths. */
-const mapsIn = (file: Raw, ...keys: string[]) =>
+/** A map of the file, and where it stands. */
+type Placed = [path: Keys, own: Raw];
+/** The maps that stand in these lists and maps of the file. */
+const mapsIn = (file: Raw, ...keys: string[]): Placed[] =>
   keys.flatMap((key) => {
     const all = file[key], pairs = Array.isArray(all) ? [...all.entries()] : Object.entries(mapOf(all));
-    return pairs.filter(([, one]) => isRecord(one)).map(([at, one]): [Keys, Raw] => [[key, at], one as Raw]);
+    return pairs.filter(([, one]) => isRecord(one)).map(([at, one]): Placed => [[key, at], one as Raw]);
   });
 /** Where a file says what becomes of requests and connections. */
 const ROUTED = ["hosts", "paths", "routes", "default", "tcp"];
-const topMap = (file: Raw, key: string): [Keys, Raw][] => isRecord(file[key]) ? [[[key], file[key]]] : [];
-const entriesOf = (file: Raw) => [...mapsIn(file, "hosts", "paths", "routes"), ...topMap(file, "default")];
+const topMap = (file: Raw, key: string): Placed[] => isRecord(file[key]) ? [[[key], file[key]]] : [];
+const entriesOf = (file: Raw): Placed[] => [...mapsIn(file, "hosts", "paths", "routes"), ...topMap(file, "default")];
 const SEGMENT = /^(?!\.\.?$)[\w.~-]+$/;
 /** What `name_routes` adds: a route for every service whose name can be a segment of a path. */
 const nameRoutes = ({ name_routes, services }: Raw): Raw[] =>
-  Object.keys(isTrue(name_routes) ? mapOf(services) : {}).map(unescaped)
-    .filter((service) => SEGMENT.test(service)).map((service) => ({ path: `/${service}`, service, strip: true }));
-
+  Object.keys(isTrue(name_routes) ? mapOf(services) : {}).filter((service) => SEGMENT.test(service))
+    .map((service) => ({ path: `/${service}`, service, strip: true }));
 const hasRoutes = (file: Raw): boolean => entriesOf(file).length + nameRoutes(file).length > 0;
+/** Where HTTP comes in; nowhere, where nobody says so and there are no routes for it. */
+const listenOf = (file: Raw): unknown => file.listen ?? (file.tcp && !hasRoutes(file) ? [] : 8080);
+/** The items of a list, or the one value that stands in place of it. */
+const itemsOf = (own: Raw, path: Keys, key: string): [path: Keys, item: unknown][] => {
+  const value = own[key], at = [...path, key];
+  return Array.isArray(value) ? value.map((item, i) => [[...at, i], item]) : value === undefined ? [] : [[at, value]];
+};
+const urlsOf = (own: Raw, path: Keys): [path: Keys, url: string][] =>
+  itemsOf(own, path, "servers").map(([at, server]) => [at, String(writtenServer(server))]);
 /** How many groups a path's regular expression has; what is no expression is rewritten literally. */
 function groupsOf(path: unknown): number {
   const { regex } = mapOf(path);
@@ -1458,88 +1583,85 @@ function checkShares(shares: unknown[], complain: Complain): void {
   else if (shares.length > 0 && shares.every((share) => share === 0)) complain("no service has a weight above 0");
 }
 
-/** Whoever falls back to others must not come back to himself. */
+/** A service that falls back to others must not come back to itself. */
 function checkFallbacks(file: Raw, say: Report) {
-  const services = mapsIn(file, "services"), usual = mapOf(file.defaults).fallback ?? "none";
-  const said = services.map((
-    [[, name], own],
-  ): [string, string] => [unescaped(`${name}`), `${own.fallback ?? usual}`]);
-  const next = new Map(said.filter(([, fallback]) => fallback !== "none"));
-  services.forEach(([path, own], i) => {
-    const name = said[i]![0], way = [name];
-    for (let one = next.get(name); one !== undefined && !way.includes(one, 1); one = next.get(one)) way.push(one);
-    if (way.length < 2 || way.at(-1) !== name) return;
+  const usual = mapOf(file.defaults).fallback ?? "none", services = mapsIn(file, "services");
+  const next = new Map(services.map(([[, name], own]) => [String(name), String(own.fallback ?? usual)]));
+  for (const [path, own] of services) {
+    const name = String(path[1]), way = [name];
+    for (let one = next.get(name); one && one !== "none" && !way.includes(one, 1); one = next.get(one)) way.push(one);
+    if (way.length < 2 || way.at(-1) !== name) continue;
     say(own.fallback ? [...path, "fallback"] : ["defaults", "fallback"], `falls back to itself: ${way.join(" -> ")}`);
-  });
+  }
 }
 
 const HASH_OF =
   "hash needs what to hash, as in { hash: { header: x-user } }, or cookie, query, path: true, client: true";
+/** Reports names that nothing has. */
+const checkName = (say: Report, path: Keys, name: unknown, what: string, names: string[], at?: "key"): void => {
+  if (typeof name !== "string" && typeof name !== "number" || names.includes(`${name}`)) return;
+  const there = names.join(", ").slice(0, 200) || "there is none";
+  say(path, `${quote(name)} is not a ${what} (${there})${guess(`${name}`, names)}`, at);
+};
+/** Checks a route, or `default`, by itself. */
+function checkRoute([path, own]: Placed, services: string[], say: Report): void {
+  const has = ACTIONS.filter((name) => Object.hasOwn(own, name)), but = has.length ? `, not ${has.join(" and ")}` : "";
+  const isMisnamed = Object.keys(own).some((key) => !Object.hasOwn(ROUTE_KEYS, key) && guess(key, ACTIONS)); // said already
+  if (has.length > 1 || !has.length && !isMisnamed) say(path, `needs exactly one of ${ACTIONS.join(", ")}${but}`);
+  checkName(say, [...path, "service"], own.service, "service", services);
+  checkName(say, [...path, "mirror", "service"], mapOf(own.mirror).service, "service", services);
+  const split = Object.entries(mapOf(own.split));
+  for (const [name] of split) checkName(say, [...path, "split", name], name, "service", services, "key");
+  checkShares(split.map(([, share]) => share), (message) => say([...path, "split"], message));
+  for (const key of has.includes("servers") ? [] : Object.keys(own)) {
+    if (!Object.hasOwn(settings, key) || Object.hasOwn(POLICY_KEYS, key)) continue;
+    say([...path, key], "belongs to a service: it stands there, or beside servers", "key");
+  }
+  const isReply = has.length === 1 && (has[0] === "redirect" || has[0] === "respond");
+  if (isReply && own.cors && own.cors !== "off") {
+    say([...path, "cors"], `is for answers of servers: a ${has[0]} has headers of its own under response`, "key");
+  }
+  const groups = Math.min(...[own.path].flat().map(groupsOf)), rewritten = String(mapOf(own.rewrite).path);
+  const group = Math.max(0, ...[...rewritten.matchAll(/\$(\d+)/g)].map((found) => Number(found[1])));
+  if (group > groups) say([...path, "rewrite", "path"], `$${group} is none of the groups of every path`);
+  if (isTrue(own.strip) && own.rewrite) say([...path, "strip"], "strip and rewrite exclude each other", "key");
+}
+/** Checks what the schema cannot: names that other places of the file give, and keys that do not go together. */
 function checkFile(file: Raw, more: string[], say: Report) {
-  const services = Object.keys(mapOf(file.services)).map(unescaped), usable = [...STRATEGIES, ...more];
-  const known = (path: Keys, name: unknown, what: string, names: string[], at?: "key") => {
-    if (typeof name !== "string" && typeof name !== "number" || names.includes(`${name}`)) return;
-    const there = names.join(", ").slice(0, 200) || "there is none";
-    say(path, `${quote(name)} is not a ${what} (${there})${guess(`${name}`, names)}`, at);
-  };
-  const entries = entriesOf(file);
+  const services = Object.keys(mapOf(file.services)), entries = entriesOf(file), taken = new Set<string>();
   for (const [path, own] of [...topMap(file, "defaults"), ...mapsIn(file, "services", "tcp"), ...entries]) {
     if (own.strategy === "hash") say([...path, "strategy"], HASH_OF);
-    else known([...path, "strategy"], own.strategy, "strategy", usable);
-    if (own.fallback !== "none") known([...path, "fallback"], own.fallback, "service", services);
+    else checkName(say, [...path, "strategy"], own.strategy, "strategy", [...STRATEGIES, ...more]);
+    if (own.fallback !== "none") checkName(say, [...path, "fallback"], own.fallback, "service", services);
   }
   checkFallbacks(file, say);
-  const taken = new Set<string>();
-  for (const [path, entry] of entries) {
-    const has = ACTIONS.filter((name) => Object.hasOwn(entry, name)), but = has.length && `, not ${has.join(" and ")}`;
-    const isMisnamed = Object.keys(entry).some((key) => !Object.hasOwn(ROUTE_KEYS, key) && guess(key, ACTIONS)); // said already
-    if (has.length > 1 || !has.length && !isMisnamed) {
-      say(path, `needs exactly one of ${ACTIONS.join(", ")}${but || ""}`);
-    }
-    known([...path, "service"], entry.service, "service", services);
-    known([...path, "mirror", "service"], mapOf(entry.mirror).service, "service", services);
-    const split = Object.entries(mapOf(entry.split));
-    for (const [name] of split) known([...path, "split", name], unescaped(name), "service", services, "key");
-    checkShares(split.map(([, share]) => share), (message) => say([...path, "split"], message));
-    for (const key of has.includes("servers") ? [] : Object.keys(entry)) {
-      if (!Object.hasOwn(settings, key) || Object.hasOwn(POLICY_KEYS, key)) continue;
-      say([...path, key], "belongs to a service: it stands there, or beside servers", "key");
-    }
-    const isOwn = has.length === 1 && (has[0] === "redirect" || has[0] === "respond");
-    if (isOwn && entry.cors && entry.cors !== "off") {
-      say([...path, "cors"], `is for answers of servers: a ${has[0]} has headers of its own under response`, "key");
-    }
-    const groups = Math.min(...[entry.path].flat().map(groupsOf)), rewritten = mapOf(entry.rewrite).path;
-    const group = Math.max(0, ...[...String(rewritten).matchAll(/\$(\d+)/g)].map((found) => Number(found[1])));
-    if (group > groups) say([...path, "rewrite", "path"], `$${group} is none of the groups of every path`);
-    if (isTrue(entry.strip) && entry.rewrite) say([...path, "strip"], "strip and rewrite exclude each other", "key");
-    const name = `${entry.name ?? ""}`;
-    if (name && taken.has(name)) say([...path, "name"], `${quote(entry.name)} names another route already`);
+  for (const [path, own] of entries) {
+    checkRoute([path, own], services, say);
+    const name = `${own.name ?? ""}`;
+    if (name && taken.has(name)) say([...path, "name"], `${quote(own.name)} names another route already`);
     taken.add(name);
   }
   checkTcp(file, say);
   checkHttp2(file, say);
   checkPorts(file, say);
-  const none = !hasRoutes(file);
-  if (!none && Array.isArray(file.listen) && !file.listen.length) say(["listen"], "is empty: nobody could ask");
+  const isEmpty = !hasRoutes(file), isLeftOut = ROUTED.every((key) => [file[key] ?? []].flat().length === 0);
+  if (!isEmpty && Array.isArray(file.listen) && !file.listen.length) say(["listen"], "is empty: nobody could ask");
   const later = isTrue(file.name_routes) && services.length === 0; // they come over the admin API
-  const isLeftOut = ROUTED.every((key) => [file[key] ?? []].flat().length === 0);
   const isKnown = Object.keys(file).every((key) => Object.hasOwn(RoutesFile.entries, key)); // else it may be under that
-  if (none && !later && isLeftOut && isKnown && !file.fleet) { // a fleet may have routes for it
+  if (isEmpty && !later && isLeftOut && isKnown && !file.fleet) { // a fleet may have routes for it
     say([], "no way leads to a server: hosts, paths, routes, default or tcp is needed");
   }
 }
 
-/** What a TCP service may not be: the strategies that look at requests, servers over TLS, another one's name or port. */
+/** What a TCP service may not be: the strategies that look at requests, servers over TLS, another one's name. */
 function checkTcp(file: Raw, say: Report) {
-  const names = new Set(Object.keys(mapOf(file.services)).map(unescaped));
-  for (const [path, { name, servers, strategy }] of mapsIn(file, "tcp")) {
+  const names = new Set(Object.keys(mapOf(file.services)));
+  for (const [path, own] of mapsIn(file, "tcp")) {
+    const { name, strategy } = own;
     if (isRecord(strategy) && !mapOf(strategy.hash).client) {
       say([...path, "strategy"], "there is no request whose parts could be hashed; {hash: {client: true}} works");
     }
-    for (const [i, server] of [servers ?? []].flat().entries()) {
-      const at = Array.isArray(servers) ? [...path, "servers", i] : [...path, "servers"];
-      const url = String(writtenServer(server));
+    for (const [at, url] of urlsOf(own, path)) {
       if (/^https:/i.test(url)) say(at, `${quote(url)} speaks TLS: tcp passes bytes as they are, and adds none`);
     }
     if (name && names.has(`${name}`)) say([...path, "name"], `${quote(name)} names another service already`);
@@ -1549,15 +1671,10 @@ function checkTcp(file: Raw, say: Report) {
 
 /** Over TLS a server can be asked for HTTP/2; without it there is nothing to ask, and its URL has to say so. */
 function checkHttp2(file: Raw, say: Report) {
-  for (const [path, { http, servers }] of [...mapsIn(file, "services"), ...entriesOf(file)]) {
-    if (http !== 2) continue;
-    for (const [i, server] of [servers ?? []].flat().entries()) {
-      const url = String(writtenServer(server)), bareUrl = url.replace(/^http:\/\//i, "");
+  for (const [path, own] of [...mapsIn(file, "services"), ...entriesOf(file)]) {
+    for (const [at, url] of String(own.http) === "2" ? urlsOf(own, path) : []) {
       if (/^(?:https|h2c):/i.test(url)) continue;
-      say(
-        [...path, "servers", ...Array.isArray(servers) ? [i] : []],
-        `${quote(url)} is asked without TLS: for HTTP/2 write h2c://${bareUrl}`,
-      );
+      say(at, `${quote(url)} is asked without TLS: for HTTP/2 write h2c://${url.replace(/^http:\/\//i, "")}`);
     }
   }
 }
@@ -1565,104 +1682,147 @@ function checkHttp2(file: Raw, say: Report) {
 /** No two listeners have the same address. Port 0 is any that is free. */
 function checkPorts(file: Raw, say: Report) {
   const taken = new Set<string>();
-  const maps: [Keys, Raw][] = [[[], { listen: listenOf(file) }], ...topMap(file, "admin"), ...mapsIn(file, "tcp")];
-  for (const [path, { listen }] of maps) {
-    for (const [i, one] of [listen ?? []].flat().entries()) {
-      const at = [...path, "listen", ...Array.isArray(listen) ? [i] : []];
-      const address = String(isRecord(one) ? one.address : one);
-      if (taken.has(address) && !/^(.*:)?0$/.test(address)) say(at, `${address} is listened on already`);
-      taken.add(address);
-    }
+  const maps: Placed[] = [[[], { listen: listenOf(file) }], ...topMap(file, "admin"), ...mapsIn(file, "tcp")];
+  for (const [at, one] of maps.flatMap(([path, own]) => itemsOf(own, path, "listen"))) {
+    const address = String(isRecord(one) ? one.address : one);
+    if (taken.has(address) && !/^(.*:)?0$/.test(address)) say(at, `${address} is listened on already`);
+    taken.add(address);
   }
 }
 
-/** Where HTTP comes in; nowhere, where nobody says so and there are no routes for it. */
-const listenOf = (file: Raw): unknown => file.listen ?? (file.tcp && !hasRoutes(file) ? [] : 8080);
-
-const mapValues = (values: Raw, change: (value: unknown, name: string) => unknown): Raw =>
-  Object.fromEntries(Object.entries(values).map(([name, value]) => [name, change(value, name)]));
-/** `over` on top of `under`; two maps are merged, anything else is replaced. */
-const overlay = (under: Raw, over: Raw): Raw => ({
-  ...under,
-  ...mapValues(over, (value, key) => isRecord(value) ? { ...mapOf(under[key]), ...value } : value),
-});
-const builtIn = v.getDefaults(map(settings));
-/** Writes into every service what it leaves to `defaults`, and to us: the file as it could have been written. */
-function writeDefaults(file: Raw): Raw {
-  const full = (own: Raw) => overlay(builtIn, overlay(mapOf(file.defaults), own));
-  const inline = entriesOf(file).filter(([, entry]) => Object.hasOwn(entry, "servers"));
-  for (const [, own] of [...mapsIn(file, "services"), ...inline]) Object.assign(own, full(own));
-  for (const [, own] of mapsIn(file, "tcp")) {
-    const usual = overlay(full({}), own), times = mapOf(usual.timeouts);
-    const all = mapValues(tcpSettings, (_, name) => usual[name]);
-    all.timeouts = mapValues(TcpTimeouts.entries, (_, name) => times[name]);
-    if (isRecord(all.strategy)) all.strategy = { hash: { client: true } }; // what any hash is without a request
-    Object.assign(own, all);
+/** What a place of the file says, and what that means. */
+interface Said {
+  raw: Raw;
+  read: Raw;
+}
+/** One place over another: two maps are merged, anything else is replaced. */
+function layer(under: Said, over: Said): Said {
+  const raw = { ...under.raw }, read = { ...under.read };
+  for (const [key, value] of Object.entries(over.raw)) {
+    const below = under.raw[key], meant = over.read[key];
+    raw[key] = isRecord(value) && isRecord(below) ? { ...below, ...value } : value;
+    const merges = isRecord(value) && isRecord(below) && isRecord(meant) &&
+      Object.keys(value).every((name) => Object.hasOwn(meant, name)); // else it means something as a whole
+    const isSaid = (name: string) => Object.hasOwn(mapOf(value), name);
+    read[key] = merges ? { ...mapOf(under.read[key]), ...pickKeys(meant, isSaid) } : meant;
   }
-  return { ...v.getDefaults(RoutesFile), ...file, listen: listenOf(file), defaults: full({}) };
+  return { raw, read };
+}
+const BUILT_IN: Said = { raw: defaultsOf(map(settings)), read: v.parse(map(settings), {}) };
+const isSetting = (key: string) => Object.hasOwn(ServiceSchema.entries, key);
+const isPolicy = (key: string) => Object.hasOwn(POLICY_KEYS, key);
+const isTcpSetting = (key: string) => Object.hasOwn(tcpSettings, key);
+const isTcpTimeout = (key: string) => Object.hasOwn(TcpTimeouts.entries, key);
+const isCarried = (key: string) => Object.hasOwn(conditions, key) || Object.hasOwn(CHANGE_KEYS, key);
+const ANYWHERE = v.parse(map({ ...PLACE_KEYS, ...conditions }), {});
+
+/** A service with all that it leaves to `defaults` and to us. */
+function fullService(base: Said, { raw, read }: Said): Said {
+  const service = layer(base, { raw: pickKeys(raw, isSetting), read }),
+    health = service.read.health as ServiceConfig["health"];
+  if (health.kind !== "off") service.read.health = { ...health, kind: kindOfProbe(health) };
+  return service;
+}
+/** A TCP service: of `defaults` only what is for connections, too. */
+function fullTcpService(defaults: Said, own: Said): Said {
+  const timeouts = pickKeys(mapOf(defaults.raw.timeouts), isTcpTimeout);
+  const base = layer(BUILT_IN, { raw: { ...pickKeys(defaults.raw, isTcpSetting), timeouts }, read: defaults.read });
+  const { raw, read } = fullService(base, own), all = { ...pickKeys(raw, isTcpSetting), servers: raw.servers };
+  if (isRecord(raw.strategy)) { // what any hash is without a request
+    Object.assign(all, { strategy: { hash: { client: true } } });
+    read.strategy = { name: "hash", by: "client", key: "" };
+  }
+  return { raw: { ...all, timeouts: pickKeys(mapOf(raw.timeouts), isTcpTimeout) }, read };
 }
 const unique = (name: string, taken: { has(name: string): boolean }) => {
   let free = name;
   for (let i = 2; taken.has(free); i++) free = `${name}#${i}`;
   return free;
 };
-const Entry = v.object({ ...PLACE_KEYS, ...ACTION_KEYS, ...conditions, ...CHANGE_KEYS });
 /** Files that routes.yml names lie beside it, unless their names begin at the root. */
 const beside = (file: string, name: string): string =>
   !name || /^(?:[a-z]:)?[/\\]/i.test(name) ? name : file.replace(/[^/\\]*$/, "") + name;
-function locate(file: string, services: Pick<ServiceConfig, "tls">[], ...fronts: ListenerConfig[][]): void {
+function locateFiles(file: string, services: Pick<ServiceConfig, "tls">[], listeners: ListenerConfig[]): void {
   for (const service of services) {
     const { ca, cert, key } = service.tls;
     service.tls = { ...service.tls, ca: beside(file, ca), cert: beside(file, cert), key: beside(file, key) };
   }
-  for (const at of fronts.flat()) {
+  for (const at of listeners) {
     at.tls = at.tls.map(({ cert, key }) => ({ cert: beside(file, cert), key: beside(file, key) }));
     at.client_ca = beside(file, at.client_ca);
   }
 }
-/** Every entry in the general form, and a service for each that lists servers. */
-function expandConfig(source: Raw, text: string, file: string): Config {
-  const { listen, admin, trust, resolvers, limits, log, name_routes, tcp, fleet } = v.parse(RoutesFile, source);
-  const services = new Map(mapsIn(source, "services").map(([[, name], own]) => [unescaped(String(name)), own]));
-  const written = entriesOf(source).map(([, entry]) => entry), last = topMap(source, "default").length;
-  const names = new Set(written.map((entry) => entry.name));
-  const entries = written.toSpliced(written.length - last, 0, ...nameRoutes(source));
-  const routes = entries.map((entry): RouteConfig => {
-    const { host: hosts, path: paths, strip, service, servers, split, redirect, respond, ...carried } = v.parse(
-      Entry,
-      entry,
-    );
-    const fallback = entry === source.default;
+
+type FileRead = Out<typeof RoutesFile>;
+type EntryRead = Out<typeof AnyRoute>;
+/** Every service of a file, with what it says and what that means. */
+function servicesOf(file: Raw, read: FileRead, say: Report) {
+  const defaults = { raw: mapOf(file.defaults), read: mapOf(read.defaults) }, base = layer(BUILT_IN, defaults);
+  const services = new Map<string, Said>(), places = new Map<string, Keys>();
+  /** `own` gets all defaults written in. */
+  const add = (name: string, path: Keys, own: Said, isTcp = false) => {
+    const { raw, read } = isTcp ? fullTcpService(defaults, own) : fullService(base, own);
+    const said = { raw, read: structuredClone(read) }; // what others have, too
+    Object.assign(own.raw, said.raw);
+    Object.assign(own.read, said.read);
+    services.set(name, said);
+    places.set(name, path);
+    if (!credible(said.read.cors as Policy["cors"])) say([...path, "cors"], NOT_CREDIBLE);
+  };
+  for (const [path, raw] of mapsIn(file, "services")) {
+    const name = String(path[1]);
+    add(name, path, { raw, read: read.services.get(name)! });
+  }
+  return { services, places, base, add };
+}
+
+/** Every entry in the general form, and a service for each that lists servers. `file` gets all defaults written in. */
+function expandConfig(file: Raw, read: FileRead, say: Report) {
+  const { services, places, base, add } = servicesOf(file, read, say);
+  const written = entriesOf(file).map(([path, raw]): { path?: Keys; said: Said } => {
+    const means = path.length === 1
+      ? { ...ANYWHERE, ...read.default }
+      : (read[path[0] as "routes"] as Raw[])[Number(path[1])]!;
+    return { path, said: { raw, read: means } };
+  });
+  const generated = nameRoutes(file).map((raw) => ({ said: { raw, read: v.parse(AnyRoute, raw) } }));
+  const last = written.at(-1)?.path?.[0] === "default" ? 1 : 0;
+  const entries = written.toSpliced(written.length - last, 0, ...generated);
+  const names = new Set(written.map(({ said }) => String(said.read.name)));
+  const routes = new Map<RouteConfig, Keys | undefined>(); // and where they stand in the file
+  for (const { path, said } of entries) {
+    const { host: hosts, path: paths, strip, service, servers, split, redirect, respond, rewrite: rule, ...others } =
+      said
+        .read as EntryRead;
+    const fallback = path?.[0] === "default";
     const where = [hosts, paths.map((rule) => rule.kind === "regex" ? rule.source : rule.path || "/")].join("");
-    const name = carried.name || unique(where || (fallback ? "default" : "any"), names);
+    const name = others.name || unique(where || (fallback ? "default" : "any"), names);
     names.add(name);
     const own = servers ? unique(name, services) : service;
-    if (servers) services.set(own!, entry);
-    const under = (service = "") =>
-      v.parse(v.object(POLICY_KEYS), overlay(services.get(service) ?? mapOf(source.defaults), entry));
-    const shares = own === undefined ? split ?? new Map<string, number>() : new Map([[own, 1]]);
-    const target = ([service, weight]: [string, number]): Target => {
-      const next = `${services.get(service)!.fallback}`;
-      return { service, weight, policy: under(service), fallback: next === "none" ? undefined : target([next, 0]) };
+    if (servers) add(own!, path!, said);
+    const policyOn = (under: Said) =>
+      pickKeys(
+        layer(under, { raw: pickKeys(said.raw, isPolicy), read: said.read }).read,
+        isPolicy,
+      ) as unknown as Policy;
+    const target = ([name, weight]: [string, number]): Target => {
+      const under = services.get(name)!, next = String(under.read.fallback);
+      return { service: name, weight, policy: policyOn(under), fallback: next ? target([next, 0]) : undefined };
     };
-    const targets = [...shares].map(target);
+    const targets = [...own === undefined ? split ?? [] : [[own, 1] as [string, number]]].map(target);
     const action: Action = redirect ?? respond ?? { kind: "forward", targets };
-    if (strip) carried.rewrite = { ...carried.rewrite, kind: "replace" };
-    return { ...carried, name, hosts, paths, action, policy: targets[0]?.policy ?? under(), fallback };
-  });
-  for (const [i, [, own]] of mapsIn(source, "tcp").entries()) {
-    const { name, listen } = tcp[i]!, { host, port } = listen[0]!;
-    tcp[i]!.name = unique(name || `tcp:${isUnix(host) ? host : port}`, services);
-    services.set(tcp[i]!.name, own);
+    const made = { name, hosts, paths, action, fallback, policy: targets[0]?.policy ?? policyOn(base) };
+    const carried = { ...pickKeys(others, isCarried), rewrite: strip ? { ...rule, kind: "replace" } : rule };
+    routes.set({ ...carried, ...made } as RouteConfig, path);
   }
-  const Inline = v.object(ServiceSchema.entries); // beside the keys of a service stand those of its route
-  const parsed = new Map([...services].map(([name, own]) => [name, v.parse(Inline, overlay(builtIn, own))]));
-  const maps = [...mapsIn(source, "services", "tcp"), ...entriesOf(source)];
-  const stands = new Map(maps.map(([path, own]) => [own, path]));
-  const places = new Map([...services].map(([name, own]) => [name, stands.get(own)!]));
-  locate(file, [...parsed.values(), ...fleet ? [fleet] : []], listen, ...tcp.map((one) => one.listen));
-  const top = { listen, admin, trust, resolvers, limits, log, name_routes, fleet };
-  return { ...top, services: parsed, routes, tcp, source, text, file, places, warnings: [] };
+  for (const [path, raw] of mapsIn(file, "tcp")) {
+    const one = read.tcp[Number(path[1])]!;
+    const { host, port } = one.listen[0]!;
+    one.name = unique(one.name || `tcp:${isUnix(host) ? host : port}`, services);
+    add(one.name, path, { raw, read: one }, true);
+  }
+  const source = { ...defaultsOf(RoutesFile), ...file, listen: listenOf(file), defaults: base.raw };
+  return { services, places, routes, source };
 }
 
 /** Among routes of one place those with a method, then with more conditions go first. */
@@ -1676,93 +1836,75 @@ function includesAll(outer: RouteConfig, inner: RouteConfig): boolean {
     inner.methods.length > 0 && inner.methods.every((one) => outer.methods.includes(one));
   return methods && outer.headers.every(has(inner.headers)) && outer.query.every(has(inner.query));
 }
-/** The part of a regular expression that is the same text in all paths that it takes; empty where that is not plain. */
-const literalHead = (regex: string): string =>
-  regex.includes("|") ? "" : /^\^((?:[\w/-](?![*?+{]))*)/.exec(regex)?.[1] ?? "";
-/** Prefixes that a path begins with, itself first. */
-function prefixesOf(path: string): string[] {
-  const segments = path.split("/");
+/** A host and the wildcards above it, or a path and the prefixes above it; the empty one is any. */
+const hostsAbove = (host: string): string[] => {
+  const labels = host.replace(/^\*\./, "").split(".");
+  return [host, ...labels.map((_, i) => `*.${labels.slice(i + 1).join(".")}`), ""];
+};
+const pathsAbove = (path: string): string[] => {
+  const segments = path.replace(/\/$/, "").split("/");
   return segments.map((_, i) => segments.slice(0, segments.length - i).join("/"));
-}
-const hostsAbove = (
-  host: string,
-): string[] => [
-  host,
-  ...host.replace(/^\*\./, "").split(".").map((_, i, labels) => `*.${labels.slice(i + 1).join(".")}`),
-  "",
-];
-/** Where a route is looked up: hosts and paths that requests are compared with. */
-const placeKey = (host: string, { kind, ...path }: PathRule): string =>
-  `${host} ${kind} ${"path" in path ? path.path.replace(/\{\w+\}/g, "{}") : path.source}`;
+};
+/** The folder of all paths that a regular expression takes; empty where that is not plain. */
+const folderOf = (regex: string): string => {
+  const literal = regex.includes("|") ? "" : /^\^((?:[\w/-](?![*?+{]))*)/.exec(regex)?.[1] ?? "";
+  return literal.slice(0, literal.lastIndexOf("/") + 1);
+};
 
 /**
- * Finds the routes that take all requests of another one before it is asked: at the same place with no more conditions; a
- * prefix that a regular expression's paths begin with; and those of a scheme, which are asked before all others.
+ * Finds the routes that take all requests of another one before it is asked: at the same place without further conditions;
+ * a prefix above a regular expression; and those of a scheme, which are asked before all others.
  */
 function findShadows(routes: RouteConfig[]): Map<RouteConfig, RouteConfig[]> {
-  const anywhere: PathRule[] = [{ kind: "prefix", path: "" }], order = new Map(routes.map((route, i) => [route, i]));
-  const placesOf = ({ hosts, paths }: RouteConfig) =>
-    (hosts.length ? hosts : [""]).flatMap((host) => (paths.length ? paths : anywhere).map((path) => ({ host, path })));
-  const at = new Map<string, RouteConfig[]>();
-  for (const route of routes) {
-    for (const { host, path } of placesOf(route)) {
-      const key = placeKey(host, path);
-      at.set(key, [...at.get(key) ?? [], route]);
-    }
-  }
-  const before = (one: RouteConfig, other: RouteConfig) =>
-    other.fallback || rankOf(one) > rankOf(other) ||
-    rankOf(one) === rankOf(other) && order.get(one)! < order.get(other)!;
-  const coverOf = (route: RouteConfig, { host, path }: { host: string; path: PathRule }, scheme: string) => {
-    const isRegex = path.kind === "regex", head = isRegex ? literalHead(path.source) : path.path;
-    const prefixes = prefixesOf(
-      isRegex ? head.slice(0, head.lastIndexOf("/") + 1).replace(/\/$/, "") : head.replace(/\/$/, ""),
+  const at = new Map<string, Set<RouteConfig>>();
+  const lookupKey = (scheme: string, host: string, kind: string, path: string) =>
+    [scheme, host, kind, path.replace(/\{\w+\}/g, "{}")].join(" ");
+  const spotsOf = ({ scheme, hosts, paths }: RouteConfig) =>
+    (hosts.length ? hosts : [""]).flatMap((host) =>
+      (paths.length ? paths : [{ kind: "prefix" as const, path: "" }]).map((rule) => {
+        const path = rule.kind === "regex" ? rule.source : rule.path;
+        const above = pathsAbove(rule.kind === "regex" ? folderOf(path) : path);
+        return { host, kind: rule.kind, above, key: lookupKey(scheme, host, rule.kind, path) };
+      })
     );
-    const under = (hosts: string[]) =>
-      hosts.flatMap((one) => prefixes.flatMap((path) => at.get(placeKey(one, { kind: "prefix", path })) ?? []));
-    const same = at.get(placeKey(host, path)) ?? [];
-    const fits = (one: RouteConfig) => one !== route && !one.fallback && includesAll(one, route);
-    return same.find((one) => fits(one) && one.scheme === route.scheme && before(one, route)) ??
-      (isRegex ? under([host]).find((one) => fits(one) && one.scheme === route.scheme) : undefined) ??
-      (route.scheme ? undefined : under(hostsAbove(host)).find((one) => fits(one) && one.scheme === scheme));
-  };
   const shadows = new Map<RouteConfig, RouteConfig[]>();
+  for (const route of routes) for (const { key } of spotsOf(route)) getOrMake(at, key, () => new Set()).add(route);
+  const order = new Map(routes.map((route, i) => [route, i]));
   for (const route of routes) {
-    const schemes = route.scheme ? [route.scheme] : ["http", "https"];
-    const covers = placesOf(route).flatMap((place) => schemes.map((scheme) => coverOf(route, place, scheme)));
+    const { scheme } = route;
+    const find = (keys: string[], isBefore: (one: RouteConfig) => boolean) =>
+      keys.flatMap((key) => [...at.get(key) ?? []])
+        .find((one) => one !== route && !one.fallback && includesAll(one, route) && isBefore(one));
+    const isEarlier = (one: RouteConfig) =>
+      route.fallback || rankOf(one) === rankOf(route) && order.get(one)! < order.get(route)!;
+    const covers = spotsOf(route).flatMap(({ host, kind, above, key }) => {
+      const prefixes = (scheme: string, host: string) => above.map((path) => lookupKey(scheme, host, "prefix", path));
+      const own = find([key], isEarlier) ?? (kind === "regex" ? find(prefixes(scheme, host), () => true) : undefined);
+      if (own || scheme) return own;
+      return ["http", "https"].map((one) => find(hostsAbove(host).flatMap((at) => prefixes(one, at)), () => true));
+    });
     if (!covers.includes(undefined)) shadows.set(route, [...new Set(covers as RouteConfig[])]);
   }
   return shadows;
 }
 
 /** Warns of routes that no request can reach, and of services that no route leads to. */
-function warn({ routes, source }: Config, say: Report): void {
-  const written = entriesOf(source).map(([path]) => path),
-    isLast = routes.at(-1)?.fallback,
-    generated = routes.length - written.length;
-  const pathOf = (route: RouteConfig): Keys | undefined => {
-    const i = routes.indexOf(route);
-    return route.fallback ? ["default"] : i < routes.length - generated - (isLast ? 1 : 0) ? written[i] : undefined;
-  };
-  for (const [route, covers] of findShadows(routes)) {
-    const path = pathOf(route),
-      names = covers.slice(0, 3).map((one) => dotted(pathOf(one) ?? ["name_routes"])).join(" and ");
-    if (path) say(path, `can never be reached: ${names} ${covers.length > 1 ? "take" : "takes"} all of its requests`);
+function warn(routes: Map<RouteConfig, Keys | undefined>, file: Raw, say: Report): void {
+  for (const [route, covers] of findShadows([...routes.keys()])) {
+    const path = routes.get(route), verb = covers.length > 1 ? "take" : "takes";
+    const names = covers.slice(0, 3).map((one) => dotted(routes.get(one) ?? ["name_routes"])).join(" and ");
+    if (path) say(path, `can never be reached: ${names} ${verb} all of its requests`);
   }
   const used = new Set<string>();
   const use = ({ service, fallback }: Target): unknown => used.add(service) && fallback && use(fallback);
-  for (const { action, mirror } of routes) {
+  for (const { action, mirror } of routes.keys()) {
     if (action.kind === "forward") action.targets.forEach(use);
     used.add(mirror.service);
   }
-  for (const [path] of mapsIn(source, "services")) {
-    if (!used.has(unescaped(String(path[1])))) say(path, "nothing leads to this service", "key");
+  for (const [path] of mapsIn(file, "services")) {
+    if (!used.has(String(path[1]))) say(path, "nothing leads to this service", "key");
   }
 }
-
-/** Keys at the top that begin with x- hold what anchors name, as in Compose. */
-const ignoringExtensions = (file: unknown): unknown =>
-  isRecord(file) ? Object.fromEntries(Object.entries(file).filter(([key]) => !key.startsWith("x-"))) : file;
 
 /** What a text is read with. */
 interface ParseOptions {
@@ -1774,128 +1916,103 @@ interface ParseOptions {
   strategies?: Record<string, unknown>;
 }
 
+/** The YAML of each config, for changes over the API. */
+const YAML_OF = new WeakMap<Config, Document>();
 /**
- * Reads routes.yml (YAML, and so JSON).
+ * Reads routes.yml (YAML, and so JSON): once from text to values, which the schema checks once.
  * @throws {ConfigError} with all mistakes, in the order of the file
  */
 export function parseConfig(text: string, options: ParseOptions = {}): Config {
   const { env = {}, file = "routes.yml", strategies: own = {} } = options;
   const findings = newFindings(file), { found, say, list, end } = findings;
-  const raw = ignoringExtensions(readYaml(text, env, findings));
-  let long: Raw = {};
-  const unreadable = new Set([...found.values()].map((mistake) => mistake.path));
-  if (raw !== undefined && !unreadable.has("")) {
-    const sayMore: Report = (path, message, at) => unreadable.has(dotted(path)) || say(path, message, at);
-    const issues = v.safeParse(RoutesFile, raw).issues ?? [];
-    for (const one of issues.flatMap((issue) => flatten(issue))) reportIssue(one, sayMore);
-    if (isRecord(raw)) checkFile(long = longForm(RoutesFile, raw) as Raw, Object.keys(own), sayMore);
-  }
+  const doc = readYaml(text, findings), values = doc && valuesOf(doc, say, env);
+  const unread = new Set([...found.values()].map(({ path }) => dotted(path)));
+  if (!doc || unread.has("")) throw new ConfigError(file, list());
+  // Keys at the top that begin with x- hold what anchors name, as in Compose.
+  const raw = isRecord(values) ? pickKeys(values, (key) => !key.startsWith("x-")) : values;
+  const sayMore: Report = (path, message, at) => unread.has(dotted(path)) || say(path, message, at);
+  const long = longForm(RoutesFile, raw), { issues, output } = v.safeParse(RoutesFile, long);
+  for (const one of (issues ?? []).flatMap((issue) => flatten(issue))) reportIssue(one, sayMore);
+  if (isRecord(long)) checkFile(long, Object.keys(own), sayMore);
   end();
-  const config = expandConfig(writeDefaults(long), text, file);
-  warn(config, say);
-  return { ...config, warnings: list().map((one) => lineOf(file, one)) };
+  const read = output as FileRead, { routes, source, ...made } = expandConfig(long as Raw, read, say);
+  end();
+  const { admin, trust, resolvers, limits, log, name_routes, tcp, fleet } = read;
+  const services = new Map([...made.services].map(([name, said]) => [name, said.read as unknown as ServiceConfig]));
+  const listen = v.parse(RoutesFile.entries.listen, source.listen);
+  locateFiles(file, [...services.values(), ...fleet ? [fleet] : []], [...listen, ...tcp.flatMap((one) => one.listen)]);
+  warn(routes, source, say);
+  const config: Config = {
+    ...{ listen, admin, trust, resolvers, limits, log, name_routes, fleet, services, routes: [...routes.keys()], tcp },
+    ...{ source, text, file, places: made.places, warnings: list().map((one) => lineOf(file, one)) },
+  };
+  YAML_OF.set(config, doc);
+  return config;
 }
 
 /**
  * A text as it is written: it can be read, variables stay `${NAME}`, and nothing else is checked.
  * @throws {ConfigError} where it cannot be read
  */
-function readAsWritten(text: string, file: string): unknown {
-  const findings = newFindings(file), written = readYaml(text, undefined, findings);
+function readAsWritten(text: string, file: string): { doc: Document; values: unknown } {
+  const findings = newFindings(file), doc = readYaml(text, findings), values = doc && valuesOf(doc, findings.say);
   findings.end();
-  return written;
+  return { doc: doc!, values };
 }
 
-/** What editors are told beside what valibot does. */
-function overrideSchema(made: { valibotSchema: object; jsonSchema: Json }): Json | undefined {
-  const schema = made.valibotSchema as { type: string; json?: Json; oneOf?: string[] };
-  if (schema.type !== "object_with_rest") return schema.json;
-  const one = schema.oneOf && { oneOf: schema.oneOf.map((key) => ({ required: [key] })) };
-  return { ...made.jsonSchema, ...one, additionalProperties: false };
-}
-const AS_WRITTEN = { typeMode: "input", errorMode: "ignore", overrideSchema } as const;
-/** JSON Schemas that refer to each other by their names in the API description. */
-const schemasOf = (schemas: Record<string, Schema>): Record<string, Json> => {
-  const overrideRef = ({ referenceId }: { referenceId: string }) => `#/components/schemas/${referenceId}`;
-  return toJsonSchemaDefs(schemas, { ...AS_WRITTEN, target: "draft-2020-12", overrideRef });
-};
-
-/** Changes the schemas that a schema consists of: those of keys by their names, others without. */
-function changeParts(schema: Json, change: (part: Json, key?: string) => Json): Json {
-  const out: Raw = { ...schema };
-  if (isRecord(out.additionalProperties)) out.additionalProperties = change(out.additionalProperties);
-  if (isRecord(out.items)) out.items = change(out.items);
-  if (schema.properties) out.properties = mapValues(schema.properties, (part, key) => change(part as Json, key));
-  if (schema.anyOf) out.anyOf = schema.anyOf.map((part) => change(part as Json));
-  return out as Json;
-}
-/** The same in fewer words: one choice instead of choices among choices. */
-function tidy(schema: Json): Json {
-  const { anyOf, required, ...rest } = changeParts(schema, tidy);
-  const same = { ...rest, ...(required?.length && { required }) };
-  if (!anyOf) return same;
-  const parts = (anyOf as Json[]).flatMap((part) =>
-    Object.keys(part).join() === "anyOf" ? part.anyOf as Json[] : [part]
-  );
-  const isPlain = (part: Json) => Object.keys(part).join() === "type";
-  const plain = parts.filter(isPlain).flatMap(({ type }) => type!);
-  const others = parts.filter((part) => ![part.type].flat().some((type) => plain.includes(type!)));
-  const all = plain.length ? [...others, { type: plain.length > 1 ? plain : plain[0] }] : others;
-  return { ...same, ...(all.length > 1 ? { anyOf: all } : all[0]) } as Json;
-}
-const VARIABLE = { type: "string" as const, pattern: "\\$\\{" };
-/** The same, with `${NAME}` in place of any value. */
-function withVariables(schema: Json): Json {
-  const { type, anyOf, pattern, enum: words, const: one, ...rest } = schema, types = [type ?? []].flat();
-  if (anyOf) {
-    const parts = (anyOf as Json[]).map((part) => part.pattern || !isValue(part) ? withVariables(part) : part);
-    const isOpen = parts.some((part) => [part.type].flat().includes("string") && !part.enum) || !parts.some(isValue);
-    return { ...schema, anyOf: isOpen ? parts : [...parts, VARIABLE] };
+type Refer = (schema: Schema, key: string) => Raw;
+/** JSON Schema of what may be written at a key. `refer` gives that of its parts, in full or as a reference. */
+function schemaJson(schema: Schema, refer: Refer, key = "value"): Raw {
+  const { json, about, type, literal, wrapped, default: usual, entries, oneOf: oneKey, values, options, item, least } =
+    partsOf(
+      schema,
+    );
+  const own = about === undefined ? {} : { description: about };
+  if (json) return { ...own, ...json };
+  if (type === "nullable") return { ...own, anyOf: [refer(wrapped!, key), { type: "null" }] };
+  if (type === "picklist") return { ...own, type: "string", enum: options };
+  if (type === "unknown") return own;
+  if (wrapped && about === undefined && usual === undefined) return refer(wrapped, key);
+  if (wrapped) return { ...own, ...schemaJson(wrapped, refer, key), ...usual !== undefined && { default: usual } };
+  if (type === "literal") return { anyOf: [{ const: literal }, { type: "string", pattern: VARIABLE }] };
+  if (item) return { type: "array", items: refer(item, key), ...least && { minItems: least } };
+  if (values) return { ...own, type: "object", additionalProperties: refer(values, key) };
+  if (entries) {
+    const required = Object.keys(entries).filter((key) => !mayBeAbsent(entries[key]!));
+    const properties = mapValues(entries, (one, key) => refer(one as Schema, key));
+    const closed = type === "object" ? {} : { additionalProperties: false }; // all maps of the file are
+    const one = oneKey && { oneOf: oneKey.map((key) => ({ required: [key] })) };
+    return { ...own, type: "object", properties, required, ...closed, ...one };
   }
-  if (pattern) return { ...schema, pattern: `${pattern}|${VARIABLE.pattern}` };
-  if (words) return { ...rest, anyOf: [{ enum: words }, VARIABLE] };
-  if (one !== undefined) return { ...rest, anyOf: [{ const: one }, VARIABLE] };
-  if (!isValue(schema) || types.includes("string")) return changeParts(schema, withVariables);
-  return { ...schema, ...VARIABLE, type: [...types, "string"] } as unknown as Json;
+  if (!options) return { ...own, type };
+  const all = options.map((one) => refer(one, key));
+  const parts = all.flatMap((one) => Object.keys(one).join() === "anyOf" ? one.anyOf as Raw[] : [one]);
+  const distinct = [...new Map(parts.map((one) => [JSON.stringify(one), one])).values()];
+  return { ...own, ...distinct.length > 1 ? { anyOf: distinct } : distinct[0] };
 }
-const isValue = ({ type, enum: words, const: one }: Json): boolean =>
-  words !== undefined || one !== undefined || type !== undefined && type !== "object" && type !== "array";
-/** What stands more than once stands in `$defs`, under the name of a key that holds it. */
-function withDefs(schema: Json): Json {
-  const counts = new Map<string, number>(), names = new Map<string, string>(), $defs: Record<string, Json> = {};
-  const count = (part: Json): Json => {
-    const text = JSON.stringify(part), seen = counts.get(text) ?? 0;
-    counts.set(text, seen + 1);
-    return seen ? part : changeParts(part, count);
-  };
-  const share = (above: string) => (part: Json, key = above): Json => {
-    const text = JSON.stringify(part);
-    if (counts.get(text)! < 2 || text.length < 60) return changeParts(part, share(key));
-    if (!names.has(text)) {
-      let name = key;
-      for (let i = 2; Object.hasOwn($defs, name); i++) name = `${key}${i}`;
-      names.set(text, name);
-      $defs[name] = {}; // taken, while its parts are shared
-      $defs[name] = changeParts(part, share(key));
-    }
-    return { $ref: `#/$defs/${names.get(text)}` };
-  };
-  count(schema);
-  return { ...changeParts(schema, share("value")), $defs } as Json;
+/** JSON Schemas that refer to each other by their names in the API description. */
+function schemasOf(schemas: Record<string, Schema>): Record<string, Raw> {
+  const names = new Map(Object.entries(schemas).map(([name, schema]) => [schema, name]));
+  const refer: Refer = (schema, key) =>
+    names.has(schema) ? { $ref: `#/components/schemas/${names.get(schema)}` } : schemaJson(schema, refer, key);
+  return Object.fromEntries(Object.entries(schemas).map(([name, schema]) => [name, schemaJson(schema, refer)]));
 }
-/** JSON Schema (draft-07) of routes.yml as it is written, for editors. */
-export const jsonSchema = (): Json =>
-  withDefs({
-    ...withVariables(tidy(toJsonSchema(RoutesFile, { ...AS_WRITTEN, target: "draft-07" }))),
-    patternProperties: { "^x-": {} },
-  });
+/** JSON Schema (draft-07) of routes.yml, for editors. What is long stands once, under the name of a key that holds it. */
+export function jsonSchema(): Raw {
+  const $defs: Record<string, Raw> = {}, names = new Map<string, string>();
+  const refer: Refer = (schema, key) => {
+    const json = schemaJson(schema, refer, key), text = JSON.stringify(json);
+    if (text.length < 70) return json;
+    let name = names.get(text) ?? key;
+    for (let i = 2; !names.has(text) && Object.hasOwn($defs, name); i++) name = `${key}${i}`;
+    names.set(text, name);
+    $defs[name] = json;
+    return { $ref: `#/$defs/${name}` };
+  };
+  const $schema = "http://json-schema.org/draft-07/schema#", file = schemaJson(RoutesFile, refer);
+  return { $schema, ...file, patternProperties: { "^x-": {} }, $defs };
+}
 
-/** Names as they were before they were veiled. */
-function unescapedAll(value: unknown): unknown {
-  if (Array.isArray(value)) return value.map(unescapedAll);
-  if (!isRecord(value)) return value;
-  return Object.fromEntries(Object.entries(value).map(([name, one]) => [unescaped(name), unescapedAll(one)]));
-}
 /** `hash: {cookie: lb}` and the like name a thing and hold no secret; `sticky: {secret: ...}` does. */
 function maskSecrets(value: unknown, show: (text: string, secret: boolean) => unknown, key = "", above = ""): unknown {
   if (Array.isArray(value)) return value.map((item) => maskSecrets(item, show, key, above));
@@ -1909,7 +2026,7 @@ function maskSecrets(value: unknown, show: (text: string, secret: boolean) => un
 /** What is in force, as a routes.yml with the defaults spelt out and secrets as `***`. */
 export const printConfig = ({ source }: Config): string => {
   const shown = maskSecrets(source, (text, secret) => secret ? "***" : text.replaceAll("${", () => "$${"));
-  return stringify(unescapedAll(shown), { lineWidth: 0, aliasDuplicateObjects: false });
+  return stringify(shown, { lineWidth: 0, aliasDuplicateObjects: false });
 };
 
 // -----------------------------------------------------------------------------------------------------------
@@ -2403,17 +2520,6 @@ const inMemory = (pieces: Bytes[]): Body =>
   pieces.length === 0 ? NO_BODY : new MemoryBody(pieces.length === 1 ? pieces[0]! : Buffer.concat(pieces));
 
 // --- 2.3 Services and routes: servers, services, routes and tables, and their state ---
-
-/** The value under `key`, made first where there is none. */
-function getOrMake<K extends WeakKey | string | number, V>(
-  known: { get(key: K): V | undefined; set(key: K, value: V): unknown },
-  key: K,
-  make: (key: K) => V,
-): V {
-  let value = known.get(key);
-  if (value === undefined) known.set(key, value = make(key));
-  return value;
-}
 
 /** Upper bounds of the latency histogram, in milliseconds: Traefik's 0.1, 0.3, 1.2 and 5 s, and finer ones. */
 const BUCKETS = [0.25, 0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 800, 1_200, 2_500, 5_000, 10_000, 60_000];
@@ -9462,7 +9568,6 @@ const viewOf = <A extends unknown[]>() => <const K extends ViewKeys<A>>(keys: K)
   },
 });
 
-const says = (schema: Schema, about: string): Schema => v.pipe(schema, v.description(about));
 const numeric = (about: string) => says(v.number(), about);
 const STRING = v.string(), NUMBER = v.number(), BOOLEAN = v.boolean(), STRINGS = v.array(STRING);
 const NUMBERS = v.array(NUMBER);
@@ -9857,28 +9962,19 @@ function explanationText(found: ReturnType<typeof explain>): string {
 
 /** A value as YAML on one line. */
 function inlineYaml(value: unknown): string {
-  const list = JSON.parse(wrapVariables(JSON.stringify([unescapedAll(value)])));
-  const text = stringify(list, { collectionStyle: "flow", lineWidth: 0 });
-  return unwrapped(text.trim().slice(1, -1).trim());
+  const list = JSON.parse(wrapVariables(JSON.stringify([value])));
+  return unwrapped(stringify(list, { collectionStyle: "flow", lineWidth: 0 }).trim().slice(1, -1).trim());
 }
-
-/** YAML that is to be changed. All words are text, so that `007` and `1e3` stay as they are written. */
-const editable = (text: string) =>
-  parseDocument(wrapVariables(text), { schema: "failsafe", customTags: ["null"], uniqueKeys: false });
-const nodeOf = (value: unknown): Node => (editable(`[${inlineYaml(value)}]`).contents as YAMLSeq<Node>).items[0]!;
+const nodeOf = (value: unknown): Node => (parseYaml(`[${inlineYaml(value)}]`).contents as YAMLSeq<Node>).items[0]!;
 
 /** Makes a node say `after` instead of `before`. What stays the same keeps its node: comments, quotes, style. */
 function edited(node: Node | null, before: unknown, after: unknown): Node | null {
   if (isDeepStrictEqual(before, after)) return node;
   if (isMap<Scalar, Node | null>(node) && isRecord(before) && isRecord(after)) {
-    const keyName = (key: Scalar) => escapeKey(unwrapped(key.source!));
-    node.items = node.items.filter(({ key }) => Object.hasOwn(after, keyName(key)));
-    for (const pair of node.items) {
-      const name = keyName(pair.key);
-      pair.value = edited(pair.value, before[name], after[name]);
-    }
+    node.items = node.items.filter((pair) => Object.hasOwn(after, keyText(pair)));
+    for (const pair of node.items) pair.value = edited(pair.value, before[keyText(pair)], after[keyText(pair)]);
     for (const [name, value] of Object.entries(after)) {
-      if (!Object.hasOwn(before, name)) node.add({ key: nodeOf(unescaped(name)) as Scalar, value: nodeOf(value) });
+      if (!Object.hasOwn(before, name)) node.add({ key: nodeOf(name) as Scalar, value: nodeOf(value) });
     }
     return node;
   }
@@ -9899,23 +9995,6 @@ function edited(node: Node | null, before: unknown, after: unknown): Node | null
   return Object.assign(nodeOf(after), { comment, commentBefore, spaceBefore });
 }
 
-/** Rewrites YAML, indented as it was. Spaces within lines are set anew, and line breaks in `[]` and `{}`. */
-function rewriteYaml(text: string, before: unknown, after: unknown): string {
-  const doc = editable(text), source = wrapVariables(text);
-  visit(doc, {
-    Pair(_, { key, value }) { // `key: # comment` stays one line
-      if (!isScalar(key) || !isCollection(value) || !/^ *: *#/.test(source.slice(key.range![1]))) return;
-      const [first = "", ...others] = value.commentBefore!.split("\n");
-      key.comment = first;
-      value.commentBefore = others.join("\n");
-    },
-  });
-  doc.contents = edited(doc.contents, before, after) as typeof doc.contents;
-  const indent = /^( +)[^\s#]/m.exec(text)?.[1]?.length ?? 2;
-  const indentSeq = !/^( *)[^\s#-].*\n\1- /m.test(text); // whether the items of a list stand further right than its key
-  return unwrapped(doc.toString({ indent, indentSeq, lineWidth: 0 }));
-}
-
 function looksLikeJson(text: string): boolean {
   try {
     return isRecord(JSON.parse(text));
@@ -9924,22 +10003,37 @@ function looksLikeJson(text: string): boolean {
   }
 }
 
+const ANCHORS = "this cannot be written into the file without changing more of it, as with anchors (&, *)";
 /**
- * The same file, saying something else: comments, order and quotes stay.
+ * The same file, saying something else: comments, order and quotes stay, and it is indented as it was. Spaces within
+ * lines are set anew, and line breaks in `[]` and `{}`.
  * @throws {AdminError} where that would change other places too, as with anchors
  */
-export function rewrite(text: string, after: unknown, before: unknown = readAsWritten(text, "")): string {
+export function rewrite(text: string, after: unknown, given?: Document): string {
+  const { doc, values: before } = given ? { doc: given, values: valuesOf(given, () => {}) } : readAsWritten(text, "");
   if (isDeepStrictEqual(before, after)) return text;
   const mark = text.startsWith("\ufeff") ? "\ufeff" : "", eol = text.includes("\r\n") ? "\r\n" : "\n";
-  const source = text.slice(mark.length).replaceAll("\r\n", "\n");
+  const lines = text.slice(mark.length).replaceAll("\r\n", "\n"), source = wrapVariables(text);
+  const json = looksLikeJson(lines) ? JSON.stringify(after, null, /^\{\n(\s+)/.exec(lines)?.[1]) : undefined;
+  if (json !== undefined) return `${mark}${json}\n`.replaceAll("\n", eol);
+  const changed = doc.clone();
+  visit(changed, {
+    Pair(_, { key, value }) { // `key: # comment` stays one line
+      if (!isScalar(key) || !isCollection(value) || !/^ *: *#/.test(source.slice(key.range![1]))) return;
+      const [first = "", ...others] = value.commentBefore!.split("\n");
+      key.comment = first;
+      value.commentBefore = others.join("\n");
+    },
+  });
+  changed.contents = edited(changed.contents, before, after) as typeof changed.contents;
+  const indent = /^( +)[^\s#]/m.exec(lines)?.[1]?.length ?? 2;
+  const indentSeq = !/^( *)[^\s#-].*\n\1- /m.test(lines); // whether the items of a list stand further right than its key
   try {
-    const changed = looksLikeJson(source)
-      ? `${JSON.stringify(unescapedAll(after), null, /^\{\n(\s+)/.exec(source)?.[1])}\n`
-      : rewriteYaml(source, before, after);
-    const written = mark + changed.replaceAll("\n", eol);
-    if (isDeepStrictEqual(readAsWritten(written, ""), after)) return written;
+    const isAlone = isDeepStrictEqual(valuesOf(changed, () => {}), after); // else an anchor has shared it with others
+    const written = unwrapped(changed.toString({ indent, indentSeq, lineWidth: 0 }));
+    if (isAlone) return mark + written.replace(/\r?\n/g, eol);
   } catch { /* an alias without its anchor, say */ }
-  throw new AdminError(409, "this cannot be written into the file without changing more of it, as with anchors (&, *)");
+  throw new AdminError(409, ANCHORS);
 }
 
 const fsyncLater = promisify(fs.fsync);
@@ -9999,18 +10093,27 @@ export async function saveFile(file: string, before: string, text: string, keeps
   }
 }
 
-const writtenConfigs = new WeakMap<Config, Raw>();
+/** The YAML of the file in force. */
+const documentOf = (config: Config): Document => YAML_OF.get(config) ?? readAsWritten(config.text, config.file).doc;
+const WRITTEN = new WeakMap<Config, Raw>();
 /** The file in force as it is written: variables stay `${NAME}`. */
 const writtenOf = (config: Config): Raw =>
-  getOrMake(writtenConfigs, config, () => mapOf(readAsWritten(config.text, "")));
+  getOrMake(WRITTEN, config, () => mapOf(valuesOf(documentOf(config), () => {})));
 /** What stands at a place; what every object inherits (`toString`) does not. */
 const valueAt = (raw: unknown, path: Keys): unknown =>
   path.reduce((at, key) => at instanceof Object && Object.hasOwn(at, key) ? (at as Raw)[key] : undefined, raw);
+/** Sets a key of its own, also where it is called `__proto__`. */
+const setOwn = (raw: Raw, key: string | number, value: unknown): Raw =>
+  Object.defineProperty(raw, key, { value, writable: true, enumerable: true, configurable: true });
 /** Puts a value in its place; undefined takes it away. */
 function putValue(raw: Raw, path: Keys, value: unknown): void {
-  const above = path.slice(0, -1), last = path.at(-1)!;
-  const parent = above.reduce<Raw>((value, key) => (value[key] ??= {}) as Raw, raw);
-  if (value !== undefined) parent[last] = value;
+  const last = path.at(-1)!;
+  let parent = raw;
+  for (const key of path.slice(0, -1)) {
+    if (!isRecord(valueAt(parent, [key])) && !Array.isArray(valueAt(parent, [key]))) setOwn(parent, key, {});
+    parent = parent[key] as Raw;
+  }
+  if (value !== undefined) setOwn(parent, last, value);
   else if (Array.isArray(parent)) parent.splice(Number(last), 1);
   else delete parent[last];
 }
@@ -10023,7 +10126,7 @@ function merged(under: unknown, patch: unknown, long = under): unknown {
   const out = { ...mapOf(isRecord(under) ? under : long) };
   for (const [key, value] of Object.entries(patch)) {
     if (value === null) delete out[key];
-    else out[key] = merged(out[key], value, valueAt(long, [key]));
+    else setOwn(out, key, merged(valueAt(out, [key]), value, valueAt(long, [key])));
   }
   return out;
 }
@@ -10051,8 +10154,8 @@ function tagOf(value: unknown): string | undefined {
   return text && `"${hash(`1${text}`).toString(36)}${hash(`2${text}`).toString(36)}"`;
 }
 
-/** Changes the file as it is written. A text replaces it. */
-type Edit = (raw: Raw, config: Config) => string | void;
+/** Changes what the file says in place, or gives what it shall say: values, or a text that replaces it. */
+type Edit = (raw: Raw, config: Config) => unknown;
 function reportChange({ req, get }: AdminContext, { report }: Effects, changes: string[]): void {
   const who = `${get("peer")}${get("shown") && ` with the ${get("shown")}`}`;
   const what = changes.slice(0, 5).join(", ") || "nothing but comments";
@@ -10067,8 +10170,13 @@ const needsRestart = (...configs: Config[]): boolean =>
 /** What has changed, for `If-Match`. */
 type Versioned = (config: Config) => unknown;
 type Parse = (text: string) => Config;
-/** `replaces`: nothing of the config before stays. */
-type Change = (context: AdminContext, edit: Edit, what: Versioned, replaces?: boolean) => Promise<void>;
+/** `replaces`: nothing of the config before stays. `check` may still refuse what comes of the change. */
+type Change = (
+  context: AdminContext,
+  edit: Edit,
+  what: Versioned,
+  more?: { replaces?: boolean; check?: (next: Config) => void },
+) => Promise<void>;
 
 /** How long an answer may wait, as `?wait=` says. */
 function waitOf({ req }: AdminContext): number {
@@ -10084,21 +10192,24 @@ function waitOf({ req }: AdminContext): number {
 function changesOf(lb: LoadBalancer, parse: Parse, file?: string): Change {
   const { balancer } = lb, { effects } = balancer;
   let last: Promise<unknown> = Promise.resolve();
-  const apply = async (context: AdminContext, edit: Edit, what: Versioned, replaces = false) => {
+  const apply: Change = async (context, edit, what, { replaces = false, check } = {}) => {
     const match = context.req.header("if-match"), wait = waitOf(context);
     let base = balancer.table.config;
-    const make = (config: Config): string => {
-      const before = writtenOf(base = config), after = structuredClone(before), tag = tagOf(what(config));
+    const make = (config: Config): { text: string; next: Config } => {
+      const raw = structuredClone(writtenOf(base = config)), tag = tagOf(what(config));
       if (match && !(tag && match.split(",").some((one) => one.trim() === tag || one.trim() === "*"))) {
         throw new AdminError(412, "it has changed in the meantime");
       }
-      const text = edit(after, config) ?? rewrite(config.text, after, before);
-      parse(text);
-      return text;
+      const after = edit(raw, config) ?? raw;
+      const text = typeof after === "string" ? after : rewrite(config.text, after, documentOf(config));
+      const next = parse(text);
+      check?.(next);
+      return { text, next };
     };
-    if (effects.fleet) context.set("missing", await effects.fleet.change(make, wait, replaces));
-    else {
-      const text = make(base), next = parse(text);
+    if (effects.fleet) {
+      context.set("missing", await effects.fleet.change((config) => make(config).text, wait, replaces));
+    } else {
+      const { text, next } = make(base);
       if (text === base.text && !balancer.reloadFailed) return;
       if (file) await saveFile(file, base.text, text);
       await lb.reload(next);
@@ -10114,13 +10225,13 @@ function changesOf(lb: LoadBalancer, parse: Parse, file?: string): Change {
 // --- 11.4 Endpoints: the API, one operation a row ---
 
 const State = map({
-  state: need(also.state.wrapped, "drain: no new requests, those in flight finish; maint: no probes either"),
+  state: says(also.state.wrapped, "drain: no new requests, those in flight finish; maint: no probes either"),
 });
-const HealthSchema = map({ health: need(oneOf("up", "down"), "until probes say otherwise") });
+const HealthSchema = map({ health: says(oneOf("up", "down"), "until probes say otherwise") });
 const Addr = term("a host name or an address", /^.+$/, (text) => (isName(text) || isAddress(text)) && text);
 const Members = v.array(map({ addr: Addr, port: integer(1, 65_535) }), "$ is not a list");
 const SomeMembers = v.pipe(Members, v.minLength(1, "is empty"));
-const Pool = map({ servers: need(SomeMembers, "addr and port of each; one that is repeated weighs more") });
+const Pool = map({ servers: says(SomeMembers, "addr and port of each; one that is repeated weighs more") });
 const ServerPatch = map({ url: opt(Url), ...also });
 /** What bodies may be, by the names that the description has for them. */
 const BODIES = {
@@ -10184,7 +10295,7 @@ async function bodyOf({ req }: AdminContext): Promise<{ value: unknown; text: st
   } catch (error) {
     throw new AdminError(400, `the body is not JSON: ${(error as Error).message}`);
   }
-  const value = readAsWritten(text, "body"), stars = starsIn(value, []);
+  const value = readAsWritten(text, "body").values, stars = starsIn(value, []);
   if (!stars.length) return { value, text, isYaml };
   const message = "*** stands for a secret that is not shown: write the secret, ${NAME}, or leave this out";
   throw invalid(stars.map((path) => ({ path: dotted(path), message })));
@@ -10229,7 +10340,7 @@ const serviceKeys = new Set(Object.keys(ServiceSchema.entries));
 /** The keys of a service in its entry, or the others: those of the route that it stands beside. */
 const ownKeys = (entry: unknown, own: boolean): Raw =>
   Object.fromEntries(Object.entries(mapOf(entry)).filter(([key]) => serviceKeys.has(key) === own));
-const placeOfService = ({ places }: Config, name: string): Keys => places.get(name) ?? ["services", escapeKey(name)];
+const placeOfService = ({ places }: Config, name: string): Keys => places.get(name) ?? ["services", name];
 const versionOf = (request: ApiRequest): Versioned => (config) =>
   valueAt(writtenOf(config), placeOfService(config, givenName(request, config)));
 const editService = (request: ApiRequest, edit: Edit): Promise<void> =>
@@ -10239,7 +10350,7 @@ const editService = (request: ApiRequest, edit: Edit): Promise<void> =>
 function answerService(request: ApiRequest): ServiceView & { config: unknown } {
   const { table, effects } = request.balancer, entry = versionOf(request)(table.config);
   request.context.header("etag", tagOf(entry));
-  const config = unescapedAll(maskSecrets(ownKeys(entry, true), hidden));
+  const config = maskSecrets(ownKeys(entry, true), hidden);
   return { ...SERVICE_VIEW.read(serviceOf(request), effects.now()), config };
 }
 
@@ -10248,7 +10359,7 @@ async function writeService(request: ApiRequest) {
   const { req } = request.context, { value } = await bodyOf(request.context), name = req.param("service") ?? "";
   if (!isRecord(value)) throw invalidAt("", `${quote(value)} is not a map with keys such as servers`);
   const mistakes = Object.keys(value).filter((key) => !serviceKeys.has(key)).map((key) => {
-    return { path: unescaped(key), message: `unknown key${guess(key, [...serviceKeys], true)}` };
+    return { path: key, message: `unknown key${guess(key, [...serviceKeys], true)}` };
   });
   if (mistakes.length) throw invalid(mistakes);
   await editService(request, (raw, config) => {
@@ -10264,7 +10375,7 @@ async function writeService(request: ApiRequest) {
 }
 
 const asMap = (entry: unknown): Raw => isRecord(entry) ? { ...entry } : { url: entry };
-const USUAL: Raw = v.getDefaults(v.object(also));
+const USUAL: Raw = defaultsOf(v.object(also));
 /** As short as it can be said: what has its default again is left out, and a URL alone is no map. */
 function shortest(entry: Raw, ...changed: string[]): unknown {
   const said = Object.entries(entry).filter(([key, value]) => !(changed.includes(key) && value === USUAL[key]));
@@ -10329,16 +10440,19 @@ async function patchServer(request: ApiRequest, patch: Raw): Promise<ServerView>
 
 /** Adds a server; which one it is shows when the file has been read. */
 async function postServer(request: ApiRequest): Promise<ServerView | ServiceView> {
-  const { value } = await bodyOf(request.context);
-  let url: string | undefined;
-  await editService(request, (raw, config) => {
-    const name = givenName(request, config), { place, listed, now } = listOf(raw, config, name);
+  const { value } = await bodyOf(request.context), { change, context } = request;
+  let url: string | undefined, name = "", known = new Set<string>();
+  const edit: Edit = (raw, config) => {
+    name = givenName(request, config);
+    const { place, listed, now } = listOf(raw, config, name);
+    known = new Set(now.map((one) => one.url));
     putValue(raw, place, [...listed, value]);
-    const text = rewrite(config.text, raw), distinct = new Set(now.map((one) => one.url));
-    url = request.parse(text).services.get(name)!.servers.find((one) => !distinct.has(one.url))?.url;
-    if (url !== undefined) return text;
-    throw new AdminError(409, `${name} has this server already`);
-  });
+  };
+  const check = ({ services }: Config) => {
+    url = services.get(name)!.servers.find((one) => !known.has(one.url))?.url;
+    if (url === undefined) throw new AdminError(409, `${name} has this server already`);
+  };
+  await change(context, edit, versionOf(request), { check });
   const added = serviceOf(request).servers.find((one) => one.url === url);
   request.context.status(201);
   return added ? answerServer(request, added) : answerService(request); // it is a name
@@ -10359,15 +10473,11 @@ async function writeConfig(request: ApiRequest): Promise<unknown> {
   if (replaces && !context.req.header("if-match")) {
     throw new AdminError(428, "send If-Match with the ETag of GET /config, or *");
   }
-  await change(
-    context,
-    (raw, config) => {
-      if (replaces && isYaml) return text;
-      return rewrite(config.text, replaces ? value : merged(raw, value, longForm(RoutesFile, raw)));
-    },
-    (config) => config.text,
-    replaces,
-  );
+  const edit: Edit = (raw) => {
+    if (replaces) return isYaml ? text : value;
+    return merged(raw, value, longForm(RoutesFile, raw));
+  };
+  await change(context, edit, (config) => config.text, { replaces });
   return answerConfig(request);
 }
 
@@ -10376,9 +10486,9 @@ function answerConfig({ context, balancer }: ApiRequest): unknown {
   const { config } = balancer.table, accept = context.req.header("accept") ?? "";
   const shown = maskSecrets(writtenOf(config), hidden);
   context.header("etag", tagOf(config.text));
-  if (/[/+]json/.test(accept)) return unescapedAll(shown);
+  if (/[/+]json/.test(accept)) return shown;
   const type = accept.startsWith("text/") ? TEXT_TYPE : "application/yaml"; // which browsers do not show
-  return context.body(rewrite(config.text, shown), { headers: { "content-type": type } });
+  return context.body(rewrite(config.text, shown, documentOf(config)), { headers: { "content-type": type } });
 }
 
 async function writePool(request: ApiRequest): Promise<ServiceView> {
@@ -13666,8 +13776,7 @@ const WORKER = "lb.ts worker";
 /** What a worker is started with. All of it can be copied from thread to thread. */
 interface WorkerTask {
   role: typeof WORKER; // somebody else's threads may have imported this file
-  config: Raw; // in force, as it is spelt out
-  file: string; // its name
+  config: Config; // in force
   ports: ListenContext["ports"];
   reports: boolean; // it reports, for all workers, what each of them finds, and listens at Unix sockets
   workers: number; // that divide the limits
@@ -13677,7 +13786,7 @@ interface WorkerTask {
 }
 /** From the main thread to its workers. */
 type ToWorker =
-  | { kind: "config"; config: Raw; secret: string }
+  | { kind: "config"; config: Config; secret: string }
   | { kind: "probed"; service: string; url: string; problem: string | undefined; up: boolean }
   | { kind: "told"; service: string; url: string; up: boolean }
   | { kind: "found"; id: string; found: FoundServer[] }
@@ -13765,17 +13874,16 @@ function applySamples(balancer: Balancer, samples: Samples): void {
 }
 
 /** Runs a worker: it serves requests, and follows the orders of the main thread. */
-async function runWorker({ config, file, ports, reports, workers, secret, ...known }: WorkerTask): Promise<void> {
+async function runWorker({ config, ports, reports, workers, secret, ...known }: WorkerTask): Promise<void> {
   const send = (message: WorkerMessage): void => void parentPort!.postMessage(message); // Node's gives true
   const sendLines = (lines: Uint8Array) => send({ kind: "lines", lines: new Uint8Array(lines) }); // a view would take all of its buffer along
-  const read = (source: Raw) => divideLimits(expandConfig(source, "", file), workers);
   const report: Effects["report"] = (level, text) => send({ kind: "report", level, text });
   const log = new AccessLog((lines) => {
     sendLines(lines);
     return Promise.resolve(lines.length);
   }, report);
   let signing = secret;
-  const lb = createLoadBalancer(read(config), { accessLog: log.write, report, secret: () => signing });
+  const lb = createLoadBalancer(divideLimits(config, workers), { accessLog: log.write, report, secret: () => signing });
   const { balancer } = lb, { effects } = balancer;
   process.on("uncaughtException", (error) => report("error", `internal: ${error.stack ?? error}`)); // serve on
   const find = (name: string, url: string) => {
@@ -13799,7 +13907,7 @@ async function runWorker({ config, file, ports, reports, workers, secret, ...kno
   parentPort!.on("message", async (order: ToWorker) => {
     if (order.kind === "config") {
       signing = order.secret;
-      lb.reload(read(order.config));
+      lb.reload(divideLimits(order.config, workers));
       send({ kind: "counts", counts: takeSamples(balancer) }); // what is in flight where nothing new goes any more
       return send({ kind: "applied" });
     }
@@ -13850,7 +13958,7 @@ const nextFromAll = <K extends WorkerMessage["kind"]>(workers: Workers, kind: K,
   Promise.all([...workers.keys()].map((worker) => nextMessage(worker, kind, timeout)));
 
 const configOrder = ({ table, effects }: Balancer): ToWorker => ({
-  ...{ kind: "config", config: table.config.source, secret: effects.secret() },
+  ...{ kind: "config", config: table.config, secret: effects.secret() },
 });
 
 /** Sends reloads, results of probes and marks of operators to the workers at once. A reload resolves when all have it. */
@@ -13903,8 +14011,8 @@ async function startWorkers(lb: LoadBalancer, count: number, log: AccessLog): Pr
   const start = async (): Promise<Listeners["opened"]> => {
     const id = ++ids;
     reporter ||= id;
-    const { config: { source, file } } = balancer.table, news = newsFor(balancer.table);
-    const known = { config: source, file, ports, workers: count, secret: effects.secret(), ...news };
+    const { config } = balancer.table, news = newsFor(balancer.table);
+    const known = { config, ports, workers: count, secret: effects.secret(), ...news };
     const workerData: WorkerTask = { role: WORKER, reports: reporter === id, ...known };
     const worker = new Worker(new URL(import.meta.url), { workerData });
     let failed = "it was ended";
