@@ -312,6 +312,7 @@ function inReadme(): string[] {
     told.add(`entrypoint_${name}`); // "the same four"
   }
   told.add("config_last_reload_success_timestamp_seconds");
+  for (const name of told) if (name.startsWith("discovery_")) told.delete(name); // only where a name is looked up
   return [...told].map((name) => name.startsWith("process_") ? name : `lb_${name}`).sort();
 }
 
