@@ -1,7 +1,7 @@
 // What people install: the built file alone, on each runtime and in workerd, and the package, as npm would unpack it.
 
 import assert from "node:assert/strict";
-import { execFile, spawn } from "node:child_process";
+import { execFile } from "node:child_process";
 import {
   copyFileSync,
   cpSync,
@@ -20,6 +20,7 @@ import process from "node:process";
 import { after, before } from "node:test";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
+import { spawnGuarded } from "../rig/guard.ts";
 import { answer, get, rawRequest, runtime, scriptedServer, test, until } from "../rig/rig.ts";
 
 const ROOT = fileURLToPath(new URL("../..", import.meta.url));
@@ -68,9 +69,9 @@ const HERE = {
 /** No cache of this machine helps. */
 const alone = () => ({ PATH: "/usr/bin:/bin", HOME: folder, DENO_DIR: join(folder, "deno"), NO_COLOR: "1" });
 
-/** Runs a program until it says something, has it answer a request, and ends it. */
-async function answersOf(command: string[], cwd: string, env: Record<string, string>): Promise<string> {
-  const child = spawn(command[0]!, command.slice(1), { cwd, env, stdio: ["ignore", "pipe", "pipe"], detached: true });
+/** What a program answers to a request, once it listens; then it is ended. */
+async function answersOf([command, ...args]: string[], cwd: string, env: Record<string, string>): Promise<string> {
+  const child = spawnGuarded(command!, args, { cwd, env, detached: true });
   let said = "", ended = false;
   for (const stream of [child.stdout, child.stderr]) stream.on("data", (bytes) => said += bytes);
   const exit = new Promise((resolve) => child.on("exit", resolve)).then(() => ended = true);
@@ -81,7 +82,7 @@ async function answersOf(command: string[], cwd: string, env: Record<string, str
     const { answers } = await rawRequest(port(), get("/a", "Connection: close\r\n"));
     return answers[0]!.body.toString();
   } finally {
-    process.kill(-child.pid!, "SIGKILL"); // npx starts others
+    process.kill(-child.pid, "SIGKILL"); // npx starts others
     await exit;
   }
 }
