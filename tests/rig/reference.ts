@@ -35,6 +35,7 @@ const WORDS: [name: string, taken: string, ...refused: string[]][] = [
   ["file mode", "660", "a", "77777"],
   ["URL", "https://a.example/", "a", "https"],
   ["path", "/a", "a"],
+  ["SRV name", "_http._tcp.a", "a", "*"],
   ["origin", "https://a.example", "a"],
   ["network", "10.0.0.0/8", "10.0.0.0/8/8"],
   ["address", "127.0.0.1:80", "a"],
@@ -180,7 +181,14 @@ const NOT_AT_THE_EDGE = [
     "limits.keep_alive",
   ],
   ...["limits.header_size", "limits.header_fields", "service.tls", "service.http", "service.host_header"],
-  ...["service.health.grpc", "service.timeouts.connect", "service.servers.host", "route.rewrite.host"],
+  ...[
+    "service.health.grpc",
+    "service.timeouts.connect",
+    "resolvers",
+    "service.servers.srv",
+    "service.servers.host",
+    "route.rewrite.host",
+  ],
 ];
 const INTRO: Record<string, string> = {
   "fleet.tls": "`tls` of a service has the same keys.",
