@@ -125,6 +125,9 @@ function used(node: ts.Node, names: Set<string> = new Set()): Set<string> {
   return names;
 }
 
+/** lb.ts with the comments behind fields in front of them, where editors look for them. */
+const DOCUMENTED = SOURCE.replace(/^( +)((?:readonly )?\w+(?:\(\))?\??: .+;) \/\/ (.+)$/gm, "$1/** $3 */\n$1$2");
+
 /** The declarations of the public names and of all that they use, in the order of lb.ts. */
 function makeTypes(): string {
   const compilerOptions: ts.CompilerOptions = {
@@ -132,7 +135,7 @@ function makeTypes(): string {
     strict: true,
     target: ts.ScriptTarget.ESNext,
   };
-  const { outputText, diagnostics = [] } = ts.transpileDeclaration(SOURCE, {
+  const { outputText, diagnostics = [] } = ts.transpileDeclaration(DOCUMENTED, {
     compilerOptions,
     reportDiagnostics: true,
   });
@@ -155,12 +158,11 @@ function checkTypes(kept: ts.Statement[], diagnostics: ts.Diagnostic[]): void {
   const exported = new Set(kept.filter((one) => one.getText().startsWith("export ")).flatMap(declared));
   const missing = PUBLIC.filter((name) => !exported.has(name));
   if (missing.length) throw new Error(`lb.ts does not export ${missing.join(", ")}`);
-  const source = ts.createSourceFile("lb.ts", SOURCE, ts.ScriptTarget.ESNext, true);
+  const source = ts.createSourceFile("lb.ts", DOCUMENTED, ts.ScriptTarget.ESNext, true);
   for (const { start = 0, messageText } of diagnostics) {
     const around = source.statements.find((one) => one.pos <= start && start < one.end)!;
     if (!declared(around).some((name) => PUBLIC.includes(name))) continue;
-    const { line } = source.getLineAndCharacterOfPosition(start);
-    throw new Error(`lb.ts:${line + 1}: ${ts.flattenDiagnosticMessageText(messageText, " ")}`);
+    throw new Error(`lb.ts: ${declared(around)}: ${ts.flattenDiagnosticMessageText(messageText, " ")}`);
   }
 }
 
