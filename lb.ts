@@ -564,7 +564,7 @@ const idOf = ({ find = "", url }: { find?: string | undefined; url: string }): s
 
 /** A server that is listed again weighs more. Where http and https share a host and port, the URLs are the names. */
 const Servers = v.pipe(
-  many(ServerSchema, "a server"),
+  many(ServerSchema, "a server", 1),
   v.rawTransform<ServerConfig[], ServerConfig[]>(({ dataset: { value: listed }, addIssue }) => {
     const named = Map.groupBy(listed, (server) => server.find ? "" : server.name);
     return [...Map.groupBy(listed, idOf).values()].map((same) => {
@@ -1649,7 +1649,8 @@ function checkFile(file: Raw, more: string[], say: Report) {
   const later = isTrue(file.name_routes) && services.length === 0; // they come over the admin API
   const isKnown = Object.keys(file).every((key) => Object.hasOwn(RoutesFile.entries, key)); // else it may be under that
   if (isEmpty && !later && isLeftOut && isKnown && !file.fleet) { // a fleet may have routes for it
-    say([], "no way leads to a server: hosts, paths, routes, default or tcp is needed");
+    const [name = "shop"] = services;
+    say([], `no way leads to a server: write default: ${name}, or hosts, paths, routes or tcp`);
   }
 }
 

@@ -1,7 +1,8 @@
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
-import { parse as parseYaml } from "yaml";
+import { RE2JS } from "re2js";
+import { Composer, parse as parseYaml } from "yaml";
 import { ConfigError, jsonSchema, parseConfig, printConfig } from "../../lb.ts";
 
 const ROUTE = "default: { servers: [a:1] }\n";
@@ -768,8 +769,11 @@ const WRONG: [text: string, ...expected: string[]][] = [
   ["", "1:1: the file is empty"],
   ["# nothing\n", "1:1: the file is empty"],
   ["[1]", "1:1: a list is not a map such as { listen: 8080 }"],
-  ["listen: 80", "1:1: no way leads to a server: hosts, paths, routes, default or tcp is needed"],
-  [SHOP, "1:1: no way leads to a server: hosts, paths, routes, default or tcp is needed"],
+  ["listen: 80", "1:1: no way leads to a server: write default: shop, or hosts, paths, routes or tcp"],
+  [
+    "services: { web: { servers: [a:1] } }",
+    "1:1: no way leads to a server: write default: web, or hosts, paths, routes or tcp",
+  ],
   [
     `${ROUTE}listn: 1\nworker: {}\n`,
     '2:1: listn: unknown key; did you mean "listen"?',
@@ -788,7 +792,7 @@ const WRONG: [text: string, ...expected: string[]][] = [
     "default: { servers: [{ weight: x }] }",
     '1:32: default.servers[0].weight: "x" is not a whole number from 0 to 256',
   ],
-  ["default: { servers: [] }", "1:21: default.servers: needs a server with a weight above 0"],
+  ["default: { servers: [] }", "1:21: default.servers: is empty: it needs a server"],
   ["default: { servers: }", "1:21: default.servers: an empty value is not a server, or a list of them"],
   ["default: { servers: [{ url: a:1, weight: 0 }] }", "1:21: default.servers: needs a server with a weight above 0"],
   [
@@ -1056,6 +1060,26 @@ test("files that would take memory or time are refused", () => {
   ) assert.deepEqual(mistakes(text), [why]);
   assert.match(mistakes(`default: ${"[".repeat(40)}${"]".repeat(40)}`).join(), /nested deeper than 32 levels/);
   assert.match(mistakes("a: &a [*a]").join(), /nested deeper than 32 levels/);
+});
+
+test("a file is parsed once, and its expressions are compiled once to check them and once to count their groups", () => {
+  const { compose } = Composer.prototype, { compile } = RE2JS;
+  const calls = { parsed: 0, compiled: 0 };
+  Composer.prototype.compose = function (...given) {
+    calls.parsed++;
+    return compose.apply(this, given);
+  };
+  RE2JS.compile = (...given) => {
+    calls.compiled++;
+    return compile.apply(RE2JS, given);
+  };
+  try {
+    parseConfig(`${SHOP}routes: [{ path: { regex: ^/a }, service: shop }]`);
+  } finally {
+    Composer.prototype.compose = compose;
+    RE2JS.compile = compile;
+  }
+  assert.deepEqual(calls, { parsed: 1, compiled: 2 });
 });
 
 test("aliases work within reason", () => {
