@@ -19,7 +19,7 @@ const EDGE = "edge"; // starts workerd; Node runs it
 /** The folder whose files run on Node only, all others on every runtime: logic without sockets, and this command's test. */
 const ONE_RUNTIME = "tests/unit/";
 /** Files that `--quick` leaves out. */
-const SLOW = ["chaos", "fuzz", "simulate"];
+const SLOW = ["chaos", "clients", "dashboard", "flow", "fuzz", "simulate"];
 /** The programs that tests run beside lb.ts, and the Debian packages that contain them. */
 const PROGRAMS = Object.entries({
   "/usr/bin/chromium": "chromium",
