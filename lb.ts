@@ -1974,7 +1974,7 @@ function schemaJson(schema: Schema, refer: Refer, key = "value"): Raw {
   if (type === "picklist") return { ...own, type: "string", enum: options };
   if (type === "unknown") return own;
   if (wrapped && about === undefined && usual === undefined) return refer(wrapped, key);
-  if (wrapped) return { ...own, ...schemaJson(wrapped, refer, key), ...usual !== undefined && { default: usual } };
+  if (wrapped) return { ...schemaJson(wrapped, refer, key), ...own, ...usual !== undefined && { default: usual } };
   if (type === "literal") return { anyOf: [{ const: literal }, { type: "string", pattern: VARIABLE }] };
   if (item) return { type: "array", items: refer(item, key), ...least && { minItems: least } };
   if (values) return { ...own, type: "object", additionalProperties: refer(values, key) };
