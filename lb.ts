@@ -6550,7 +6550,7 @@ function putPath(table: PathTable, { kind, path }: Extract<PathRule, { path: str
 const shapeKey = (segments: string[], shape: string): string =>
   segments.map((segment, i) => shape[i] === "1" && segment ? "{}" : segment).join("/");
 
-/** The route that a request belongs to, in Gateway API's order (README, "Which route wins"). */
+/** The route that a request belongs to, in Gateway API's order (docs/behaviour.md). */
 function matchRoute(table: Table, exchange: Exchange): Route | undefined {
   const own = table.schemes.size > 0 ? table.schemes.get(exchange.origin.scheme) : undefined;
   return (own && matchHost(own, exchange)) ?? matchHost(table.hosts, exchange) ??
@@ -7793,7 +7793,7 @@ const apacheTime = (() => {
   };
 })();
 
-/** Apache's line; service, server, attempts, times, failure and ids follow it (README). */
+/** Apache's line; service, server, attempts, times, failure and ids follow it (docs/metrics.md). */
 function combinedLine(r: AccessRecord): string {
   const path = r["url.path"] ?? "-", query = r["url.query"], target = query ? `${path}?${query}` : path;
   const version = r["network.protocol.version"],
@@ -13803,7 +13803,7 @@ type WorkerMessage =
   | { kind: "counts"; counts: Samples }
   | { kind: "drained"; left: CutOff };
 
-/** Limits that hold for all workers together: each has its part. Rates and budgets are each worker's own (README). */
+/** Limits that hold for all workers together: each has its part. Rates and budgets are each worker's own. */
 function divideLimits(config: Config, workers: number): Config {
   const part = (limit: number) => Number.isFinite(limit) ? Math.ceil(limit / workers) : limit;
   for (const service of config.services.values()) {

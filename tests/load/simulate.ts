@@ -343,7 +343,7 @@ const detailed = (results: Results) =>
 
 // ---- The command
 
-const README = fileURLToPath(new URL("../../README.md", import.meta.url));
+const PAGE = fileURLToPath(new URL("../../docs/strategies.md", import.meta.url));
 const BLOCK = /(<!-- simulate -->)[^]*?(<!-- \/simulate -->)/;
 const USAGE = `Usage: deno task simulate [options]
 
@@ -351,7 +351,7 @@ const USAGE = `Usage: deno task simulate [options]
   --strategy LIST  of ${strategyNames.join(", ")}
   --keys TEXT      more keys of the service, such as 'eject: off, retries: 0'
   --seed N         another course of chance; default 1
-  --readme         also replaces the block between <!-- simulate --> and <!-- /simulate --> in README.md
+  --docs           also replaces the block between <!-- simulate --> and <!-- /simulate --> in docs/strategies.md
   --lines          reads orders from standard input, a line of JSON each, and answers with figures
   --help`;
 
@@ -381,7 +381,7 @@ async function serveLines(): Promise<void> {
 
 async function main(args: string[]): Promise<void> {
   const text = { type: "string" } as const, flag = { type: "boolean", default: false } as const;
-  const options = { scenario: text, strategy: text, keys: text, seed: text, readme: flag, lines: flag, help: flag };
+  const options = { scenario: text, strategy: text, keys: text, seed: text, docs: flag, lines: flag, help: flag };
   const { values } = parseArgs({ args: args.filter((arg) => arg !== "--"), options, strict: true });
   if (values.help) return console.log(USAGE);
   if (values.lines) return await serveLines();
@@ -395,13 +395,13 @@ async function main(args: string[]): Promise<void> {
     console.log(`${detailed(new Map([[name, row]]))}\n`);
   }
   console.log(overview(results));
-  if (!values.readme || !existsSync(README)) return;
+  if (!values.docs || !existsSync(PAGE)) return;
   const block = `${overview(results)}\n\n<details>\n<summary>All figures</summary>\n\n${
     detailed(results)
   }\n\n</details>`;
   writeFileSync(
-    README,
-    readFileSync(README, "utf8").replace(BLOCK, (_, open, close) => `${open}\n\n${block}\n\n${close}`),
+    PAGE,
+    readFileSync(PAGE, "utf8").replace(BLOCK, (_, open, close) => `${open}\n\n${block}\n\n${close}`),
   );
 }
 

@@ -303,10 +303,10 @@ test("a server that is down or ejected is not up", async () => {
   assert.deepEqual(up(), [1, 1]);
 });
 
-/** The metrics that README names. */
-function inReadme(): string[] {
-  const readme = readFileSync(new URL("../../README.md", import.meta.url), "utf8");
-  const table = /\n\| `lb_\.\.\.`[^]*?\n\n/.exec(readme)![0];
+/** The metrics that docs/metrics.md names. */
+function documented(): string[] {
+  const page = readFileSync(new URL("../../docs/metrics.md", import.meta.url), "utf8");
+  const table = /\n\| `lb_\.\.\.`[^]*?\n\n/.exec(page)![0];
   const told = new Set([...table.matchAll(/`([a-z]+_[a-z_]+[a-z])`/g)].map(([, name]) => name!.replace(/^lb_/, "")));
   for (const name of ["requests_total", "request_duration_seconds", "requests_bytes_total", "responses_bytes_total"]) {
     told.add(`entrypoint_${name}`); // "the same four"
@@ -316,10 +316,10 @@ function inReadme(): string[] {
   return [...told].map((name) => name.startsWith("process_") ? name : `lb_${name}`).sort();
 }
 
-test("README has every metric, and no other", async () => {
+test("docs/metrics.md has every metric, and no other", async () => {
   const { lb, ask } = setUp(["connect", "connect"]);
   await ask();
-  assert.deepEqual(inReadme(), [...shown(lb).keys()].sort());
+  assert.deepEqual(documented(), [...shown(lb).keys()].sort());
 });
 
 test("the Grafana dashboard asks for nothing that is not there", async () => {
@@ -459,7 +459,7 @@ for (const workers of ["1", "2"]) {
           families = await look();
         }
         assert.equal(await promtool(text), "");
-        for (const name of inReadme()) assert.ok(families.get(name)?.samples.size, `no sample of ${name}`);
+        for (const name of documented()) assert.ok(families.get(name)?.samples.size, `no sample of ${name}`);
         assert.equal(of("lb_service_requests_total", { service, code: "200", method: "GET" }), 1);
         assert.ok(of("lb_service_retries_total", { service: "retried" })! > 0);
         assert.equal(of("lb_service_requests_total", { service: "db", protocol: "tcp" }), 1);

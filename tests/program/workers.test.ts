@@ -377,7 +377,7 @@ for (const workers of ["1", "2"]) {
       }
       const [kept, fresh] = await Promise.all(loads.map((one) => one.stop()));
       assert.deepEqual(kept!.failed, []);
-      // the system resets what the first process has not yet accepted (README)
+      // the system resets what the first process has not yet accepted (docs/behaviour.md)
       assert.ok(
         fresh!.failed.length <= fresh!.whole / 50,
         `${fresh!.failed.length} of ${fresh!.whole}: ${fresh!.failed}`,

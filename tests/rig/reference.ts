@@ -158,7 +158,13 @@ export function makeReference(): string {
 const PREAMBLE = `# The keys of routes.yml
 
 Made from the schema that checks the file; \`lb.ts --schema\` prints it as JSON Schema, for editors. Everything is optional
-except some way to an answer. Unknown keys are errors, and the message says what may have been meant.
+except some way to an answer. Unknown keys are errors, and the message says what may have been meant. \`--check\`, the start
+and each reload also warn of what is right and cannot be meant: a route that another one shadows entirely, and a service
+that nothing leads to.
+
+Editors complete and check the file with \`lb.ts --schema > routes.schema.json\` and this first line:
+
+    # yaml-language-server: $schema=routes.schema.json
 
 - **Durations** are \`500ms\`, \`2s\`, \`1m\`, \`12h\` or \`1d\`. **Percentages** are \`0%\` to \`100%\`. **Sizes** are \`512kB\`, \`10MB\`,
   \`1MiB\`, a number of bytes, or \`none\`. **Statuses** are \`200\` or \`200-399\`. **Networks** are \`10.0.0.0/8\` or one address.

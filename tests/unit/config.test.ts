@@ -1365,8 +1365,9 @@ test("the JSON Schema is below 60 kB as it is printed, and has a definition for 
 });
 
 test("an editor shows nothing for what the program takes", () => {
-  const readme = readFileSync(new URL("../../README.md", import.meta.url), "utf8");
-  const files = [...readme.matchAll(/```yaml\n(.*?)```/gs)].map(([, text]) => text!);
+  const pages = ["README.md", "docs/behaviour.md", "docs/config.md", "docs/recipes.md", "docs/migrate.md"]
+    .map((name) => readFileSync(new URL(`../../${name}`, import.meta.url), "utf8"));
+  const files = [...pages.join("\n").matchAll(/```yaml\n(.*?)```/gs)].map(([, text]) => text!);
   const merging = "x-a: &a { retries: 1 }\nservices: { s: { <<: *a, servers: [a:1] } }\ndefault: s";
   const variables =
     'listen: "${PORT}"\nname_routes: "${A}"\ndefault: { servers: "${A}", retries: "${A}", health: { interval: "${A}", method: "${A}" }, sticky: "${A}" }';

@@ -1,4 +1,4 @@
-// What README claims of the strategies and of ejection, on the simulator's clock and with its seeds: no sockets, no waiting.
+// What docs/strategies.md claims of the strategies and of ejection, on the simulator's clock and with its seeds: no sockets, no waiting.
 
 // In a process of its own: where Node's test runner watches every promise, the simulator takes ten times as long.
 
@@ -130,7 +130,7 @@ test("slow_start leaves a cold server the time to become warm", async () => {
   assert.ok(slowly!.p999 <= without!.p999, `${slowly!.p999} ${without!.p999}`);
 });
 
-test("every strategy of README can be simulated, and the same seed gives the same figures", async () => {
+test("every strategy of docs/strategies.md can be simulated, and the same seed gives the same figures", async () => {
   const orders = strategyNames.map((strategy) => ({
     scenario: "failing half",
     strategy,
