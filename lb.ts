@@ -3206,6 +3206,8 @@ export interface Membership {
   change(edit: (config: Config) => string, wait: number, replaces: boolean): Promise<string[]>;
   /** Has all instances count a server as up or down, until probes say otherwise. False: the engine is away. */
   tell(service: Service, server: Server, up: boolean): Promise<boolean>;
+  /** Has all instances change a server that was found. False: the engine is away. */
+  tellChange(service: Service, server: Server, change: FoundChange): Promise<boolean>;
   view(): FleetView;
   /** Documents that could not be used, seconds since the engine answered, and listings by what made them necessary. */
   counted(): { refused: number; contact: number; resyncs: ReadonlyMap<string, number> };
@@ -10416,7 +10418,7 @@ const FoundChangeSchema = map({
 });
 
 /** Changes a server that DNS has: that is not in the file, and holds until the server is gone. */
-function changeFoundServer(request: ApiRequest, server: Server, patch: Raw): void {
+async function changeFoundServer(request: ApiRequest, server: Server, patch: Raw): Promise<void> {
   const { output, issues } = v.safeParse(FoundChangeSchema, patch), { balancer } = request;
   if (issues) {
     throw new AdminError(
@@ -10424,14 +10426,17 @@ function changeFoundServer(request: ApiRequest, server: Server, patch: Raw): voi
       `of ${server.name}, which was found by ${server.foundBy}, only weight and state can be changed`,
     );
   }
-  changeFound(balancer, serviceOf(request), server, output);
+  const service = serviceOf(request);
+  if (!await balancer.effects.fleet?.tellChange(service, server, output)) {
+    changeFound(balancer, service, server, output);
+  }
   reportChange(request.context, balancer.effects, Object.keys(patch));
 }
 
 /** Changes a server, and waits for requests in flight there as long as `?wait=` says. */
 async function patchServer(request: ApiRequest, patch: Raw): Promise<ServerView> {
   const { context, balancer: { effects } } = request, server = serverOf(request), wait = waitOf(context);
-  if (server.foundBy) changeFoundServer(request, server, patch);
+  if (server.foundBy) await changeFoundServer(request, server, patch);
   else await editServer(request, (entry) => shortest(merged(entry, patch) as Raw, ...Object.keys(patch)));
   const end = effects.now() + wait;
   while (server.inFlight > 0 && effects.now() < end && !context.req.raw.signal.aborted) await effects.sleep(20);
@@ -11944,6 +11949,7 @@ export class Fleet implements Membership {
   private document: EngineValue & { problem: string } | undefined; // the newest
   private inForce = 0; // revision of the document in force; 0: it is the local file
   private secret = "";
+  private readonly changed = new Set<string>(); // keys of servers that were found, and then changed
   private readonly told = new Map<string, number>(); // revisions of operators' words that were heard, by key
 
   // how the engine is
@@ -11984,7 +11990,10 @@ export class Fleet implements Membership {
     this.local = mapOf(writtenOf(config).fleet);
     this.copied = { value: config.text, revision: 0 };
     effects.fleet = this;
-    effects.onFound = () => this.takeRecords(); // other servers may have other probers
+    effects.onFound = () => {
+      this.takeRecords(); // other servers may have other probers
+      this.takeChanges();
+    };
     effects.probes = (service, server) => this.probes(service, server);
     effects.agree = (service, server) => this.agree(service, server);
   }
@@ -12207,7 +12216,29 @@ export class Fleet implements Membership {
     this.effects.report(this.inForce ? "warn" : "info", `fleet: the document ${what}`);
   }
 
+  /**
+   * Follows what operators have said of servers that were found: at any time, for each instance finds them by itself. It holds
+   * until they are gone, for the same address may be another server then.
+   */
+  private takeChanges(): void {
+    const { balancer } = this.lb;
+    for (const [key, { value }] of this.keys) {
+      if (!key.endsWith(CHANGE)) continue;
+      const word = key.slice("told/".length, -CHANGE.length), at = word.lastIndexOf(" "), url = word.slice(at + 1);
+      const service = balancer.table.services.get(word.slice(0, at));
+      const server = service?.servers.find((one) => one.url === url && one.foundBy !== "");
+      if (!service || !server) {
+        if (this.changed.delete(key)) void this.engine.put(key, NO_CHANGE).catch(() => {});
+      } else if (value !== NO_CHANGE) {
+        this.changed.add(key);
+        if (JSON.stringify(service.changes.get(url)) === value) continue;
+        changeFound(balancer, service, server, v.parse(FoundChangeSchema, JSON.parse(value)));
+      }
+    }
+  }
+
   private takeWord(key: string): void {
+    if (key.endsWith(CHANGE)) return this.takeChanges();
     const entry = this.keys.get(key), at = key.lastIndexOf(" "), { services } = this.lb.balancer.table;
     const service = services.get(key.slice("told/".length, at));
     const server = service?.servers.find(({ url }) => url === key.slice(at + 1));
@@ -12395,6 +12426,13 @@ export class Fleet implements Membership {
     return isTold && await this.until(() => this.told.get(key) !== before, CHANGE_TIME);
   }
 
+  async tellChange(service: Service, { url }: Server, change: FoundChange): Promise<boolean> {
+    if (this.state === "away") return false;
+    const value = JSON.stringify({ ...service.changes.get(url), ...change });
+    const isTold = await this.engine.put(`told/${service.name} ${url}${CHANGE}`, value).then(() => true, () => false);
+    return isTold && await this.until(() => JSON.stringify(service.changes.get(url)) === value, CHANGE_TIME);
+  }
+
   private async until(has: () => boolean, patience: number): Promise<boolean> {
     for (const end = this.effects.now() + patience; !has(); await this.effects.sleep(POLL)) {
       if (this.effects.now() >= end) return false;
@@ -12491,6 +12529,7 @@ export class Fleet implements Membership {
     return { refused: this.refused, contact, resyncs: this.resyncs };
   }
 }
+const CHANGE = "#change", NO_CHANGE = "{}"; // at the end of a key under told/, and what it holds when the server is gone
 const NO_FLEET: FleetConfig = v.parse(FleetMap, {});
 
 /** A prober of a server begins with what is agreed. */

@@ -14,6 +14,7 @@ import {
   samplesOf,
 } from "../../lb.ts";
 import { dnsServer } from "../rig/dns.ts";
+import { eventually, type Instance, skip, startEtcd, startInstance } from "../rig/engines.ts";
 import {
   answer,
   endServer,
@@ -520,5 +521,38 @@ test("over TLS a server that was found is asked for the DNS name, and its certif
   } finally {
     await lb.stop();
     await Promise.all([dns.close(), endServer(server, open)]);
+  }
+});
+
+test("a fleet drains a server that was found on all instances, also on one that starts later, until it is gone", {
+  skip,
+}, async () => {
+  const ends: (() => unknown)[] = [], t = { after: (end: () => unknown) => void ends.unshift(end) };
+  try {
+    const dns = await dnsServer();
+    t.after(() => dns.close());
+    dns.set("A", "app.test", ["127.0.0.2", "127.0.0.3"]);
+    const etcd = await startEtcd(t), fleet = { etcd: etcd.urls };
+    const rest = `resolvers: ["${dns.address}"]
+services: { app: { servers: [{ dns: "app.test:9" }], health: off } }
+default: app
+`;
+    const a = await startInstance(t, "a", fleet, { rest });
+    const stateAt = async (one: Instance) => {
+      const { json } = await one.ask("GET /services/app/servers/127.0.0.2:9");
+      return json.state;
+    };
+    const drained = await a.ask("PUT /services/app/servers/127.0.0.2:9/state", { state: "drain" });
+    assert.deepEqual([drained.json.state, drained.json.saved], ["drain", false]);
+    const b = await startInstance(t, "b", fleet);
+    await eventually("an instance that starts later has it drained", async () => await stateAt(b) === "drain");
+    await b.ask("PUT /services/app/servers/127.0.0.2:9/state", { state: "ready" });
+    await eventually("what the other says counts here", async () => await stateAt(a) === "ready");
+    await a.ask("PUT /services/app/servers/127.0.0.2:9/state", { state: "maint" });
+    dns.set("A", "app.test", ["127.0.0.3"]);
+    const key = "lb/told/app http://127.0.0.2:9#change";
+    await eventually("the word is over with the server", async () => await etcd.get(key) === "{}", 40_000);
+  } finally {
+    for (const end of ends) await end();
   }
 });

@@ -244,7 +244,8 @@ const ABOUT: Record<string, string> = {
   "log.format": "Apache's combined format with more behind it, JSON by OpenTelemetry's names, or no log",
   "log.sample": "the share of the requests that have a line; those that failed always have one",
   "service.servers": "one, or a list: `host:port`, a URL, `unix:/run/app.sock`, or a map",
-  "service.servers.url": "`host:port`, `http://`, `https://` or `h2c://` and a host, or `unix:` and a path",
+  "service.servers.url":
+    "`host:port`, `http://`, `https://` or `h2c://` and a host, or `unix:` and a path: one server, whose name is resolved when a connection is made",
   "service.servers.dns": "in place of `url`: `NAME:PORT` or `https://NAME`; each of its addresses is a server",
   "service.servers.srv":
     "in place of `url`: a name such as `_http._tcp.api.internal`; each of its SRV records is a server",
