@@ -48,6 +48,17 @@ test("the whole file shows every key there is", () => {
   assert.deepEqual([...keys].filter((key) => !new RegExp(`\\b${key}\\b`).test(whole)), []);
 });
 
+test("README's figures are those of tests/load/bench/RESULTS.md", () => {
+  const results = read("tests/load/bench/RESULTS.md");
+  const rows = [...read("README.md").matchAll(/^\| (\w+): .*? \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$/gm)];
+  assert.equal(rows.length, 6);
+  for (const [, name, ...figures] of rows) {
+    const [, section] = results.split(`\n## ${name}: `),
+      ratio = (runtime: string) => new RegExp(`lb.ts on ${runtime} +\\| +([\\d.]+)`).exec(section!)?.[1];
+    assert.deepEqual(figures, ["node", "bun", "deno"].map(ratio), name);
+  }
+});
+
 /** A heading's name in links, as GitHub makes it. */
 const anchorOf = (heading: string): string =>
   heading.toLowerCase().replace(/[^\p{L}\p{N}\s_-]/gu, "").trim().replaceAll(" ", "-");
