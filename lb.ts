@@ -700,16 +700,20 @@ const POLICY_KEYS = {
   ),
   host_header: may(HostHeader, "keep (the client's), server (the server's own), or a literal", "keep"),
   compress: may(Compress, "gzip for text when the client accepts it and the server did not", false),
-  cors: may(Cors, "off, or who may read the answers in a browser", "off"),
+  cors: may(Cors, "off, or which pages may read the responses in a browser", "off"),
 };
 const settings = {
   strategy: may(StrategySchema, "which server takes a request; hash: the same key, the same server", "round-robin"),
   health: may(Health, "off, or how servers are probed", defaultsOf(Probe)),
-  eject: may(Eject, "off, or whom requests take out: who fails, or falls behind the others", defaultsOf(EjectMap)),
+  eject: may(
+    Eject,
+    "off, or which servers requests take out: those that fail, or fall behind the others",
+    defaultsOf(EjectMap),
+  ),
   slow_start: may(duration(0), "from 10 % of its weight to all of it, for a server that comes back or is new", "0s"),
   panic: may(Percent, "fewer servers than this may be asked: ask them all rather than none", "50%"),
   retry_budget: may(Percent, "retries at most, of the requests; at least 3 a second", "20%"),
-  hedge: may(Hedge, "off, or p95: who waits longer than so many percent do is tried at another server too", "off"),
+  hedge: may(Hedge, "off, or p95: a request that waits longer than 95 % do is sent to another server too", "off"),
   max_in_flight: may(InFlight, "per server; auto: as many as leave its latency as it is", "none"),
   queue: may(Queue, "off, or how many requests wait where all servers are full, and how long", defaultsOf(QueueMap)),
   fallback: may(Fallback, "the service that is asked when no server of this one may be", "none"),

@@ -175,7 +175,7 @@ Editors complete and check the file with \`lb.ts --schema > routes.schema.json\`
 - The column **edge** says whether the key has an effect at the edge too. Everywhere else all keys have.
 `;
 const APART = new Set(["services", "defaults", "hosts", "paths", "routes", "default", "tcp"]);
-/** What the platform does itself there, or what nobody can do there; and so is all that stands in these. */
+/** What the platform does itself there, or what cannot be done there; the same holds for all keys in these. */
 const NOT_AT_THE_EDGE = [
   ...[
     "listen",
@@ -231,7 +231,7 @@ const SHORT: Record<string, string> = {
   "route.mirror": "mirror: shop-next",
   "route.split": "split: { shop: 90%, next: 10% }",
 };
-/** Of keys that the schema does not describe, or not for somebody who looks them up. */
+/** Of keys that the schema does not describe, or only for editors. */
 const ABOUT: Record<string, string> = {
   services: "servers that answer the same, by the name of the service: see *A service*",
   defaults: "any key of a service but `servers`, for all services",
@@ -265,7 +265,7 @@ const ABOUT: Record<string, string> = {
   "service.sticky.cookie": "its name",
   "service.sticky.secret": "what signs it; without it each process draws one",
   "service.sticky.max_age": "how long browsers keep it; 0: until they are closed",
-  "tls.ca": "a PEM file with those whom the server's certificate may come from; without it the system's",
+  "tls.ca": "a PEM file with the authorities that may have signed the server's certificate; without it the system's",
   "tls.cert": "a PEM file: the certificate that we show the server",
   "tls.key": "a PEM file: its private key",
   "tls.servername": "the name that is asked for and verified; without it the server's host",
