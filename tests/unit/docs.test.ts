@@ -63,6 +63,11 @@ test("README's figures are those of tests/load/bench/RESULTS.md", () => {
 const anchorOf = (heading: string): string =>
   heading.toLowerCase().replace(/[^\p{L}\p{N}\s_-]/gu, "").trim().replaceAll(" ", "-");
 
+test("README leads to every page of docs", () => {
+  const readme = read("README.md");
+  assert.deepEqual(PAGES.filter((page) => page !== "README.md" && !readme.includes(`](${page}`)), []);
+});
+
 test("every link within README and docs leads to a file and a heading that are there", () => {
   for (const page of PAGES) {
     for (const [, link] of read(page).matchAll(/\]\(([^)\s]+)\)/g)) {
