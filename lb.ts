@@ -12692,7 +12692,7 @@ function reportLook({ name, found, problem }: Discovery, before: Discovery, repo
 
 function takeLook(balancer: Balancer, discovery: Discovery, look: LookResult): void {
   const { effects } = balancer, now = effects.now(), { problem, ttl } = look, before = { ...discovery };
-  const found = look.found.length ? afterAnswer(before.found, look) : before.found;
+  const found = afterAnswer(before.found, look);
   const wait = problem ? LOOKS.again : Math.min(Math.max(1_000 * ttl, LOOKS.least), LOOKS.most);
   const staleSince = problem && !before.problem ? now : before.staleSince;
   const lookAt = now + wait * (problem ? 1 : 0.9 + 0.2 * effects.random());

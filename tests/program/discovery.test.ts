@@ -356,7 +356,7 @@ test("Host, SNI and verification go by the name, unless the config has others", 
 test("two services ask once for the name that they share, and each server that is found twice is there once", async () => {
   const { a, lb, asked } = setUp("[a:1]");
   lb.reload(parseConfig(`services:
-  s: { servers: [{ dns: "one:80" }, { dns: "two:80" }, "10.0.0.2:80"], health: off }
+  s: { servers: [{ dns: "one:80", weight: 2 }, { dns: "two:80" }, "10.0.0.2:80"], health: off }
   t: { servers: [{ dns: "one:80" }], health: off }
 default: s
 routes: [{ path: /t, service: t }]`));
@@ -364,6 +364,8 @@ routes: [{ path: /t, service: t }]`));
   await lb.discover();
   const names = (service: string) => lb.balancer.table.services.get(service)!.servers.map(({ name }) => name);
   assert.deepEqual(names("s"), ["10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"]);
+  const weights = lb.balancer.table.services.get("s")!.servers.map(({ weight }) => weight);
+  assert.deepEqual(weights, [2, 2, 1], "what is found first counts");
   assert.deepEqual(names("t"), ["10.0.0.1:80", "10.0.0.2:80"]);
   assert.deepEqual(asked.filter((one) => one === "A one"), ["A one"]);
 });
