@@ -11873,6 +11873,7 @@ export interface InstanceRecord extends Omit<InstanceView, "name"> {
   id: string; // of its process
   members: string; // `viewHash` of the fleet as it knows it
   told: number; // revision of the last word of an operator that it has heard
+  unsure: string[]; // servers of which it has found out nothing yet, and heard nothing certain
 }
 /** What an instance holds a server for. */
 export type Vote = "up" | "down" | "unknown";
@@ -11892,7 +11893,7 @@ export const viewHash = (members: readonly string[], probers: number): string =>
 
 /** What an instance says of a server that it probes. It counts once it knows the same members and the same operators. */
 export function voteOf(of: InstanceRecord | undefined, server: string, view: string, told: number): Vote {
-  if (!of || of.members !== view || of.told < told) return "unknown";
+  if (!of || of.members !== view || of.told < told || of.unsure.includes(server)) return "unknown";
   return of.down.includes(server) ? "down" : "up";
 }
 
@@ -11908,7 +11909,9 @@ export function majorityOf(votes: readonly Vote[]): "up" | "down" | undefined {
 function readRecord(text: string | undefined): InstanceRecord | undefined {
   try {
     const read = mapOf(JSON.parse(text ?? ""));
-    return typeof read.id === "string" && Array.isArray(read.down) ? read as unknown as InstanceRecord : undefined;
+    return typeof read.id === "string" && [read.down, read.unsure].every(Array.isArray)
+      ? read as unknown as InstanceRecord
+      : undefined;
   } catch {
     return undefined;
   }
@@ -11964,6 +11967,7 @@ export class Fleet implements Membership {
   private isAwaySaid = false;
   private heldUntil = 0; // until then records of others may be from before the engine was away
   private hasLearnt = false;
+  private isStale = true; // what is known of others is from before the engine was away
   private isOver = false;
   private applying: unknown; // resolves when workers have the document too
   private refused = 0; // documents that could not be used here
@@ -11981,9 +11985,11 @@ export class Fleet implements Membership {
   private isTicking = false;
   private view_ = ""; // `viewHash` of the members that it knows
   private probing = new Map<string, string[]>(); // instances that probe a server
+  private readonly unsure = new Set<string>(); // servers of which it has found out nothing yet, and heard nothing certain
   private local: Raw; // `fleet` as the local file has it
   private copied: EngineValue; // what the local file said last, and of which document that is a copy; 0: of none
   private copying: Promise<void> = Promise.resolve();
+  private translated = { text: "", local: "" }; // the last document, and what the local file has of it
 
   constructor(lb: LoadBalancer, engine: Engine, member: FleetMember) {
     const { table: { config }, effects } = lb.balancer;
@@ -12050,7 +12056,7 @@ export class Fleet implements Membership {
       if (reason !== "silent") this.engine.next(); // then it has gone on to one that answers
       this.resyncs.set(reason, (this.resyncs.get(reason) ?? 0) + 1);
       if (this.effects.now() - begun > PAUSES.most) pause = PAUSES.least;
-      await this.effects.sleep(pause * (0.5 + this.effects.random()));
+      await this.until(() => this.isStale && this.state === "answers", pause * (0.5 + this.effects.random()));
       pause = Math.min(2 * pause, PAUSES.most);
     }
   }
@@ -12118,14 +12124,13 @@ export class Fleet implements Membership {
     if (this.state === "answers") return;
     this.state = "answers";
     this.since = this.effects.date();
-    if (this.hasLearnt) this.heldUntil = now + this.shared().ttl; // who is gone will be by then
     if (this.isAwaySaid) this.effects.report("info", "fleet: the engine answers again");
     this.isAwaySaid = false;
   }
 
   private onAway(ttl: number): void {
     if (this.isAwaySaid) return;
-    this.isAwaySaid = true;
+    this.isAwaySaid = this.isStale = true;
     if (this.state === "answers") this.since = this.effects.date();
     this.state = "away";
     for (const [service, server] of this.servers()) if (!this.isProber(service, server)) beginProbing(server);
@@ -12153,6 +12158,8 @@ export class Fleet implements Membership {
       this.adopt();
       if (!this.member.isObserver) await this.join();
     }
+    if (this.isStale) this.heldUntil = this.effects.now() + this.shared().ttl; // who is gone will be by then
+    this.isStale = false;
     this.settle();
     this.publish();
     this.problem = "";
@@ -12280,13 +12287,15 @@ export class Fleet implements Membership {
   }
   /** Whether what others say counts. */
   private isAgreed(): boolean {
-    return this.state === "answers" && !this.heldUntil && !this.isOver;
+    return this.state === "answers" && !this.isStale && !this.heldUntil && !this.isOver;
   }
   private probes(service: Service, server: Server): boolean {
     if (!this.isAgreed() || this.records.size === 0) return true;
     return !!this.lease && this.isProber(service, server);
   }
   private agree(service: Service, server: Server): boolean {
+    const { rise, fall } = service.config.health;
+    if (server.passes >= rise || server.fails >= fall) this.unsure.delete(keyOfServer(service, server));
     if (!this.isAgreed() || this.records.size === 0) return server.opinion;
     if (server.opinion === this.saidDown.has(keyOfServer(service, server))) this.publish();
     const verdict = this.verdict(service, server);
@@ -12295,6 +12304,7 @@ export class Fleet implements Membership {
   private verdict(service: Service, server: Server): "up" | "down" | undefined {
     const key = keyOfServer(service, server), told = this.keys.get(`told/${key}`)?.revision ?? 0;
     return majorityOf((this.probing.get(key) ?? []).map((name) => {
+      if (name === this.name && this.lease && this.unsure.has(key)) return "unknown";
       if (name === this.name && this.lease) return server.opinion ? "up" : "down";
       return voteOf(this.records.get(name), key, this.view_, told);
     }));
@@ -12305,7 +12315,9 @@ export class Fleet implements Membership {
     if (!this.isAgreed()) return;
     for (const [service, server] of this.servers()) {
       const verdict = this.verdict(service, server);
-      if (verdict === undefined || (verdict === "up") === server.up) continue;
+      if (verdict === undefined) continue;
+      if (this.unsure.delete(keyOfServer(service, server))) server.opinion = verdict === "up";
+      if ((verdict === "up") === server.up) continue;
       setUp(service, server, verdict === "up", undefined, this.effects);
       this.effects.onProbed(service, server, verdict === "up" ? undefined : "most of its probers say so");
     }
@@ -12313,10 +12325,13 @@ export class Fleet implements Membership {
 
   /** Takes what the others agree on for the truth: it is new here, or was away for longer than its lease. */
   private adopt(): void {
+    this.isStale = false;
     this.heldUntil = 0;
     this.lease = "";
+    if (this.records.size === 0 && this.member.isObserver) return; // it probes by itself
+    for (const [service, server] of this.servers()) this.unsure.add(keyOfServer(service, server));
     this.settle();
-    if (this.records.size > 0) { for (const [, server] of this.servers()) beginProbing(server); }
+    for (const [, server] of this.servers()) beginProbing(server);
   }
 
   // This instance among others.
@@ -12337,6 +12352,7 @@ export class Fleet implements Membership {
       told: Math.max(0, ...this.told.values()),
       down: named(servers.filter(([service, server]) => !server.opinion && this.isProber(service, server))),
       ejected: named(servers.filter(([, server]) => server.until > now)),
+      unsure: [...this.unsure].sort(),
     };
   }
 
@@ -12393,24 +12409,33 @@ export class Fleet implements Membership {
   }
 
   async change(edit: (config: Config) => string, wait: number, replaces: boolean): Promise<string[]> {
-    for (let left = MOST_TRIES; left > 0; left--) {
+    const end = this.effects.now() + CHANGE_TIME;
+    let tried = "";
+    for (let left = MOST_TRIES; left > 0;) {
       const base = this.document, { config } = this.lb.balancer.table;
       if (this.state === "away") throw new AdminError(503, "the fleet's engine is away: nothing can be changed");
       if (base?.problem && !replaces) {
         throw new AdminError(409, `the fleet's newest document cannot be used here: PUT /config replaces it`);
       }
-      const text = edit(config);
+      if (base && base.value === tried) return await this.waitForAll(base.revision, wait); // its answer was lost
+      const text = tried = edit(config);
       if (text === base?.value) return [];
-      const { isOurs, value, revision } = await this.engine.swap("config", text, base?.revision ?? 0).catch((error) => {
-        throw new AdminError(error.kind === "silent" ? 503 : 500, `this could not be written: ${error.message}`);
-      });
-      const isThere = isOurs || value === text; // then an answer was lost
-      const hasCome = () => isThere ? (this.document?.revision ?? 0) >= revision : this.document !== base;
-      if (!await this.until(hasCome, CHANGE_TIME)) {
-        throw new AdminError(503, isThere ? "it is written, and not in force here yet" : "the engine falls behind");
+      try {
+        const { isOurs, value, revision } = await this.engine.swap("config", text, base?.revision ?? 0);
+        const isThere = isOurs || value === text; // then an answer was lost
+        const hasCome = () => isThere ? (this.document?.revision ?? 0) >= revision : this.document !== base;
+        if (!await this.until(hasCome, CHANGE_TIME)) {
+          throw new AdminError(503, isThere ? "it is written, and not in force here yet" : "the engine falls behind");
+        }
+        await this.applying;
+        if (isThere) return await this.waitForAll(revision, wait);
+        left--;
+      } catch (error) {
+        if (!(error instanceof EngineError)) throw error;
+        if (error.kind !== "silent") throw new AdminError(500, `this could not be written: ${error.message}`);
+        if (this.effects.now() >= end) throw new AdminError(503, `the fleet's engine is away: ${error.message}`);
+        await this.effects.sleep(PAUSES.least);
       }
-      await this.applying;
-      if (isThere) return await this.waitForAll(revision, wait);
     }
     throw new AdminError(409, `others were first, ${MOST_TRIES} times in a row: try again`);
   }
@@ -12448,6 +12473,11 @@ export class Fleet implements Membership {
 
   /** The document as this file has it: who this instance is, and how it gets to the engine, stays its own. */
   private localText(text: string): string {
+    if (this.translated.text === text) return this.translated.local;
+    this.translated = { text, local: this.translate(text) };
+    return this.translated.local;
+  }
+  private translate(text: string): string {
     const raw = mapOf(readAsWritten(text, this.member.file)), theirs = mapOf(raw.fleet);
     if (differences(withoutShared(theirs), withoutShared(this.local)).length === 0) return text;
     const { ttl, probers } = theirs,
@@ -12502,6 +12532,7 @@ export class Fleet implements Membership {
       const base = document?.problem ? document.revision : copied.revision; // who cannot use it replaces it
       const { isOurs } = await this.engine.swap("config", text, base);
       if (!isOurs) return; // the other one is copied, over this one
+      this.translated = { text: "", local: "" };
       this.local = mapOf(mapOf(readAsWritten(text, this.member.file)).fleet);
       this.copied = { value: text, revision: base };
     } catch (error) {
@@ -12513,7 +12544,10 @@ export class Fleet implements Membership {
   // What there is to see.
 
   view(): FleetView {
-    const all = [...this.records].map(([name, one]) => ({ name, ...name === this.name ? this.record() : one }));
+    const all = [...this.records].map(([name, theirs]): InstanceView => {
+      const { id: _, members: __, told: ___, unsure: ____, ...shown } = name === this.name ? this.record() : theirs;
+      return { name, ...shown };
+    });
     return {
       ...{
         engine: this.state,
@@ -12522,9 +12556,7 @@ export class Fleet implements Membership {
         name: this.name,
         config: this.inForce,
       },
-      instances: all.toSorted((a, b) => a.name < b.name ? -1 : 1).map(({ id: _, members: __, told: ___, ...one }) =>
-        one
-      ),
+      instances: all.toSorted((a, b) => a.name < b.name ? -1 : 1),
       probes: [...this.probing].map(([server, by]) => ({ server, by: this.state === "away" ? [this.name] : by })),
     };
   }

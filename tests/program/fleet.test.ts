@@ -18,14 +18,14 @@ import {
   startEtcd,
   startInstance,
 } from "../rig/engines.ts";
-import { freePort, until } from "../rig/rig.ts";
+import { freePort, sleep, until } from "../rig/rig.ts";
 
 /** A test that ends what it has begun, the last first. */
 const test = (name: string, body: (t: Ends) => unknown, skipped: string | false = false) =>
   nodeTest(name, { timeout: 110_000, skip: skipped }, async () => {
     const ends: (() => unknown)[] = [];
     try {
-      await body({ after: (end) => void ends.unshift(end) });
+      await body({ after: (end) => void ends.unshift(end), diagnostic: (text) => console.log(text) });
     } finally {
       for (const end of ends) await end();
     }
@@ -319,4 +319,219 @@ test("a deleted document is put back, and an engine that is empty or restored ge
   assert.equal((await etcd.keys()).get("lb/secret")!.value, before, "the secret too");
   assert.equal((await b.ask("PATCH /config?wait=5s", { log: "json" })).status, 200);
   assert.match((await a.ask("GET /config")).text, /log: json/, "lower revisions are no older ones");
+}, skip);
+
+test(
+  "each server is probed by some, and down on all when most of these say so; operators' words count on all",
+  async (t) => {
+    const etcd = await startEtcd(t), fleet = { etcd: etcd.urls, ttl: "2s", probers: 2 };
+    const [one, two] = [await startBackend(t, "one"), await startBackend(t, "two")];
+    const a = await startInstance(t, "a", fleet, { rest: POOL(one, two) });
+    const others = await Promise.all(["b", "c"].map((name) => startInstance(t, name, { etcd: etcd.urls }))),
+      all = [a, ...others];
+    await eventually("all are there", async () => (await a.fleet()).instances.length === 3);
+    const { probes } = await others[0]!.fleet();
+    assert.deepEqual(probes.map(({ server, by }: Loose) => [server, by.length]), [
+      [`shop ${one.url}`, 2],
+      [`shop ${two.url}`, 2],
+    ]);
+    one.isUp = false;
+    for (const instance of all) await eventually("it is down", () => isDown(instance));
+    for (const instance of all) assert.equal(await isDown(instance, 1), false);
+    const down = (await a.fleet()).instances.flatMap((one: Loose) => one.down);
+    assert.ok(down.length > 0 && down.every((server: string) => server === `shop ${one.url}`), String(down));
+    // a fresh one has not probed it, and knows
+    const fresh = await startInstance(t, "d", { etcd: etcd.urls });
+    assert.equal(await isDown(fresh), true);
+    one.isUp = true;
+    for (const instance of [...all, fresh]) await eventually("it is up", async () => !await isDown(instance));
+    assert.equal((await a.ask(`PUT /services/shop/servers/${two.address}/health`, { health: "down" })).status, 200);
+    for (const instance of all) await eventually("an operator has said it", () => isDown(instance, 1));
+    for (const instance of all) await eventually("probes say otherwise", async () => !await isDown(instance, 1));
+    // one is killed, one ends by itself: its lease is gone at once
+    await others[1]!.stop("SIGTERM");
+    await eventually("who ends is off at once", async () => (await a.fleet()).instances.length === 3, 1_500);
+    await others[0]!.stop("SIGKILL");
+    await eventually("who is killed is off after the ttl", async () => (await a.fleet()).instances.length === 2);
+    assert.equal(count(a.output(), " is down:"), 1, "no flapping");
+  },
+  skip,
+);
+
+test("sticky cookies hold on all instances and over restarts, in workers too", async (t) => {
+  const etcd = await startEtcd(t), [one, two] = [await startBackend(t, "one"), await startBackend(t, "two")];
+  const rest = `default: { servers: [${one.address}, ${two.address}], sticky: lb }\n`, fleet = { etcd: etcd.urls };
+  const a = await startInstance(t, "a", fleet, { rest });
+  const b = await startInstance(t, "b", fleet, { args: ["--workers", "2"] });
+  const first = await ask(`http://127.0.0.1:${a.port}/`), cookie = String(first.headers["set-cookie"]).split(";")[0]!;
+  const again = async (instance: Instance) => {
+    for (let i = 0; i < 6; i++) {
+      const answer = await ask(`http://127.0.0.1:${instance.port}/`, { headers: { cookie } });
+      assert.deepEqual([answer.text, answer.headers["set-cookie"]], [first.text, undefined], instance.name);
+    }
+  };
+  await again(b);
+  await a.stop();
+  await again(await startInstance(t, "a", fleet, { rest }));
+  // somebody sets another secret: all follow
+  await etcd.put("lb/secret", "another-secret");
+  await eventually("workers have it too", async () => {
+    const { headers } = await ask(`http://127.0.0.1:${b.port}/`, { headers: { cookie } });
+    return headers["set-cookie"] !== undefined;
+  });
+}, skip);
+
+test("a change is in force in workers too, and their verdicts are the fleet's", async (t) => {
+  const etcd = await startEtcd(t), fleet = { etcd: etcd.urls, ttl: "2s" };
+  const [one, two] = [await startBackend(t, "one"), await startBackend(t, "two")];
+  const a = await startInstance(t, "a", fleet, { rest: POOL(one, two) });
+  const b = await startInstance(t, "b", fleet, { args: ["--workers", "2"] });
+  const texts = async () => {
+    const seen = new Set<string>();
+    for (let i = 0; i < 12; i++) seen.add((await ask(`http://127.0.0.1:${b.port}/`)).text);
+    return [...seen].sort().join();
+  };
+  assert.equal(await texts(), "one,two");
+  one.isUp = false;
+  await eventually("workers leave it out", async () => await texts() === "two");
+  one.isUp = true;
+  await eventually("workers ask it again", async () => await texts() === "one,two");
+  assert.equal(
+    (await a.ask(`PUT /services/shop/servers/${two.address}/state?wait=5s`, { state: "drain" })).status,
+    200,
+  );
+  await eventually("workers have the change", async () => await texts() === "one");
+}, skip);
+
+test("two instances of one name: the later one gets a number behind it", async (t) => {
+  const etcd = await startEtcd(t), backend = await startBackend(t, "one"), fleet = { etcd: etcd.urls, name: "lb" };
+  const a = await startInstance(t, "a", fleet, { rest: POOL(backend) }), b = await startInstance(t, "b", fleet);
+  assert.deepEqual([(await a.fleet()).name, (await b.fleet()).name], ["lb", "lb#2"]);
+  assert.match(b.output(), /warn: fleet: another instance is called "lb": this one is "lb#2"/);
+}, skip);
+
+test(
+  "passwords appear nowhere: not in the document of who has them in the environment, the API, the log or a page",
+  async (t) => {
+    const etcd = await startEtcd(t), backend = await startBackend(t, "one"), password = "pass-of-the-fleet";
+    const post = async (path: string, body: Loose) => void await etcd.call(path, body);
+    for (const name of ["root", "lb"]) await post("auth/user/add", { name, password });
+    await post("auth/role/add", { name: "lb" });
+    await post("auth/role/grant", {
+      name: "lb",
+      perm: { permType: "READWRITE", key: btoa("lb/"), range_end: btoa("lb0") },
+    });
+    await post("auth/user/grant", { user: "lb", role: "lb" });
+    await post("auth/user/grant", { user: "root", role: "root" });
+    await post("auth/enable", {});
+    const fleet = { etcd: etcd.urls, user: "lb", password: "${ETCD_PASSWORD}", ttl: "2s" },
+      env = { ETCD_PASSWORD: password };
+    const a = await startInstance(t, "a", fleet, { rest: POOL(backend), env });
+    assert.equal((await a.fleet()).engine, "answers");
+    const shown = [a.text(), a.output()];
+    for (const path of ["fleet", "config", "services", "metrics", "live", "openapi.json"]) {
+      shown.push((await a.ask(`GET /${path}`)).text);
+    }
+    for (const text of shown) assert.ok(!text.includes(password), text);
+    // another password: said in one sentence, and nothing is lost
+    const { token } = await etcd.call("auth/authenticate", { name: "root", password });
+    await etcd.call("auth/user/changepw", { name: "lb", password: "another" }, 0, token);
+    await eventually("it is away", async () => (await a.fleet()).engine === "away");
+    assert.match((await a.fleet()).problem, /etcd refuses the user "lb": name or password is wrong/);
+    assert.equal((await ask(`http://127.0.0.1:${a.port}/`)).text, "one");
+    await etcd.call("auth/user/changepw", { name: "lb", password }, 0, token);
+    await eventually("it is back", async () => (await a.fleet()).engine === "answers");
+    assert.equal((await a.ask("PATCH /config?wait=5s", { log: "json" })).status, 200);
+  },
+  skip,
+);
+
+/** Asks for a page again and again until it is stopped. Gives how many answers were no 200. */
+function load(port: number): { stop(): Promise<{ sent: number; failed: number }> } {
+  let isOver = false, sent = 0, failed = 0;
+  const one = async () => {
+    while (!isOver) {
+      sent++;
+      await ask(`http://127.0.0.1:${port}/`).then(({ status }) => status === 200 || failed++, () => failed++);
+      await sleep(5);
+    }
+  };
+  const running = Promise.all([one(), one()]);
+  return {
+    async stop() {
+      isOver = true;
+      await running;
+      return { sent, failed };
+    },
+  };
+}
+
+test(
+  "three members: the leader is killed, each is frozen, the log is compacted: changes go on, and no request fails",
+  async (t) => {
+    const etcd = await startEtcd(t, 3), backend = await startBackend(t, "one"), fleet = { etcd: etcd.urls, ttl: "3s" };
+    const a = await startInstance(t, "a", fleet, { rest: POOL(backend) }), b = await startInstance(t, "b", fleet);
+    const loads = [a, b].map(({ port }) => load(port));
+    let weight = 1;
+    /** How long a change takes until it is in force on both, from wherever it can be made. */
+    const change = async (what: string) => {
+      const begun = performance.now(), wanted = ++weight;
+      await eventually(`${what}: a change is made`, async () => {
+        const made = await a.ask("PATCH /services/shop", { retries: wanted % 10 });
+        return made.status === 200;
+      });
+      const has = async () => new RegExp(`retries: ${wanted % 10}\\b`).test((await b.ask("GET /config")).text);
+      await eventually(`${what}: the other has it`, has);
+      return performance.now() - begun;
+    };
+    await change("all well");
+    const leader = await etcd.leader();
+    await etcd.kill(leader);
+    const killed = await change("the leader is killed");
+    await etcd.start(leader);
+    const frozen: number[] = [];
+    for (let i = 0; i < 3; i++) {
+      etcd.freeze(i);
+      frozen.push(await change(`member ${i} is frozen`));
+      etcd.resume(i);
+      await eventually("it follows again", async () => !!(await etcd.call("kv/range", { key: btoa("x") }, i)).header);
+    }
+    for (let i = 0; i < 20; i++) await etcd.put("lb/noise", `${i}`);
+    const { header } = await etcd.call("kv/range", { key: btoa("x") });
+    await etcd.call("kv/compaction", { revision: header.revision });
+    await change("compacted");
+    for (const one of loads) {
+      const { sent, failed } = await one.stop();
+      assert.ok(sent > 50, `${sent} requests`);
+      assert.equal(failed, 0);
+    }
+    t.diagnostic(`leader killed: ${Math.round(killed)} ms; a member frozen: ${frozen.map(Math.round).join(", ")} ms`);
+  },
+  skip,
+);
+
+test("200 changes by three writers at once: each is there or was refused, and all end with one document", async (t) => {
+  const etcd = await startEtcd(t), fleet = { etcd: etcd.urls, ttl: "3s" };
+  const rest = "services: { shop: { servers: [localhost:1], health: off } }\ndefault: { service: shop }\n";
+  const a = await startInstance(t, "a", fleet, { rest });
+  const all = [a, ...await Promise.all(["b", "c"].map((name) => startInstance(t, name, fleet)))];
+  const made: string[] = [], refused: number[] = [];
+  await Promise.all(all.map(async (one, writer) => {
+    for (let i = writer; i < 200; i += 3) {
+      const { status, text } = await one.ask("POST /services/shop/servers", `10.0.0.1:${1_000 + i}`);
+      if (status === 201) made.push(`10.0.0.1:${1_000 + i}`);
+      else refused.push(status), assert.match(`${status}`, /^(409|503)$/, text);
+    }
+  }));
+  const text = (await etcd.get("lb/config"))!;
+  for (const name of made) assert.ok(text.includes(name), name);
+  assert.equal(count(text, "10.0.0.1:"), made.length, "who was refused is not there");
+  for (const one of all) {
+    await eventually(
+      "the same in force",
+      async () => (await one.ask("GET /config")).headers.etag === (await a.ask("GET /config")).headers.etag,
+    );
+    await until("the same on disk", () => one.text() === text);
+  }
+  t.diagnostic(`${made.length} made, ${refused.length} refused`);
 }, skip);

@@ -1,0 +1,345 @@
+// Fleets without sockets: votes and probers as pure functions, and instances over an engine in memory, on a clock that
+// only the test moves.
+
+import assert from "node:assert/strict";
+import process from "node:process";
+import { test } from "node:test";
+import fc from "fast-check";
+import {
+  createLoadBalancer,
+  EtcdClient,
+  type InstanceRecord,
+  majorityOf,
+  parseConfig,
+  probersOf,
+  viewHash,
+  type Vote,
+  voteOf,
+} from "../../lb.ts";
+import { type Member, settled, World } from "../rig/fleet.ts";
+import { seeded } from "../rig/rig.ts";
+
+const names = fc.uniqueArray(fc.stringMatching(/^[a-z]{1,8}$/), { minLength: 1, maxLength: 12 });
+
+test("all choose the same probers in any order, and who leaves or comes moves only its own", () => {
+  fc.assert(fc.property(names, fc.integer({ min: 1, max: 5 }), fc.string(), (members, probers, server) => {
+    const chosen = probersOf(server, members, probers);
+    assert.equal(chosen.length, Math.min(probers, members.length));
+    assert.deepEqual(probersOf(server, members.toReversed(), probers), chosen);
+    assert.equal(viewHash(members.toReversed(), probers), viewHash(members, probers));
+    assert.notEqual(viewHash(members, probers + 1), viewHash(members, probers));
+    const [gone, ...left] = members;
+    const after = probersOf(server, left, probers);
+    assert.deepEqual(after.filter((name) => chosen.includes(name)), chosen.filter((name) => name !== gone));
+  }));
+});
+
+test("each of many instances probes its share of the servers", () => {
+  const members = Array.from({ length: 6 }, (_, i) => `lb-${i}`), shares = new Map<string, number>();
+  for (let i = 0; i < 600; i++) {
+    for (const name of probersOf(`shop http://10.0.0.${i}:80`, members, 3)) {
+      shares.set(name, (shares.get(name) ?? 0) + 1);
+    }
+  }
+  for (const share of shares.values()) assert.ok(share > 240 && share < 360, `${share} of 300`);
+});
+
+test("a verdict needs most of the votes, and stands whatever those that are unknown would say", () => {
+  const votes = fc.array(fc.constantFrom<Vote>("up", "down", "unknown"), { maxLength: 7 });
+  fc.assert(fc.property(votes, (votes) => {
+    const verdict = majorityOf(votes), unknown = votes.filter((vote) => vote === "unknown").length;
+    if (unknown * 2 >= votes.length) return assert.equal(verdict, undefined);
+    const as = (vote: Vote) => majorityOf(votes.map((one) => one === "unknown" ? vote : one));
+    if (as("up") === as("down")) assert.equal(verdict, as("up"));
+    else assert.equal(verdict, undefined);
+  }));
+  assert.equal(majorityOf(["down", "up"]), "up", "of two not more than half");
+  assert.equal(majorityOf(["down"]), "down");
+});
+
+test("a vote counts only where the instance knows the same members and the same operators", () => {
+  const one = { members: "x", told: 5, down: ["a"], unsure: ["c"] } as unknown as InstanceRecord;
+  assert.equal(voteOf(one, "a", "x", 5), "down");
+  assert.equal(voteOf(one, "b", "x", 5), "up");
+  assert.equal(voteOf(one, "c", "x", 5), "unknown", "it is unsure");
+  assert.equal(voteOf(one, "a", "y", 5), "unknown", "it knows other members");
+  assert.equal(voteOf(one, "a", "x", 6), "unknown", "it has not heard the operator");
+  assert.equal(voteOf(undefined, "a", "x", 0), "unknown");
+});
+
+const flips = ({ reports }: Member) => reports.filter((said) => /: s\d+:1 is (up|down)/.test(said));
+async function worldOf(servers: number, ...members: string[]): Promise<World> {
+  const world = new World(servers);
+  for (const name of members) await world.join(name);
+  await world.pass(2_000);
+  return world;
+}
+
+test("three instances probe each server, and all take it for down when most of these do", async () => {
+  const world = await worldOf(4, "a", "b", "c", "d", "e");
+  const before = world.members.map(({ probed }) => probed);
+  await world.pass(10_000);
+  const probes = world.members.reduce((sum, { probed }, i) => sum + probed - before[i]!, 0);
+  assert.ok(probes >= 110 && probes <= 130, `${probes} probes of 4 servers in 10 s`);
+  world.up[1] = false;
+  await world.pass(4_000);
+  assert.deepEqual(world.members.map(({ isUp }) => isUp(1)), Array(5).fill(false));
+  assert.deepEqual(world.members.map(({ isUp }) => isUp(0)), Array(5).fill(true));
+  world.up[1] = true;
+  await world.pass(4_000);
+  assert.deepEqual(world.members.map(({ isUp }) => isUp(1)), Array(5).fill(true));
+});
+
+test("an idle fleet writes nothing, and asks less than once a second", async () => {
+  const world = await worldOf(20, "a", "b", "c", "d");
+  const { writes } = world.store, calls = world.members[0]!.engine.calls.length;
+  await world.pass(60_000);
+  assert.equal(world.store.writes, writes);
+  const perSecond = (world.members[0]!.engine.calls.length - calls) / 60;
+  assert.ok(perSecond <= 2, `${perSecond} calls a second at a ttl of 3 s: keep-alive and listing`);
+});
+
+test("a fresh instance takes the others' word before its first probe", async () => {
+  const world = await worldOf(3, "a", "b", "c");
+  world.up[2] = false;
+  await world.pass(4_000);
+  const fresh = await world.join("d");
+  assert.equal(fresh.isUp(2), false);
+  assert.equal(fresh.probed, 0);
+});
+
+test("when probers go, nobody's verdict changes: others go on from what was agreed", async () => {
+  const world = await worldOf(6, "a", "b", "c", "d", "e", "f");
+  world.up[3] = false;
+  await world.pass(4_000);
+  for (const member of world.members) member.reports.length = 0;
+  for (const [i, gone] of [...world.members.slice(0, 4)].entries()) {
+    if (i % 2) world.crash(gone);
+    else await world.leave(gone);
+    await world.pass(8_000);
+  }
+  for (const member of world.members) {
+    assert.deepEqual(flips(member), []);
+    assert.equal(member.isUp(3), false);
+  }
+});
+
+test("in any order of comings, goings, silence and deafness all end with what is true, and nothing flaps", async () => {
+  const step = fc.oneof(
+    fc.record({
+      kind: fc.constantFrom("join", "leave", "crash", "silent", "deaf", "wait"),
+      who: fc.nat(9),
+      ms: fc.nat(6_000),
+    }),
+    fc.record({ kind: fc.constant("switch"), who: fc.nat(1), ms: fc.nat(6_000) }), // servers 0 and 1
+  );
+  const property = fc.asyncProperty(fc.array(step, { minLength: 1, maxLength: 12 }), async (steps) => {
+    const world = await worldOf(4, "a", "b", "c"); // 2 is always up, 3 always down
+    world.up[3] = false;
+    await world.pass(4_000);
+    const all = new Set(world.members);
+    let names = 0;
+    for (const { kind, who, ms } of steps) {
+      const member = world.members[who % world.members.length]!, mayGo = world.members.length > 1;
+      if (kind === "join" && all.size < 8) all.add(await world.join(`n${names++}`));
+      if (kind === "leave" && mayGo) await world.leave(member);
+      if (kind === "crash" && mayGo) world.crash(member);
+      if (kind === "silent") member.engine.silent = !member.engine.silent;
+      if (kind === "deaf") member.engine.deaf = true;
+      if (kind === "switch") world.up[who] = !world.up[who];
+      await world.pass(ms);
+    }
+    for (const { engine } of world.members) engine.silent = false;
+    await world.pass(25_000);
+    for (const member of world.members) {
+      assert.deepEqual(
+        world.up.map((_, i) => member.isUp(i)),
+        world.up,
+        `${member.name} of ${world.members.map((m) => m.name)}`,
+      );
+    }
+    for (const member of all) {
+      const steady = flips(member).filter((said) => /s2:1/.test(said) || /s3:1 is up/.test(said));
+      assert.deepEqual(steady, [], `${member.name}: a server that did not change`);
+    }
+    for (const { fleet } of world.members) await fleet.leave();
+  });
+  await fc.assert(property, { numRuns: Number(process.env.LB_RUNS ?? 40) });
+});
+
+test("a watch that has gone deaf is dropped, and so are revisions that go backwards", async () => {
+  const world = await worldOf(1, "a", "b"), [a, b] = world.members as [Member, Member];
+  a.engine.deaf = true;
+  world.store.set("config", world.text + "# changed\n");
+  await world.pass(3_500);
+  assert.equal(a.fleet.counted().resyncs.get("deaf"), 1);
+  assert.match(a.lb.balancer.table.config.text, /# changed/);
+  world.store.revision = 3; // a backup
+  world.store.events = [];
+  world.store.keys.set("config", { value: world.text + "# restored\n", revision: 2, lease: "" });
+  await world.pass(5_000);
+  for (const one of [a, b]) assert.match(one.lb.balancer.table.config.text, /# restored/);
+});
+
+test("what an operator says counts on all, until probes say otherwise, and no vote from before undoes it", async () => {
+  const world = await worldOf(2, "a", "b", "c", "d"),
+    service = world.members[0]!.lb.balancer.table.services.get("default")!;
+  const told = world.members[0]!.fleet.tell(service, service.servers[0]!, false);
+  await world.pass(100);
+  assert.equal(await told, true);
+  assert.deepEqual(world.members.map(({ isUp }) => isUp(0)), [false, false, false, false]);
+  for (const { reports } of world.members) assert.deepEqual(reports.filter((said) => /s0:1 is up/.test(said)), []);
+  await world.pass(4_000);
+  assert.deepEqual(world.members.map(({ isUp }) => isUp(0)), [true, true, true, true], "probes pass");
+});
+
+test("a process that stood still registers anew, takes over what was agreed, and flaps nothing", async () => {
+  const world = await worldOf(3, "a", "b", "c"), paused = world.members[0]!;
+  world.members.splice(0, 1);
+  paused.engine.silent = true; // it hears and says nothing for a while
+  await world.pass(1_000);
+  world.up[1] = false;
+  await world.pass(9_000);
+  world.members.push(paused);
+  paused.engine.silent = false;
+  await world.pass(6_000);
+  assert.equal(paused.isUp(1), false);
+  assert.deepEqual(world.members.map(({ fleet }) => fleet.view().instances.length), [3, 3, 3]);
+});
+
+test("two instances of one name: the later one gets a number behind it, and says so", async () => {
+  const world = await worldOf(1, "a", "a", "a");
+  assert.deepEqual(world.members[0]!.fleet.view().instances.map(({ name }) => name), ["a", "a#2", "a#3"]);
+  assert.match(world.members[1]!.reports.join("\n"), /fleet: another instance is called "a": this one is "a#2"/);
+});
+
+test("a lease that ends under a write is registered anew at once", async () => {
+  const world = await worldOf(2, "a", "b"), a = world.members[0]!;
+  const lease = world.store.keys.get("instances/a")!.lease;
+  world.store.leases.delete(lease); // without a word
+  world.store.set("told/default http://s0:1", "down"); // which every instance answers with a write
+  await settled();
+  await world.pass(300);
+  assert.notEqual(world.store.keys.get("instances/a")!.lease, lease);
+  assert.equal(a.fleet.view().instances.length, 2);
+});
+
+test("nothing is put in force but what the watch brings, in its order: not even an own change", async () => {
+  const world = await worldOf(1, "a", "b"), [a, b] = world.members as [Member, Member];
+  const seen: string[] = [], { reload } = a.lb;
+  a.lb.reload = (next) => {
+    seen.push(/# (\w+)$/m.exec(next.text)?.[1] ?? "");
+    return reload(next);
+  };
+  a.engine.deaf = true; // what it has written is not heard yet
+  const mark = (word: string) => (config: { text: string }) => config.text + `# ${word}\n`;
+  const own = a.fleet.change(mark("own"), 0, false);
+  await world.pass(200);
+  assert.deepEqual(seen, []);
+  const other = b.fleet.change(mark("other"), 0, false);
+  await world.pass(5_000);
+  await Promise.all([own, other]);
+  assert.match(a.lb.balancer.table.config.text, /# own\n# other\n$/);
+  assert.equal(b.lb.balancer.table.config.text, a.lb.balancer.table.config.text);
+});
+
+test("a race that is lost is run again on the newer document, five times at most", async () => {
+  const world = await worldOf(1, "a"), a = world.members[0]!;
+  let races = 0;
+  const edit = (config: { text: string }) => {
+    if (races++ < 3) world.store.set("config", config.text + `# other ${races}\n`);
+    return config.text + "# mine\n";
+  };
+  const change = a.fleet.change(edit, 0, false);
+  await world.pass(500);
+  await change;
+  assert.match(world.store.keys.get("config")!.value, /# other 1\n# other 2\n# other 3\n# mine\n$/);
+  const always = a.fleet.change(
+    (config) => {
+      world.store.set("config", config.text + "# again\n");
+      return config.text + "# never\n";
+    },
+    0,
+    false,
+  );
+  const refused = assert.rejects(always, /others were first, 5 times in a row/);
+  await world.pass(500);
+  await refused;
+});
+
+test("`ttl` and `probers` are the document's, whatever local files say", async () => {
+  const world = new World(4, "{ etcd: 'a:1', ttl: 4s, probers: 1 }");
+  await world.join("a");
+  for (const name of ["b", "c"]) await world.join(name, { text: "fleet: { etcd: 'b:1', ttl: 60s, probers: 100 }" });
+  await world.pass(2_000);
+  for (const { fleet } of world.members) for (const { by } of fleet.view().probes) assert.equal(by.length, 1);
+  assert.deepEqual([...world.store.leases.values()].map(({ ttl }) => ttl), [4_000, 4_000, 4_000]);
+  assert.match(world.members[1]!.disk.text, /^fleet: \{ etcd: b:1, ttl: 4s, probers: 1 \}\nlog: off/);
+  world.store.set("config", world.text.replace("ttl: 4s", "ttl: 2s"));
+  await world.pass(3_000);
+  assert.deepEqual([...world.store.leases.values()].map(({ ttl }) => ttl), [2_000, 2_000, 2_000]);
+  for (const { fleet } of world.members) assert.equal(fleet.view().instances.length, 3);
+});
+
+test("away from the engine an instance probes all servers itself, from what was agreed; back again it flaps nothing", async () => {
+  const world = await worldOf(4, "a", "b", "c", "d"), a = world.members[0]!;
+  world.up[0] = false;
+  await world.pass(4_000);
+  a.engine.silent = true;
+  await world.pass(4_000);
+  assert.equal(a.fleet.view().engine, "away");
+  assert.equal(a.isUp(0), false, "as was agreed");
+  world.up[1] = false;
+  await world.pass(4_000);
+  assert.equal(a.isUp(1), false, "it has found out itself");
+  assert.equal(a.reports.filter((said) => /has not answered for 3 s/.test(said)).length, 1);
+  a.engine.silent = false;
+  const before = flips(a).length;
+  await world.pass(10_000);
+  assert.equal(flips(a).length, before);
+  assert.equal(a.fleet.view().engine, "answers");
+});
+
+test("an engine that was away for all brings back no verdict from before", async () => {
+  const world = await worldOf(3, "a", "b", "c");
+  for (const { engine } of world.members) engine.silent = true;
+  const leases = [...world.store.leases.values()];
+  await world.pass(5_000);
+  world.up[2] = false;
+  await world.pass(5_000);
+  assert.deepEqual(world.members.map(({ isUp }) => isUp(2)), [false, false, false]);
+  for (const lease of leases) lease.until = world.clock.now + 3_000; // as etcd has it after its own start
+  for (const lease of leases) world.store.leases.set(`${leases.indexOf(lease) + 1}`, lease);
+  for (const { engine } of world.members) engine.silent = false;
+  await world.pass(12_000);
+  for (const member of world.members) {
+    assert.equal(member.isUp(2), false);
+    assert.deepEqual(flips(member).filter((said) => /s2:1 is up/.test(said)), []);
+  }
+});
+
+test("the copy on disk is one at a time, and the last one is the last document", async () => {
+  const world = await worldOf(1, "a"), a = world.members[0]!;
+  for (let i = 0; i < 20; i++) world.store.set("config", `${world.text}# ${i}\n`);
+  await world.pass(200);
+  assert.match(a.disk.text, /# 19\n$/);
+  assert.deepEqual(a.disk.kept, [], "copies are not worth keeping");
+});
+
+test("instances begin with different members, and not all with the first", async () => {
+  const asked = new Map<string, number>();
+  for (let i = 0; i < 60; i++) {
+    const config = parseConfig("fleet: { etcd: ['a:1', 'b:1', 'c:1'] }"),
+      { effects } = createLoadBalancer(config).balancer;
+    const engine = new EtcdClient(config.fleet!, {
+      ...effects,
+      random: seeded(i),
+      send({ server, onEnd }) {
+        if (!asked.has(`${i}`)) asked.set(`${i}`, 1).set(server.name, (asked.get(server.name) ?? 0) + 1);
+        onEnd("connect", "nobody", false);
+      },
+    });
+    await engine.list(true).catch(() => {});
+  }
+  for (const name of ["a:1", "b:1", "c:1"]) assert.ok((asked.get(name) ?? 0) > 8, `${name}: ${asked.get(name)}`);
+});
