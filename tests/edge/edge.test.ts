@@ -885,7 +885,7 @@ test("instances elsewhere join over the Durable Object; where they probe, isolat
   t.after(async () => {
     for (const end of ends) await end();
   });
-  const own = { after: (end: () => unknown) => void ends.unshift(end), diagnostic() {} };
+  const own = { after: (end: () => unknown) => void ends.unshift(end) };
   const at = await edge(t, { fleet: FLEET }, { LB_FLEET_TOKEN: TOKEN }),
     url = `http://127.0.0.1:${at.port}/.well-known/lb-fleet/`;
   assert.equal(status(await at.ask("/")), 404, "there is no document yet");

@@ -25,7 +25,7 @@ const test = (name: string, body: (t: Ends) => unknown, skipped: string | false 
   nodeTest(name, { timeout: 110_000, skip: skipped }, async () => {
     const ends: (() => unknown)[] = [];
     try {
-      await body({ after: (end) => void ends.unshift(end), diagnostic: (text) => console.log(text) });
+      await body({ after: (end) => void ends.unshift(end) });
     } finally {
       for (const end of ends) await end();
     }
@@ -505,7 +505,7 @@ test(
       assert.ok(sent > 50, `${sent} requests`);
       assert.equal(failed, 0);
     }
-    t.diagnostic(`leader killed: ${Math.round(killed)} ms; a member frozen: ${frozen.map(Math.round).join(", ")} ms`);
+    console.log(`leader killed: ${Math.round(killed)} ms; a member frozen: ${frozen.map(Math.round).join(", ")} ms`);
   },
   skip,
 );
@@ -533,5 +533,5 @@ test("200 changes by three writers at once: each is there or was refused, and al
     );
     await until("the same on disk", () => one.text() === text);
   }
-  t.diagnostic(`${made.length} made, ${refused.length} refused`);
+  console.log(`${made.length} made, ${refused.length} refused`);
 }, skip);

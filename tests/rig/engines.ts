@@ -21,7 +21,6 @@ export type Loose = any;
 /** What a test ends with, the last first. */
 export interface Ends {
   after(end: () => unknown): void;
-  diagnostic(text: string): void;
 }
 
 /** A child's own `kill` does something once only, on Deno. */
