@@ -2306,6 +2306,7 @@ const EMPTY_BODY: Body = new MemoryBody(NO_BYTES); // Content-Length: 0
 const WINDOW = 262_144; // bytes that wait for a slow reader before the source is paused
 const KEPT = 65_536; // bytes: a body up to this size is kept for another attempt
 const KEPT_PIECES = 64; // that are put together: a byte in a piece of its own takes the memory of a hundred
+const WAITING_PIECES = 1_024; // the same, of a body that waits for its reader
 
 /** The connection that a body comes from. */
 interface BodySource {
@@ -2392,7 +2393,7 @@ class StreamedBody implements Body {
       if (this.kept.push(bytes) >= KEPT_PIECES) this.kept = [Buffer.concat(this.kept)];
     }
     if (this.reader && !this.paused && this.waiting.length === 0) return this.reader.data(bytes);
-    this.waiting.push(bytes);
+    if (this.waiting.push(bytes) >= WAITING_PIECES) this.waiting = [Buffer.concat(this.waiting)];
     this.waitingBytes += bytes.length;
     if (this.waitingBytes >= WINDOW) this.hold();
   }
@@ -5384,6 +5385,7 @@ abstract class Http2Connection extends Connection {
   protected readonly resets: Set<number> = new Set(); // the latest that we have reset: frames of them may be coming
   private readonly decoder = new HeaderDecoder();
   private unread = 0; // bytes of data that have come since the peer was told to send more
+  private moved = 0; // pieces of data that have passed, either way, less the peer's PINGs
   private wasted = 0; // frames that asked for nothing
   private wastedAt = 0;
 
@@ -5471,7 +5473,8 @@ abstract class Http2Connection extends Connection {
       this.raiseWindow(0, this.unread);
       this.unread = 0;
     }
-    if (!bytes.length && !ends) this.waste();
+    if (bytes.length) this.moved++;
+    else if (!ends) this.waste();
     this.streamOf(id)?.onData(bytes, payload.length, ends);
   }
 
@@ -5503,10 +5506,12 @@ abstract class Http2Connection extends Connection {
   onPush(): void {
     throw fault("PROTOCOL_ERROR", "PUSH_PROMISE");
   }
+  /** One PING for each piece of data is not counted: gRPC's libraries measure round trips with them. */
   onPing(payload: Bytes, flags: number): void {
     if (flags & ACK) return this.onPong();
     this.writeFrame(PING, ACK, 0, payload.toString("latin1"));
-    this.waste();
+    if (this.moved === 0) this.waste();
+    else this.moved = Math.min(this.moved, PATIENCE) - 1;
   }
   onGoAwayFrame(payload: Bytes): void {
     if (payload.length < 8) throw fault("FRAME_SIZE_ERROR", "GOAWAY");
@@ -5617,6 +5622,7 @@ abstract class Http2Connection extends Connection {
   sendData(id: number, bytes: Bytes, at: number, size: number, ends: boolean): void {
     const { maxFrame } = this, flags = ends ? END_STREAM : 0, end = at + size;
     if (this.isOver) return;
+    if (size) this.moved++;
     this.window -= size;
     if (size <= Math.min(SMALL, maxFrame)) return this.writeFrame(DATA, flags, id, bytes.toString("latin1", at, end));
     const out = borrowed(size + 9 * Math.ceil(size / maxFrame));
@@ -5692,11 +5698,12 @@ class ClientStream extends Http2Stream<Http2ClientConnection> {
   private isAnswered = false;
   private isTunnel = false;
   private answeredAt = Infinity; // when the response was out
-  private movedAt = 0; // when some of the response was last sent, or none waited
+  private movedAt: number; // when some of the response was last sent, or none waited
 
   constructor(connection: Http2ClientConnection, id: number, head: Http2Head, ends: boolean) {
     super(connection, id);
     const { scheme, peer } = connection, { upgrade, block, length } = head;
+    this.movedAt = connection.now();
     this.hasEnded = ends;
     if (!ends || upgrade) this.body = new StreamedBody(length, this);
     if (this.body && length < 0 && !upgrade) this.body.kept = [];
@@ -5931,6 +5938,7 @@ class UpstreamStream extends Http2Stream<Http2UpstreamConnection> implements Pro
   since: number;
   connected = false; // the request has begun to be sent
   head: ResponseHead | undefined;
+  private overhead = 0; // bytes of interim responses
   private isDone = false;
 
   constructor(to: Http2UpstreamConnection, id: number, attempt: Attempt) {
@@ -5963,11 +5971,13 @@ class UpstreamStream extends Http2Stream<Http2UpstreamConnection> implements Pro
     if (typeof head === "string") throw fault("PROTOCOL_ERROR", head, id);
     const { status, reason, fields, lines } = head, isBodiless = attempt.method === "HEAD" || BODILESS.has(status);
     if (status < 200 && ends) throw fault("PROTOCOL_ERROR", "its interim response is the last", id);
+    if (status < 200) this.overhead += block.size;
+    if (this.overhead > MAX_HEAD) throw fault("PROTOCOL_ERROR", "its head is too long", id);
     if (status < 200) return status > 100 ? attempt.onInform(status, reason, fields) : undefined;
     if (ends && !isBodiless && head.length > 0) throw fault("PROTOCOL_ERROR", "it has no body, but a length", id);
     this.head = head;
-    if (!ends) this.body = new StreamedBody(isBodiless ? -1 : head.length, this);
-    attempt.onHead({ status, reason, fields, lines, body: this.body ?? (isBodiless ? NO_BODY : EMPTY_BODY) });
+    if (!ends) this.body = new StreamedBody(isBodiless ? 0 : head.length, this);
+    attempt.onHead({ status, reason, fields, lines, body: isBodiless ? NO_BODY : this.body ?? EMPTY_BODY });
     if (ends && !this.isDone) this.onEnd(NO_FIELDS);
   }
 
@@ -8688,9 +8698,14 @@ function finish(exchange: Exchange): void {
 
 /** Sends a server's response. The exchange is finished when its attempt ends. */
 function sendResponse(attempt: ExchangeAttempt, response: HttpResponse): void {
-  const { exchange } = attempt;
+  const { exchange } = attempt, { status, tunnel, body } = response;
+  const { upgrade, version } = exchange.request;
+  if (upgrade && version === "2.0" && !tunnel && status < 300) { // the client would read it as a switch
+    body.cancel();
+    return refuse(exchange, "invalid-answer");
+  }
   exchange.attempt = attempt;
-  exchange.status = response.status;
+  exchange.status = status;
   exchange.reply(compress(exchange, inboundResponse(exchange, response)));
   if (attempt.endedAt) finish(exchange);
 }

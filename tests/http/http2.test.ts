@@ -5,6 +5,7 @@
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
 import { createHash } from "node:crypto";
+import { readFileSync } from "node:fs";
 import { connect as connectHttp2, createSecureServer } from "node:http2";
 import type { AddressInfo, Socket } from "node:net";
 import process from "node:process";
@@ -1476,6 +1477,30 @@ test("as much data as a stream's window allows is kept while its request waits",
   assert.equal((await second.done()).json().bodyLength, size);
 });
 
+const residentOf = (pid: number) => Number(readFileSync(`/proc/${pid}/statm`, "utf8").split(" ")[1]) * 4_096;
+test("bodies in frames of one byte take hardly more memory than others while they wait", async () => {
+  const client = await open(), first = client.ask("/one/hold"), size = 63 * 4_096;
+  await until("the server has been asked", () => h1.last?.received.includes("/one/hold"));
+  const waiting = Array.from({ length: 10 }, () => client.ask("/one/waits", { ends: false }));
+  await settled(client);
+  const before = residentOf(lb.pid);
+  for (const stream of waiting) {
+    const bytes = Buffer.concat(Array.from({ length: 4_096 }, () => data(stream.id, "x")));
+    for (let sent = 0; sent < size; sent += 4_096) {
+      await client.when("a window", () => client.window >= 4_096);
+      client.window -= 4_096;
+      stream.window -= 4_096;
+      client.send(bytes);
+    }
+  }
+  await settled(client);
+  const grown = Math.round((residentOf(lb.pid) - before) / 2 ** 20);
+  assert.ok(grown < 150, `the program has grown by ${grown} MiB`);
+  first.reset();
+  for (const stream of waiting) client.send(data(stream.id, "", END_STREAM));
+  for (const stream of waiting) assert.equal((await stream.done()).json().bodyLength, size);
+});
+
 // ─── Servers that speak HTTP/2 ───
 
 test("requests to a server of HTTP/2 share one connection", async () => {
@@ -2012,6 +2037,34 @@ test("a body behind a head that has none is thrown away, and the connection of t
   await assertServed(client);
 });
 
+test("a response without a body may end in a frame of its own: nothing is reset, and the log has no failure", async () => {
+  h2.script = async (stream) => {
+    stream.sendHead([[":status", valueOf(stream.head, ":path").slice(-3)]]);
+    await sleep(20);
+    await stream.sendData("", true);
+  };
+  const client = await open();
+  for (const [method, path] of [["HEAD", "/h2/ends/200"], ["GET", "/h2/ends/204"], ["GET", "/h2/ends/304"]] as const) {
+    assert.equal((await client.ask(path, { method }).done()).status, Number(path.slice(-3)));
+    assert.equal((await logged(path))["error.type"], undefined, path);
+  }
+  assert.deepEqual(h2.requests.map((one) => one.wasReset), [undefined, undefined, undefined]);
+});
+
+test("interim responses without end are answered for with 502, as one head that is too long", async () => {
+  h2.script = async (stream) => {
+    for (let i = 0; i < 1_000 && !stream.wasReset && !stream.end.over; i++) {
+      stream.sendHead([[":status", "103"], ["link", "x".repeat(1_000)]]);
+      if (i % 10 === 0) await new Promise((resolve) => setImmediate(resolve));
+    }
+  };
+  const client = await open(), stream = await client.get("/h2/hints");
+  assert.deepEqual([stream.status, stream.header("x-lb-failure")], [502, "invalid-answer"]);
+  assert.ok(stream.interim.length < 100, `${stream.interim.length} interim responses`);
+  h2.script = echoH2;
+  await assertServed(client, "/h2/good");
+});
+
 test("a request that a server of HTTP/2 resets is asked of another server where it may be repeated", async () => {
   h2.script = (stream) => stream.reset("INTERNAL_ERROR");
   const client = await open();
@@ -2210,14 +2263,16 @@ test("a WebSocket over HTTP/2 that the server refuses passes its status, and 200
   const refused = await connectWebSocket(client, "/ws").begun();
   assert.deepEqual([refused.status, refused.header("x-why")], [403, "not you"]);
   for (
-    const head of [
-      "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n",
-      "HTTP/1.1 204 No Content\r\nConnection: close\r\n",
-    ]
+    const [path, head] of [
+      ["/ws/200", "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n"],
+      ["/ws/204", "HTTP/1.1 204 No Content\r\nConnection: close\r\n"],
+    ] as const
   ) {
     ws.answer = () => head;
-    const stream = await connectWebSocket(client, "/ws").begun();
+    const stream = await connectWebSocket(client, path).begun();
     assert.deepEqual([stream.status, stream.header("x-lb-failure")], [502, "invalid-answer"]);
+    const record = await logged(path);
+    assert.deepEqual([record["http.response.status_code"], record["error.type"]], [502, "invalid-answer"]);
   }
   ws.answer = () =>
     "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: wrong\r\n";
@@ -2352,6 +2407,43 @@ for (const [name, [begin, again]] of Object.entries(FLOODS)) {
     assert.equal(JSON.parse(lines().at(-1)!)["http.response.status_code"], 429);
   });
 }
+
+/** Pieces of a body, each of which is followed by a PING, as gRPC's libraries send them to measure each round trip. */
+const PIECES = 1_000;
+test("a client may send a PING for each piece of a response", async () => {
+  scripts.set(
+    "/pieces",
+    (visit) =>
+      visit.send(`HTTP/1.1 200 OK\r\nContent-Length: ${PIECES}\r\n\r\n`, ...Array.from({ length: PIECES }, () => "x")),
+  );
+  const client = await open({ greeting: settings([INITIAL_WINDOW, 1]), window: 1, raises: false });
+  const stream = client.ask("/pieces");
+  for (let i = 1; i <= PIECES; i++) {
+    await client.when("a piece", () => stream.bytes === i || client.over);
+    client.send(frame(PING, 0, 0, "measured"));
+    allow(client, 1, stream);
+  }
+  assert.equal((await stream.done()).result, "200");
+});
+test("a server may send a PING for each piece of an upload", async () => {
+  let seen = 0;
+  h2.script = async (stream) => {
+    for (; !stream.ended && !stream.end.over; seen = stream.bytes) {
+      stream.end.send(frame(PING, 0, 0, "measured"));
+      await stream.end.when("a piece", () => stream.bytes > seen || stream.ended || stream.end.over);
+    }
+    await stream.respond(200);
+  };
+  const client = await open(), stream = client.ask("/h2/pieces", { ends: false });
+  await stream.sendData(Buffer.alloc(2 ** 17)); // more than is kept
+  await until("a server is asked", () => h2.requests.length);
+  for (let size = 2 ** 17; size < 2 ** 17 + PIECES; size++) {
+    await h2.ends[0]!.when("it has arrived", () => h2.requests[0]!.bytes === size || h2.ends[0]!.over);
+    await stream.sendData("x");
+  }
+  await stream.sendData("", true);
+  assert.equal((await stream.done()).result, "200");
+});
 
 test("resets at once cost a server no more requests than patience allows", async () => {
   h1.reset(play);
@@ -2514,6 +2606,16 @@ test("a client that reads slowly, but reads, gets all of its response", async ()
     await client.when("more comes", () => stream.bytes > before);
   }
   assert.equal((await stream.done()).result, "200");
+});
+
+test("a response that finds no window waits for one, and its connection goes on", async () => {
+  const client = await open({ greeting: settings([INITIAL_WINDOW, 0]), window: 0, raises: false });
+  for (let i = 0; i < 3; i++) {
+    const stream = await client.ask("/zero").begun();
+    await sleep(250); // lb.ts looks at it meanwhile
+    allow(client, 10_000, stream);
+    assert.equal((await stream.done()).result, "200");
+  }
 });
 
 test("a stream whose window stays 0 ends, though others of its connection are served", async () => {
