@@ -1,10 +1,15 @@
 // README and docs/: every example can be used as it stands, every link leads somewhere, and the reference is the schema's.
 
 import assert from "node:assert/strict";
-import { existsSync, readdirSync, readFileSync } from "node:fs";
+import { spawnSync } from "node:child_process";
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
+import process from "node:process";
+import { after } from "node:test";
 import { fileURLToPath } from "node:url";
 import { jsonSchema, parseConfig } from "../../lb.ts";
+import { A, KEY } from "../rig/certificates.ts";
 import { makeReference } from "../rig/reference.ts";
 import { test } from "../rig/rig.ts";
 
@@ -58,6 +63,37 @@ test("README's figures are those of tests/load/bench/RESULTS.md", () => {
     assert.deepEqual(figures, ["node", "bun", "deno"].map(ratio), name);
   }
 });
+
+/** The first block of a page in a language. */
+const blockOf = (page: string, language: string): string =>
+  new RegExp(`^\`\`\`${language}\\n(.*?)^\`\`\``, "ms").exec(read(page))![1]!;
+
+const folder = mkdtempSync(join(tmpdir(), "lb-docs-"));
+after(() => rmSync(folder, { recursive: true }));
+writeFileSync(join(folder, "www.pem"), A);
+writeFileSync(join(folder, "www.key"), KEY);
+
+/** The files of other programs, each with what it takes them for right by, and what belongs around it. */
+const OTHERS: [language: string, page: string, command: string[], around?: (text: string) => string][] = [
+  ["nginx", "migrate", ["nginx", "-t", "-c"], (text) => {
+    const there = text.replace(/listen (\d+)/g, `listen unix:${folder}/$1.sock`); // it listens even here
+    return `pid ${folder}/pid;\nevents {}\nhttp {\n${there}}\n`;
+  }],
+  ["haproxy", "migrate", ["haproxy", "-c", "-f"]],
+  ["caddy", "migrate", ["caddy", "validate", "--adapter", "caddyfile", "--config"]],
+  ["ini", "deploy", ["systemd-analyze", "verify"], (text) => text.replace(/(?<==)\S+node \S+/, process.execPath)],
+];
+for (const [language, page, [command, ...args], around = (text: string) => text] of OTHERS) {
+  test(`docs/${page}.md: ${command} takes its file`, { needs: [command!] }, () => {
+    const file = join(folder, language === "ini" ? "lb.service" : language);
+    writeFileSync(file, around(blockOf(`docs/${page}.md`, language)).replaceAll(/www\.(?=pem|key)/g, `${folder}/www.`));
+    const { status, stderr } = spawnSync(command!, [...args, file], {
+      encoding: "utf8",
+      env: { ...process.env, HOME: folder },
+    });
+    assert.equal(status, 0, stderr);
+  });
+}
 
 /** A heading's name in links, as GitHub makes it. */
 const anchorOf = (heading: string): string =>
