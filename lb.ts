@@ -11076,6 +11076,7 @@ interface ShownServer {
   now: Figures; // of the last 30 seconds
   state: ShownState;
   level: (typeof STATES)[ShownState][1];
+  probers: string; // of a fleet
 }
 interface ShownService {
   service: ServiceView;
@@ -11085,14 +11086,58 @@ interface ShownService {
   troubles: Trouble[];
 }
 
+// A fleet.
+
+/** What the instances that probe a server hold it for, by server. */
+type Votes = Map<string, { name: string; isDown: boolean }[]>;
+function votesOf({ probes, instances }: FleetView): Votes {
+  const down = new Map(instances.map((one) => [one.name, new Set(one.down)]));
+  const voteOn = (server: string) => (name: string) => ({ name, isDown: down.get(name)?.has(server) ?? false });
+  return new Map(probes.map(({ server, by }) => [server, by.map(voteOn(server))]));
+}
+const votesText = (votes: { name: string; isDown: boolean }[], up: boolean): string =>
+  votes.length
+    ? `by ${votes.map(({ name, isDown }) => isDown === up ? `${name}, who disagrees` : name).join("; ")}`
+    : "";
+
+function troublesOfFleet({ engine, problem, instances, config }: FleetView): Trouble[] {
+  const say = (text: string): Trouble => ({ level: "warn", text, at: "fleet" });
+  if (engine === "away") {
+    return [say(`the fleet's engine does not answer: ${problem || "nothing has been heard of it"}`)];
+  }
+  const behind = instances.filter((one) => one.problem || one.config < config);
+  return behind.map(({ name, problem }) =>
+    say(`${name} lacks the fleet's newest document${problem && `: ${problem}`}`)
+  );
+}
+
+function fleetSection({ engine, name, config, instances }: FleetView, flipped: Set<string>) {
+  const newest = Math.max(config, ...instances.map((one) => one.config));
+  const rows = instances.map((one) => {
+    const self = one.name === name ? " (this one)" : "", runs = `lb.ts ${one.version} on ${one.runtime}`;
+    const document = one.problem || (one.config === newest ? "the newest" : `revision ${one.config}`);
+    const cells = [one.name + self, runs, one.since, document, one.down.join(", ")].map((text) =>
+      html`<td>${text}</td>`
+    );
+    return html`<tr class="${document === "the newest" ? "" : "warn"}">${cells}</tr>`;
+  });
+  const facts = [`its engine ${engine === "away" ? "is away" : "answers"}`, `instances: ${instances.length}`];
+  // deno-fmt-ignore
+  return html`<details id="fleet" ${flipped.has("fleet") ? "" : "open"}>
+<summary><h2><span>Fleet</span><small>${[...facts, `document of revision ${config}`].join(" · ")}</small></h2></summary>
+<table><thead><tr><th>Instance</th><th>Runs</th><th>Since</th><th>Document</th><th>Finds down</th></tr></thead>
+<tbody>${rows}</tbody></table></details>`;
+}
+
 /** A service with its servers, how they do, and what is wrong with them. */
-function shownOf(service: ServiceView, snapshot: Snapshot, history: Sample[]): ShownService {
+function shownOf(service: ServiceView, snapshot: Snapshot, history: Sample[], votes: Votes): ShownService {
   const { name, counters, askable, panicking, names } = service, since = history.find((sample) => sample.counters);
   const time = since ? snapshot.time - since.time : snapshot.uptime;
   const recently = (id: string, counters: CountersView) => figuresOf(counters, since?.counters?.get(id), time);
   const servers = service.servers.map((server) => {
     const id = adminPath(name, server.name), now = recently(id, server.counters), state = stateOf(server, now.failed);
-    return { server, id, now, state, level: STATES[state][1] };
+    const probers = votesText(votes.get(`${name} ${server.url}`) ?? [], server.up);
+    return { server, id, now, state, level: STATES[state][1], probers };
   });
   const id = adminPath(name), now = recently(id, counters), troubles: Trouble[] = [];
   const say = (level: Trouble["level"], what: string, at = id) =>
@@ -11154,15 +11199,17 @@ function stateDetail({ server, state }: ShownServer): string {
   if (state === "failing") return `${FORMAT.percent(server.failing)} failed`;
   return state === "unchecked" ? "not asked yet" : `for ${FORMAT.age(server.status_for)}`;
 }
-const checkDetail = ({ ago, took }: { ago: number; took: number }): string =>
-  `${FORMAT.age(ago)} ago, took ${FORMAT.time(1_000 * took)}`;
+const checkDetail = (check: ServerView["check"], probers: string): string => {
+  const own = check && `${FORMAT.age(check.ago)} ago, took ${FORMAT.time(1_000 * check.took)}`;
+  return [own, probers].filter(Boolean).join(" · ");
+};
 
 /** What each column shows of a server: a figure, and a detail below it. */
 // deno-fmt-ignore
 const COLUMNS: Record<string, (shown: ShownServer) => [figure: string, detail?: string]> = {
   "Server": ({ server: { name, backup, found_by } }) => [name, [backup ? "backup" : "", found_by].filter(Boolean).join(" · ")],
   "State": (shown) => [`${STATES[shown.state][0]} ${shown.state}`, stateDetail(shown)],
-  "Last check": ({ server: { check } }) => check ? [check.problem || "passed", checkDetail(check)] : ["–"],
+  "Last check": ({ server: { check }, probers }) => [check ? check.problem || "passed" : "–", checkDetail(check, probers)],
   "Weight": ({ server }) => [`${server.weight}`, FORMAT.percent(server.share)],
   "In flight": ({ server }) => [FORMAT.count(server.in_flight)],
   "Requests": ({ server, now }) => [FORMAT.count(server.counters.requests), FORMAT.rate(now.rate)],
@@ -11270,9 +11317,11 @@ const SIGNS = { good: "●", warn: "▲", bad: "✕", "": "○" };
 /** All that changes, as the script puts it in place: elements have either elements in them or text. */
 function liveView(balancer: Balancer, history: Sample[], chosen: Chosen) {
   const snapshot = snapshotOf(balancer), { services, routes } = snapshot, { find, onlyProblems, flipped } = chosen;
-  const all = services.map((service) => shownOf(service, snapshot, history));
+  const fleet = balancer.effects.fleet?.view(), votes: Votes = fleet ? votesOf(fleet) : new Map();
+  const all = services.map((service) => shownOf(service, snapshot, history, votes));
   const servers = all.flatMap((one) => one.servers);
-  const troubles = [...troublesOfProgram(snapshot, balancer.effects.date()), ...all.flatMap((one) => one.troubles)]
+  const ofProgram = [...troublesOfProgram(snapshot, balancer.effects.date()), ...fleet ? troublesOfFleet(fleet) : []];
+  const troubles = [...ofProgram, ...all.flatMap((one) => one.troubles)]
     .sort((a, b) => a.level.localeCompare(b.level)); // bad before warn
   const isKnown = servers.every(({ state }) => state !== "unchecked");
   const level = troubles[0]?.level ?? (isKnown && servers.length ? "good" : "");
@@ -11292,6 +11341,7 @@ function liveView(balancer: Balancer, history: Sample[], chosen: Chosen) {
 <label><input id="problems" type="checkbox"><span>Problems only</span></label></div>
 <p id="none">${sections.length ? "" : none}</p>
 <div id="services">${sections}</div>
+${fleet ? fleetSection(fleet, flipped) : ""}
 <details id="rules" ${flipped.has("rules") === isFew ? "" : "open"}><summary><h2>Routes</h2></summary>
 <form id="explain" class="bar"><input id="request" aria-label="Request"
 placeholder="Route of GET http://host/path?"><button>Explain</button></form>

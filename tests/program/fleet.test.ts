@@ -276,6 +276,7 @@ test(
     await etcd.kill(0);
     await eventually("it is away", async () => (await a.fleet()).engine === "away");
     assert.equal((await ask(`http://127.0.0.1:${a.port}/`)).text, "one");
+    assert.match((await a.ask("GET /live")).text, /the fleet&#39;s engine does not answer: /);
     const refused = await a.ask("PATCH /config", { log: "json" });
     assert.deepEqual([refused.status, refused.json.detail], [
       503,
@@ -329,7 +330,7 @@ test(
     const a = await startInstance(t, "a", fleet, { rest: POOL(one, two) });
     const others = await Promise.all(["b", "c"].map((name) => startInstance(t, name, { etcd: etcd.urls }))),
       all = [a, ...others];
-    await eventually("all are there", async () => (await a.fleet()).instances.length === 3);
+    for (const one of all) await eventually("all know all", async () => (await one.fleet()).instances.length === 3);
     const { probes } = await others[0]!.fleet();
     assert.deepEqual(probes.map(({ server, by }: Loose) => [server, by.length]), [
       [`shop ${one.url}`, 2],
@@ -340,6 +341,9 @@ test(
     for (const instance of all) assert.equal(await isDown(instance, 1), false);
     const down = (await a.fleet()).instances.flatMap((one: Loose) => one.down);
     assert.ok(down.length > 0 && down.every((server: string) => server === `shop ${one.url}`), String(down));
+    const { text: page } = await a.ask("GET /live");
+    for (const name of ["a (this one)", "b", "c"]) assert.ok(page.includes(`<td>${name}</td>`), page);
+    assert.match(page, /<small>[^<]*by [abc]; [abc]<\/small>/, "who probes a server stands in its row");
     // a fresh one has not probed it, and knows
     const fresh = await startInstance(t, "d", { etcd: etcd.urls });
     assert.equal(await isDown(fresh), true);
