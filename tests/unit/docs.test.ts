@@ -99,8 +99,9 @@ for (const [language, page, [command, ...args], around = (text: string) => text]
 const anchorOf = (heading: string): string =>
   heading.toLowerCase().replace(/[^\p{L}\p{N}\s_-]/gu, "").trim().replaceAll(" ", "-");
 
-test("README leads to every page of docs", () => {
+test("README is short, and leads to every page of docs", () => {
   const readme = read("README.md");
+  assert.ok(readme.split("\n").length <= 350, "what is longer belongs into docs");
   assert.deepEqual(PAGES.filter((page) => page !== "README.md" && !readme.includes(`](${page}`)), []);
 });
 
