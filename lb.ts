@@ -11982,6 +11982,12 @@ function readRecord(text: string | undefined): InstanceRecord | undefined {
   }
 }
 
+/** A document of a fleet. */
+interface FleetDocument extends EngineValue {
+  local: string; // the same as the local file has it
+  problem: string; // why it cannot be used here
+}
+
 /** What a fleet needs of the program around it. */
 export interface FleetMember {
   own: FleetConfig; // as the local file has it
@@ -12018,7 +12024,7 @@ export class Fleet implements Membership {
   private keys = new Map<string, EngineValue>();
   private revision = 0;
   private records = new Map<string, InstanceRecord>(); // of live instances
-  private document: EngineValue & { problem: string } | undefined; // the newest
+  private document: FleetDocument | undefined; // the newest
   private inForce = 0; // revision of the document in force; 0: it is the local file
   private secret = "";
   private readonly changed = new Set<string>(); // keys of servers that were found, and then changed
@@ -12054,7 +12060,6 @@ export class Fleet implements Membership {
   private local: Raw; // `fleet` as the local file has it
   private copied: EngineValue; // what the local file said last, and of which document that is a copy; 0: of none
   private copying: Promise<void> = Promise.resolve();
-  private translated = { text: "", local: "" }; // the last document, and what the local file has of it
 
   constructor(lb: LoadBalancer, engine: Engine, member: FleetMember) {
     const { table: { config }, effects } = lb.balancer;
@@ -12113,6 +12118,7 @@ export class Fleet implements Membership {
       const begun = this.effects.now();
       try {
         await this.learn();
+        if (this.isOver) return;
         this.watching = this.engine.watch(this.revision + 1, (events) => this.hear(events));
         reason = await this.watching.ended;
       } catch (error) {
@@ -12212,6 +12218,7 @@ export class Fleet implements Membership {
     if (!this.isWaiting() && !listed.keys.has("config")) await this.putDocument();
     if (!listed.keys.has("secret")) await this.engine.swap("secret", this.effects.secret(), 0);
     if (!listed.keys.has("config") || !listed.keys.has("secret")) listed = await this.engine.list(true);
+    if (this.isOver) return;
     this.touch();
     [this.keys, this.revision] = [listed.keys, listed.revision];
     const isMember = !!this.lease && readRecord(this.keys.get(`instances/${this.name}`)?.value)?.id === this.member.id;
@@ -12262,10 +12269,11 @@ export class Fleet implements Membership {
     if (!entry && this.isWaiting()) return;
     if (!entry) return void this.putDocument().catch(() => {}); // a new listing tries again
     if (entry.revision === this.document?.revision && entry.value === this.document.value) return;
-    const document = this.document = { ...entry, problem: "" };
+    const document = this.document = { ...entry, local: entry.value, problem: "" };
     let next = before;
     try {
-      if (entry.value !== before.text) next = this.parse(entry.value);
+      document.local = this.localText(entry.value);
+      if (entry.value !== before.text) next = { ...this.member.parse(document.local), text: entry.value };
       if (next !== before) this.applying = this.lb.reload(next);
     } catch (error) {
       document.problem = (error as Error).message;
@@ -12278,7 +12286,7 @@ export class Fleet implements Membership {
     this.inForce = entry.revision;
     if (this.leaseTtl && this.leaseTtl !== this.shared().ttl) void this.join().catch(() => this.onLeaseOver());
     this.takeRecords(); // with other servers and another number of probers
-    if (!this.member.isObserver) this.copying = this.copying.then(() => this.copy(entry));
+    if (!this.member.isObserver) this.copying = this.copying.then(() => this.copy(document));
     if (next !== before) this.member.onApplied(next, before);
   }
 
@@ -12435,6 +12443,7 @@ export class Fleet implements Membership {
         this.effects.report("warn", `fleet: another instance is called ${quote(wanted)}: this one is ${quote(name)}`);
       }
       [this.name, this.lease, this.leaseTtl, this.written] = [name, lease, ttl, text];
+      this.saidDown.clear();
       if (old) await this.engine.revoke(old).catch(() => {}); // its record has the new one already
       return;
     }
@@ -12538,12 +12547,7 @@ export class Fleet implements Membership {
 
   /** The document as this file has it: who this instance is, and how it gets to the engine, stays its own. */
   private localText(text: string): string {
-    if (this.translated.text === text) return this.translated.local;
-    this.translated = { text, local: this.translate(text) };
-    return this.translated.local;
-  }
-  private translate(text: string): string {
-    const raw = mapOf(readAsWritten(text, this.member.file)), theirs = mapOf(raw.fleet);
+    const raw = mapOf(readAsWritten(text, this.member.file).values), theirs = mapOf(raw.fleet);
     if (differences(withoutShared(theirs), withoutShared(this.local)).length === 0) return text;
     const { ttl, probers } = theirs,
       shared = { ...ttl !== undefined && { ttl }, ...probers !== undefined && { probers } };
@@ -12559,28 +12563,19 @@ export class Fleet implements Membership {
     return { ...this.member.parse(this.localText(text)), text };
   }
 
-  /** Copies the document in force to the local file. What stood there and was no copy stays beside it. */
-  private async copy({ value, revision }: EngineValue): Promise<void> {
-    const { file } = this.member;
+  /** Copies a document to the local file. What stood there and was no copy stays beside it. */
+  private async copy({ local, revision }: FleetDocument): Promise<void> {
     if (revision !== this.inForce) return; // a newer one follows
-    const text = this.localText(value), there = this.member.read(), isCopy = there === this.copied.value;
+    const { member: { file, save, read }, effects: { report }, copied } = this, there = read();
+    const keeps = there !== local && (there !== copied.value || copied.revision === 0);
+    const why = copied.revision ? "was edited on the base of an older one than" : "said something else than";
     try {
-      if (there !== text) {
-        await this.member.save(there ?? "", text, !isCopy || this.copied.revision === 0);
-        const why = this.copied.revision === 0
-          ? "said something else than"
-          : "was edited on the base of an older one than";
-        if (!isCopy || this.copied.revision === 0) {
-          this.effects.report(
-            "warn",
-            `fleet: ${file} ${why} the fleet's document, which it is now; it is in ${file}.bak`,
-          );
-        }
-      }
-      this.copied = { value: text, revision };
+      if (there !== local) await save(there ?? "", local, keeps);
+      if (keeps) report("warn", `fleet: ${file} ${why} the fleet's document, which is there now; it is ${file}.bak`);
+      this.copied = { value: local, revision };
     } catch (error) {
-      if (this.member.read() === text) this.copied = { value: text, revision }; // another instance has done it
-      else this.effects.report("warn", `fleet: ${(error as Error).message}: the document is in force all the same`);
+      if (read() === local) this.copied = { value: local, revision }; // another instance has done it
+      else report("warn", `fleet: ${(error as Error).message}: the document is in force all the same`);
     }
   }
 
@@ -12597,8 +12592,7 @@ export class Fleet implements Membership {
       const base = document?.problem ? document.revision : copied.revision; // who cannot use it replaces it
       const { isOurs } = await this.engine.swap("config", text, base);
       if (!isOurs) return; // the other one is copied, over this one
-      this.translated = { text: "", local: "" };
-      this.local = mapOf(mapOf(readAsWritten(text, this.member.file)).fleet);
+      this.local = mapOf(mapOf(readAsWritten(text, this.member.file).values).fleet);
       this.copied = { value: text, revision: base };
     } catch (error) {
       this.lb.balancer.reloadFailed = true;

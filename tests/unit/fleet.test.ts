@@ -274,7 +274,7 @@ test("`ttl` and `probers` are the document's, whatever local files say", async (
   await world.pass(2_000);
   for (const { fleet } of world.members) for (const { by } of fleet.view().probes) assert.equal(by.length, 1);
   assert.deepEqual([...world.store.leases.values()].map(({ ttl }) => ttl), [4_000, 4_000, 4_000]);
-  assert.match(world.members[1]!.disk.text, /^fleet: \{ etcd: b:1, ttl: 4s, probers: 1 \}\nlog: off/);
+  assert.match(world.members[1]!.disk.text, /^fleet: \{ etcd: ["']?b:1["']?, ttl: 4s, probers: 1 \}\nlog: off/);
   world.store.set("config", world.text.replace("ttl: 4s", "ttl: 2s"));
   await world.pass(3_000);
   assert.deepEqual([...world.store.leases.values()].map(({ ttl }) => ttl), [2_000, 2_000, 2_000]);
