@@ -4915,7 +4915,7 @@ const PATIENCE = 300; // frames that ask for nothing, beyond one for each respon
 const DATA = 0, HEADERS = 1, PRIORITY = 2, RESET = 3, SETTINGS = 4; // types of frames
 const PING = 6, GOAWAY = 7, WINDOW_UPDATE = 8, CONTINUATION = 9;
 const END_STREAM = 1, ACK = 1, END_HEADERS = 4, PADDED = 8, PRIORITIZED = 32; // flags of frames
-const SETTING = { push: 2, streams: 3, window: 4, frame: 5, list: 6, connect: 8 } as const;
+const SETTING = { table: 1, push: 2, streams: 3, window: 4, frame: 5, list: 6, connect: 8 } as const;
 /** Error codes (RFC 9113 section 7): the position is the code. */
 // deno-fmt-ignore
 const HTTP2_ERRORS = [
@@ -4990,6 +4990,8 @@ function hpackInteger(value: number, bits: number, flags: number): string {
 }
 const hpackText = (text: string): string => hpackInteger(text.length, 7, 0) + text;
 
+const TABLE_SIZE = 4_096; // bytes of a dynamic table, where its owner says nothing
+const EMPTY_TABLE = "\x20"; // says that the table has 0 bytes: a peer that wants less than TABLE_SIZE waits to hear so (section 4.2)
 const NEVER_INDEXED = 16; // a flag of fields that no table on the way may hold (RFC 7541 section 6.2.3)
 const SECRET_NAMES = new Set(["authorization", "cookie", "proxy-authorization", "set-cookie"]);
 const NO_NAMES: ReadonlySet<string> = new Set();
@@ -5041,7 +5043,7 @@ class HeaderDecoder {
   private readonly table: [string, string][] = []; // the newest last
   private readonly known = new Map<string, HeaderBlock>();
   private size = 0; // of the table, in bytes
-  private most = 4_096;
+  private most = TABLE_SIZE;
   private bytes: Bytes = NO_BYTES;
   private at = 0;
 
@@ -5055,7 +5057,7 @@ class HeaderDecoder {
       const first = bytes[this.at]!, isIndexed = first >= 128, isAdded = !isIndexed && first >= 64;
       if (first >> 5 === 1) {
         const most = this.integer(5);
-        if (hasFields || most > 4_096) throw fault("COMPRESSION_ERROR", "the table may not have this size");
+        if (hasFields || most > TABLE_SIZE) throw fault("COMPRESSION_ERROR", "the table may not have this size");
         this.most = most;
         this.shrink();
         changes = true;
@@ -5257,9 +5259,10 @@ abstract class Http2Stream<C extends Http2Connection = Http2Connection> implemen
   }
 
   /** Takes trailers. */
-  onBlock({ fields: given }: HeaderBlock, ends: boolean): void {
+  onBlock({ fields: given, size }: HeaderBlock, ends: boolean): void {
     const read = ends ? readHttp2Fields(given, NO_NAMES) : undefined;
     if (this.hasEnded) throw fault("STREAM_CLOSED", "a head behind the end of a stream", this.id);
+    if (size > this.connection.headLimit) throw fault("PROTOCOL_ERROR", "trailers are too long", this.id);
     if (!read) throw fault("PROTOCOL_ERROR", "trailers are malformed", this.id);
     this.onEnd(fieldPairs(read.fields).filter(([name]) => mayTrail(name)).flat());
   }
@@ -5386,6 +5389,7 @@ abstract class Http2Connection extends Connection {
   private readonly decoder = new HeaderDecoder();
   private unread = 0; // bytes of data that have come since the peer was told to send more
   private moved = 0; // pieces of data that have passed, either way, less the peer's PINGs
+  private tableUpdate = ""; // what the next header block begins with
   private wasted = 0; // frames that asked for nothing
   private wastedAt = 0;
 
@@ -5542,6 +5546,7 @@ abstract class Http2Connection extends Connection {
     const isBad = name === SETTING.push && value > this.maxPush || name === SETTING.connect && value > 1 ||
       name === SETTING.frame && (value < MAX_FRAME || value >= 2 ** 24);
     if (isBad) throw fault("PROTOCOL_ERROR", `SETTINGS ${name} is ${value}`);
+    if (name === SETTING.table && value < TABLE_SIZE) this.tableUpdate = EMPTY_TABLE;
     if (name === SETTING.streams) this.maxStreams = value;
     if (name === SETTING.frame) this.maxFrame = Math.min(value, LENT_SIZE);
     if (name !== SETTING.window) return;
@@ -5555,10 +5560,11 @@ abstract class Http2Connection extends Connection {
     const target = id ? this.openStream(id) : this, more = streamIn(payload);
     if (!more) throw fault("PROTOCOL_ERROR", "WINDOW_UPDATE of 0", id);
     if (!target) return;
+    const wasOpen = target.window > 0;
     target.window += more;
     if (target.window > MAX_WINDOW) throw fault("FLOW_CONTROL_ERROR", WINDOW_TOO_LARGE, id);
     if (target instanceof Http2Stream) target.pump();
-    else this.pumpBlocked();
+    else if (!wasOpen) this.pumpBlocked(); // otherwise those that wait do so for their own windows
   }
   /** Every stream that waits sends a frame in turn, as long as there is room. */
   private pumpBlocked(): void {
@@ -5609,8 +5615,9 @@ abstract class Http2Connection extends Connection {
   raiseWindow(id: number, bytes: number): void {
     this.writeFrame(WINDOW_UPDATE, 0, id, u32(bytes));
   }
-  sendHead(id: number, block: string, ends: boolean): void {
-    const { maxFrame } = this;
+  sendHead(id: number, lines: string, ends: boolean): void {
+    const { maxFrame } = this, block = this.tableUpdate + lines;
+    this.tableUpdate = "";
     for (let at = 0, type = HEADERS, flags = ends ? END_STREAM : 0; at < block.length; at += maxFrame) {
       const part = block.slice(at, at + maxFrame), isLast = at + maxFrame >= block.length;
       this.writeFrame(type, isLast ? flags | END_HEADERS : flags, id, part);

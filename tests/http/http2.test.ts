@@ -68,6 +68,7 @@ import {
   SETTINGS,
   settings,
   type Stream,
+  TABLE_SIZE,
   text,
   u32,
   valueOf,
@@ -166,7 +167,7 @@ before(async () => {
   others = {
     old: createTlsServer({ ...TLS, ALPNProtocols: ["http/1.1"] }, speakHttp1),
     mute: createTlsServer(TLS, speakHttp1),
-    foreign: createSecureServer(TLS, (request, response) => {
+    foreign: createSecureServer({ ...TLS, settings: { headerTableSize: 0 } }, (request, response) => {
       let size = 0;
       request.on("data", (bytes: Buffer) => size += bytes.length);
       request.on(
@@ -1094,6 +1095,37 @@ test("fields that a client never indexes are never indexed to a server, and othe
     assert.ok(payload.includes(field), `${field} in ${payload.toString("latin1")}`);
   }
 });
+
+test("a peer that wants a smaller table for its header blocks hears once that it is empty", async () => {
+  const greeting = settings([TABLE_SIZE, 100]), client = await open({ greeting, shrinks: true });
+  h2.options = { greeting, shrinks: true };
+  for (const path of ["/1", "/2", "/h2/1", "/h2/2"]) await assertServed(client, path);
+  assert.equal(h2.requests.length, 2);
+});
+
+test("trailers that are too long are not cut: the stream is reset, both ways", async () => {
+  const long: Field[] = ["a", "b", "c", "d", "e"].map((name) => [name, "x".repeat(15_000)]);
+  h2.script = async (stream) => {
+    stream.sendHead([[":status", "200"]]);
+    await stream.sendData("hello");
+    stream.end.send(...cut(stream.id, block(...long, ["grpc-status", "0"])));
+  };
+  const client = await open();
+  assert.equal((await client.get("/h2/trailed")).result, "200 INTERNAL_ERROR");
+  const stream = client.ask("/trailed", { body: "x", ends: false });
+  client.send(...cut(stream.id, block(...long)));
+  assert.match((await stream.done()).result, /^(?:400|PROTOCOL_ERROR)$/);
+  const isWhole = (received: string) => received.includes("/trailed") && received.includes("\r\n0\r\n");
+  assert.ok(!h1.visits.some((visit) => isWhole(visit.received)), "a server has got it whole");
+  await assertServed(client);
+});
+/** Trailers in frames of 16 KiB. */
+const cut = (id: number, bytes: Buffer): Buffer[] =>
+  Array.from({ length: Math.ceil(bytes.length / 16_384) }, (_, i) => {
+    const piece = bytes.subarray(i * 16_384, (i + 1) * 16_384),
+      flags = (i + 1) * 16_384 < bytes.length ? 0 : END_HEADERS;
+    return i ? frame(CONTINUATION, flags, id, piece) : frame(HEADERS, flags | END_STREAM, id, piece);
+  });
 
 test("crumbs of cookies are joined for servers of both versions", async () => {
   const client = await open(),
@@ -2162,6 +2194,7 @@ test("node:http2 is served as a client, over TLS", async () => {
     ca: CA,
     servername: "a.test",
     rejectUnauthorized: false,
+    settings: { headerTableSize: 0 }, // nghttp2 then waits to hear that
   });
   session.on("error", () => {});
   const ask = (path: string, body = "") =>

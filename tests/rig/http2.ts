@@ -329,6 +329,8 @@ export interface EndOptions {
   window?: number;
   /** false: windows are raised by the test only. */
   raises?: boolean;
+  /** The greeting asks for a small table: the first header block has to say that it is empty. */
+  shrinks?: boolean;
   /** false: neither SETTINGS nor PING are answered, for that would stand in the middle of what the test sends. */
   answers?: boolean;
 }
@@ -350,12 +352,14 @@ export abstract class End {
   credit = WINDOW; // bytes that it may send on all streams
   answers: boolean; // SETTINGS and PING
   raises: boolean;
+  private shrinks: boolean; // the next header block has to
   private nextWindow: number; // with the next ACK
   private readonly waiting = new Set<() => void>();
   private inBlock: { stream: number; ends: boolean; pieces: Buffer[] } | undefined;
 
-  constructor(socket: Socket, { window = WINDOW, raises = true, answers = true }: EndOptions = {}) {
+  constructor(socket: Socket, { window = WINDOW, raises = true, answers = true, shrinks = false }: EndOptions = {}) {
     this.socket = socket;
+    this.shrinks = shrinks;
     socket.setNoDelay(true);
     this.nextWindow = window;
     this.raises = raises;
@@ -491,12 +495,18 @@ export abstract class End {
     if (type === RST_STREAM) stream.wasReset = CODES[payload.readUInt32BE()] ?? "INTERNAL_ERROR";
     if (type === RST_STREAM || stream.closed) return;
     assert.ok(!stream.ended, "a frame behind the end of a stream");
-    if (isHead) return this.takeBlock(stream, readBlock(Buffer.concat(head!.pieces)), head!.ends);
+    if (isHead) return this.takeBlock(stream, readBlock(this.shrunk(Buffer.concat(head!.pieces))), head!.ends);
     assert.ok(stream.head.length, "data in front of the head");
     const bytes = unwrapped(one, type);
     stream.pieces.push(bytes);
     stream.bytes += bytes.length;
     if (flags & END_STREAM) this.endStream(stream);
+  }
+  private shrunk(bytes: Buffer): Buffer {
+    if (!this.shrinks) return bytes;
+    this.shrinks = false;
+    assert.equal(bytes[0], 0x20, "the first header block does not say that the table is empty");
+    return bytes.subarray(1);
   }
   private takeBlock(stream: Stream, fields: Field[], ends: boolean): void {
     let isPseudo = true;
