@@ -14,7 +14,9 @@ import { after, before, test, type TestContext } from "node:test";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import { brotliCompressSync, deflateSync, gunzipSync, gzipSync, zstdCompressSync } from "node:zlib";
+import { createLoadBalancer, EtcdClient, parseConfig } from "../../lb.ts";
 import { eventually, startBackend, startInstance } from "../rig/engines.ts";
+import { checkEngine } from "../rig/fleet.ts";
 import { BINARY, handshake, openWebSocket, webSocketServer } from "../rig/websocket.ts";
 import {
   answer,
@@ -851,6 +853,10 @@ test("the Durable Object is there for who has the token, and for nobody where th
   assert.equal((await callDurable(open, "auth/authenticate", { name: "x", password: "wrong" }, "")).status, 401);
   assert.equal((await callDurable(closed, "auth/authenticate", { name: "x", password: "" }, "")).status, 401);
   assert.equal((await callDurable(open, "kv/nothing", {})).status, 404);
+  const parsed = parseConfig(
+    `fleet: { etcd: "http://127.0.0.1:${open.port}/.well-known/lb-fleet", prefix: other/, user: lb, password: ${TOKEN} }`,
+  );
+  await checkEngine(new EtcdClient(parsed.fleet!, createLoadBalancer(parsed).balancer.effects), sleep);
 });
 
 test(

@@ -1,5 +1,6 @@
 // A fleet without sockets: instances over one engine in memory, on a clock that only the test moves.
 
+import assert from "node:assert/strict";
 import {
   createLoadBalancer,
   type Engine,
@@ -253,4 +254,73 @@ export class World {
     void member.fleet.leave();
     await settled();
   }
+}
+
+/**
+ * What every engine does, whatever it is: `pass` lets time go by. Keys with other prefixes may be there; with this one there
+ * are none.
+ */
+export async function checkEngine(engine: Engine, pass: (milliseconds: number) => Promise<unknown>): Promise<void> {
+  const becomes = async (what: string, is: () => boolean) => {
+    for (let i = 0; !is(); i++) {
+      assert.ok(i < 100, what);
+      await pass(100);
+    }
+  };
+  const first = await engine.list(true);
+  assert.equal(first.keys.size, 0);
+  const made = await engine.swap("config", "größer", 0);
+  assert.ok(made.isOurs && made.revision > first.revision);
+  assert.deepEqual(await engine.swap("config", "other", 0), {
+    isOurs: false,
+    value: "größer",
+    revision: made.revision,
+  });
+  assert.deepEqual(await engine.swap("none", "other", 7), { isOurs: false, value: "", revision: 0 });
+  assert.ok((await engine.swap("config", "second", made.revision)).isOurs);
+
+  const lease = await engine.grant(2_000), other = await engine.grant(2_000);
+  assert.notEqual(lease, other);
+  await engine.put("instances/a", "here", lease);
+  await engine.put("told/s http://h:1", "down");
+  assert.equal(await engine.keepAlive(lease), true);
+  assert.equal(await engine.keepAlive("4711"), false);
+  const { keys, revision } = await engine.list(true);
+  assert.deepEqual([...keys].map(([key, { value }]) => [key, value]), [
+    ["config", "second"],
+    ["instances/a", "here"],
+    ["told/s http://h:1", "down"],
+  ]);
+  assert.equal(Math.max(...[...keys.values()].map((one) => one.revision)), revision);
+  assert.deepEqual([...(await engine.list(false)).keys.values()].map(({ value }) => value), ["", "", ""]);
+
+  const heard: string[] = [];
+  const hear = (events: EngineEvent[]) => {
+    for (const { key, value, revision } of events) heard.push(`${key} ${value ?? "gone"} ${revision - made.revision}`);
+  };
+  const watch = engine.watch(made.revision + 1, hear);
+  await becomes("what was before is heard", () => heard.length === 3);
+  await engine.put("instances/a", "again", lease);
+  await becomes("what comes is heard", () => heard.length === 4);
+  await becomes("the end of a lease that nobody keeps alive is heard", () => heard.length === 5);
+  assert.deepEqual(heard, [
+    ...[
+      "config second 1",
+      "instances/a here 2",
+      "told/s http://h:1 down 3",
+      "instances/a again 4",
+      "instances/a gone 5",
+    ],
+  ]);
+  assert.equal(await engine.keepAlive(lease), false);
+  await assert.rejects(engine.put("instances/a", "late", lease), (error: EngineError) => error.kind === "lease");
+  const short = await engine.grant(60_000);
+  await engine.put("instances/b", "here", short);
+  await engine.revoke(short);
+  await becomes("a lease that is given back is over at once", () => heard.at(-1) === "instances/b gone 7");
+  watch.close("over");
+  assert.equal(await watch.ended, "over");
+  await engine.put("config", "third");
+  await pass(200);
+  assert.equal(heard.length, 7, "a closed watch hears nothing");
 }

@@ -9,15 +9,17 @@ import {
   createLoadBalancer,
   EtcdClient,
   type InstanceRecord,
+  LbFleet,
   majorityOf,
   parseConfig,
   probersOf,
+  serve,
   viewHash,
   type Vote,
   voteOf,
 } from "../../lb.ts";
-import { type Member, settled, World } from "../rig/fleet.ts";
-import { seeded } from "../rig/rig.ts";
+import { checkEngine, Clock, FakeEngine, type Member, settled, Store, World } from "../rig/fleet.ts";
+import { seeded, sleep } from "../rig/rig.ts";
 
 const names = fc.uniqueArray(fc.stringMatching(/^[a-z]{1,8}$/), { minLength: 1, maxLength: 12 });
 
@@ -342,4 +344,74 @@ test("instances begin with different members, and not all with the first", async
     await engine.list(true).catch(() => {});
   }
   for (const name of ["a:1", "b:1", "c:1"]) assert.ok((asked.get(name) ?? 0) > 8, `${name}: ${asked.get(name)}`);
+});
+
+test("the engine in memory does what engines do", async () => {
+  const clock = new Clock(), store = new Store(clock);
+  await checkEngine(new FakeEngine(store), async (milliseconds) => {
+    await clock.pass(milliseconds);
+    store.expire();
+  });
+});
+
+/** The storage of a Durable Object, in memory; `alarm` is when it is called next. */
+class Storage {
+  values = new Map<string, unknown>();
+  alarm: number | undefined;
+  list = () => Promise.resolve(new Map([...this.values].sort()));
+  put = (entries: Record<string, unknown>) => {
+    for (const [key, value] of Object.entries(entries)) this.values.set(key, structuredClone(value));
+    return Promise.resolve();
+  };
+  delete = (keys: string[]) => {
+    for (const key of keys) this.values.delete(key);
+    return Promise.resolve();
+  };
+  setAlarm = (at: number) => {
+    this.alarm = at;
+    return Promise.resolve();
+  };
+}
+const objectOver = (storage: Storage) => new LbFleet({ storage, blockConcurrencyWhile: (work) => work() });
+
+test("a Durable Object does what engines do, on every runtime, and keeps it all in its storage", async () => {
+  const storage = new Storage(), object = objectOver(storage);
+  const listener = await serve({ fetch: (request: Request) => object.fetch(request) }, {
+    hostname: "127.0.0.1",
+    port: 0,
+  });
+  const config = parseConfig(`fleet: { etcd: "${listener.address}/any/path/" }`),
+    { effects } = createLoadBalancer(config).balancer;
+  try {
+    const engine = new EtcdClient(config.fleet!, effects);
+    await checkEngine(engine, async (milliseconds) => {
+      await sleep(milliseconds);
+      if (storage.alarm !== undefined && storage.alarm <= Date.now()) await object.alarm();
+    });
+    const { keys, revision } = await engine.list(true);
+    const lease = await engine.grant(5_000);
+    await engine.put("instances/c", "here", lease);
+    // the platform ends the object and makes it again
+    const again = objectOver(storage);
+    const ask = async (path: string, body: unknown) =>
+      await (await again.fetch(new Request(`http://x/v3/${path}`, { method: "POST", body: JSON.stringify(body) })))
+        .json();
+    const listed = await ask("kv/range", { key: btoa("lb/"), range_end: btoa("lb0") });
+    assert.equal(Number(listed.header.revision), revision + 1);
+    assert.equal(listed.kvs.length, keys.size + 1);
+    assert.equal((await ask("lease/keepalive", { ID: lease })).result.TTL, "5");
+    const watched = await again.fetch(
+      new Request("http://x/v3/watch", {
+        method: "POST",
+        body: JSON.stringify({ create_request: { key: btoa("lb/"), start_revision: "2" } }),
+      }),
+    );
+    assert.match(
+      await watched.text(),
+      /"canceled":true,"compact_revision"/,
+      "what was before is forgotten: list again",
+    );
+  } finally {
+    await listener.close();
+  }
 });
