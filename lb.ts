@@ -12092,7 +12092,7 @@ export class Fleet implements Membership {
     void this.follow();
     void this.beat();
     await this.until(() => this.hasLearnt, patience);
-    if (this.hasLearnt) return;
+    if (this.hasLearnt) return await this.copying;
     const instead = this.isWaiting() ? "waits for its document" : `starts with ${this.member.file}`;
     this.effects.report("warn", `fleet: ${this.problem || "the engine has not answered yet"}; ${instead}`);
   }
