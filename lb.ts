@@ -217,7 +217,7 @@ const may = <S extends Schema, D extends v.InferInput<S> | undefined = undefined
 /** A schema with a description, such as that of a key that must be there. */
 const says = <S extends Schema>(schema: S, about: string): S => ({ ...schema, about });
 /** The defaults of a map as they are written. */
-const defaultsOf = (schema: Schema) => v.getDefaults(schema) as unknown as Raw;
+const defaultsOf = (schema: Schema): Raw => JSON.parse(JSON.stringify(v.getDefaults(schema)));
 const opt = v.optional; // for keys that their map's own description explains
 
 const either = <const O extends Schema[]>(what: string, ...options: O) => v.union(options, `$ is not ${what}`);
@@ -658,9 +658,10 @@ const CorsMap = map({
   max_age: may(duration(0), "how long a browser may remember this", 0),
   credentials: may(Bool, "with cookies", false),
 });
-const credible = (cors: Out<typeof CorsMap>) => !cors.credentials || !cors.origin.includes("*");
-const NOT_CREDIBLE = "credentials need origins by name, not *";
-const SafeCors = v.pipe(CorsMap, v.check(credible, NOT_CREDIBLE));
+const SafeCors = v.pipe(
+  CorsMap,
+  v.check((cors) => !cors.credentials || !cors.origin.includes("*"), "credentials need origins by name, not *"),
+);
 const ORIGINS = 'an origin, a list of them, or a map such as { origin: "https://a.example" }';
 const ShortCors = orBrief(ORIGINS, WebOrigins, (origin) => ({ origin }), SafeCors);
 const Cors = or("off", { ...v.parse(CorsMap, {}), origin: [] as string[] }, ShortCors, ORIGINS);
@@ -883,6 +884,7 @@ const PathRoute = withParts(
   map({ ...ROUTE_KEYS, path: says(many(PathMatch, "a path", 1), "this path and all below it") }),
   { oneOf: ACTIONS },
 );
+const SettingsMap = map(settings);
 const ServiceSchema = map({
   servers: says(Servers, "host:port, URL, or {url (or dns, or srv), weight, host, backup, max, state}"),
   ...settings,
@@ -1013,7 +1015,7 @@ const RoutesFile = map({
   limits: may(Limits, "how much at once, against abuse", {}),
   log: may(Log, "combined, json or off; or {format, sample}: a share of what succeeds", "combined"),
   name_routes: may(Bool, "true: every service answers under /<its name>/..., prefix stripped", false),
-  defaults: may(map(settings), "any key of a service, for all services", {}),
+  defaults: may(SettingsMap, "any key of a service, for all services", {}),
   services: may(
     dict(ServiceName, ServiceSchema, "{ shop: { servers: [localhost:8081] } }"),
     "servers that answer the same",
@@ -1541,6 +1543,15 @@ function reportIssue({ issue, path }: { issue: Issue; path: Keys }, say: Report)
   return say(path, issue.message.replace(/^\$/, () => shown), ofKey ? "key" : undefined);
 }
 
+/** Reads a value that stands at a path; mistakes in it are reported. */
+function readValue<S extends Schema>(schema: S, value: unknown, say: Report, at: Keys = []): Out<S> {
+  const { issues = [], output } = v.safeParse(schema, value);
+  for (const { issue, path } of issues.flatMap((one) => flatten(one))) {
+    reportIssue({ issue, path: [...at, ...path] }, say);
+  }
+  return output as Out<S>;
+}
+
 /** A map of the file, and where it stands. */
 type Placed = [path: Keys, own: Raw];
 /** The maps that stand in these lists and maps of the file. */
@@ -1695,49 +1706,25 @@ function checkPorts(file: Raw, say: Report) {
   }
 }
 
-/** What a place of the file says, and what that means. */
-interface Said {
-  raw: Raw;
-  read: Raw;
-}
-/** One place over another: two maps are merged, anything else is replaced. */
-function layer(under: Said, over: Said): Said {
-  const raw = { ...under.raw }, read = { ...under.read };
-  for (const [key, value] of Object.entries(over.raw)) {
-    const below = under.raw[key], meant = over.read[key];
-    raw[key] = isRecord(value) && isRecord(below) ? { ...below, ...value } : value;
-    const merges = isRecord(value) && isRecord(below) && isRecord(meant) &&
-      Object.keys(value).every((name) => Object.hasOwn(meant, name)); // else it means something as a whole
-    const isSaid = (name: string) => Object.hasOwn(mapOf(value), name);
-    read[key] = merges ? { ...mapOf(under.read[key]), ...pickKeys(meant, isSaid) } : meant;
-  }
-  return { raw, read };
-}
-const BUILT_IN: Said = { raw: defaultsOf(map(settings)), read: v.parse(map(settings), {}) };
-const isSetting = (key: string) => Object.hasOwn(ServiceSchema.entries, key);
+/** One place of the file over another: two maps are merged, anything else is replaced. */
+const layer = (under: Raw, over: Raw): Raw => {
+  const merge = (value: unknown, key: string) => isRecord(value) ? { ...mapOf(under[key]), ...value } : value;
+  return { ...under, ...mapValues(over, merge) };
+};
+const PolicyMap = map(POLICY_KEYS), BUILT_IN = defaultsOf(SettingsMap);
+const isSetting = (key: string) => Object.hasOwn(settings, key);
 const isPolicy = (key: string) => Object.hasOwn(POLICY_KEYS, key);
 const isTcpSetting = (key: string) => Object.hasOwn(tcpSettings, key);
 const isTcpTimeout = (key: string) => Object.hasOwn(TcpTimeouts.entries, key);
 const isCarried = (key: string) => Object.hasOwn(conditions, key) || Object.hasOwn(CHANGE_KEYS, key);
-const ANYWHERE = v.parse(map({ ...PLACE_KEYS, ...conditions }), {});
 
-/** A service with all that it leaves to `defaults` and to us. */
-function fullService(base: Said, { raw, read }: Said): Said {
-  const service = layer(base, { raw: pickKeys(raw, isSetting), read }),
-    health = service.read.health as ServiceConfig["health"];
-  if (health.kind !== "off") service.read.health = { ...health, kind: kindOfProbe(health) };
-  return service;
-}
-/** A TCP service: of `defaults` only what is for connections, too. */
-function fullTcpService(defaults: Said, own: Said): Said {
-  const timeouts = pickKeys(mapOf(defaults.raw.timeouts), isTcpTimeout);
-  const base = layer(BUILT_IN, { raw: { ...pickKeys(defaults.raw, isTcpSetting), timeouts }, read: defaults.read });
-  const { raw, read } = fullService(base, own), all = { ...pickKeys(raw, isTcpSetting), servers: raw.servers };
-  if (isRecord(raw.strategy)) { // what any hash is without a request
-    Object.assign(all, { strategy: { hash: { client: true } } });
-    read.strategy = { name: "hash", by: "client", key: "" };
-  }
-  return { raw: { ...all, timeouts: pickKeys(mapOf(raw.timeouts), isTcpTimeout) }, read };
+/** Of the settings of a service those that are for connections, too. Without a request any hash is of the client. */
+function tcpSettingsOf({ strategy, timeouts, ...others }: Raw): Raw {
+  return {
+    ...pickKeys(others, isTcpSetting),
+    strategy: isRecord(strategy) ? { hash: { client: true } } : strategy,
+    timeouts: pickKeys(mapOf(timeouts), isTcpTimeout),
+  };
 }
 const unique = (name: string, taken: { has(name: string): boolean }) => {
   let free = name;
@@ -1760,74 +1747,64 @@ function locateFiles(file: string, services: Pick<ServiceConfig, "tls">[], liste
 
 type FileRead = Out<typeof RoutesFile>;
 type EntryRead = Out<typeof AnyRoute>;
-/** Every service of a file, with what it says and what that means. */
-function servicesOf(file: Raw, read: FileRead, say: Report) {
-  const defaults = { raw: mapOf(file.defaults), read: mapOf(read.defaults) }, base = layer(BUILT_IN, defaults);
-  const services = new Map<string, Said>(), places = new Map<string, Keys>();
-  /** `own` gets all defaults written in. */
-  const add = (name: string, path: Keys, own: Said, isTcp = false) => {
-    const { raw, read } = isTcp ? fullTcpService(defaults, own) : fullService(base, own);
-    const said = { raw, read: structuredClone(read) }; // what others have, too
-    Object.assign(own.raw, said.raw);
-    Object.assign(own.read, said.read);
-    services.set(name, said);
+/** The services of a file; `add` writes all defaults into what the file says of one. */
+function newServices(file: Raw, say: Report) {
+  const base = layer(BUILT_IN, mapOf(file.defaults)), raws = new Map<string, Raw>();
+  const services = new Map<string, ServiceConfig>(), places = new Map<string, Keys>();
+  const add = (name: string, path: Keys, raw: Raw, servers: ServerConfig[], isTcp = false) => {
+    const all = layer(base, pickKeys(raw, isSetting));
+    Object.assign(raw, isTcp ? tcpSettingsOf(all) : all);
+    const own = readValue(SettingsMap, pickKeys(raw, isSetting), say, path);
+    raws.set(name, raw);
+    services.set(name, { ...own, servers } as ServiceConfig);
     places.set(name, path);
-    if (!credible(said.read.cors as Policy["cors"])) say([...path, "cors"], NOT_CREDIBLE);
   };
-  for (const [path, raw] of mapsIn(file, "services")) {
-    const name = String(path[1]);
-    add(name, path, { raw, read: read.services.get(name)! });
-  }
-  return { services, places, base, add };
+  return { base, raws, services, places, add };
 }
 
 /** Every entry in the general form, and a service for each that lists servers. `file` gets all defaults written in. */
 function expandConfig(file: Raw, read: FileRead, say: Report) {
-  const { services, places, base, add } = servicesOf(file, read, say);
-  const written = entriesOf(file).map(([path, raw]): { path?: Keys; said: Said } => {
-    const means = path.length === 1
-      ? { ...ANYWHERE, ...read.default }
-      : (read[path[0] as "routes"] as Raw[])[Number(path[1])]!;
-    return { path, said: { raw, read: means } };
-  });
-  const generated = nameRoutes(file).map((raw) => ({ said: { raw, read: v.parse(AnyRoute, raw) } }));
-  const last = written.at(-1)?.path?.[0] === "default" ? 1 : 0;
-  const entries = written.toSpliced(written.length - last, 0, ...generated);
-  const names = new Set(written.map(({ said }) => String(said.read.name)));
-  const routes = new Map<RouteConfig, Keys | undefined>(); // and where they stand in the file
-  for (const { path, said } of entries) {
-    const { host: hosts, path: paths, strip, service, servers, split, redirect, respond, rewrite: rule, ...others } =
-      said
-        .read as EntryRead;
-    const fallback = path?.[0] === "default";
+  const { base, raws, services, places, add } = newServices(file, say);
+  for (const [path, raw] of mapsIn(file, "services")) {
+    const name = String(path[1]);
+    add(name, path, raw, read.services.get(name)!.servers);
+  }
+  const generated = nameRoutes(file).map((raw): Placed => [[], raw]);
+  const entries = [...mapsIn(file, "hosts", "paths", "routes"), ...generated, ...topMap(file, "default")];
+  const names = new Set(entries.map(([, { name = "" }]) => String(name)));
+  const routes = new Map<RouteConfig, Keys>(); // and where they stand in the file; those of `name_routes`: nowhere
+  for (const [path, raw] of entries) {
+    const means = path.length === 2 ? read[path[0] as "routes"][Number(path[1])]! : v.parse(AnyRoute, raw);
+    const { host: hosts, path: paths, strip, service, servers, split, rewrite: rule, ...others } = means as EntryRead;
+    const fallback = path[0] === "default";
     const where = [hosts, paths.map((rule) => rule.kind === "regex" ? rule.source : rule.path || "/")].join("");
     const name = others.name || unique(where || (fallback ? "default" : "any"), names);
     names.add(name);
     const own = servers ? unique(name, services) : service;
-    if (servers) add(own!, path!, said);
-    const policyOn = (under: Said) =>
-      pickKeys(
-        layer(under, { raw: pickKeys(said.raw, isPolicy), read: said.read }).read,
-        isPolicy,
-      ) as unknown as Policy;
+    if (servers) add(own!, path, raw, servers);
+    const policyOver = (under: Raw) =>
+      readValue(PolicyMap, layer(pickKeys(under, isPolicy), pickKeys(raw, isPolicy)), say, path) as Policy;
     const target = ([name, weight]: [string, number]): Target => {
-      const under = services.get(name)!, next = String(under.read.fallback);
-      return { service: name, weight, policy: policyOn(under), fallback: next ? target([next, 0]) : undefined };
+      const { fallback } = services.get(name)!;
+      return {
+        ...{ service: name, weight, policy: policyOver(raws.get(name)!) },
+        fallback: fallback ? target([fallback, 0]) : undefined,
+      };
     };
     const targets = [...own === undefined ? split ?? [] : [[own, 1] as [string, number]]].map(target);
-    const action: Action = redirect ?? respond ?? { kind: "forward", targets };
-    const made = { name, hosts, paths, action, fallback, policy: targets[0]?.policy ?? policyOn(base) };
+    const action: Action = others.redirect ?? others.respond ?? { kind: "forward", targets };
+    const made = { name, hosts, paths, action, fallback, policy: targets[0]?.policy ?? policyOver(base) };
     const carried = { ...pickKeys(others, isCarried), rewrite: strip ? { ...rule, kind: "replace" } : rule };
     routes.set({ ...carried, ...made } as RouteConfig, path);
   }
-  for (const [path, raw] of mapsIn(file, "tcp")) {
-    const one = read.tcp[Number(path[1])]!;
-    const { host, port } = one.listen[0]!;
-    one.name = unique(one.name || `tcp:${isUnix(host) ? host : port}`, services);
-    add(one.name, path, { raw, read: one }, true);
-  }
-  const source = { ...defaultsOf(RoutesFile), ...file, listen: listenOf(file), defaults: base.raw };
-  return { services, places, routes, source };
+  const tcp = mapsIn(file, "tcp").map(([path, raw]): TcpConfig => {
+    const { listen, servers, proxy_protocol, allow, deny, name: given } = read.tcp[Number(path[1])]!;
+    const { host, port } = listen[0]!, name = unique(given || `tcp:${isUnix(host) ? host : port}`, services);
+    add(name, path, raw, servers, true);
+    return { listen, name, proxy_protocol, allow, deny };
+  });
+  const source = { ...defaultsOf(RoutesFile), ...file, listen: listenOf(file), defaults: base };
+  return { services, places, routes, tcp, source };
 }
 
 /** Among routes of one place those with a method, then with more conditions go first. */
@@ -1894,11 +1871,11 @@ function findShadows(routes: RouteConfig[]): Map<RouteConfig, RouteConfig[]> {
 }
 
 /** Warns of routes that no request can reach, and of services that no route leads to. */
-function warn(routes: Map<RouteConfig, Keys | undefined>, file: Raw, say: Report): void {
+function warn(routes: Map<RouteConfig, Keys>, file: Raw, say: Report): void {
   for (const [route, covers] of findShadows([...routes.keys()])) {
-    const path = routes.get(route), verb = covers.length > 1 ? "take" : "takes";
-    const names = covers.slice(0, 3).map((one) => dotted(routes.get(one) ?? ["name_routes"])).join(" and ");
-    if (path) say(path, `can never be reached: ${names} ${verb} all of its requests`);
+    const path = routes.get(route)!, verb = covers.length > 1 ? "take" : "takes";
+    const names = covers.slice(0, 3).map((one) => dotted(routes.get(one)!) || "name_routes").join(" and ");
+    if (path.length) say(path, `can never be reached: ${names} ${verb} all of its requests`);
   }
   const used = new Set<string>();
   const use = ({ service, fallback }: Target): unknown => used.add(service) && fallback && use(fallback);
@@ -1936,20 +1913,18 @@ export function parseConfig(text: string, options: ParseOptions = {}): Config {
   // Keys at the top that begin with x- hold what anchors name, as in Compose.
   const raw = isRecord(values) ? pickKeys(values, (key) => !key.startsWith("x-")) : values;
   const sayMore: Report = (path, message, at) => unread.has(dotted(path)) || say(path, message, at);
-  const long = longForm(RoutesFile, raw), { issues, output } = v.safeParse(RoutesFile, long);
-  for (const one of (issues ?? []).flatMap((issue) => flatten(issue))) reportIssue(one, sayMore);
+  const long = longForm(RoutesFile, raw), read = readValue(RoutesFile, long, sayMore);
   if (isRecord(long)) checkFile(long, Object.keys(own), sayMore);
   end();
-  const read = output as FileRead, { routes, source, ...made } = expandConfig(long as Raw, read, say);
+  const { services, places, routes, tcp, source } = expandConfig(long as Raw, read, say);
   end();
-  const { admin, trust, resolvers, limits, log, name_routes, tcp, fleet } = read;
-  const services = new Map([...made.services].map(([name, said]) => [name, said.read as unknown as ServiceConfig]));
+  const { admin, trust, resolvers, limits, log, name_routes, fleet } = read;
   const listen = v.parse(RoutesFile.entries.listen, source.listen);
   locateFiles(file, [...services.values(), ...fleet ? [fleet] : []], [...listen, ...tcp.flatMap((one) => one.listen)]);
   warn(routes, source, say);
   const config: Config = {
     ...{ listen, admin, trust, resolvers, limits, log, name_routes, fleet, services, routes: [...routes.keys()], tcp },
-    ...{ source, text, file, places: made.places, warnings: list().map((one) => lineOf(file, one)) },
+    ...{ source, text, file, places, warnings: list().map((one) => lineOf(file, one)) },
   };
   YAML_OF.set(config, doc);
   return config;
@@ -10264,7 +10239,7 @@ const Pool = map({ servers: says(SomeMembers, "addr and port of each; one that i
 const ServerPatch = map({ url: opt(Url), ...also });
 /** What bodies may be, by the names that the description has for them. */
 const BODIES = {
-  ...{ Config: RoutesFile, Service: ServiceSchema, Settings: map(settings), Server: ServerSchema },
+  ...{ Config: RoutesFile, Service: ServiceSchema, Settings: SettingsMap, Server: ServerSchema },
   ...{ ServerPatch, Pool, State, Health: HealthSchema },
 };
 /** What answers are like, by the names that the description has for them, and how they read as text; else as YAML. */
@@ -10332,12 +10307,10 @@ async function bodyOf({ req }: AdminContext): Promise<{ value: unknown; text: st
 
 /** The body of a request, checked at once: what does not become part of the file. */
 async function checkedBody<S extends Schema>(context: AdminContext, schema: S): Promise<Out<S>> {
-  const { output, issues } = v.safeParse(schema, (await bodyOf(context)).value), mistakes: AdminError["mistakes"] = [];
-  for (const one of issues?.flatMap((issue) => flatten(issue)) ?? []) {
-    reportIssue(one, (path, message) => mistakes.push({ path: dotted(path), message }));
-  }
+  const { value } = await bodyOf(context), mistakes: Pick<Mistake, "path" | "message">[] = [];
+  const output = readValue(schema, value, (path, message) => mistakes.push({ path: dotted(path), message }));
   if (mistakes.length) throw invalid(mistakes);
-  return output as Out<S>;
+  return output;
 }
 
 /** The service that a change without a name means: the default, or the only one. */
