@@ -2031,28 +2031,8 @@ export type Failure =
   | "bad-body" // the request's body is longer or shorter than announced, or its chunks are not valid
   | "body-too-large";
 
-/** Why a request is refused before it is routed, or for its method. */
-type Refusal = RequestProblem | "bad-method";
-
-/** Why the balancer refuses a valid request. */
-type Denial =
-  | "denied"
-  | "no-route"
-  | "busy"
-  | "client-busy"
-  | "rate"
-  | "no-server"
-  | "queue-full"
-  | "queue-timeout"
-  | "loop"
-  | "internal"
-  | "draining";
-
-/** A value of the header `x-lb-failure`. */
-type FailureName = Failure | Refusal | Denial;
-
 /** Every error response of the balancer. Clients see the text: short, and never a server's address or error. */
-export const FAILURES: Record<FailureName, { status: number; text: string }> = {
+export const FAILURES = {
   "bad-request": { status: 400, text: "the request is not valid" },
   "bad-host": { status: 400, text: "the Host header is missing or not valid" },
   "bad-body": { status: 400, text: "the request's body does not have its announced length" },
@@ -2083,7 +2063,10 @@ export const FAILURES: Record<FailureName, { status: number; text: string }> = {
   "deadline": { status: 504, text: "the call's deadline has passed" },
   "bad-version": { status: 505, text: "this version of HTTP is not spoken here" },
   "loop": { status: 508, text: "the request has been here before" },
-};
+} as const;
+
+/** A value of the header `x-lb-failure`. */
+type FailureName = keyof typeof FAILURES;
 
 /** A failure as an error, for the Fetch API. `sent`: the server may have seen some of the request. */
 export class WireError extends Error {
@@ -3260,28 +3243,28 @@ interface AccessRecord {
   "timestamp": string; // of the end
   "client.address": string;
   "http.request.method": string;
-  "network.protocol.version": RequestHead["version"] | undefined; // a connection has none
+  "network.protocol.version"?: RequestHead["version"] | undefined; // a connection has none
   "url.scheme": string;
-  "server.address": string | undefined; // the host that was asked for
-  "url.original": string | undefined; // where there is no path: it was refused before, or is a connection
-  "url.path": string | undefined;
-  "url.query": string | undefined;
+  "server.address"?: string | undefined; // the host that was asked for
+  "url.original"?: string | undefined; // where there is no path: it was refused before, or is a connection
+  "url.path"?: string | undefined;
+  "url.query"?: string | undefined;
   "http.response.status_code": number;
-  "rpc.grpc.status_code": number | undefined;
+  "rpc.grpc.status_code"?: number | undefined;
   "http.request.body.size": number; // bytes
   "http.response.body.size": number; // bytes
-  "http.request.header.referer": string | undefined;
-  "user_agent.original": string | undefined;
-  "error.type": string | undefined; // a FailureName, or a status of 500 and more
-  "trace_id": string | undefined;
-  "span_id": string | undefined; // of the last attempt
+  "http.request.header.referer"?: string | undefined;
+  "user_agent.original"?: string | undefined;
+  "error.type"?: string | undefined; // a FailureName, or a status of 500 and more
+  "trace_id"?: string | undefined;
+  "span_id"?: string | undefined; // of the last attempt
   "lb.request_id": string;
-  "lb.route": string | undefined;
-  "lb.service": string | undefined;
-  "lb.server": string | undefined; // the last that was asked
+  "lb.route"?: string | undefined;
+  "lb.service"?: string | undefined;
+  "lb.server"?: string | undefined; // the last that was asked
   "lb.attempts": number;
-  "lb.connected_ms": number | undefined; // the last attempt had a connection
-  "lb.head_ms": number | undefined; // the response's head was there
+  "lb.connected_ms"?: number | undefined; // the last attempt had a connection
+  "lb.head_ms"?: number | undefined; // the response's head was there
   "lb.ended_ms": number; // the last byte had passed
 }
 
@@ -4443,7 +4426,7 @@ class ClientConnection extends Connection implements BodySource {
     this.leave();
   }
 
-  /** The client gets no more: its request is cancelled. */
+  /** The client gets no more: its request is cancelled, and with an upload in progress the connection to the server ends. */
   private leave(): void {
     const { request, body, answer } = this;
     this.receiving = this.body = undefined;
@@ -6499,7 +6482,7 @@ function originForm(exchange: Exchange): string | undefined {
 }
 
 /** Checks method, Host and target once, and writes what everything below works with into the exchange. */
-function validate(exchange: Exchange): Refusal | undefined {
+function validate(exchange: Exchange): FailureName | undefined {
   const { request, method, host } = exchange;
   if (request.problem) return request.problem;
   if (!METHOD.test(method) || REFUSED_METHODS.has(method)) return "bad-method";
@@ -6737,6 +6720,8 @@ function leastByScore(candidates: Candidates, score: (server: Server) => number,
 }
 
 const busyness = (server: Server): number => server.inFlight / server.effective;
+/** What least-connections compares: the connections that a server would have, by its weight. */
+const connectionsByWeight = ({ inFlight, effective }: Server): number => (inFlight + 1) / effective;
 
 /** Draws by weight without a sum: a server is accepted as often as its weight stands to the heaviest. */
 function drawByWeight(candidates: Candidates, random: () => number, except?: Server): Server {
@@ -6872,15 +6857,7 @@ export const strategies: Record<typeof STRATEGIES[number] | "hash", Strategy> = 
     if (candidates.length <= 8) return leastByScore(candidates, busyness, candidates.indexOf(one));
     return leastByScore([one, drawByWeight(candidates, random, one)], busyness);
   },
-  "least-connections": (candidates) => {
-    const { heaviest } = weightsOf(candidates);
-    let best = candidates[0];
-    for (const one of candidates) {
-      if ((one.inFlight + 1) * best.effective < (best.inFlight + 1) * one.effective) best = one;
-      if (best.inFlight === 0 && best.effective === heaviest) break; // no server can have less
-    }
-    return best;
-  },
+  "least-connections": (candidates) => leastByScore(candidates, connectionsByWeight),
   "least-response-time": leastResponseTime,
   "peak-ewma": peakEwma,
   "ip-hash": (candidates, { client }) => rendezvous(candidates, client, () => false),
@@ -6890,7 +6867,7 @@ export const strategies: Record<typeof STRATEGIES[number] | "hash", Strategy> = 
 /** The scores of those that go by one. */
 const SCORES: Record<string, Score> = {
   "two-choices": busyness,
-  "least-connections": ({ inFlight, effective }) => (inFlight + 1) / effective,
+  "least-connections": connectionsByWeight,
   "least-response-time": (server, candidates, { now }) => expectedTime(server, now, untriedTime(candidates)),
   "peak-ewma": (server, candidates, { now }) =>
     costOf(server, now, Math.min(...candidates.map((one) => latencyOf(one, now)))),
@@ -7615,8 +7592,8 @@ function mayRetry(attempt: ExchangeAttempt): boolean {
   if (retry >= policy.retries) return false;
   const isUnavailable = isGrpc(exchange.request) &&
     fieldOf(response?.fields ?? NO_FIELDS, "grpc-status") === GRPC_UNAVAILABLE;
-  const what = isUnavailable ? "unavailable" : response ? response.status : RETRIED_AS[failure!];
-  if (what === undefined || !retryOn.has(what)) return false;
+  const cause = isUnavailable ? "unavailable" : response?.status ?? RETRIED_AS[failure!];
+  if (cause === undefined || !retryOn.has(cause)) return false;
   if (exchange.request.gone) return false;
   const sent = response !== undefined || attempt.sent;
   if (sent && !(isUnavailable ? exchange.body.bytes : mayRepeat(exchange))) return false;
@@ -7630,8 +7607,8 @@ function mayRetry(attempt: ExchangeAttempt): boolean {
 }
 
 /**
- * Every request earns its share of a retry: one that wants it when it asks, a good one when it ends. What those have saved
- * up is for the many that a server which dies takes with it at once.
+ * Adds a request's share to the retry budget, once: when it is answered, or when it needs a retry itself. The saved shares
+ * pay for the many retries at once when a server with many requests fails.
  */
 function earnRetry(exchange: Exchange, service: Service): void {
   if (exchange.hasEarnedRetry) return;
@@ -7640,8 +7617,8 @@ function earnRetry(exchange: Exchange, service: Service): void {
 }
 
 /**
- * Takes one retry out of the budget; false where there is none left. The first few of a second are lent, and what has not
- * been paid back after it is forgiven: that is for those to whom hardly anybody comes.
+ * Takes one retry out of the budget; false if none is left. The first few in each second are lent, and the debt is dropped
+ * after that second: a service with few requests could otherwise never retry.
  */
 function spendRetry(service: Service, retries: number, now: number): boolean {
   const lent = Math.max(LEAST_RETRIES, retries);
@@ -8238,7 +8215,10 @@ const ANY_METHOD = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"; // of Allow
 
 // --- 8.2 Proxy headers: what passes to a server and back ---
 
-/** What is done with a request's field. `trusted`: it passes from trusted peers; `drop`: it ends here, or is set anew. */
+/**
+ * What is done with a request's field. `trusted`: it passes from trusted peers; `drop`: it ends here, or is set anew. The
+ * fields that Connection names are gone already (see `parseFields`).
+ */
 type FieldAction = "pass" | "drop" | "trusted" | "via";
 const DROPPED = new Set(
   `connection content-length expect host http2-settings keep-alive proxy proxy-authorization proxy-connection te
@@ -8726,7 +8706,7 @@ const MOST_GRACE = 1_000; // milliseconds that a losing attempt may still run, a
 function sendHedged(exchange: Exchange, server: Server, retry: number, decide: ExchangeAttempt["decide"]): void {
   const { effects } = exchange.balancer, { service, retryOn } = exchange.destination!;
   let second: ServerAttempt | undefined, waiting: ExchangeAttempt | undefined, over = false;
-  const hear: ExchangeAttempt["decide"] = (attempt) => {
+  const onDecided: ExchangeAttempt["decide"] = (attempt) => {
     const other = attempt === first ? second : first;
     if (over) return attempt.response?.body.cancel(); // it has lost
     if (other && !waiting) {
@@ -8744,7 +8724,7 @@ function sendHedged(exchange: Exchange, server: Server, retry: number, decide: E
     addBackgroundWork(exchange, abandon(other, effects));
     decide(attempt);
   };
-  const first = new ServerAttempt(exchange, server, retry, hear);
+  const first = new ServerAttempt(exchange, server, retry, onDecided);
   exchange.onLeave = () => [first, second].forEach((attempt) => attempt?.carrier?.cancel("client-left"));
   first.send();
   effects.sleep(service.hedgeDelay).then(() =>
@@ -8752,7 +8732,7 @@ function sendHedged(exchange: Exchange, server: Server, retry: number, decide: E
       const other = over || exchange.request.gone ? undefined : pickSecond(exchange, first);
       if (!other) return;
       service.retrying++;
-      second = new ServerAttempt(exchange, other, retry, hear);
+      second = new ServerAttempt(exchange, other, retry, onDecided);
       second.send();
     })
   );
@@ -9069,28 +9049,18 @@ function finishRelay(relay: Relay): void {
     "timestamp": isoTime(effects.date()),
     "client.address": relay.client,
     "http.request.method": "TCP",
-    "network.protocol.version": undefined,
     "url.scheme": "tcp",
-    "server.address": undefined,
     "url.original": `tcp://${relay.target}`,
-    "url.path": undefined,
-    "url.query": undefined,
     "http.response.status_code": status,
-    "rpc.grpc.status_code": undefined,
     "http.request.body.size": received,
     "http.response.body.size": bytes,
-    "http.request.header.referer": undefined,
-    "user_agent.original": undefined,
     "error.type": problem || undefined,
-    "trace_id": undefined,
-    "span_id": undefined,
     "lb.request_id": relay.id,
     "lb.route": service.name,
     "lb.service": service.name,
     "lb.server": tried.at(-1)?.name,
     "lb.attempts": tried.length,
     "lb.connected_ms": connectedAt ? rounded(connectedAt - started) : undefined,
-    "lb.head_ms": undefined,
     "lb.ended_ms": rounded(ended),
   }, log.format);
 }
@@ -13860,7 +13830,7 @@ const QUIET = 200; // milliseconds without a request after which none is expecte
  * go on until the grace is over. Listeners that are not for HTTP close at once: no response can announce it.
  */
 async function drain(balancer: Balancer, open: OpenListeners, grace: number): Promise<CutOff> {
-  const { effects, tunnels, relays } = balancer, begun = effects.now(), end = begun + grace;
+  const { effects, tunnels, relays } = balancer, begun = effects.now(), deadline = begun + grace;
   const until = async (time: number, over: () => boolean) => {
     while (!over() && effects.now() < time) await effects.sleep(20);
   };
@@ -13869,18 +13839,18 @@ async function drain(balancer: Balancer, open: OpenListeners, grace: number): Pr
   const close = (http: boolean) => all.filter(({ name }) => isHttp(name) === http).map((one) => one.close());
   const closed = close(false);
   let [seen, since] = [balancer.requests, begun];
-  await until(Math.min(begun + LAST_CALL, end), () => {
+  await until(Math.min(begun + LAST_CALL, deadline), () => {
     if (seen !== balancer.requests) [seen, since] = [balancer.requests, effects.now()];
     return effects.now() >= since + QUIET;
   });
   closed.push(...close(true));
-  await until(end, () => balancer.inFlight === 0);
+  await until(deadline, () => balancer.inFlight === 0);
   const connections = relays.size;
-  for (const tunnel of tunnels) tunnel.close(GOING_AWAY);
-  for (const end of relays) end();
+  for (const tunnel of tunnels) tunnel.close(GOING_AWAY); // a WebSocket's close frame has that code
+  for (const endRelay of relays) endRelay();
   await until(effects.now() + 1_000, () => tunnels.size + relays.size === 0);
-  await until(end, () => !all.some((one) => one.isWriting()));
-  await Promise.race([Promise.all(closed), effects.sleep(Math.min(500, Math.max(0, end - effects.now())))]);
+  await until(deadline, () => !all.some((one) => one.isWriting()));
+  await Promise.race([Promise.all(closed), effects.sleep(Math.min(500, Math.max(0, deadline - effects.now())))]);
   await effects.sleep(50); // for the last lines of the log
   return { requests: balancer.inFlight, connections };
 }
