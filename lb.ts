@@ -228,6 +228,8 @@ const many = <S extends Schema>(item: S, what: string, least = 0) => {
   const list = withParts(v.array(item, message), { least });
   return v.pipe(v.union([one, list], message), v.check(({ length }) => length >= least, `is empty: it needs ${what}`));
 };
+/** A list of maps such as `example`. */
+const mapList = <S extends Schema>(item: S, example: string) => v.array(item, `$ is not a list such as [${example}]`);
 /** Either a short form, which means what `long` makes of it, or the long one. */
 const orBrief = <S extends Schema, L extends Schema>(
   what: string,
@@ -720,7 +722,7 @@ const settings = {
   fallback: may(Fallback, "the service that is asked when no server of this one may be", "none"),
   sticky: may(
     Sticky,
-    "off, or the cookie that keeps a client on its server; what signs it; how long it is kept",
+    "off, or the cookie that keeps a client on its server; what signs it; how long it lasts",
     "off",
   ),
   tls: may(Tls, "PEM files; the name to verify; insecure: any will do", defaultsOf(TlsMap)),
@@ -804,12 +806,8 @@ const RespondMap = v.pipe(
   v.check((one) => !one.body || ![204, 205, 304].includes(one.status), "an answer with this status has no body"),
   v.transform((one) => ({ kind: "respond" as const, ...one })),
 );
-const Respond = orBrief(
-  "a status, or a map such as { status: 404 }",
-  integer(200, 599),
-  (status) => ({ status }),
-  RespondMap,
-);
+const RESPOND = "a status, or a map such as { status: 404 }";
+const Respond = orBrief(RESPOND, integer(200, 599), (status) => ({ status }), RespondMap);
 const RateKey = either("ip or {header: name}", v.literal("ip"), map({ header: HeaderName }));
 const RateMap = v.pipe(
   map({ requests: integer(1, 1e6), per: opt(Duration, "1s"), by: opt(RateKey, "ip"), burst: opt(integer(1, 1e6)) }),
@@ -849,7 +847,7 @@ const ACTION_KEYS = {
   servers: may(Servers, "a service of its own; any key of one may stand beside it"),
   split: may(
     dict(ServiceName, Share, "{ shop: 90%, next: 10% }"),
-    "services and their shares, as weights or percentages",
+    "services, by weights or percentages",
   ),
   redirect: may(Redirect, "to, literally, or scheme, host, port and path (what is not named stays); status"),
   respond: may(Respond, "an answer of its own: status, body and headers"),
@@ -868,22 +866,13 @@ const CHANGE_KEYS = {
 const TARGET_KEYS = { ...ACTION_KEYS, ...CHANGE_KEYS, ...settings };
 const ROUTE_KEYS = { ...PLACE_KEYS, ...conditions, ...TARGET_KEYS };
 const ACTIONS = Object.keys(ACTION_KEYS), A_ROUTE = "{ path: /api, service: shop }";
-const DefaultMap = withParts(map(TARGET_KEYS, "{ service: shop }"), { oneOf: ACTIONS });
-const AnyRoute = withParts(map(ROUTE_KEYS, A_ROUTE), { oneOf: ACTIONS });
-const Default = orBrief(
-  "a service, or a map such as { service: shop }",
-  ServiceName,
-  (service) => ({ service }),
-  DefaultMap,
-);
-const HostRoute = withParts(
-  map({ ...ROUTE_KEYS, host: says(many(HostPattern, "a host", 1), "a host or a list") }),
-  { oneOf: ACTIONS },
-);
-const PathRoute = withParts(
-  map({ ...ROUTE_KEYS, path: says(many(PathMatch, "a path", 1), "this path and all below it") }),
-  { oneOf: ACTIONS },
-);
+const routeMap = <const E extends v.ObjectEntries>(keys: E, example?: string) =>
+  withParts(map(keys, example), { oneOf: ACTIONS });
+const A_DEFAULT = "a service, or a map such as { service: shop }";
+const DefaultMap = routeMap(TARGET_KEYS, "{ service: shop }"), AnyRoute = routeMap(ROUTE_KEYS, A_ROUTE);
+const Default = orBrief(A_DEFAULT, ServiceName, (service) => ({ service }), DefaultMap);
+const HostRoute = routeMap({ ...ROUTE_KEYS, host: says(many(HostPattern, "a host", 1), "a host or a list") });
+const PathRoute = routeMap({ ...ROUTE_KEYS, path: says(many(PathMatch, "a path", 1), "this path and all below it") });
 const SettingsMap = map(settings);
 const ServiceSchema = map({
   servers: says(Servers, "host:port, URL, or {url (or dns, or srv), weight, host, backup, max, state}"),
@@ -1009,7 +998,7 @@ const RoutesFile = map({
   trust: may(Networks, "peers whose X-Forwarded-* and Forwarded are believed", []),
   resolvers: may(
     many(ResolverSchema, "an address"),
-    "that are asked for dns: and srv: servers; else the machine's",
+    "asked for dns: and srv: servers; else the machine's",
     [],
   ),
   limits: may(Limits, "how much at once, against abuse", {}),
@@ -1022,19 +1011,19 @@ const RoutesFile = map({
     {},
   ),
   hosts: may(
-    v.array(HostRoute, "$ is not a list such as [{ host: a.example, service: shop }]"),
+    mapList(HostRoute, "{ host: a.example, service: shop }"),
     "one host to some servers",
     [],
   ),
   paths: may(
-    v.array(PathRoute, "$ is not a list such as [{ path: /api, service: shop }]"),
+    mapList(PathRoute, "{ path: /api, service: shop }"),
     "one path to some servers",
     [],
   ),
-  routes: may(v.array(AnyRoute, "$ is not a list such as [{ path: /api, service: shop }]"), "the general form", []),
+  routes: may(mapList(AnyRoute, "{ path: /api, service: shop }"), "the general form", []),
   default: may(Default, "when nothing matches; without it 404"),
   tcp: may(
-    v.array(Tcp, "$ is not a list such as [{ listen: 5432, servers: [localhost:5433] }]"),
+    mapList(Tcp, "{ listen: 5432, servers: [localhost:5433] }"),
     "connections that are not HTTP, to some servers",
     [],
   ),
@@ -3040,16 +3029,8 @@ const newAttempt = (
   given: Pick<Attempt, "server" | "method" | "target" | "lines" | "body" | "timeouts" | "startedAt">,
   events: AttemptEvents,
 ): Attempt => ({
-  ...{
-    upgrade: "",
-    tunnels: new Set(),
-    connectedAt: 0,
-    uploaded: 0,
-    received: 0,
-    trailers: NO_FIELDS,
-    deadline: Infinity,
-    carrier: undefined,
-  },
+  ...{ upgrade: "", tunnels: new Set(), connectedAt: 0, uploaded: 0, received: 0 },
+  ...{ trailers: NO_FIELDS, deadline: Infinity, carrier: undefined },
   ...given,
   ...events,
 });
@@ -7237,65 +7218,59 @@ function setHealth(service: Service, server: Server, up: boolean, effects: Effec
   service.candidatesUntil = 0;
 }
 
-/** One probe over HTTP: what is wrong with the answer, or undefined. Its body is read to the end or cancelled. */
-function probeHttp(service: Service, server: Server, effects: Effects, giveUp: AbortSignal) {
-  const { health } = service.config, { method, timeout, path: target } = health, body = NO_BODY;
-  const own = ["host", server.host || server.authority, "user-agent", "lb.ts probe"];
-  const fields = [...own, ...[...health.headers].flat()];
-  const timeouts = { connect: timeout, response: timeout, idle: timeout, request: Infinity };
-  const given = { server, method, target, lines: linesOf(fields), body, timeouts, startedAt: effects.now() };
-  return new Promise<string | undefined>((resolve, reject) => {
-    const attempt = newAttempt(given, {
-      onInform() {},
-      onHead({ status, body }) {
-        const isExpected = health.expect.some(([from, to]) => status >= from && status <= to);
-        if (isExpected && health.body) return collect(body, (taken) => resolve(bodyProblem(health.body, taken)));
-        resolve(isExpected ? undefined : `status ${status}`);
-        body.cancel();
-      },
-      onEnd: (failure, detail) => failure && reject(new Error(detail)),
-    });
-    giveUp.addEventListener("abort", () => attempt.carrier?.cancel("client-left"));
-    effects.send(attempt);
-  });
+/** A probe: its request, and what becomes of the response. `done` is told what is wrong with the server, or undefined. */
+interface ProbeRequest extends Pick<Attempt, "method" | "target" | "body"> {
+  fields: Fields;
+  onHead(response: HttpResponse, done: (problem: string | undefined) => void): void;
 }
 
-/** Asks grpc.health.v1: rejects, or resolves to what is wrong with the server. */
-function probeGrpc(service: Service, server: Server, effects: Effects, giveUp: AbortSignal) {
-  const { timeout, grpc = "" } = service.config.health, name = Buffer.from(grpc), pieces: Bytes[] = [];
-  if (server.http === 1) return Promise.resolve("gRPC needs HTTP/2: an h2c:// server, or http: 2");
-  const message = name.length ? [Buffer.from([10, name.length]), name] : [], size = message.length && name.length + 2;
-  const own = ["content-type", "application/grpc", "te", "trailers", "user-agent", "lb.ts probe"];
-  const fields = ["host", server.host || server.authority, ...own];
-  const timeouts = { connect: timeout, response: timeout, idle: timeout, request: Infinity };
-  const given = {
-    method: "POST",
-    target: "/grpc.health.v1.Health/Check",
-    body: inMemory([Buffer.from([0, 0, 0, 0, size]), ...message]),
+/** A request over HTTP. Its response is read to the end or cancelled. */
+const httpProbe = ({ method, path: target, headers, expect, body: wanted }: ServiceConfig["health"]): ProbeRequest => ({
+  ...{ method, target, body: NO_BODY, fields: [...headers].flat() },
+  onHead({ status, body }, done) {
+    const isExpected = expect.some(([from, to]) => status >= from && status <= to);
+    if (isExpected && wanted) return collect(body, (taken) => done(bodyProblem(wanted, taken)));
+    done(isExpected ? undefined : `status ${status}`);
+    body.cancel();
+  },
+});
+
+/** A call of grpc.health.v1. */
+function grpcProbe({ grpc = "" }: ServiceConfig["health"]): ProbeRequest {
+  const name = Buffer.from(grpc), message = name.length ? [Buffer.from([10, name.length]), name] : [];
+  const prefix = Buffer.from([0, 0, 0, 0, message.length && name.length + 2]);
+  return {
+    ...{ method: "POST", target: "/grpc.health.v1.Health/Check", body: inMemory([prefix, ...message]) },
+    fields: ["content-type", "application/grpc", "te", "trailers"],
+    onHead({ status, fields, body }, done) {
+      const pieces: Bytes[] = [];
+      body.read({
+        data: (bytes) => void pieces.push(bytes),
+        fail: (why) => done(FAILURES[why].text),
+        end(trailers) {
+          const code = fieldOf(trailers, "grpc-status") ?? fieldOf(fields, "grpc-status");
+          if (code !== "0") return done(code ? `grpc-status ${code}` : `status ${status} without a grpc-status`);
+          const answer = Buffer.concat(pieces); // 5 bytes, then field 1: UNKNOWN, SERVING, NOT_SERVING, SERVICE_UNKNOWN
+          const state = answer[5] === 8 ? answer[6]! : 0,
+            text = ["UNKNOWN", "", "NOT_SERVING", "SERVICE_UNKNOWN"][state];
+          done(state === 1 ? undefined : `it is ${text ?? state}`);
+        },
+      });
+    },
   };
+}
+
+/** Sends a probe: rejects, or resolves to what is wrong with the server. */
+function sendProbe(service: Service, server: Server, effects: Effects, giveUp: AbortSignal) {
+  const { health } = service.config, { timeout } = health, overGrpc = health.kind === "grpc";
+  if (overGrpc && server.http === 1) return Promise.resolve("gRPC needs HTTP/2: an h2c:// server, or http: 2");
+  const { fields, onHead: judge, ...request } = overGrpc ? grpcProbe(health) : httpProbe(health);
+  const timeouts = { connect: timeout, response: timeout, idle: timeout, request: Infinity };
+  const lines = linesOf(["host", server.host || server.authority, "user-agent", "lb.ts probe", ...fields]);
   return new Promise<string | undefined>((resolve, reject) => {
-    const attempt: Attempt = newAttempt({
-      ...given,
-      server,
-      timeouts,
-      lines: linesOf(fields),
-      startedAt: effects.now(),
-    }, {
+    const attempt = newAttempt({ ...request, server, timeouts, lines, startedAt: effects.now() }, {
       onInform() {},
-      onHead: ({ status, fields, body }) =>
-        body.read({
-          data: (bytes) => void pieces.push(bytes),
-          fail: (why) => reject(new Error(FAILURES[why].text)),
-          end(trailers) {
-            const code = fieldOf(trailers, "grpc-status") ?? fieldOf(fields, "grpc-status");
-            if (code !== "0") return resolve(code ? `grpc-status ${code}` : `status ${status} without a grpc-status`);
-            const answer = Buffer.concat(pieces); // 5 bytes, then field 1: UNKNOWN, SERVING, NOT_SERVING, SERVICE_UNKNOWN
-            const state = answer[5] === 8 ? answer[6]! : 0;
-            resolve(
-              state === 1 ? undefined : `it is ${["UNKNOWN", "", "NOT_SERVING", "SERVICE_UNKNOWN"][state] ?? state}`,
-            );
-          },
-        }),
+      onHead: (response) => judge(response, resolve),
       onEnd: (failure, detail) => failure && reject(new Error(detail)),
     });
     giveUp.addEventListener("abort", () => attempt.carrier?.cancel("client-left"));
@@ -7313,8 +7288,7 @@ function bodyProblem(wanted: string, taken: Body | Failure): string | undefined 
 async function probeServer(service: Service, server: Server, effects: Effects): Promise<string | undefined> {
   const { kind, timeout } = service.config.health;
   const giveUp = new AbortController();
-  const ask = kind === "grpc" ? probeGrpc : probeHttp;
-  const asked = kind === "tcp" ? effects.connect(server, timeout) : ask(service, server, effects, giveUp.signal);
+  const asked = kind === "tcp" ? effects.connect(server, timeout) : sendProbe(service, server, effects, giveUp.signal);
   const late = effects.sleep(timeout, giveUp.signal).then(() => `no answer within ${timeout} ms`);
   try {
     return await Promise.race([asked, late]) ?? undefined;
@@ -8303,15 +8277,8 @@ function originOf({ peer, scheme: spoken, block }: HttpRequest, trusts: Table["t
   if (origin?.peer === peer && origin.spoken === spoken && origin.trusts === trusts) return origin;
   const known = { peer, spoken, trusts };
   if (trusts(peer)) return block.origin = readOrigin(block.fields, known);
-  return block.origin = {
-    ...known,
-    client: peer,
-    scheme: spoken,
-    host: "",
-    port: "",
-    chain: [peer],
-    isForwarded: false,
-  };
+  const direct = { client: peer, scheme: spoken, host: "", port: "", chain: [peer], isForwarded: false };
+  return block.origin = { ...known, ...direct };
 }
 
 /** The fields of a request that pass to servers, worked out once for each head. */
@@ -9543,6 +9510,7 @@ const viewOf = <A extends unknown[]>() => <const K extends ViewKeys<A>>(keys: K)
 });
 
 const numeric = (about: string) => says(v.number(), about);
+const numericOrNull = (about: string) => says(v.nullable(v.number()), about);
 const STRING = v.string(), NUMBER = v.number(), BOOLEAN = v.boolean(), STRINGS = v.array(STRING);
 const NUMBERS = v.array(NUMBER);
 const MOMENT = v.pipe(STRING, v.isoTimestamp());
@@ -9592,10 +9560,10 @@ const SERVER_VIEW = viewOf<[server: Server, now: number, share?: number | undefi
   effective_weight: [numeric("less than weight during slow start"), (s) => thousandths(s.effective)],
   share: [v.optional(numeric("of the service's new requests")), (_, __, share) => share],
   max: [
-    says(v.nullable(NUMBER), "requests in flight at most, as the file says; null: any number"),
+    numericOrNull("requests in flight at most, as the file says; null: any number"),
     (s) => finite(s.max),
   ],
-  limit: [says(v.nullable(NUMBER), "the same, whatever it comes from"), (s) => finite(Math.floor(s.limit))],
+  limit: [numericOrNull("the same, whatever it comes from"), (s) => finite(Math.floor(s.limit))],
   ejected_for: [numeric("for how much longer"), (s, now) => toSeconds(s.until - now)],
   paused_for: [numeric("for how much longer, as its Retry-After asked"), (s, now) => toSeconds(s.pausedUntil - now)],
   in_flight: [NUMBER, (s) => s.inFlight],
@@ -9621,7 +9589,7 @@ const NAME_VIEW = viewOf<[Discovery, now: number]>()({
   servers: [numeric("that were found by it"), (d) => d.found.length],
   problem: [says(STRING, "of the latest answer; empty: there is none"), (d) => d.problem],
   stale_for: [
-    says(v.nullable(NUMBER), "for how long answers have been of no use; null: the latest was good"),
+    numericOrNull("for how long answers have been of no use; null: the latest was good"),
     (d, now) => d.problem ? toSeconds(now - d.staleSince) : null,
   ],
 });
