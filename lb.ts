@@ -5738,6 +5738,7 @@ class ClientStream extends Http2Stream<Http2ClientConnection> {
     const { request, body, source } = this;
     body?.end(why === "reset" ? "client-left" : "bad-body");
     if (request.gone) return;
+    this.isAnswered = true; // by the reset that follows
     cancelRequest(request);
     source?.cancel();
   }

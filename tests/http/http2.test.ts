@@ -1321,6 +1321,15 @@ test("a request that is reset while it waits for a server reaches none", async (
   assert.ok(!h1.visits.some((visit) => visit.received.includes("/one/waits")));
 });
 
+test("a client whose stream is reset for what it did gets no response on it: 499 is for the log", async () => {
+  h2.options = { greeting: Buffer.alloc(0) }; // its server is not ready
+  const client = await open(), stream = client.ask("/h2/wrong", { ends: false });
+  await until("the server is connected", () => h2.ends.length);
+  client.send(windowUpdate(stream.id, 0));
+  assert.deepEqual([(await stream.done()).result, stream.head], ["PROTOCOL_ERROR", []]);
+  assert.equal((await logged("/h2/wrong"))["http.response.status_code"], 499);
+});
+
 // ─── Flow control ───
 
 const bulk = (size: number): Script => (visit) =>
