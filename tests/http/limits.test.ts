@@ -4,16 +4,8 @@
 import assert from "node:assert/strict";
 import { type AddressInfo, connect, createServer, type Socket } from "node:net";
 import { setImmediate } from "node:timers";
-import {
-  accessLine,
-  createLoadBalancer,
-  type Failure,
-  type FetchAttempt,
-  HttpServer,
-  type LoadBalancer,
-  parseConfig,
-  WireError,
-} from "../../lb.ts";
+import { type Failure, type FetchAttempt, HttpServer, type LoadBalancer, parseConfig, WireError } from "../../lb.ts";
+import { balancerFor } from "../rig/balancer.ts";
 import {
   answer,
   assertIdle,
@@ -102,8 +94,7 @@ interface Ask {
 }
 
 function setUp(keys: string, { servers = "[a:1]", yaml = "", random = seeded(1) } = {}) {
-  const clock = newClock();
-  const [asked, lines, reports]: [Asked[], string[], string[]] = [[], [], []];
+  const clock = newClock(), asked: Asked[] = [];
   const fetch = (url: string, attempt: FetchAttempt) => {
     const { promise, resolve, reject } = Promise.withResolvers<Response>();
     let over = false;
@@ -149,23 +140,11 @@ function setUp(keys: string, { servers = "[a:1]", yaml = "", random = seeded(1) 
   };
   const retries = keys.includes("retries:") ? "" : "retries: 0, ";
   const text = yaml || `log: json\ndefault: { servers: ${servers}, health: off, ${retries}${keys} }`;
-  const lb = createLoadBalancer(parseConfig(text), {
-    fetch,
-    now: () => clock.now,
-    date: () => new Date(0),
-    random,
-    sleep: clock.sleep,
-    client: (request, env) => ({ address: env as string, scheme: "http", headers: [...request.headers].flat() }),
-    accessLog: (record, format) => lines.push(accessLine(record, format)),
-    report: (level, text) => reports.push(`${level} ${text}`),
-  });
-  balancers.push(lb);
-  const send = ({ path = "/", address = "192.0.2.9", headers, ...init }: Ask = {}) =>
-    Promise.resolve(
-      lb.fetch(new Request(`http://h.test${path}`, { ...init, headers: { host: "h.test", ...headers } }), address),
-    );
-  const service = lb.balancer.table.services.get("default")!;
-  return { lb, clock, asked, lines, reports, send, service };
+  const one = balancerFor(text, { fetch, now: () => clock.now, date: () => new Date(0), random, sleep: clock.sleep });
+  balancers.push(one.lb);
+  const send = ({ path = "/", address = "192.0.2.9", ...init }: Ask = {}) =>
+    one.send(`http://h.test${path}`, { ...init, from: { address } });
+  return { ...one, clock, asked, send, service: one.service() };
 }
 
 /** One line of the access log. */

@@ -13,6 +13,7 @@ import {
   printConfig,
   samplesOf,
 } from "../../lb.ts";
+import { answerTo, balancerFor } from "../rig/balancer.ts";
 import { dnsServer } from "../rig/dns.ts";
 import { eventually, type Instance, skip, startEtcd, startInstance } from "../rig/engines.ts";
 import {
@@ -37,20 +38,18 @@ const UNKNOWN = error("ENOTFOUND");
 
 /** A balancer whose DNS says what `a`, `aaaa`, `srv` and `hosts` have; `asked` is what it was asked. */
 function setUp(servers: string, more = "", keys = "") {
-  const clock = { now: 0, chance: 0.5 }, reports: string[] = [], asked: string[] = [], hosts_: string[] = [];
+  const chances = { next: 0.5 }, asked: string[] = [], hosts_: string[] = [];
   const a: Record<string, Answer> = {}, aaaa: Record<string, Answer> = {}, hosts: Record<string, Answer> = {};
   const srv: Record<string, Srv> = {}, ttl = { seconds: 30 }, silent = new Set<string>();
   const yaml = (servers: string, more = "") =>
-    parseConfig(`services: { s: { servers: ${servers}, health: off, ${keys} } }\ndefault: s\n${more}`);
+    `services: { s: { servers: ${servers}, health: off, ${keys} } }\ndefault: s\n${more}`;
   const give = <T>(found: T[] | Error | undefined): Promise<T[]> =>
     found instanceof Error || !found ? Promise.reject(found ?? UNKNOWN) : Promise.resolve(found);
   const addresses = (found: Answer | undefined, seconds: number) =>
     give(found).then((all) => all.map((address) => ({ address, ttl: seconds })));
   const requests: { url: string; host: string }[] = [];
-  const lb = createLoadBalancer(yaml(servers, more), {
-    now: () => clock.now,
-    date: () => new Date(clock.now),
-    random: () => clock.chance,
+  const { lb, clock, reports, service } = balancerFor(yaml(servers, more), {
+    random: () => chances.next,
     sleep: () => new Promise((resolve) => setTimeout(resolve, 5)), // everything that is asked answers before
     resolve: (name, type, resolver) => {
       asked.push(`${type} ${name}${resolver && ` ${resolver}`}`);
@@ -60,26 +59,25 @@ function setUp(servers: string, more = "", keys = "") {
     resolveSrv: (name) =>
       give(srv[name]).then((all) => all.map(([priority, weight, port, name]) => ({ priority, weight, port, name }))),
     lookup: (name) => (hosts_.push(name), addresses(hosts[name], 0)),
-    report: (level, text) => reports.push(`${level}: ${text}`),
     fetch: (url, attempt) => {
       const { headers } = attempt, at = headers.findIndex((one) => one.toLowerCase() === "host");
       requests.push({ url, host: headers[at + 1]! });
-      attempt.ended(200, 0);
-      return Promise.resolve(new Response("ok"));
+      return answerTo(attempt);
     },
   });
-  const all = () => lb.balancer.table.services.get("s")!.servers;
+  const all = () => service("s").servers;
   /** Lets time pass, and looks up what is due. */
   const after = async (milliseconds: number) => {
     clock.now += milliseconds;
     await lb.discover();
     return all().map((server) => server.name);
   };
-  const reload = (servers: string, more = "") => lb.reload(yaml(servers, more));
+  const reload = (servers: string, more = "") => lb.reload(parseConfig(yaml(servers, more)));
   const ask = () => lb.request("http://client.test/");
   return {
     lb,
     clock,
+    chances,
     reports,
     asked,
     looked: hosts_,
@@ -139,7 +137,7 @@ test("A records go before AAAA, which are asked for only where there is no A", a
 });
 
 test("a name is looked up again after the TTL, from 5 to 60 seconds, 10 % more or less; after a failure in 2 seconds", async () => {
-  const { a, after, asked, ttl, clock } = setUp('[{ dns: "api:80" }]');
+  const { a, after, asked, ttl, clock, chances } = setUp('[{ dns: "api:80" }]');
   a.api = ["10.0.0.1"];
   const nextLook = async () => {
     const { length } = asked, begun = clock.now;
@@ -150,7 +148,7 @@ test("a name is looked up again after the TTL, from 5 to 60 seconds, 10 % more o
   assert.equal(await nextLook(), 30_000);
   for (const [seconds, chance, next] of [[1, 0.5, 5_000], [3_600, 0.5, 60_000], [10, 0, 9_000], [10, 0.999, 11_000]]) {
     Object.assign(ttl, { seconds });
-    clock.chance = chance!;
+    chances.next = chance!;
     await nextLook();
     assert.equal(await nextLook(), next, `TTL ${seconds}`);
   }
@@ -174,7 +172,7 @@ test("answers that fail keep the servers of before, without limit, and are said 
     for (let i = 0; i < 50; i++) assert.deepEqual(await after(60_000), ["10.0.0.1:80", "10.0.0.2:80"]);
   }
   assert.deepEqual(reports, [
-    "warn: api:80: DNS has no good answer: there is no such name; the 2 servers of before stay",
+    "warn api:80: DNS has no good answer: there is no such name; the 2 servers of before stay",
   ]);
   const { problem, stale_for } = (await viewed(lb)).names[0]!;
   assert.equal(problem, "there is no such name");
@@ -182,7 +180,7 @@ test("answers that fail keep the servers of before, without limit, and are said 
   assert.deepEqual(numbers(), [0, 2]);
   a.api = ["10.0.0.1", "10.0.0.2"];
   await after(60_000);
-  assert.deepEqual(reports.slice(1), ["info: api:80: DNS answers again, with 2 servers"]);
+  assert.deepEqual(reports.slice(1), ["info api:80: DNS answers again, with 2 servers"]);
   assert.deepEqual(numbers(), [1, 2]);
   assert.equal((await viewed(lb)).names[0]!.stale_for, null);
 });
@@ -199,10 +197,10 @@ test("an address that one answer lacks stays until a second one in a row lacks i
   await after(60_000); // a failure lacks nothing
   assert.deepEqual(await look("10.0.0.1"), ["10.0.0.1:80"]);
   assert.deepEqual(reports.filter((one) => one.startsWith("info")), [
-    "info: api:80: found 10.0.0.3:80",
-    "info: api:80: gone are 10.0.0.3:80",
-    "info: api:80: DNS answers again, with 1 servers",
-    "info: api:80: gone are 10.0.0.2:80",
+    "info api:80: found 10.0.0.3:80",
+    "info api:80: gone are 10.0.0.3:80",
+    "info api:80: DNS answers again, with 1 servers",
+    "info api:80: gone are 10.0.0.2:80",
   ]);
 });
 
@@ -295,7 +293,7 @@ test("a name that is unknown at the start is 503 no-server, and is served as soo
   await after(0);
   const refused = await ask();
   assert.deepEqual([refused.status, refused.headers.get("x-lb-failure")], [503, "no-server"]);
-  assert.deepEqual(reports, ["warn: api:80: DNS has no good answer: there is no such name; it has no server yet"]);
+  assert.deepEqual(reports, ["warn api:80: DNS has no good answer: there is no such name; it has no server yet"]);
   a.api = ["10.0.0.1"];
   await after(2_000);
   assert.equal((await ask()).status, 200);

@@ -1,36 +1,30 @@
 // Where a service has nobody left: the other service is asked, under its own rules, and what is written down names it.
 
 import assert from "node:assert/strict";
-import { accessLine, type ConfigError, createLoadBalancer, parseConfig, WireError } from "../../lb.ts";
+import { type ConfigError, parseConfig } from "../../lb.ts";
+import { answerTo, balancerFor, refusal } from "../rig/balancer.ts";
 import { answer, get, rawRequest, scriptedServer, startProgram, status, test, until, value } from "../rig/rig.ts";
 
 /** A balancer over scripted servers; `manners`: what a server answers, or that it refuses. */
 function setUp(services: string, routes = "default: { service: shop }") {
   const yaml = `log: json\ndefaults: { health: off, eject: off }\nservices: { ${services} }\n${routes}`;
   const manners: Record<string, number | "refuses"> = {};
-  const [lines, naps]: [string[], string[]] = [[], []]; // naps: those that never end
+  const naps: string[] = []; // those that never end
   let timeouts: unknown;
-  const lb = createLoadBalancer(parseConfig(yaml), {
-    now: () => 0,
-    random: () => 0.5,
+  const { lb, lines, send } = balancerFor(yaml, {
     sleep: () => naps.shift() ? new Promise(() => {}) : Promise.resolve(),
-    report: () => {},
-    accessLog: (record, format) => lines.push(accessLine(record, format)),
-    client: ({ headers }) => ({ address: "192.0.2.1", scheme: "http", headers: [...headers].flat() }),
     fetch: (_url, attempt) => {
       const { name } = attempt.server, manner = manners[name[0]!] ?? 200;
       asked.push(name[0]!);
       timeouts = attempt.timeouts;
-      if (manner === "refuses") return Promise.reject(new WireError("connect", false, "refused"));
-      attempt.ended(manner, 0);
-      return Promise.resolve(new Response(null, { status: manner, headers: { "x-server": name[0]! } }));
+      return manner === "refuses" ? refusal() : answerTo(attempt, manner, { "x-server": name[0]! });
     },
   });
   const asked: string[] = [];
   /** Who was asked, in order, and what came of it; what the log says. */
   const ask = async (path = "/", headers = {}) => {
     asked.length = 0;
-    const response = await lb.fetch(new Request(`http://h${path}`, { headers: { host: "h", ...headers } }));
+    const response = await send(`http://h${path}`, { headers });
     const line = JSON.parse(lines.at(-1)!);
     for (const { inFlight } of all()) assert.equal(inFlight, 0);
     return {

@@ -2,7 +2,8 @@
 // trace that a request belongs to, and what the operator is told.
 
 import assert from "node:assert/strict";
-import { accessLine, type Client, createLoadBalancer, type Failure, parseConfig } from "../../lb.ts";
+import { createLoadBalancer, type Failure, parseConfig } from "../../lb.ts";
+import { type Ask, balancerFor } from "../rig/balancer.ts";
 import {
   answer,
   get,
@@ -19,27 +20,14 @@ import {
   value,
 } from "../rig/rig.ts";
 
-interface Ask extends RequestInit {
-  headers?: Record<string, string>;
-  from?: Partial<Client>;
-}
-
 /** A balancer over a and b whose attempts meet a status, or a failure, in turn: connected after 1 ms, a head after 10. */
 function setUp(top: string, manners: (number | Failure)[] = [200], random = () => 0.5) {
-  const clock = { now: 1_000 };
-  const [lines, reports, asked]: [string[], string[], Record<string, string>[]] = [[], [], []];
+  const asked: Record<string, string>[] = [];
   let turn = 0;
-  const lb = createLoadBalancer(parseConfig(`${top}\ndefault: { servers: [a:1, b:1], health: off, eject: off }`), {
+  const { lb, clock, lines, reports, send } = balancerFor(`${top}\n${TWO}`, {
     random,
-    now: () => clock.now,
     date: () => new Date(Date.UTC(2026, 10, 21, 3, 14, 42, 7)),
     sleep: (_ms, signal) => signal ? new Promise<void>(() => {}) : Promise.resolve(),
-    client: (request, env) => ({
-      address: "192.0.2.9",
-      scheme: "http",
-      headers: [...request.headers].flat(),
-      ...(env as Partial<Client>),
-    }),
     send(attempt) {
       const { lines } = attempt;
       asked.push(Object.fromEntries(lines.split("\r\n").slice(0, -1).map((line) => line.split(": "))));
@@ -51,17 +39,16 @@ function setUp(top: string, manners: (number | Failure)[] = [200], random = () =
       attempt.onHead({ status: manner, reason: "", fields: [], body: new TestBytes("") });
       attempt.onEnd(undefined, "", true);
     },
-    accessLog: (record, format) => lines.push(accessLine(record, format)),
-    report: (level, text) => reports.push(`${level} ${text}`),
   });
-  const ask = async (url = "http://h.test/", { from = {}, ...init }: Ask = {}) => {
-    const request = new Request(url, { ...init, headers: { host: new URL(url).host, ...init.headers } });
-    const { status } = await lb.fetch(request, from as object);
+  clock.now = 1_000;
+  const ask = async (url?: string, init?: Ask) => {
+    const { status } = await send(url, init);
     clock.now += 0.5;
     return status;
   };
   return { lb, ask, lines, reports, asked };
 }
+const TWO = "default: { servers: [a:1, b:1], health: off, eject: off }";
 const EVIL = { "user-agent": 'a"b\\c\t\x9bé', "referer": "http://r.test/\t." };
 /** No request may have these. */
 const WORSE = { "user-agent": 'a"b\\c\x1b[31m\x7f\x9bé', "referer": "http://r.test/\x0b" };

@@ -2,7 +2,8 @@
 
 import assert from "node:assert/strict";
 import type { TestContext } from "node:test";
-import { createLoadBalancer, type Fields, parseConfig, printConfig, WireError } from "../../lb.ts";
+import { type Fields, parseConfig, printConfig } from "../../lb.ts";
+import { answerTo, balancerFor, refusal } from "../rig/balancer.ts";
 import {
   answer,
   get,
@@ -28,34 +29,25 @@ interface Ask {
 /** A balancer over scripted servers, and a client who sends what it is told to. `down`: who refuses connections. */
 function setUp(services = SHOP, routes = "default: { service: shop }", top = "") {
   const yaml = (services: string, routes: string) =>
-    parseConfig(`log: off\n${top}\ndefaults: { health: off, eject: off }\nservices: { ${services} }\n${routes}`);
+    `log: off\n${top}\ndefaults: { health: off, eject: off }\nservices: { ${services} }\n${routes}`;
   const down = new Set<string>();
   const draws: number[] = [];
   const seen: { cookies: string[]; headers: Fields[] } = { cookies: [], headers: [] };
-  const lb = createLoadBalancer(yaml(services, routes), {
+  const { lb, send, service } = balancerFor(yaml(services, routes), {
     random: () => draws.shift() ?? 0.5,
-    now: () => 0,
-    report: () => {},
-    client: (request, env) => ({
-      address: "192.0.2.1",
-      scheme: (env as { scheme?: string }).scheme ?? "http",
-      headers: [...request.headers].flat(),
-    }),
     fetch: (_url, attempt) => {
       const { name } = attempt.server;
-      if (down.has(name[0]!)) return Promise.reject(new WireError("connect", false, "refused"));
+      if (down.has(name[0]!)) return refusal();
       const at = attempt.headers.indexOf("cookie");
       seen.cookies.push(at < 0 ? "" : attempt.headers[at + 1]!);
       seen.headers.push(attempt.headers);
-      attempt.ended(200, 0);
-      const headers: [string, string][] = [["x-server", name[0]!], ["set-cookie", "own=1"], ["set-cookie", "other=2"]];
-      return Promise.resolve(new Response(null, { headers }));
+      return answerTo(attempt, 200, [["x-server", name[0]!], ["set-cookie", "own=1"], ["set-cookie", "other=2"]]);
     },
   });
   /** Who answered, and the cookies that were set beside the server's own. */
   const ask = async ({ path = "/", cookie, scheme = "http", headers = {} }: Ask = {}) => {
-    const all = { host: "h", ...(cookie !== undefined && { cookie }), ...headers };
-    const response = await lb.fetch(new Request(`${scheme}://h${path}`, { headers: all }), { scheme });
+    const all = { ...(cookie !== undefined && { cookie }), ...headers };
+    const response = await send(`${scheme}://h${path}`, { headers: all, from: { scheme } });
     const set = response.headers.getSetCookie().filter((one) => !/^(own|other)=/.test(one));
     return { server: response.headers.get("x-server") ?? response.headers.get("x-lb-failure")!, set, response };
   };
@@ -65,8 +57,7 @@ function setUp(services = SHOP, routes = "default: { service: shop }", top = "")
     assert.equal(set.length, 1);
     return { server, cookie: set[0]!.split(";")[0]! };
   };
-  const service = (name: string) => lb.balancer.table.services.get(name)!;
-  const reload = (services: string, again = routes) => lb.reload(yaml(services, again));
+  const reload = (services: string, again = routes) => lb.reload(parseConfig(yaml(services, again)));
   return { lb, ask, arrive, down, draws, seen, service, reload };
 }
 
@@ -97,7 +88,7 @@ test("the cookie is for this site and not for scripts, and over https only where
   const { ask } = setUp();
   assert.match((await ask()).set[0]!, /^lb=[\w-]{22}; Path=\/; HttpOnly; SameSite=Lax$/);
   assert.match((await ask({ scheme: "https" })).set[0]!, /^lb=[\w-]{22}; Path=\/; HttpOnly; SameSite=Lax; Secure$/);
-  const aged = setUp("shop: { servers: [a:1], sticky: { cookie: id, max_age: 30d } }", undefined, "trust: [192.0.2.1]");
+  const aged = setUp("shop: { servers: [a:1], sticky: { cookie: id, max_age: 30d } }", undefined, "trust: [192.0.2.9]");
   const { set } = await aged.ask({ headers: { "x-forwarded-proto": "https" } });
   assert.match(set[0]!, /^id=[\w-]{22}; Path=\/; Max-Age=2592000; HttpOnly; SameSite=Lax; Secure$/);
 });

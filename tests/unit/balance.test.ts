@@ -3,7 +3,6 @@
 
 import assert from "node:assert/strict";
 import {
-  accessLine,
   type Attempt,
   type Client,
   createLoadBalancer,
@@ -18,18 +17,13 @@ import {
   strategies,
   WireError,
 } from "../../lb.ts";
+import { answerTo, type Ask, balancerFor } from "../rig/balancer.ts";
 import { assertIdle, requestOf, test as patientTest } from "../rig/rig.ts";
 
 type FailureName = keyof typeof FAILURES;
 type RequestProblem = NonNullable<HttpRequest["problem"]>;
 /** What one attempt meets: a status, or a failure before (`connect`) or after the server has seen the request. */
 type Manner = number | `${"" | "unsent "}${Failure}` | ((attempt: FetchAttempt) => Promise<Response>);
-interface Ask extends RequestInit {
-  headers?: Record<string, string>;
-  from?: Partial<Client>;
-  raw?: string;
-}
-
 interface More {
   servers?: string;
   top?: string; // of the file
@@ -54,10 +48,9 @@ function setUp(
   manners: Manner[] = [200],
   { servers = "[a:1, b:1, c:1]", top = "log: off", own = {}, yaml, transport }: More = {},
 ) {
-  const [asked, lines, reports, slept]: [string[], string[], string[], number[]] = [[], [], [], []];
+  const asked: string[] = [], slept: number[] = [];
   type Seen = { attempt?: FetchAttempt; headers: Record<string, string>; bodies: string[] };
   const seen: Seen = { headers: {}, bodies: [] };
-  const clock = { now: 0 };
   let turn = 0;
   const fetch = async (_url: string, attempt: FetchAttempt) => {
     asked.push(attempt.server.name[0]!);
@@ -90,31 +83,16 @@ function setUp(
   };
   const usual = ["health: off", "eject: off"].filter((one) => !keys.includes(one.split(" ")[0]!));
   const file = yaml ?? `${top}\ndefault: { ${[`servers: ${servers}`, ...usual, keys].join(", ")} }`;
-  const lb = createLoadBalancer(parseConfig(file), {
+  const { lb, clock, lines, reports, send } = balancerFor(file, {
     ...transport ? { send: transport } : { fetch },
-    now: () => clock.now,
     date: () => new Date(Date.UTC(2026, 10, 21, 3, 14, 42)),
-    random: () => 0.5,
     sleep: (ms, signal) => {
       if (signal === undefined) slept.push(ms); // a back-off; with a signal it is a limit
       return signal && ms > 1 ? new Promise(() => {}) : Promise.resolve();
     },
-    client: (request, env) => ({
-      address: "192.0.2.9",
-      scheme: "http",
-      headers: [...request.headers].flat(),
-      ...(env as Partial<Client>),
-    }),
-    accessLog: (record, format) => lines.push(accessLine(record, format)),
-    report: (level, text) => reports.push(`${level} ${text}`),
     strategies: own,
   });
   balancers.push(lb);
-  const send = (url = "http://h.test/", { from = {}, raw, ...init }: Ask = {}) => {
-    const request = new Request(url, { ...init, headers: { host: new URL(url).host, ...init.headers } });
-    if (raw) Object.defineProperty(request, "url", { value: raw });
-    return Promise.resolve(lb.fetch(request, from));
-  };
   /** Sends, and reads the answer to its end. */
   const ask = async (url?: string, init?: Ask) => {
     const response = await send(url, init);
@@ -292,21 +270,20 @@ test("a client that leaves while its server cannot be reached has left: that is 
 async function storm(requests: number, kind: Failure, keys = "", before = 0): Promise<number> {
   const [first, second]: [(() => void)[], (() => void)[]] = [[], []];
   let good = before;
-  const config = parseConfig(`log: off\ndefault: { servers: [a:1, b:1], health: off, eject: off${keys} }`);
-  const lb = createLoadBalancer(config, {
-    client: () => ({ address: "", scheme: "http", headers: [] }),
-    report: () => {},
+  const yaml = `log: off\ndefault: { servers: [a:1, b:1], health: off, eject: off${keys} }`;
+  const { lb, send } = balancerFor(yaml, {
+    now: () => performance.now(),
+    random: Math.random,
     fetch: (_url, attempt) =>
       new Promise((resolve, reject) => {
-        if (good-- > 0) return (attempt.ended(200, 0, undefined), resolve(new Response(null)));
+        if (good-- > 0) return resolve(answerTo(attempt));
         if (first.length < requests) return first.push(() => reject(new WireError(kind, kind !== "connect", "")));
-        second.push(() => (attempt.ended(200, 0, undefined), resolve(new Response(null))));
+        second.push(() => resolve(answerTo(attempt)));
       }),
   });
   balancers.push(lb);
-  const send = () => lb.fetch(new Request("http://h/", { headers: { host: "h" } }));
   for (let i = 0; i < before; i++) await send();
-  const answers = Array.from({ length: requests }, send);
+  const answers = Array.from({ length: requests }, () => send());
   for (let i = 0; i < 20; i++) await undefined;
   for (const fail of first) fail();
   for (let i = 0; i < 50; i++) await undefined;

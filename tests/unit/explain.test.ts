@@ -2,7 +2,8 @@
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { type Candidates, createAdmin, createLoadBalancer, parseConfig, type Strategy, WireError } from "../../lb.ts";
+import { type Candidates, createAdmin, type Strategy } from "../../lb.ts";
+import { answerTo, balancerFor, refusal } from "../rig/balancer.ts";
 
 type Verdict = { server: string; asked: boolean; why?: string; score?: number };
 
@@ -14,21 +15,15 @@ services: { shop: { servers: ${servers}, health: off${eject}${keys} }, spare: { 
 routes: [{ path: /moved, redirect: { path: /new } }, { path: /only, methods: [PUT], service: shop }]
 paths: [{ path: /shop, service: shop }]`;
   const down = new Set<string>(), asked: string[] = [];
-  const lb = createLoadBalancer(parseConfig(yaml, { strategies: own }), {
-    now: () => 0,
-    random: () => 0.5,
-    report: () => {},
+  const { lb, send, service: serviceNamed } = balancerFor(yaml, {
     sleep: () => Promise.resolve(),
-    client: () => ({ address: "127.0.0.1", scheme: "http", headers: ["host", "h"] }),
     fetch: (_url, attempt) => {
       asked.push(attempt.server.name);
-      if (down.has(attempt.server.name[0]!)) return Promise.reject(new WireError("connect", false, "refused"));
-      attempt.ended(200, 0);
-      return Promise.resolve(new Response(null));
+      return down.has(attempt.server.name[0]!) ? refusal() : answerTo(attempt);
     },
     strategies: own,
   });
-  const service = lb.balancer.table.services.get("shop")!;
+  const service = serviceNamed("shop");
   const set = (name: string, state: object) => {
     service.candidatesUntil = 0;
     Object.assign(service.servers.find((server) => server.name[0] === name)!, state);
@@ -46,7 +41,7 @@ paths: [{ path: /shop, service: shop }]`;
   /** The answer to a request, and who was asked for it. */
   const ask = async () => {
     asked.length = 0;
-    const { status } = await lb.fetch(new Request("http://h/shop"));
+    const { status } = await send("http://h/shop");
     return [status, ...asked];
   };
   return { explain, ask, set, down, service };

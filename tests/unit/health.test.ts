@@ -4,7 +4,6 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import {
   createAdmin,
-  createLoadBalancer,
   type Failure,
   type FetchAttempt,
   type Fields,
@@ -13,6 +12,7 @@ import {
   type Strategy,
   WireError,
 } from "../../lb.ts";
+import { balancerFor } from "../rig/balancer.ts";
 
 /** How a server behaves: a status, a failure before the answer, or something of its own. */
 type Manner = number | Failure | Behaviour;
@@ -28,7 +28,6 @@ function answered(attempt: FetchAttempt, status: number, headers = {}): Response
 
 /** A balancer over `servers`, with the first one asked first; `answers` and `health` say how each of them behaves. */
 function setUp(keys: string, servers = "[a:1, b:1]", more = "", own: Strategies = {}) {
-  const clock = { now: 0 };
   const sleepers = new Set<{ at: number; wake: () => void }>();
   const [answers, health]: [Record<string, Manner>, Record<string, Manner>] = [{}, {}];
   const [probes, reports]: [string[], string[]] = [[], []];
@@ -47,20 +46,14 @@ function setUp(keys: string, servers = "[a:1, b:1]", more = "", own: Strategies 
   const yaml = (keys: string, servers: string, more = "") => {
     const usual = ["retries: 0", "strategy: first", "panic: 0%"].filter((one) => !keys.includes(one.split(" ")[0]!));
     const defaults = [...usual, keys].join(", ");
-    return parseConfig(
-      `log: off
+    return `log: off
 defaults: { ${defaults} }
 services: { s: { servers: ${servers} } }
 default: { service: s }
-${more}`,
-      { strategies: own },
-    );
+${more}`;
   };
-  const lb = createLoadBalancer(yaml(keys, servers, more), {
-    now: () => clock.now,
-    date: () => new Date(clock.now),
+  const { lb, clock, send, service: serviceNamed } = balancerFor(yaml(keys, servers, more), {
     random: () => draws.shift() ?? 0.5,
-    client: () => ({ address: "192.0.2.1", scheme: "http", headers: [] }),
     report: (level, text) => void (/ is (up|down|ejected)/.test(text) && reports.push(`${level} ${text}`)),
     sleep: (ms, signal) =>
       new Promise((wake) => {
@@ -84,7 +77,7 @@ ${more}`,
   /** Asks once: who got it, or the failure where nobody did. */
   const ask = async (path = "/") => {
     asked = "";
-    const response = await lb.fetch(new Request(`http://h${path}`, { headers: { host: "h" } }));
+    const response = await send(`http://h${path}`);
     await response.body?.cancel();
     return asked || response.headers.get("x-lb-failure")!;
   };
@@ -102,8 +95,9 @@ ${more}`,
   };
   /** One round of probes after a time. */
   const probe = (ms = 20_000) => (advance(ms), lb.probe());
-  const reload = (keys: string, servers = "[a:1, b:1]") => lb.reload(yaml(keys, servers));
-  const service = lb.balancer.table.services.get("s")!;
+  const reload = (keys: string, servers = "[a:1, b:1]") =>
+    lb.reload(parseConfig(yaml(keys, servers), { strategies: own }));
+  const service = serviceNamed("s");
   return { lb, service, clock, answers, health, probes, reports, draws, ask, times, takes, advance, probe, reload };
 }
 

@@ -2,45 +2,25 @@
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { type Client, createLoadBalancer, parseConfig } from "../../lb.ts";
+import { answerTo, type Ask, balancerFor } from "../rig/balancer.ts";
 import { seeded } from "../rig/rig.ts";
-
-interface Ask extends RequestInit {
-  headers?: Record<string, string>;
-  from?: Partial<Client>;
-  raw?: string; // the URL as it was on the wire, where Request would tidy it up
-}
 
 /** A balancer whose servers answer at once; `asked` is what they saw: `server target`, and `headers` the last ones. */
 function setUp(yaml: string) {
   const asked: string[] = [];
   const last = { headers: new Headers() };
-  const lb = createLoadBalancer(parseConfig(yaml), {
-    now: () => 0,
+  const { lb, send } = balancerFor(yaml, {
     random: seeded(7),
-    accessLog: () => {},
-    client: (request, env) => ({
-      address: "192.0.2.9",
-      scheme: "http",
-      headers: [...request.headers].flat(),
-      ...(env as Partial<Client>),
-    }),
     fetch: (url, attempt) => {
       asked.push(`${attempt.server.name} ${url.slice(attempt.server.url.length)}`);
       last.headers = new Headers();
       for (let i = 0; i < attempt.headers.length; i += 2) {
         last.headers.append(attempt.headers[i]!, attempt.headers[i + 1]!);
       }
-      attempt.ended(200, 0);
-      return Promise.resolve(new Response(null, { headers: { "x-one": "server", "x-two": "server" } }));
+      return answerTo(attempt, 200, { "x-one": "server", "x-two": "server" });
     },
   });
-  const ask = async (url: string, { from = {}, raw, ...init }: Ask = {}) => {
-    const request = new Request(url, { ...init, headers: { host: new URL(url).host, ...init.headers } });
-    if (raw) Object.defineProperty(request, "url", { value: raw });
-    return await lb.fetch(request, from);
-  };
-  return { lb, asked, last, ask };
+  return { lb, asked, last, ask: send };
 }
 
 /** The route that answers, by its place in the list; else the status. */

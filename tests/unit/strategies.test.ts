@@ -3,15 +3,8 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import fc from "fast-check";
-import {
-  type Candidates,
-  createLoadBalancer,
-  type Draw,
-  parseConfig,
-  type Server,
-  strategies,
-  type Strategy,
-} from "../../lb.ts";
+import { type Candidates, type Draw, type Server, strategies, type Strategy } from "../../lb.ts";
+import { balancerFor } from "../rig/balancer.ts";
 import { requestOf, seeded } from "../rig/rig.ts";
 
 type Answer = (status?: number) => Promise<void>;
@@ -24,14 +17,10 @@ interface Ask {
 /** A balancer over `servers`; `pick` sends a request and says who got it, `end` has that server's oldest one answered. */
 function setUp(keys: string, servers = "[S0:1, S1:1, S2:1, S3:1]", own: Record<string, Strategy> = {}, seed = 1) {
   const pending = new Map<string, Answer[]>();
-  const clock = { now: 0 };
   let picked = "";
   const yaml = `log: off\ndefault: { servers: ${servers}, retries: 0${keys && ", "}${keys} }`;
-  const config = parseConfig(yaml, { strategies: own });
-  const lb = createLoadBalancer(config, {
-    now: () => clock.now,
+  const { lb, clock, send, service } = balancerFor(yaml, {
     random: seeded(seed),
-    client: ({ headers }, env) => ({ address: env as unknown as string, scheme: "http", headers: [...headers].flat() }),
     fetch: (_url, attempt) => {
       picked = attempt.server.name.split(":")[0]!;
       const { promise, resolve } = Promise.withResolvers<Response>();
@@ -46,18 +35,17 @@ function setUp(keys: string, servers = "[S0:1, S1:1, S2:1, S3:1]", own: Record<s
     strategies: own,
   });
   const pick = ({ path = "/", headers = {}, client = "192.0.2.1" }: Ask = {}): string => {
-    void lb.fetch(new Request(`http://a${path}`, { headers: { host: "a", ...headers } }), client as never);
+    void send(`http://a${path}`, { headers, from: { address: client } });
     return picked.toLowerCase();
   };
   const end = (name: string, status?: number) => pending.get(name)!.shift()!(status);
-  const service = lb.balancer.table.services.get("default")!;
   /** Picks and has each one answered at once. */
   const once = async (ask?: Ask) => {
     const name = pick(ask);
     await end(name);
     return name;
   };
-  return { lb, clock, pick, end, once, service };
+  return { lb, clock, pick, end, once, service: service() };
 }
 
 /** Servers for routes.yml. */
