@@ -2,13 +2,19 @@
 // clock, and the running program among others.
 
 import assert from "node:assert/strict";
-import { existsSync, readFileSync, writeFileSync } from "node:fs";
+import { spawnSync } from "node:child_process";
+import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { createServer, type Socket } from "node:net";
 import type { AddressInfo } from "node:net";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import process from "node:process";
 import nodeTest from "node:test";
+import { fileURLToPath } from "node:url";
 import { createLoadBalancer, type EngineError, EtcdClient, parseConfig } from "../../lb.ts";
 import {
   ask,
+  COMMAND,
   type Ends,
   eventually,
   type Instance,
@@ -18,8 +24,9 @@ import {
   startEtcd,
   startInstance,
 } from "../rig/engines.ts";
+import { A, CA, KEY } from "../rig/certificates.ts";
 import { checkEngine } from "../rig/fleet.ts";
-import { freePort, sleep, until } from "../rig/rig.ts";
+import { freePort, runtime, sleep, until } from "../rig/rig.ts";
 
 /** A test that ends what it has begun, the last first. */
 const test = (name: string, body: (t: Ends) => unknown, skipped: string | false = false) =>
@@ -506,4 +513,93 @@ test("200 changes by three writers at once: each is there or was refused, and al
     await until("the same on disk", () => one.text() === text);
   }
   console.log(`${made.length} made, ${refused.length} refused`);
+}, skip);
+
+test("members are asked over TLS, as servers are", async (t) => {
+  const folder = mkdtempSync(join(tmpdir(), "lb-tls-"));
+  t.after(() => rmSync(folder, { recursive: true, force: true }));
+  for (const [name, text] of Object.entries({ "a.pem": A, "a.key": KEY, "ca.pem": CA })) {
+    writeFileSync(join(folder, name), text);
+  }
+  const etcd = await startEtcd(t, 1, { cert: join(folder, "a.pem"), key: join(folder, "a.key") });
+  const trusting = clientOf({ etcd: etcd.urls, tls: { ca: join(folder, "ca.pem") } });
+  await trusting.swap("config", "here", 0);
+  const heard: string[] = [], watch = trusting.watch(1, (events) => void heard.push(...events.map(({ key }) => key)));
+  await until("the watch brings it", () => heard.includes("config"));
+  watch.close("over");
+  assert.equal((await clientOf({ etcd: etcd.urls, tls: { insecure: true } }).list(true)).keys.size, 1);
+  await assert.rejects(
+    clientOf({ etcd: etcd.urls }).list(true),
+    failsWith("silent", /certificate|verif|issuer|signed/i),
+  );
+}, skip);
+
+test(
+  "without TLS beyond this machine the start says who can read along; what only prints asks no engine",
+  async (t) => {
+    const rest = POOL({ address: "127.0.0.1:9" }), far = { etcd: ["http://192.0.2.1:2379", "http://localhost:1"] };
+    const a = await startInstance(t, "a", far, { rest });
+    assert.equal(count(a.output(), "is asked without TLS"), 1);
+    assert.match(a.output(), /warn: fleet: http:\/\/192\.0\.2\.1:2379 is asked without TLS/);
+    for (const words of [["--check"], ["--print-config"], ["--explain", "GET http://a.test/"]]) {
+      const printed = spawnSync(process.execPath, [...COMMAND[runtime()], "-c", a.file, ...words], {
+        ...{ encoding: "utf8", timeout: 60_000, env: { ...process.env, NAME: "x" } },
+        cwd: fileURLToPath(new URL("../..", import.meta.url)),
+      });
+      assert.equal(printed.status, 0, printed.stderr);
+      assert.ok(!/fleet: .*(answer|starts with)/.test(printed.stderr), printed.stderr);
+    }
+  },
+  skip,
+);
+
+test("a process that stood still registers anew, and takes over what was agreed meanwhile", async (t) => {
+  const etcd = await startEtcd(t), fleet = { etcd: etcd.urls, ttl: "2s" };
+  const [one, two] = [await startBackend(t, "one"), await startBackend(t, "two")];
+  const a = await startInstance(t, "a", fleet, { rest: POOL(one, two) }), b = await startInstance(t, "b", fleet);
+  await eventually("both are there", async () => (await b.fleet()).instances.length === 2);
+  a.freeze();
+  await eventually("its lease is over", async () => (await b.fleet()).instances.length === 1);
+  one.isUp = false;
+  await eventually("the other has found out", () => isDown(b));
+  a.resume();
+  await eventually("it has taken that over", () => isDown(a));
+  for (const instance of [a, b]) {
+    await eventually("both are there again", async () => (await instance.fleet()).instances.length === 2);
+  }
+  assert.equal(await isDown(b), true);
+  assert.equal(await isDown(a, 1), false);
+  assert.equal(count(b.output(), ": " + one.address + " is up"), 0, "nothing has flapped");
+}, skip);
+
+test("four instances on three runtimes: a change on any is in force on all", async (t) => {
+  const etcd = await startEtcd(t), backend = await startBackend(t, "one"), fleet = { etcd: etcd.urls, ttl: "3s" };
+  const a = await startInstance(t, "a", fleet, { rest: POOL(backend) });
+  const all = [
+    a,
+    ...await Promise.all((["deno", "bun", "node"] as const).map((where) => startInstance(t, where, fleet, { where }))),
+  ];
+  for (const one of all) await eventually("all know all", async () => (await one.fleet()).instances.length === 4);
+  const times: number[] = [];
+  for (const [i, one] of all.entries()) {
+    const begun = performance.now();
+    const { status, text } = await one.ask("PATCH /services/shop?wait=10s", { retries: i + 2 });
+    assert.equal(status, 200, text);
+    times.push(performance.now() - begun);
+    for (const other of all) assert.match((await other.ask("GET /config")).text, new RegExp(`retries: ${i + 2}\\b`));
+  }
+  console.log(`in force on all four: ${times.map(Math.round).join(", ")} ms`);
+}, skip);
+
+test("a disk that cannot be written is a warning: the document is in force all the same", async (t) => {
+  const etcd = await startEtcd(t), backend = await startBackend(t, "one"), fleet = { etcd: etcd.urls };
+  const a = await startInstance(t, "a", fleet, { rest: POOL(backend) });
+  mkdirSync(`${a.file}.new`); // in the way of what is written first
+  writeFileSync(join(`${a.file}.new`, "x"), "");
+  assert.equal((await a.ask("PATCH /services/shop", { retries: 7 })).status, 200);
+  await until(
+    "it is said",
+    () => /warn: fleet: .* cannot be written: .*the document is in force all the same/.test(a.output()),
+  );
+  assert.match((await a.ask("GET /config")).text, /retries: 7/);
 }, skip);

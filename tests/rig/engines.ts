@@ -5,6 +5,7 @@ import assert from "node:assert/strict";
 import { type ChildProcess, spawn } from "node:child_process";
 import { existsSync, mkdtempSync, openSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { createServer, request as httpRequest, type Server } from "node:http";
+import { request as httpsRequest } from "node:https";
 import type { AddressInfo } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -41,7 +42,8 @@ export function ask(
     const sent = body === undefined ? "" : JSON.stringify(body);
     const type: Record<string, string> = sent ? { "content-type": "application/json" } : {};
     const more = { ...type, "content-length": String(Buffer.byteLength(sent)), ...headers };
-    const request = httpRequest(url, { method, headers: more, agent: false }, (answer) => {
+    const send = url.startsWith("https:") ? httpsRequest : httpRequest;
+    const request = send(url, { method, headers: more, agent: false, rejectUnauthorized: false }, (answer) => {
       const pieces: Buffer[] = [];
       answer.on("data", (bytes: Buffer) => pieces.push(bytes));
       answer.on("error", reject);
@@ -78,12 +80,13 @@ export interface Cluster {
 }
 
 /** Starts a cluster of etcd, until the test ends. */
-export async function startEtcd(t: Ends, count = 1): Promise<Cluster> {
+export async function startEtcd(t: Ends, count = 1, own?: { cert: string; key: string }): Promise<Cluster> {
   const memory = "/dev/shm", folder = existsSync(memory) ? memory : tmpdir(); // etcd waits for its disk with each write
   const data = mkdtempSync(join(folder, "lb-etcd-")), children: (ChildProcess | undefined)[] = [];
   const ports: number[] = [];
   for (let i = 0; i < 2 * count; i++) ports.push(await freePort());
-  const url = (i: number) => `http://127.0.0.1:${ports[i]}`, peer = (i: number) => url(count + i);
+  const url = (i: number) => `http${own ? "s" : ""}://127.0.0.1:${ports[i]}`;
+  const peer = (i: number) => `http://127.0.0.1:${ports[count + i]}`;
   const members = Array.from({ length: count }, (_, i) => `m${i}=${peer(i)}`).join(",");
   const call: Cluster["call"] = async (path, body, i = 0, token) =>
     (await ask(`${url(i)}/v3/${path}`, { method: "POST", body, ...token ? { headers: { authorization: token } } : {} }))
@@ -103,6 +106,7 @@ export async function startEtcd(t: Ends, count = 1): Promise<Cluster> {
     const args = ["--name", `m${i}`, "--data-dir", join(data, `m${i}`), "--enable-v2=false"];
     args.push("--listen-client-urls", url(i), "--advertise-client-urls", url(i));
     args.push("--listen-peer-urls", peer(i), "--initial-advertise-peer-urls", peer(i), "--initial-cluster", members);
+    if (own) args.push("--cert-file", own.cert, "--key-file", own.key);
     args.push("--heartbeat-interval", "50", "--election-timeout", "500");
     const child = spawn(ETCD, args, { stdio: ["ignore", log, log] });
     children[i] = child;
@@ -180,7 +184,8 @@ export interface Instance {
 }
 
 const ROOT = fileURLToPath(new URL("../..", import.meta.url));
-const COMMAND: Record<Runtime, string[]> = { deno: ["run", "-A", "lb.ts"], bun: ["lb.ts"], node: ["lb.ts"] };
+/** What comes before the arguments of lb.ts. */
+export const COMMAND: Record<Runtime, string[]> = { deno: ["run", "-A", "lb.ts"], bun: ["lb.ts"], node: ["lb.ts"] };
 const programOf = (where: Runtime) => where === runtime() ? process.execPath : join(ROOT, "node_modules/.bin", where);
 
 /** Starts an instance of lb.ts, until the test ends. `fleet` is put in front of the text of its file. */
