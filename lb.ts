@@ -11925,6 +11925,7 @@ export interface FleetMember {
 }
 
 const CHANGE_TIME = 10_000; // milliseconds that a change may take until it is in force here
+const RETRY_TIME = 4_000; // milliseconds in which a change is tried again where nobody answers
 const MOST_TRIES = 5; // of one change, where others are first
 const PAUSES = { least: 100, most: 5_000 }; // milliseconds before the engine is listed again
 const LATEST = 1_000; // milliseconds that a watch may be behind what is listed
@@ -12417,7 +12418,7 @@ export class Fleet implements Membership {
         const { isOurs, value, revision } = await this.engine.swap("config", text, base?.revision ?? 0);
         const isThere = isOurs || value === text; // then an answer was lost
         const hasCome = () => isThere ? (this.document?.revision ?? 0) >= revision : this.document !== base;
-        if (!await this.until(hasCome, CHANGE_TIME)) {
+        if (!await this.until(hasCome, end - this.effects.now())) {
           throw new AdminError(503, isThere ? "it is written, and not in force here yet" : "the engine falls behind");
         }
         await this.applying;
@@ -12426,7 +12427,9 @@ export class Fleet implements Membership {
       } catch (error) {
         if (!(error instanceof EngineError)) throw error;
         if (error.kind !== "silent") throw new AdminError(500, `this could not be written: ${error.message}`);
-        if (this.effects.now() >= end) throw new AdminError(503, `the fleet's engine is away: ${error.message}`);
+        if (this.effects.now() >= end - CHANGE_TIME + RETRY_TIME) {
+          throw new AdminError(503, `the fleet's engine is away: ${error.message}`);
+        }
         await this.effects.sleep(PAUSES.least);
       }
     }
@@ -12763,6 +12766,7 @@ interface Watcher {
 }
 
 const MOST_EVENTS = 1_000; // that a watch may be behind
+const MOST_VALUE = 1.9e6; // characters in base64: the platform stores 2 MB under a key
 const MOST_UNREAD = 100; // pieces for a watcher that does not read
 const bytesOf = (text: unknown): string => Buffer.from(String(text ?? ""), "base64").toString("latin1");
 
@@ -12859,6 +12863,9 @@ export class LbFleet {
     const puts = steps.map((step) => mapOf(step.request_put));
     const isLost = puts.some(({ lease = "0" }) => String(lease) !== "0" && !this.leases.has(String(lease)));
     if (isLost) return engineRefusal(404, 5, "etcdserver: requested lease not found");
+    if (puts.some(({ value }) => String(value ?? "").length > MOST_VALUE)) {
+      return engineRefusal(400, 3, "etcdserver: request is too large");
+    }
     const responses: Raw[] = [], gone: string[] = [];
     for (const { request_put, request_delete_range, request_range } of steps) {
       if (request_put) {

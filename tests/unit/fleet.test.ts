@@ -388,6 +388,7 @@ test("a Durable Object does what engines do, on every runtime, and keeps it all 
       await sleep(milliseconds);
       if (storage.alarm !== undefined && storage.alarm <= Date.now()) await object.alarm();
     });
+    await assert.rejects(engine.swap("big", "x".repeat(1_500_000), 0), /larger than etcd takes, which is 1\.5 MiB/);
     const { keys, revision } = await engine.list(true);
     const lease = await engine.grant(5_000);
     await engine.put("instances/c", "here", lease);
