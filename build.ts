@@ -125,8 +125,16 @@ function used(node: ts.Node, names: Set<string> = new Set()): Set<string> {
   return names;
 }
 
-/** lb.ts with the comments behind fields in front of them, where editors look for them. */
-const DOCUMENTED = SOURCE.replace(/^( +)((?:readonly )?\w+(?:\(\))?\??: .+;) \/\/ (.+)$/gm, "$1/** $3 */\n$1$2");
+/** lb.ts, with the comments behind fields of public records in front of them, where editors look for them. */
+function documented(): string {
+  const parts = ts.createSourceFile("lb.ts", SOURCE, ts.ScriptTarget.ESNext, true).statements.map((one) => {
+    const isShown = declared(one).some((name) => PUBLIC.includes(name) || /Config$|^Policy$/.test(name));
+    const text = one.getFullText();
+    return isShown ? text.replace(/^( +)((?:readonly )?\w+(?:\(\))?\??: .+;) \/\/ (.+)$/gm, "$1/** $3 */\n$1$2") : text;
+  });
+  return parts.join("");
+}
+const DOCUMENTED = documented();
 
 /** The declarations of the public names and of all that they use, in the order of lb.ts. */
 function makeTypes(): string {
