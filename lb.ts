@@ -5275,9 +5275,7 @@ abstract class Http2Stream<C extends Http2Connection = Http2Connection> implemen
     this.closeIfDone();
   }
   private closeIfDone(): void {
-    if (!this.sent || !this.hasEnded) return;
-    this.connection.onStreamDone();
-    this.drop();
+    if (this.sent && this.hasEnded) this.drop();
   }
 
   /** Ends the stream with a code, before its regular end. */
@@ -5402,7 +5400,8 @@ abstract class Http2Connection extends Connection {
     this.wastedAt = now;
     if (this.wasted > PATIENCE) this.fail(fault("ENHANCE_YOUR_CALM", "too many frames that ask for nothing"));
   }
-  onStreamDone(): void {
+  /** A request has its response, or a server has refused it: a frame that ends the rest of its stream is to be expected. */
+  onResponse(): void {
     this.wasted = Math.max(0, this.wasted - 1);
   }
 
@@ -5711,6 +5710,7 @@ class ClientStream extends Http2Stream<Http2ClientConnection> {
   }
 
   override endSide(): void {
+    this.connection.onResponse();
     if (!this.isTunnel) {
       endRequest(this.request);
       this.body?.cancel();
@@ -5941,6 +5941,7 @@ class UpstreamStream extends Http2Stream<Http2UpstreamConnection> implements Pro
   private detach(): void {
     const { attempt, connected, sent, body } = this;
     this.isDone = true;
+    this.connection.onResponse();
     attempt.uploaded = this.sentBytes;
     attempt.received = body?.received ?? 0;
     attempt.carrier = undefined;

@@ -2487,6 +2487,35 @@ test("a server may send a PING for each piece of an upload", async () => {
   assert.equal((await stream.done()).result, "200");
 });
 
+test("a client may reset the rest of each upload that was answered early", async () => {
+  scripts.set("/answered", (visit) => visit.send(answer("early")));
+  const client = await open();
+  for (let i = 0; i < 600; i++) {
+    const stream = client.ask("/early/answered", { ends: false });
+    assert.equal((await stream.done()).result, "200", `request ${i}`);
+    stream.reset("NO_ERROR");
+  }
+  await assertServed(client);
+});
+test("a server may reset each request, or the rest of each upload that it has answered early, without losing its connection", async () => {
+  const client = await open();
+  for (const code of ["NO_ERROR", "INTERNAL_ERROR"] as const) {
+    h2.script = (stream) => {
+      if (code === "NO_ERROR") stream.sendHead([[":status", "200"]], true);
+      stream.reset(code);
+    };
+    const asked: Stream[] = [];
+    for (let i = 0; i < 600; i += 50) {
+      asked.push(
+        ...Array.from({ length: 50 }, () => client.ask("/h2/early", { ends: code !== "NO_ERROR", method: "POST" })),
+      );
+      for (const stream of asked.slice(-50)) if ((await stream.done()).status === 200) stream.reset("NO_ERROR");
+    }
+    assert.deepEqual([...new Set(asked.map(({ result }) => result))], [code === "NO_ERROR" ? "200" : "502"]);
+  }
+  assert.deepEqual(h2.ends.map((end) => end.goAway?.code), [undefined]);
+});
+
 test("resets at once cost a server no more requests than patience allows", async () => {
   h1.reset(play);
   const client = await open();
