@@ -845,10 +845,7 @@ const conditions = {
 const ACTION_KEYS = {
   service: may(ServiceName, "one of services"),
   servers: may(Servers, "a service of its own; any key of one may stand beside it"),
-  split: may(
-    dict(ServiceName, Share, "{ shop: 90%, next: 10% }"),
-    "services, by weights or percentages",
-  ),
+  split: may(dict(ServiceName, Share, "{ shop: 90%, next: 10% }"), "services, by weights or percentages"),
   redirect: may(Redirect, "to, literally, or scheme, host, port and path (what is not named stays); status"),
   respond: may(Respond, "an answer of its own: status, body and headers"),
 };
@@ -996,11 +993,7 @@ const RoutesFile = map({
   listen: may(many(ListenerSchema, "a port or an address"), "where clients connect; over TLS, as {address, tls}", 8080),
   admin: may(Admin, "the API and the pages for operators: listen, token, read_token (may only look)"),
   trust: may(Networks, "peers whose X-Forwarded-* and Forwarded are believed", []),
-  resolvers: may(
-    many(ResolverSchema, "an address"),
-    "asked for dns: and srv: servers; else the machine's",
-    [],
-  ),
+  resolvers: may(many(ResolverSchema, "an address"), "asked for dns: and srv: servers; else the machine's", []),
   limits: may(Limits, "how much at once, against abuse", {}),
   log: may(Log, "combined, json or off; or {format, sample}: a share of what succeeds", "combined"),
   name_routes: may(Bool, "true: every service answers under /<its name>/..., prefix stripped", false),
@@ -1010,16 +1003,8 @@ const RoutesFile = map({
     "servers that answer the same",
     {},
   ),
-  hosts: may(
-    mapList(HostRoute, "{ host: a.example, service: shop }"),
-    "one host to some servers",
-    [],
-  ),
-  paths: may(
-    mapList(PathRoute, "{ path: /api, service: shop }"),
-    "one path to some servers",
-    [],
-  ),
+  hosts: may(mapList(HostRoute, "{ host: a.example, service: shop }"), "one host to some servers", []),
+  paths: may(mapList(PathRoute, "{ path: /api, service: shop }"), "one path to some servers", []),
   routes: may(mapList(AnyRoute, "{ path: /api, service: shop }"), "the general form", []),
   default: may(Default, "when nothing matches; without it 404"),
   tcp: may(
@@ -9561,10 +9546,7 @@ const SERVER_VIEW = viewOf<[server: Server, now: number, share?: number | undefi
   weight: [NUMBER, (s) => s.weight],
   effective_weight: [numeric("less than weight during slow start"), (s) => thousandths(s.effective)],
   share: [v.optional(numeric("of the service's new requests")), (_, __, share) => share],
-  max: [
-    numericOrNull("requests in flight at most, as the file says; null: any number"),
-    (s) => finite(s.max),
-  ],
+  max: [numericOrNull("requests in flight at most, as the file says; null: any number"), (s) => finite(s.max)],
   limit: [numericOrNull("the same, whatever it comes from"), (s) => finite(Math.floor(s.limit))],
   ejected_for: [numeric("for how much longer"), (s, now) => toSeconds(s.until - now)],
   paused_for: [numeric("for how much longer, as its Retry-After asked"), (s, now) => toSeconds(s.pausedUntil - now)],
