@@ -109,9 +109,9 @@ type Keys = (string | number)[];
 const isRecord = (value: unknown): value is Raw => typeof value === "object" && value !== null && !Array.isArray(value);
 const mapOf = (value: unknown): Raw => isRecord(value) ? value : {};
 const isTrue = (value: unknown): boolean => /^true$/i.test(String(value));
-/** The entries of a record with these keys. No key is special, not even `__proto__`. */
-const pickKeys = (from: Raw, has: (key: string) => boolean): Raw =>
-  Object.fromEntries(Object.entries(from).filter(([key]) => has(key)));
+/** The entries of a record whose keys `keys` has, or has not. No key is special, not even `__proto__`. */
+const pickKeys = (from: Raw, keys: object, has = true): Raw =>
+  Object.fromEntries(Object.entries(from).filter(([key]) => Object.hasOwn(keys, key) === has));
 const mapValues = (values: Raw, change: (value: unknown, key: string) => unknown): Raw =>
   Object.fromEntries(Object.entries(values).map(([key, value]) => [key, change(value, key)]));
 
@@ -1270,26 +1270,26 @@ function offsetOf(doc: Document, path: Keys, what: "key" | "value"): number {
 
 /** What is found wrong with a file. */
 function newFindings(file: string) {
-  const lines = new LineCounter(),
-    found = new Map<string, { path: Keys; message: string; at: "key" | number | undefined }>();
+  const found = new Map<string, { path: Keys; message: string; at: "key" | number | undefined }>();
   const say: Report = (path, message, at) => {
     if (found.size < 20 * MOST.mistakes) found.set(JSON.stringify([path, message, at]), { path, message, at });
   };
-  const findings = { lines, found, say, doc: undefined as Document | undefined, list, end };
-  /** All mistakes with their places, in the order of the file. */
-  function list(): Mistake[] {
-    const placed = [...found.values()].map(({ path, message, at }) => {
-      const offset = typeof at === "number" ? at : findings.doc ? offsetOf(findings.doc, path, at ?? "value") : 0;
-      const { line, col } = lines.linePos(offset);
-      return { line: line || 1, column: col || 1, path: dotted(path), message };
-    });
-    return placed.sort((a, b) => a.line - b.line || a.column - b.column).slice(0, MOST.mistakes);
-  }
-  /** @throws {ConfigError} where there are any */
-  function end(): void {
-    if (found.size) throw new ConfigError(file, list());
-  }
-  return findings;
+  return {
+    ...{ lines: new LineCounter(), found, say, doc: undefined as Document | undefined },
+    /** All mistakes with their places, in the order of the file. */
+    list(): Mistake[] {
+      const placed = [...found.values()].map(({ path, message, at }) => {
+        const offset = typeof at === "number" ? at : this.doc ? offsetOf(this.doc, path, at ?? "value") : 0;
+        const { line, col } = this.lines.linePos(offset);
+        return { line: line || 1, column: col || 1, path: dotted(path), message };
+      });
+      return placed.sort((a, b) => a.line - b.line || a.column - b.column).slice(0, MOST.mistakes);
+    },
+    /** @throws {ConfigError} where there are any */
+    end(): void {
+      if (found.size) throw new ConfigError(file, this.list());
+    },
+  };
 }
 type Findings = ReturnType<typeof newFindings>;
 
@@ -1686,18 +1686,13 @@ const layer = (under: Raw, over: Raw): Raw => {
   return { ...under, ...mapValues(over, merge) };
 };
 const PolicyMap = map(POLICY_KEYS), BUILT_IN = defaultsOf(SettingsMap);
-const isSetting = (key: string) => Object.hasOwn(settings, key);
-const isPolicy = (key: string) => Object.hasOwn(POLICY_KEYS, key);
-const isTcpSetting = (key: string) => Object.hasOwn(tcpSettings, key);
-const isTcpTimeout = (key: string) => Object.hasOwn(TcpTimeouts.entries, key);
-const isCarried = (key: string) => Object.hasOwn(conditions, key) || Object.hasOwn(CHANGE_KEYS, key);
 
 /** Of the settings of a service those that are for connections, too. Without a request any hash is of the client. */
 function tcpSettingsOf({ strategy, timeouts, ...others }: Raw): Raw {
   return {
-    ...pickKeys(others, isTcpSetting),
+    ...pickKeys(others, tcpSettings),
     strategy: isRecord(strategy) ? { hash: { client: true } } : strategy,
-    timeouts: pickKeys(mapOf(timeouts), isTcpTimeout),
+    timeouts: pickKeys(mapOf(timeouts), TcpTimeouts.entries),
   };
 }
 const unique = (name: string, taken: { has(name: string): boolean }) => {
@@ -1726,9 +1721,9 @@ function newServices(file: Raw, say: Report) {
   const base = layer(BUILT_IN, mapOf(file.defaults)), raws = new Map<string, Raw>();
   const services = new Map<string, ServiceConfig>(), places = new Map<string, Keys>();
   const add = (name: string, path: Keys, raw: Raw, servers: ServerConfig[], isTcp = false) => {
-    const all = layer(base, pickKeys(raw, isSetting));
+    const all = layer(base, pickKeys(raw, settings));
     Object.assign(raw, isTcp ? tcpSettingsOf(all) : all);
-    const own = readValue(SettingsMap, pickKeys(raw, isSetting), say, path);
+    const own = readValue(SettingsMap, pickKeys(raw, settings), say, path);
     raws.set(name, raw);
     services.set(name, { ...own, servers } as ServiceConfig);
     places.set(name, path);
@@ -1757,7 +1752,7 @@ function expandConfig(file: Raw, read: FileRead, say: Report) {
     const own = servers ? unique(name, services) : service;
     if (servers) add(own!, path, raw, servers);
     const policyOver = (under: Raw) =>
-      readValue(PolicyMap, layer(pickKeys(under, isPolicy), pickKeys(raw, isPolicy)), say, path) as Policy;
+      readValue(PolicyMap, layer(pickKeys(under, POLICY_KEYS), pickKeys(raw, POLICY_KEYS)), say, path) as Policy;
     const target = ([name, weight]: [string, number]): Target => {
       const { fallback } = services.get(name)!;
       return {
@@ -1768,7 +1763,10 @@ function expandConfig(file: Raw, read: FileRead, say: Report) {
     const targets = [...own === undefined ? split ?? [] : [[own, 1] as [string, number]]].map(target);
     const action: Action = others.redirect ?? others.respond ?? { kind: "forward", targets };
     const made = { name, hosts, paths, action, fallback, policy: targets[0]?.policy ?? policyOver(base) };
-    const carried = { ...pickKeys(others, isCarried), rewrite: strip ? { ...rule, kind: "replace" } : rule };
+    const carried = {
+      ...pickKeys(others, { ...conditions, ...CHANGE_KEYS }),
+      rewrite: strip ? { ...rule, kind: "replace" } : rule,
+    };
     routes.set({ ...carried, ...made } as RouteConfig, path);
   }
   const tcp = mapsIn(file, "tcp").map(([path, raw]): TcpConfig => {
@@ -1880,25 +1878,26 @@ const YAML_OF = new WeakMap<Config, Document>();
  */
 export function parseConfig(text: string, options: ParseOptions = {}): Config {
   const { env = {}, file = "routes.yml", strategies: own = {} } = options;
-  const findings = newFindings(file), { found, say, list, end } = findings;
+  const findings = newFindings(file), { found, say } = findings;
   const doc = readYaml(text, findings), values = doc && valuesOf(doc, say, env);
   const unread = new Set([...found.values()].map(({ path }) => dotted(path)));
-  if (!doc || unread.has("")) throw new ConfigError(file, list());
+  if (!doc || unread.has("")) throw new ConfigError(file, findings.list());
   // Keys at the top that begin with x- hold what anchors name, as in Compose.
-  const raw = isRecord(values) ? pickKeys(values, (key) => !key.startsWith("x-")) : values;
+  const isRead = ([key]: [string, unknown]) => !key.startsWith("x-");
+  const raw = isRecord(values) ? Object.fromEntries(Object.entries(values).filter(isRead)) : values;
   const sayMore: Report = (path, message, at) => unread.has(dotted(path)) || say(path, message, at);
   const long = longForm(RoutesFile, raw), read = readValue(RoutesFile, long, sayMore);
   if (isRecord(long)) checkFile(long, Object.keys(own), sayMore);
-  end();
+  findings.end();
   const { services, places, routes, tcp, source } = expandConfig(long as Raw, read, say);
-  end();
+  findings.end();
   const { admin, trust, resolvers, limits, log, name_routes, fleet } = read;
   const listen = v.parse(RoutesFile.entries.listen, source.listen);
   locateFiles(file, [...services.values(), ...fleet ? [fleet] : []], [...listen, ...tcp.flatMap((one) => one.listen)]);
   warn(routes, source, say);
   const config: Config = {
     ...{ listen, admin, trust, resolvers, limits, log, name_routes, fleet, services, routes: [...routes.keys()], tcp },
-    ...{ source, text, file, places, warnings: list().map((one) => lineOf(file, one)) },
+    ...{ source, text, file, places, warnings: findings.list().map((one) => lineOf(file, one)) },
   };
   YAML_OF.set(config, doc);
   return config;
@@ -3273,33 +3272,14 @@ const TRAILER = /^[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*$/;
 /** How the end of a body is found (RFC 9112 section 6.3), and in a chunked one what comes next. */
 type Framing = "none" | "length" | "close" | "chunk-size" | "chunk" | "chunk-end" | "trailer";
 
-/** What a field means for the connection; `pass`: nothing. */
-type FieldRole =
-  | "pass"
-  | "hop"
-  | "content-length"
-  | "transfer-encoding"
-  | "connection"
-  | "keep-alive"
-  | "upgrade"
-  | "te"
-  | "host"
-  | "expect";
-const FIELD_ROLES: Record<string, FieldRole> = {
-  "connection": "connection",
-  "content-length": "content-length",
-  "expect": "expect",
-  "host": "host",
-  "keep-alive": "keep-alive",
-  "proxy-connection": "hop",
-  "te": "te",
-  "transfer-encoding": "transfer-encoding",
-  "upgrade": "upgrade",
-};
-
-const fieldRole = memo((spelled): FieldRole => {
+/** Fields that frame a message or are for one connection: each hop has its own. */
+const CONNECTION_FIELDS = new Set(
+  "connection content-length expect host keep-alive proxy-connection te transfer-encoding upgrade".split(" "),
+);
+/** The name of a field that means something for the connection, in lower case; `pass`: of any other. */
+const fieldRole = memo((spelled): string => {
   const name = spelled.toLowerCase();
-  return Object.hasOwn(FIELD_ROLES, name) ? FIELD_ROLES[name]! : "pass";
+  return CONNECTION_FIELDS.has(name) ? name : "pass";
 });
 
 /** The fields that `Connection` names: they are for this hop only (RFC 9110 section 7.6.1). */
@@ -6267,7 +6247,7 @@ function bodyOfRequest({ body, headers }: Request, isGone: () => boolean): Body 
   return new FetchBody(body, length, () => isGone() ? "client-left" : "bad-body");
 }
 
-const HOP_FIELDS = Object.keys(FIELD_ROLES).filter((name) => !/^(?:content-length|expect|host)$/.test(name));
+const HOP_FIELDS = [...CONNECTION_FIELDS].filter((name) => !/^(?:content-length|expect|host)$/.test(name));
 /** Fields without those that end at this hop. */
 const withoutHopFields = (fields: Fields): Fields =>
   without(fields, new Set([...HOP_FIELDS, ...connectionNames(fieldOf(fields, "connection") ?? "")]));
@@ -6957,7 +6937,7 @@ function eject(service: Service, server: Server, why: string, effects: Effects):
   server.trying = false;
   server.ejected++;
   server.since = now;
-  server.failures = failures - 1; // so that a trial whose body breaks off is the last straw
+  server.failures = failures - 1; // one more ejects it again: a trial that has a good head, and whose body breaks off
   Object.assign(server, NO_LATENCY);
   service.candidatesUntil = 0;
   const seconds = unit * server.ejections / 1_000;
@@ -10260,10 +10240,8 @@ function serverOf(request: ApiRequest): Server {
   throw new AdminError(404, `${service.name} has no server ${quote(name)}${guess(name, names)}`);
 }
 
-const serviceKeys = new Set(Object.keys(ServiceSchema.entries));
 /** The keys of a service in its entry, or the others: those of the route that it stands beside. */
-const ownKeys = (entry: unknown, own: boolean): Raw =>
-  Object.fromEntries(Object.entries(mapOf(entry)).filter(([key]) => serviceKeys.has(key) === own));
+const ownKeys = (entry: unknown, own: boolean): Raw => pickKeys(mapOf(entry), ServiceSchema.entries, own);
 const placeOfService = ({ places }: Config, name: string): Keys => places.get(name) ?? ["services", name];
 const versionOf = (request: ApiRequest): Versioned => (config) =>
   valueAt(writtenOf(config), placeOfService(config, givenName(request, config)));
@@ -10282,8 +10260,8 @@ function answerService(request: ApiRequest): ServiceView & { config: unknown } {
 async function writeService(request: ApiRequest) {
   const { req } = request.context, { value } = await bodyOf(request.context), name = req.param("service") ?? "";
   if (!isRecord(value)) throw invalidAt("", `${quote(value)} is not a map with keys such as servers`);
-  const mistakes = Object.keys(value).filter((key) => !serviceKeys.has(key)).map((key) => {
-    return { path: key, message: `unknown key${guess(key, [...serviceKeys], true)}` };
+  const mistakes = Object.keys(ownKeys(value, false)).map((key) => {
+    return { path: key, message: `unknown key${guess(key, Object.keys(ServiceSchema.entries), true)}` };
   });
   if (mistakes.length) throw invalid(mistakes);
   await editService(request, (raw, config) => {
@@ -13151,30 +13129,19 @@ function clientOf(request: Request, env: unknown): Client {
 /** What is wrong with the certificate files that a config names. */
 function problemsOf({ listen, tcp, services }: Config, now: Date): string[] {
   const problems: string[] = [];
-  const check = (where: string, read: () => string[]) => {
+  const check = (where: string, at: Pick<ListenerConfig, "tls" | "client_ca">) => {
     try {
-      problems.push(...read().map((one) => `${where}: ${one}`));
+      readSecure(at);
+      problems.push(...outdated(at, now).map((one) => `${where}: ${one}`));
     } catch (error) {
       problems.push(`${where}: ${(error as Error).message}`);
     }
   };
-  const checkListener = (where: string, at: ListenerConfig) =>
-    check(where, () => {
-      if (at.tls.length) readSecure(at);
-      return outdated(at, now);
-    });
-  for (const [i, at] of listen.entries()) checkListener(`listen[${i}]`, at);
-  for (const { name, listen } of tcp) listen.forEach((at) => checkListener(name, at));
+  for (const [i, at] of listen.entries()) check(`listen[${i}]`, at);
+  for (const { name, listen } of tcp) for (const at of listen) check(name, at);
   for (const [name, { tls: { ca, cert, key } }] of services) {
-    check(`${name}: tls`, () => {
-      if (ca) readCertificate(ca);
-      return [];
-    });
-    check(`${name}: tls`, () => {
-      if (!cert) return [];
-      readPair({ cert, key });
-      return outdated({ tls: [{ cert, key }] }, now);
-    });
+    check(`${name}: tls`, { tls: [], client_ca: ca });
+    check(`${name}: tls`, { tls: cert ? [{ cert, key }] : [], client_ca: "" });
   }
   return problems;
 }
@@ -14259,10 +14226,8 @@ function announce({ balancer: { table, effects } }: LoadBalancer): void {
   for (const warning of table.config.warnings) effects.report("warn", warning);
   const services = [...table.services.values()];
   for (const { name, servers, config } of services.slice(0, 20)) {
-    effects.report(
-      "info",
-      `${name}: ${config.strategy.name} over ${servers.map((server) => server.name).join(", ") || "no server yet"}`,
-    );
+    const over = servers.map((server) => server.name).join(", ") || "no server yet";
+    effects.report("info", `${name}: ${config.strategy.name} over ${over}`);
   }
   if (services.length > 20) effects.report("info", `and ${services.length - 20} more services`);
 }
