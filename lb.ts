@@ -3098,22 +3098,16 @@ export interface Effects {
   resolveSrv(name: string, resolver: string): Promise<SrvRecord[]>;
   /** Asks the system, which knows its hosts file and search domains. */
   lookup(name: string): Promise<DnsAddress[]>;
-  /** Tells other threads which servers a name has. */
-  onFound(id: string, found: FoundServer[]): void;
-  /** Tells other threads what an operator has said of a server that was found. */
-  onChanged(service: Service, server: Server, change: FoundChange): void;
+  /** Tells other threads what this one has found out or was asked to change. */
+  onNews(news: News): void;
   /** The client of a Request; `env` is what the runtime passes beside it. */
   client(request: Request, env: unknown): Client;
-  /** Tells other threads what a probe has found: what is wrong with the server, or undefined. */
-  onProbed(service: Service, server: Server, problem: string | undefined): void;
   /** Whether this instance probes a server: in a fleet some do. */
   probes(service: Service, server: Server): boolean;
   /** Whether a server counts as up, after a probe of this instance: in a fleet most of its probers decide. */
   agree(service: Service, server: Server): boolean;
   /** The fleet that this instance belongs to. */
   fleet?: Membership | undefined;
-  /** Tells other threads that an operator has marked a server up or down. */
-  told(service: Service, server: Server, up: boolean): void;
   /** What the certificate in a file is for, and until when. */
   certificate(file: string): { names: string[]; until: Date } | undefined;
   /** Logs a request that has ended; `accessLine` makes a line of it. */
@@ -3121,6 +3115,13 @@ export interface Effects {
   /** One line for the operator. */
   report(level: "info" | "warn" | "error", text: string): void;
 }
+
+/** What one thread knows of servers, and the others have to. */
+type News =
+  | { kind: "probed"; service: string; url: string; problem: string | undefined; up: boolean }
+  | { kind: "marked"; service: string; url: string; up: boolean } // by an operator
+  | { kind: "found"; id: string; found: FoundServer[] } // which servers a name has
+  | { kind: "changed"; service: string; url: string; change: FoundChange }; // by an operator: a server that was found
 
 /** What the program asks of its fleet. */
 export interface Membership {
@@ -7179,7 +7180,7 @@ function setUp(service: Service, server: Server, up: boolean, problem: string | 
 
 /** Marks a server up or down for an operator, until probes find otherwise. */
 function setHealth(service: Service, server: Server, up: boolean, effects: Effects): void {
-  effects.told(service, server, up);
+  effects.onNews({ kind: "marked", service: service.name, url: server.url, up });
   if (server.up !== up || up && server.until > 0) server.since = effects.now();
   Object.assign(server, { up, opinion: up, passes: 0, fails: 0, failures: 0 }, up && { until: 0, ejections: 0 });
   service.candidatesUntil = 0;
@@ -7283,7 +7284,7 @@ async function probeDue(table: Table, effects: Effects): Promise<void> {
     const problem = await probeServer(service, server, effects);
     if (problem && isOutOfHandles(problem)) return effects.report("error", `a probe is left out: ${problem}`);
     onProbed(service, server, problem, effects);
-    effects.onProbed(service, server, problem);
+    effects.onNews({ kind: "probed", service: service.name, url: server.url, problem, up: server.up });
     server.probeTook = server.probedAt - begun;
   }));
 }
@@ -9225,7 +9226,7 @@ function refreshService({ table, effects }: Balancer, service: Service): void {
 function changeFound(balancer: Balancer, service: Service, server: Server, change: FoundChange): void {
   service.changes.set(server.url, { ...service.changes.get(server.url), ...change });
   refreshService(balancer, service);
-  balancer.effects.onChanged(service, server, change);
+  balancer.effects.onNews({ kind: "changed", service: service.name, url: server.url, change });
 }
 
 /** Whether an origin is one of these; `https://*.example.com` is any below it, and as for hosts not itself. */
@@ -10598,7 +10599,7 @@ const EXAMPLE_PLACES: Record<string, string> = { service: "shop", server: "10.0.
 function exampleApp(effects: Effects): Hono<AdminEnv> {
   const until = new Date("2027-01-31T12:00:00Z"), nothing = () => {}, runtime = "node";
   const still = { now: () => 60_000, date: () => new Date("2026-12-01T12:00:00Z"), random: () => 0.5 };
-  const silent = { certificate: () => ({ names: ["www.example.com"], until }), report: nothing, told: nothing };
+  const silent = { certificate: () => ({ names: ["www.example.com"], until }), report: nothing, onNews: nothing };
   const alone = { ...effects, ...still, ...silent, fleet: undefined }; // its changes stay here
   const lb = assembleBalancer(parseConfig(EXAMPLE), alone, { strategies, runtime, discover: async () => {} });
   const { balancer } = lb, [probed] = balancer.table.services.get("shop")!.servers, app = new Hono<AdminEnv>();
@@ -11951,7 +11952,8 @@ export class Fleet implements Membership {
     this.local = mapOf(writtenOf(config).fleet);
     this.copied = { value: config.text, revision: 0 };
     effects.fleet = this;
-    effects.onFound = () => {
+    effects.onNews = ({ kind }) => {
+      if (kind !== "found") return;
       this.takeRecords(); // other servers may have other probers
       this.takeChanges();
     };
@@ -12268,12 +12270,13 @@ export class Fleet implements Membership {
   private settle(): void {
     if (!this.isAgreed()) return;
     for (const [service, server] of this.servers()) {
-      const verdict = this.verdict(service, server);
+      const verdict = this.verdict(service, server), up = verdict === "up";
       if (verdict === undefined) continue;
-      if (this.unsure.delete(keyOfServer(service, server))) server.opinion = verdict === "up";
-      if ((verdict === "up") === server.up) continue;
-      setUp(service, server, verdict === "up", undefined, this.effects);
-      this.effects.onProbed(service, server, verdict === "up" ? undefined : "most of its probers say so");
+      if (this.unsure.delete(keyOfServer(service, server))) server.opinion = up;
+      if (up === server.up) continue;
+      setUp(service, server, up, undefined, this.effects);
+      const problem = up ? undefined : "most of its probers say so";
+      this.effects.onNews({ kind: "probed", service: service.name, url: server.url, problem, up });
     }
   }
 
@@ -12675,7 +12678,7 @@ function takeLook(balancer: Balancer, discovery: Discovery, look: LookResult): v
   const plain = (servers: FoundServer[]) => JSON.stringify(servers.map((server) => ({ ...server, lacking: 0 })));
   if (before.isKnown && plain(found) === plain(before.found)) return;
   setFound(balancer, idOf(discovery), found);
-  effects.onFound(idOf(discovery), found);
+  effects.onNews({ kind: "found", id: idOf(discovery), found });
 }
 
 /** Looks up all names that are due, and resolves when all answers are in. */
@@ -13206,12 +13209,9 @@ function defaultEffects(): Omit<Effects, "accessLog"> {
       }),
     client: clientOf,
     ...DNS,
-    onProbed: () => {},
     probes: () => true,
     agree: (_, server) => server.opinion,
-    told: () => {},
-    onFound: () => {},
-    onChanged: () => {},
+    onNews: () => {},
     certificate: certificateReader(),
     report: printReport,
   };
@@ -13797,11 +13797,8 @@ interface WorkerTask {
 }
 /** From the main thread to its workers. */
 type ToWorker =
+  | News
   | { kind: "config"; config: Config; secret: string }
-  | { kind: "probed"; service: string; url: string; problem: string | undefined; up: boolean }
-  | { kind: "told"; service: string; url: string; up: boolean }
-  | { kind: "found"; id: string; found: FoundServer[] }
-  | { kind: "changed"; service: string; url: string; change: FoundChange }
   | { kind: "drain"; grace: number };
 /** From a worker. */
 type WorkerMessage =
@@ -13930,7 +13927,7 @@ async function runWorker({ config, ports, reports, workers, secret, ...known }: 
     if (order.kind === "found" || order.kind === "changed") return takeFound(order);
     const { service, server } = find(order.service, order.url);
     if (!service || !server) return;
-    if (order.kind === "told") return setHealth(service, server, order.up, effects);
+    if (order.kind === "marked") return setHealth(service, server, order.up, effects);
     const { problem, up } = order; // the main thread has decided and reported it
     onProbed(service, server, problem, { ...effects, agree: () => up, report: () => {} });
     server.probesPassed = server.probesFailed = 0; // it has counted them, too
@@ -13982,16 +13979,11 @@ function passOn(lb: LoadBalancer, workers: Workers, show: () => void): void {
     show();
     return applied;
   };
-  effects.told = ({ name }, { url }, up) => sendToAll(workers, { kind: "told", service: name, url, up });
-  effects.onProbed = ({ name }, { url, up }, problem) =>
-    sendToAll(workers, { kind: "probed", service: name, url, problem, up });
-  const { onFound } = effects;
-  effects.onFound = (id, found) => {
-    onFound(id, found);
-    sendToAll(workers, { kind: "found", id, found });
+  const { onNews } = effects;
+  effects.onNews = (news) => {
+    onNews(news);
+    sendToAll(workers, news);
   };
-  effects.onChanged = ({ name }, { url }, change) =>
-    sendToAll(workers, { kind: "changed", service: name, url, change });
 }
 
 /** What a worker has to hear of what DNS and operators have said so far. */
