@@ -6333,11 +6333,10 @@ const fieldsOf = (lines: string): string[] =>
   });
 
 /** The platform answers in place of a server that it cannot reach: its statuses, and what they mean here. */
-const PLATFORM_FAILURES = new Map<number, Failure>([[520, "invalid-answer"], [522, "connect-timeout"], [
-  524,
-  "timeout",
-]]);
-for (const status of [521, 523, 525, 526, 530]) PLATFORM_FAILURES.set(status, "connect");
+const PLATFORM_FAILURES: Record<number, Failure> = {
+  ...{ 520: "invalid-answer", 521: "connect", 522: "connect-timeout", 523: "connect", 524: "timeout" },
+  ...{ 525: "connect", 526: "connect", 530: "connect" },
+};
 
 /**
  * The edge's own fetch. The platform holds the connections, and when a client has left nothing of ours may run any more:
@@ -6357,7 +6356,7 @@ async function nativeFetch(url: string, attempt: FetchAttempt): Promise<Response
   } finally {
     clearTimeout(timer);
   }
-  const { status } = response, failure = PLATFORM_FAILURES.get(status);
+  const { status } = response, failure = PLATFORM_FAILURES[status];
   if (failure && response.headers.get("server") === "cloudflare") {
     await response.body?.cancel();
     const used = failure !== "connect" || body instanceof ReadableStream; // nobody can have the rest of a stream again
@@ -8951,15 +8950,15 @@ interface Relay extends Asker {
 }
 
 /** Finds a server for a client's connection, and passes bytes until both sides are closed. */
-async function carry(relay: Relay): Promise<void> {
+async function serveRelay(relay: Relay): Promise<void> {
   const { balancer, route: { service, admits }, near, entrypoint } = relay;
   near.on("error", () => relay.problem ||= "client-left");
   pauseSocket(near); // until its server is reached
   for (const one of [balancer, entrypoint, service]) one.inFlight++;
   try {
     if (admits && !admits(relay.client)) relay.problem ||= "denied";
-    const far = relay.problem ? undefined : await reach(relay);
-    if (far) await couple(relay, far);
+    const far = relay.problem ? undefined : await connectRelay(relay);
+    if (far) await relayUntilClosed(relay, far);
   } catch (error) { // of a custom strategy
     balancer.effects.report("error", stackOf(error));
     relay.problem = "internal";
@@ -9001,7 +9000,7 @@ function finishRelay(relay: Relay): void {
 }
 
 /** Asks one server after another for a connection. No byte has passed yet, so that nothing can happen twice. */
-async function reach(relay: Relay): Promise<Socket | undefined> {
+async function connectRelay(relay: Relay): Promise<Socket | undefined> {
   const { balancer: { effects }, route: { service }, near } = relay;
   for (let retry = 0;; retry++) {
     const startedAt = relay.now = effects.now(), { retries, timeouts } = service.config;
@@ -9044,7 +9043,7 @@ async function passBytes(relay: Relay, far: Socket, now: Effects["now"]): Promis
 }
 
 /** Connects a client to its server until both are closed, and counts what the server has done. */
-async function couple(relay: Relay, far: Socket): Promise<void> {
+async function relayUntilClosed(relay: Relay, far: Socket): Promise<void> {
   const { balancer: { effects, relays }, near, route: { service, proxy_protocol, at }, tried } = relay;
   const server = tried.at(-1)!, over = new AbortController(), began = effects.now();
   const end = (problem: FailureName) => {
@@ -9106,7 +9105,7 @@ export function relayTcp(
   const client = unmapped(near.remoteAddress), now = effects.now(), turn = route.service.turn++;
   const entrypoint = getOrMake(balancer.entrypoints, "tcp", newEntrypoint);
   const id = `${name}-${(++balancer.requests).toString(36)}`;
-  void carry({
+  void serveRelay({
     ...{ balancer, random: effects.random, now, turn, key: client, client, request: undefined },
     ...{ route, near, target, id, entrypoint, started: now, connectedAt: 0, since: now, tried: [] },
     ...{ received: 0, bytes: 0, problem: refusal ?? "" },
@@ -9145,29 +9144,18 @@ interface ServiceContext extends Pick<Table, "names"> {
   now: number;
 }
 
+type WantedServer = ListedServer & Pick<FoundServer, "servername">;
 /** The servers of a service: those that the file lists, and those that its names stand for; each URL once. */
-function serversOf(
-  listed: ServerConfig[],
-  names: Table["names"],
-  changes: Service["changes"],
-): (ListedServer & Pick<FoundServer, "servername">)[] {
-  const byUrl = new Map<string, ListedServer & Pick<FoundServer, "servername">>();
+function serversOf(listed: ServerConfig[], names: Table["names"], changes: Service["changes"]): WantedServer[] {
+  const byUrl = new Map<string, WantedServer>();
   for (const { find, ...one } of listed) {
-    const plain = { ...one, authority: hostFieldOf(one.url), foundBy: "", servername: "" };
     const discovery = find && names.get(idOf({ find, url: one.url }));
-    const found = discovery
-      ? discovery.found.map(({ lacking: _, ...server }) => ({
-        ...{
-          ...one,
-          ...server,
-          foundBy: one.name,
-          weight: one.weight * server.weight,
-          backup: one.backup || server.backup,
-        },
-        ...changes.get(server.url),
-      }))
-      : [plain];
-    for (const server of found) if (!byUrl.has(server.url)) byUrl.set(server.url, server);
+    const plain = { ...one, authority: hostFieldOf(one.url), foundBy: "", servername: "" };
+    const found = discovery?.found.map(({ lacking: _, weight, backup, ...server }) => {
+      const both = { weight: one.weight * weight, backup: one.backup || backup, foundBy: one.name };
+      return { ...one, ...server, ...both, ...changes.get(server.url) };
+    });
+    for (const server of found || [plain]) if (!byUrl.has(server.url)) byUrl.set(server.url, server);
   }
   return [...byUrl.values()];
 }
@@ -13792,8 +13780,7 @@ interface WorkerTask {
   reports: boolean; // it reports, for all workers, what each of them finds, and listens at Unix sockets
   workers: number; // that divide the limits
   secret: string; // of sticky cookies
-  found: ToWorker[]; // what DNS and operators have said so far
-  down: [service: string, url: string][]; // what probes have found so far
+  news: News[]; // so far
 }
 /** From the main thread to its workers. */
 type ToWorker =
@@ -13882,7 +13869,7 @@ function applySamples(balancer: Balancer, samples: Samples): void {
 }
 
 /** Runs a worker: it serves requests, and follows the orders of the main thread. */
-async function runWorker({ config, ports, reports, workers, secret, ...known }: WorkerTask): Promise<void> {
+async function runWorker({ config, ports, reports, workers, secret, news }: WorkerTask): Promise<void> {
   const send = (message: WorkerMessage): void => void parentPort!.postMessage(message); // Node's gives true
   const sendLines = (lines: Uint8Array) => send({ kind: "lines", lines: new Uint8Array(lines) }); // a view would take all of its buffer along
   const report: Effects["report"] = (level, text) => send({ kind: "report", level, text });
@@ -13894,21 +13881,17 @@ async function runWorker({ config, ports, reports, workers, secret, ...known }: 
   const lb = createLoadBalancer(divideLimits(config, workers), { accessLog: log.write, report, secret: () => signing });
   const { balancer } = lb, { effects } = balancer;
   process.on("uncaughtException", (error) => report("error", `internal: ${error.stack ?? error}`)); // serve on
-  const find = (name: string, url: string) => {
-    const service = balancer.table.services.get(name);
-    return { service, server: service?.servers.find((server) => server.url === url) };
+  const takeNews = (one: News): void => {
+    if (one.kind === "found") return setFound(balancer, one.id, one.found);
+    const service = balancer.table.services.get(one.service);
+    const server = service?.servers.find(({ url }) => url === one.url);
+    if (!service || !server) return;
+    if (one.kind === "changed") return changeFound(balancer, service, server, one.change);
+    if (one.kind === "marked") return setHealth(service, server, one.up, effects);
+    const { problem, up } = one; // the main thread has decided and reported it
+    onProbed(service, server, problem, { ...effects, agree: () => up, report: () => {} });
   };
-  const takeFound = (order: ToWorker): void => {
-    if (order.kind === "found") setFound(balancer, order.id, order.found);
-    if (order.kind !== "changed") return;
-    const { service, server } = find(order.service, order.url);
-    if (service && server) changeFound(balancer, service, server, order.change);
-  };
-  known.found.forEach(takeFound);
-  for (const [name, url] of known.down) {
-    const { server } = find(name, url);
-    if (server) server.up = server.opinion = false;
-  }
+  news.forEach(takeNews);
   const listeners = await listenAll({ lb, shared: true, ports, alone: reports, report: reports ? report : () => {} })
     .catch((error) => send({ kind: "failed", reason: error.message }));
   if (!listeners) return;
@@ -13924,13 +13907,7 @@ async function runWorker({ config, ports, reports, workers, secret, ...known }: 
       sendLines(log.rest());
       return send({ kind: "drained", left });
     }
-    if (order.kind === "found" || order.kind === "changed") return takeFound(order);
-    const { service, server } = find(order.service, order.url);
-    if (!service || !server) return;
-    if (order.kind === "marked") return setHealth(service, server, order.up, effects);
-    const { problem, up } = order; // the main thread has decided and reported it
-    onProbed(service, server, problem, { ...effects, agree: () => up, report: () => {} });
-    server.probesPassed = server.probesFailed = 0; // it has counted them, too
+    takeNews(order);
   });
   let seen = -1;
   setInterval(() => {
@@ -13986,21 +13963,16 @@ function passOn(lb: LoadBalancer, workers: Workers, show: () => void): void {
   };
 }
 
-/** What a worker has to hear of what DNS and operators have said so far. */
-const foundSoFar = ({ names, services }: Table): ToWorker[] => [
-  ...[...names].flatMap(([id, { found, isKnown }]): ToWorker[] => isKnown ? [{ kind: "found", id, found }] : []),
-  ...[...services.values()].flatMap(({ name: service, changes }) =>
-    [...changes].map(([url, change]): ToWorker => ({ kind: "changed", service, url, change }))
-  ),
+/** What a worker that starts has to hear: what DNS, operators and probes have said so far. */
+const newsOf = ({ names, services }: Table): News[] => [
+  ...[...names].flatMap(([id, { found, isKnown }]): News[] => isKnown ? [{ kind: "found", id, found }] : []),
+  ...[...services.values()].flatMap(({ name: service, changes, servers }) => [
+    ...[...changes].map(([url, change]): News => ({ kind: "changed", service, url, change })),
+    ...servers.filter(({ up }) => !up).map(({ url, probeProblem: problem }): News => {
+      return { kind: "probed", service, url, problem, up: false };
+    }),
+  ]),
 ];
-
-const serversDown = ({ services }: Table): WorkerTask["down"] =>
-  [...services.values()].flatMap(({ name, servers }) =>
-    servers.filter(({ up }) => !up).map(({ url }): [string, string] => [name, url])
-  );
-
-/** What a worker that starts has to hear. */
-const newsFor = (table: Table) => ({ found: foundSoFar(table), down: serversDown(table) });
 /** Starts the workers, one after the other, and replaces those that end. */
 async function startWorkers(lb: LoadBalancer, count: number, log: AccessLog): Promise<Listeners> {
   const { balancer } = lb, { effects } = balancer, workers: Workers = new Map();
@@ -14014,8 +13986,8 @@ async function startWorkers(lb: LoadBalancer, count: number, log: AccessLog): Pr
   const start = async (): Promise<Listeners["opened"]> => {
     const id = ++ids;
     reporter ||= id;
-    const { config } = balancer.table, news = newsFor(balancer.table);
-    const known = { config, ports, workers: count, secret: effects.secret(), ...news };
+    const { config } = balancer.table, news = newsOf(balancer.table);
+    const known = { config, ports, workers: count, secret: effects.secret(), news };
     const workerData: WorkerTask = { role: WORKER, reports: reporter === id, ...known };
     const worker = new Worker(new URL(import.meta.url), { workerData });
     let failed = "it was ended";
@@ -14039,7 +14011,7 @@ async function startWorkers(lb: LoadBalancer, count: number, log: AccessLog): Pr
     }
     workers.set(worker, undefined);
     balancer.workers.set(id, { since: effects.date(), end: () => void worker.terminate() });
-    for (const order of [configOrder(balancer), ...foundSoFar(balancer.table)]) worker.postMessage(order); // it may be another
+    for (const order of [configOrder(balancer), ...newsOf(balancer.table)]) worker.postMessage(order); // it may be another
     return listening.opened;
   };
   const replace = (reason: string) => {
