@@ -558,7 +558,7 @@ interface ServerConfig {
   host: string; // the Host that it gets; empty: as `host_header` says
   backup: boolean;
   max: number; // requests in flight; Infinity: any number
-  state: "ready" | "drain" | "maint";
+  state: "ready" | "drain" | "maint"; // as an operator wants it
 }
 
 /** What tells servers and names of one list apart. */
@@ -2530,7 +2530,7 @@ const digits = (word: number): string =>
   HEX[word >>> 24]! + HEX[word >>> 16 & 255]! + HEX[word >>> 8 & 255]! + HEX[word & 255]!;
 
 /** A server as its service has it: one that the file lists, or one that DNS has under a name in the file. */
-type ListedServer = Omit<ServerConfig, "find"> & Pick<Server, "authority" | "foundBy">;
+type ListedServer = Omit<ServerConfig, "find"> & { authority: string; foundBy: string };
 
 /** A server that DNS has. */
 interface FoundServer {
@@ -2559,17 +2559,10 @@ const newDiscovery = (url: string, name: string, find: Discovery["find"]): Disco
 });
 
 /** One server of one service. Times are milliseconds of `Effects.now`. */
-export interface Server extends Latency {
-  // config
-  url: string;
-  name: string; // host:port, or the URL where servers share that
-  weight: number;
-  host: string; // the Host that it gets; empty: as `host_header` says
+export interface Server extends Omit<ServerConfig, "find">, Latency {
+  // config, beside what the file says of it
   authority: string; // the Host that its URL or its DNS name gives
   foundBy: string; // the name whose records have it; empty: the file lists it
-  backup: boolean;
-  max: number; // requests in flight; Infinity: any number
-  state: ServerConfig["state"]; // as an operator wants it: ready, drain or maint
   service: string; // the name of its service
   tls: ServiceConfig["tls"];
   http: ServiceConfig["http"]; // the version to ask it with; auto: 2 if it offers that
@@ -2820,7 +2813,6 @@ interface HostTable {
 
 /** What servers are picked for: a request or a connection. */
 interface Asker extends Draw {
-  now: number;
   readonly tried: Server[]; // the latest last
 }
 
