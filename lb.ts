@@ -1924,7 +1924,6 @@ function schemaJson(schema: Schema, refer: Refer, key = "value"): Raw {
   if (json) return { ...own, ...json };
   if (type === "nullable") return { ...own, anyOf: [refer(wrapped!, key), { type: "null" }] };
   if (type === "picklist") return { ...own, type: "string", enum: options };
-  if (type === "unknown") return own;
   if (wrapped && about === undefined && usual === undefined) return refer(wrapped, key);
   if (wrapped) return { ...schemaJson(wrapped, refer, key), ...own, ...usual !== undefined && { default: usual } };
   if (type === "literal") return { anyOf: [{ const: literal }, { type: "string", pattern: VARIABLE }] };

@@ -792,6 +792,18 @@ const WRONG: [text: string, ...expected: string[]][] = [
     "default: { servers: [{ weight: x }] }",
     '1:32: default.servers[0].weight: "x" is not a whole number from 0 to 256',
   ],
+  [
+    `services: { shop: { servers: [a:1], cors: { origin: "https://a.example", credentials: true } } }
+routes: [{ path: /x, service: shop, cors: "*" }]
+default: shop`,
+    "2:43: routes[0].cors: credentials need origins by name, not *",
+  ],
+  [
+    `defaults: { cors: { origin: "https://a.example", credentials: true } }
+services: { shop: { servers: [a:1], cors: "*" } }
+default: shop`,
+    "2:43: services.shop.cors: credentials need origins by name, not *",
+  ],
   ["default: { servers: [] }", "1:21: default.servers: is empty: it needs a server"],
   ["default: { servers: }", "1:21: default.servers: an empty value is not a server, or a list of them"],
   ["default: { servers: [{ url: a:1, weight: 0 }] }", "1:21: default.servers: needs a server with a weight above 0"],
