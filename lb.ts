@@ -1757,7 +1757,7 @@ function expandConfig(file: Raw, read: FileRead, say: Report) {
       const { fallback } = services.get(name)!;
       return {
         ...{ service: name, weight, policy: policyOver(raws.get(name)!) },
-        fallback: fallback ? target([fallback, 0]) : undefined,
+        fallback: services.has(fallback) ? target([fallback, 0]) : undefined, // none, or one that is not valid
       };
     };
     const targets = [...own === undefined ? split ?? [] : [[own, 1] as [string, number]]].map(target);
