@@ -5685,6 +5685,11 @@ class ClientStream extends Http2Stream<Http2ClientConnection> {
     this.seenBytes = this.sentBytes;
     return now - this.movedAt;
   }
+  /** Ends it as the client does not read it. */
+  giveUp(): void {
+    this.fail("reset");
+    this.reset("ENHANCE_YOUR_CALM");
+  }
   cancel(why: Failure): void {
     endRequest(this.request);
     if (!isGrpc(this.request)) return this.reset(this.isTunnel ? "CANCEL" : "INTERNAL_ERROR");
@@ -5812,12 +5817,15 @@ class Http2ClientConnection extends Http2Connection {
     const unsent = socket.writableLength, waited = now - this.usedAt;
     if (unsent === 0 || unsent !== this.unsent) this.movedAt = now;
     this.unsent = unsent;
-    const stuck = Math.max(...[...streams.values() as Iterable<ClientStream>].map((stream) => stream.look(now)));
+    const open = [...streams.values() as Iterable<ClientStream>];
+    const stuck = open.filter((stream) => stream.look(now) >= keep_alive),
+      isStuck = open.length > 0 && stuck.length === open.length;
     if (this.isOver) {
       if (now - this.overAt >= (unsent ? keep_alive : LINGER.silent)) socket.destroy();
-    } else if (stuck >= keep_alive || now - this.movedAt >= keep_alive) {
+    } else if (isStuck || now - this.movedAt >= keep_alive) {
       this.fail(fault("ENHANCE_YOUR_CALM", "the client does not read"));
-    } else if (!this.hasSettings && waited >= header || block && now - block.since >= header) {
+    } else if (stuck.length) stuck.forEach((stream) => stream.giveUp()); // a paused video, say: the others go on
+    else if (!this.hasSettings && waited >= header || block && now - block.since >= header) {
       this.fail(fault("ENHANCE_YOUR_CALM", "the client is too slow"));
     } else if (this.clientEnded) this.writeFrame(PING, 0, 0, "are you?"); // a reset says that it is gone
     else if (!streams.size && waited >= keep_alive) this.endIfUnused();
