@@ -359,15 +359,25 @@ const Method = term(
   (text) => !/^(trace|connect)$/i.test(text) && upper(text),
 );
 const Methods = many(Method, "a method");
+/** The method of a route: words for any of them, and several with a bar, are valid tokens and would match nothing. */
+const RouteMethod = term("a method that can be forwarded, such as GET", TOKEN, (text) => {
+  if (/^(?:\*|all|any)$/i.test(text)) return new Error("leave methods out for any");
+  if (text.includes("|")) return new Error(`write [${upper(text).split("|").join(", ")}]`);
+  return v.is(Method, text) && upper(text);
+}, /^(?!(?:\*|[aA][lL][lL]|[aA][nN][yY])$)[!#$%&'*+.^_`~0-9A-Za-z-]+$/);
 const HeaderName = term("a header name", TOKEN, lower);
 // Where a message ends and the next one begins is ours to say.
 const FRAMING = /^(connection|content-length|host|keep-alive|proxy-connection|te|trailer|transfer-encoding|upgrade)$/;
 const RuleName = term(
   "a header name that a rule may change",
-  TOKEN,
+  /^[!#$%&'+.^_`|~0-9A-Za-z-]+$/, // a star would be taken for a pattern
   (name) => !FRAMING.test(lower(name)) && lower(name),
 );
-const RuleNames = many(RuleName, "a header name"), RuleValues = dict(RuleName, Printable, "{ x-name: value }");
+/** Variables of other programs, such as $remote_addr, {client_ip} and %[src], would be sent as they are written. */
+const isVariable = (text: string) => /^(?:\$[a-z]\w*|\{[a-z][\w.]*\}|%\[[^\]]*\])$/i.test(text);
+const VARIABLE_VALUE = "$ would be sent as it is written: the only variables are ${NAME} of the environment";
+const RuleValue = v.pipe(Printable, v.check((text) => !isVariable(text), VARIABLE_VALUE));
+const RuleNames = many(RuleName, "a header name"), RuleValues = dict(RuleName, RuleValue, "{ x-name: value }");
 const isIPv4 = ipaddr.IPv4.isValidFourPartDecimal;
 const isIPv6 = (text: string) => text.includes(":") && !text.includes("%") && ipaddr.IPv6.isValid(text);
 const isAddress = (text: string) => isIPv4(text) || isIPv6(text);
@@ -382,11 +392,19 @@ const Network = term("an address or a network such as 10.0.0.0/8", NETWORK, (tex
 const Networks = many(Network, "an address or a network");
 const AUTHORITY = /^(\[[^\]]*\]|[^:[\]]*)(?::(\d{1,5}))?$/;
 const Host = term("a host such as www.example.com", AUTHORITY, (text, host) => (!text || isHost(host)) && text);
+/** What to write for a host as nginx and browsers write it. */
+const otherHost = (host: string): string | undefined => {
+  if (/^[*_]$/.test(host)) return "leave host out for any";
+  if (/^\.[\w.-]+$/.test(host)) return `write [${host.slice(1)}, "*${host}"]`;
+  const { hostname = "" } = /[^\x00-\x7f]/.test(host) ? URL.parse(`http://${host.replace("*", "any")}`) ?? {} : {};
+  return hostname ? `write ${host.startsWith("*") ? `"${hostname.replace("any", "*")}"` : hostname}` : undefined;
+};
 const HostPattern = term('a host such as www.example.com or "*.example.com"', AUTHORITY, (_, host, port) => {
-  const name = lower(host).replace(/\.$/, "");
+  const name = lower(host).replace(/\.$/, ""), other = otherHost(name);
+  if (other) return new Error(other);
   if (!isHost(name.replace(/^\*\./, "")) || /^\*\.[[\d.]+$/.test(name)) return false;
   return port ? new Error(`routes match hosts on all ports; write ${host}`) : name;
-}, /^(?:\[[^\]]*\]|[^:[\]]*)$/);
+}, /^(?:\[[^\]]*\]|(?![*_]$)[^:[\]]*)$/);
 const ADDRESS = /^(?:(.*):)?(\d{1,5})$/, A_LISTENER = "a port, or an address such as 127.0.0.1:8080 or [::]:8080";
 const readAddress = (_: string, host = "", port: string) =>
   Number(port) < 65536 && (!host || isHost(host)) && { host, port: Number(port) };
@@ -424,14 +442,26 @@ const Path = term(A_PATH, /^\/[!-"$->@-~]*$/, (path) => {
   return new Error("it is taken literally; what follows the match stays by itself, and $1 is a group of {regex: ...}");
 });
 const ONE_SEGMENT = /^(?::([a-z_]\w*)|\{([a-z_]\w*)\})$/i;
+/** What to write for a path of nginx: `= /a`, `^~ /a`, `~ \\.php$`, `~* \\.php$`. */
+const ofNginx = (path: string): string | undefined => {
+  const [, modifier, rest] = /^(=|\^~|~\*?)\s*(\S.*)$/.exec(path) ?? [];
+  if (modifier === undefined) return undefined;
+  if (modifier === "=") return `{exact: ${rest}}`;
+  return modifier === "^~" ? rest : `{regex: '${modifier === "~*" ? "(?i)" : ""}${rest}'}`;
+};
+/** The names of one segment, and of all that follow, as Flask, Next.js, Go and others write them. */
+const OTHER_SEGMENT = /^(?:<(?:\w+:)?(\w+)>|\[(\w+)\])$/;
+const ALL_THAT_FOLLOWS = /\/(?:\{\*{0,2}\w+\.{3}\}|\{\*{1,2}\w+\}|\*\w+|:\w+[*+]|\[\.{3}\w+\]|<path:\w+>)$/;
+const partFor = (piece: string): string => {
+  if (piece === "**") return ".*";
+  return piece.includes(",") ? `(?:${piece.slice(1, -1).replaceAll(",", "|")})` : "[^/]+"; // {a,b}: one of them
+};
 /** A regular expression for a path with stars, or with names inside segments. */
 const regexFor = (path: string): string => {
   const open = path.replace(/\*+$/, "");
   if (!open) return "/";
   const pieces = open.split(/(\*\*|\*|:[a-z_]\w*|\{[^}]*\})/i);
-  const parts = pieces.map((piece, i) =>
-    i % 2 ? piece === "**" ? ".*" : "[^/]+" : piece.replace(/[.+()|[\]^$]/g, "\\$&")
-  );
+  const parts = pieces.map((piece, i) => i % 2 ? partFor(piece) : piece.replace(/[.+()|[\]^$]/g, "\\$&"));
   return `{regex: '${path.startsWith("/") ? "^" : ""}${parts.join("")}${open === path ? "$" : ""}'}`;
 };
 /** What to write for a regular expression that stands where a path does. */
@@ -446,14 +476,19 @@ const insteadOf = (regex: string): string => {
  * pattern and is none is refused, for taken literally it would match nothing.
  */
 const readPattern = (written: string): string | Error => {
-  if (/^\^|[[\]]|\.[*+]|\\[dwsDWS]|\$$/.test(written)) {
+  const nginx = ofNginx(written), before = written.replace(ALL_THAT_FOLLOWS, "");
+  if (nginx) return new Error(`write ${nginx}`);
+  if (before !== written) return new Error(`a path takes all below it: write ${before || "/"}`);
+  const named = written.split("/").map((segment) => segment.replace(OTHER_SEGMENT, ":$1$2")).join("/");
+  if (named !== written) return new Error(`any one segment is :id or {id}: write ${named}`);
+  if (/^\^|[[\]]|\.[*+]|\\[dwsDWS]|\$$|\(.*\|.*\)/.test(written)) {
     return new Error(`a regular expression is {regex: ...}; write ${insteadOf(written)}`);
   }
   const segments = written.split("/");
   const odd = (segment: string) => /^:|[{}*]/.test(segment) && !ONE_SEGMENT.test(segment);
   if (segments.some(odd)) {
-    const named = written.replace(/(?<=\/)\*(?=\/)/g, "{any}");
-    const write = named.split("/").some(odd) ? regexFor(written) : named;
+    const starless = written.replace(/(?<=\/)\*(?=\/)/g, "{any}");
+    const write = starless.split("/").some(odd) ? regexFor(written) : starless;
     return new Error(`a segment is literal, or any one as :id or {id}; /* ends a prefix; otherwise write ${write}`);
   }
   if (/%(?![0-9a-f]{2})|%00|\\|\p{Cs}/iu.test(written)) {
@@ -465,7 +500,7 @@ const readPattern = (written: string): string | Error => {
   });
   return hasDots(normal.join("/")) ? new Error(NO_DOTS) : normal.join("/");
 };
-const PATTERN = /^[/*^][^\x00-\x20?#\x7f]*$/;
+const PATTERN = /^(?:[/*^][^\x00-\x20?#\x7f]*|(?:=|\^~|~\*?) *[!-~]+)$/;
 const SEGMENTS = String
   .raw`(?:/(?::[A-Za-z_]\w*|\{[A-Za-z_]\w*\}|(?!:)(?:[^\x00-\x20?#\x7f/{}*\\%]|%[0-9A-Fa-f]{2})*))`;
 const Exact = term(A_PATH, PATTERN, readPattern, new RegExp(`^${SEGMENTS}+$`));
@@ -675,8 +710,9 @@ const RETRY_CAUSES = ["connect", "reset", "unavailable"] as const; // the last i
 const RetryOn = either("connect, reset, unavailable, or 400 to 599", oneOf(...RETRY_CAUSES), integer(400, 599));
 const Fallback = or("none", "", ServiceName, "a name");
 /** What other programs call the server's own name, and the client's. */
-const OWN_HOST = /^(?:upstream|upstream_hostport|auto|rewrite|\{.*upstream.*|\$proxy_host)$/;
-const SENT_HOST = /^(?:preserve|pass|original|\{.*host.*|\$(?:http_)?host)$/;
+const OWN_HOST =
+  /^(?:upstream|upstream_hostport|backend|target|origin|destination|auto|rewrite|\{.*upstream.*|\$proxy_host)$/;
+const SENT_HOST = /^(?:preserve|pass|original|host|client|request|\{.*host.*|\$(?:http_)?host)$/;
 const HostHeader = term("keep, server or a host such as www.example.com", /^\S+$/, (host) => {
   if (OWN_HOST.test(host)) return new Error("the server's own is called server");
   if (SENT_HOST.test(host)) return new Error("the client's is called keep");
@@ -695,7 +731,13 @@ const Compress = orBrief("true, false or gzip", v.literal("gzip"), () => true, B
 /** What a route may also say, and then wins over its service. */
 const POLICY_KEYS = {
   retries: may(integer(0, 10), "further attempts, always at another server while one is left", 1),
-  retry_on: may(v.array(RetryOn, "$ is not a list"), "what is tried again", ["connect", "reset", 502, 503, 504]),
+  retry_on: may(v.array(RetryOn, "$ is not a list such as [connect, 503]"), "what is tried again", [
+    "connect",
+    "reset",
+    502,
+    503,
+    504,
+  ]),
   timeouts: may(
     Timeouts,
     "until connected, until the headers, between pieces of a body, for all of a request's",
@@ -752,6 +794,7 @@ interface Policy {
 
 const TestSchema = v.pipe(
   either("a value, {regex: ...} or {present: true}", Text, choice({ regex: opt(Regex), present: opt(Bool) })),
+  v.check((test) => test !== "*", "$ would be compared as it is written: for any value write {present: true}"),
   v.transform((test): FieldTest => {
     if (typeof test === "string") return { kind: "is", value: test };
     const { regex, present } = test;
@@ -838,7 +881,7 @@ const PLACE_KEYS = {
 };
 const conditions = {
   scheme: may(oneOf("http", "https", ""), "that the client speaks; asked before all routes that leave it open", ""),
-  methods: may(Methods, "any when empty", []),
+  methods: may(many(RouteMethod, "a method"), "any when empty", []),
   headers: may(tests(HeaderName), "all must hold: the value, {regex: ...} or {present: true}", {}),
   query: may(tests(Text), "all must hold: the value, {regex: ...} or {present: true}", {}),
 };
@@ -1328,6 +1371,7 @@ function readYaml(text: string, findings: Findings): Document | undefined {
       const sentences: Record<string, string> = {
         MULTIPLE_DOCS: "the file holds more than one document",
         NON_STRING_KEY: "a key is a single word",
+        BAD_ALIAS: "text that begins with * stands in quotes",
       };
       say([], sentences[code] ?? unwrapped(message), pos[0]);
     }
@@ -1359,7 +1403,10 @@ function valuesOf(doc: Document, say: Report, env?: Env): unknown {
     if (!isRecord(value)) return value;
     const isMerge = (key: string) => key === "<<" && env !== undefined;
     const sources = isMerge("<<") && Object.hasOwn(value, "<<") ? [value["<<"]].flat().toReversed() : []; // the first wins
-    const brought = sources.flatMap((one) => Object.entries(mapOf(read(one, path))));
+    const brought = sources.flatMap((one) => {
+      if (!isRecord(one)) say([...path, "<<"], `${quote(one)} is not a map, as in <<: *name`);
+      return Object.entries(mapOf(read(one, path)));
+    });
     const own = Object.entries(value).filter(([key]) => !isMerge(key));
     return Object.fromEntries([
       ...brought,
@@ -1393,7 +1440,7 @@ const ALIASES: Record<string, string> = {
   url: "address addr host target server",
   routes: "rules locations route ingress",
   default: "default_backend default_service fallback catch_all",
-  fallback: "backup_service backup",
+  fallback: "backup_service",
   strategy: "balance lb_policy algorithm policy lb_method lb_algorithm load_balancing balancing mode",
   "least-connections": "leastconn least_conn least_connection leastconnections",
   "round-robin": "rr roundrobin round_robin wrr weighted weighted_round_robin static_rr",
@@ -1402,43 +1449,57 @@ const ALIASES: Record<string, string> = {
   "least-response-time": "least_time leasttime least_latency fastest",
   "ip-hash": "source client_ip ip_hash source_ip src iphash",
   health: "healthcheck health_check healthchecks health_checks check probe probes health_uri httpchk active_health",
-  path: "uri url location match rule prefix path_prefix pathprefix endpoint",
+  path: "uri url location match rule prefix path_prefix pathprefix endpoint http http_get httpget",
+  regex: "regexp path_regexp path_regex pattern re matches",
+  exact: "equals equal full",
   expect: "status expect_status expected_status status_code expected_codes codes",
-  fall: "unhealthy_threshold fails max_fails failure_threshold failures",
+  fall: "unhealthy_threshold fails failure_threshold failures",
   rise: "healthy_threshold passes success_threshold successes",
+  interval: "period inter every frequency",
   eject: "circuit_breaker circuitbreaker outlier_detection max_fails fail_timeout passive_health",
+  for: "fail_timeout base_ejection_time duration",
+  failures: "max_fails max_failures threshold errors consecutive_errors consecutive_5xx",
   retries: "retry max_retries num_retries attempts tries lb_retries redispatch retry_policy",
   retry_on: "proxy_next_upstream retry_conditions retry_if",
   max: "maxconn max_conns",
   max_in_flight: "max_connections max_conns maxconn max_requests concurrency",
   "limits.connections": "max_connections maxconn worker_connections",
+  "limits.keep_alive": "keepalive_timeout keep_alive_timeout",
   connections: "max_connections maxconn worker_connections",
   rate: "rate_limit ratelimit limit_req rate_limiting throttle",
   requests: "limit average count rate",
   per: "period window interval time",
+  client: "ip source src client_ip remote_addr",
   by: "key source",
   body_limit: "client_max_body_size max_body_size max_request_body max_body request_body",
   "timeouts.response": "proxy_read_timeout read_timeout response_timeout timeout_server server_timeout",
   "timeouts.connect": "connect_timeout proxy_connect_timeout dial_timeout timeout_connect",
   "timeouts.idle": "idle_timeout",
   "timeouts.request": "request_timeout client_body_timeout timeout_client",
+  host_header: "pass_host_header preserve_host host_override",
+  response: "read server header response_header ttfb receive",
   slow_start: "slowstart warmup warm_up",
   compress: "gzip compression encode brotli deflate",
   strip: "strip_prefix strippath strip_path handle_path",
   rewrite: "replace_path url_rewrite rewrite_target add_prefix",
   status: "code status_code",
   redirect: "redir return redirect_to",
+  to: "url uri location target destination",
   respond: "static_response fixed_response direct_response return",
   split: "canary traffic_split weights weighted",
   mirror: "shadow request_mirror mirroring",
   trust: "trusted_proxies set_real_ip_from real_ip_from trusted trust_proxy forwarded_headers",
   log: "access_log accesslog logging logs",
-  allow: "whitelist allowlist ip_whitelist ip_allowlist",
-  deny: "blacklist denylist ip_denylist block",
+  allow: "whitelist allowlist ip_whitelist ip_allowlist ip_allow_list",
+  deny: "blacklist denylist ip_denylist block ip_deny_list",
   sticky: "session sessions session_affinity affinity stickiness sticky_session sticky_sessions cookie persistence",
+  max_age: "ttl expires expiry lifetime",
+  cookie: "name cookie_name",
   cert: "certificate cert_file ssl_certificate crt certfile",
   key: "key_file private_key ssl_certificate_key keyfile",
   tls: "ssl certificates https",
+  size: "max length limit depth",
+  http: "protocol proto http2 http_version",
   listen: "frontend frontends port ports bind address listeners listener entrypoints entry_points",
   host: "match rule domain domains hostname host_name server_name vhost",
   methods: "method verbs",
@@ -1448,7 +1509,7 @@ const ALIASES: Record<string, string> = {
   allow_methods: "allowed_methods methods",
   allow_headers: "allowed_headers headers",
   credentials: "allow_credentials",
-  admin: "api stats dashboard management",
+  admin: "api stats dashboard management metrics prometheus",
   ca: "ca_file root_ca trusted_ca ca_cert",
   servername: "sni server_name",
   insecure: "insecure_skip_verify skip_verify tls_insecure_skip_verify",
@@ -1458,7 +1519,22 @@ const ALIASES: Record<string, string> = {
     "auth basic_auth basicauth jwt oauth",
   "no files are served here: name a server that does, such as servers: [localhost:8081]":
     "root file_server static files",
+  "write --workers N on the command line": "workers threads nbthread worker_processes",
+  "the more specific route wins": "priority",
+  tcp: "stream streams",
 };
+
+const A_PROBE_ADDRESS = "servers are probed where they are asked",
+  COOKIE_IS = "it is HttpOnly and SameSite=Lax, over https also Secure";
+/** The same for keys of one map, which is told by a key that it knows. */
+const HINTS_BESIDE: [known: string, names: RegExp, hint: string][] = [
+  ["exact", /^(?:path_?)?prefix$/, "a path alone is a prefix, as in path: /api"],
+  ["weight", /^port$/, 'the port belongs to the URL, as in { url: "10.0.0.1:8080" }'],
+  ["weight", /^(?:name|id)$/, "a server's name is its host and port"],
+  ["rise", /^(?:port|host|scheme)$/, A_PROBE_ADDRESS],
+  ["rise", /^(?:type|protocol|mode)$/, 'with path it is HTTP, with grpc: "" gRPC, else a TCP connect'],
+  ["max_age", /^(?:secure|http_?only|same_?site)$/, COOKIE_IS],
+];
 
 const asWritten = (name: string): string => name.includes(".") ? name.replace(/\.(.*)/, ": { $1 }") : `"${name}"`;
 const firstPart = (name: string): string => name.split(".")[0]!;
@@ -1487,6 +1563,9 @@ const inWords = (words: string[]): string => {
 function guess(wrong: string, known: string[], isKey = false): string {
   const plain = lower(wrong.replace(/(?<=[a-z])(?=[A-Z])|[-. ]+/g, "_"));
   const meant = Object.keys(ALIASES).filter((name) => ALIASES[name]!.split(" ").includes(plain));
+  const placed = isKey && HINTS_BESIDE.find(([key, names]) => known.includes(key) && names.test(plain));
+  if (placed) return `; ${placed[2]}`;
+  if (known.includes(plain)) return `; did you mean ${quote(plain)}?`;
   const sentence = meant.find((name) => name.includes(" "));
   if (sentence) return isKey ? `; ${sentence}` : "";
   const here = meant.filter((name) => known.includes(firstPart(name)));
@@ -1512,7 +1591,8 @@ function reportIssue({ issue, path }: { issue: Issue; path: Keys }, say: Report)
     }
     return say(path, `${UNKNOWN_KEY}${guess(name, known, true) || `; allowed: ${known.join(", ")}`}`, "key");
   }
-  const isSecret = path.some((key) => SECRET.test(String(key)));
+  const namesCookie = (i: number) => path[i] === "cookie" && /^(?:sticky|hash)$/.test(String(path[i - 1]));
+  const isSecret = path.some((key, i) => SECRET.test(String(key)) && !namesCookie(i));
   const shown = ofKey ? quote(name) : isSecret ? "***" : quote(issue.input);
   return say(path, issue.message.replace(/^\$/, () => shown), ofKey ? "key" : undefined);
 }
@@ -1553,11 +1633,11 @@ const itemsOf = (own: Raw, path: Keys, key: string): [path: Keys, item: unknown]
 };
 const urlsOf = (own: Raw, path: Keys): [path: Keys, url: string][] =>
   itemsOf(own, path, "servers").map(([at, server]) => [at, String(writtenServer(server))]);
-/** How many groups a path's regular expression has; what is no expression is rewritten literally. */
+/** How many groups a path has: those of its regular expression, or none. */
 function groupsOf(path: unknown): number {
   const { regex } = mapOf(path);
   try {
-    return typeof regex === "string" ? RE2JS.compile(regex).groupCount() : Infinity;
+    return typeof regex === "string" ? RE2JS.compile(regex).groupCount() : 0;
   } catch { // said elsewhere
     return Infinity;
   }
@@ -1569,7 +1649,7 @@ function checkShares(shares: unknown[], complain: Complain): void {
   const sum = percent.reduce<number>((sum, share) => sum + parseFloat(String(share)), 0);
   if (percent.length > 0 && percent.length < shares.length) complain("shares are all percentages, or all weights");
   else if (percent.length > 0 && Math.abs(sum - 100) > 0.5) complain(`the percentages add up to ${sum}%, not to 100%`);
-  else if (shares.length > 0 && shares.every((share) => share === 0)) complain("no service has a weight above 0");
+  else if (shares.every((share) => share === 0)) complain("no service has a weight above 0");
 }
 
 /** A service that falls back to others must not come back to itself. */
@@ -1584,24 +1664,42 @@ function checkFallbacks(file: Raw, say: Report) {
   }
 }
 
+/** An empty list would stand for any, where somebody may have taken out the last of it. */
+function checkEmpty(path: Keys, entry: Raw, say: Report) {
+  for (const key of ["host", "path", "allow"]) {
+    const list = entry[key];
+    if (Array.isArray(list) && !list.length) say([...path, key], `is empty: leave ${key} out for any`);
+  }
+}
+
 const HASH_OF =
   "hash needs what to hash, as in { hash: { header: x-user } }, or cookie, query, path: true, client: true";
-/** Reports names that nothing has. */
-const checkName = (say: Report, path: Keys, name: unknown, what: string, names: string[], at?: "key"): void => {
-  if (typeof name !== "string" && typeof name !== "number" || names.includes(`${name}`)) return;
+/** Reports names that nothing has; without `names` they are not known, and it has been said why. */
+const checkName = (
+  say: Report,
+  path: Keys,
+  name: unknown,
+  what: string,
+  names: string[] | undefined,
+  at?: "key",
+): void => {
+  if (!names || typeof name !== "string" && typeof name !== "number" || names.includes(`${name}`)) return;
   const there = names.join(", ").slice(0, 200) || "there is none";
   say(path, `${quote(name)} is not a ${what} (${there})${guess(`${name}`, names)}`, at);
 };
 /** Checks a route, or `default`, by itself. */
-function checkRoute([path, own]: Placed, services: string[], say: Report): void {
+function checkRoute([path, own]: Placed, services: string[] | undefined, say: Report): void {
   const has = ACTIONS.filter((name) => Object.hasOwn(own, name)), but = has.length ? `, not ${has.join(" and ")}` : "";
   const isMisnamed = Object.keys(own).some((key) => !Object.hasOwn(ROUTE_KEYS, key) && guess(key, ACTIONS)); // said already
   if (has.length > 1 || !has.length && !isMisnamed) say(path, `needs exactly one of ${ACTIONS.join(", ")}${but}`);
+  checkEmpty(path, own, say);
   checkName(say, [...path, "service"], own.service, "service", services);
   checkName(say, [...path, "mirror", "service"], mapOf(own.mirror).service, "service", services);
   const split = Object.entries(mapOf(own.split));
   for (const [name] of split) checkName(say, [...path, "split", name], name, "service", services, "key");
-  checkShares(split.map(([, share]) => share), (message) => say([...path, "split"], message));
+  if (isRecord(own.split)) {
+    checkShares(split.map(([, share]) => share), (message) => say([...path, "split"], message));
+  }
   for (const key of has.includes("servers") ? [] : Object.keys(own)) {
     if (!Object.hasOwn(settings, key) || Object.hasOwn(POLICY_KEYS, key)) continue;
     say([...path, key], "belongs to a service: it stands there, or beside servers", "key");
@@ -1617,7 +1715,9 @@ function checkRoute([path, own]: Placed, services: string[], say: Report): void 
 }
 /** Checks what the schema cannot: names that other places of the file give, and keys that do not go together. */
 function checkFile(file: Raw, more: string[], say: Report) {
-  const services = Object.keys(mapOf(file.services)), entries = entriesOf(file), taken = new Set<string>();
+  const services = isRecord(file.services ?? {}) ? Object.keys(mapOf(file.services)) : undefined;
+  const entries = entriesOf(file), taken = new Set<string>();
+
   for (const [path, own] of [...topMap(file, "defaults"), ...mapsIn(file, "services", "tcp"), ...entries]) {
     if (own.strategy === "hash") say([...path, "strategy"], HASH_OF);
     else checkName(say, [...path, "strategy"], own.strategy, "strategy", [...STRATEGIES, ...more]);
@@ -1633,12 +1733,13 @@ function checkFile(file: Raw, more: string[], say: Report) {
   checkTcp(file, say);
   checkHttp2(file, say);
   checkPorts(file, say);
-  const isEmpty = !hasRoutes(file), isLeftOut = ROUTED.every((key) => [file[key] ?? []].flat().length === 0);
+  const isEmpty = !hasRoutes(file),
+    isLeftOut = ROUTED.every((key) => !Object.hasOwn(file, key) || Array.isArray(file[key]) && !file[key].length);
   if (!isEmpty && Array.isArray(file.listen) && !file.listen.length) say(["listen"], "is empty: nobody could ask");
-  const later = isTrue(file.name_routes) && services.length === 0; // they come over the admin API
+  const later = isTrue(file.name_routes) && services?.length === 0; // they come over the admin API
   const isKnown = Object.keys(file).every((key) => Object.hasOwn(RoutesFile.entries, key)); // else it may be under that
   if (isEmpty && !later && isLeftOut && isKnown && !file.fleet) { // a fleet may have routes for it
-    const [name = "shop"] = services;
+    const [name = "shop"] = services ?? [];
     say([], `no way leads to a server: write default: ${name}, or hosts, paths, routes or tcp`);
   }
 }
@@ -1677,6 +1778,8 @@ function checkPorts(file: Raw, say: Report) {
     const address = String(isRecord(one) ? one.address : one);
     if (taken.has(address) && !/^(.*:)?0$/.test(address)) say(at, `${address} is listened on already`);
     taken.add(address);
+    const { tls } = mapOf(one);
+    if (Array.isArray(tls) && !tls.length) say([...at, "tls"], "is empty: without TLS leave it out");
   }
 }
 
@@ -1700,6 +1803,17 @@ const unique = (name: string, taken: { has(name: string): boolean }) => {
   for (let i = 2; taken.has(free); i++) free = `${name}#${i}`;
   return free;
 };
+const READ_ERRORS: Partial<Record<string, string>> = {
+  ENOENT: "there is no such file",
+  EACCES: "this user may not read it",
+  EISDIR: "it is a folder",
+};
+/** Why a file cannot be read, in the same words on all runtimes. */
+function whyUnreadable(error: unknown): string {
+  if (error instanceof TypeError) return "it is not UTF-8: save it in that encoding"; // TextDecoder's
+  const { code = "", message } = error as Error & { code?: string };
+  return READ_ERRORS[code] ?? message;
+}
 /** Files that routes.yml names lie beside it, unless their names begin at the root. */
 const beside = (file: string, name: string): string =>
   !name || /^(?:[a-z]:)?[/\\]/i.test(name) ? name : file.replace(/[^/\\]*$/, "") + name;
@@ -1842,7 +1956,10 @@ function findShadows(routes: RouteConfig[]): Map<RouteConfig, RouteConfig[]> {
   return shadows;
 }
 
-/** Warns of routes that no request can reach, and of services that no route leads to. */
+/** What a route may say about requests that go to servers. */
+const FOR_SERVERS = ["strip", "rewrite", "request", "mirror", "retries", "retry_on", "compress", "host_header"];
+
+/** Warns of routes that no request can reach, of services that no route leads to, and of keys without effect. */
 function warn(routes: Map<RouteConfig, Keys>, file: Raw, say: Report): void {
   for (const [route, covers] of findShadows([...routes.keys()])) {
     const path = routes.get(route)!, verb = covers.length > 1 ? "take" : "takes";
@@ -1854,6 +1971,14 @@ function warn(routes: Map<RouteConfig, Keys>, file: Raw, say: Report): void {
   for (const { action, mirror } of routes.keys()) {
     if (action.kind === "forward") action.targets.forEach(use);
     used.add(mirror.service);
+  }
+  for (const [path, entry] of entriesOf(file)) {
+    const action = entry.redirect ? "redirect" : entry.respond && "respond";
+    for (const key of action ? FOR_SERVERS : []) {
+      if (!/^(?:undefined|false|off)$/.test(String(entry[key]))) {
+        say([...path, key], `has no effect: a ${action} asks no server`, "key");
+      }
+    }
   }
   for (const [path] of mapsIn(file, "services")) {
     if (!used.has(String(path[1]))) say(path, "nothing leads to this service", "key");
@@ -3342,6 +3467,9 @@ function parseFields(text: string): ParsedFields {
   };
 }
 
+/** Expect is a list (RFC 9110 section 10.1.1), and some clients add to it what stands there already. */
+const ONLY_CONTINUE = /^100-continue(?:[ \t]*,[ \t]*100-continue)*$/i;
+
 /** Clients and servers send the same fields again and again: a hit saves 1 to 3 us of parsing. */
 const knownFields = memo(parseFields, 2_048);
 
@@ -3393,7 +3521,7 @@ function parseRequestHead(text: string, maxFields: number): FramedHead {
     if (fields.count < 0 || length === "?") return "bad-request";
     if (encoding && (!chunked || length || version === "1.0")) return "bad-request";
     if (fields.hosts > 1 || version === "1.1" && fields.hosts === 0) return "bad-host";
-    return fields.expect && version === "1.1" && !/^100-continue$/i.test(fields.expect) ? "bad-expect" : undefined;
+    return fields.expect && version === "1.1" && !ONLY_CONTINUE.test(fields.expect) ? "bad-expect" : undefined;
   })();
   const closes = hasOption(connection, CLOSE_OPTION), stays = hasOption(connection, KEEP_ALIVE_OPTION);
   return {
@@ -4756,7 +4884,7 @@ function readPem(file: string, kind: Pem): string {
     return text.match(new RegExp(`-----BEGIN ([A-Z ]*)${kind}-----[^]*?-----END \\1${kind}-----`, "g"))?.join("\n") ??
       "";
   } catch (error) {
-    throw new Error(`${file} cannot be read: ${(error as Error).message}`);
+    throw new Error(`${file} cannot be read: ${whyUnreadable(error)}`);
   }
 }
 
@@ -5060,7 +5188,7 @@ function http2RequestHead({ fields: given, size, secret }: HeaderBlock, limits: 
     if (!isWhole || !mayExtend) return "bad-request";
     if (named?.includes(",")) return "bad-host";
     if (named !== undefined && authority !== undefined && !sameAuthority(authority, named)) return "bad-host";
-    return expect && !/^100-continue$/i.test(expect) ? "bad-expect" : undefined;
+    return expect && !ONLY_CONTINUE.test(expect) ? "bad-expect" : undefined;
   })();
   return {
     method: protocol ? "GET" : method,
@@ -8175,15 +8303,25 @@ const fieldAction = memo((spelled): FieldAction => {
   return name === folded ? "trusted" : "drop";
 });
 
-/** No value that counts in these lists has a comma or a semicolon, not in quotes either. */
-const splitBy = (text: string | undefined, separator: string): string[] =>
-  text === undefined ? [] : text.split(separator).map((piece) => piece.trim());
-const FORWARDED_PARAMETER = /^([\w-]+)=(?:"([^"\\]*)"|([^\s"]*))$/;
+/**
+ * The elements of a list, without empty ones (RFC 9110 section 5.6.1). A comma or semicolon in quotes separates nothing, unless
+ * quotes stay open: then the client has opened them to hide what the proxies have added behind.
+ */
+function splitBy(text = "", separator: "," | ";"): string[] {
+  const isClosed = !text.includes('"') || /^(?:[^"]|"(?:[^"\\]|\\.)*")*$/.test(text);
+  const pieces = isClosed && text.includes('"') ? text.match(QUOTED_PIECES[separator]) ?? [] : text.split(separator);
+  return pieces.map((piece) => piece.trim()).filter(Boolean);
+}
+const QUOTED_PIECES = {
+  ",": /(?:[^",]|"(?:[^"\\]|\\.)*")+/g,
+  ";": /(?:[^";]|"(?:[^"\\]|\\.)*")+/g,
+};
+const FORWARDED_PARAMETER = /^([\w-]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s"]*))$/;
 
 /** The parameters of an entry of Forwarded (RFC 7239 section 4); none where it is not valid, or says a thing twice. */
 function parametersOf(entry: string): Map<string, string> {
   const parameters = new Map<string, string>();
-  for (const text of splitBy(entry, ";").filter(Boolean)) {
+  for (const text of splitBy(entry, ";")) {
     const [, name = "", quoted, plain = ""] = FORWARDED_PARAMETER.exec(text) ?? [];
     if (!name || parameters.has(lower(name))) return new Map();
     parameters.set(lower(name), quoted ?? plain);
@@ -13317,7 +13455,7 @@ function misused({ code, message }: { code: string; message: string }): string {
   const [, option = ""] = /'(?:-\w, )?(--?[\w-]+)/.exec(message) ?? [], names = Object.keys(OPTIONS);
   const hint = guess(option.replace(/^-+/, ""), names).replace(/"(?=\w)/g, '"--');
   if (code === "ERR_PARSE_ARGS_UNKNOWN_OPTION") return `${option} is not an option${hint}`;
-  return `${option} ${/argument missing/.test(message) ? "needs a value" : "takes no value"}`;
+  return `${option} ${/argument (?:missing|is ambiguous)/.test(message) ? "needs a value" : "takes no value"}`;
 }
 
 function readCall(args: string[], env: Call["env"]): Call {
@@ -13371,17 +13509,12 @@ function loadConfig({ file, env, listen, admin, log }: Call, text = readText(fil
   return config;
 }
 
-const READ_ERRORS: Record<string, string> = {
-  ENOENT: "there is no such file; -c FILE names another one, --demo needs none",
-  EACCES: "this user may not read it",
-  EISDIR: "it is a folder",
-};
 function readText(file: string): string {
   try {
     return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(fs.readFileSync(file)); // fatal: saving would lose bytes
   } catch (error) {
-    const { code = "", message: said } = error as Error & { code?: string };
-    const message = `cannot be read: ${READ_ERRORS[code] ?? said}`;
+    const why = whyUnreadable(error), isMissing = (error as { code?: string }).code === "ENOENT";
+    const message = `cannot be read: ${why}${isMissing ? "; -c FILE names another one, --demo needs none" : ""}`;
     throw new ConfigError(file, [{ line: 1, column: 1, path: "", message }]);
   }
 }

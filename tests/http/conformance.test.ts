@@ -924,6 +924,16 @@ const expects: Row[] = [
     check: all(interimAre(100), bodyIs("hello")),
   },
   {
+    name: "Expect: 100-Continue as a list of itself",
+    send: [
+      post("Content-Length: 5\r\nExpect: 100-continue\r\nExpect: 100-Continue, 100-continue\r\n"),
+      answered,
+      "hello",
+    ],
+    expect: "200",
+    check: all(interimAre(100), bodyIs("hello")),
+  },
+  {
     name: "Expect: 100-continue with chunks",
     send: [post(`${CHUNKED}${EXPECT}`), answered, chunk("hello") + LAST_CHUNK],
     expect: "200",

@@ -163,6 +163,19 @@ const TOLD: Record<string, Told> = {
     proxies: [],
   },
   "a quote that a client has left open: P4": { sent: `Forwarded: for="198.51.100.1\r\nForwarded: for=${CLIENT}\r\n` },
+  "a quote that a client has left open in front of a proxy's own: P4": {
+    sent: `Forwarded: for="198.51.100.1\r\nForwarded: for="${CLIENT}:443";proto=https\r\n`,
+    scheme: "https",
+  },
+  "commas and semicolons in quotes: P4": {
+    sent: `Forwarded: secret="a, for=198.51.100.1;\\"b";for=${CLIENT};proto=https\r\n`,
+    scheme: "https",
+  },
+  "empty elements of a list: P4": {
+    sent: `X-Forwarded-For: ,${CLIENT},\r\nX-Forwarded-For:\r\nX-Forwarded-For: 10.0.0.1, ,\r\n`,
+    proxies: ["10.0.0.1", "127.0.0.1"],
+  },
+  "empty elements of Forwarded: P4": { sent: `Forwarded: ,for=${CLIENT};;proto=https; ,\r\n`, scheme: "https" },
   "an entry of Forwarded that says a thing twice: P4": {
     sent: `Forwarded: for=198.51.100.1;for=${CLIENT};proto=https\r\n`,
     ...{ client: "127.0.0.1", proxies: [] },

@@ -321,10 +321,23 @@ const PLAIN_SENTENCES: [args: string[], code: number, said: RegExp][] = [
   [["--port"], 2, /^--port needs a value\n/],
   [["-p"], 2, /^--port needs a value\n/],
   [["--check=yes"], 2, /^--check takes no value\n/],
+  [["--workers", "-1"], 2, /^--workers needs a value\n/],
+  [
+    ["--check", "utf16.yml"],
+    1,
+    /^utf16\.yml:1:1: cannot be read: it is not UTF-8: save it in that encoding\n$/,
+  ],
+  [
+    ["--check", "tls.yml"],
+    1,
+    /^tls\.yml: listen\[0\]: none\.pem cannot be read: there is no such file\n$/,
+  ],
 ];
+const TLS = 'listen: { address: 1, tls: { cert: none.pem, key: none.pem } }\ndefault: { servers: ["a:1"] }\n';
 for (const [args, code, said] of PLAIN_SENTENCES) {
   test(`one sentence says what is wrong with ${args.join(" ")}`, () =>
-    fine(async (folder) => {
+    inFolder({ "routes.yml": FINE, "tls.yml": TLS }, async (folder) => {
+      writeFileSync(join(folder, "utf16.yml"), Buffer.from(`\ufeff${FINE}`, "utf16le"));
       const found = await call(args, { cwd: folder });
       assert.equal(found.code, code);
       assert.match(found.err, said);

@@ -312,7 +312,7 @@ for (
     ["/f/**/x", "{regex: '^/f/.*/x$'}"],
     ["*", "/"],
     ["/f/:name.json", "{regex: '^/f/[^/]+\\.json$'}"],
-    ["/f/{rest...}", "{regex: '^/f/[^/]+$'}"],
+    ["/f/{a,b}", "{regex: '^/f/(?:a|b)$'}"],
     ["/f/:", "{regex: '^/f/:$'}"],
     [{ exact: "/a/*" }, "{regex: '^/a/'}"],
   ] as const
@@ -327,6 +327,31 @@ for (
 
 for (
   const [path, write] of [
+    ["= /a", "{exact: /a}"],
+    ["^~ /a", "/a"],
+    ["~ ^/a", "{regex: '^/a'}"],
+    ["~* \\.php$", "{regex: '(?i)\\.php$'}"],
+    ["/f/{rest...}", "/f"],
+    ["/f/{*rest}", "/f"],
+    ["/f/{**rest}", "/f"],
+    ["/f/*rest", "/f"],
+    ["/f/:rest*", "/f"],
+    ["/f/[...rest]", "/f"],
+    ["/*rest", "/"],
+    ["/users/<int:id>/x", "/users/:id/x"],
+    ["/users/[id]", "/users/:id"],
+  ]
+) {
+  test(`a path as nginx and frameworks write it is refused with what to write: ${path}`, () => {
+    const [said, ...more] = mistakes(`${SHOP}routes: [{ service: shop, path: ${JSON.stringify(path)} }]`);
+    assert.deepEqual(more, []);
+    assert.ok(said!.endsWith(`: write ${write}`), said);
+    route(`{ service: shop, path: ${write} }`);
+  });
+}
+
+for (
+  const [path, write] of [
     ["^/api", "{regex: '^/api'}"],
     ["/api/.*", "/api"],
     ["/api/(.*)$", "/api"],
@@ -336,6 +361,7 @@ for (
     ["/v\\d+/x", "{regex: '^/v\\d+/x'}"],
     ["/a.+", "{regex: '^/a.+'}"],
     ["/f/{id:[0-9]+}/x", "{regex: '^/f/[0-9]+/x'}"],
+    ["/(a|b)", "{regex: '^/(a|b)'}"],
   ]
 ) {
   test(`a regular expression in place of a path is refused with what to write: ${path}`, () => {
@@ -484,7 +510,19 @@ routes:
 
 // Where a key stands, keys and what is said of each; "key" alone: did you mean "key"?
 const KEYS_OF_OTHERS: [
-  where: "top" | "service" | "server" | "health" | "route" | "limits" | "tls" | "cors",
+  where:
+    | "top"
+    | "service"
+    | "server"
+    | "sticky"
+    | "queue"
+    | "eject"
+    | "path"
+    | "health"
+    | "route"
+    | "limits"
+    | "tls"
+    | "cors",
   keys: string,
   said: string,
 ][] = [
@@ -534,6 +572,27 @@ const KEYS_OF_OTHERS: [
   ["limits", "max_connections", 'did you mean "connections"?'],
   ["tls", "certificate cert_file", "cert"],
   ["tls", "key_file", "key"],
+  ["top", "workers threads worker_processes", "write --workers N on the command line"],
+  ["top", "keepalive_timeout", "did you mean limits: { keep_alive }?"],
+  ["top", "stream", "tcp"],
+  ["top", "LISTEN", "listen"],
+  ["service", "backup", "backup belongs to a server: { url, backup }"],
+  ["service", "passHostHeader preserve_host", "host_header"],
+  ["service", "protocol", "http"],
+  ["server", "port", 'the port belongs to the URL, as in { url: "10.0.0.1:8080" }'],
+  ["server", "name", "a server's name is its host and port"],
+  ["server", "max_fails", "eject belongs to a service"],
+  ["health", "period inter", "interval"],
+  ["health", "port", "servers are probed where they are asked"],
+  ["health", "type", 'with path it is HTTP, with grpc: "" gRPC, else a TCP connect'],
+  ["route", "priority", "the more specific route wins"],
+  ["sticky", "name", "cookie"],
+  ["sticky", "ttl", "max_age"],
+  ["sticky", "secure sameSite", "it is HttpOnly and SameSite=Lax, over https also Secure"],
+  ["queue", "max", "size"],
+  ["eject", "max_fails", "failures"],
+  ["path", "prefix", "a path alone is a prefix, as in path: /api"],
+  ["path", "path_regexp", "regex"],
   ["cors", "allowed_origins", "origin"],
 ];
 for (const [where, keys, said] of KEYS_OF_OTHERS) {
@@ -541,13 +600,17 @@ for (const [where, keys, said] of KEYS_OF_OTHERS) {
     const place = (at: string) => at === where ? `, ${key}: 1` : "";
     const file = `services: { shop: { servers: [{ url: a:1${place("server")} }], health: { path: /${
       place("health")
-    } }, cors: { max_age: 0s${place("cors")} }${place("service")} } }
-routes: [{ path: /, service: shop${place("route")} }]
+    } }, cors: { max_age: 0s${place("cors")} }, sticky: { cookie: a${place("sticky")} }, queue: { size: 1${
+      place("queue")
+    } }, eject: { failures: 1${place("eject")} }${place("service")} } }
+routes: [{ path: { exact: /a${place("path")} }, service: shop${place("route")} }]
 limits: { requests: 1${place("limits")} }
 listen: [{ address: 1, tls: { cert: c, key: k${place("tls")} } }]
 ${where === "top" ? `${key}: 1` : ""}`;
-    const hint = said.match(`"${key}": (did you mean "\\w+"\\?)`)?.[1] ??
-      (/ /.test(said) ? said.replace("KEY", key) : `did you mean "${said}"?`);
+    const hint = said.includes('{ url: "') || said.includes('grpc: "')
+      ? said
+      : said.match(`"${key}": (did you mean "\\w+"\\?)`)?.[1] ??
+        (/ /.test(said) ? said.replace("KEY", key) : `did you mean "${said}"?`);
     test(`in ${where}, ${key} is unknown: ${hint}`, () => {
       const [one, ...more] = mistakes(file);
       assert.deepEqual([one!.replace(/^\S+ \S+ /, ""), more], [`unknown key; ${hint}`, []]);
@@ -644,6 +707,59 @@ const ONE_SENTENCE: [text: string, ...expected: string[]][] = [
     `${SHOP}default: { split: { shop: 90%, shop2: 20 } }`,
     '2:32: default.split.shop2: "shop2" is not a service (shop); did you mean "shop"?',
     "2:19: default.split: shares are all percentages, or all weights",
+  ],
+  [`${SHOP}default: { split: {} }`, "2:19: default.split: no service has a weight above 0"],
+  [
+    `${SHOP}routes: [{ host: [], path: [], allow: [], service: shop }]`,
+    "2:18: routes[0].host: is empty: leave host out for any",
+    "2:28: routes[0].path: is empty: leave path out for any",
+    "2:39: routes[0].allow: is empty: leave allow out for any",
+  ],
+  [
+    `${SHOP}routes: [{ methods: [GET|POST, ALL, "*"], service: shop }]`,
+    '2:22: routes[0].methods[0]: "GET|POST" is not a method that can be forwarded, such as GET: write [GET, POST]',
+    '2:32: routes[0].methods[1]: "ALL" is not a method that can be forwarded, such as GET: leave methods out for any',
+    '2:37: routes[0].methods[2]: "*" is not a method that can be forwarded, such as GET: leave methods out for any',
+  ],
+  [
+    `${SHOP}routes: [{ host: [_, .a.b, bücher.test], service: shop }]`,
+    '2:19: routes[0].host[0]: "_" is not a host such as www.example.com or "*.example.com": leave host out for any',
+    '2:22: routes[0].host[1]: ".a.b" is not a host such as www.example.com or "*.example.com": write [a.b, "*.a.b"]',
+    '2:28: routes[0].host[2]: "bücher.test" is not a host such as www.example.com or "*.example.com": write xn--bcher-kva.test',
+  ],
+  [
+    `${SHOP}default: { service: shop, request: { headers: { set: { a: $remote_addr, b: "{client_ip}", c: "%[src]" }, remove: [x-*] } } }`,
+    ...["a", "b", "c"].map((name, i) =>
+      `2:${[59, 76, 94][i]}: default.request.headers.set.${name}: "${
+        ["$remote_addr", "{client_ip}", "%[src]"][i]
+      }" would be sent as it is written: the only variables are \${NAME} of the environment`
+    ),
+    '2:115: default.request.headers.remove[0]: "x-*" is not a header name that a rule may change',
+  ],
+  [
+    `${SHOP}routes: [{ headers: { x: "*" }, rewrite: /v2/$1, service: shop }]`,
+    '2:26: routes[0].headers.x: "*" would be compared as it is written: for any value write {present: true}',
+    "2:42: routes[0].rewrite.path: $1 is none of the groups of every path",
+  ],
+  [
+    "listen: { address: 443, tls: [] }\ndefault: { servers: [a:1], host_header: backend, retry_on: 503 }",
+    "1:30: listen.tls: is empty: without TLS leave it out",
+    '2:41: default.host_header: "backend" is not keep, server or a host such as www.example.com: the server\'s own is called server',
+    "2:60: default.retry_on: 503 is not a list such as [connect, 503]",
+  ],
+  [
+    'default: { servers: [a:1], sticky: { cookie: "a b" }, strategy: { hash: { path: x } } }',
+    '1:46: default.sticky.cookie: "a b" is not a cookie name',
+    '1:81: default.strategy.hash.path: "x" is not true',
+  ],
+  ["default: *shop", "1:10: default: *shop names nothing above; text that begins with * stands in quotes"],
+  [
+    "services: { shop: { <<: usual, servers: [a:1] } }\ndefault: shop",
+    '1:25: services.shop["<<"]: "usual" is not a map, as in <<: *name',
+  ],
+  [
+    "services: [{ name: shop }]\ndefault: shop",
+    "1:11: services: a list is not a map such as { shop: { servers: [localhost:8081] } }",
   ],
   [`${SHOP}default: { redirect: b.test }`, '2:22: default.redirect: "b.test" is not a URL or path to go to'],
   [`${SHOP}default: { respond: 4040 }`, "2:21: default.respond: 4040 is not a whole number from 200 to 599"],
@@ -927,7 +1043,11 @@ default: shop`,
     `${SHOP}routes: [{ host: ["*", a.*.b, "*.1.2.3.4"], service: shop }]`,
     ...['19: routes[0].host[0]: "*"', '24: routes[0].host[1]: "a.*.b"', '31: routes[0].host[2]: "*.1.2.3.4"'].map((
       at,
-    ) => `2:${at} is not a host such as www.example.com or "*.example.com"`),
+    ) =>
+      `2:${at} is not a host such as www.example.com or "*.example.com"${
+        at.endsWith(`"*"`) ? ": leave host out for any" : ""
+      }`
+    ),
   ],
   [
     `${SHOP}hosts: [{ host: "*.a.test:8080", service: shop }]`,
@@ -1162,6 +1282,11 @@ const UNREACHED: [routes: string, ...expected: string[]][] = [
   ["[{ service: shop }]\ndefault: next", "default: can never be reached: routes[0] takes all of its requests"],
   ["[{ path: /x, service: shop }]\ndefault: next"],
   ["[{ path: /x, service: shop }]", "services.next: nothing leads to this service"],
+  [
+    "[{ path: /x, respond: 404, rewrite: /y, mirror: off }, { path: /y, redirect: /z, strip: true }]\nname_routes: true",
+    "routes[0].rewrite: has no effect: a respond asks no server",
+    "routes[1].strip: has no effect: a redirect asks no server",
+  ],
   ["[{ path: /x, service: shop, mirror: next }]"],
   ["[{ path: /x, split: { shop: 1, next: 0 } }]"],
   ["[{ path: /x, service: shop }]\nname_routes: true"],
