@@ -1865,12 +1865,13 @@ function expandConfig(file: Raw, read: FileRead, say: Report) {
     names.add(name);
     const own = servers ? unique(name, services) : service;
     if (servers) add(own!, path, raw, servers);
+    const said = pickKeys(raw, POLICY_KEYS), isSilent = Object.keys(said).length === 0;
     const policyOver = (under: Raw) =>
-      readValue(PolicyMap, layer(pickKeys(under, POLICY_KEYS), pickKeys(raw, POLICY_KEYS)), say, path) as Policy;
+      readValue(PolicyMap, layer(pickKeys(under, POLICY_KEYS), said), say, path) as Policy;
     const target = ([name, weight]: [string, number]): Target => {
-      const { fallback } = services.get(name)!;
+      const config = services.get(name)!, { fallback } = config;
       return {
-        ...{ service: name, weight, policy: policyOver(raws.get(name)!) },
+        ...{ service: name, weight, policy: isSilent ? config : policyOver(raws.get(name)!) },
         fallback: services.has(fallback) ? target([fallback, 0]) : undefined, // none, or one that is not valid
       };
     };
