@@ -15,7 +15,7 @@ import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import { brotliCompressSync, deflateSync, gunzipSync, gzipSync, zstdCompressSync } from "node:zlib";
 import { createLoadBalancer, EtcdClient, parseConfig } from "../../lb.ts";
-import { eventually, startBackend, startInstance } from "../rig/engines.ts";
+import { eventually, skip as noEtcd, startBackend, startEtcd, startInstance } from "../rig/engines.ts";
 import { checkEngine } from "../rig/fleet.ts";
 import { BINARY, handshake, openWebSocket, webSocketServer } from "../rig/websocket.ts";
 import {
@@ -920,4 +920,22 @@ test("instances elsewhere join over the Durable Object; where they probe, isolat
     async () => (await b.fleet()).instances.length === 1,
     20_000,
   );
+});
+
+test("an isolate lists etcd itself, where there is no Durable Object", { skip: skip || noEtcd }, async (t) => {
+  const ends: (() => unknown)[] = [];
+  t.after(async () => {
+    for (const end of ends) await end();
+  });
+  const etcd = await startEtcd({ after: (end) => void ends.unshift(end) });
+  const [first, second] = [await server(t, "first"), await server(t, "second")];
+  const at = await edge(t, { fleet: { etcd: etcd.urls }, default: { servers: over(first) } });
+  assert.equal(body(await at.ask("/")), "first");
+  const text = (await etcd.get("lb/config"))!;
+  await etcd.put("lb/config", text.replace(first.address, second.address));
+  await eventually("the newer document", async () => body(await at.ask("/")) === "second");
+  await etcd.kill(0);
+  for (let i = 0; i < 5; i++) assert.equal(body(await at.ask("/")), "second", "no request waits for etcd");
+  const other = await edge(t, { fleet: { etcd: etcd.urls }, default: { servers: over(first) } });
+  assert.equal(body(await other.ask("/")), "first", "without etcd the file of the bundle");
 });

@@ -53,6 +53,7 @@ export class Store {
   events: EngineEvent[] = [];
   watchers = new Set<Watcher>();
   writes = 0;
+  isDown = false; // nobody gets an answer, and no lease ends
   private ids = 0;
   private readonly clock: Clock;
 
@@ -60,7 +61,13 @@ export class Store {
     this.clock = clock;
   }
 
+  /** It is there again, with all that it knew: leases begin anew, as etcd's do. */
+  restart(): void {
+    this.isDown = false;
+    for (const lease of this.leases.values()) lease.until = this.clock.now + lease.ttl;
+  }
   expire(): void {
+    if (this.isDown) return;
     for (const [id, { until }] of this.leases) if (until <= this.clock.now) this.end(id);
   }
   end(id: string): void {
@@ -102,7 +109,7 @@ export class FakeEngine implements Engine {
   private async call<T>(name: string, work: () => T): Promise<T> {
     await Promise.resolve();
     this.calls.push(name);
-    if (this.silent) {
+    if (this.silent || this.store.isDown) {
       this.watcher?.end("silent");
       throw new EngineError("silent", "no answer");
     }
@@ -152,7 +159,7 @@ export class FakeEngine implements Engine {
     const ended = Promise.withResolvers<string>(), { store } = this;
     const watcher: Watcher = {
       from,
-      hear: (events) => void (!this.silent && !this.deaf && hear(events)),
+      hear: (events) => void (!this.silent && !this.deaf && !store.isDown && hear(events)),
       end(why) {
         store.watchers.delete(watcher);
         ended.resolve(why);

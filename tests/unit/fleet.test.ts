@@ -304,20 +304,38 @@ test("away from the engine an instance probes all servers itself, from what was 
 
 test("an engine that was away for all brings back no verdict from before", async () => {
   const world = await worldOf(3, "a", "b", "c");
-  for (const { engine } of world.members) engine.silent = true;
-  const leases = [...world.store.leases.values()];
+  world.store.isDown = true;
   await world.pass(5_000);
   world.up[2] = false;
   await world.pass(5_000);
   assert.deepEqual(world.members.map(({ isUp }) => isUp(2)), [false, false, false]);
-  for (const lease of leases) lease.until = world.clock.now + 3_000; // as etcd has it after its own start
-  for (const lease of leases) world.store.leases.set(`${leases.indexOf(lease) + 1}`, lease);
-  for (const { engine } of world.members) engine.silent = false;
-  await world.pass(12_000);
+  world.store.restart(); // what it knows of instances is from before
+  await world.pass(15_000);
   for (const member of world.members) {
     assert.equal(member.isUp(2), false);
     assert.deepEqual(flips(member).filter((said) => /s2:1 is up/.test(said)), []);
+    assert.equal(member.fleet.view().engine, "answers");
   }
+});
+
+test("an instance that has heard nothing certain of a server has no vote on it until it has found out itself", async () => {
+  const server = "default http://s3:1", world = new World(4, "{ etcd: 'a:1', ttl: 3s, probers: 1 }");
+  const all = Array.from({ length: 50 }, (_, i) => `n${i}`),
+    first = (...some: string[]) => probersOf(server, some, 1)[0];
+  const [stale, other] = all.slice(0, 2).toSorted((one) => one === first("n0", "n1") ? -1 : 1) as [string, string];
+  const fresh = all.slice(2).find((name) => first(stale, other, name) === name)!;
+  for (const name of ["leaving", stale, other]) await world.join(name);
+  world.up[3] = false;
+  await world.pass(5_000);
+  const [leaving, deaf, heard] = world.members as [Member, Member, Member];
+  assert.deepEqual(world.members.map(({ isUp }) => isUp(3)), [false, false, false]);
+  deaf.engine.deaf = true; // its record knows the one that leaves
+  await world.leave(leaving);
+  const late = await world.join(fresh);
+  await world.pass(10_000);
+  assert.deepEqual(flips(heard).filter((said) => /s3:1 is up/.test(said)), []);
+  assert.deepEqual(world.members.map(({ isUp }) => isUp(3)), [false, false, false]);
+  assert.ok(late.probed > 0);
 });
 
 test("the copy on disk is one at a time, and the last one is the last document", async () => {
