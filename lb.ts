@@ -1528,6 +1528,7 @@ const A_PROBE_ADDRESS = "servers are probed where they are asked",
   COOKIE_IS = "it is HttpOnly and SameSite=Lax, over https also Secure";
 /** The same for keys of one map, which is told by a key that it knows. */
 const HINTS_BESIDE: [known: string, names: RegExp, hint: string][] = [
+  ["name_routes", /^http$/, "what is in it stands at the top: services, routes and listen"],
   ["exact", /^(?:path_?)?prefix$/, "a path alone is a prefix, as in path: /api"],
   ["weight", /^port$/, 'the port belongs to the URL, as in { url: "10.0.0.1:8080" }'],
   ["weight", /^(?:name|id)$/, "a server's name is its host and port"],
@@ -1776,8 +1777,9 @@ function checkPorts(file: Raw, say: Report) {
   const maps: Placed[] = [[[], { listen: listenOf(file) }], ...topMap(file, "admin"), ...mapsIn(file, "tcp")];
   for (const [at, one] of maps.flatMap(([path, own]) => itemsOf(own, path, "listen"))) {
     const address = String(isRecord(one) ? one.address : one);
-    if (taken.has(address) && !/^(.*:)?0$/.test(address)) say(at, `${address} is listened on already`);
-    taken.add(address);
+    const full = address.replace(/^:?(?=\d+$)/, "0.0.0.0:");
+    if (taken.has(full) && !/:0$/.test(full)) say(at, `${address} is listened on already`);
+    taken.add(full);
     const { tls } = mapOf(one);
     if (Array.isArray(tls) && !tls.length) say([...at, "tls"], "is empty: without TLS leave it out");
   }
@@ -8330,9 +8332,15 @@ function parametersOf(entry: string): Map<string, string> {
   return parameters;
 }
 
-/** The address of a node, without its port (RFC 7239 section 6; Azure writes one); empty: it is unknown or hidden. */
+/**
+ * The address of a node, without its port (RFC 7239 section 6; Azure writes one) and without its zone (Go writes one for
+ * clients on the same link); empty: it is unknown or hidden.
+ */
 function addressOf(node: string): string {
-  const bare = node.replace(/^(?:\[([0-9a-f:.]+)\]|([\d.]+))(?::[\w.-]+)?$/i, "$1$2");
+  const bare = node.replace(/(?<=:[0-9a-f]*)%[\w.-]+(?=\]|$)/i, "").replace(
+    /^(?:\[([0-9a-f:.]+)\]|([\d.]+))(?::[\w.-]+)?$/i,
+    "$1$2",
+  );
   return isAddress(bare) ? ipaddr.process(bare).toString() : "";
 }
 

@@ -124,6 +124,8 @@ const TOLD: Record<string, Told> = {
   "a port behind the address: P3": { sent: `X-Forwarded-For: ${CLIENT}:51008\r\n` },
   "a port behind the address in Forwarded: P3": { sent: `Forwarded: for="${CLIENT}:51008"\r\n` },
   "a port behind an IPv6 address: P3": { sent: `X-Forwarded-For: [${SIX}]:443\r\n`, client: SIX },
+  "the zone of an address on the same link: P3": { sent: "X-Forwarded-For: fe80::7%eth0\r\n", client: "fe80::7" },
+  "a zone and a port in Forwarded: P3": { sent: `Forwarded: for="[fe80::7%en0]:443"\r\n`, client: "fe80::7" },
   "IPv6 without a port: P3": { sent: `X-Forwarded-For: 2001:DB8:0::7\r\n`, client: SIX },
   "IPv4 in IPv6: P3": { sent: `X-Forwarded-For: ::ffff:${CLIENT}\r\n` },
   "IPv6 with a port in Forwarded: P4": { sent: `Forwarded: for="[${SIX}]:443"\r\n`, client: SIX },

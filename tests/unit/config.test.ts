@@ -574,6 +574,7 @@ const KEYS_OF_OTHERS: [
   ["tls", "key_file", "key"],
   ["top", "workers threads worker_processes", "write --workers N on the command line"],
   ["top", "keepalive_timeout", "did you mean limits: { keep_alive }?"],
+  ["top", "http", "what is in it stands at the top: services, routes and listen"],
   ["top", "stream", "tcp"],
   ["top", "LISTEN", "listen"],
   ["service", "backup", "backup belongs to a server: { url, backup }"],
@@ -991,7 +992,7 @@ default: shop`,
   ["upstreams: { app: {} }", '1:1: upstreams: unknown key; did you mean "services"?'],
   [
     "http: {}",
-    "1:1: http: unknown key; http belongs to a service",
+    "1:1: http: unknown key; what is in it stands at the top: services, routes and listen",
   ],
   [
     `${SHOP}routes: [{ path: /, proxy_pass: http://shop }]`,
@@ -1633,6 +1634,10 @@ test("what other places of the file look at is true however it is spelt", () => 
 test("no two listeners have the same address, also where one of them is the default", () => {
   assert.deepEqual(mistakes(`${ROUTE}listen: [8080, 127.0.0.1:0, 127.0.0.1:0, 8080]`), [
     "2:42: listen[3]: 8080 is listened on already",
+  ]);
+  assert.deepEqual(mistakes(`${ROUTE}listen: [8080, 0.0.0.0:8080, ":8080", "[::]:8080"]`), [
+    "2:16: listen[1]: 0.0.0.0:8080 is listened on already",
+    "2:30: listen[2]: :8080 is listened on already",
   ]);
   assert.deepEqual(mistakes(`${ROUTE}tcp: [{ listen: 8080, servers: [a:1] }]`), [
     "2:17: tcp[0].listen: 8080 is listened on already",
