@@ -12061,7 +12061,8 @@ export class Fleet implements Membership {
   private readonly resyncs = new Map<string, number>(); // by reason
 
   // this instance
-  private name: string;
+  private readonly wanted: string; // as the local file has it
+  private name: string; // with a number behind it, where another instance has that
   private lease = "";
   private leaseTtl = 0;
   private written = ""; // its record as the engine has it
@@ -12080,7 +12081,7 @@ export class Fleet implements Membership {
   constructor(lb: LoadBalancer, engine: Engine, member: FleetMember) {
     const { table: { config }, effects } = lb.balancer;
     [this.lb, this.effects, this.engine, this.member] = [lb, effects, engine, member];
-    this.name = member.own.name || member.name;
+    this.name = this.wanted = member.own.name || member.name;
     this.since = effects.date();
     this.contactAt = effects.now();
     this.local = mapOf(writtenOf(config).fleet);
@@ -12268,6 +12269,7 @@ export class Fleet implements Membership {
       else if (key.startsWith("told/")) this.takeWord(key);
       else if (key.startsWith("instances/")) this.takeRecords();
       if (key === `instances/${this.name}` && value === undefined && this.lease) this.onLeaseOver();
+      if (key === `instances/${this.wanted}` && value === undefined && this.lease) void this.rename();
     }
     this.settle();
     this.publish();
@@ -12449,7 +12451,7 @@ export class Fleet implements Membership {
 
   /** Registers under a new lease. A name that another one has gets a number behind it. */
   private async join(): Promise<void> {
-    const { ttl } = this.shared(), wanted = this.member.own.name || this.member.name, old = this.lease;
+    const { ttl } = this.shared(), { wanted } = this, old = this.lease;
     const lease = await this.engine.grant(ttl);
     for (let i = 1;; i++) {
       const name = i === 1 ? wanted : `${wanted}#${i}`, key = `instances/${name}`, there = this.keys.get(key);
@@ -12465,6 +12467,14 @@ export class Fleet implements Membership {
       if (old) await this.engine.revoke(old).catch(() => {}); // its record has the new one already
       return;
     }
+  }
+
+  /** Its own name is free: the one that had it was this instance, before a crash, or has left. */
+  private async rename(): Promise<void> {
+    const { lease } = this;
+    this.lease = "";
+    await this.engine.revoke(lease).then(() => this.join()).catch(() => this.onLeaseOver());
+    this.effects.report("info", `fleet: this instance is called ${quote(this.name)} again`);
   }
 
   /** This process has stood still for too long, or the engine was away: it has to register anew. */

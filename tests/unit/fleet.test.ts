@@ -213,6 +213,21 @@ test("two instances of one name: the later one gets a number behind it, and says
   const world = await worldOf(1, "a", "a", "a");
   assert.deepEqual(world.members[0]!.fleet.view().instances.map(({ name }) => name), ["a", "a#2", "a#3"]);
   assert.match(world.members[1]!.reports.join("\n"), /fleet: another instance is called "a": this one is "a#2"/);
+  await world.leave(world.members[0]!);
+  await world.pass(1_000);
+  const left = world.members[0]!.fleet.view().instances.map(({ name }) => name);
+  assert.equal(left.length, 2);
+  assert.ok(left.includes("a"), `one has the name that is free: ${left}`);
+});
+
+test("an instance that comes back after a crash has its own name again once its old lease is over", async () => {
+  const world = await worldOf(1, "a", "b");
+  world.crash(world.members[0]!);
+  const again = await world.join("a");
+  assert.equal(again.fleet.view().name, "a#2");
+  await world.pass(5_000);
+  assert.equal(again.fleet.view().name, "a");
+  assert.deepEqual(again.fleet.view().instances.map(({ name }) => name), ["a", "b"]);
 });
 
 test("a lease that ends under a write is registered anew at once", async () => {
