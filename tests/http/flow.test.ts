@@ -30,7 +30,7 @@ import {
 } from "../rig/rig.ts";
 
 const KIB = 1024, MIB = 1024 * KIB;
-const { LB_FLOW } = process.env, [, amount = "32", unit = "MiB"] = /^(\d+)(MiB|GiB)$/.exec(LB_FLOW ?? "") ?? [];
+const { LB_FLOW } = process.env, [, amount = "16", unit = "MiB"] = /^(\d+)(MiB|GiB)$/.exec(LB_FLOW ?? "") ?? [];
 const LARGE = Number(amount) * (unit === "GiB" ? 1024 : 1) * MIB;
 const LARGE_TAKES = 30_000 + LARGE / MIB * 100; // milliseconds at most
 const LONG = { timeout: 60_000 + 4 * LARGE_TAKES };
@@ -588,7 +588,7 @@ test("an answer without a length comes whole, and its end is seen, also behind a
   );
   await Promise.all(variants.map(async ({ front, back, stop, version, framing }, i) => {
     const name = `by ${framing} from an ${back} server over ${front} in HTTP/${version} after ${stop} ms`;
-    const body = new LargeBody(8 * MIB, framing, framing === "chunked" ? 4000 : undefined); // many chunks in each packet
+    const body = new LargeBody(4 * MIB, framing, framing === "chunked" ? 4000 : undefined); // many chunks in each packet
     const client = await open(front);
     scripts[`/end${i}`] = (socket) => body.writeTo(socket, "HTTP/1.1 200 OK\r\n");
     if (stop) client.answer.onHead = () => stopReading(client.socket);
@@ -805,7 +805,7 @@ test("a body that is kept for a retry or a copy stays this client's, whatever ot
 // ─── Early answers ───
 
 const TOO_MUCH = "HTTP/1.1 413 Too Much\r\nContent-Length: 9\r\nConnection: close\r\n\r\ntoo much!";
-const CLIENTS = 20;
+const CLIENTS = 12;
 
 for (const { front, back } of WAYS) {
   test(`a server that answers early, and closes with the upload unread, is heard by all, and it is not its failure (A1): ${front} to ${back}`, async () => {
