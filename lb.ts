@@ -416,7 +416,7 @@ const Listen = term(`${A_LISTENER}, or unix:/run/lb.sock`, LISTEN, (text, host, 
   return isUnix(text) ? { host: text, port: 0 } : readAddress(text, host, port!);
 });
 const Mode = term("permissions such as 660", /^0?[0-7]{3}$/, (text) => parseInt(text, 8));
-/** A port alone is one of this machine's: only who says so opens it to others. */
+/** A port alone is on the loopback interface: other machines can connect only where an address says so. */
 const Local = v.pipe(AddressSchema, v.transform(({ host, port }) => ({ host: host || "127.0.0.1", port })));
 const isLoopback = (host: string) =>
   host === "localhost" || host === "[::1]" || isIPv4(host) && host.startsWith("127.");
@@ -1099,7 +1099,7 @@ type FieldTest = { kind: "is"; value: string } | { kind: "regex"; source: string
 type Condition = { name: string } & FieldTest;
 /** A path, as a route names it; prefixes without a slash at their end. `{name}` stands for any one segment. */
 type PathRule = { kind: "prefix" | "exact"; path: string } | { kind: "regex"; source: string };
-/** A service that a route leads to, its share, the policy that holds on that way, and who is asked in its place. */
+/** A service that a route leads to: its share, the policy of the route there, and the fallback in its place. */
 type Target = { service: string; weight: number; policy: Policy; fallback: Target | undefined };
 /** What a route does with a request. */
 type Action =
@@ -1424,7 +1424,7 @@ function valuesOf(doc: Document, say: Report, env?: Env): unknown {
 // --- 1.5 Checks and defaults: from plain values to a Config, or to every mistake in it ---
 
 type Issue = v.BaseIssue<unknown>;
-/** A union lists what every option had against the value. The deepest were written by someone who meant that option. */
+/** A union has the issues of all its options. Those with the longest paths are of the option that was meant. */
 function flatten(issue: Issue, above: Keys = []): { issue: Issue; path: Keys }[] {
   const path = [...above, ...(issue.path ?? []).map((item) => item.key as string | number)];
   const below = issue.issues ?? [];
@@ -1625,7 +1625,7 @@ const nameRoutes = ({ name_routes, services }: Raw): Raw[] =>
   Object.keys(isTrue(name_routes) ? mapOf(services) : {}).filter((service) => SEGMENT.test(service))
     .map((service) => ({ path: `/${service}`, service, strip: true }));
 const hasRoutes = (file: Raw): boolean => entriesOf(file).length + nameRoutes(file).length > 0;
-/** Where HTTP comes in; nowhere, where nobody says so and there are no routes for it. */
+/** The listeners for HTTP: 8080 by default; none in a file with only TCP services. */
 const listenOf = (file: Raw): unknown => file.listen ?? (file.tcp && !hasRoutes(file) ? [] : 8080);
 /** The items of a list, or the one value that stands in place of it. */
 const itemsOf = (own: Raw, path: Keys, key: string): [path: Keys, item: unknown][] => {
@@ -1639,7 +1639,7 @@ function groupsOf(path: unknown): number {
   const { regex } = mapOf(path);
   try {
     return typeof regex === "string" ? RE2JS.compile(regex).groupCount() : 0;
-  } catch { // said elsewhere
+  } catch { // the schema reports it
     return Infinity;
   }
 }
@@ -3310,7 +3310,7 @@ export interface Client {
 export interface FetchAttempt extends Pick<Attempt, "server" | "method" | "timeouts"> {
   headers: Fields;
   body: null | Uint8Array<ArrayBuffer> | ReadableStream<Uint8Array<ArrayBuffer>>;
-  signal: AbortSignal; // nobody wants the answer any more
+  signal: AbortSignal; // aborted when the answer is no longer needed
   /** Call it once per response, when its body has ended or been cut off: how many bytes came, and what failed. */
   ended(status: number, bytes: number, problem?: Failure): void;
 }
@@ -7075,14 +7075,14 @@ function eject(service: Service, server: Server, why: string, effects: Effects):
   return true;
 }
 
-/** A server gets a request while it is on trial: the others pass it by until that one's verdict. */
+/** An ejected server gets its trial request: it gets no other one until that has ended. */
 function beginTrial(service: Service, server: Server, now: number): void {
-  if (now < server.until) return; // where all are asked, those that are ejected are
+  if (now < server.until) return; // still ejected, and asked in a panic only
   server.trying = true;
   service.candidatesUntil = 0;
 }
 
-/** Whether an attempt tries its server out: it began after the ejection. What was on its way before says nothing new. */
+/** Whether an attempt is the trial of its server: it began after the ejection. Earlier ones that end now do not count. */
 const isTrial = (server: Server, began: number): boolean => began >= server.until;
 
 /** How a trial ended: with an answer, so that the server is back; with a failure (why); or undecided, so that another follows. */
@@ -7281,7 +7281,7 @@ function onRetryAfter(service: Service, server: Server, value: string, effects: 
 function onProbed(service: Service, server: Server, problem: string | undefined, effects: Effects): void {
   const { rise, fall } = service.config.health;
   const now = server.probedAt = effects.now();
-  const wasEjected = now < server.until && !server.slow; // a probe says nothing about that
+  const wasEjected = now < server.until && !server.slow; // a probe does not show how long requests take
   server.probeProblem = problem ?? "";
   if (problem === undefined) server.probesPassed++;
   else server.probesFailed++;
@@ -7295,7 +7295,7 @@ function onProbed(service: Service, server: Server, problem: string | undefined,
   setUp(service, server, effects.agree(service, server), problem, effects);
 }
 
-/** Takes a server out, or back in, and says so once. */
+/** Sets a server up or down by its probes, and reports the change. */
 function setUp(service: Service, server: Server, up: boolean, problem: string | undefined, effects: Effects): void {
   if (server.up === up) return;
   const now = effects.now();
@@ -7725,7 +7725,7 @@ function learnHedgeDelay(service: Service, milliseconds: number): void {
 
 const SAFE = new Set(["GET", "HEAD", "OPTIONS"]);
 
-/** Whether a second server may be asked while the first is still busy: nobody notices that a safe request came twice. */
+/** Whether a second server may be asked while the first is still busy: a safe request may be sent twice. */
 const mayHedge = ({ method, body, upgrade }: Exchange, { hedge, measured }: Service): boolean =>
   hedge > 0 && measured >= LEARNED && body.length === 0 && SAFE.has(method) && !upgrade;
 
@@ -9324,12 +9324,12 @@ function buildService(config: ServiceConfig, name: string, context: ServiceConte
     if (isNew) server.back = now;
     const found = wasAuto ? server.limit : FIRST_LIMIT; // what `auto` has found stays found
     server.limit = Math.min(server.max, isAuto ? found : config.max_in_flight);
-    if (config.health.kind === "off" && previous?.config.health.kind !== "off") server.up = server.opinion = true; // nobody would find out
+    if (config.health.kind === "off" && previous?.config.health.kind !== "off") server.up = server.opinion = true; // no probe would bring it back
     if (config.eject.failures === Infinity) Object.assign(server, { until: 0, trying: false });
     return server;
   });
   const urls = new Set(servers.map((server) => server.url));
-  if (names.some((one) => !one.isKnown)) { // until the first look has ended nobody who serves is dropped
+  if (names.some((one) => !one.isKnown)) { // until the first look-up has ended, all servers of before stay
     servers.push(...previous?.servers.filter((server) => !urls.has(server.url)) ?? []);
   }
   for (const url of changes.keys()) if (!urls.has(url)) changes.delete(url);
@@ -9585,7 +9585,7 @@ const problemJson = (status: number, detail: string, headers: Record<string, str
     headers: { ...headers, "content-type": "application/problem+json" },
   });
 
-/** Why something is not done: the status of the answer that says so, and what is wrong with what was sent. */
+/** A request to the API that is refused: the status of the answer, and the mistakes in its body. */
 class AdminError extends Error {
   status: number;
   mistakes: Pick<Mistake, "path" | "message">[] | undefined;
@@ -9921,7 +9921,7 @@ function explainService({ service: found, weight }: Destination, exchange: Excha
   return { weight, service: name, strategy: config.strategy.name, takes: taker?.name ?? null, servers };
 }
 
-/** Which route a request would take, or why it takes none; which services and servers; and who would take it. */
+/** The route of a request, or why it has none; its services and their servers; and the server that would take it. */
 function explain(balancer: Balancer, method: string, url: string) {
   const { username, password } = new URL(url);
   if (username || password) throw invalidAt("url", "it has a user name or a password, which no request has there");
@@ -10088,7 +10088,7 @@ async function writeBeside(
 ): Promise<string> {
   const fresh = `${path}.new`;
   fs.rmSync(fresh, { force: true });
-  const file = fs.openSync(fresh, "wx", 0o600); // nobody reads along; then as open as the other one
+  const file = fs.openSync(fresh, "wx", 0o600); // readable by its owner alone until it has the mode of the other one
   try {
     fs.writeFileSync(file, text);
     const own = fs.statSync(fresh);
@@ -10103,7 +10103,7 @@ async function writeBeside(
 
 /**
  * Saves a file that said `before`, and keeps that as `.bak` beside it. Whenever the process ends, it is whole: old or new.
- * @throws {Refused} where it says something else by now (409), or cannot be written (500): then it is as it was
+ * @throws {AdminError} where the file has changed in the meantime (409), or cannot be written (500): it then stays as it was
  */
 export async function saveFile(file: string, before: string, text: string, keeps = true): Promise<void> {
   const isThere = fs.existsSync(file), path = isThere ? fs.realpathSync(file) : file; // a link stays one
@@ -10195,7 +10195,7 @@ function tagOf(value: unknown): string | undefined {
   return text && `"${hash(`1${text}`).toString(36)}${hash(`2${text}`).toString(36)}"`;
 }
 
-/** Changes what the file says in place, or gives what it shall say: values, or a text that replaces it. */
+/** Edits the file's values in place; or returns new values, or a whole new text. */
 type Edit = (raw: Raw, config: Config) => unknown;
 function reportChange({ req, get }: AdminContext, { report }: Effects, changes: string[]): void {
   const who = `${get("peer")}${get("shown") && ` with the ${get("shown")}`}`;
@@ -10311,10 +10311,10 @@ type Operation = [does: string, answers: keyof typeof ANSWERS, run: (request: Ap
   asks?: Record<string, string>; // its query
   gives?: 201 | 202; // a status beside that of its example and those of what is wrong
   at?: string; // the path of its example, where it is not that of EXAMPLE_PLACES
-  open?: true; // to everybody who gets here, without a token
+  open?: true; // without a token
 }];
 
-/** How bodies are written: JSON, also where nobody says so (`curl -d`), or YAML. */
+/** Content-Types of bodies: JSON, which also the form type of `curl -d` stands for, or YAML. */
 const JSON_BODY = /^(?:|application\/(?:json|merge-patch\+json|x-www-form-urlencoded))$/;
 const YAML_BODY = /^(?:application\/yaml|application\/x-yaml|text\/yaml)$/;
 
@@ -11236,7 +11236,7 @@ const COLUMNS: Record<string, (shown: ShownServer) => [figure: string, detail?: 
   "Bytes out": ({ server: { counters: c } }) => [FORMAT.bytes(c.bytes_out), `${FORMAT.bytes(c.bytes_in)} in`],
 };
 
-/** What the person who looks has chosen. */
+/** What the page's user has chosen. */
 interface Chosen {
   mayChange: boolean;
   find: string; // in lower case
