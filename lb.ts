@@ -1361,6 +1361,18 @@ function checkNodes(doc: Document, say: Report): void {
   });
 }
 /** The YAML of a file, if it is in order. */
+/** What the parser says in terms of YAML's grammar, in other words. */
+const YAML_ERRORS: [what: RegExp, sentence: string][] = [
+  [/^MULTIPLE_DOCS/, "the file holds more than one document"],
+  [/^NON_STRING_KEY/, "a key is a single word"],
+  [/^BAD_ALIAS/, "text that begins with * stands in quotes"],
+  [/ Flow \w+ .* end with a .$/, "is missing, or a line before it is not indented"],
+  [/ Missing closing ["']quote$/, "is missing at the end of a text"],
+  [/ Implicit (?:map )?keys need/, "this is no key with a value, as in listen: 8080"],
+  [/ Nested mappings are not allowed/, "two keys stand on one line: an inner map has braces, or lines of its own"],
+  [/ All mapping items must start/, "the keys of a map begin in the same column"],
+  [/ Unexpected scalar at node end/, "something stands behind the end of a value"],
+];
 function readYaml(text: string, findings: Findings): Document | undefined {
   const { lines, say } = findings;
   if (text.length > MOST.bytes) return void say([], "the file is larger than 1 MiB");
@@ -1368,12 +1380,9 @@ function readYaml(text: string, findings: Findings): Document | undefined {
     const doc = parseYaml(text, lines);
     for (const { message, pos, code } of [...doc.errors, ...doc.warnings]) {
       if (message.includes("call stack")) throw new RangeError(message); // the parser's own
-      const sentences: Record<string, string> = {
-        MULTIPLE_DOCS: "the file holds more than one document",
-        NON_STRING_KEY: "a key is a single word",
-        BAD_ALIAS: "text that begins with * stands in quotes",
-      };
-      say([], sentences[code] ?? unwrapped(message), pos[0]);
+      const [, sentence] = YAML_ERRORS.find(([what]) => what.test(`${code} ${message}`)) ?? [];
+      const [closing = ""] = /[\]}]$|["'](?=quote$)/.exec(message) ?? [];
+      say([], sentence ? `${closing && `${closing} `}${sentence}` : unwrapped(message), pos[0]);
     }
     if (doc.errors.length) return undefined;
     checkNodes(doc, say);

@@ -753,6 +753,19 @@ const ONE_SENTENCE: [text: string, ...expected: string[]][] = [
     '1:46: default.sticky.cookie: "a b" is not a cookie name',
     '1:81: default.strategy.hash.path: "x" is not true',
   ],
+  [
+    "default: { servers: [a:1\n",
+    "2:1: ] is missing, or a line before it is not indented",
+    "2:1: } is missing, or a line before it is not indented",
+  ],
+  ['log: "off\n', '2:1: " is missing at the end of a text'],
+  ["listen: 80\n\0", "2:1: this is no key with a value, as in listen: 8080"],
+  [
+    "default: servers: [a:1]",
+    "1:10: two keys stand on one line: an inner map has braces, or lines of its own",
+  ],
+  ["default:\n  servers: [a:1]\n health: /x", "3:1: the keys of a map begin in the same column"],
+  ["[services]\ns = 1", "2:1: something stands behind the end of a value"],
   ["default: *shop", "1:10: default: *shop names nothing above; text that begins with * stands in quotes"],
   [
     "services: { shop: { <<: usual, servers: [a:1] } }\ndefault: shop",
