@@ -6134,9 +6134,10 @@ class Http2UpstreamConnection extends Http2Connection {
 
   /** The server says how many streams it takes. */
   override onFirstSettings(): void {
-    const { client, server, maxStreams } = this, waiting = [...this.streams.values() as Iterable<UpstreamStream>];
+    const { client, server, maxStreams, pool } = this, waiting = [...this.streams.values() as Iterable<UpstreamStream>];
     this.hint = "";
     client.mostStreams.set(server, maxStreams);
+    for (const other of pool) if (!other.hasSettings) other.maxStreams = Math.min(other.maxStreams, maxStreams);
     for (const stream of waiting.splice(0, maxStreams)) stream.send();
     for (const stream of waiting) stream.fail("reset", "it takes no more streams", true);
   }

@@ -1568,6 +1568,20 @@ test("more requests than a server takes on a connection open another", async () 
   assert.equal(h2.ends.length, counts.length, "connections are used again");
 });
 
+test("a burst that opens several connections before a server says how many streams it takes is served", async () => {
+  h2.options = { greeting: Buffer.alloc(0) };
+  const clients = [await open(), await open()];
+  const asked = clients.flatMap((client) => Array.from({ length: 75 }, () => client.ask("/h2/burst")));
+  await until("two connections are open", () => h2.ends.length === 2);
+  const greeting = settings([MAX_STREAMS, 7]);
+  h2.options = { greeting };
+  h2.ends[0]!.send(greeting);
+  await until("others are open", () => h2.ends.length > 2);
+  h2.ends[1]!.send(greeting);
+  for (const stream of asked) await stream.done();
+  assert.deepEqual([...new Set(asked.map(({ result }) => result))], ["200"]);
+});
+
 test("a server that lowers its streams to 1 is asked over more connections", async () => {
   const client = await open();
   await assertServed(client, "/h2/first");
