@@ -123,7 +123,7 @@ const config = (more: Record<string, unknown> = {}) => {
       { path: "/early", servers: [early.address] },
       { path: ["/brief", "/early/brief"], servers: [early.address], timeouts: { idle: "300ms" } },
       { path: "/h2/brief", servers: [h2.url], timeouts: { connect: "300ms", idle: "300ms", response: "300ms" } },
-      { path: "/one", servers: [h1.address], max_in_flight: 1 },
+      { path: "/one", servers: [h1.address], max_in_flight: 1, queue: { timeout: "60s" } },
       { path: "/h2", servers: [h2.url] },
       { path: "/either", servers: [h2.url, h1.address], retries: 1 },
       { path: "/ws", servers: [ws.address] },
