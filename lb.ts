@@ -12013,6 +12013,15 @@ interface FleetDocument extends EngineValue {
   problem: string; // why it cannot be used here
 }
 
+/** What an engine has of a change of a server that was found; undefined: no instance has written that. */
+function readChange(text: string): FoundChange | undefined {
+  try {
+    return v.parse(FoundChangeSchema, JSON.parse(text));
+  } catch {
+    return undefined;
+  }
+}
+
 /** What a fleet needs of the program around it. */
 export interface FleetMember {
   own: FleetConfig; // as the local file has it
@@ -12344,8 +12353,8 @@ export class Fleet implements Membership {
         if (this.changed.delete(key)) void this.engine.put(key, NO_CHANGE).catch(() => {});
       } else if (value !== NO_CHANGE) {
         this.changed.add(key);
-        if (JSON.stringify(service.changes.get(url)) === value) continue;
-        changeFound(balancer, service, server, v.parse(FoundChangeSchema, JSON.parse(value)));
+        const change = JSON.stringify(service.changes.get(url)) !== value && readChange(value);
+        if (change) changeFound(balancer, service, server, change);
       }
     }
   }

@@ -449,3 +449,28 @@ test("a Durable Object does what engines do, on every runtime, and keeps it all 
     await listener.close();
   }
 });
+
+test("keys that no instance has written are left alone, and spoil nothing", async () => {
+  const world = await worldOf(2, "a", "b"), [a, b] = world.members as [Member, Member];
+  const odd = [
+    "instances/x",
+    "instances/",
+    "told/x",
+    "told/default http://s0:1#change",
+    "told/#change",
+    "other",
+    "secrets",
+  ];
+  for (const key of odd) {
+    for (const value of ["", "{", "[]", "{}", '{"id":1,"down":7}', "null"]) world.store.set(key, value);
+  }
+  await world.pass(1_000);
+  world.store.set("config", world.text + "# after\n");
+  await world.pass(1_000);
+  const late = await world.join("c");
+  for (const { lb, fleet } of [a, b, late]) {
+    assert.match(lb.balancer.table.config.text, /# after/);
+    assert.deepEqual(fleet.view().instances.map(({ name }) => name), ["a", "b", "c"]);
+    assert.equal(fleet.view().problem, "");
+  }
+});
