@@ -312,7 +312,7 @@ function documented(): string[] {
     told.add(`entrypoint_${name}`); // "the same four"
   }
   told.add("config_last_reload_success_timestamp_seconds");
-  for (const name of told) if (name.startsWith("discovery_")) told.delete(name); // only where a name is looked up
+  for (const name of told) if (/^(?:discovery|fleet)_/.test(name)) told.delete(name); // only where there is one
   return [...told].map((name) => name.startsWith("process_") ? name : `lb_${name}`).sort();
 }
 
