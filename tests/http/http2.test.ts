@@ -1569,8 +1569,12 @@ test("more requests than a server takes on a connection open another", async () 
 });
 
 test("a burst that opens several connections before a server says how many streams it takes is served", async () => {
-  h2.options = { greeting: Buffer.alloc(0) };
   const clients = [await open(), await open()];
+  await assertServed(clients[0]!, "/h2/known"); // what the server said last: nothing
+  const known = h2.ends.splice(0)[0]!;
+  known.send(goAway(1));
+  await known.closed();
+  h2.options = { greeting: Buffer.alloc(0) };
   const asked = clients.flatMap((client) => Array.from({ length: 75 }, () => client.ask("/h2/burst")));
   await until("two connections are open", () => h2.ends.length === 2);
   const greeting = settings([MAX_STREAMS, 7]);
