@@ -11781,6 +11781,7 @@ export class EtcdClient implements Engine {
   private readonly config: FleetConfig;
   private readonly effects: Pick<Effects, "send" | "now" | "random">;
   private readonly members: { server: Server; path: string; url: string }[];
+  private patience = ANSWER_TIME;
   private current: number;
   private token: string | undefined; // empty: none is asked for
   private watching: Watch | undefined;
@@ -11841,6 +11842,8 @@ export class EtcdClient implements Engine {
   }
 
   async grant(ttl: number): Promise<string> {
+    // with the third of `ttl` after which a lease is kept alive, another member is asked before it is over
+    if (this.members.length > 1) this.patience = Math.min(ANSWER_TIME, ttl / 2);
     return String((await this.call("lease/grant", { TTL: `${Math.ceil(ttl / 1_000)}` })).ID);
   }
   async keepAlive(lease: string): Promise<boolean> {
@@ -11922,7 +11925,7 @@ export class EtcdClient implements Engine {
   }
 
   private async post(path: string, body: Raw): Promise<{ status: number; answer: Raw }> {
-    const { url } = this.members[this.current]!, { status, body: content } = await this.open(path, body, ANSWER_TIME);
+    const { url } = this.members[this.current]!, { status, body: content } = await this.open(path, body, this.patience);
     const taken = await new Promise<Body | Failure>((resolve) => collect(content, resolve));
     if (typeof taken === "string") throw new EngineError("silent", `${url}: ${FAILURES[taken].text}`);
     try {
@@ -11941,7 +11944,7 @@ export class EtcdClient implements Engine {
     const given = {
       ...{ server, method: "POST", target: `${base}/v3/${path}`, lines: linesOf(fields), startedAt: effects.now() },
       body: inMemory([Buffer.from(JSON.stringify(body))]),
-      timeouts: { connect: ANSWER_TIME, response: ANSWER_TIME, idle: patience, request: Infinity },
+      timeouts: { connect: this.patience, response: this.patience, idle: patience, request: Infinity },
     };
     return new Promise<Pick<HttpResponse, "status" | "body">>((resolve, reject) => {
       const attempt = newAttempt(given, {
@@ -12121,7 +12124,9 @@ export class Fleet implements Membership {
   async start(patience: number): Promise<void> {
     void this.follow();
     void this.beat();
+    const end = this.effects.now() + patience;
     await this.until(() => this.hasLearnt, patience);
+    await this.until(() => !this.hasLearnt || this.records.has(this.name), end - this.effects.now());
     if (this.hasLearnt) return await this.copying;
     const instead = this.isWaiting() ? "waits for its document" : `starts with ${this.member.file}`;
     this.effects.report("warn", `fleet: ${this.problem || "the engine has not answered yet"}; ${instead}`);
@@ -12163,8 +12168,9 @@ export class Fleet implements Membership {
       }
       if (reason !== "silent") this.engine.next(); // then it has gone on to one that answers
       this.resyncs.set(reason, (this.resyncs.get(reason) ?? 0) + 1);
-      if (this.effects.now() - begun > PAUSES.most) pause = PAUSES.least;
-      await this.until(() => this.isStale && this.state === "answers", pause * (0.5 + this.effects.random()));
+      const endedAt = this.effects.now();
+      if (endedAt - begun > PAUSES.most) pause = PAUSES.least;
+      await this.until(() => this.contactAt > endedAt, pause * (0.5 + this.effects.random()));
       pause = Math.min(2 * pause, PAUSES.most);
     }
   }
@@ -12526,7 +12532,7 @@ export class Fleet implements Membership {
 
   isWaiting(): boolean {
     const { routes, tcp, name_routes } = this.lb.balancer.table.config;
-    return this.inForce === 0 && !this.document?.problem && routes.length + tcp.length === 0 && !name_routes;
+    return this.inForce === 0 && routes.length + tcp.length === 0 && !name_routes;
   }
 
   async change(edit: (config: Config) => string, wait: number, replaces: boolean): Promise<string[]> {
@@ -12616,7 +12622,8 @@ export class Fleet implements Membership {
   private async copy({ local, revision }: FleetDocument): Promise<void> {
     if (revision !== this.inForce) return; // a newer one follows
     const { member: { file, save, read }, effects: { report }, copied } = this, there = read();
-    const keeps = there !== local && (there !== copied.value || copied.revision === 0);
+    const isOther = there !== local && (there !== copied.value || copied.revision === 0);
+    const keeps = isOther && there !== undefined; // else somebody has removed it
     const why = copied.revision ? "was edited on the base of an older one than" : "said something else than";
     try {
       if (there !== local) await save(there ?? "", local, keeps);

@@ -189,6 +189,11 @@ test("an instance that says only where the fleet is waits for a document, answer
   const etcd = await startEtcd(t), backend = await startBackend(t, "one");
   const a = await startInstance(t, "a", { etcd: etcd.urls });
   assert.equal((await ask(`http://127.0.0.1:${a.port}/`)).status, 404);
+  assert.deepEqual(
+    (await a.fleet()).instances.map(({ name }: Loose) => name),
+    ["a"],
+    "it is one of them from the start",
+  );
   assert.equal((await a.ask("GET /health/ready")).status, 503);
   assert.equal(await etcd.get("lb/config"), undefined);
   await etcd.put("lb/config", `fleet: { etcd: "${etcd.urls[0]}" }\n${POOL(backend)}`);

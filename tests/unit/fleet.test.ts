@@ -379,6 +379,63 @@ test("instances begin with different members, and not all with the first", async
   for (const name of ["a:1", "b:1", "c:1"]) assert.ok((asked.get(name) ?? 0) > 8, `${name}: ${asked.get(name)}`);
 });
 
+test("where there are other members, one may be silent without the lease being over before the next is asked", async () => {
+  for (const [etcd, patience] of [[["a:1", "b:1"], 1_500], [["a:1"], 2_000]] as const) {
+    const config = parseConfig(`fleet: ${JSON.stringify({ etcd })}`), { effects } = createLoadBalancer(config).balancer;
+    const deadlines: number[] = [];
+    const engine = new EtcdClient(config.fleet!, {
+      ...{ now: () => 0, random: () => 0 },
+      send({ onEnd, ...attempt }) {
+        queueMicrotask(() => {
+          deadlines.push(attempt.deadline);
+          onEnd("timeout", "silent", false);
+        });
+      },
+    });
+    await engine.grant(3_000).catch(() => {});
+    await engine.keepAlive("1").catch(() => {});
+    assert.ok(deadlines.length >= 2);
+    for (const deadline of deadlines.slice(etcd.length)) assert.equal(deadline, patience);
+  }
+});
+
+test("an instance without a document waits for one, and one that cannot be used is none", async () => {
+  const world = new World(1);
+  world.store.set("config", "default: { servers: [s0:1], x: 1 }\n");
+  const a = await world.join("a", { text: "fleet: { etcd: 'a:1', ttl: 3s }\n" });
+  assert.equal(a.fleet.isWaiting(), true);
+  assert.match(a.fleet.view().instances[0]!.problem, /unknown key/);
+  world.store.set("config", undefined);
+  await world.pass(1_000);
+  assert.equal(world.store.keys.has("config"), false, "how it gets to the fleet is no document for others");
+  world.store.set("config", world.text);
+  await world.pass(1_000);
+  assert.equal(a.fleet.isWaiting(), false);
+});
+
+test("an engine that answers again is listed at once, whatever pause a watch that broke has left", async () => {
+  const world = new World(1, "{ etcd: 'a:1', ttl: 9s }");
+  const a = await world.join("a");
+  a.lb.balancer.effects.random = () => 0.99; // the longest pauses
+  world.store.isDown = true;
+  await world.pass(8_500);
+  assert.equal(a.fleet.view().engine, "answers", "it was not away for `ttl`");
+  world.store.restart();
+  world.store.set("config", `${world.text}# newer\n`);
+  await world.pass(1_000); // its lease is kept alive before the pause is over
+  assert.match(a.disk.text, /# newer\n$/);
+});
+
+test("a local file that somebody has removed is written again, and leaves nothing beside it", async () => {
+  const world = await worldOf(1, "a"), a = world.members[0]!;
+  (a.disk as { text: string | undefined }).text = undefined;
+  world.store.set("config", `${world.text}# newer\n`);
+  await world.pass(200);
+  assert.match(a.disk.text, /# newer\n$/);
+  assert.deepEqual(a.disk.kept, []);
+  assert.doesNotMatch(a.reports.join("\n"), /\.bak/);
+});
+
 test("the engine in memory does what engines do", async () => {
   const clock = new Clock(), store = new Store(clock);
   await checkEngine(new FakeEngine(store), async (milliseconds) => {
