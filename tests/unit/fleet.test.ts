@@ -381,7 +381,7 @@ test("instances begin with different members, and not all with the first", async
 
 test("where there are other members, one may be silent without the lease being over before the next is asked", async () => {
   for (const [etcd, patience] of [[["a:1", "b:1"], 1_500], [["a:1"], 2_000]] as const) {
-    const config = parseConfig(`fleet: ${JSON.stringify({ etcd })}`), { effects } = createLoadBalancer(config).balancer;
+    const config = parseConfig(`fleet: ${JSON.stringify({ etcd })}`);
     const deadlines: number[] = [];
     const engine = new EtcdClient(config.fleet!, {
       ...{ now: () => 0, random: () => 0 },
