@@ -1045,7 +1045,7 @@ function simplyReadRequests(text: string): RequestReading {
       lengths.length + encodings.length > 1 || lengths.some((length) => !/^\d{1,15}$/.test(length)) ||
       encodings.some((encoding) => encoding.toLowerCase() !== "chunked" || old) ||
       hosts.length > 1 || hosts.length === 0 && !old ||
-      !old && all("expect").length > 0 && all("expect").join(", ").toLowerCase() !== "100-continue"
+      !old && all("expect").some((value) => !/^100-continue(?:[\t ]*,[\t ]*100-continue)*$/i.test(value))
     ) return { requests, end: "refused" };
     const hop = new Set([
       ...HOP,
