@@ -10215,6 +10215,7 @@ function reportChange({ req, get }: AdminContext, { report }: Effects, changes: 
 }
 
 const NEEDS_RESTART = "admin.listen has changed: that takes effect with the next start";
+const FLEET_NEEDS_RESTART = "fleet has changed, but for ttl and probers that takes effect with the next start";
 const needsRestart = (...configs: Config[]): boolean =>
   new Set(configs.map(({ admin }) => JSON.stringify(admin?.listen))).size > 1;
 
@@ -12638,7 +12639,7 @@ export class Fleet implements Membership {
   /** Looks whether somebody has edited the local file, and makes that the document. */
   async checkFile(): Promise<void> {
     await this.copying;
-    const text = this.member.read(), { document, copied } = this;
+    const text = this.member.read(), { document, copied, local: before } = this;
     if (text === undefined || text === copied.value) return;
     if (this.state === "away") {
       return this.effects.report("warn", `fleet: the engine is away: ${this.member.file} counts when it is back`);
@@ -12646,11 +12647,14 @@ export class Fleet implements Membership {
     try {
       this.member.parse(text);
       const base = document?.problem ? document.revision : copied.revision; // who cannot use it replaces it
-      const { isOurs } = await this.engine.swap("config", text, base);
-      if (!isOurs) return; // the other one is copied, over this one
-      this.local = mapOf(mapOf(readAsWritten(text, this.member.file).values).fleet);
-      this.copied = { value: text, revision: base };
+      this.local = mapOf(mapOf(readAsWritten(text, this.member.file).values).fleet); // the watch may be first
+      const { isOurs, revision } = await this.engine.swap("config", text, base);
+      if (!isOurs) return void (this.local = before); // the other one is copied, over this one
+      if (this.copied === copied) this.copied = { value: text, revision };
+      const changes = differences(withoutShared(before), withoutShared(this.local));
+      if (changes.length) this.effects.report("warn", FLEET_NEEDS_RESTART);
     } catch (error) {
+      this.local = before;
       this.lb.balancer.reloadFailed = true;
       this.effects.report("error", `the old config stays in force:\n${(error as Error).message}`);
     }
@@ -14386,6 +14390,7 @@ function reloadFile(call: Call, lb: LoadBalancer, onlyIfOther = false): void {
     lb.reload(config);
     effects.report("info", `${call.file} is in force again`);
     if (needsRestart(config, table.config)) effects.report("warn", NEEDS_RESTART);
+    if (config.fleet) effects.report("warn", FLEET_NEEDS_RESTART);
     announce(lb);
   } catch (error) {
     lb.balancer.reloadFailed = true;

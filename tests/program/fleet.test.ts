@@ -387,6 +387,16 @@ test("a change is in force in workers too, and their verdicts are the fleet's", 
   await eventually("workers have the change", async () => await texts() === "one");
 }, skip);
 
+test("a running instance whose file gets a fleet says that it joins with the next start", async (t) => {
+  const folder = mkdtempSync(join(tmpdir(), "lb-fleet-")), file = join(folder, "routes.yml");
+  t.after(() => rmSync(folder, { recursive: true, force: true }));
+  writeFileSync(file, "default: { servers: [127.0.0.1:9] }\n");
+  const a = await startInstance(t, "a", {}, { file });
+  writeFileSync(file, "fleet: { etcd: 127.0.0.1:9 }\ndefault: { servers: [127.0.0.1:9] }\n");
+  await until("that is said", () => /warn: fleet has changed, .* takes effect with the next start/.test(a.output()));
+  assert.equal((await a.fleet()).engine, "none");
+});
+
 test("two instances of one name: the later one gets a number behind it", async (t) => {
   const etcd = await startEtcd(t), backend = await startBackend(t, "one"), fleet = { etcd: etcd.urls, name: "lb" };
   const a = await startInstance(t, "a", fleet, { rest: POOL(backend) }), b = await startInstance(t, "b", fleet);

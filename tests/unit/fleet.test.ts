@@ -436,6 +436,32 @@ test("a local file that somebody has removed is written again, and leaves nothin
   assert.doesNotMatch(a.reports.join("\n"), /\.bak/);
 });
 
+test("a local file that names another engine is told when that counts; `ttl` and `probers` count at once", async () => {
+  const world = await worldOf(1, "a"), a = world.members[0]!;
+  const edit = async (from: string, to: string) => {
+    a.disk.text = a.disk.text.replace(from, to);
+    const checked = a.fleet.checkFile();
+    await world.pass(500);
+    await checked;
+    assert.equal(world.store.keys.get("config")!.value, a.disk.text);
+    return a.reports.filter((said) => /^fleet has changed, .* takes effect with the next start$/.test(said)).length;
+  };
+  assert.equal(await edit("probers: 3", "probers: 2"), 0);
+  assert.equal(await edit("a:1", "b:1"), 1);
+});
+
+test("each of several edits of a local file counts, also where the watch brings them before they are answered", async () => {
+  const world = await worldOf(1, "a", "b"), a = world.members[0]!;
+  for (const word of ["one", "two", "three"]) {
+    a.disk.text += `# ${word}\n`;
+    const checked = a.fleet.checkFile();
+    await world.pass(500);
+    await checked;
+  }
+  assert.match(world.store.keys.get("config")!.value, /# one\n# two\n# three\n$/);
+  assert.deepEqual(a.disk.kept, []);
+});
+
 test("the engine in memory does what engines do", async () => {
   const clock = new Clock(), store = new Store(clock);
   await checkEngine(new FakeEngine(store), async (milliseconds) => {
