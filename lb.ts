@@ -12050,6 +12050,8 @@ const PAUSES = { least: 100, most: 5_000 }; // milliseconds before the engine is
 const LATEST = 1_000; // milliseconds that a watch may be behind what is listed
 const BEAT = 100; // milliseconds between two looks at what is due
 const POLL = 10; // milliseconds between two looks at what is waited for
+/** Why a watch was ended, and all keys were listed again. */
+const RESYNCS = ["broken", "compacted", "deaf", "lease", "paused", "refused", "restored", "silent", "unreachable"];
 const withoutShared = ({ ttl: _, probers: __, ...own }: Raw): Raw => own;
 
 /** This instance in its fleet. */
@@ -12081,7 +12083,7 @@ export class Fleet implements Membership {
   private isOver = false;
   private applying: unknown; // resolves when workers have the document too
   private refused = 0; // documents that could not be used here
-  private readonly resyncs = new Map<string, number>(); // by reason
+  private readonly resyncs = new Map(RESYNCS.map((reason) => [reason, 0]));
 
   // this instance
   private readonly wanted: string; // as the local file has it
@@ -12647,7 +12649,8 @@ export class Fleet implements Membership {
     try {
       this.member.parse(text);
       const base = document?.problem ? document.revision : copied.revision; // who cannot use it replaces it
-      this.local = mapOf(mapOf(readAsWritten(text, this.member.file).values).fleet); // the watch may be first
+      const { fleet } = mapOf(readAsWritten(text, this.member.file).values);
+      this.local = mapOf(fleet ?? before); // the watch may bring it before this is answered
       const { isOurs, revision } = await this.engine.swap("config", text, base);
       if (!isOurs) return void (this.local = before); // the other one is copied, over this one
       if (this.copied === copied) this.copied = { value: text, revision };

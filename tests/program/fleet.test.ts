@@ -173,6 +173,12 @@ test(
     assert.deepEqual(instances.map((one: Loose) => [one.name, one.config, one.problem]), [
       ...["a", "b", "c"].map((name) => [name, config, ""]),
     ]);
+    const metrics = (await c.ask("GET /metrics")).text;
+    for (const name of ["up 1", "instances 3", `config_revision ${config}`, "config_refused_total 0"]) {
+      assert.match(metrics, new RegExp(`^lb_fleet_${name}$`, "m"));
+    }
+    assert.match(metrics, /^lb_fleet_seconds_since_contact [\d.]+$/m);
+    assert.match(metrics, /^lb_fleet_resyncs_total\{reason="deaf"\} 0$/m);
     // a change by etcd's own tools
     await etcd.put("lb/config", a.text().replace("weight: 7", "weight: 8"));
     for (const one of [a, b, c]) await eventually("it is in force", async () => await weightOf(one) === 8);

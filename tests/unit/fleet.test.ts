@@ -462,6 +462,19 @@ test("each of several edits of a local file counts, also where the watch brings 
   assert.deepEqual(a.disk.kept, []);
 });
 
+test("a local file that loses `fleet` gets its own back, for this instance has no other way to the engine", async () => {
+  const world = await worldOf(1, "a", "b"), a = world.members[0]!;
+  a.disk.text = a.disk.text.replace(/^fleet: .*\n/, "");
+  const checked = a.fleet.checkFile();
+  await world.pass(500);
+  await checked;
+  assert.doesNotMatch(world.store.keys.get("config")!.value, /fleet/);
+  for (const { disk } of world.members) assert.match(disk.text, /^fleet: \{ etcd: "?'?a:1/m);
+  world.store.set("config", world.text);
+  await world.pass(500);
+  for (const { problem } of a.fleet.view().instances) assert.equal(problem, "");
+});
+
 test("the engine in memory does what engines do", async () => {
   const clock = new Clock(), store = new Store(clock);
   await checkEngine(new FakeEngine(store), async (milliseconds) => {
