@@ -12376,6 +12376,8 @@ export class Fleet implements Membership {
     if (!entry) return void this.told.delete(key);
     if (this.told.get(key) === entry.revision) return;
     this.told.set(key, entry.revision);
+    // what was said before this instance began has gone into the votes of others, or probes have overtaken it
+    if (!this.hasLearnt && service?.config.health.kind !== "off") return;
     if (service && server) setHealth(service, server, entry.value === "up", this.effects);
   }
 

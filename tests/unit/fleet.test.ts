@@ -475,6 +475,15 @@ test("a local file that loses `fleet` gets its own back, for this instance has n
   for (const { problem } of a.fleet.view().instances) assert.equal(problem, "");
 });
 
+test("what an operator has said once is not said again to a fleet that starts anew, but where nothing is probed", async () => {
+  const world = new World(1), off = "services: { off: { servers: [s1:1], health: off } }\n";
+  world.store.set("told/default http://s0:1", "down");
+  world.store.set("told/off http://s1:1", "down");
+  const a = await world.join("a", { text: world.text + off });
+  assert.equal(a.isUp(0), true);
+  assert.equal(a.lb.balancer.table.services.get("off")!.servers[0]!.up, false);
+});
+
 test("the engine in memory does what engines do", async () => {
   const clock = new Clock(), store = new Store(clock);
   await checkEngine(new FakeEngine(store), async (milliseconds) => {
