@@ -12376,8 +12376,9 @@ export class Fleet implements Membership {
     if (!entry) return void this.told.delete(key);
     if (this.told.get(key) === entry.revision) return;
     this.told.set(key, entry.revision);
-    // what was said before this instance began has gone into the votes of others, or probes have overtaken it
-    if (!this.hasLearnt && service?.config.health.kind !== "off") return;
+    // at the start: probes have overtaken it where nobody holds the server for down any more
+    const isHeld = [...this.records.values()].some(({ down }) => down.includes(key.slice("told/".length)));
+    if (!this.hasLearnt && !isHeld && service?.config.health.kind !== "off") return;
     if (service && server) setHealth(service, server, entry.value === "up", this.effects);
   }
 

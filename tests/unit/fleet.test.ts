@@ -482,6 +482,17 @@ test("what an operator has said once is not said again to a fleet that starts an
   const a = await world.join("a", { text: world.text + off });
   assert.equal(a.isUp(0), true);
   assert.equal(a.lb.balancer.table.services.get("off")!.servers[0]!.up, false);
+  const b = await world.join("b");
+  assert.equal(b.isUp(0), true);
+});
+
+test("what an operator has just said counts on an instance that starts, though nobody has probed the server yet", async () => {
+  const slow = new World(1), text = slow.text.replace("interval: 1s", "interval: 60s");
+  const a = await slow.join("a", { text });
+  slow.store.set("told/default http://s0:1", "down");
+  await slow.pass(500);
+  assert.equal(a.isUp(0), false);
+  assert.equal((await slow.join("b", { text })).isUp(0), false);
 });
 
 test("the engine in memory does what engines do", async () => {
