@@ -29,6 +29,12 @@ export function spawnGuarded(
   child.stdin!.on("error", () => {});
   child.once("exit", () => child.stdin!.end("\n"));
   // Deno's own reports the end at once, whatever the process makes of the signal (2.9.6)
-  child.kill = (signal = "SIGTERM") => !hasEnded(child) && process.kill(child.pid!, signal);
+  child.kill = (signal = "SIGTERM") => {
+    try {
+      return !hasEnded(child) && process.kill(child.pid!, signal);
+    } catch { // ESRCH: it has ended, and the event that says so is on its way
+      return false;
+    }
+  };
   return child as Guarded;
 }
