@@ -15,11 +15,11 @@ const ROOT = new URL("..", import.meta.url).pathname;
 const CORES = navigator.hardwareConcurrency;
 const AT_ONCE = 3 * CORES; // jobs; most of them mostly wait
 const JOB_TIMEOUT = 240_000; // milliseconds; a job that takes longer hangs
-const EDGE = "edge"; // starts workerd; Node runs it
+const EDGE = "edge/edge"; // starts workerd; Node runs it
 /** The folder whose files run on Node only, all others on every runtime: logic without sockets, and this command's test. */
 const ONE_RUNTIME = "tests/unit/";
 /** Files that `--quick` leaves out. */
-const SLOW = ["chaos", "clients", "dashboard", "flow", "fuzz", "simulate"];
+const SLOW = ["load/chaos", "program/clients", "program/dashboard", "http/flow", "unit/fuzz", "unit/simulate"];
 /** The programs that tests run beside lb.ts, and the Debian packages that contain them. */
 const PROGRAMS = Object.entries({
   "/usr/bin/chromium": "chromium",
@@ -188,7 +188,7 @@ function show({ runtime, name, tests, seconds, output }: Result): void {
   const skipped = tests.filter((test) => test.outcome === "skipped").length;
   const count = `${tests.length - failed.length - skipped} passed${skipped ? `, ${skipped} skipped` : ""}`;
   const verdict = failed.length ? `FAILED  ${failed.length} failed, ${count}` : `ok      ${count}`;
-  console.log(`${runtime.padEnd(8)} ${name.padEnd(20)} ${verdict}  ${seconds.toFixed(1)} s`);
+  console.log(`${runtime.padEnd(8)} ${name.padEnd(24)} ${verdict}  ${seconds.toFixed(1)} s`);
   if (failed.length === 0) return;
   for (const { path } of failed) console.log(`    failed: ${path}`);
   const lines = output.trimEnd().split("\n").filter((line) => !PASSED_LINE.test(line));
@@ -318,7 +318,8 @@ interface Choice {
 }
 
 const ALL_RUNTIMES = [CHECKS, ...Object.keys(RUNTIMES), WORKERD];
-const nameOf = (file: string) => file.replace(/^.*\/|\.test\.ts$/g, "");
+/** Its folder and name: files of two folders may have one name. */
+const nameOf = (file: string) => file.replace(/^tests\/|\.test\.ts$/g, "");
 
 /** The checks, then each runtime's files, the large ones first. */
 async function jobsFor({ runtimes, names, quick }: Choice): Promise<Job[]> {
@@ -330,7 +331,7 @@ async function jobsFor({ runtimes, names, quick }: Choice): Promise<Job[]> {
     .sort((a, b) => size(b) - size(a));
   const check = (name: string, ...args: string[]) => ({ runtime: CHECKS, name, command: ["deno", name, ...args] });
   const testing = (runtime: string, file: string): Job => {
-    const report = `${SCRATCH}/${runtime}-${nameOf(file)}.xml`;
+    const report = `${SCRATCH}/${runtime}-${nameOf(file).replaceAll("/", "-")}.xml`;
     return { runtime, name: nameOf(file), report, command: (RUNTIMES[runtime] ?? RUNTIMES.node!)(file, report) };
   };
   const runtimesOf = (file: string) => {
