@@ -9932,15 +9932,20 @@ function explainService({ service: found, weight }: Destination, exchange: Excha
 }
 
 /** The route of a request, or why it has none; its services and their servers; and the server that would take it. */
-function explain(balancer: Balancer, method: string, url: string) {
+function explain(balancer: Balancer, method: string, url: string, headers: string[] = []) {
   const { username, password } = new URL(url);
   if (username || password) throw invalidAt("url", "it has a user name or a password, which no request has there");
   if (!METHOD.test(method) || REFUSED_METHODS.has(method)) {
     throw invalidAt("method", `${quote(method)} is not a method that can be forwarded`);
   }
+  const fields = headers.map((line) => {
+    const [, name = "", value = ""] = /^([!#$%&'*+.^`|~\w-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*)$/.exec(line) ?? [];
+    if (!name) throw invalidAt("header", `${quote(line)} is not a header such as "x-canary: 1"`);
+    return [name, value] as [string, string];
+  });
   const effects = { ...balancer.effects, random: Math.random }; // which leaves a seeded one as it is
-  const from = { address: "127.0.0.1", scheme: new URL(url).protocol.slice(0, -1), headers: [] };
-  const request = requestOf(new Request(url, { method }), from, () => {});
+  const from = { address: "127.0.0.1", scheme: new URL(url).protocol.slice(0, -1), headers: fields.flat() };
+  const request = requestOf(new Request(url, { method, headers: fields }), from, () => {});
   const exchange = newExchange({ ...balancer, effects, entrypoints: new Map() }, request);
   const refusal = validate(exchange), route = refusal ? undefined : matchRoute(balancer.table, exchange);
   if (!route) {
@@ -9960,9 +9965,9 @@ function explain(balancer: Balancer, method: string, url: string) {
 }
 
 /** The same of a request as people write it, `GET http://host/path`; undefined where it is none. */
-function explainLine(balancer: Balancer, line: string): ReturnType<typeof explain> | undefined {
+function explainLine(balancer: Balancer, line: string, headers?: string[]): ReturnType<typeof explain> | undefined {
   const [, method = "GET", url = ""] = /^(?:([A-Z]+) )?(https?:\/\/\S+)$/.exec(line.trim()) ?? [];
-  return URL.canParse(url) ? explain(balancer, method, url) : undefined;
+  return URL.canParse(url) ? explain(balancer, method, url, headers) : undefined;
 }
 
 /** What `explain` gives: `failure` where no route takes the request, `status` where it is not forwarded. */
@@ -10581,7 +10586,9 @@ async function checkConfig({ context, parse }: ApiRequest) {
 
 function explainUrl({ context: { req }, balancer }: ApiRequest) {
   const url = req.query("url") ?? "";
-  if (/^https?:/.test(url) && URL.canParse(url)) return explain(balancer, req.query("method") ?? "GET", url);
+  if (/^https?:/.test(url) && URL.canParse(url)) {
+    return explain(balancer, req.query("method") ?? "GET", url, req.queries("header"));
+  }
   throw invalidAt("url", `${quote(url)} is not a URL such as http://host/path`);
 }
 
@@ -10607,7 +10614,11 @@ const METRICS_HEADERS = { headers: { "content-type": METRICS_TYPE } };
 
 const WAIT = { wait: "how long the answer may wait for requests in flight there, such as 30s; then 202" };
 const WAIT_FOR_ALL = { wait: "how long the answer may wait for the instances of a fleet, such as 10s; then 202" };
-const EXPLAIN = { url: "such as http://www.example.com/path", method: "default GET" };
+const EXPLAIN = {
+  url: "such as http://www.example.com/path",
+  method: "default GET",
+  header: "such as x-canary: 1; may stand several times",
+};
 const EXAMPLE_FILE = { default: { servers: ["10.0.0.1:8080"] } };
 const EXAMPLE_POOL = { servers: [{ addr: "10.0.0.1", port: 8080 }, { addr: "10.0.0.2", port: 8080 }] };
 
@@ -13475,6 +13486,7 @@ Usage: lb.ts [options] [routes.yml]
   -t, --check            check the file: 0 and one line, or 1 and every mistake with its line
       --print-config     print what is in force, secrets masked
       --explain REQUEST  'GET http://host/path': which route, which service, which servers and why not the others
+  -H, --header FIELD     of the request to explain, such as 'x-canary: 1'; may stand several times
       --schema           print the JSON Schema of routes.yml
       --demo             start three small servers and balance over them, with a dashboard on 127.0.0.1:9090
   -h, --help             print this
@@ -13484,7 +13496,7 @@ SIGHUP, or a change of the file, puts the file in force again; SIGTERM and SIGIN
 `;
 
 /** The options that USAGE lists, as node:util takes them: those with a value in capitals are strings. */
-const OPTIONS: Record<string, { type: "string" | "boolean"; short?: string }> = {};
+const OPTIONS: Record<string, { type: "string" | "boolean"; short?: string; multiple?: boolean }> = {};
 
 /** A command line or environment that cannot be used: exit status 2. */
 class UsageError extends Error {}
@@ -14225,8 +14237,9 @@ async function startWorkers(lb: LoadBalancer, count: number, log: AccessLog): Pr
 // --- 13.7 Main: the program, from its arguments to its exit status ---
 
 /** Which route a request belongs to and which servers it may go to, for a balancer that has just started. */
-function explained(config: Config, text: string): string {
-  const found = explainLine(createLoadBalancer(config, { resolve: undefined }).balancer, text); // it asks nobody
+function explained(config: Config, text: string, headers: string[]): string {
+  const { balancer } = createLoadBalancer(config, { resolve: undefined }); // it asks nobody
+  const found = explainLine(balancer, text, headers);
   if (!found) throw new UsageError(`--explain: "${text}" is not a request such as 'GET http://host/path'`);
   if ("failure" in found) process.exitCode = 1;
   return explanationText(found);
@@ -14420,7 +14433,10 @@ function textAskedFor(call: Call): string | undefined {
   if (options.schema) return JSON.stringify(jsonSchema(), null, 1);
   if (options.check) return checkCall(call);
   if (options["print-config"]) return printConfig(loadConfig(call));
-  return typeof options.explain === "string" ? explained(loadConfig(call), options.explain) : undefined;
+  const headers = options.header as string[] | undefined;
+  if (typeof options.explain === "string") return explained(loadConfig(call), options.explain, headers ?? []);
+  if (headers) throw new UsageError("--header goes with --explain");
+  return undefined;
 }
 
 /** The program. Exits with 2 after a wrong call, and with 1 where it cannot start. */
@@ -14570,7 +14586,7 @@ function edge(): EdgeHandlers {
 }
 
 for (const [, short, name = "", value] of USAGE.matchAll(/^ {2}(?:-(\w),| {3}) --([\w-]+)( [A-Z]+)?/gm)) {
-  OPTIONS[name] = { type: value ? "string" : "boolean", ...short && { short } };
+  OPTIONS[name] = { type: value ? "string" : "boolean", ...short && { short }, multiple: name === "header" };
 }
 
 if (!isMainThread && (workerData as WorkerTask | null)?.role === WORKER) await runWorker(workerData as WorkerTask);

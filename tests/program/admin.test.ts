@@ -1129,7 +1129,11 @@ test("the dashboard says what is wrong with the program: certificates that end s
 test("/explain refuses what no client can ask for, with a sentence; --explain too", () =>
   running(SHOP, async (lb) => {
     for (
-      const [query, why] of [["url=http://u:p@x/", /user name/], ["url=http://x/&method=CONNECT", /method/]] as const
+      const [query, why] of [
+        ["url=http://u:p@x/", /user name/],
+        ["url=http://x/&method=CONNECT", /method/],
+        ["url=http://x/&header=a:1&header=x-canary", /"x-canary" is not a header/],
+      ] as const
     ) {
       const refused = await ask(lb, `GET /explain?${query}`);
       assert.equal(refused.status, 400);

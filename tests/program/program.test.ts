@@ -192,7 +192,8 @@ test("--help lists every option and --version is that of package.json", async ()
   assert.equal(help.code, 0);
   assert.equal(help.err, "");
   for (
-    const option of "config listen port admin log drain check print-config explain schema demo help version".split(" ")
+    const option of "config listen port admin log drain check print-config explain header schema demo help version"
+      .split(" ")
   ) {
     assert.match(help.out, new RegExp(`--${option}\\b`));
   }
@@ -397,6 +398,20 @@ test("--explain tells the route, the service and its servers", () =>
     const none = await call(["--explain", "http://www.peter.com/a"], { cwd: folder });
     assert.match(none.out, /404.*no-route/);
     assert.equal(none.code, 1);
+  }));
+
+test("--explain takes headers, for routes that ask for them", () =>
+  fine(async (folder) => {
+    const servers = (port: number) => `servers: ['localhost:${port}']`;
+    const routes = `- {path: /, headers: {x-canary: "1"}, ${servers(8082)}}\n- {path: /, ${servers(8081)}}`;
+    writeFileSync(join(folder, "routes.yml"), `routes:\n${routes}`);
+    const explain = (...more: string[]) => call(["--explain", "http://a.test/", ...more], { cwd: folder });
+    assert.match((await explain()).out, /localhost:8081/);
+    assert.match((await explain("-H", "accept: */*", "-H", "x-canary: 1")).out, /localhost:8082/);
+    const wrong = await explain("--header", "x-canary");
+    assert.deepEqual([wrong.code, /"x-canary" is not a header such as "x-canary: 1"/.test(wrong.err)], [1, true]);
+    const alone = await call(["-H", "a: b"], { cwd: folder });
+    assert.deepEqual([alone.code, /--header goes with --explain/.test(alone.err)], [2, true]);
   }));
 
 test("--demo balances over three servers of its own, shows them on its dashboard, and says what to do next", () =>

@@ -35,6 +35,14 @@ test("every routes.yml in README and docs can be used as it stands", () => {
   assert.ok(count >= 10, `${count} examples`);
 });
 
+test("README's ten lines with two mistakes give the two messages that README shows", () => {
+  const readme = read("README.md").split("\n## Ten lines\n")[1]!.split("\n## ")[0]!;
+  const [, text = ""] = /```yaml\n(.*?)```/s.exec(readme) ?? [],
+    [, shown = ""] = /\n\n```\n(.*?)\n```/s.exec(readme) ?? [];
+  const broken = text.replace("interval: 10s", "interval: 10 sec").replace("service: blog }", "service: blgo }");
+  assert.throws(() => parseConfig(broken), { message: shown });
+});
+
 test("docs/config.md is what the schema is made into", () => {
   assert.equal(
     read("docs/config.md"),
