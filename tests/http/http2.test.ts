@@ -1230,9 +1230,7 @@ test("a server that dies in the middle of its response resets the client's strea
 
 /** The line of the access log of the latest request for a path. */
 function record(path: string): Record<string, unknown> {
-  const lines = lb.output().split("\n").slice(0, -1).filter((line) => line.startsWith("{")).map((line) =>
-    JSON.parse(line)
-  );
+  const lines = lb.logLines().map((line) => JSON.parse(line));
   const found = lines.findLast((line) => (line["url.path"] ?? line["url.original"]) === path);
   assert.ok(found, `a line of the log for ${path}`);
   return found;

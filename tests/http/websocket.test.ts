@@ -982,8 +982,7 @@ const closeBoth = ({ client, server }: { client: End; server: End }) => {
   server.socket.destroy();
 };
 /** The lines of its log. */
-const recordsOf = (lb: Program) =>
-  lb.output().split("\n").slice(0, -1).filter((line) => line.startsWith("{")).map((line) => JSON.parse(line));
+const recordsOf = (lb: Program) => lb.logLines().map((line) => JSON.parse(line));
 
 let logged = 0;
 for (const [name, { ask, answer, up, down, protocol }] of Object.entries(SWITCHES)) {

@@ -441,6 +441,8 @@ export interface Program {
   output(): string;
   /** What it has printed on standard error. */
   errors(): string;
+  /** The whole lines that it has printed on standard output: its access log. */
+  logLines(): string[];
   /** Puts another config in force, by the file. */
   reload(config: unknown): Promise<void>;
   /** SIGTERM; gives the exit status, or null when it had to be killed. */
@@ -466,8 +468,11 @@ export async function startProgram(
   writeFileSync(file, typeof config === "string" ? config : JSON.stringify(config, null, 1));
   const words = [...COMMAND[runtime()], "-c", file, ...own ? [] : ["--listen", "127.0.0.1:0"], ...args];
   const child = spawnGuarded(process.execPath, words, { cwd: ROOT });
-  let output = "", errors = "", exited = false;
-  child.stdout.on("data", (bytes: Buffer) => output += bytes.toString());
+  let output = "", errors = "", log = "", exited = false;
+  child.stdout.on("data", (bytes: Buffer) => {
+    output += bytes.toString();
+    log += bytes.toString();
+  });
   child.stderr.on("data", (bytes: Buffer) => {
     output += bytes.toString();
     errors += bytes.toString();
@@ -507,6 +512,7 @@ export async function startProgram(
       stdout: child.stdout,
       output: () => output,
       errors: () => errors,
+      logLines: () => log.split("\n").slice(0, -1),
       reload,
       stop,
     };
