@@ -11715,7 +11715,7 @@ export interface Engine {
   keepAlive(lease: string): Promise<boolean>;
   revoke(lease: string): Promise<void>;
   /** Hands over what changes from a revision on, in order. */
-  watch(from: number, hear: (events: EngineEvent[]) => void): Watch;
+  watch(from: number, onEvents: (events: EngineEvent[]) => void): Watch;
   /** Asks another member from now on. */
   next(): void;
 }
@@ -11802,24 +11802,14 @@ export class EtcdClient implements Engine {
     this.config = config;
     this.effects = effects;
     this.members = config.etcd.map((url) => {
-      const { origin, pathname } = new URL(url), { port, protocol, hostname } = new URL(url);
+      const { origin, pathname, port, protocol, hostname } = new URL(url);
       const name = `${hostname}:${port || (protocol === "https:" ? 443 : 80)}`;
-      const found = { authority: hostFieldOf(origin), foundBy: "" };
       const given = {
-        ...found,
-        url: origin,
-        name,
-        weight: 1,
-        host: "",
-        backup: false,
-        max: Infinity,
-        state: "ready" as const,
+        ...{ url: origin, name, authority: hostFieldOf(origin), host: "", foundBy: "" },
+        ...{ weight: 1, backup: false, max: Infinity, state: "ready" as const },
       };
-      return {
-        url,
-        path: pathname.replace(/\/$/, ""),
-        server: newServer(given, "fleet", { tls: config.tls, http: 1 }),
-      };
+      const server = newServer(given, "fleet", { tls: config.tls, http: 1 });
+      return { url, path: pathname.replace(/\/$/, ""), server };
     });
     this.current = Math.floor(effects.random() * this.members.length); // not all instances ask the same one
   }
@@ -11865,7 +11855,7 @@ export class EtcdClient implements Engine {
     await this.call("lease/revoke", { ID: lease });
   }
 
-  watch(from: number, hear: (events: EngineEvent[]) => void): Watch {
+  watch(from: number, onEvents: (events: EngineEvent[]) => void): Watch {
     const { prefix } = this.config, ended = Promise.withResolvers<string>();
     let attempt: Attempt | undefined, isOver = false;
     const close = (why: string) => {
@@ -11884,7 +11874,7 @@ export class EtcdClient implements Engine {
         const { value, revision } = this.valueOf(mapOf(kv));
         return { key: this.nameOf(mapOf(kv)), revision, value: type === "DELETE" ? undefined : value };
       });
-      if (changes.length) hear(changes);
+      if (changes.length) onEvents(changes);
     };
     const range = { key: base64(prefix), range_end: endOf(prefix), start_revision: `${from}` };
     this.open("watch", { create_request: range }, Infinity, (begun) => attempt = begun).then(({ status, body }) => {
@@ -12107,7 +12097,7 @@ export class Fleet implements Membership {
   private watching: Watch | undefined;
   private tickAt = 0; // when the lease is kept alive again
   private isTicking = false;
-  private view_ = ""; // `viewHash` of the members that it knows
+  private membersHash = ""; // `viewHash` of the members that it knows
   private probing = new Map<string, string[]>(); // instances that probe a server
   private readonly unsure = new Set<string>(); // servers of which it has found out nothing yet, and heard nothing certain
   private local: Raw; // `fleet` as the local file has it
@@ -12175,7 +12165,7 @@ export class Fleet implements Membership {
       try {
         await this.learn();
         if (this.isOver) return;
-        this.watching = this.engine.watch(this.revision + 1, (events) => this.hear(events));
+        this.watching = this.engine.watch(this.revision + 1, (events) => this.onEvents(events));
         reason = await this.watching.ended;
       } catch (error) {
         this.complain(error);
@@ -12215,7 +12205,7 @@ export class Fleet implements Membership {
     try {
       if (this.lease && !await engine.keepAlive(this.lease)) this.onLeaseOver();
       const known = this.revision, { revision, keys } = await engine.list(false);
-      this.touch();
+      this.onContact();
       this.publish(); // ejections, and what could not be written before
       if (revision < known) return watching?.close("restored");
       if (!this.isBehind(keys, revision)) return;
@@ -12246,7 +12236,7 @@ export class Fleet implements Membership {
   }
 
   /** The engine has answered. */
-  private touch(): void {
+  private onContact(): void {
     const now = this.effects.now();
     this.contactAt = now;
     if (this.state === "answers") return;
@@ -12276,7 +12266,7 @@ export class Fleet implements Membership {
     if (!listed.keys.has("secret")) await this.engine.swap("secret", this.effects.secret(), 0);
     if (!listed.keys.has("config") || !listed.keys.has("secret")) listed = await this.engine.list(true);
     if (this.isOver) return;
-    this.touch();
+    this.onContact();
     [this.keys, this.revision] = [listed.keys, listed.revision];
     const isMember = !!this.lease && readRecord(this.keys.get(`instances/${this.name}`)?.value)?.id === this.member.id;
     this.takeSecret();
@@ -12297,8 +12287,8 @@ export class Fleet implements Membership {
   }
 
   /** What the watch brings, in its order. */
-  private hear(events: EngineEvent[]): void {
-    this.touch();
+  private onEvents(events: EngineEvent[]): void {
+    this.onContact();
     for (const { key, value, revision } of events) {
       this.revision = revision;
       if (value === undefined) this.keys.delete(key);
@@ -12400,7 +12390,7 @@ export class Fleet implements Membership {
     const read = all.map(([key, { value }]) => [key.slice("instances/".length), readRecord(value)] as const);
     this.records = new Map(read.filter((one): one is [string, InstanceRecord] => one[1] !== undefined));
     const members = [...this.records.keys()];
-    this.view_ = viewHash(members, probers);
+    this.membersHash = viewHash(members, probers);
     this.probing = new Map();
     for (const [service, server] of this.servers()) {
       const key = keyOfServer(service, server), by = probersOf(key, members, probers);
@@ -12440,7 +12430,7 @@ export class Fleet implements Membership {
     return majorityOf((this.probing.get(key) ?? []).map((name) => {
       if (name === this.name && this.lease && this.unsure.has(key)) return "unknown";
       if (name === this.name && this.lease) return server.opinion ? "up" : "down";
-      return voteOf(this.records.get(name), key, this.view_, told);
+      return voteOf(this.records.get(name), key, this.membersHash, told);
     }));
   }
 
@@ -12483,7 +12473,7 @@ export class Fleet implements Membership {
     const now = this.effects.now();
     return {
       ...{ id: this.member.id, since: balancer.startedAt.toISOString(), version: VERSION, runtime: balancer.runtime },
-      ...{ config: this.inForce, problem: this.document?.problem ?? "", members: this.view_ },
+      ...{ config: this.inForce, problem: this.document?.problem ?? "", members: this.membersHash },
       told: Math.max(0, ...this.told.values()),
       down: named(servers.filter(([service, server]) => !server.opinion && this.isProber(service, server))),
       ejected: named(servers.filter(([, server]) => server.until > now)),
@@ -12594,18 +12584,22 @@ export class Fleet implements Membership {
     return wait > 0 ? missing().map(([name]) => name) : [];
   }
 
-  async tell({ name }: Service, { url }: Server, up: boolean): Promise<boolean> {
-    const key = `told/${name} ${url}`, before = this.told.get(key);
-    if (this.state === "away") return false;
-    const isTold = await this.engine.put(key, up ? "up" : "down").then(() => true, () => false);
-    return isTold && await this.until(() => this.told.get(key) !== before, CHANGE_TIME);
+  async tell(service: Service, server: Server, up: boolean): Promise<boolean> {
+    const key = `told/${keyOfServer(service, server)}`, before = this.told.get(key);
+    return await this.tellAll(key, up ? "up" : "down", () => this.told.get(key) !== before);
   }
 
-  async tellChange(service: Service, { url }: Server, change: FoundChange): Promise<boolean> {
+  async tellChange(service: Service, server: Server, change: FoundChange): Promise<boolean> {
+    const changeOf = () => service.changes.get(server.url), value = JSON.stringify({ ...changeOf(), ...change });
+    const key = `told/${keyOfServer(service, server)}${CHANGE}`;
+    return await this.tellAll(key, value, () => JSON.stringify(changeOf()) === value);
+  }
+
+  /** Writes an operator's word, and waits until the watch has brought it back. False: it counts on this instance alone. */
+  private async tellAll(key: string, value: string, hasCome: () => boolean): Promise<boolean> {
     if (this.state === "away") return false;
-    const value = JSON.stringify({ ...service.changes.get(url), ...change });
-    const isTold = await this.engine.put(`told/${service.name} ${url}${CHANGE}`, value).then(() => true, () => false);
-    return isTold && await this.until(() => JSON.stringify(service.changes.get(url)) === value, CHANGE_TIME);
+    const isWritten = await this.engine.put(key, value).then(() => true, () => false);
+    return isWritten && await this.until(hasCome, CHANGE_TIME);
   }
 
   private async until(has: () => boolean, patience: number): Promise<boolean> {
@@ -12684,14 +12678,9 @@ export class Fleet implements Membership {
       const { id: _, members: __, told: ___, unsure: ____, ...shown } = name === this.name ? this.record() : theirs;
       return { name, ...shown };
     });
+    const { state: engine, problem, name, inForce: config } = this;
     return {
-      ...{
-        engine: this.state,
-        since: this.since.toISOString(),
-        problem: this.problem,
-        name: this.name,
-        config: this.inForce,
-      },
+      ...{ engine, since: this.since.toISOString(), problem, name, config },
       instances: all.toSorted((a, b) => a.name < b.name ? -1 : 1),
       probes: [...this.probing].map(([server, by]) => ({ server, by: this.state === "away" ? [this.name] : by })),
     };
@@ -14524,11 +14513,11 @@ function watchAtTheEdge(lb: LoadBalancer, own: FleetConfig, env: EdgeEnv): Fleet
   });
 }
 
-const DOOR = "/.well-known/lb-fleet/";
+const FLEET_PATH = "/.well-known/lb-fleet/";
 
-/** Lets instances elsewhere to the Durable Object: those that have its token. */
-async function openDoor(request: Request, env: EdgeEnv, binding: string, { sign }: Effects): Promise<Response> {
-  const token = String(env.LB_FLEET_TOKEN ?? ""), path = new URL(request.url).pathname.slice(DOOR.length);
+/** Passes requests of instances elsewhere to the Durable Object, where they have its token. */
+async function passToFleet(request: Request, env: EdgeEnv, binding: string, { sign }: Effects): Promise<Response> {
+  const token = String(env.LB_FLEET_TOKEN ?? ""), path = new URL(request.url).pathname.slice(FLEET_PATH.length);
   const isToken = (given: unknown) => token !== "" && sign(token, "") === sign(String(given ?? ""), "");
   if (path === "v3/auth/authenticate") {
     const { password } = mapOf(await request.json().catch(() => undefined));
@@ -14569,8 +14558,8 @@ function edge(): EdgeHandlers {
   return {
     async fetch(request, env, context) {
       const { lb, fleet, durable } = made ??= makeAtTheEdge(env);
-      if (durable && new URL(request.url).pathname.startsWith(DOOR) && durableOf(env, durable)) {
-        return await openDoor(request, env, durable, lb.balancer.effects);
+      if (durable && new URL(request.url).pathname.startsWith(FLEET_PATH) && durableOf(env, durable)) {
+        return await passToFleet(request, env, durable, lb.balancer.effects);
       }
       if (fleet && !hasListed) await list(made);
       const answer = Promise.resolve(lb.fetch(request, env));
