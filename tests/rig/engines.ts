@@ -2,8 +2,8 @@
 // may run on different runtimes, and servers whose health can be switched.
 
 import assert from "node:assert/strict";
-import { type ChildProcess, spawn } from "node:child_process";
-import { existsSync, mkdtempSync, openSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import type { ChildProcess } from "node:child_process";
+import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { createServer, request as httpRequest, type Server } from "node:http";
 import { request as httpsRequest } from "node:https";
 import type { AddressInfo } from "node:net";
@@ -11,6 +11,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
+import { spawnGuarded } from "./guard.ts";
 import { freePort, type Runtime, runtime, sleep, until } from "./rig.ts";
 
 const ETCD = "/usr/bin/etcd";
@@ -83,6 +84,7 @@ export interface Cluster {
 export async function startEtcd(t: Ends, count = 1, own?: { cert: string; key: string }): Promise<Cluster> {
   const memory = "/dev/shm", folder = existsSync(memory) ? memory : tmpdir(); // etcd waits for its disk with each write
   const data = mkdtempSync(join(folder, "lb-etcd-")), children: (ChildProcess | undefined)[] = [];
+  const logs: string[] = Array.from({ length: count }, () => "");
   const ports: number[] = [];
   for (let i = 0; i < 2 * count; i++) ports.push(await freePort());
   const url = (i: number) => `http${own ? "s" : ""}://127.0.0.1:${ports[i]}`;
@@ -95,21 +97,17 @@ export async function startEtcd(t: Ends, count = 1, own?: { cert: string; key: s
     for (const end = Date.now() + 20_000;; await sleep(50)) {
       const answer = await call("kv/range", { key: base64("up") }, i).catch(() => undefined);
       if (answer?.header) return;
-      assert.ok(
-        Date.now() < end,
-        `etcd does not start:\n${readFileSync(join(data, `m${i}.log`), "utf8").slice(-2000)}`,
-      );
+      assert.ok(Date.now() < end, `etcd does not start:\n${logs[i]!.slice(-2000)}`);
     }
   };
   const launch = (i: number) => {
-    const log = openSync(join(data, `m${i}.log`), "a");
     const args = ["--name", `m${i}`, "--data-dir", join(data, `m${i}`), "--enable-v2=false"];
     args.push("--listen-client-urls", url(i), "--advertise-client-urls", url(i));
     args.push("--listen-peer-urls", peer(i), "--initial-advertise-peer-urls", peer(i), "--initial-cluster", members);
     if (own) args.push("--cert-file", own.cert, "--key-file", own.key);
     args.push("--heartbeat-interval", "50", "--election-timeout", "500");
-    const child = spawn(ETCD, args, { stdio: ["ignore", log, log] });
-    children[i] = child;
+    const child = children[i] = spawnGuarded(ETCD, args, { stdout: "ignore" });
+    child.stderr.on("data", (bytes: Buffer) => logs[i] = logs[i]! + bytes);
   };
   const cluster: Cluster = {
     urls: Array.from({ length: count }, (_, i) => url(i)),
@@ -156,10 +154,7 @@ export async function startEtcd(t: Ends, count = 1, own?: { cert: string; key: s
     },
   };
   for (let i = 0; i < count; i++) launch(i);
-  const orphans = () => children.forEach((child) => child && send(child, "SIGKILL"));
-  process.once("exit", orphans);
   t.after(async () => {
-    process.off("exit", orphans);
     for (let i = 0; i < count; i++) await cluster.kill(i);
     rmSync(data, { recursive: true, force: true });
   });
@@ -204,17 +199,15 @@ export async function startInstance(
 ): Promise<Instance> {
   const folder = mkdtempSync(join(tmpdir(), "lb-fleet-")), path = file ?? join(folder, "routes.yml");
   if (!file) writeFileSync(path, `fleet: ${JSON.stringify({ name: "${NAME}", ...fleet })}\n${rest}`);
-  const child = spawn(
+  const child = spawnGuarded(
     programOf(where),
     [...COMMAND[where], "-c", path, "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--drain", "1s", ...args],
-    { cwd: ROOT, env: { ...process.env, NO_COLOR: "1", NAME: name, ...env }, stdio: ["ignore", "pipe", "pipe"] },
+    { cwd: ROOT, env: { ...process.env, NO_COLOR: "1", NAME: name, ...env } },
   );
   let output = "", isOver = false;
-  child.stdout!.on("data", (bytes: Buffer) => output += bytes);
-  child.stderr!.on("data", (bytes: Buffer) => output += bytes);
+  child.stdout.on("data", (bytes: Buffer) => output += bytes);
+  child.stderr.on("data", (bytes: Buffer) => output += bytes);
   const over = exited(child).then(() => isOver = true);
-  const orphan = () => child.kill("SIGKILL");
-  process.once("exit", orphan);
   const found = (pattern: RegExp) => Number(pattern.exec(output)?.[1] ?? 0);
   const one: Instance = {
     name,
@@ -247,7 +240,6 @@ export async function startInstance(
   };
   t.after(async () => {
     await one.stop("SIGKILL");
-    process.off("exit", orphan);
     rmSync(folder, { recursive: true, force: true });
   });
   if (!listens) return one;
