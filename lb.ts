@@ -3763,7 +3763,7 @@ function writeBytes(socket: Socket, bytes: Bytes): void {
 const socketHasRoom = (socket: Socket): boolean => socket.writableLength < WINDOW;
 
 /**
- * A connection that speaks HTTP/1.1. What it writes in one turn of the event loop leaves at the end of the turn, as one
+ * A connection that speaks HTTP, of any version. What it writes in one turn of the event loop leaves at the end of the turn, as one
  * text: that is fewer system calls, and a process at the other end of many connections wakes up once.
  */
 abstract class Connection {
