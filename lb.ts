@@ -8917,11 +8917,7 @@ function balance(balancer: Balancer, request: HttpRequest, isWrapped = false): v
   balancer.inFlight++;
   exchange.entrypoint.inFlight++;
   request.onGone = () => exchange.onLeave?.(exchange);
-  try {
-    takeRequest(exchange);
-  } catch (error) {
-    failInternally(exchange, error);
-  }
+  guarded(exchange, takeRequest);
 }
 
 /** Validates a request, and finds its route and its service. */
