@@ -3580,7 +3580,7 @@ function parseResponseHead(text: string, method: string): ResponseHead | string 
   const framing = empty ? "none" : encoding ? "chunk-size" : length ? "length" : "close";
   const persistent = !hasOption(connection, CLOSE_OPTION) && (modern || hasOption(connection, KEEP_ALIVE_OPTION));
   const excess = (status === 204 || status === 205) && (encoding !== "" || Number(length) > 0); // left unread
-  const fields = status === 204 || status === 205 ? without(head.fields, LENGTH_NAME) : head.fields;
+  const fields = withoutVainLength(status, head.fields);
   return {
     ...{ status, reason, fields, lines: fields === head.fields ? head.lines : linesOf(fields), framing },
     length: framing === "length" ? Number(length) : framing === "none" ? 0 : -1,
@@ -3588,6 +3588,10 @@ function parseResponseHead(text: string, method: string): ResponseHead | string 
     keepAlive: persistent && framing !== "close" && !excess ? idle : 0,
   };
 }
+
+/** The fields of an answer; one whose status excludes a body has no length, either. */
+const withoutVainLength = (status: number, fields: Fields): Fields =>
+  status === 204 || status === 205 ? without(fields, LENGTH_NAME) : fields;
 const LENGTH_NAME = new Set(["content-length"]);
 
 /** Within a second most answers of a server have the same head. */
@@ -5218,7 +5222,7 @@ function http2ResponseHead({ fields: given, size }: HeaderBlock): ResponseHead |
   if (size > MAX_HEAD || given.length > 2 * MAX_FIELDS) return "its head is too long";
   const read = readHttp2Fields(given, STATUS_FIELD), code = read?.own.get(":status") ?? "", status = Number(code);
   if (!read || !/^[1-9]\d\d$/.test(code) || status === 101) return "its head is malformed";
-  const fields = status === 204 || status === 205 ? without(read.fields, LENGTH_NAME) : read.fields;
+  const fields = withoutVainLength(status, read.fields);
   return {
     ...{ status, reason: "", fields, lines: linesOf(fields), framing: "none", upgrade: "", keepAlive: Infinity },
     length: read.length ? Number(read.length) : -1,
