@@ -3961,6 +3961,13 @@ class ByteSide implements TunnelSide {
     this.blame = blame;
   }
 
+  /** Listens to its socket; where that still has a Connection, the Connection passes on what comes. */
+  listen(): void {
+    const { socket } = this;
+    socket.on("data", (bytes: Bytes) => this.onData(bytes)).on("drain", () => this.onDrain());
+    socket.on("end", () => this.onEnd());
+  }
+
   onData(bytes: Bytes): void {
     const { tunnel, other: { socket: to } } = this;
     if (tunnel.closing || to.writableEnded) return;
@@ -5806,8 +5813,8 @@ class ClientStream extends Http2Stream<Http2ClientConnection> {
     this.sendLines(`:status: 200\r\n${linesOf(without(fields, HANDSHAKE))}`, false);
     const socket = socketOf(this.body!, (outgoing) => this.sendBody(outgoing));
     const { client } = new ByteTunnel(socket, server);
-    socket.on("data", (bytes: Bytes) => client.onData(bytes)).on("drain", () => client.onDrain());
-    socket.on("end", () => client.onEnd()).on("close", () => client.onClose()).on("error", () => {});
+    client.listen();
+    socket.on("close", () => client.onClose()).on("error", () => {});
   }
 
   override endSide(): void {
@@ -9187,8 +9194,7 @@ async function passBytes(relay: Relay, far: Socket, now: Effects["now"]): Promis
   const tunnel = new ByteTunnel(near, { socket: far, protocol: "", early: NO_BYTES, idle: Infinity, join() {} });
   const closed = [tunnel.client, tunnel.server].map((side) => {
     const { socket, other } = side;
-    socket.on("data", (bytes: Bytes) => side.onData(bytes)).on("drain", () => side.onDrain());
-    socket.on("end", () => side.onEnd());
+    side.listen();
     socket.on("close", () => socket.readableEnded ? side.onClose() : resetSocket(other.socket));
     return new Promise((resolve) => socket.on("data", touch).on("drain", touch).on("close", resolve));
   });
