@@ -8421,9 +8421,9 @@ function passingFields(block: FieldBlock): PassingFields {
   const { fields } = block, passing: string[] = [];
   let via = "";
   for (let i = 0; i < fields.length; i += 2) {
-    const passage = fieldAction(fields[i]!);
-    if (passage === "pass") passing.push(fields[i]!, fields[i + 1]!);
-    else if (passage === "via") via = joinValues(via, fields[i + 1]!);
+    const action = fieldAction(fields[i]!);
+    if (action === "pass") passing.push(fields[i]!, fields[i + 1]!);
+    else if (action === "via") via = joinValues(via, fields[i + 1]!);
   }
   return block.passing = { lines: linesOf(passing), via };
 }
@@ -8746,8 +8746,8 @@ function finish(exchange: Exchange): void {
   if (destination) {
     destination.service.inFlight--;
     tally(tallyOf(destination.service.tallies, exchange), milliseconds, received, bytes, failed);
-    const status = isGrpc(exchange.request) && answering && grpcStatus(answering), { grpc } = destination.service;
-    if (status && /^(?:\d|1[0-6])$/.test(status)) getOrMake(grpc, status, newOccurrences).times++;
+    const code = isGrpc(exchange.request) && answering && grpcStatus(answering), { grpc } = destination.service;
+    if (code && /^(?:\d|1[0-6])$/.test(code)) getOrMake(grpc, code, newOccurrences).times++;
   }
   if (problem) countFailure(balancer, problem);
   const { format } = exchange.table.config.log;
