@@ -38,18 +38,13 @@ const PROGRAMS = Object.entries({
 /** How a file's tests are run, and reported as JUnit's XML. */
 const RUNTIMES: Record<string, (file: string, report: string) => string[]> = {
   deno: (file, report) => ["deno", "test", "-A", "--no-check", `--junit-path=${report}`, file],
-  bun: (
-    file,
-    report,
-  ) => ["bun", "test", "--timeout=60000", "--reporter=junit", `--reporter-outfile=${report}`, `./${file}`],
-  node: (
-    file,
-    report,
-  ) => [...["node", "--test", "--test-reporter=spec", "--test-reporter-destination=stdout"], ...[
-    "--test-reporter=junit",
-    `--test-reporter-destination=${report}`,
-    file,
-  ]],
+  bun: (file, report) => {
+    return ["bun", "test", "--timeout=60000", "--reporter=junit", `--reporter-outfile=${report}`, `./${file}`];
+  },
+  node: (file, report) => {
+    const shown = ["--test-reporter=spec", "--test-reporter-destination=stdout"];
+    return ["node", "--test", ...shown, "--test-reporter=junit", `--test-reporter-destination=${report}`, file];
+  },
 };
 const WORKERD = "workerd";
 const CHECKS = "checks";
@@ -394,8 +389,11 @@ async function main(args: string[]): Promise<number> {
   let results: Result[] = [], lacking: string[] = [];
   try {
     await install();
-    if (args.includes("--install") && (lacking = await missingPrograms()).length) await installPrograms(lacking);
     lacking = await missingPrograms();
+    if (args.includes("--install") && lacking.length > 0) {
+      await installPrograms(lacking);
+      lacking = await missingPrograms();
+    }
     console.log(await versions());
     results = await againAlone(await runAll(await jobsFor(choice)));
     const lost = missing(results);
