@@ -8,7 +8,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import { type ConfigError, parseConfig } from "../../lb.ts";
-import { get, sleep, startProgram, test, until } from "../rig/rig.ts";
+import { endServer, get, sleep, startProgram, test, until } from "../rig/rig.ts";
 
 const FOLDER = mkdtempSync(join(tmpdir(), "lb-unix-"));
 process.once("exit", () => rmSync(FOLDER, { recursive: true, force: true }));
@@ -31,11 +31,7 @@ async function serverAt(path: string): Promise<{ url: string; close(): Promise<v
     });
   });
   await new Promise<void>((resolve) => server.listen({ path }, resolve));
-  const close = () => {
-    for (const socket of open) socket.destroy();
-    return new Promise<void>((resolve) => server.close(() => resolve()));
-  };
-  return { url: `unix:${path}`, close };
+  return { url: `unix:${path}`, close: () => endServer(server, open) };
 }
 
 /** What comes back from a socket until the other side ends, or nothing has come for a while. */
