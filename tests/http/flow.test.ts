@@ -18,6 +18,8 @@ import { A, CA, KEY } from "../rig/certificates.ts";
 import { spawnGuarded } from "../rig/guard.ts";
 import {
   answer,
+  COMMAND,
+  listenLocally,
   type Program,
   rawRequest,
   runtime,
@@ -273,13 +275,12 @@ async function put(next: unknown): Promise<void> {
   inForce = JSON.stringify(next);
 }
 
-const listening = (server: Server) => new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
 const portOf = (output: string, scheme: Front) => {
   const port = new RegExp(`listening on ${scheme}://127\\.0\\.0\\.1:(\\d+)`).exec(output)?.[1];
   return Number(port ?? 0);
 };
 before(async () => {
-  await Promise.all(BOTH.map((back) => listening(servers[back])));
+  await Promise.all(BOTH.map((back) => listenLocally(servers[back])));
   lb = await startCollecting();
   inForce = JSON.stringify(config());
   for (const front of BOTH) ports[front] = await until(`listens for ${front}`, () => portOf(lb.output(), front));
@@ -838,7 +839,6 @@ for (const { front, back } of WAYS) {
 // ─── Out of handles ───
 
 const HANDLES = 160, CROWD = 300;
-const COMMAND = { deno: ["run", "-A", "lb.ts"], bun: ["lb.ts"], node: ["lb.ts"] };
 
 /** The program with that many handles at most, while `use` lasts. It has to end by itself then, with status 0. */
 async function withHandles(handles: number, use: (port: number, alive: () => boolean) => Promise<void>): Promise<void> {

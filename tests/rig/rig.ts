@@ -450,7 +450,8 @@ export interface Program {
 }
 
 const ROOT = fileURLToPath(new URL("../..", import.meta.url));
-const COMMAND: Record<Runtime, string[]> = { deno: ["run", "-A", "lb.ts"], bun: ["lb.ts"], node: ["lb.ts"] };
+/** What comes before the arguments of lb.ts. */
+export const COMMAND: Record<Runtime, string[]> = { deno: ["run", "-A", "lb.ts"], bun: ["lb.ts"], node: ["lb.ts"] };
 
 /**
  * Starts lb.ts on the runtime that runs this, and waits until it listens: with this config (JSON is YAML; a text stays as
