@@ -177,24 +177,24 @@ Editors complete and check the file with \`lb.ts --schema > routes.schema.json\`
 const APART = new Set(["services", "defaults", "hosts", "paths", "routes", "default", "tcp"]);
 /** What the platform does itself there, or what cannot be done there; the same holds for all keys in these. */
 const NOT_AT_THE_EDGE = [
-  ...[
-    "listen",
-    "admin",
-    "tcp",
-    "limits.connections",
-    "limits.client_connections",
-    "limits.header",
-    "limits.keep_alive",
-  ],
-  ...["limits.header_size", "limits.header_fields", "service.tls", "service.http", "service.host_header"],
-  ...[
-    "service.health.grpc",
-    "service.timeouts.connect",
-    "resolvers",
-    "service.servers.srv",
-    "service.servers.host",
-    "route.rewrite.host",
-  ],
+  "listen",
+  "admin",
+  "tcp",
+  "limits.connections",
+  "limits.client_connections",
+  "limits.header",
+  "limits.keep_alive",
+  "limits.header_size",
+  "limits.header_fields",
+  "service.tls",
+  "service.http",
+  "service.host_header",
+  "service.health.grpc",
+  "service.timeouts.connect",
+  "resolvers",
+  "service.servers.srv",
+  "service.servers.host",
+  "route.rewrite.host",
 ];
 const INTRO: Record<string, string> = {
   "fleet.tls": "`tls` of a service has the same keys.",
