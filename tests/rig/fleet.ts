@@ -11,6 +11,7 @@ import {
   type LoadBalancer,
   parseConfig,
 } from "../../lb.ts";
+import { answerTo } from "./balancer.ts";
 import { seeded } from "./rig.ts";
 
 /** Time that passes when a test says so: who sleeps is woken in order. */
@@ -205,17 +206,14 @@ export class World {
   async join(name: string, { text = this.text, engine = new FakeEngine(this.store) } = {}): Promise<Member> {
     const reports: string[] = [], disk: Member["disk"] = { text, kept: [] }, { clock } = this;
     const lb = createLoadBalancer(parseConfig(text), {
-      ...{
-        now: () => clock.now,
-        sleep: clock.sleep,
-        random: this.random,
-        report: (_, said) => void reports.push(said),
-      },
+      now: () => clock.now,
+      sleep: clock.sleep,
+      random: this.random,
+      report: (_, said) => void reports.push(said),
       fetch: (url, attempt) => {
         member.probed++;
         const server = Number(/s(\d+)/.exec(url)![1]), status = this.up[server] ? 200 : 503;
-        attempt.ended(status, 0, undefined);
-        return Promise.resolve(new Response(null, { status }));
+        return answerTo(attempt, status);
       },
     });
     const { fleet: own } = lb.balancer.table.config;
@@ -311,13 +309,11 @@ export async function checkEngine(engine: Engine, pass: (milliseconds: number) =
   await becomes("what comes is heard", () => heard.length === 4);
   await becomes("the end of a lease that nobody keeps alive is heard", () => heard.length === 5);
   assert.deepEqual(heard, [
-    ...[
-      "config second 1",
-      "instances/a here 2",
-      "told/s http://h:1 down 3",
-      "instances/a again 4",
-      "instances/a gone 5",
-    ],
+    "config second 1",
+    "instances/a here 2",
+    "told/s http://h:1 down 3",
+    "instances/a again 4",
+    "instances/a gone 5",
   ]);
   assert.equal(await engine.keepAlive(lease), false);
   await assert.rejects(engine.put("instances/a", "late", lease), (error: EngineError) => error.kind === "lease");

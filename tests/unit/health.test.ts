@@ -12,7 +12,7 @@ import {
   type Strategy,
   WireError,
 } from "../../lb.ts";
-import { balancerFor } from "../rig/balancer.ts";
+import { answerTo, balancerFor } from "../rig/balancer.ts";
 
 /** How a server behaves: a status, a failure before the answer, or something of its own. */
 type Manner = number | Failure | Behaviour;
@@ -20,11 +20,6 @@ type Behaviour = (attempt: FetchAttempt, url: string) => Promise<Response>;
 
 const HEALTH = "health: { path: /healthz, interval: 10s, timeout: 2s, rise: 1, fall: 1 }";
 const OFF = "health: off";
-
-function answered(attempt: FetchAttempt, status: number, headers = {}): Response {
-  attempt.ended(status, 0, undefined);
-  return new Response(null, { status, headers });
-}
 
 /** A balancer over `servers`, with the first one asked first; `answers` and `health` say how each of them behaves. */
 function setUp(keys: string, servers = "[a:1, b:1]", more = "", own: Strategies = {}) {
@@ -36,12 +31,12 @@ function setUp(keys: string, servers = "[a:1, b:1]", more = "", own: Strategies 
   const behave = async (manner: Manner, attempt: FetchAttempt, url: string) => {
     if (typeof manner === "function") return await manner(attempt, url);
     if (typeof manner === "string") throw new WireError(manner, manner !== "connect", `it says ${manner}`);
-    return answered(attempt, manner);
+    return answerTo(attempt, manner);
   };
   /** A server that needs a time: the clock moves on by it. */
   const takes = (ms: number, status = 200): Manner => (attempt) => {
     clock.now += ms;
-    return Promise.resolve(answered(attempt, status));
+    return answerTo(attempt, status);
   };
   const yaml = (keys: string, servers: string, more = "") => {
     const usual = ["retries: 0", "strategy: first", "panic: 0%"].filter((one) => !keys.includes(one.split(" ")[0]!));
@@ -458,7 +453,7 @@ test("where the others cannot bear what a slow server leaves to them, it is aske
   await times(8);
   assert.equal(reports.length, 1);
   const stuck = Promise.withResolvers<void>();
-  answers.b = answers.c = answers.d = async (attempt) => (await stuck.promise, answered(attempt, 200));
+  answers.b = answers.c = answers.d = async (attempt) => (await stuck.promise, answerTo(attempt));
   const waiting = Array.from({ length: 9 }, () => ask());
   clock.now += 1000;
   assert.equal(service.servers[0]!.until > 0, true);
@@ -559,7 +554,7 @@ async function onTrial(keys = "", servers = FOUR) {
 test("after an ejection one request tries the server out, and nobody else is sent there until it has been answered", async () => {
   const { answers, ask, times, reports, service } = await onTrial();
   const trial = Promise.withResolvers<void>();
-  answers.a = async (attempt) => (await trial.promise, answered(attempt, 200));
+  answers.a = async (attempt) => (await trial.promise, answerTo(attempt));
   const server = service.servers[0]!, { picks } = server, ejected = reports.length;
   const asked = [ask(), ask(), ask(), ask()];
   assert.equal((await times(20)).includes("a"), false);
@@ -678,7 +673,7 @@ test("slow_start: who comes back, or is new, begins with 10 % of its weight and 
 
 /** An answer with Retry-After. */
 const later = (status: number, after: string): Manner => (attempt) =>
-  Promise.resolve(answered(attempt, status, { "retry-after": after }));
+  answerTo(attempt, status, { "retry-after": after });
 
 test("Retry-After of a 503 or 429: others are asked until then, at most as long as an ejection", async () => {
   const rows: [status: number, after: string, seconds: number][] = [
@@ -737,7 +732,7 @@ test("Retry-After: no retry goes to who has said it, and where nobody else is le
     const manner = two.answers[name]!;
     return (attempt, url) => {
       asked.push(name);
-      return typeof manner === "function" ? manner(attempt, url) : Promise.resolve(answered(attempt, manner as number));
+      return typeof manner === "function" ? manner(attempt, url) : answerTo(attempt, manner as number);
     };
   };
   two.answers.a = noted("a");
@@ -753,7 +748,7 @@ test("Retry-After: no retry goes to who has said it, and where nobody else is le
 /** A server that works on so many requests at a time, and always has so many clients; its limit after so many seconds. */
 function saturate({ answers, clock, ask, service }: ReturnType<typeof setUp>) {
   const queue: (() => void)[] = [], waiting = new Set<Promise<string>>();
-  answers.a = (attempt) => new Promise((resolve) => queue.push(() => resolve(answered(attempt, 200))));
+  answers.a = (attempt) => new Promise((resolve) => queue.push(() => resolve(answerTo(attempt))));
   return async (clients: number, workers: number, seconds: number, takes = 10) => {
     for (const end = clock.now + seconds * 1000; clock.now < end;) {
       while (waiting.size < clients) {
