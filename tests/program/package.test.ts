@@ -20,7 +20,7 @@ import process from "node:process";
 import { after, before } from "node:test";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
-import { spawnGuarded } from "../rig/guard.ts";
+import { whileRunning } from "../rig/guard.ts";
 import { answer, get, rawRequest, runtime, scriptedServer, test, until } from "../rig/rig.ts";
 
 const ROOT = fileURLToPath(new URL("../..", import.meta.url));
@@ -70,22 +70,14 @@ const HERE = {
 const alone = () => ({ PATH: "/usr/bin:/bin", HOME: folder, DENO_DIR: join(folder, "deno"), NO_COLOR: "1" });
 
 /** What a program answers to a request, once it listens; then it is ended. */
-async function answersOf([command, ...args]: string[], cwd: string, env: Record<string, string>): Promise<string> {
-  const child = spawnGuarded(command!, args, { cwd, env, detached: true });
-  let said = "", ended = false;
-  for (const stream of [child.stdout, child.stderr]) stream.on("data", (bytes) => said += bytes);
-  const exit = new Promise((resolve) => child.on("exit", resolve)).then(() => ended = true);
-  const port = () => Number(/listening on http:\/\/127\.0\.0\.1:(\d+)/.exec(said)?.[1]);
-  try {
-    await until("it listens or ends", () => ended || port(), 30_000);
-    assert.ok(port(), said);
+const answersOf = (command: string[], cwd: string, env: Record<string, string>): Promise<string> =>
+  whileRunning(command, { cwd, env }, async (said, over) => {
+    const port = () => Number(/listening on http:\/\/127\.0\.0\.1:(\d+)/.exec(said())?.[1]);
+    await until("it listens or ends", () => over() || port(), 30_000);
+    assert.ok(port(), said());
     const { answers } = await rawRequest(port(), get("/a", "Connection: close\r\n"));
     return answers[0]!.body.toString();
-  } finally {
-    process.kill(-child.pid, "SIGKILL"); // npx starts others
-    await exit;
-  }
-}
+  });
 const DEMO = ["--demo", "--listen", "127.0.0.1:0", "--admin", "off"];
 
 test("the built file runs alone in an empty folder", { skip }, async () => {

@@ -5,7 +5,7 @@ import { readFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
-import { spawnGuarded } from "../rig/guard.ts";
+import { whileRunning } from "../rig/guard.ts";
 import { runtime, test, until } from "../rig/rig.ts";
 
 const ROOT = fileURLToPath(new URL("../..", import.meta.url));
@@ -20,19 +20,9 @@ function commands(): string[] {
   return [...row.matchAll(/`(.*?)`/g)].map(([, command]) => command!);
 }
 
-/** Runs a line of a shell, and ends all of it when `use` has seen what it says. */
-async function shell(line: string, use: (said: () => string, over: () => boolean) => Promise<void>): Promise<void> {
-  const child = spawnGuarded("sh", ["-c", line], { cwd: ROOT, env: { ...process.env, PATH }, detached: true });
-  let said = "", ended = false;
-  for (const stream of [child.stdout, child.stderr]) stream.on("data", (bytes) => said += bytes);
-  const exit = new Promise((resolve) => child.on("exit", resolve)).then(() => ended = true);
-  try {
-    await use(() => said, () => ended);
-  } finally {
-    if (!ended) process.kill(-child.pid, "SIGKILL");
-    await exit;
-  }
-}
+/** Runs a line of a shell, until `use` has seen what it says. */
+const shell = (line: string, use: Parameters<typeof whileRunning<void>>[2]): Promise<void> =>
+  whileRunning(["sh", "-c", line], { cwd: ROOT, env: { ...process.env, PATH } }, use);
 
 test("the demo of README's first screen answers what README says", { needs: ["curl"] }, async () => {
   const [demo] = commands();

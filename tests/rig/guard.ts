@@ -38,3 +38,21 @@ export function spawnGuarded(
   };
   return child as Guarded;
 }
+
+/** Runs a command in a process group of its own, and ends all of it when `use` has seen enough of what it says. */
+export async function whileRunning<T>(
+  [command = "", ...args]: string[],
+  options: Pick<SpawnOptions, "cwd" | "env">,
+  use: (said: () => string, over: () => boolean) => Promise<T>,
+): Promise<T> {
+  const child = spawnGuarded(command, args, { ...options, detached: true });
+  let said = "", isOver = false;
+  for (const stream of [child.stdout, child.stderr]) stream.on("data", (bytes) => said += bytes);
+  const exit = new Promise((resolve) => child.on("exit", resolve)).then(() => isOver = true);
+  try {
+    return await use(() => said, () => isOver);
+  } finally {
+    if (!isOver) process.kill(-child.pid, "SIGKILL");
+    await exit;
+  }
+}
