@@ -7,7 +7,7 @@ import { connect, createServer, type Server, type Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
-import { type ConfigError, parseConfig } from "../../lb.ts";
+import { mistakesOf } from "../rig/balancer.ts";
 import { endServer, get, sleep, startProgram, test, until } from "../rig/rig.ts";
 
 const FOLDER = mkdtempSync(join(tmpdir(), "lb-unix-"));
@@ -45,14 +45,7 @@ const exchange = (where: { path: string } | { port: number }, sent: string) =>
 const ask = (where: { path: string } | { port: number }, fields = "") =>
   exchange(where, get("/", `Connection: close\r\n${fields}`));
 
-const refused = (keys: string): string => {
-  try {
-    parseConfig(keys);
-  } catch (error) {
-    return (error as ConfigError).mistakes.map(({ path, message }) => `${path}: ${message}`).join("\n");
-  }
-  return "";
-};
+const refused = (keys: string): string => mistakesOf(keys).join("\n");
 
 test("a server may be a Unix socket: it is asked, probed and shown by its path", async () => {
   const server = await serverAt(freePath()), absent = `unix:${freePath()}`;

@@ -4,16 +4,8 @@
 import assert from "node:assert/strict";
 import type { Socket } from "node:net";
 import { createServer as createTlsServer, type TLSSocket } from "node:tls";
-import {
-  type ConfigError,
-  createAdmin,
-  createLoadBalancer,
-  jsonSchema,
-  parseConfig,
-  printConfig,
-  samplesOf,
-} from "../../lb.ts";
-import { answerTo, balancerFor } from "../rig/balancer.ts";
+import { createAdmin, createLoadBalancer, jsonSchema, parseConfig, printConfig, samplesOf } from "../../lb.ts";
+import { answerTo, balancerFor, mistakesOf } from "../rig/balancer.ts";
 import { dnsServer } from "../rig/dns.ts";
 import { eventually, type Instance, skip, startEtcd, startInstance } from "../rig/engines.ts";
 import {
@@ -38,7 +30,7 @@ const UNKNOWN = error("ENOTFOUND");
 
 /** A balancer whose DNS says what `a`, `aaaa`, `srv` and `hosts` have; `asked` is what it was asked. */
 function setUp(servers: string, more = "", keys = "") {
-  const chances = { next: 0.5 }, asked: string[] = [], hosts_: string[] = [];
+  const chances = { next: 0.5 }, asked: string[] = [], looked: string[] = [];
   const a: Record<string, Answer> = {}, aaaa: Record<string, Answer> = {}, hosts: Record<string, Answer> = {};
   const srv: Record<string, Srv> = {}, ttl = { seconds: 30 }, silent = new Set<string>();
   const yaml = (servers: string, more = "") =>
@@ -58,7 +50,7 @@ function setUp(servers: string, more = "", keys = "") {
     },
     resolveSrv: (name) =>
       give(srv[name]).then((all) => all.map(([priority, weight, port, name]) => ({ priority, weight, port, name }))),
-    lookup: (name) => (hosts_.push(name), addresses(hosts[name], 0)),
+    lookup: (name) => (looked.push(name), addresses(hosts[name], 0)),
     fetch: (url, attempt) => {
       const { headers } = attempt, at = headers.findIndex((one) => one.toLowerCase() === "host");
       requests.push({ url, host: headers[at + 1]! });
@@ -80,7 +72,7 @@ function setUp(servers: string, more = "", keys = "") {
     chances,
     reports,
     asked,
-    looked: hosts_,
+    looked,
     a,
     aaaa,
     hosts,
@@ -377,15 +369,7 @@ test("without DNS a name is one server, reached by it, and SRV records are left 
 });
 
 test("what cannot be a name or a resolver is refused with what would be right", () => {
-  const mistakes = (text: string) => {
-    try {
-      parseConfig(text);
-      return [];
-    } catch (error) {
-      return (error as ConfigError).mistakes.map(({ path, message }) => `${path}: ${message}`);
-    }
-  };
-  const server = (entry: string) => mistakes(`default: { servers: [${entry}] }`);
+  const server = (entry: string) => mistakesOf(`default: { servers: [${entry}] }`);
   const dns = "a name and a port such as api.internal:8080, or https://api.internal";
   for (const wrong of ["10.0.0.1:80", "[::1]:80", "api.internal", "unix:/a", "8080", "api:0", "http://a/b"]) {
     assert.deepEqual(server(`{ dns: "${wrong}" }`), [`default.servers[0].dns: "${wrong}" is not ${dns}`]);
@@ -397,10 +381,10 @@ test("what cannot be a name or a resolver is refused with what would be right", 
   assert.deepEqual(server('{ dns: "a:80", url: "b:80" }'), ["default.servers[0]: needs exactly one of url, dns, srv"]);
   assert.deepEqual(server("{ weight: 2 }"), ["default.servers[0]: needs exactly one of url, dns, srv"]);
   for (const wrong of ["10.0.0", "dns.internal", "10.0.0.1:0", "[::1", "10.0.0.1:99999"]) {
-    const found = mistakes(`resolvers: ["${wrong}"]\ndefault: { servers: [a:1] }`);
+    const found = mistakesOf(`resolvers: ["${wrong}"]\ndefault: { servers: [a:1] }`);
     assert.deepEqual(found, [`resolvers[0]: "${wrong}" is not an address such as 10.0.0.2 or 10.0.0.2:53`]);
   }
-  const tcp = mistakes('tcp: [{ listen: 1, servers: [{ dns: "https://a" }] }]');
+  const tcp = mistakesOf('tcp: [{ listen: 1, servers: [{ dns: "https://a" }] }]');
   assert.match(tcp[0]!, /"https:\/\/a" speaks TLS: tcp passes bytes as they are/);
 });
 

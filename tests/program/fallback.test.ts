@@ -1,8 +1,7 @@
 // Where a service has nobody left: the other service is asked, under its own rules, and what is written down names it.
 
 import assert from "node:assert/strict";
-import { type ConfigError, parseConfig } from "../../lb.ts";
-import { answerTo, balancerFor, refusal } from "../rig/balancer.ts";
+import { answerTo, balancerFor, mistakesOf, refusal } from "../rig/balancer.ts";
 import { answer, get, rawRequest, scriptedServer, startProgram, status, test, until, value } from "../rig/rig.ts";
 
 /** A balancer over scripted servers; `manners`: what a server answers, or that it refuses. */
@@ -157,14 +156,7 @@ test("a sticky client comes back to its server when its service does", async () 
 });
 
 test("routes.yml: what a service cannot fall back to is refused with its place", () => {
-  const mistakes = (text: string): string[] => {
-    try {
-      parseConfig(`${text}\ndefault: { service: a }`);
-    } catch (error) {
-      return (error as ConfigError).mistakes.map(({ path, message }) => `${path}: ${message}`);
-    }
-    return [];
-  };
+  const mistakes = (text: string): string[] => mistakesOf(`${text}\ndefault: { service: a }`);
   const of = (a: string, b = "") => `services: { a: { servers: [a:1]${a} }, b: { servers: [b:1]${b} } }`;
   assert.deepEqual(mistakes(of(", fallback: bb")), [
     'services.a.fallback: "bb" is not a service (a, b); did you mean "b"?',

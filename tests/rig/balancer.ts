@@ -1,9 +1,11 @@
 // A balancer without sockets, in the process of the test: time stands still, every client is the same one, and what the
 // balancer logs and reports is kept. A test says what becomes of an attempt, by its own `fetch` or `send`.
 
+import assert from "node:assert/strict";
 import {
   accessLine,
   type Client,
+  ConfigError,
   createLoadBalancer,
   type FetchAttempt,
   type OwnEffects,
@@ -49,3 +51,14 @@ export function answerTo(attempt: FetchAttempt, status = 200, headers?: HeadersI
   return Promise.resolve(new Response(null, { status, ...headers && { headers } }));
 }
 export const refusal = (): Promise<never> => Promise.reject(new WireError("connect", false, "refused"));
+
+/** The mistakes of a config in YAML, as `path: message`. */
+export function mistakesOf(yaml: string): string[] {
+  try {
+    parseConfig(yaml);
+  } catch (error) {
+    assert.ok(error instanceof ConfigError, String(error));
+    return error.mistakes.map(({ path, message }) => `${path}: ${message}`);
+  }
+  return [];
+}
