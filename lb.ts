@@ -1360,7 +1360,6 @@ function checkNodes(doc: Document, say: Report): void {
     return new Scalar(null);
   });
 }
-/** The YAML of a file, if it is in order. */
 /** What the parser says in terms of YAML's grammar, in other words. */
 const YAML_ERRORS: [what: RegExp, sentence: string][] = [
   [/^MULTIPLE_DOCS/, "the file holds more than one document"],
@@ -1373,6 +1372,7 @@ const YAML_ERRORS: [what: RegExp, sentence: string][] = [
   [/ All mapping items must start/, "the keys of a map begin in the same column"],
   [/ Unexpected scalar at node end/, "something stands behind the end of a value"],
 ];
+/** The YAML of a file; undefined, with reports, where it cannot be read. */
 function readYaml(text: string, findings: Findings): Document | undefined {
   const { lines, say } = findings;
   if (text.length > MOST.bytes) return void say([], "the file is larger than 1 MiB");
