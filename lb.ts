@@ -186,14 +186,15 @@ const map = <const E extends v.ObjectEntries>(entries: E, example: string = exam
   });
   return withParts(v.pipe(v.custom<Raw>(isRecord, `$ is not a map such as ${example}`), read), { entries });
 };
-/** A map with exactly one of these keys. */
-const choice = <const E extends v.ObjectEntries>(entries: E) => {
-  const keys = Object.keys(entries), message = `needs exactly one of ${keys.join(", ")}`;
-  return v.pipe(
-    withParts(map(entries), { oneOf: keys }),
-    v.check((chosen) => Object.keys(chosen).length === 1, message),
+/** A map with exactly one of `keys`. */
+const choice = <const E extends v.ObjectEntries>(entries: E, keys: readonly string[] = Object.keys(entries)) =>
+  v.pipe(
+    withParts(map(entries), { oneOf: [...keys] }),
+    v.check(
+      (chosen) => keys.filter((key) => Object.hasOwn(chosen, key)).length === 1,
+      `needs exactly one of ${keys.join(", ")}`,
+    ),
   );
-};
 /** A map with free keys becomes a `Map`. */
 const dict = <O>(name: v.GenericSchema<unknown, string>, value: v.GenericSchema<unknown, O>, example: string) => {
   const read = v.rawTransform<Raw, Map<string, O>>(({ dataset: { value: input }, addIssue }) => {
@@ -568,11 +569,7 @@ const also = {
 };
 const SERVER_KEYS = ["url", "dns", "srv"] as const;
 const ServerMap = v.pipe(
-  withParts(map({ url: opt(Url), dns: opt(DnsName), srv: opt(SrvName), ...also }), { oneOf: [...SERVER_KEYS] }),
-  v.check(
-    (one) => SERVER_KEYS.filter((key) => one[key]).length === 1,
-    `needs exactly one of ${SERVER_KEYS.join(", ")}`,
-  ),
+  choice({ url: opt(Url), dns: opt(DnsName), srv: opt(SrvName), ...also }, SERVER_KEYS),
   v.transform(({ url, dns, srv, ...rest }): ServerConfig => {
     if (url) return { ...url, ...rest };
     return dns ? { ...dns, find: "dns", ...rest } : { ...srv!, find: "srv", ...rest };
