@@ -533,8 +533,8 @@ const shownAddress = (host: string, port: number): string => isUnix(host) ? host
 
 // --- 1.2 Services: what a service and its servers may say ---
 
-const ORIGIN =
-  /^(?:unix:\/[!-~]{1,106}|(?:([hH][tT][tT][pP][sS]?|[hH]2[cC]):\/\/)?(\[[^\]]*\]|[^:[\]/?#@]*)(?::(\d{1,5}))?\/?)$/;
+const HTTP_ORIGIN = /(?:([hH][tT][tT][pP][sS]?|[hH]2[cC]):\/\/)?(\[[^\]]*\]|[^:[\]/?#@]*)(?::(\d{1,5}))?\/?/;
+const ORIGIN = new RegExp(`^(?:${UNIX.source}|${HTTP_ORIGIN.source})$`);
 const SERVER = "a server such as localhost:8081 or http://localhost (no user, no path)";
 const isPortText = (server: unknown): boolean =>
   typeof server !== "object" && /^\d{1,5}$/.test(String(server)) && Number(server) < 65536;
