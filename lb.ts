@@ -1636,7 +1636,8 @@ const listenOf = (file: Raw): unknown => file.listen ?? (file.tcp && !hasRoutes(
 /** The items of a list, or the one value that stands in place of it. */
 const itemsOf = (own: Raw, path: Keys, key: string): [path: Keys, item: unknown][] => {
   const value = own[key], at = [...path, key];
-  return Array.isArray(value) ? value.map((item, i) => [[...at, i], item]) : value === undefined ? [] : [[at, value]];
+  if (value === undefined) return [];
+  return Array.isArray(value) ? value.map((item, i) => [[...at, i], item]) : [[at, value]];
 };
 const urlsOf = (own: Raw, path: Keys): [path: Keys, url: string][] =>
   itemsOf(own, path, "servers").map(([at, server]) => [at, String(writtenServer(server))]);
