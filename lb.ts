@@ -13618,7 +13618,7 @@ interface ListenerHooks {
 }
 
 /** Where to listen. `shared`: with other threads and processes (SO_REUSEPORT). */
-type ListenAt = { host: string; port: number; shared: boolean; mode: number };
+type ListenAt = { host: string; port: number; shared: boolean; mode?: number | undefined };
 
 /** Removes the file of a Unix socket on which nobody listens any more: a process that was killed leaves it behind. */
 async function removeStaleSocket(path: string): Promise<void> {
@@ -13634,7 +13634,7 @@ async function removeStaleSocket(path: string): Promise<void> {
 
 /** @throws {StartError} with the address and why it cannot be listened on */
 async function listenOn(at: ListenAt, secure: Secure | undefined, hooks: ListenerHooks): Promise<Listener> {
-  const { host, port, shared: reusePort, mode } = at, shaking = new Map<string, [Socket, number]>(); // handshakes
+  const { host, port, shared: reusePort, mode = 0o660 } = at, shaking = new Map<string, [Socket, number]>(); // handshakes
   const peerOf = ({ remoteAddress, remotePort }: Socket) => `${remoteAddress} ${remotePort}`;
   let address = shownAddress(host, port);
   const secured = (own: Secure) =>
@@ -13725,11 +13725,10 @@ const SOCKET_ERRORS: Record<string, string> = {
 };
 Object.assign(SOCKET_ERRORS, { EACCES: SOCKET_ERRORS.ENOENT, EPERM: SOCKET_ERRORS.ENOENT });
 const cannotListen = (host: string, port: number) => (error: Error & { code?: string }): never => {
-  const isUnresolved = /EAI_|Failed to listen at/.test(error.message); // Bun's message, without a code (1.4.5)
-  const known = isUnix(host) ? SOCKET_ERRORS : LISTEN_ERRORS;
-  const why = known[isUnresolved && !isIP(bareAddress(host)) && !isUnix(host) ? "ENOTFOUND" : error.code ?? ""] ??
-    error.message;
-  throw new StartError(`cannot listen on ${shownAddress(host, port)}: ${why}`);
+  const hasName = !isUnix(host) && !isIP(bareAddress(host));
+  const isUnresolved = hasName && /EAI_|Failed to listen at/.test(error.message); // Bun's message, without a code (1.4.5)
+  const known = isUnix(host) ? SOCKET_ERRORS : LISTEN_ERRORS, code = isUnresolved ? "ENOTFOUND" : error.code ?? "";
+  throw new StartError(`cannot listen on ${shownAddress(host, port)}: ${known[code] ?? error.message}`);
 };
 
 /** What a listener of HTTP does with its requests and connections. */
@@ -13786,7 +13785,7 @@ export async function serve(app: LoadBalancer | { fetch: Serve }, options: Serve
   const pairs = [tls].flat().map(({ cert, key }) => ({ cert, key, names: namesOf(new X509Certificate(cert)) }));
   const secure = pairs.length ? { pairs: pairs as Secure["pairs"], clientCa: "" } : undefined;
   if (isOurs) await firstLook(app);
-  const listener = await listenHttp({ host: hostname, port, shared: false, mode: 0o660 }, secure, {
+  const listener = await listenHttp({ host: hostname, port, shared: false }, secure, {
     handle: isOurs ? app.handle : handleByFetch((request, env) => app.fetch(request, env), printReport),
     limits: () => isOurs ? app.balancer.table.config.limits : NO_LIMITS,
     draining: () => false,
@@ -13842,7 +13841,7 @@ const isHttp = (name: string): boolean => name.startsWith("http");
 const secureOf = (at: ListenerConfig): Secure | undefined => at.tls.length ? readSecure(at) : undefined;
 
 async function openListener({ lb, shared, ports }: ListenContext, name: string, at: ListenerConfig): Promise<Listener> {
-  const { balancer } = lb, where = { host: at.host, port: ports.get(name) ?? at.port, shared, mode: at.mode ?? 0o660 };
+  const { balancer } = lb, where = { host: at.host, port: ports.get(name) ?? at.port, shared, mode: at.mode };
   const secure = await Promise.resolve(at).then(secureOf).catch(cannotListen(at.host, where.port));
   const isLocal = isUnix(at.host), limits = () => balancer.table.config.limits;
   const hooks = { admit: (socket: Socket) => admitConnection(balancer, socket, isLocal), limits };
