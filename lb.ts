@@ -14332,7 +14332,7 @@ async function runProgram(call: Call): Promise<void> {
 
 const JOINING = 3_000; // milliseconds that the start waits for the fleet's engine
 
-/** This instance in its fleet, of which the main thread is the member. */
+/** Makes the main thread the member of its fleet, for all workers. Without an etcd there is none. */
 function makeFleet(lb: LoadBalancer, call: Call, own: FleetConfig, onApplied: FleetMember["onApplied"]) {
   const { file } = call, { effects } = lb.balancer, isThisMachine = (url: string) => isLoopback(new URL(url).hostname);
   if (!own.etcd.length) {
@@ -14347,7 +14347,7 @@ function makeFleet(lb: LoadBalancer, call: Call, own: FleetConfig, onApplied: Fl
     read() {
       try {
         return readText(file);
-      } catch { // whoever has written it hears of it with the next document
+      } catch { // as if it had not changed: the next document replaces it
         return undefined;
       }
     },
@@ -14487,7 +14487,7 @@ function makeAtTheEdge(env: EdgeEnv): { lb: LoadBalancer; fleet: Fleet | undefin
   for (const warning of config.warnings) report("warn", warning);
   if (left.length) report("info", `left out of routes.yml, as the platform does it: ${left.join(", ")}`);
   const { fleet: own } = config;
-  return { lb, fleet: own && watchAtTheEdge(lb, own, env), durable: own?.durable ?? "" };
+  return { lb, fleet: own && makeFleetAtTheEdge(lb, own, env), durable: own?.durable ?? "" };
 }
 
 /** The variables and bindings of the edge. */
@@ -14503,8 +14503,8 @@ const durableOf = (env: EdgeEnv, name: string) => {
   return binding?.idFromName && binding.get(binding.idFromName("fleet"));
 };
 
-/** This isolate beside its fleet: it cannot keep a watch, and lists instead. */
-function watchAtTheEdge(lb: LoadBalancer, own: FleetConfig, env: EdgeEnv): Fleet | undefined {
+/** Makes this isolate an observer of its fleet. An isolate cannot keep a watch open, and lists instead. */
+function makeFleetAtTheEdge(lb: LoadBalancer, own: FleetConfig, env: EdgeEnv): Fleet | undefined {
   const { effects } = lb.balancer, isBound = !!durableOf(env, own.durable);
   if (own.durable && !isBound) effects.report("error", `fleet.durable: there is no binding ${quote(own.durable)}`);
   if (!isBound && !own.etcd.length) return undefined;
