@@ -10236,7 +10236,7 @@ function reportChange({ req, get }: AdminContext, { report }: Effects, changes: 
 }
 
 const NEEDS_RESTART = "admin.listen has changed: that takes effect with the next start";
-const FLEET_NEEDS_RESTART = "fleet has changed, but for ttl and probers that takes effect with the next start";
+const FLEET_NEEDS_RESTART = "fleet has changed, and all of it but ttl and probers takes effect with the next start";
 const needsRestart = (...configs: Config[]): boolean =>
   new Set(configs.map(({ admin }) => JSON.stringify(admin?.listen))).size > 1;
 
@@ -11149,9 +11149,7 @@ function votesOf({ probes, instances }: FleetView): Votes {
   return new Map(probes.map(({ server, by }) => [server, by.map(voteOn(server))]));
 }
 const votesText = (votes: { name: string; isDown: boolean }[], up: boolean): string =>
-  votes.length
-    ? `by ${votes.map(({ name, isDown }) => isDown === up ? `${name}, who disagrees` : name).join("; ")}`
-    : "";
+  votes.length ? `by ${votes.map(({ name, isDown }) => isDown === up ? `${name} (disagrees)` : name).join("; ")}` : "";
 
 function troublesOfFleet({ engine, problem, instances, config }: FleetView): Trouble[] {
   const say = (text: string): Trouble => ({ level: "warn", text, at: "fleet" });
@@ -14339,7 +14337,7 @@ function makeFleet(lb: LoadBalancer, call: Call, own: FleetConfig, onApplied: Fl
     return void effects.report("error", `${file}: fleet.durable is for the edge: without etcd this instance is alone`);
   }
   for (const url of own.etcd.filter((url) => url.startsWith("http:") && !isThisMachine(url))) {
-    effects.report("warn", `fleet: ${url} is asked without TLS: who listens there reads documents and passwords`);
+    effects.report("warn", `fleet: ${url} is asked without TLS: documents and passwords cross the network unencrypted`);
   }
   return new Fleet(lb, new EtcdClient(own, effects), {
     ...{ own, file, name: `${hostname()}-${process.pid}`, id: randomBytes(9).toString("base64url"), isObserver: false },
