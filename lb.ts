@@ -1532,7 +1532,7 @@ const ALIASES: Record<string, string> = {
 
 const A_PROBE_ADDRESS = "servers are probed where they are asked",
   COOKIE_IS = "it is HttpOnly and SameSite=Lax, over https also Secure";
-/** The same for keys of one map, which is told by a key that it knows. */
+/** Hints about keys of one kind of map, which is recognized by another of its keys. */
 const HINTS_BESIDE: [known: string, names: RegExp, hint: string][] = [
   ["name_routes", /^http$/, "what is in it stands at the top: services, routes and listen"],
   ["exact", /^(?:path_?)?prefix$/, "a path alone is a prefix, as in path: /api"],
@@ -11541,7 +11541,7 @@ const DASHBOARD_POLICY = {
   requireTrustedTypesFor: ["'script'"],
 };
 
-/** The page, for everybody who gets here, and what it shows, for those whom the gate lets through. */
+/** The page, which needs no token, and what it shows, which the gate protects. */
 function dashboard(balancer: Balancer, gate: Gatekeeper): Hono<AdminEnv> {
   const app = new Hono<AdminEnv>(), history: Sample[] = [], page = pageHandler(dashboardPage, DASHBOARD_POLICY);
   const remember = () => {
@@ -11611,7 +11611,7 @@ const checkSite = (balancer: Balancer, hosts: string[]): Gatekeeper => async ({ 
 const TRIES = 5; // wrong tokens from one network until it has to wait: a second, two, four, ... and a minute at most
 const MOST_PEERS = 1_000; // that are remembered for their wrong tokens
 
-/** Asks for a token where there is one (RFC 6750); the read token opens GET alone. Who tries wrong ones has to wait. */
+/** Asks for a token where there is one (RFC 6750); the read token opens GET alone. Clients that try wrong ones have to wait. */
 function checkToken(balancer: Balancer): Gatekeeper {
   const { effects } = balancer, wrong = new Map<string, { count: number; until: number }>(); // by network
   const countWrong = (network: string, peer: string) => {
@@ -11679,7 +11679,7 @@ export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<
   }));
   app.use(checkSite(balancer, hosts.map((host) => hostName(host))));
 
-  // For everybody who gets here, without a token: pages must not have anything in them that the API would not tell.
+  // Without a token: pages must not have anything in them that the API would not tell.
   addRoutes(app, true, known);
   app.route("/", docs(balancer));
   const gate = checkToken(balancer);
@@ -14174,6 +14174,7 @@ const newsOf = ({ names, services }: Table): News[] => [
     }),
   ]),
 ];
+
 /** Starts the workers, one after the other, and replaces those that end. */
 async function startWorkers(lb: LoadBalancer, count: number, log: AccessLog): Promise<Listeners> {
   const { balancer } = lb, { effects } = balancer, workers: Workers = new Map();
@@ -14212,7 +14213,7 @@ async function startWorkers(lb: LoadBalancer, count: number, log: AccessLog): Pr
     }
     workers.set(worker, undefined);
     balancer.workers.set(id, { since: effects.date(), end: () => void worker.terminate() });
-    for (const order of [configOrder(balancer), ...newsOf(balancer.table)]) worker.postMessage(order); // it may be another
+    for (const order of [configOrder(balancer), ...newsOf(balancer.table)]) worker.postMessage(order); // which may have changed
     return listening.opened;
   };
   const replace = (reason: string) => {
@@ -14240,7 +14241,7 @@ async function startWorkers(lb: LoadBalancer, count: number, log: AccessLog): Pr
 
 /** Which route a request belongs to and which servers it may go to, for a balancer that has just started. */
 function explained(config: Config, text: string, headers: string[]): string {
-  const { balancer } = createLoadBalancer(config, { resolve: undefined }); // it asks nobody
+  const { balancer } = createLoadBalancer(config, { resolve: undefined }); // it asks no DNS
   const found = explainLine(balancer, text, headers);
   if (!found) throw new UsageError(`--explain: "${text}" is not a request such as 'GET http://host/path'`);
   if ("failure" in found) process.exitCode = 1;
