@@ -11611,7 +11611,10 @@ const checkSite = (balancer: Balancer, hosts: string[]): Gatekeeper => async ({ 
 const TRIES = 5; // wrong tokens from one network until it has to wait: a second, two, four, ... and a minute at most
 const MOST_PEERS = 1_000; // that are remembered for their wrong tokens
 
-/** Asks for a token where there is one (RFC 6750); the read token opens GET alone. Clients that try wrong ones have to wait. */
+/**
+ * Asks for a token where there is one (RFC 6750); the read token opens GET alone. Clients that try wrong ones have to
+ * wait.
+ */
 function checkToken(balancer: Balancer): Gatekeeper {
   const { effects } = balancer, wrong = new Map<string, { count: number; until: number }>(); // by network
   const countWrong = (network: string, peer: string) => {
@@ -13724,7 +13727,7 @@ const SOCKET_ERRORS: Record<string, string> = {
 Object.assign(SOCKET_ERRORS, { EACCES: SOCKET_ERRORS.ENOENT, EPERM: SOCKET_ERRORS.ENOENT });
 const cannotListen = (host: string, port: number) => (error: Error & { code?: string }): never => {
   const hasName = !isUnix(host) && !isIP(bareAddress(host));
-  const isUnresolved = hasName && /EAI_|Failed to listen at/.test(error.message); // Bun's message, without a code (1.4.5)
+  const isUnresolved = hasName && /EAI_|Failed to listen at/.test(error.message); // Bun's, without a code (1.4.5)
   const known = isUnix(host) ? SOCKET_ERRORS : LISTEN_ERRORS, code = isUnresolved ? "ENOTFOUND" : error.code ?? "";
   throw new StartError(`cannot listen on ${shownAddress(host, port)}: ${known[code] ?? error.message}`);
 };
@@ -14213,7 +14216,7 @@ async function startWorkers(lb: LoadBalancer, count: number, log: AccessLog): Pr
     }
     workers.set(worker, undefined);
     balancer.workers.set(id, { since: effects.date(), end: () => void worker.terminate() });
-    for (const order of [configOrder(balancer), ...newsOf(balancer.table)]) worker.postMessage(order); // which may have changed
+    for (const order of [configOrder(balancer), ...newsOf(balancer.table)]) worker.postMessage(order); // news since then
     return listening.opened;
   };
   const replace = (reason: string) => {
@@ -14346,7 +14349,7 @@ function makeFleet(lb: LoadBalancer, call: Call, own: FleetConfig, onApplied: Fl
     read() {
       try {
         return readText(file);
-      } catch { // as if it had not changed: the next document replaces it
+      } catch { // the next document is saved in its place, or a report says why not
         return undefined;
       }
     },
