@@ -8470,7 +8470,8 @@ function commonLines(exchange: Exchange, host: string): string {
     (asked && `x-forwarded-host: ${asked}\r\n`) + `x-forwarded-proto: ${scheme}\r\n` +
     (port && `x-forwarded-port: ${port}\r\n`) +
     `forwarded: ${forwarded}\r\nvia: ${joinValues(passing.via, `${version === "2.0" ? "2" : "1.1"} ${via}`)}\r\n`;
-  passing.latest = { via, origin, named, host, text: Buffer.from(text, "latin1").toString("latin1") };
+  const flat = Buffer.from(text, "latin1").toString("latin1"); // engines join the pieces of `text` at each use, else
+  passing.latest = { via, origin, named, host, text: flat };
   return text;
 }
 
