@@ -14,7 +14,6 @@ import { fileURLToPath } from "node:url";
 import { createLoadBalancer, type EngineError, EtcdClient, parseConfig } from "../../lb.ts";
 import {
   ask,
-  COMMAND,
   type Ends,
   eventually,
   type Instance,
@@ -26,7 +25,7 @@ import {
 } from "../rig/engines.ts";
 import { A, CA, KEY } from "../rig/certificates.ts";
 import { checkEngine } from "../rig/fleet.ts";
-import { freePort, runtime, sleep, until } from "../rig/rig.ts";
+import { COMMAND, freePort, runtime, sleep, until } from "../rig/rig.ts";
 
 /** A test that ends what it has begun, the last first. */
 const test = (name: string, body: (t: Ends) => unknown, skipped: string | false = false) =>

@@ -11,8 +11,8 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
-import { spawnGuarded } from "./guard.ts";
-import { freePort, type Runtime, runtime, sleep, until } from "./rig.ts";
+import { hasEnded, spawnGuarded } from "./guard.ts";
+import { COMMAND, freePort, type Runtime, runtime, sleep, until } from "./rig.ts";
 
 const ETCD = "/usr/bin/etcd";
 /** Why tests over etcd cannot run here; false: they can. */
@@ -115,7 +115,7 @@ export async function startEtcd(t: Ends, count = 1, own?: { cert: string; key: s
     async kill(i) {
       const child = children[i];
       children[i] = undefined;
-      if (!child) return;
+      if (!child || hasEnded(child)) return;
       const over = exited(child);
       send(child, "SIGCONT");
       send(child, "SIGKILL");
@@ -179,8 +179,6 @@ export interface Instance {
 }
 
 const ROOT = fileURLToPath(new URL("../..", import.meta.url));
-/** What comes before the arguments of lb.ts. */
-export const COMMAND: Record<Runtime, string[]> = { deno: ["run", "-A", "lb.ts"], bun: ["lb.ts"], node: ["lb.ts"] };
 const programOf = (where: Runtime) => where === runtime() ? process.execPath : join(ROOT, "node_modules/.bin", where);
 
 /** Starts an instance of lb.ts, until the test ends. `fleet` is put in front of the text of its file. */

@@ -9,7 +9,7 @@ import type { Readable } from "node:stream";
 const guarded = (target: string) =>
   `exec 3<&0; (trap '' INT TERM HUP; read -r line; kill -9 ${target}) <&3 >/dev/null 2>&1 & exec "$@" 3<&- </dev/null`;
 
-const hasEnded = ({ exitCode, signalCode }: ChildProcess): boolean => exitCode !== null || signalCode !== null;
+export const hasEnded = ({ exitCode, signalCode }: ChildProcess): boolean => exitCode !== null || signalCode !== null;
 
 /** A child with its output piped. */
 export type Guarded = ChildProcess & { pid: number; stdout: Readable; stderr: Readable };
