@@ -435,8 +435,12 @@ test(
     // another password: said in one sentence, and nothing is lost
     const { token } = await etcd.call("auth/authenticate", { name: "root", password });
     await etcd.call("auth/user/changepw", { name: "lb", password: "another" }, 0, token);
-    await eventually("it is away", async () => (await a.fleet()).engine === "away");
-    assert.match((await a.fleet()).problem, /etcd refuses the user "lb": name or password is wrong/);
+    const refused = /etcd refuses the user "lb": name or password is wrong/;
+    await eventually("it is away, and says why", async () => {
+      const { engine, problem } = await a.fleet();
+      return engine === "away" && refused.test(problem);
+    });
+    await until("the log says why", () => refused.test(a.output()));
     assert.equal((await ask(`http://127.0.0.1:${a.port}/`)).text, "one");
     await etcd.call("auth/user/changepw", { name: "lb", password }, 0, token);
     await eventually("it is back", async () => (await a.fleet()).engine === "answers");
