@@ -17,8 +17,8 @@ const SOURCE = readFileSync(join(ROOT, "lb.ts"), "utf8");
 /** The names for library users. Records that their types lead to are declared beside them, and not exported. */
 const PUBLIC = [
   "createLoadBalancer", "parseConfig", "serve", "createAdmin", "accessLine", "samplesOf", "renderMetrics", "jsonSchema",
-  "printConfig", "strategies", "ConfigError", "WireError", "Candidates", "Draw", "Effects", "Failure", "FetchAttempt",
-  "LoadBalancer", "OwnEffects", "Server", "Strategies", "Strategy",
+  "printConfig", "strategies", "ConfigError", "WireError", "Effects", "Failure", "FetchAttempt", "LoadBalancer",
+  "Server", "Strategy",
 ];
 
 /** An older Node knows no `import.meta.main`, and the program would end without a word. */

@@ -1166,7 +1166,7 @@ interface TcpConfig {
   deny: string[];
 }
 /** The fleet that an instance belongs to. */
-export interface FleetConfig {
+interface FleetConfig {
   etcd: string[]; // URLs without a slash at their end
   prefix: string;
   name: string; // empty: of host and process
@@ -2198,7 +2198,7 @@ type Bytes = Buffer<ArrayBuffer>;
 const NO_BYTES: Bytes = Buffer.alloc(0);
 
 /** Header fields as on the wire (RFC 9110 section 5): name, value, name, value, ... in the sender's order and case. */
-export type Fields = readonly string[];
+type Fields = readonly string[];
 const NO_FIELDS: Fields = [];
 
 /** Receives a body: `data` any number of times, then exactly one of `end` and `fail`. */
@@ -2209,7 +2209,7 @@ interface BodyReader {
 }
 
 /** A body in transit, with one source and one reader. Bytes wait for the reader; at 256 KiB the source is paused. */
-export interface Body {
+interface Body {
   /** The announced length in bytes; 0: empty; -1: unknown until its end. */
   readonly length: number;
   /** The whole body if it is in memory: only then can it be read again. */
@@ -2273,7 +2273,7 @@ interface RequestHead {
 }
 
 /** A request that was received, with the means to respond to it. */
-export interface HttpRequest extends RequestHead {
+interface HttpRequest extends RequestHead {
   readonly scheme: string; // as the client connected: http or https
   readonly peer: string; // the address of the connected peer
   readonly body: Body;
@@ -2299,7 +2299,7 @@ type RequestProblem =
   | "client-timeout";
 
 /** A response, from a server or from the balancer. */
-export interface HttpResponse {
+interface HttpResponse {
   readonly status: number;
   readonly reason: string; // empty: the standard phrase of the status
   readonly fields: Fields; // without hop-by-hop fields
@@ -2786,10 +2786,10 @@ const newLimitWindow = (baseline: number, since: number): LimitWindow => ({
 type FoundChange = Partial<Pick<ServerConfig, "weight" | "state">>;
 
 /** Never empty: servers that cannot take the request are left out, and with none left no strategy runs. */
-export type Candidates = readonly [Server, ...Server[]];
+type Candidates = readonly [Server, ...Server[]];
 
 /** What a strategy may look at beside the candidates. */
-export interface Draw {
+interface Draw {
   random(): number; // from 0 up to but not including 1; seeded in tests
   now: number; // when the server is picked, as `Effects.now` has it
   turn: number; // how many requests its service had before
@@ -3047,7 +3047,7 @@ interface AttemptEvents {
 }
 
 /** One request to one server. */
-export interface Attempt extends AttemptEvents {
+interface Attempt extends AttemptEvents {
   readonly server: Server;
   readonly method: string;
   readonly target: string; // path and query
@@ -3199,7 +3199,7 @@ function newBalancer(table: Table, effects: Effects, runtime: string): Balancer 
 }
 
 /** Strategies by the names that `strategy:` may say. */
-export type Strategies = Record<string, Strategy>;
+type Strategies = Record<string, Strategy>;
 
 /** All access to network, clock, random numbers and log. Tests pass a fake clock, a seeded random, scripted servers. */
 export interface Effects {
@@ -3250,7 +3250,7 @@ type News =
   | { kind: "changed"; service: string; url: string; change: FoundChange }; // by an operator: a server that was found
 
 /** What the program asks of its fleet. */
-export interface Membership {
+interface Membership {
   /** Whether it waits for the fleet's first document: this instance has none of its own. */
   isWaiting(): boolean;
   /**
@@ -3269,7 +3269,7 @@ export interface Membership {
 }
 
 /** A fleet as `GET /fleet` shows it. */
-export interface FleetView {
+interface FleetView {
   engine: "answers" | "away" | "none";
   since: string; // when that began
   problem: string; // what is wrong with the engine
@@ -3280,7 +3280,7 @@ export interface FleetView {
 }
 
 /** What an instance says of itself. */
-export interface InstanceView {
+interface InstanceView {
   name: string;
   since: string;
   version: string;
@@ -3306,7 +3306,7 @@ interface SrvRecord {
 }
 
 /** The client of a Request. `headers`: name, value, name, value, ... in the order of the wire. */
-export interface Client {
+interface Client {
   address: string;
   scheme: string;
   headers: Fields;
@@ -11706,23 +11706,23 @@ export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<
 // --- 12.1 Engine: the calls of etcd that a fleet makes, over its JSON gateway ---
 
 /** The value of a key, and the revision of its last change. */
-export interface EngineValue {
+interface EngineValue {
   value: string;
   revision: number;
 }
 /** A key that has changed; without a value it was deleted. */
-export interface EngineEvent {
+interface EngineEvent {
   key: string; // without the prefix
   value: string | undefined;
   revision: number;
 }
 /** A watch that is open. */
-export interface Watch {
+interface Watch {
   ended: Promise<string>; // why, in a word
   close(why: string): void;
 }
 /** What a fleet asks of its engine. All calls reject with an EngineError. */
-export interface Engine {
+interface Engine {
   /** All keys with this prefix, as of a revision; without values they are empty. */
   list(withValues: boolean): Promise<{ revision: number; keys: Map<string, EngineValue> }>;
   /** Writes a value if the key has this revision (0: is not there). Gives what the key holds then. */
@@ -11982,14 +11982,14 @@ export class EtcdClient implements Engine {
 // --- 12.2 Fleet: one document, one opinion of health, and an instance among others ---
 
 /** What an instance writes of itself. */
-export interface InstanceRecord extends Omit<InstanceView, "name"> {
+interface InstanceRecord extends Omit<InstanceView, "name"> {
   id: string; // of its process
   members: string; // `viewHash` of the fleet as it knows it
   told: number; // revision of the last word of an operator that it has heard
   unsure: string[]; // servers of which it has found out nothing yet, and heard nothing certain
 }
 /** What an instance holds a server for. */
-export type Vote = "up" | "down" | "unknown";
+type Vote = "up" | "down" | "unknown";
 
 const keyOfServer = ({ name }: Pick<Service, "name">, { url }: Pick<Server, "url">): string => `${name} ${url}`;
 
@@ -12046,7 +12046,7 @@ function readChange(text: string): FoundChange | undefined {
 }
 
 /** What a fleet needs of the program around it. */
-export interface FleetMember {
+interface FleetMember {
   own: FleetConfig; // as the local file has it
   name: string; // where that gives none
   id: string; // of this process
@@ -13439,7 +13439,7 @@ async function checkUnused(host: string, port: number): Promise<void> {
 // --- 13.3 Library: a balancer with the effects of this runtime ---
 
 /** Effects of the library's user, in place of the runtime's. `fetch` sends attempts by a function of the Fetch API. */
-export type OwnEffects = Partial<Effects> & { fetch?: Fetch };
+type OwnEffects = Partial<Effects> & { fetch?: Fetch };
 
 /** A strategy of the library's user that throws where the user's function returns no candidate. */
 function checkedStrategy(name: string, own: Strategy): Strategy {

@@ -5,7 +5,7 @@
 import assert from "node:assert/strict";
 import { after, before } from "node:test";
 import { gunzipSync } from "node:zlib";
-import { type Attempt, createLoadBalancer, parseConfig } from "../../lb.ts";
+import { createLoadBalancer, parseConfig } from "../../lb.ts";
 import {
   answer,
   echo,
@@ -26,6 +26,7 @@ import {
   value,
   values,
 } from "../rig/rig.ts";
+import type { Attempt } from "../rig/types.ts";
 
 let server: ScriptedServer, second: ScriptedServer, program: Program;
 

@@ -8,16 +8,7 @@ import type { AddressInfo } from "node:net";
 import { test } from "node:test";
 import { Hono, type HonoRequest } from "hono";
 import * as library from "../../lb.ts";
-import {
-  createLoadBalancer,
-  type Effects,
-  type FetchAttempt,
-  type OwnEffects,
-  parseConfig,
-  serve,
-  type Strategies,
-  strategies,
-} from "../../lb.ts";
+import { createLoadBalancer, type Effects, type FetchAttempt, parseConfig, serve, strategies } from "../../lb.ts";
 import {
   answer,
   type Echo,
@@ -32,6 +23,7 @@ import {
   until,
   value,
 } from "../rig/rig.ts";
+import type { Own, Strategies } from "../rig/types.ts";
 
 /** Servers that answer with what they were asked; `hold` makes them wait for `free`. */
 function servers() {
@@ -47,7 +39,7 @@ function servers() {
       attempt.ended(200, 0, undefined);
       return new Response(`${attempt.method} ${url} ${body}`.trim(), { headers: { "x-from": attempt.server.name } });
     },
-  } satisfies OwnEffects;
+  } satisfies Own;
   return { state, effects };
 }
 const config = (servers: string, more = "") =>
@@ -278,7 +270,7 @@ test("a strategy that returns no server of those it is given is named in the rep
 
 test("there is no access log on standard output unless the config says log, or an effect asks for it", async () => {
   const yaml = "default: { servers: [a:1], health: off }\n", lines: string[] = [], { log } = console;
-  const ask = async (text: string, more: OwnEffects = {}) => {
+  const ask = async (text: string, more: Own = {}) => {
     const lb = createLoadBalancer(parseConfig(text), { ...servers().effects, ...more });
     await (await lb.request("http://h.test/", { headers: HOST })).text();
     await lb.reload(parseConfig(`${yaml}log: json\n`));

@@ -7,8 +7,9 @@ import { createHash, randomBytes } from "node:crypto";
 import { writeFileSync } from "node:fs";
 import { type AddressInfo, connect, createServer, type Socket } from "node:net";
 import process from "node:process";
-import { ConfigError, createLoadBalancer, type Draw, parseConfig, relayTcp, type Strategy } from "../../lb.ts";
+import { ConfigError, createLoadBalancer, parseConfig, relayTcp, type Strategy } from "../../lb.ts";
 import { listenLocally, type Program, sleep, startProgram, test, until } from "../rig/rig.ts";
+import type { Draw } from "../rig/types.ts";
 
 // ─── Servers and clients ───
 

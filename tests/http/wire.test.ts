@@ -11,17 +11,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import { createServer as createTlsServer, type TlsOptions, type TLSSocket } from "node:tls";
-import {
-  type Attempt,
-  type Body,
-  createLoadBalancer,
-  type Failure,
-  HttpClient,
-  NO_BODY,
-  parseConfig,
-  serve,
-  type Server,
-} from "../../lb.ts";
+import { createLoadBalancer, type Failure, HttpClient, NO_BODY, parseConfig, serve, type Server } from "../../lb.ts";
 import {
   assertOrder,
   rawRequest,
@@ -34,6 +24,7 @@ import {
   TestBytes,
   until,
 } from "../rig/rig.ts";
+import type { Attempt, Body } from "../rig/types.ts";
 
 const after: (() => unknown)[] = []; // what the running test has opened
 const test = (name: string, body: () => Promise<void>) =>

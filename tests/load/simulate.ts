@@ -7,16 +7,15 @@ import { createInterface } from "node:readline";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import {
-  type Attempt,
   createLoadBalancer,
   type Effects,
   type Failure,
-  type HttpResponse,
   type LoadBalancer,
   parseConfig,
   strategies,
 } from "../../lb.ts";
 import { requestOf, seeded, TestBytes } from "../rig/rig.ts";
+import type { Attempt, HttpResponse } from "../rig/types.ts";
 
 /** What a server does with a request: how long it works on it and what it then answers, or that it refuses to connect. */
 export type Work = { status: number; takes: number } | "refused";

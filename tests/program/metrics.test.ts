@@ -9,7 +9,6 @@ import {
   type Failure,
   type FetchAttempt,
   type LoadBalancer,
-  type OwnEffects,
   parseConfig,
   quantile,
   renderMetrics,
@@ -30,6 +29,7 @@ import {
   test,
   until,
 } from "../rig/rig.ts";
+import type { Own } from "../rig/types.ts";
 
 /** What an attempt meets: a status, a failure before there is an answer, or one in its middle (`200 idle`). */
 type Manner = number | Failure | `${number} ${Failure}`;
@@ -53,7 +53,7 @@ function setUp(manners: Manner[] = [200], yaml = "default: { servers: [a:1, b:1]
       attempt.ended(Number(status), problem ? 4 : 10, problem ? problem as Failure : undefined);
       return Promise.resolve(new Response(null, { status: Number(status) }));
     },
-  } satisfies OwnEffects;
+  } satisfies Own;
   const lb = createLoadBalancer(parseConfig(`log: off\n${yaml}`), effects);
   const ask = async (init: RequestInit = {}, host = "h.test") => {
     const response = await lb.fetch(new Request(`http://${host}/`, { ...init, headers: { host, ...init.headers } }));

@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
-import { type ConfigError, type FetchAttempt, type Fields, parseConfig, WireError } from "../../lb.ts";
+import { type ConfigError, type FetchAttempt, parseConfig, WireError } from "../../lb.ts";
 import { answerTo, type Ask, balancerFor } from "../rig/balancer.ts";
 import {
   answer,
@@ -16,6 +16,7 @@ import {
   until,
   value,
 } from "../rig/rig.ts";
+import type { Fields } from "../rig/types.ts";
 
 const turns = async () => {
   for (let i = 0; i < 30; i++) await undefined;

@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import type { TestContext } from "node:test";
-import { type Fields, parseConfig, printConfig } from "../../lb.ts";
+import { parseConfig, printConfig } from "../../lb.ts";
 import { answerTo, balancerFor, refusal } from "../rig/balancer.ts";
 import {
   answer,
@@ -16,6 +16,7 @@ import {
   value,
   values,
 } from "../rig/rig.ts";
+import type { Fields } from "../rig/types.ts";
 
 const SHOP = "shop: { servers: [a:1, b:1, c:1], sticky: { cookie: lb } }";
 

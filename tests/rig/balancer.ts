@@ -2,17 +2,8 @@
 // balancer logs and reports is kept. A test says what becomes of an attempt, by its own `fetch` or `send`.
 
 import assert from "node:assert/strict";
-import {
-  accessLine,
-  type Client,
-  ConfigError,
-  createLoadBalancer,
-  type FetchAttempt,
-  type OwnEffects,
-  parseConfig,
-  type Strategies,
-  WireError,
-} from "../../lb.ts";
+import { accessLine, ConfigError, createLoadBalancer, type FetchAttempt, parseConfig, WireError } from "../../lb.ts";
+import type { Client, Own } from "./types.ts";
 
 /** A request: `from`: what differs in its client; `raw`: its URL as it was on the wire, where Request would tidy it up. */
 export interface Ask extends RequestInit {
@@ -22,7 +13,7 @@ export interface Ask extends RequestInit {
 }
 
 /** A balancer with a config in YAML. `own`: effects in place of these, and strategies by name. */
-export function balancerFor(yaml: string, own: OwnEffects & { strategies?: Strategies } = {}) {
+export function balancerFor(yaml: string, own: Own = {}) {
   const clock = { now: 0 }, lines: string[] = [], reports: string[] = [];
   const lb = createLoadBalancer(parseConfig(yaml, { strategies: own.strategies ?? {} }), {
     now: () => clock.now,

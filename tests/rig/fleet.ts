@@ -1,18 +1,10 @@
 // A fleet without sockets: instances over one engine in memory, on a clock that only the test moves.
 
 import assert from "node:assert/strict";
-import {
-  createLoadBalancer,
-  type Engine,
-  EngineError,
-  type EngineEvent,
-  type EngineValue,
-  Fleet,
-  type LoadBalancer,
-  parseConfig,
-} from "../../lb.ts";
+import { createLoadBalancer, EngineError, Fleet, type LoadBalancer, parseConfig } from "../../lb.ts";
 import { answerTo } from "./balancer.ts";
 import { seeded } from "./rig.ts";
+import type { Engine, EngineEvent, EngineValue } from "./types.ts";
 
 /** Time that passes when a test says so: who sleeps is woken in order. */
 export class Clock {

@@ -18,7 +18,8 @@ import { test as nodeTest, type TestContext } from "node:test";
 import { fileURLToPath } from "node:url";
 import { createGunzip } from "node:zlib";
 import { spawnGuarded } from "./guard.ts";
-import type { Attempt, Body, Failure, Fields, HttpClient, HttpRequest, HttpResponse, LoadBalancer } from "../../lb.ts";
+import type { Failure, HttpClient, LoadBalancer } from "../../lb.ts";
+import type { Attempt, Body, Fields, HttpRequest, HttpResponse } from "./types.ts";
 
 type Bytes = NonNullable<Body["bytes"]>;
 type BodyReader = Parameters<Body["read"]>[0];

@@ -3,22 +3,18 @@
 
 import assert from "node:assert/strict";
 import {
-  type Attempt,
-  type Client,
   createLoadBalancer,
   type Failure,
   FAILURES,
   type FetchAttempt,
-  type HttpRequest,
-  type HttpResponse,
   type LoadBalancer,
   parseConfig,
-  type Strategies,
   strategies,
   WireError,
 } from "../../lb.ts";
 import { answerTo, type Ask, balancerFor } from "../rig/balancer.ts";
 import { assertIdle, requestOf, test as patientTest } from "../rig/rig.ts";
+import type { Attempt, Client, HttpRequest, HttpResponse, Strategies } from "../rig/types.ts";
 
 type FailureName = keyof typeof FAILURES;
 type RequestProblem = NonNullable<HttpRequest["problem"]>;

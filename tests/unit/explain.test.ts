@@ -2,8 +2,9 @@
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { type Candidates, createAdmin, type Strategy } from "../../lb.ts";
+import { createAdmin, type Strategy } from "../../lb.ts";
 import { answerTo, balancerFor, refusal } from "../rig/balancer.ts";
+import type { Candidates } from "../rig/types.ts";
 
 type Verdict = { server: string; asked: boolean; why?: string; score?: number };
 

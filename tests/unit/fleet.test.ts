@@ -8,18 +8,18 @@ import fc from "fast-check";
 import {
   createLoadBalancer,
   EtcdClient,
-  type InstanceRecord,
   LbFleet,
   majorityOf,
   parseConfig,
   probersOf,
   serve,
   viewHash,
-  type Vote,
   voteOf,
 } from "../../lb.ts";
 import { checkEngine, Clock, FakeEngine, type Member, settled, Store, World } from "../rig/fleet.ts";
 import { seeded, sleep } from "../rig/rig.ts";
+
+type Vote = ReturnType<typeof voteOf>;
 
 const names = fc.uniqueArray(fc.stringMatching(/^[a-z]{1,8}$/), { minLength: 1, maxLength: 12 });
 
@@ -60,7 +60,7 @@ test("a verdict needs most of the votes, and stands whatever those that are unkn
 });
 
 test("a vote counts only where the instance knows the same members and the same operators", () => {
-  const one = { members: "x", told: 5, down: ["a"], unsure: ["c"] } as unknown as InstanceRecord;
+  const one = { members: "x", told: 5, down: ["a"], unsure: ["c"] } as unknown as Parameters<typeof voteOf>[0];
   assert.equal(voteOf(one, "a", "x", 5), "down");
   assert.equal(voteOf(one, "b", "x", 5), "up");
   assert.equal(voteOf(one, "c", "x", 5), "unknown", "it is unsure");

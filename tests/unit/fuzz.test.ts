@@ -8,18 +8,9 @@ import { EventEmitter } from "node:events";
 import type { Socket } from "node:net";
 import process from "node:process";
 import fc from "fast-check";
-import {
-  type Body,
-  type Failure,
-  FAILURES,
-  type Fields,
-  HttpClient,
-  type HttpRequest,
-  HttpServer,
-  NO_BODY,
-  type Server,
-} from "../../lb.ts";
+import { type Failure, FAILURES, HttpClient, HttpServer, NO_BODY, type Server } from "../../lb.ts";
 import { assertOrder, sendAttempt, type Sending, test, TestBody, TestBytes } from "../rig/rig.ts";
+import type { Body, Fields, HttpRequest } from "../rig/types.ts";
 
 const INPUTS = Number(process.env.LB_FUZZ ?? 100_000);
 const SEED = Number(process.env.LB_SEED ?? 20_260_401);

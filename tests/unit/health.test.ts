@@ -2,17 +2,9 @@
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import {
-  createAdmin,
-  type Failure,
-  type FetchAttempt,
-  type Fields,
-  parseConfig,
-  type Strategies,
-  type Strategy,
-  WireError,
-} from "../../lb.ts";
+import { createAdmin, type Failure, type FetchAttempt, parseConfig, type Strategy, WireError } from "../../lb.ts";
 import { answerTo, balancerFor } from "../rig/balancer.ts";
+import type { Fields, Strategies } from "../rig/types.ts";
 
 /** How a server behaves: a status, a failure before the answer, or something of its own. */
 type Manner = number | Failure | Behaviour;

@@ -3,9 +3,10 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import fc from "fast-check";
-import { type Candidates, type Draw, type Server, strategies, type Strategy } from "../../lb.ts";
+import { type Server, strategies, type Strategy } from "../../lb.ts";
 import { balancerFor } from "../rig/balancer.ts";
 import { requestOf, seeded } from "../rig/rig.ts";
+import type { Candidates, Draw } from "../rig/types.ts";
 
 type Answer = (status?: number) => Promise<void>;
 interface Ask {
