@@ -61,15 +61,18 @@ import { isMainThread, parentPort, Worker, workerData } from "node:worker_thread
 import { constants as zlib, createGzip } from "node:zlib";
 import { distance } from "fastest-levenshtein";
 import { type Context, Hono, type HonoRequest, type MiddlewareHandler } from "hono";
+import { bearerAuth } from "hono/bearer-auth";
 import { bodyLimit } from "hono/body-limit";
 import { cors } from "hono/cors";
 import { html, raw } from "hono/html";
+import { HTTPException } from "hono/http-exception";
 import { methodNotAllowed } from "hono/method-not-allowed";
 import { basePath } from "hono/route";
-import { NONCE, secureHeaders } from "hono/secure-headers";
+import { secureHeaders } from "hono/secure-headers";
 import { streamSSE } from "hono/streaming";
 import { COMPRESSIBLE_CONTENT_TYPE_REGEX } from "hono/utils/compress";
 import { parse as parseCookie } from "hono/utils/cookie";
+import type { ContentfulStatusCode } from "hono/utils/http-status";
 import ipaddr from "ipaddr.js";
 import { RE2JS, type RE2JSSyntaxException } from "re2js";
 import * as v from "valibot";
@@ -9613,18 +9616,16 @@ const problemJson = (status: number, detail: string, headers: Record<string, str
   });
 
 /** A request to the API that is refused: the status of the answer, and the mistakes in its body. */
-class AdminError extends Error {
-  status: number;
-  mistakes: Pick<Mistake, "path" | "message">[] | undefined;
-  constructor(status: number, detail: string, mistakes?: AdminError["mistakes"]) {
-    super(detail);
-    this.status = status;
-    this.mistakes = mistakes;
+class AdminError extends HTTPException {
+  constructor(status: ContentfulStatusCode, message: string, mistakes?: Pick<Mistake, "path" | "message">[]) {
+    super(status, { message, res: problemJson(status, message, {}, mistakes && { mistakes }) });
   }
 }
 
-const invalid = (mistakes: Pick<Mistake, "path" | "message">[]) =>
-  new AdminError(400, mistakes.map(({ path, message }) => path ? `${path}: ${message}` : message).join("; "), mistakes);
+function invalid(mistakes: Pick<Mistake, "path" | "message">[], status: 400 | 409 = 400): AdminError {
+  const sentences = mistakes.map(({ path, message }) => path ? `${path}: ${message}` : message);
+  return new AdminError(status, sentences.join("; "), mistakes);
+}
 const invalidAt = (path: string, message: string) => invalid([{ path, message }]);
 
 /** The keys of a view: what each is like, for the API description, and how it is read. */
@@ -10329,6 +10330,7 @@ const ANSWERS = {
   Version: [v.object({ version: STRING, runtime: STRING })],
   Config: [RoutesFile],
   Text: [v.string()],
+  Events: [SNAPSHOT_VIEW.schema],
 } satisfies Record<string, [schema: Schema, text?: (value: never) => string]>;
 
 /** A request to the API, and what it looks at and changes. */
@@ -10341,9 +10343,8 @@ interface ApiRequest {
 /** One operation of the API. The description is made of the same. */
 type Operation = [does: string, answers: keyof typeof ANSWERS, run: (request: ApiRequest) => unknown, more?: {
   takes?: [body: keyof typeof BODIES, example: unknown];
-  asks?: Record<string, string>; // its query
-  gives?: 201 | 202; // a status beside that of its example and those of what is wrong
-  at?: string; // the path of its example, where it is not that of EXAMPLE_PLACES
+  asks?: Record<string, [about: string, example: string]>; // its query
+  gives?: number[]; // the statuses of what goes well; without it 200
   open?: true; // without a token
 }];
 
@@ -10629,12 +10630,14 @@ const sendEvents = ({ context, balancer }: ApiRequest) =>
   });
 const METRICS_HEADERS = { headers: { "content-type": METRICS_TYPE } };
 
-const WAIT = { wait: "how long the answer may wait for requests in flight there, such as 30s; then 202" };
-const WAIT_FOR_ALL = { wait: "how long the answer may wait for the instances of a fleet, such as 10s; then 202" };
-const EXPLAIN = {
-  url: "such as http://www.example.com/path",
-  method: "default GET",
-  header: "such as x-canary: 1; may stand several times",
+const waitQuery = (about: string, example: string): Record<string, [string, string]> => ({
+  wait: [`how long the answer may wait for ${about}; then 202`, example],
+});
+const WAIT = waitQuery("requests in flight there", "30s"), WAIT_FOR_ALL = waitQuery("the instances of a fleet", "10s");
+const EXPLAIN: Record<string, [string, string]> = {
+  url: ["what is asked for", "http://www.example.com/cart"],
+  method: ["default GET", "GET"],
+  header: ["one of the request's; may stand several times", "x-canary: 1"],
 };
 const EXAMPLE_FILE = { default: { servers: ["10.0.0.1:8080"] } };
 const EXAMPLE_POOL = { servers: [{ addr: "10.0.0.1", port: 8080 }, { addr: "10.0.0.2", port: 8080 }] };
@@ -10646,33 +10649,33 @@ const OPERATIONS = {
     "ServiceState", writePool, { takes: ["Pool", EXAMPLE_POOL] }],
 
   "GET /services": ["All services and their servers", "Snapshot", ({ balancer }) => snapshotOf(balancer)],
-  "GET /services/:service": ["One service, and how it is written", "ServiceState", answerService],
-  "POST /services/:service": ["A new service", "ServiceState", writeService,
-    { takes: ["Service", { servers: ["10.0.0.9:80"] }], at: "/services/new" }],
-  "PUT /services/:service": ["A service, new or in the place of the one there is", "ServiceState", writeService,
-    { takes: ["Service", { servers: ["10.0.0.1:8080"], strategy: "random" }], gives: 201 }],
-  "PATCH /services/:service": ["Changes some keys of a service (RFC 7396: null takes one out)",
+  "GET /services/{service}": ["One service, and how it is written", "ServiceState", answerService],
+  "POST /services/{service}": ["A new service", "ServiceState", writeService,
+    { takes: ["Service", { servers: ["10.0.0.9:80"] }], gives: [201] }],
+  "PUT /services/{service}": ["A service, new or in the place of the one there is", "ServiceState", writeService,
+    { takes: ["Service", { servers: ["10.0.0.1:8080"], strategy: "random" }], gives: [200, 201] }],
+  "PATCH /services/{service}": ["Changes some keys of a service (RFC 7396: null takes one out)",
     "ServiceState", writeService, { takes: ["Settings", { strategy: "random", retries: null }] }],
-  "DELETE /services/:service": ["Takes a service out; requests in flight there finish",
-    "ServiceState", deleteService, { at: "/services/spare" }],
+  "DELETE /services/{service}": ["Takes a service out; requests in flight there finish",
+    "ServiceState", deleteService],
 
-  "GET /services/:service/servers": ["The servers of a service", "Servers",
+  "GET /services/{service}/servers": ["The servers of a service", "Servers",
     (request) => serverViews(serviceOf(request), request.balancer.effects.now())],
-  "POST /services/:service/servers": ["A further server", "ServerState", postServer,
-    { takes: ["Server", { url: "10.0.0.4:8080", weight: 2 }] }],
-  "GET /services/:service/servers/:server": ["One server, by its name or URL", "ServerState",
+  "POST /services/{service}/servers": ["A further server", "ServerState", postServer,
+    { takes: ["Server", { url: "10.0.0.4:8080", weight: 2 }], gives: [201] }],
+  "GET /services/{service}/servers/{server}": ["One server, by its name or URL", "ServerState",
     (request) => answerServer(request)],
-  "PATCH /services/:service/servers/:server": ["Changes a server: its weight, say", "ServerState",
+  "PATCH /services/{service}/servers/{server}": ["Changes a server: its weight, say", "ServerState",
     async (request) => patchServer(request, mapOf((await bodyOf(request.context)).value)),
-    { takes: ["ServerPatch", { weight: 3 }], asks: WAIT, gives: 202 }],
-  "DELETE /services/:service/servers/:server": [
+    { takes: ["ServerPatch", { weight: 3 }], asks: WAIT, gives: [200, 202] }],
+  "DELETE /services/{service}/servers/{server}": [
     "Takes a server out; requests in flight there finish (drain it first to wait for them)",
-    "ServerState", deleteServer, { gives: 202 }],
-  "PUT /services/:service/servers/:server/state": [
+    "ServerState", deleteServer, { gives: [200, 202] }],
+  "PUT /services/{service}/servers/{server}/state": [
     "ready, drain (no new requests, those in flight finish) or maint (no probes either)", "ServerState",
     async (request) => patchServer(request, await checkedBody(request.context, State)),
-    { takes: ["State", { state: "drain" }], asks: WAIT, gives: 202 }],
-  "PUT /services/:service/servers/:server/health": [
+    { takes: ["State", { state: "drain" }], asks: WAIT, gives: [200, 202] }],
+  "PUT /services/{service}/servers/{server}/health": [
     "Says that a server is up or down, until probes say otherwise; this is not saved",
     "ServerState", putHealth, { takes: ["Health", { health: "down" }] }],
 
@@ -10685,23 +10688,29 @@ const OPERATIONS = {
 
   "GET /routes": ["All routes, in the order of the file", "Routes", ({ balancer }) => routeViews(balancer)],
   "GET /explain": ["Which route a request would take, which services, which servers and why not the others, and who would take it",
-    "Explanation", explainUrl, { asks: EXPLAIN, at: "/explain?url=http://www.example.com/cart" }],
+    "Explanation", explainUrl, { asks: EXPLAIN }],
   "GET /metrics": ["Everything that is counted, for Prometheus", "Text",
     ({ context, balancer }) => context.body(renderMetrics(samplesOf(balancer)), METRICS_HEADERS)],
   "GET /connections": ["What is in flight, and where", "Connections",
     ({ balancer }) => v.parse(ConnectionsSchema, snapshotOf(balancer))],
   "GET /workers": ["The threads that serve, if there are some", "Workers", ({ balancer }) => workersView(balancer)],
-  "DELETE /workers/:worker": ["Ends a thread at once, with what is in flight there; another one takes its place",
+  "DELETE /workers/{worker}": ["Ends a thread at once, with what is in flight there; another one takes its place",
     "Worker", endWorker],
   "GET /fleet": ["The fleet: its engine, its instances, and which of them probe which server", "Fleet",
     ({ balancer }) => fleetView(balancer)],
-  "GET /events": ["What GET /services says, once a second (Server-Sent Events)", "Snapshot", sendEvents],
+  "GET /events": ["What GET /services says, once a second (Server-Sent Events)", "Events", sendEvents],
   "GET /health/live": ["200 as long as it runs", "Status", () => ({ status: "live" }), { open: true }],
   "GET /health/ready": ["200; 503 as soon as it drains, and while it waits for the first document of its fleet",
     "Status", answerReady, { open: true }],
   "GET /version": ["Of lb.ts, and where it runs", "Version",
     ({ balancer }) => ({ version: VERSION, runtime: balancer.runtime })],
 } satisfies Record<string, Operation>;
+
+const operations = (): [method: string, path: string, operation: Operation][] =>
+  Object.entries<Operation>(OPERATIONS).map(([name, operation]) => {
+    const [method, path] = name.split(" ") as [string, string];
+    return [method, path, operation];
+  });
 
 /** JSON on many lines, but for lists of numbers. */
 const prettyJson = (value: unknown): string =>
@@ -10722,15 +10731,14 @@ async function runOperation([, answers, run]: Operation, request: ApiRequest): P
 
 /** Adds the operations that everybody may use, or the others. */
 function addRoutes(app: Hono<AdminEnv>, isOpen: boolean, known: Omit<ApiRequest, "context">): void {
-  for (const [name, operation] of Object.entries<Operation>(OPERATIONS)) {
-    const [method, path] = name.split(" ") as [string, string];
-    if (!!operation[3]?.open === isOpen) {
-      app.on(method, path, (context) => runOperation(operation, { context, ...known }));
-    }
+  for (const [method, path, operation] of operations()) {
+    if (!!operation[3]?.open !== isOpen) continue;
+    const route = path.replace(/{(\w+)}/g, ":$1");
+    app.on(method, route, (context) => runOperation(operation, { context, ...known }));
   }
 }
 
-// --- 11.5 API description: OpenAPI and a page, from the schemas of bodies and answers, and from real answers ---
+// --- 11.5 API description: OpenAPI and a page, from the operations and the schemas of bodies and answers ---
 
 const mistakesOf = says(
   v.array(v.object({ path: STRING, message: STRING, line: v.optional(NUMBER), column: v.optional(NUMBER) })),
@@ -10751,38 +10759,7 @@ const parameter = (place: "path" | "query" | "header", name: string, description
   ...{ name, in: place, description, required: place === "path", schema: ref("schemas", "Text") },
   ...(example && { example }),
 });
-
-const EXAMPLE = `
-listen: [80, { address: 443, tls: { cert: www.pem, key: www.key } }]
-services:
-  shop:
-    servers: ["10.0.0.1:8080", { url: "10.0.0.2:8080", weight: 2, max: 100 }, { url: "10.0.0.3:8080", state: drain }]
-    strategy: least-connections
-    health: { path: /healthz }
-  blog: { servers: [{ url: "10.0.0.9:80", state: maint }] }
-  spare: { servers: ["10.0.0.8:80"] }
-routes:
-  - { host: www.example.com, path: /old, redirect: { to: "https://www.example.com/" } }
-  - { path: /blog, methods: [GET], service: blog }
-default: { service: shop }
-`;
-const EXAMPLE_PLACES: Record<string, string> = { service: "shop", server: "10.0.0.1:8080", worker: "1" };
-
-/** The operations, over a balancer that nobody uses: what the description shows is what they really answer. */
-function exampleApp(effects: Effects): Hono<AdminEnv> {
-  const until = new Date("2027-01-31T12:00:00Z"), nothing = () => {}, runtime = "node";
-  const still = { now: () => 60_000, date: () => new Date("2026-12-01T12:00:00Z"), random: () => 0.5 };
-  const silent = { certificate: () => ({ names: ["www.example.com"], until }), report: nothing, onNews: nothing };
-  const alone = { ...effects, ...still, ...silent, fleet: undefined }; // its changes stay here
-  const lb = assembleBalancer(parseConfig(EXAMPLE), alone, { strategies, runtime, discover: async () => {} });
-  const { balancer } = lb, [probed] = balancer.table.services.get("shop")!.servers, app = new Hono<AdminEnv>();
-  Object.assign(probed!, { probedAt: 58_000, probeTook: 3 });
-  balancer.entrypoints.set("http", newEntrypoint("http"));
-  balancer.workers.set(1, { since: balancer.startedAt, end: nothing });
-  const known = { balancer, parse: parseConfig, change: changesOf(lb, parseConfig) };
-  for (const isOpen of [true, false]) addRoutes(app, isOpen, known);
-  return app;
-}
+const EXAMPLE_NAMES: Record<string, string> = { service: "shop", server: "10.0.0.1:8080", worker: "1" };
 
 const TAGS: Record<string, RegExp> = {
   Services: /^\/(?:services|$)/,
@@ -10790,78 +10767,57 @@ const TAGS: Record<string, RegExp> = {
   Routing: /^\/(?:routes|explain)/,
   Watching: /./,
 };
+const groupOf = (path: string): string => Object.keys(TAGS).find((tag) => TAGS[tag]!.test(path))!;
+const TYPES: Partial<Record<keyof typeof ANSWERS, string>> = { Text: "text/plain", Events: "text/event-stream" };
+
 const DONE: Record<number, string> = { 200: "done", 201: "made", 202: "done, and requests are still in flight there" };
 
-/** What an operation answers to its example. */
-async function exampleOfAnswer(effects: Effects, method: string, path: string, [, answers, , more]: Operation) {
-  const [body, like] = more?.takes ?? [], headers = new Headers({ "content-type": "application/json" });
-  headers.set("accept", answers === "Text" ? "*/*" : "application/json");
-  if (body === "Config") headers.set("if-match", "*");
-  const init = { method, headers, body: like === undefined ? null : JSON.stringify(like) };
-  const answer = await exampleApp(effects).request(path, init), { status } = answer;
-  const type = answer.headers.get("content-type")!.split(";")[0]!, etag = answer.headers.has("etag");
-  if (type === "text/event-stream") await answer.body!.cancel(); // it never ends
-  const text = answer.bodyUsed ? undefined : await answer.text();
-  const example: unknown = type === "application/json" ? JSON.parse(text!) : text?.split("\n").slice(0, 8).join("\n");
-  return { status, type, etag, example };
-}
-
 /** One operation as OpenAPI has it. */
-async function described(effects: Effects, method: string, path: string, operation: Operation) {
-  const [does, answers, , { takes: [body, like] = [], asks = {}, gives, at, open } = {}] = operation;
-  const target = at ?? path.replace(/:(\w+)/g, (_, name) => EXAMPLE_PLACES[name]!), isGet = method === "GET";
-  const { status, type, etag, example } = await exampleOfAnswer(effects, method, target, operation);
-  const isJson = type === "application/json", names = Array.from(path.matchAll(/:(\w+)/g), ([, name]) => name!);
-  const parameters = [
-    ...names.map((name) => parameter("path", name, `name of the ${name}`, EXAMPLE_PLACES[name])),
-    ...Object.entries(asks).map(([name, about]) => parameter("query", name, about)),
-    ...(isGet && isJson ? [parameter("query", "pretty", "JSON on many lines")] : []),
-    ...(isGet ? [] : [parameter("header", "If-Match", "the ETag that the change is meant for")]),
-  ];
-  const schema = ref("schemas", answers), text = { schema: ref("schemas", "Text") };
-  const content: Record<string, Media> = {
-    [type]: { schema, ...(example !== undefined && { example }) },
-    ...(answers === "Config" && { "application/yaml": { schema } }),
-    ...(isGet && isJson && { "text/plain": text }),
-  };
-  const headers = etag && { ETag: { description: "of this state, for If-Match", ...text } };
-  const response = (status: number) => ({ description: DONE[status]!, content, ...(headers && { headers }) });
-  const responses: Record<string, { content?: Record<string, Media>; $ref?: string }> = {
-    ...Object.fromEntries([status, ...(gives ? [gives] : [])].map((status) => [status, response(status)])),
-    default: ref("responses", "Problem"),
-  };
-  const media = body && { schema: ref("schemas", body), example: like };
-  const requestBody = media && { required: true, content: { "application/json": media, "application/yaml": media } };
-  const curl = `curl ${isGet ? "" : `-X ${method} `}'localhost:9090${target}'`;
+function described(method: string, path: string, [does, answers, , more = {}]: Operation) {
+  const { takes, asks = {}, gives = [200], open } = more, isGet = method === "GET";
+  const names = Array.from(path.matchAll(/{(\w+)}/g), ([, name]) => name!);
+  const content = { [TYPES[answers] ?? "application/json"]: { schema: ref("schemas", answers) } };
+  const body = takes && { schema: ref("schemas", takes[0]), example: takes[1] };
   return {
-    tags: [Object.keys(TAGS).find((tag) => TAGS[tag]!.test(path))!],
+    tags: [groupOf(path)],
     summary: does,
     operationId: `${lower(method)}${path.replace(/\W+(\w)/g, (_, letter) => upper(letter)).replace(/\W/g, "")}`,
-    ...{ parameters, ...(requestBody && { requestBody }), responses },
+    parameters: [
+      ...names.map((name) => parameter("path", name, `name of the ${name}`, EXAMPLE_NAMES[name])),
+      ...Object.entries(asks).map(([name, [about, example]]) => parameter("query", name, about, example)),
+      ...(isGet ? [] : [parameter("header", "If-Match", "the ETag that the change is meant for")]),
+    ],
+    ...(body && { requestBody: { required: true, content: { "application/json": body, "application/yaml": body } } }),
+    responses: {
+      ...Object.fromEntries(gives.map((status) => [status, { description: DONE[status]!, content }])),
+      default: ref("responses", "Problem"),
+    },
     security: open ? [] : [{ token: [] }, ...(isGet ? [{ read_token: [] }] : []), {}],
-    "x-codeSamples": [{ lang: "Shell", source: like === undefined ? curl : `${curl} -d '${JSON.stringify(like)}'` }],
   };
 }
-type Media = { schema: BodySchema; example?: unknown };
-type Described = Awaited<ReturnType<typeof described>>;
+type Described = ReturnType<typeof described>;
 
+const CONVENTIONS =
+  "Bodies are JSON or YAML, by Content-Type. Answers are JSON, with ?pretty on many lines, and text " +
+  "for Accept: text/plain. What is wrong comes as application/problem+json (RFC 9457). With a token in routes.yml: " +
+  "Authorization: Bearer ...";
 /** The API as OpenAPI 3.1 describes it. */
-async function openApi(effects: Effects) {
+function openApi() {
   const paths: Record<string, Record<string, Described>> = {};
-  for (const [name, operation] of Object.entries<Operation>(OPERATIONS)) {
-    const [method, path] = name.split(" ") as [string, string], methods = paths[path.replace(/:(\w+)/g, "{$1}")] ??= {};
-    methods[lower(method)] = await described(effects, method, path, operation);
+  for (const [method, path, operation] of operations()) {
+    const methods = paths[path] ??= {};
+    methods[lower(method)] = described(method, path, operation);
   }
   const scheme = (description: string) => ({ type: "http", scheme: "bearer", description });
   const content = { "application/problem+json": { schema: ref("schemas", "Problem") } };
   return {
     openapi: "3.1.0",
-    info: { title: "lb.ts", version: VERSION, description: "Looking at a load balancer and operating it." },
+    info: { title: "lb.ts", version: VERSION, description: CONVENTIONS },
     servers: [{ url: "./" }],
     tags: Object.keys(TAGS).map((name) => ({ name })),
     paths,
     components: {
-      schemas: schemasOf(DESCRIBED) as Record<string, BodySchema>,
+      schemas: schemasOf(DESCRIBED) as Schemas,
       responses: { Problem: { description: "what is wrong", content } },
       securitySchemes: {
         token: scheme("admin.token of routes.yml; where it is not set, none is needed"),
@@ -10870,7 +10826,6 @@ async function openApi(effects: Effects) {
     },
   };
 }
-type OpenApi = Awaited<ReturnType<typeof openApi>>;
 
 /** What the docs and the dashboard look like. */
 const STYLE = `
@@ -10900,30 +10855,28 @@ small, thead th { color: var(--dim); font-size: 12px; font-weight: 400; }
 :focus-visible { outline: 2px solid var(--blue); outline-offset: 2px; border-radius: 3px; }
 `;
 
-/** A page of the admin listener. Its style and its script carry the nonce of the Content-Security-Policy. */
-// deno-fmt-ignore
-const pageOf = (nonce: string, title: string, style: string, body: unknown) => html`<!DOCTYPE html>
+/**
+ * Answers with a page. Nothing but the style and the script that stand in it may run there, and it connects to nobody but
+ * this listener.
+ */
+function answerPage(context: AdminContext, title: string, style: string, body: unknown, script?: string) {
+  const nonce = crypto.randomUUID().replaceAll("-", "");
+  context.header(
+    "content-security-policy",
+    `default-src 'none'; script-src 'nonce-${nonce}'; style-src 'nonce-${nonce}'; connect-src 'self'; img-src data:; ` +
+      "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'",
+  );
+  // deno-fmt-ignore
+  return context.html(html`<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>${title}</title>
 <link rel="icon" href="data:,">
 <style nonce="${nonce}">${raw(STYLE + style)}</style>
-<body>${body}</body>
-</html>`;
-
-/** Answers with a page. Whether browsers may use only TLS with this host is not for one of its ports to say. */
-function pageHandler(page: (nonce: string) => ReturnType<typeof pageOf>, policy: Record<string, PolicySources>) {
-  const headers = secureHeaders({ contentSecurityPolicy: policy, strictTransportSecurity: false });
-  return async (context: AdminContext): Promise<Response> => {
-    await headers(context, async () => {
-      context.res = await context.html(page(context.get("secureHeadersNonce") ?? ""));
-    });
-    return context.res;
-  };
+<body>${body}${script && html`<script nonce="${nonce}">${raw(script)}</script>`}</body>
+</html>`);
 }
-
-type PolicySources = (string | typeof NONCE)[];
 
 /** What the page shows of a JSON Schema. */
 interface BodySchema {
@@ -10959,51 +10912,50 @@ details > :is(p, pre) { margin: 8px 16px; }
 details pre { padding: 8px; max-height: 300px; overflow: auto; border: 1px solid var(--line); border-radius: 6px; }
 `;
 
-/** One operation: a line that opens to its parameters, the keys of its body and of its answer, and an example. */
+/** The command that sends an operation its example. */
+function curlOf(method: string, path: string, { takes, asks = {} }: NonNullable<Operation[3]>): string {
+  const target = path.replace(/{(\w+)}/g, (_, name) => EXAMPLE_NAMES[name]!);
+  const query = new URLSearchParams(Object.entries(asks).map(([name, [, example]]) => [name, example]));
+  const data = takes ? ` -d '${JSON.stringify(takes[1])}'` : "";
+  return `curl ${method === "GET" ? "" : `-X ${method} `}'localhost:9090${target}${
+    query.size ? "?" : ""
+  }${query}'${data}`;
+}
+
+/** One operation: a line that opens to its parameters, the keys of its body and of its answer, and a command. */
 // deno-fmt-ignore
-function docsOf(method: string, path: string, one: Described, schemas: Schemas) {
-  const [[status, { content = {} }]] = Object.entries(one.responses) as [[string, Described["responses"][string]]];
-  const [{ schema, example }] = Object.values(content) as [Media], body = one.requestBody?.content["application/json"];
-  const keysOf = (schema: BodySchema = {}) => schema.$ref?.endsWith("/Config") ? [] : keysIn(schema, schemas);
+function docsOf(method: string, path: string, operation: Operation, schemas: Schemas) {
+  const [does, answers, , more = {}] = operation, { parameters } = described(method, path, operation);
   const table = (rows: string[][]) => html`<table>${rows.map(([key, text]) =>
     html`<tr><td><code>${key}</code></td><td>${text}</td></tr>`)}</table>`;
-  const asked = one.parameters.map(({ name, description, in: place }) => [name, `${description} (${place})`]);
+  const asked = parameters.map(({ name, description, in: place }) => [name, `${description} (${place})`]);
   return html`
-<details id="${one.operationId}">
-  <summary><code>${upper(method)} ${path}</code> ${one.summary}</summary>
-  ${table([...asked, ...keysIn(body?.schema ?? {}, schemas)])}
-  <pre>${one["x-codeSamples"][0]!.source}</pre>
-  <p>${status}</p>
-  ${table(keysOf(schema))}
-  <pre>${typeof example === "object" ? prettyJson(example) : example}</pre>
+<details>
+  <summary><code>${method} ${path}</code> ${does}</summary>
+  ${table([...asked, ...(more.takes ? keysIn(schemas[more.takes[0]]!, schemas) : [])])}
+  <pre>${curlOf(method, path, more)}</pre>
+  <p>${(more.gives ?? [200]).join(", ")}</p>
+  ${table(keysIn(schemas[answers]!, schemas))}
 </details>`;
 }
 
-/** The API for people. */
+/** The API for people. Where a token is wanted the page has no links that would be refused. */
 // deno-fmt-ignore
-function docsPage(nonce: string, { paths, tags, components: { schemas } }: OpenApi, texts: typeof TEXTS | undefined) {
-  const all = Object.entries(paths).flatMap(([path, methods]) =>
-    Object.entries(methods).map(([method, one]) => ({ tag: one.tags[0], line: docsOf(method, path, one, schemas) })));
-  return pageOf(nonce, "lb.ts: API", DOCS_STYLE, html`
+function docsPage(hasToken: boolean) {
+  const { components: { schemas } } = openApi(), byTag = Map.groupBy(operations(), ([, path]) => groupOf(path));
+  const links = { "./": "Dashboard", "openapi.json": "openapi.json", ...(hasToken ? {} : TEXTS) };
+  return html`
 <main>
-  <header><h1>lb.ts ${VERSION}: API</h1>${linksTo({ "./": "Dashboard", "openapi.json": "openapi.json", ...texts })}</header>
-  <p>Bodies are JSON or YAML, by Content-Type. Answers are JSON, with <code>?pretty</code> on many lines, and text for
-    <code>Accept: text/plain</code>. What is wrong comes as <code>application/problem+json</code> (RFC 9457).
-    With a token in routes.yml: <code>Authorization: Bearer ...</code>.</p>
-  ${tags.map(({ name }) => html`<h2>${name}</h2>${all.filter(({ tag }) => tag === name).map(({ line }) => line)}`)}
-</main>`);
+  <header><h1>lb.ts ${VERSION}: API</h1>${linksTo(links)}</header>
+  <p>${CONVENTIONS}</p>
+  ${Array.from(byTag, ([tag, all]) => html`<h2>${tag}</h2>${all.map((one) => docsOf(...one, schemas))}`)}
+</main>`;
 }
 
-/** The description as a page and for machines. Where a token is wanted the page has no links that would be refused. */
-function docs(balancer: Balancer): Hono<AdminEnv> {
-  const app = new Hono<AdminEnv>();
-  let known: Promise<OpenApi> | undefined;
-  const describe = () => known ??= openApi(balancer.effects);
-  const texts = () => balancer.tokens.token ? undefined : TEXTS;
-  app.get("/openapi.json", async (context) => context.json(await describe()));
-  const policy = { defaultSrc: ["'none'"], styleSrc: [NONCE], imgSrc: ["data:"], frameAncestors: ["'none'"] };
-  app.get("/docs", pageHandler(async (nonce) => docsPage(nonce, await describe(), texts()), policy));
-  return app;
+/** The description as a page and for machines. */
+function addDocs(app: Hono<AdminEnv>, { tokens }: Balancer): void {
+  app.get("/openapi.json", (context) => context.json(openApi()));
+  app.get("/docs", (context) => answerPage(context, "lb.ts: API", DOCS_STYLE, docsPage(!!tokens.token)));
 }
 
 // --- 11.6 Dashboard: rendered here; its script only fetches it again and again, and sends what is to be done ---
@@ -11220,8 +11172,8 @@ function troublesOfProgram({ listeners, reloads }: Snapshot, date: Date): Troubl
   return reloads.failed ? [{ level: "bad", text, at: "" }, ...certificates] : certificates;
 }
 
-const PUT_STATE = "PUT /services/:service/servers/:server/state";
-const PATCH_SERVER = "PATCH /services/:service/servers/:server";
+const PUT_STATE = "PUT /services/{service}/servers/{server}/state";
+const PATCH_SERVER = "PATCH /services/{service}/servers/{server}";
 /** What may be done to a server: by which operation with which body, and what that means. */
 // deno-fmt-ignore
 const SERVER_ACTIONS: Record<string, [by: keyof typeof OPERATIONS, body: Raw, means: (server: ServerView) => string]> = {
@@ -11238,7 +11190,7 @@ function buttonsOf({ service, servers }: ShownService, { server, id }: ShownServ
   const actions = Object.entries(SERVER_ACTIONS).filter(([action]) => action !== server.state);
   return actions.map(([action, [by, body, means]]) => {
     const alone = isLast && /drain|maint/.test(action) ? ` No other server of ${service.name} is up!` : "";
-    const call = by.replace("/services/:service/servers/:server", id), label = `${action} ${server.name}`;
+    const call = by.replace("/services/{service}/servers/{server}", id), label = `${action} ${server.name}`;
     // deno-fmt-ignore
     return html`<button name="${action}" value="${action === "weight" ? server.weight : ""}" data-call="${call}"
 data-body="${JSON.stringify(body)}" title="${means(server)}${alone}" aria-label="${label}">${action}</button>`;
@@ -11520,7 +11472,7 @@ keepFresh();
 `;
 
 // deno-fmt-ignore
-const dashboardPage = (nonce: string) => pageOf(nonce, "lb.ts", DASHBOARD_STYLE, html`
+const DASHBOARD = html`
 <main id="live"><header><h1>lb.ts</h1><p id="verdict" role="status">Connecting</p></header></main>
 <dialog id="ask" aria-labelledby="what">
   <form id="form">
@@ -11532,19 +11484,11 @@ const dashboardPage = (nonce: string) => pageOf(nonce, "lb.ts", DASHBOARD_STYLE,
   </form>
 </dialog>
 <dialog id="sheet" aria-label="Text"><pre id="text" tabindex="0"></pre></dialog>
-<noscript>This page needs JavaScript; the same figures are at <a href="services">services</a>.</noscript>
-<script nonce="${nonce}">${raw(SCRIPT)}</script>`);
-
-/** Nothing but what stands in the page itself may run there, and it connects to nobody but this listener. */
-const DASHBOARD_POLICY = {
-  ...{ defaultSrc: ["'none'"], scriptSrc: [NONCE], styleSrc: [NONCE], connectSrc: ["'self'"], imgSrc: ["data:"] },
-  ...{ baseUri: ["'none'"], formAction: ["'none'"], frameAncestors: ["'none'"] },
-  requireTrustedTypesFor: ["'script'"],
-};
+<noscript>This page needs JavaScript; the same figures are at <a href="services">services</a>.</noscript>`;
 
 /** The page, which needs no token, and what it shows, which the gate protects. */
-function dashboard(balancer: Balancer, gate: Gatekeeper): Hono<AdminEnv> {
-  const app = new Hono<AdminEnv>(), history: Sample[] = [], page = pageHandler(dashboardPage, DASHBOARD_POLICY);
+function addDashboard(app: Hono<AdminEnv>, balancer: Balancer, gate: Gatekeeper): void {
+  const history: Sample[] = [];
   const remember = () => {
     history.push(sampleOf(snapshotOf(balancer)));
     if (history.length > HISTORY.most) history.shift();
@@ -11558,7 +11502,8 @@ function dashboard(balancer: Balancer, gate: Gatekeeper): Hono<AdminEnv> {
   app.use(async (context, next) => {
     const root = basePath(context).replace(/\/$/, ""), { path, method } = context.req;
     if (!/^(?:GET|HEAD)$/.test(method) || path !== root && path !== `${root}/`) return await next();
-    return path === root ? context.redirect(`${path.split("/").at(-1)}/`) : await page(context);
+    if (path === root) return context.redirect(`${path.split("/").at(-1)}/`);
+    return await answerPage(context, "lb.ts", DASHBOARD_STYLE, DASHBOARD, SCRIPT);
   });
   app.get("/live", gate, (context) => {
     const { req } = context;
@@ -11570,19 +11515,9 @@ function dashboard(balancer: Balancer, gate: Gatekeeper): Hono<AdminEnv> {
       explain: req.query("ask") ?? "",
     }));
   });
-  return app;
 }
 
 // --- 11.7 Access: hosts, sites and tokens, checked before anything is looked at ---
-
-/** What every answer says to browsers, and to what is between them and us. */
-const ALWAYS = {
-  "cache-control": "no-store",
-  "cross-origin-resource-policy": "same-origin",
-  "referrer-policy": "no-referrer",
-  "x-content-type-options": "nosniff",
-  "x-frame-options": "DENY",
-};
 
 /** What the admin app is made with. */
 interface AdminOptions {
@@ -11626,40 +11561,41 @@ function checkToken(balancer: Balancer): Gatekeeper {
     if (wait) effects.report("warn", `admin: ${peer}: wrong tokens in a row: ${count}`);
   };
   const signed = (text: string) => effects.sign(effects.secret(), text); // so that time tells nothing
-  const challenge = (error?: string) => ({ "www-authenticate": error ? `Bearer error="${error}"` : "Bearer" });
-  return async ({ req, set, env }, next) => {
-    const peer = effects.client(req.raw, env).address, network = clientNetwork(peer);
-    const { token, read_token } = balancer.tokens;
-    set("peer", peer);
-    set("shown", "");
-    if (!token) return await next();
-    // From here to the count nothing is waited for: of guesses that come at once each is counted.
+  // Nothing is waited for in here: of guesses that come at once each is counted.
+  const verifyToken = (given: string, { req, get, set }: AdminContext): boolean => {
+    const peer = get("peer"), network = clientNetwork(peer), { token, read_token } = balancer.tokens;
     const wait = Math.ceil(((wrong.get(network)?.until ?? 0) - effects.now()) / 1_000);
-    if (wait > 0) return problemJson(429, "too many wrong tokens", { "retry-after": `${wait}` });
-    const header = req.header("authorization"), given = /^Bearer +([\w.~+/-]+=*) *$/i.exec(header ?? "")?.[1];
-    if (header && !given) return problemJson(400, "Authorization is not a bearer token", challenge("invalid_request"));
-    const isShown = (known?: string) => !!known && !!given && signed(known) === signed(given);
+    const tooMany = () => problemJson(429, "too many wrong tokens", { "retry-after": `${wait}` });
+    if (wait > 0) throw new HTTPException(429, { res: tooMany() });
+    const isShown = (known?: string) => known !== undefined && signed(known) === signed(given);
     const isToken = isShown(token);
     if (!isToken && !isShown(read_token)) {
-      if (given) countWrong(network, peer);
-      return problemJson(401, "the right bearer token is needed", challenge(given && "invalid_token"));
+      countWrong(network, peer);
+      return false;
     }
     wrong.delete(network);
     set("shown", isToken ? "token" : "read token");
-    if (!isToken && req.method !== "GET" && req.method !== "HEAD") {
-      return problemJson(403, "the read token may only look");
-    }
-    return await next();
+    if (isToken || /^(?:GET|HEAD)$/.test(req.method)) return true;
+    throw new AdminError(403, "the read token may only look");
+  };
+  const needed = { message: () => problemJson(401, "the right bearer token is needed") };
+  const check = bearerAuth<AdminEnv>({
+    verifyToken,
+    noAuthenticationHeader: needed,
+    invalidToken: needed,
+    invalidAuthenticationHeader: { message: () => problemJson(400, "Authorization is not a bearer token") },
+  });
+  return (context, next) => {
+    context.set("peer", effects.client(context.req.raw, context.env).address);
+    context.set("shown", "");
+    return balancer.tokens.token ? check(context, next) : next();
   };
 }
 
 /** What is thrown, as a problem. A config that nothing would be left of is a conflict, and no bad request. */
 function problemOf({ effects }: Balancer, error: Error, method: string): Response {
-  const isConfig = error instanceof ConfigError, refused = isConfig ? invalid(error.mistakes) : error;
-  if (refused instanceof AdminError) {
-    const { status, message, mistakes } = refused;
-    return problemJson(isConfig && method === "DELETE" ? 409 : status, message, {}, mistakes && { mistakes });
-  }
+  if (error instanceof ConfigError) return invalid(error.mistakes, method === "DELETE" ? 409 : 400).getResponse();
+  if (error instanceof HTTPException) return error.getResponse();
   effects.report("error", `admin: ${error.stack ?? error}`);
   return problemJson(500, "the load balancer has failed");
 }
@@ -11672,9 +11608,11 @@ export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<
   const { file, parse = (text: string) => parseConfig(text, file ? { file } : {}), hosts = [] } = options;
   const { balancer } = lb, app = new Hono<AdminEnv>(), known = { balancer, parse, change: changesOf(lb, parse, file) };
   app.onError((error, { req }) => problemOf(balancer, error, req.method));
+  // Whether browsers may use only TLS with this host is not for one of its ports to say.
+  app.use(secureHeaders({ xFrameOptions: "DENY", strictTransportSecurity: false }));
   app.use(async (context, next) => {
     await next();
-    for (const [name, value] of Object.entries(ALWAYS)) context.res.headers.set(name, value);
+    context.res.headers.set("cache-control", "no-store");
   });
   app.use(methodNotAllowed({
     app,
@@ -11685,9 +11623,9 @@ export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<
 
   // Without a token: pages must not have anything in them that the API would not tell.
   addRoutes(app, true, known);
-  app.route("/", docs(balancer));
+  addDocs(app, balancer);
   const gate = checkToken(balancer);
-  app.route("/", dashboard(balancer, gate));
+  addDashboard(app, balancer, gate);
 
   app.use(gate);
   app.use(bodyLimit({ maxSize: MOST.bytes, onError: () => problemJson(413, "the body is larger than 1 MiB") }));
