@@ -3262,10 +3262,11 @@ interface Membership {
    * `replaces`: nothing of the config before stays.
    */
   change(edit: (config: Config) => string, wait: number, replaces: boolean): Promise<string[]>;
-  /** Has all instances count a server as up or down, until probes say otherwise. False: the engine is away. */
-  tell(service: Service, server: Server, up: boolean): Promise<boolean>;
-  /** Has all instances change a server that was found. False: the engine is away. */
-  tellChange(service: Service, server: Server, change: FoundChange): Promise<boolean>;
+  /**
+   * Has all instances count a server as up or down, until probes say otherwise, or change one that was found. False: the
+   * engine is away.
+   */
+  tell(service: Service, server: Server, word: "up" | "down" | FoundChange): Promise<boolean>;
   view(): FleetView;
   /** Documents that could not be used, seconds since the engine answered, and listings by what made them necessary. */
   counted(): { refused: number; contact: number; resyncs: ReadonlyMap<string, number> };
@@ -10495,7 +10496,7 @@ async function changeFoundServer(request: ApiRequest, server: Server, patch: Raw
     );
   }
   const service = serviceOf(request);
-  if (!await balancer.effects.fleet?.tellChange(service, server, output)) {
+  if (!await balancer.effects.fleet?.tell(service, server, output)) {
     changeFound(balancer, service, server, output);
   }
   reportChange(request.context, balancer.effects, Object.keys(patch));
@@ -10592,7 +10593,7 @@ async function deleteServer(request: ApiRequest): Promise<ServerView> {
 async function putHealth(request: ApiRequest): Promise<ServerView> {
   const { health } = await checkedBody(request.context, HealthSchema), server = serverOf(request);
   const { effects } = request.balancer, service = serviceOf(request), isUp = health === "up";
-  if (!await effects.fleet?.tell(service, server, isUp)) setHealth(service, server, isUp, effects);
+  if (!await effects.fleet?.tell(service, server, health)) setHealth(service, server, isUp, effects);
   reportChange(request.context, effects, [health]);
   return answerServer(request, server);
 }
@@ -11660,21 +11661,7 @@ interface Watch {
   close(why: string): void;
 }
 /** What a fleet asks of its engine. All calls reject with an EngineError. */
-interface Engine {
-  /** All keys with this prefix, as of a revision; without values they are empty. */
-  list(withValues: boolean): Promise<{ revision: number; keys: Map<string, EngineValue> }>;
-  /** Writes a value if the key has this revision (0: is not there). Gives what the key holds then. */
-  swap(key: string, value: string, revision: number, lease?: string): Promise<EngineValue & { isOurs: boolean }>;
-  put(key: string, value: string, lease?: string): Promise<void>;
-  grant(ttl: number): Promise<string>;
-  /** False: the lease is over. */
-  keepAlive(lease: string): Promise<boolean>;
-  revoke(lease: string): Promise<void>;
-  /** Hands over what changes from a revision on, in order. */
-  watch(from: number, onEvents: (events: EngineEvent[]) => void): Watch;
-  /** Asks another member from now on. */
-  next(): void;
-}
+type Engine = Pick<EtcdClient, keyof EtcdClient>;
 
 /** silent: no member answers; lease: it is over; refused: all else. */
 export class EngineError extends Error {
@@ -11697,8 +11684,8 @@ function endOf(prefix: string): string {
   return bytes.toString("base64");
 }
 
-/** Calls `take` with each line of a body, and `end` at its end, with what it broke off for. */
-function readLines(body: Body, take: (line: string) => void, end: (why: string) => void): void {
+/** Calls `take` with each line of a body, and `end` when no more will come. */
+function readLines(body: Body, take: (line: string) => void, end: () => void): void {
   let rest = "";
   body.read({
     data(bytes) {
@@ -11706,8 +11693,8 @@ function readLines(body: Body, take: (line: string) => void, end: (why: string) 
       rest = lines.pop()!;
       lines.filter(Boolean).forEach(take);
     },
-    end: () => end("it was ended"),
-    fail: (why) => end(FAILURES[why].text),
+    end,
+    fail: end,
   });
 }
 
@@ -11715,33 +11702,25 @@ function readLines(body: Body, take: (line: string) => void, end: (why: string) 
 const textOf = ({ error, message }: Raw): string => String(mapOf(error).message ?? error ?? message ?? "");
 /** What etcd says in an error, as an operator should read it. */
 function engineError(member: string, status: number, answer: Raw, { user, prefix }: FleetConfig): EngineError {
-  const text = textOf(answer);
+  const text = textOf(answer), isEtcd = text.startsWith("etcdserver: ");
+  const refused = (message: string) => new EngineError("refused", message);
   if (/lease not found/.test(text)) return new EngineError("lease", "the lease is over");
   if (/authentication failed/.test(text)) {
-    return new EngineError("refused", `etcd refuses the user ${quote(user)}: name or password is wrong`);
+    return refused(`etcd refuses the user ${quote(user)}: name or password is wrong`);
   }
-  if (/user name is empty/.test(text) || status === 401) {
-    return new EngineError("refused", "etcd asks for fleet.user and fleet.password");
-  }
+  if (/user name is empty/.test(text) || status === 401) return refused("etcd asks for fleet.user and fleet.password");
   if (/permission denied/.test(text)) {
     const what = `the user ${quote(user)} may not read and write all keys that begin with ${quote(prefix)}`;
-    return new EngineError("refused", `${what}: grant its role readwrite there`);
+    return refused(`${what}: grant its role readwrite there`);
   }
   if (/too large/.test(text)) {
-    return new EngineError(
-      "refused",
-      "the document is larger than etcd takes, which is 1.5 MiB unless it is told more",
-    );
+    return refused("the document is larger than etcd takes, which is 1.5 MiB unless it is told more");
   }
-  if (text.startsWith("etcdserver: ")) {
-    const isPassing = /timed out|leader|stopped|unhealthy|unavailable|not capable/i.test(text);
-    return new EngineError(isPassing ? "silent" : "refused", `${member}: ${text}`);
-  }
-  const isBusy = status >= 500 && status !== 501;
-  return new EngineError(
-    isBusy ? "silent" : "refused",
-    `${member} does not speak etcd's JSON gateway (status ${status})`,
-  );
+  const message = isEtcd ? `${member}: ${text}` : `${member} does not speak etcd's JSON gateway (status ${status})`;
+  const isPassing = isEtcd
+    ? /timed out|leader|stopped|unhealthy|unavailable|not capable/i.test(text)
+    : status >= 500 && status !== 501;
+  return isPassing ? new EngineError("silent", message) : refused(message);
 }
 
 /** A client of etcd, or of what speaks like it. It stays with a member as long as that answers. */
@@ -11759,22 +11738,21 @@ export class EtcdClient implements Engine {
     this.effects = effects;
     this.members = config.etcd.map((url) => {
       const { origin, pathname, port, protocol, hostname } = new URL(url);
-      const name = `${hostname}:${port || (protocol === "https:" ? 443 : 80)}`;
-      const given = {
-        ...{ url: origin, name, authority: hostFieldOf(origin), host: "", foundBy: "" },
-        ...{ weight: 1, backup: false, max: Infinity, state: "ready" as const },
-      };
+      const name = `${hostname}:${port || (protocol === "https:" ? 443 : 80)}`, authority = hostFieldOf(origin);
+      const given = { ...v.parse(v.object(also), {}), url: origin, name, authority, foundBy: "" };
       const server = newServer(given, "fleet", { tls: config.tls, http: 1 });
       return { url, path: pathname.replace(/\/$/, ""), server };
     });
     this.current = Math.floor(effects.random() * this.members.length); // not all instances ask the same one
   }
 
+  /** Asks another member from now on. */
   next(): void {
     const { length } = this.members, others = Math.max(1, length - 1);
     this.current = (this.current + 1 + Math.floor(this.effects.random() * others)) % length;
   }
 
+  /** All keys with this prefix, as of a revision; without values they are empty. */
   async list(withValues: boolean): Promise<{ revision: number; keys: Map<string, EngineValue> }> {
     const { prefix } = this.config, range = { key: base64(prefix), range_end: endOf(prefix) };
     const { header, kvs = [] } = await this.call("kv/range", { ...range, keys_only: !withValues });
@@ -11782,6 +11760,7 @@ export class EtcdClient implements Engine {
     return { revision: Number(mapOf(header).revision), keys: new Map(keys) };
   }
 
+  /** Writes a value if the key has this revision (0: is not there). Gives what the key holds then. */
   async swap(key: string, value: string, revision: number, lease = "0"): Promise<EngineValue & { isOurs: boolean }> {
     const where = { key: base64(this.config.prefix + key) };
     const { succeeded, header, responses } = await this.call("kv/txn", {
@@ -11804,6 +11783,7 @@ export class EtcdClient implements Engine {
     if (this.members.length > 1) this.patience = Math.min(ANSWER_TIME, ttl / 2);
     return String((await this.call("lease/grant", { TTL: `${Math.ceil(ttl / 1_000)}` })).ID);
   }
+  /** False: the lease is over. */
   async keepAlive(lease: string): Promise<boolean> {
     return Number((await this.call("lease/keepalive", { ID: lease })).TTL ?? 0) > 0;
   }
@@ -11811,6 +11791,7 @@ export class EtcdClient implements Engine {
     await this.call("lease/revoke", { ID: lease });
   }
 
+  /** Hands over what changes from a revision on, in order. */
   watch(from: number, onEvents: (events: EngineEvent[]) => void): Watch {
     const { prefix } = this.config, ended = Promise.withResolvers<string>();
     let attempt: Attempt | undefined, isOver = false;
@@ -11833,10 +11814,12 @@ export class EtcdClient implements Engine {
       if (changes.length) onEvents(changes);
     };
     const range = { key: base64(prefix), range_end: endOf(prefix), start_revision: `${from}` };
+    const breakOff = () => close("broken");
     this.open("watch", { create_request: range }, Infinity, (begun) => attempt = begun).then(({ status, body }) => {
-      if (status !== 200) return body.cancel(), close("refused");
-      readLines(body, take, () => close("broken"));
-    }).catch(() => close("broken"));
+      if (status === 200) return readLines(body, take, breakOff);
+      body.cancel();
+      close("refused");
+    }).catch(breakOff);
     return this.watching = { ended: ended.promise, close };
   }
 
@@ -11926,10 +11909,12 @@ interface InstanceRecord extends Omit<InstanceView, "name"> {
   told: number; // revision of the last word of an operator that it has heard
   unsure: string[]; // servers of which it has found out nothing yet, and heard nothing certain
 }
+const OF_RECORDS = { id: STRING, members: STRING, told: NUMBER, unsure: STRINGS };
+const RecordSchema = v.object({ ...v.omit(INSTANCE, ["name"]).entries, ...OF_RECORDS });
 /** What an instance holds a server for. */
 type Vote = "up" | "down" | "unknown";
 
-const keyOfServer = ({ name }: Pick<Service, "name">, { url }: Pick<Server, "url">): string => `${name} ${url}`;
+const keyOfServer = ({ service, url }: Pick<Server, "service" | "url">): string => `${service} ${url}`;
 
 /** The instances that probe a server: those with the highest hash of both (rendezvous). */
 export function probersOf(server: string, members: readonly string[], probers: number): string[] {
@@ -11956,13 +11941,10 @@ export function majorityOf(votes: readonly Vote[]): "up" | "down" | undefined {
   return count("up") >= half ? "up" : undefined;
 }
 
-/** What an engine has under `instances/`; undefined: no instance has written that. */
-function readRecord(text: string | undefined): InstanceRecord | undefined {
+/** What an engine has as JSON; undefined: no instance has written that. */
+function readJson<S extends Schema>(schema: S, text = ""): Out<S> | undefined {
   try {
-    const read = mapOf(JSON.parse(text ?? ""));
-    return typeof read.id === "string" && [read.down, read.unsure].every(Array.isArray)
-      ? read as unknown as InstanceRecord
-      : undefined;
+    return v.parse(schema, JSON.parse(text));
   } catch {
     return undefined;
   }
@@ -11972,15 +11954,6 @@ function readRecord(text: string | undefined): InstanceRecord | undefined {
 interface FleetDocument extends EngineValue {
   local: string; // the same as the local file has it
   problem: string; // why it cannot be used here
-}
-
-/** What an engine has of a change of a server that was found; undefined: no instance has written that. */
-function readChange(text: string): FoundChange | undefined {
-  try {
-    return v.parse(FoundChangeSchema, JSON.parse(text));
-  } catch {
-    return undefined;
-  }
 }
 
 /** What a fleet needs of the program around it. */
@@ -12022,21 +11995,19 @@ export class Fleet implements Membership {
   private keys = new Map<string, EngineValue>();
   private revision = 0;
   private records = new Map<string, InstanceRecord>(); // of live instances
+  private membersHash = ""; // `viewHash` of these
+  private probing = new Map<string, string[]>(); // instances that probe a server
   private document: FleetDocument | undefined; // the newest
   private inForce = 0; // revision of the document in force; 0: it is the local file
-  private secret = "";
   private readonly changed = new Set<string>(); // keys of servers that were found, and then changed
-  private readonly told = new Map<string, number>(); // revisions of operators' words that were heard, by key
 
   // how the engine is
-  private state: "answers" | "away" = "away";
+  private state: "unknown" | "answers" | "away" = "unknown";
   private since: Date;
   private contactAt: number;
   private problem = ""; // why it does not answer
-  private isAwaySaid = false;
-  private heldUntil = 0; // until then records of others may be from before the engine was away
+  private countsAt = Infinity; // when what others say counts, for it may be from before the engine was away; 0: it does
   private hasLearnt = false;
-  private isStale = true; // what is known of others is from before the engine was away
   private isOver = false;
   private applying: unknown; // resolves when workers have the document too
   private refused = 0; // documents that could not be used here
@@ -12047,14 +12018,10 @@ export class Fleet implements Membership {
   private name: string; // with a number behind it, where another instance has that
   private lease = "";
   private leaseTtl = 0;
-  private written = ""; // its record as the engine has it
-  private saidDown = new Set<string>(); // servers that it has written to be down
+  private written: InstanceRecord | undefined; // its record as the engine has it
   private writing: Promise<void> | undefined;
   private watching: Watch | undefined;
-  private tickAt = 0; // when the lease is kept alive again
-  private isTicking = false;
-  private membersHash = ""; // `viewHash` of the members that it knows
-  private probing = new Map<string, string[]>(); // instances that probe a server
+  private tickAt = 0; // when the lease is kept alive again; Infinity: that goes on now
   private readonly unsure = new Set<string>(); // servers of which it has found out nothing yet, and heard nothing certain
   private local: Raw; // `fleet` as the local file has it
   private copied: EngineValue; // what the local file said last, and of which document that is a copy; 0: of none
@@ -12074,7 +12041,7 @@ export class Fleet implements Membership {
       this.takeRecords(); // other servers may have other probers
       this.takeChanges();
     };
-    effects.probes = (service, server) => this.probes(service, server);
+    effects.probes = (_, server) => !this.isAgreed() || this.lease !== "" && this.isProber(server);
     effects.agree = (service, server) => this.agree(service, server);
   }
 
@@ -12098,7 +12065,7 @@ export class Fleet implements Membership {
     this.isOver = true;
     this.lease = "";
     this.watching?.close("over");
-    for (const [service, server] of this.servers()) if (!this.isProber(service, server)) beginProbing(server);
+    this.beginProbingAll();
     if (lease) await this.engine.revoke(lease).catch(() => {});
   }
 
@@ -12145,19 +12112,18 @@ export class Fleet implements Membership {
         this.watching?.close("paused");
       }
       if (now - this.contactAt > ttl) this.onAway(ttl);
-      if (this.heldUntil && now >= this.heldUntil) {
-        this.heldUntil = 0;
+      if (this.countsAt > 0 && now >= this.countsAt) {
+        this.countsAt = 0;
         this.settle();
       }
-      if (this.hasLearnt && !this.isTicking && now >= this.tickAt) void this.tick(now + ttl / 3);
+      if (this.hasLearnt && now >= this.tickAt) void this.tick(now + ttl / 3);
     }
   }
 
   /** Keeps the lease alive, and finds out whether the watch is deaf (a frozen member: etcd issue 8980). */
   private async tick(next: number): Promise<void> {
     const { watching, engine, effects } = this;
-    this.isTicking = true;
-    this.tickAt = next;
+    this.tickAt = Infinity;
     try {
       if (this.lease && !await engine.keepAlive(this.lease)) this.onLeaseOver();
       const known = this.revision, { revision, keys } = await engine.list(false);
@@ -12172,7 +12138,7 @@ export class Fleet implements Membership {
     } catch (error) {
       this.complain(error);
     } finally {
-      this.isTicking = false;
+      this.tickAt = next;
     }
   }
 
@@ -12196,18 +12162,17 @@ export class Fleet implements Membership {
     const now = this.effects.now();
     this.contactAt = now;
     if (this.state === "answers") return;
+    if (this.state === "away") this.effects.report("info", "fleet: the engine answers again");
     this.state = "answers";
     this.since = this.effects.date();
-    if (this.isAwaySaid) this.effects.report("info", "fleet: the engine answers again");
-    this.isAwaySaid = false;
   }
 
   private onAway(ttl: number): void {
-    if (this.isAwaySaid) return;
-    this.isAwaySaid = this.isStale = true;
+    if (this.state === "away") return;
     if (this.state === "answers") this.since = this.effects.date();
     this.state = "away";
-    for (const [service, server] of this.servers()) if (!this.isProber(service, server)) beginProbing(server);
+    this.countsAt = Infinity;
+    this.beginProbingAll();
     const why = this.problem && ` (${this.problem})`;
     const what = "config, health and secret stay as they are, and this instance probes all servers itself";
     this.effects.report("warn", `fleet: the engine has not answered for ${ttl / 1_000} s${why}: ${what}`);
@@ -12216,25 +12181,27 @@ export class Fleet implements Membership {
   // What the engine says.
 
   /** Lists all keys and takes them for the truth; what a fleet must have and lacks is written first. */
-  async learn(): Promise<void> {
+  private async learn(): Promise<void> {
     let listed = await this.engine.list(true);
     if (!this.isWaiting() && !listed.keys.has("config")) await this.putDocument();
     if (!listed.keys.has("secret")) await this.engine.swap("secret", this.effects.secret(), 0);
     if (!listed.keys.has("config") || !listed.keys.has("secret")) listed = await this.engine.list(true);
     if (this.isOver) return;
     this.onContact();
+    const before = this.keys;
     [this.keys, this.revision] = [listed.keys, listed.revision];
-    const isMember = !!this.lease && readRecord(this.keys.get(`instances/${this.name}`)?.value)?.id === this.member.id;
     this.takeSecret();
     this.takeDocument();
     this.takeRecords();
-    for (const key of this.keys.keys()) if (key.startsWith("told/")) this.takeWord(key);
+    for (const [key, { revision }] of this.keys) {
+      if (key.startsWith("told/") && revision !== before.get(key)?.revision) this.takeWord(key);
+    }
+    const isMember = !!this.lease && this.records.get(this.name)?.id === this.member.id;
     if (!isMember) {
       this.adopt();
       if (!this.member.isObserver) await this.join();
     }
-    if (this.isStale) this.heldUntil = this.effects.now() + this.shared().ttl; // who is gone will be by then
-    this.isStale = false;
+    if (this.countsAt === Infinity) this.countsAt = this.effects.now() + this.shared().ttl; // leases have ended by then
     this.settle();
     this.publish();
     this.problem = "";
@@ -12262,9 +12229,8 @@ export class Fleet implements Membership {
 
   private takeSecret(): void {
     const { value } = this.keys.get("secret") ?? {}, isOther = value !== this.effects.secret();
-    if (!value) return void this.engine.swap("secret", this.effects.secret(), 0).catch(() => {}); // somebody deleted it
-    this.secret = value;
-    this.effects.secret = () => this.secret;
+    if (!value) return void this.engine.swap("secret", this.effects.secret(), 0).catch(() => {}); // it was deleted
+    this.effects.secret = () => value;
     if (isOther) void this.lb.reload(this.lb.balancer.table.config); // cookies are signed anew, in workers too
   }
 
@@ -12304,52 +12270,57 @@ export class Fleet implements Membership {
     this.effects.report(this.inForce ? "warn" : "info", `fleet: the document ${what}`);
   }
 
+  /** The server that a key under told/ names, and its service. */
+  private serverOf(key: string): { service: Service | undefined; server: Server | undefined } {
+    const word = key.slice("told/".length), at = word.lastIndexOf(" ");
+    const service = this.lb.balancer.table.services.get(word.slice(0, at));
+    return { service, server: service?.servers.find(({ url }) => url === word.slice(at + 1)) };
+  }
+
+  /** Counts a server as up or down, as an operator has said. */
+  private takeWord(key: string): void {
+    if (key.endsWith(CHANGE)) return this.takeChanges();
+    const word = this.keys.get(key)?.value, { service, server } = this.serverOf(key);
+    if (word === undefined || !service || !server) return;
+    // at the start: probes have overtaken it where nobody holds the server for down any more
+    const isHeld = [...this.records.values()].some(({ down }) => down.includes(keyOfServer(server)));
+    if (this.hasLearnt || isHeld || service.config.health.kind === "off") {
+      setHealth(service, server, word === "up", this.effects);
+    }
+  }
+
   /**
    * Follows what operators have said of servers that were found: at any time, for each instance finds them by itself. It holds
    * until they are gone, for the same address may be another server then.
    */
   private takeChanges(): void {
-    const { balancer } = this.lb;
     for (const [key, { value }] of this.keys) {
       if (!key.endsWith(CHANGE)) continue;
-      const word = key.slice("told/".length, -CHANGE.length), at = word.lastIndexOf(" "), url = word.slice(at + 1);
-      const service = balancer.table.services.get(word.slice(0, at));
-      const server = service?.servers.find((one) => one.url === url && one.foundBy !== "");
-      if (!service || !server) {
+      const { service, server } = this.serverOf(key.slice(0, -CHANGE.length));
+      if (!service || !server?.foundBy) {
         if (this.changed.delete(key)) void this.engine.put(key, NO_CHANGE).catch(() => {});
       } else if (value !== NO_CHANGE) {
         this.changed.add(key);
-        const change = JSON.stringify(service.changes.get(url)) !== value && readChange(value);
-        if (change) changeFound(balancer, service, server, change);
+        const isNew = JSON.stringify(service.changes.get(server.url)) !== value;
+        const change = isNew && readJson(FoundChangeSchema, value);
+        if (change) changeFound(this.lb.balancer, service, server, change);
       }
     }
   }
 
-  private takeWord(key: string): void {
-    if (key.endsWith(CHANGE)) return this.takeChanges();
-    const entry = this.keys.get(key), at = key.lastIndexOf(" "), { services } = this.lb.balancer.table;
-    const service = services.get(key.slice("told/".length, at));
-    const server = service?.servers.find(({ url }) => url === key.slice(at + 1));
-    if (!entry) return void this.told.delete(key);
-    if (this.told.get(key) === entry.revision) return;
-    this.told.set(key, entry.revision);
-    // at the start: probes have overtaken it where nobody holds the server for down any more
-    const isHeld = [...this.records.values()].some(({ down }) => down.includes(key.slice("told/".length)));
-    if (!this.hasLearnt && !isHeld && service?.config.health.kind !== "off") return;
-    if (service && server) setHealth(service, server, entry.value === "up", this.effects);
-  }
-
-  /** Who lives, and who therefore probes what. Who becomes a prober of a server begins with what is agreed of it. */
+  /** Which instances live, and which of them therefore probe what. A new prober begins with what is agreed of a server. */
   private takeRecords(): void {
     const { probers } = this.shared(), before = this.probing;
-    const all = [...this.keys].filter(([key]) => key.startsWith("instances/"));
-    const read = all.map(([key, { value }]) => [key.slice("instances/".length), readRecord(value)] as const);
-    this.records = new Map(read.filter((one): one is [string, InstanceRecord] => one[1] !== undefined));
+    this.records = new Map();
+    for (const [key, { value }] of this.keys) {
+      const record = key.startsWith("instances/") && readJson(RecordSchema, value);
+      if (record) this.records.set(key.slice("instances/".length), record);
+    }
     const members = [...this.records.keys()];
     this.membersHash = viewHash(members, probers);
     this.probing = new Map();
-    for (const [service, server] of this.servers()) {
-      const key = keyOfServer(service, server), by = probersOf(key, members, probers);
+    for (const server of this.servers()) {
+      const key = keyOfServer(server), by = probersOf(key, members, probers);
       this.probing.set(key, by);
       if (by.includes(this.name) && !before.get(key)?.includes(this.name) && this.isAgreed()) beginProbing(server);
     }
@@ -12357,62 +12328,62 @@ export class Fleet implements Membership {
 
   // Health.
 
-  private servers(): [Service, Server][] {
+  /** The servers that are probed. */
+  private servers(): Server[] {
     const { services } = this.lb.balancer.table;
     const checked = [...services.values()].filter(({ config }) => config.health.kind !== "off");
-    return checked.flatMap((service) => service.servers.map((server): [Service, Server] => [service, server]));
+    return checked.flatMap(({ servers }) => servers);
   }
-  private isProber(service: Service, server: Server): boolean {
-    return this.probing.get(keyOfServer(service, server))?.includes(this.name) ?? false;
+  private isProber(server: Server): boolean {
+    return this.probing.get(keyOfServer(server))?.includes(this.name) ?? false;
+  }
+  /** From now on this instance probes all servers by itself. */
+  private beginProbingAll(): void {
+    this.servers().filter((server) => !this.isProber(server)).forEach(beginProbing);
   }
   /** Whether what others say counts. */
   private isAgreed(): boolean {
-    return this.state === "answers" && !this.isStale && !this.heldUntil && !this.isOver;
+    return this.state === "answers" && this.countsAt === 0 && this.records.size > 0 && !this.isOver;
   }
-  private probes(service: Service, server: Server): boolean {
-    if (!this.isAgreed() || this.records.size === 0) return true;
-    return !!this.lease && this.isProber(service, server);
-  }
-  private agree(service: Service, server: Server): boolean {
-    const { rise, fall } = service.config.health;
-    if (server.passes >= rise || server.fails >= fall) this.unsure.delete(keyOfServer(service, server));
-    if (!this.isAgreed() || this.records.size === 0) return server.opinion;
-    if (server.opinion === this.saidDown.has(keyOfServer(service, server))) this.publish();
-    const verdict = this.verdict(service, server);
+  private agree({ config: { health: { rise, fall } } }: Service, server: Server): boolean {
+    const key = keyOfServer(server);
+    if (server.passes >= rise || server.fails >= fall) this.unsure.delete(key);
+    if (!this.isAgreed()) return server.opinion;
+    if (server.opinion === this.written?.down.includes(key)) this.publish();
+    const verdict = this.verdict(server);
     return verdict === undefined ? server.up : verdict === "up";
   }
-  private verdict(service: Service, server: Server): "up" | "down" | undefined {
-    const key = keyOfServer(service, server), told = this.keys.get(`told/${key}`)?.revision ?? 0;
+  private verdict(server: Server): "up" | "down" | undefined {
+    const key = keyOfServer(server), told = this.keys.get(`told/${key}`)?.revision ?? 0;
     return majorityOf((this.probing.get(key) ?? []).map((name) => {
-      if (name === this.name && this.lease && this.unsure.has(key)) return "unknown";
-      if (name === this.name && this.lease) return server.opinion ? "up" : "down";
-      return voteOf(this.records.get(name), key, this.membersHash, told);
+      if (name !== this.name || !this.lease) return voteOf(this.records.get(name), key, this.membersHash, told);
+      if (this.unsure.has(key)) return "unknown";
+      return server.opinion ? "up" : "down";
     }));
   }
 
   /** Puts in force what is agreed. */
   private settle(): void {
     if (!this.isAgreed()) return;
-    for (const [service, server] of this.servers()) {
-      const verdict = this.verdict(service, server), up = verdict === "up";
+    for (const server of this.servers()) {
+      const verdict = this.verdict(server), up = verdict === "up";
       if (verdict === undefined) continue;
-      if (this.unsure.delete(keyOfServer(service, server))) server.opinion = up;
+      if (this.unsure.delete(keyOfServer(server))) server.opinion = up;
       if (up === server.up) continue;
-      setUp(service, server, up, undefined, this.effects);
       const problem = up ? undefined : "most of its probers say so";
-      this.effects.onNews({ kind: "probed", service: service.name, url: server.url, problem, up });
+      setUp(this.lb.balancer.table.services.get(server.service)!, server, up, problem, this.effects);
+      this.effects.onNews({ kind: "probed", service: server.service, url: server.url, problem, up });
     }
   }
 
   /** Takes what the others agree on for the truth: it is new here, or was away for longer than its lease. */
   private adopt(): void {
-    this.isStale = false;
-    this.heldUntil = 0;
+    this.countsAt = 0;
     this.lease = "";
     if (this.records.size === 0 && this.member.isObserver) return; // it probes by itself
-    for (const [service, server] of this.servers()) this.unsure.add(keyOfServer(service, server));
+    for (const server of this.servers()) this.unsure.add(keyOfServer(server));
     this.settle();
-    for (const [, server] of this.servers()) beginProbing(server);
+    this.servers().forEach(beginProbing);
   }
 
   // This instance among others.
@@ -12424,15 +12395,14 @@ export class Fleet implements Membership {
   }
 
   private record(): InstanceRecord {
-    const { balancer } = this.lb, servers = this.servers();
-    const named = (some: [Service, Server][]) => some.map(([service, server]) => keyOfServer(service, server)).sort();
-    const now = this.effects.now();
+    const { balancer } = this.lb, servers = this.servers(), now = this.effects.now();
+    const words = [...this.keys].filter(([key]) => key.startsWith("told/") && !key.endsWith(CHANGE));
     return {
       ...{ id: this.member.id, since: balancer.startedAt.toISOString(), version: VERSION, runtime: balancer.runtime },
       ...{ config: this.inForce, problem: this.document?.problem ?? "", members: this.membersHash },
-      told: Math.max(0, ...this.told.values()),
-      down: named(servers.filter(([service, server]) => !server.opinion && this.isProber(service, server))),
-      ejected: named(servers.filter(([, server]) => server.until > now)),
+      told: Math.max(0, ...words.map(([, { revision }]) => revision)),
+      down: servers.filter((server) => !server.opinion && this.isProber(server)).map(keyOfServer).sort(),
+      ejected: servers.filter(({ until }) => until > now).map(keyOfServer).sort(),
       unsure: [...this.unsure].sort(),
     };
   }
@@ -12440,24 +12410,24 @@ export class Fleet implements Membership {
   /** Registers under a new lease. A name that another one has gets a number behind it. */
   private async join(): Promise<void> {
     const { ttl } = this.shared(), { wanted } = this, old = this.lease;
-    const lease = await this.engine.grant(ttl);
+    const lease = await this.engine.grant(ttl),
+      isOwn = (text: string) => readJson(RecordSchema, text)?.id === this.member.id;
     for (let i = 1;; i++) {
       const name = i === 1 ? wanted : `${wanted}#${i}`, key = `instances/${name}`, there = this.keys.get(key);
-      if (there && readRecord(there.value)?.id !== this.member.id) continue;
-      const text = JSON.stringify(this.record());
+      if (there && !isOwn(there.value)) continue;
+      const own = this.record(), text = JSON.stringify(own);
       if (there) await this.engine.put(key, text, lease);
-      else if (readRecord((await this.engine.swap(key, text, 0, lease)).value)?.id !== this.member.id) continue;
+      else if (!isOwn((await this.engine.swap(key, text, 0, lease)).value)) continue;
       if (name !== wanted && name !== this.name) {
         this.effects.report("warn", `fleet: another instance is called ${quote(wanted)}: this one is ${quote(name)}`);
       }
-      [this.name, this.lease, this.leaseTtl, this.written] = [name, lease, ttl, text];
-      this.saidDown.clear();
+      [this.name, this.lease, this.leaseTtl, this.written] = [name, lease, ttl, own];
       if (old) await this.engine.revoke(old).catch(() => {}); // its record has the new one already
       return;
     }
   }
 
-  /** Its own name is free: the one that had it was this instance, before a crash, or has left. */
+  /** Takes its own name, which is free: the instance that had it was this one, before a crash, or has left. */
   private async rename(): Promise<void> {
     const { lease } = this;
     this.lease = "";
@@ -12480,10 +12450,9 @@ export class Fleet implements Membership {
     try {
       while (this.lease) {
         const own = this.record(), text = JSON.stringify(own);
-        if (text === this.written) return;
+        if (text === JSON.stringify(this.written)) return;
         await this.engine.put(`instances/${this.name}`, text, this.lease);
-        this.written = text;
-        this.saidDown = new Set(own.down);
+        this.written = own;
       }
     } catch (error) {
       if ((error as EngineError).kind === "lease") this.onLeaseOver();
@@ -12503,7 +12472,7 @@ export class Fleet implements Membership {
     let tried = "";
     for (let left = MOST_TRIES; left > 0;) {
       const base = this.document, { config } = this.lb.balancer.table;
-      if (this.state === "away") throw new AdminError(503, "the fleet's engine is away: nothing can be changed");
+      if (this.state !== "answers") throw new AdminError(503, "the fleet's engine is away: nothing can be changed");
       if (base?.problem && !replaces) {
         throw new AdminError(409, `the fleet's newest document cannot be used here: PUT /config replaces it`);
       }
@@ -12540,22 +12509,13 @@ export class Fleet implements Membership {
     return wait > 0 ? missing().map(([name]) => name) : [];
   }
 
-  async tell(service: Service, server: Server, up: boolean): Promise<boolean> {
-    const key = `told/${keyOfServer(service, server)}`, before = this.told.get(key);
-    return await this.tellAll(key, up ? "up" : "down", () => this.told.get(key) !== before);
-  }
-
-  async tellChange(service: Service, server: Server, change: FoundChange): Promise<boolean> {
-    const changeOf = () => service.changes.get(server.url), value = JSON.stringify({ ...changeOf(), ...change });
-    const key = `told/${keyOfServer(service, server)}${CHANGE}`;
-    return await this.tellAll(key, value, () => JSON.stringify(changeOf()) === value);
-  }
-
-  /** Writes an operator's word, and waits until the watch has brought it back. False: it counts on this instance alone. */
-  private async tellAll(key: string, value: string, hasCome: () => boolean): Promise<boolean> {
-    if (this.state === "away") return false;
+  async tell(service: Service, server: Server, word: "up" | "down" | FoundChange): Promise<boolean> {
+    const isChange = typeof word === "object", key = `told/${keyOfServer(server)}${isChange ? CHANGE : ""}`;
+    const value = isChange ? JSON.stringify({ ...service.changes.get(server.url), ...word }) : word;
+    const before = this.keys.get(key), hasCome = () => this.keys.get(key) !== before;
+    if (this.state !== "answers") return false;
     const isWritten = await this.engine.put(key, value).then(() => true, () => false);
-    return isWritten && await this.until(hasCome, CHANGE_TIME);
+    return isWritten && await this.until(hasCome, CHANGE_TIME); // the watch has brought it back
   }
 
   private async until(has: () => boolean, patience: number): Promise<boolean> {
@@ -12607,7 +12567,7 @@ export class Fleet implements Membership {
     await this.copying;
     const text = this.member.read(), { document, copied, local: before } = this;
     if (text === undefined || text === copied.value) return;
-    if (this.state === "away") {
+    if (this.state !== "answers") {
       return this.effects.report("warn", `fleet: the engine is away: ${this.member.file} counts when it is back`);
     }
     try {
@@ -12630,15 +12590,12 @@ export class Fleet implements Membership {
   // What there is to see.
 
   view(): FleetView {
-    const all = [...this.records].map(([name, theirs]): InstanceView => {
-      const { id: _, members: __, told: ___, unsure: ____, ...shown } = name === this.name ? this.record() : theirs;
-      return { name, ...shown };
-    });
-    const { state: engine, problem, name, inForce: config } = this;
+    const { name, state, problem, inForce: config } = this, answers = state === "answers";
+    const all = [...this.records].map(([of, record]) => ({ name: of, ...of === name ? this.record() : record }));
     return {
-      ...{ engine, since: this.since.toISOString(), problem, name, config },
-      instances: all.toSorted((a, b) => a.name < b.name ? -1 : 1),
-      probes: [...this.probing].map(([server, by]) => ({ server, by: this.state === "away" ? [this.name] : by })),
+      ...{ engine: answers ? "answers" : "away", since: this.since.toISOString(), problem, name, config },
+      instances: all.map((one) => v.parse(INSTANCE, one)).sort((a, b) => a.name < b.name ? -1 : 1),
+      probes: [...this.probing].map(([server, by]) => ({ server, by: answers ? by : [name] })),
     };
   }
   counted(): { refused: number; contact: number; resyncs: ReadonlyMap<string, number> } {
@@ -12850,18 +12807,21 @@ interface DurableState {
 interface StoredKey {
   key: string; // this and the value in base64
   value: string;
-  create_revision: string;
   mod_revision: string;
-  version: string;
   lease: string;
 }
 interface StoredLease {
   ttl: number; // seconds
   until: number; // milliseconds; counted anew when the object is loaded, as etcd does
 }
-type StoredEvent = { type?: "DELETE"; kv: Partial<StoredKey> };
+/** A change of a key, for the watches that cover it. */
+interface StoredEvent {
+  revision: number;
+  name: string; // the bytes of the key
+  event: { type?: "DELETE"; kv: Partial<StoredKey> };
+}
 interface Watcher {
-  covers(key: string): boolean;
+  covers(name: string): boolean;
   stream: ReadableStreamDefaultController<Uint8Array>;
 }
 
@@ -12879,6 +12839,7 @@ function rangeOf({ key, range_end }: Raw): (name: string) => boolean {
 /** A call that etcd refuses: its code is gRPC's. */
 const engineRefusal = (status: number, code: number, message: string): Response =>
   Response.json({ error: message, message, code }, { status });
+const noSuchLease = (): Response => engineRefusal(404, 5, "etcdserver: requested lease not found");
 
 /**
  * The engine of a fleet at the edge: a Durable Object that answers the calls of etcd's JSON gateway that a fleet makes.
@@ -12891,7 +12852,7 @@ export class LbFleet {
   private leases = new Map<string, StoredLease>();
   private revision = 1;
   private forgotten = 1; // no event of this revision or an earlier one is known
-  private events: { revision: number; key: string; event: StoredEvent }[] = [];
+  private readonly events: StoredEvent[] = [];
   private readonly watchers = new Set<Watcher>();
   private alarmAt = Infinity;
 
@@ -12922,8 +12883,8 @@ export class LbFleet {
     if (path === "lease/grant") return await this.grant(Math.max(1, Math.ceil(Number(body.TTL) || 0)));
     if (path === "lease/keepalive") return this.keepAlive(id);
     if (path === "lease/revoke") {
-      if (!this.leases.has(id)) return engineRefusal(404, 5, "etcdserver: requested lease not found");
-      await this.end([id]);
+      if (!this.leases.has(id)) return noSuchLease();
+      await this.endLeases([id]);
       return this.answer({});
     }
     return engineRefusal(404, 5, "Not Found");
@@ -12932,7 +12893,7 @@ export class LbFleet {
   /** Ends the leases that nobody has kept alive. */
   async alarm(): Promise<void> {
     const now = Date.now(), over = [...this.leases].filter(([, { until }]) => until <= now).map(([id]) => id);
-    if (over.length) await this.end(over);
+    if (over.length) await this.endLeases(over);
     await this.setAlarm();
   }
   private async setAlarm(): Promise<void> {
@@ -12943,67 +12904,35 @@ export class LbFleet {
     await this.storage.setAlarm(next);
   }
 
-  private header(): Raw {
-    return { cluster_id: "1", member_id: "1", revision: `${this.revision}`, raft_term: "1" };
+  private withHeader(answer: Raw): Raw {
+    return { header: { revision: `${this.revision}` }, ...answer };
   }
-  private answer(more: Raw): Response {
-    return Response.json({ header: this.header(), ...more });
+  private answer(answer: Raw): Response {
+    return Response.json(this.withHeader(answer));
   }
 
   private list(range: Raw): Raw {
-    const covers = rangeOf(range), names = [...this.keys.keys()].filter(covers).sort();
-    const kvs = names.map((name) => this.keys.get(name)!);
-    return { kvs: range.keys_only ? kvs.map(({ value: _, ...kv }) => kv) : kvs, count: `${kvs.length}` };
+    const names = [...this.keys.keys()].filter(rangeOf(range)).sort(), kvs = names.map((name) => this.keys.get(name)!);
+    return { kvs: range.keys_only ? kvs.map(({ value: _, ...kv }) => kv) : kvs };
   }
 
-  /** Makes all of its changes under one revision, or those of its other branch. */
+  /** Puts keys where those that it compares have these revisions; else it lists keys. A fleet asks for nothing else. */
   private async transact({ compare: wanted = [], success = [], failure = [] }: Raw): Promise<Response> {
-    const succeeded = (wanted as Raw[]).every((one) => this.holds(one));
-    const steps = (succeeded ? success : failure) as Raw[], revision = this.revision + 1, stored: Raw = {};
-    const puts = steps.map((step) => mapOf(step.request_put));
-    const isLost = puts.some(({ lease = "0" }) => String(lease) !== "0" && !this.leases.has(String(lease)));
-    if (isLost) return engineRefusal(404, 5, "etcdserver: requested lease not found");
-    if (puts.some(({ value }) => String(value ?? "").length > MOST_VALUE)) {
+    const revisionOf = (key: unknown) => this.keys.get(bytesOf(key))?.mod_revision ?? "0";
+    const succeeded = (wanted as Raw[]).every(({ key, mod_revision }) => revisionOf(key) === mod_revision);
+    if (!succeeded) {
+      const lists = (failure as Raw[]).map(({ request_range }) => this.list(mapOf(request_range)));
+      return this.answer({ succeeded, responses: lists.map((response_range) => ({ response_range })) });
+    }
+    const puts = (success as Raw[]).map(({ request_put }) => mapOf(request_put)).map(({ key, value, lease }) => ({
+      ...{ key: String(key ?? ""), value: String(value ?? ""), lease: String(lease ?? "0"), mod_revision: "" },
+    }));
+    if (puts.some(({ lease }) => lease !== "0" && !this.leases.has(lease))) return noSuchLease();
+    if (puts.some(({ value }) => value.length > MOST_VALUE)) {
       return engineRefusal(400, 3, "etcdserver: request is too large");
     }
-    const responses: Raw[] = [], gone: string[] = [];
-    for (const { request_put, request_delete_range, request_range } of steps) {
-      if (request_put) {
-        const { key, value = "", lease = "0" } = mapOf(request_put), name = bytesOf(key), before = this.keys.get(name);
-        const kv = {
-          ...{ key: String(key), value: String(value), lease: String(lease), mod_revision: `${revision}` },
-          create_revision: before?.create_revision ?? `${revision}`,
-          version: `${Number(before?.version ?? 0) + 1}`,
-        };
-        this.keys.set(name, kv);
-        stored[`key ${name}`] = kv;
-        this.note(revision, name, { kv });
-        responses.push({ response_put: {} });
-      } else if (request_delete_range) {
-        const names = [...this.keys.keys()].filter(rangeOf(mapOf(request_delete_range)));
-        for (const name of names) this.remove(name, revision);
-        gone.push(...names);
-        responses.push({ response_delete_range: { deleted: `${names.length}` } });
-      } else responses.push({ response_range: this.list(mapOf(request_range)) });
-    }
-    await this.save(revision, stored, gone.map((name) => `key ${name}`));
-    return this.answer({ succeeded, responses });
-  }
-
-  private holds({ key, target = "VERSION", result = "EQUAL", ...wanted }: Raw): boolean {
-    const field = {
-      VERSION: "version",
-      CREATE: "create_revision",
-      MOD: "mod_revision",
-      VALUE: "value",
-      LEASE: "lease",
-    };
-    const name = field[target as keyof typeof field], kv = this.keys.get(bytesOf(key));
-    const isText = name === "value", has = kv?.[name as keyof StoredKey] ?? (isText ? "" : "0");
-    const order = isText
-      ? Buffer.compare(Buffer.from(has), Buffer.from(String(wanted[name] ?? "")))
-      : Number(has) - Number(wanted[name] ?? 0);
-    return { EQUAL: order === 0, NOT_EQUAL: order !== 0, GREATER: order > 0, LESS: order < 0 }[String(result)] ?? false;
+    await this.commit(puts.map((put) => [bytesOf(put.key), put]));
+    return this.answer({ succeeded });
   }
 
   private async grant(ttl: number): Promise<Response> {
@@ -13016,34 +12945,37 @@ export class LbFleet {
   private keepAlive(id: string): Response {
     const lease = this.leases.get(id);
     if (lease) lease.until = Date.now() + 1_000 * lease.ttl;
-    return Response.json({ result: { header: this.header(), ID: id, ...lease && { TTL: `${lease.ttl}` } } });
+    return Response.json({ result: this.withHeader({ ID: id, ...lease && { TTL: `${lease.ttl}` } }) });
   }
 
   /** Ends leases, and their keys with them. */
-  private async end(ids: string[]): Promise<void> {
-    const revision = this.revision + 1;
+  private async endLeases(ids: string[]): Promise<void> {
     for (const id of ids) this.leases.delete(id);
     const names = [...this.keys].filter(([, { lease }]) => ids.includes(lease)).map(([name]) => name);
-    for (const name of names) this.remove(name, revision);
-    await this.save(revision, {}, [...ids.map((id) => `lease ${id}`), ...names.map((name) => `key ${name}`)]);
-  }
-  private remove(name: string, revision: number): void {
-    const { key } = this.keys.get(name)!;
-    this.keys.delete(name);
-    this.note(revision, name, { type: "DELETE", kv: { key, mod_revision: `${revision}` } });
+    await this.commit(names.map((name) => [name, undefined]));
+    await this.storage.delete(ids.map((id) => `lease ${id}`));
   }
 
-  /** Remembers a change for the watches that `save` tells of it. */
-  private note(revision: number, key: string, event: StoredEvent): void {
-    this.events.push({ revision, key, event });
-    if (this.events.length > MOST_EVENTS) this.forgotten = this.events.shift()!.revision;
-  }
-  private async save(revision: number, stored: Raw, gone: string[]): Promise<void> {
-    const isChange = this.events.at(-1)?.revision === revision;
-    if (isChange) this.revision = revision;
-    if (isChange) await this.storage.put({ ...stored, revision });
+  /** Changes keys under one revision, stores that and tells the watchers. Without a value a key is deleted. */
+  private async commit(changes: [name: string, kv: StoredKey | undefined][]): Promise<void> {
+    if (!changes.length) return;
+    const revision = ++this.revision, mod_revision = `${revision}`, stored: Raw = { revision }, gone: string[] = [];
+    const fresh = changes.map(([name, put]): StoredEvent => {
+      const kv = put && { ...put, mod_revision }, { key } = put ?? this.keys.get(name)!;
+      if (kv) {
+        this.keys.set(name, kv);
+        stored[`key ${name}`] = kv;
+        return { revision, name, event: { kv } };
+      }
+      this.keys.delete(name);
+      gone.push(`key ${name}`);
+      return { revision, name, event: { type: "DELETE", kv: { key, mod_revision } } };
+    });
+    this.events.push(...fresh);
+    while (this.events.length > MOST_EVENTS) this.forgotten = this.events.shift()!.revision;
+    await this.storage.put(stored);
     if (gone.length) await this.storage.delete(gone);
-    if (isChange) { for (const watcher of this.watchers) this.send(watcher, revision); }
+    for (const watcher of this.watchers) this.send(watcher, fresh);
   }
 
   private watch(range: Raw): Response {
@@ -13058,20 +12990,20 @@ export class LbFleet {
           return stream.close();
         }
         this.watchers.add(watcher);
-        this.send(watcher, from);
+        this.send(watcher, this.events.filter(({ revision }) => revision >= from));
       },
       cancel: () => void (watcher && this.watchers.delete(watcher)),
     });
     return new Response(stream, { headers: { "content-type": "application/json" } });
   }
 
-  /** Tells a watcher what has changed since a revision. */
-  private send(watcher: Watcher, from: number): void {
-    const fresh = this.events.filter(({ revision, key }) => revision >= from && watcher.covers(key));
-    if (fresh.length) this.write(watcher, { events: fresh.map(({ event }) => event) });
+  /** Tells a watcher what has changed of the keys that it covers. */
+  private send(watcher: Watcher, changes: StoredEvent[]): void {
+    const events = changes.filter(({ name }) => watcher.covers(name)).map(({ event }) => event);
+    if (events.length) this.write(watcher, { events });
   }
   private write(watcher: Watcher, result: Raw): void {
-    const { stream } = watcher, line = JSON.stringify({ result: { header: this.header(), ...result } });
+    const { stream } = watcher, line = JSON.stringify({ result: this.withHeader(result) });
     try {
       stream.enqueue(Buffer.from(`${line}\n`));
       if ((stream.desiredSize ?? 0) > -MOST_UNREAD) return;
