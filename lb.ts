@@ -11952,7 +11952,6 @@ function readJson<S extends Schema>(schema: S, text = ""): Out<S> | undefined {
 
 /** A document of a fleet. */
 interface FleetDocument extends EngineValue {
-  local: string; // the same as the local file has it
   problem: string; // why it cannot be used here
 }
 
@@ -11982,7 +11981,9 @@ const BEAT = 100; // milliseconds between two looks at what is due
 const POLL = 10; // milliseconds between two looks at what is waited for
 /** Why a watch was ended, and all keys were listed again. */
 const RESYNCS = ["broken", "compacted", "deaf", "lease", "paused", "refused", "restored", "silent", "unreachable"];
-const withoutShared = ({ ttl: _, probers: __, ...own }: Raw): Raw => own;
+const SHARED = ["ttl", "probers"]; // keys of `fleet` that count as the document has them
+const withoutShared = (own: Raw): Raw =>
+  Object.fromEntries(Object.entries(own).filter(([key]) => !SHARED.includes(key)));
 
 /** This instance in its fleet. */
 export class Fleet implements Membership {
@@ -12122,7 +12123,7 @@ export class Fleet implements Membership {
 
   /** Keeps the lease alive, and finds out whether the watch is deaf (a frozen member: etcd issue 8980). */
   private async tick(next: number): Promise<void> {
-    const { watching, engine, effects } = this;
+    const { watching, engine } = this;
     this.tickAt = Infinity;
     try {
       if (this.lease && !await engine.keepAlive(this.lease)) this.onLeaseOver();
@@ -12131,10 +12132,8 @@ export class Fleet implements Membership {
       this.publish(); // ejections, and what could not be written before
       if (revision < known) return watching?.close("restored");
       if (!this.isBehind(keys, revision)) return;
-      await effects.sleep(LATEST);
-      if (!this.isBehind(keys, revision)) return;
-      engine.next();
-      watching?.close("deaf");
+      await this.effects.sleep(LATEST);
+      if (this.isBehind(keys, revision)) watching?.close("deaf");
     } catch (error) {
       this.complain(error);
     } finally {
@@ -12239,11 +12238,10 @@ export class Fleet implements Membership {
     if (!entry && this.isWaiting()) return;
     if (!entry) return void this.putDocument().catch(() => {}); // a new listing tries again
     if (entry.revision === this.document?.revision && entry.value === this.document.value) return;
-    const document = this.document = { ...entry, local: entry.value, problem: "" };
+    const document = this.document = { ...entry, problem: "" };
     let next = before;
     try {
-      document.local = this.localText(entry.value);
-      if (entry.value !== before.text) next = { ...this.member.parse(document.local), text: entry.value };
+      if (entry.value !== before.text) next = this.parse(entry.value);
       if (next !== before) this.applying = this.lb.reload(next);
     } catch (error) {
       document.problem = (error as Error).message;
@@ -12388,10 +12386,9 @@ export class Fleet implements Membership {
 
   // This instance among others.
 
-  /** The document's part of `fleet`, which has to be the same on all instances. */
+  /** `fleet` as the document has it: only what has to be the same on all instances. */
   private shared(): Pick<FleetConfig, "ttl" | "probers"> {
-    const { ttl, probers } = this.lb.balancer.table.config.fleet ?? (this.inForce ? NO_FLEET : this.member.own);
-    return { ttl, probers };
+    return this.lb.balancer.table.config.fleet ?? (this.inForce ? NO_FLEET : this.member.own);
   }
 
   private record(): InstanceRecord {
@@ -12512,7 +12509,7 @@ export class Fleet implements Membership {
   async tell(service: Service, server: Server, word: "up" | "down" | FoundChange): Promise<boolean> {
     const isChange = typeof word === "object", key = `told/${keyOfServer(server)}${isChange ? CHANGE : ""}`;
     const value = isChange ? JSON.stringify({ ...service.changes.get(server.url), ...word }) : word;
-    const before = this.keys.get(key), hasCome = () => this.keys.get(key) !== before;
+    const before = this.keys.get(key)?.revision, hasCome = () => this.keys.get(key)?.revision !== before;
     if (this.state !== "answers") return false;
     const isWritten = await this.engine.put(key, value).then(() => true, () => false);
     return isWritten && await this.until(hasCome, CHANGE_TIME); // the watch has brought it back
@@ -12531,10 +12528,9 @@ export class Fleet implements Membership {
   private localText(text: string): string {
     const raw = mapOf(readAsWritten(text, this.member.file).values), theirs = mapOf(raw.fleet);
     if (differences(withoutShared(theirs), withoutShared(this.local)).length === 0) return text;
-    const { ttl, probers } = theirs,
-      shared = { ...ttl !== undefined && { ttl }, ...probers !== undefined && { probers } };
+    const shared = Object.entries(theirs).filter(([key]) => SHARED.includes(key));
     try {
-      return rewrite(text, { ...raw, fleet: { ...withoutShared(this.local), ...shared } });
+      return rewrite(text, { ...raw, fleet: { ...withoutShared(this.local), ...Object.fromEntries(shared) } });
     } catch { // anchors
       return text;
     }
@@ -12546,9 +12542,10 @@ export class Fleet implements Membership {
   }
 
   /** Copies a document to the local file. What stood there and was no copy stays beside it. */
-  private async copy({ local, revision }: FleetDocument): Promise<void> {
+  private async copy({ value, revision }: FleetDocument): Promise<void> {
     if (revision !== this.inForce) return; // a newer one follows
-    const { member: { file, save, read }, effects: { report }, copied } = this, there = read();
+    const { member: { file, save, read }, effects: { report }, copied } = this;
+    const there = read(), local = this.localText(value);
     const isOther = there !== local && (there !== copied.value || copied.revision === 0);
     const keeps = isOther && there !== undefined; // else somebody has removed it
     const why = copied.revision ? "was edited on the base of an older one than" : "said something else than";
@@ -12572,7 +12569,7 @@ export class Fleet implements Membership {
     }
     try {
       this.member.parse(text);
-      const base = document?.problem ? document.revision : copied.revision; // who cannot use it replaces it
+      const base = document?.problem ? document.revision : copied.revision; // what cannot be used is replaced
       const { fleet } = mapOf(readAsWritten(text, this.member.file).values);
       this.local = mapOf(fleet ?? before); // the watch may bring it before this is answered
       const { isOurs, revision } = await this.engine.swap("config", text, base);

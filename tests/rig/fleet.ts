@@ -92,6 +92,7 @@ export class Store {
 export class FakeEngine implements Engine {
   silent = false;
   deaf = false;
+  nexts = 0; // how often another member was chosen
   calls: string[] = [];
   private readonly store: Store;
   private watcher: Watcher | undefined;
@@ -110,6 +111,7 @@ export class FakeEngine implements Engine {
     return work();
   }
   next(): void {
+    this.nexts++;
     this.deaf = false;
   }
   list(withValues: boolean) {

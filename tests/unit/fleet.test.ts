@@ -175,6 +175,7 @@ test("a watch that has gone deaf is dropped, and so are revisions that go backwa
   world.store.set("config", world.text + "# changed\n");
   await world.pass(3_500);
   assert.equal(a.fleet.counted().resyncs.get("deaf"), 1);
+  assert.equal(a.engine.nexts, 1, "of two members the other one is asked next, not the same again");
   assert.match(a.lb.balancer.table.config.text, /# changed/);
   world.store.revision = 3; // a backup
   world.store.events = [];
