@@ -11077,72 +11077,30 @@ interface Trouble {
   text: string;
   at: string; // id of what it is about; empty: of nothing on the page
 }
-interface ShownServer {
-  server: ServerView;
-  id: string; // also its path in the API
-  now: Figures; // of the last 30 seconds
-  state: ShownState;
-  level: (typeof STATES)[ShownState][1];
-  probers: string; // of a fleet
-}
-interface ShownService {
-  service: ServiceView;
-  id: string;
-  now: Figures;
-  servers: ShownServer[];
-  troubles: Trouble[];
+
+/** The instances of a fleet that probe a server, and which of them disagree with what most say. */
+function probersIn(fleet?: FleetView): (server: string, up: boolean) => string {
+  const probers = new Map(fleet?.probes.map(({ server, by }) => [server, by]));
+  const down = new Map(fleet?.instances.map((one) => [one.name, new Set(one.down)]));
+  return (server, up) => {
+    const names = probers.get(server)?.map((name) => down.get(name)?.has(server) === up ? `${name} (disagrees)` : name);
+    return names ? `by ${names.join("; ")}` : "";
+  };
 }
 
-// A fleet.
-
-/** What the instances that probe a server hold it for, by server. */
-type Votes = Map<string, { name: string; isDown: boolean }[]>;
-function votesOf({ probes, instances }: FleetView): Votes {
-  const down = new Map(instances.map((one) => [one.name, new Set(one.down)]));
-  const voteOn = (server: string) => (name: string) => ({ name, isDown: down.get(name)?.has(server) ?? false });
-  return new Map(probes.map(({ server, by }) => [server, by.map(voteOn(server))]));
-}
-const votesText = (votes: { name: string; isDown: boolean }[], up: boolean): string =>
-  votes.length ? `by ${votes.map(({ name, isDown }) => isDown === up ? `${name} (disagrees)` : name).join("; ")}` : "";
-
-function troublesOfFleet({ engine, problem, instances, config }: FleetView): Trouble[] {
-  const say = (text: string): Trouble => ({ level: "warn", text, at: "fleet" });
-  if (engine === "away") {
-    return [say(`the fleet's engine does not answer: ${problem || "nothing has been heard of it"}`)];
-  }
-  const behind = instances.filter((one) => one.problem || one.config < config);
-  return behind.map(({ name, problem }) =>
-    say(`${name} lacks the fleet's newest document${problem && `: ${problem}`}`)
-  );
-}
-
-function fleetSection({ engine, name, config, instances }: FleetView, flipped: Set<string>) {
-  const newest = Math.max(config, ...instances.map((one) => one.config));
-  const rows = instances.map((one) => {
-    const self = one.name === name ? " (this one)" : "", runs = `lb.ts ${one.version} on ${one.runtime}`;
-    const document = one.problem || (one.config === newest ? "the newest" : `revision ${one.config}`);
-    const cells = [one.name + self, runs, one.since, document, one.down.join(", ")].map((text) =>
-      html`<td>${text}</td>`
-    );
-    return html`<tr class="${document === "the newest" ? "" : "warn"}">${cells}</tr>`;
-  });
-  const facts = [`its engine ${engine === "away" ? "is away" : "answers"}`, `instances: ${instances.length}`];
-  // deno-fmt-ignore
-  return html`<details id="fleet" ${flipped.has("fleet") ? "" : "open"}>
-<summary><h2><span>Fleet</span><small>${[...facts, `document of revision ${config}`].join(" · ")}</small></h2></summary>
-<table><thead><tr><th>Instance</th><th>Runs</th><th>Since</th><th>Document</th><th>Finds down</th></tr></thead>
-<tbody>${rows}</tbody></table></details>`;
-}
-
-/** A service with its servers, how they do, and what is wrong with them. */
-function shownOf(service: ServiceView, snapshot: Snapshot, history: Sample[], votes: Votes): ShownService {
+/**
+ * A service with its servers, how they do, and what is wrong with them. `id` is also a path in the API; `now` are the figures
+ * of the last 30 seconds.
+ */
+function shownOf(service: ServiceView, snapshot: Snapshot, history: Sample[], probedBy: ReturnType<typeof probersIn>) {
   const { name, counters, askable, panicking, names } = service, since = history.find((sample) => sample.counters);
   const time = since ? snapshot.time - since.time : snapshot.uptime;
   const recently = (id: string, counters: CountersView) => figuresOf(counters, since?.counters?.get(id), time);
   const servers = service.servers.map((server) => {
     const id = adminPath(name, server.name), now = recently(id, server.counters), state = stateOf(server, now.failed);
-    const probers = votesText(votes.get(`${name} ${server.url}`) ?? [], server.up);
-    return { server, id, now, state, level: STATES[state][1], probers };
+    const level: Level = STATES[state][1],
+      probers = probedBy(`${name} ${server.url}`, server.up);
+    return { server, id, now, state, level, probers };
   });
   const id = adminPath(name), now = recently(id, counters), troubles: Trouble[] = [];
   const say = (level: Trouble["level"], what: string, at = id) =>
@@ -11159,7 +11117,42 @@ function shownOf(service: ServiceView, snapshot: Snapshot, history: Sample[], vo
   }
   return { service, id, now, servers, troubles };
 }
-const isTrouble = (level: ShownServer["level"]): boolean => level === "bad" || level === "warn";
+type ShownService = ReturnType<typeof shownOf>;
+type ShownServer = ShownService["servers"][number];
+type Level = "good" | "warn" | "bad" | "";
+const isTrouble = (level: Level): boolean => level === "bad" || level === "warn";
+
+/** What an instance has in place of the fleet's newest document, or why; empty: it has that. */
+function lagOf({ problem, config }: InstanceView, { instances }: FleetView): string {
+  const isNewest = instances.every((one) => one.config <= config);
+  return problem || (isNewest ? "" : `revision ${config}`);
+}
+
+function troublesOfFleet(fleet: FleetView): Trouble[] {
+  const say = (text: string): Trouble => ({ level: "warn", text, at: "fleet" });
+  if (fleet.engine === "away") {
+    return [say(`the fleet's engine does not answer: ${fleet.problem || "nothing has been heard of it"}`)];
+  }
+  return fleet.instances.flatMap((one) => {
+    const lag = lagOf(one, fleet);
+    return lag ? [say(`${one.name} lacks the fleet's newest document: ${lag}`)] : [];
+  });
+}
+
+function fleetSection(fleet: FleetView, flipped: Set<string>) {
+  const { engine, name, config, instances } = fleet;
+  const rows = instances.map((one) => {
+    const self = one.name === name ? " (this one)" : "", runs = `lb.ts ${one.version} on ${one.runtime}`;
+    const lag = lagOf(one, fleet), cells = [one.name + self, runs, one.since, lag || "the newest", one.down.join(", ")];
+    return html`<tr class="${lag && "warn"}">${cells.map((text) => html`<td>${text}</td>`)}</tr>`;
+  });
+  const facts = [`its engine ${engine === "away" ? "is away" : "answers"}`, `instances: ${instances.length}`];
+  // deno-fmt-ignore
+  return html`<details id="fleet" ${flipped.has("fleet") ? "" : "open"}>
+<summary><h2><span>Fleet</span><small>${[...facts, `document of revision ${config}`].join(" · ")}</small></h2></summary>
+<table><thead><tr><th>Instance</th><th>Runs</th><th>Since</th><th>Document</th><th>Finds down</th></tr></thead>
+<tbody>${rows}</tbody></table></details>`;
+}
 
 const SOON = 14 * 86_400_000; // milliseconds before a certificate's end from which on it is a trouble
 const dayOf = (date: Date): string => date.toISOString().slice(0, 10);
@@ -11173,28 +11166,21 @@ function troublesOfProgram({ listeners, reloads }: Snapshot, date: Date): Troubl
   return reloads.failed ? [{ level: "bad", text, at: "" }, ...certificates] : certificates;
 }
 
-const PUT_STATE = "PUT /services/{service}/servers/{server}/state";
-const PATCH_SERVER = "PATCH /services/{service}/servers/{server}";
-/** What may be done to a server: by which operation with which body, and what that means. */
-// deno-fmt-ignore
-const SERVER_ACTIONS: Record<string, [by: keyof typeof OPERATIONS, body: Raw, means: (server: ServerView) => string]> = {
-  ready: [PUT_STATE, { state: "ready" }, () => "Requests and probes go to it again."],
-  drain: [PUT_STATE, { state: "drain" }, (server) =>
-    `No new requests go to it; those in flight finish (${server.in_flight}). Probes go on.`],
-  maint: [PUT_STATE, { state: "maint" }, () => "Neither requests nor probes go to it."],
-  weight: [PATCH_SERVER, {}, () => "Its share of new requests, from 0 (none) to 256."],
+/** What may be done to a server: its state is set, or its weight. */
+const SERVER_ACTIONS = {
+  ready: "Requests and probes go to it again.",
+  drain: "No new requests go to it; those in flight finish. Probes go on.",
+  maint: "Neither requests nor probes go to it.",
+  weight: "Its share of new requests, from 0 (none) to 256.",
 };
-
-/** Buttons, each with the request that it sends; the script adds the weight to the body of that one. */
-function buttonsOf({ service, servers }: ShownService, { server, id }: ShownServer) {
+function buttonsOf({ service, servers }: ShownService, { server }: ShownServer) {
   const isLast = !servers.some((other) => other.level === "good" && other.server !== server);
   const actions = Object.entries(SERVER_ACTIONS).filter(([action]) => action !== server.state);
-  return actions.map(([action, [by, body, means]]) => {
+  return actions.map(([action, means]) => {
     const alone = isLast && /drain|maint/.test(action) ? ` No other server of ${service.name} is up!` : "";
-    const call = by.replace("/services/{service}/servers/{server}", id), label = `${action} ${server.name}`;
     // deno-fmt-ignore
-    return html`<button name="${action}" value="${action === "weight" ? server.weight : ""}" data-call="${call}"
-data-body="${JSON.stringify(body)}" title="${means(server)}${alone}" aria-label="${label}">${action}</button>`;
+    return html`<button name="${action}" value="${server.weight}" title="${means}${alone}"
+aria-label="${action} ${server.name}">${action}</button>`;
   });
 }
 
@@ -11204,17 +11190,17 @@ function stateDetail({ server, state }: ShownServer): string {
   if (state === "failing") return `${FORMAT.percent(server.failing)} failed`;
   return state === "unchecked" ? "not asked yet" : `for ${FORMAT.age(server.status_for)}`;
 }
-const checkDetail = (check: ServerView["check"], probers: string): string => {
+function checkDetail({ server: { check }, probers }: ShownServer): string {
   const own = check && `${FORMAT.age(check.ago)} ago, took ${FORMAT.time(1_000 * check.took)}`;
   return [own, probers].filter(Boolean).join(" · ");
-};
+}
 
 /** What each column shows of a server: a figure, and a detail below it. */
 // deno-fmt-ignore
 const COLUMNS: Record<string, (shown: ShownServer) => [figure: string, detail?: string]> = {
   "Server": ({ server: { name, backup, found_by } }) => [name, [backup ? "backup" : "", found_by].filter(Boolean).join(" · ")],
   "State": (shown) => [`${STATES[shown.state][0]} ${shown.state}`, stateDetail(shown)],
-  "Last check": ({ server: { check }, probers }) => [check ? check.problem || "passed" : "–", checkDetail(check, probers)],
+  "Last check": (shown) => [shown.server.check ? shown.server.check.problem || "passed" : "–", checkDetail(shown)],
   "Weight": ({ server }) => [`${server.weight}`, FORMAT.percent(server.share)],
   "In flight": ({ server }) => [FORMAT.count(server.in_flight)],
   "Requests": ({ server, now }) => [FORMAT.count(server.counters.requests), FORMAT.rate(now.rate)],
@@ -11226,14 +11212,15 @@ const COLUMNS: Record<string, (shown: ShownServer) => [figure: string, detail?: 
   "Bytes out": ({ server: { counters: c } }) => [FORMAT.bytes(c.bytes_out), `${FORMAT.bytes(c.bytes_in)} in`],
 };
 
-/** What the page's user has chosen. */
-interface Chosen {
-  mayChange: boolean;
-  find: string; // in lower case
-  onlyProblems: boolean;
-  flipped: Set<string>; // ids of what is folded that would be open, or open that would be folded
-  explain: string; // a request
-}
+/** What the user of the page has chosen. */
+const chosenOf = ({ req, get }: AdminContext) => ({
+  mayChange: get("shown") !== "read token",
+  find: lower(req.query("find") ?? "").trim(),
+  onlyProblems: req.query("problems") === "true",
+  flipped: new Set(req.queries("flip")), // ids of what is folded that would be open, or open that would be folded
+  explain: req.query("explain") ?? "", // a request
+});
+type Chosen = ReturnType<typeof chosenOf>;
 
 const FEW = 8; // services up to which all of them are open
 const WHOLE = 100; // servers of a service with all figures: a thousand would take 30 ms, in which no request is served
@@ -11322,8 +11309,8 @@ const SIGNS = { good: "●", warn: "▲", bad: "✕", "": "○" };
 /** All that changes, as the script puts it in place: elements have either elements in them or text. */
 function liveView(balancer: Balancer, history: Sample[], chosen: Chosen) {
   const snapshot = snapshotOf(balancer), { services, routes } = snapshot, { find, onlyProblems, flipped } = chosen;
-  const fleet = balancer.effects.fleet?.view(), votes: Votes = fleet ? votesOf(fleet) : new Map();
-  const all = services.map((service) => shownOf(service, snapshot, history, votes));
+  const fleet = balancer.effects.fleet?.view(), probedBy = probersIn(fleet);
+  const all = services.map((service) => shownOf(service, snapshot, history, probedBy));
   const servers = all.flatMap((one) => one.servers);
   const ofProgram = [...troublesOfProgram(snapshot, balancer.effects.date()), ...fleet ? troublesOfFleet(fleet) : []];
   const troubles = [...ofProgram, ...all.flatMap((one) => one.troubles)]
@@ -11359,7 +11346,6 @@ placeholder="Route of GET http://host/path?"><button>Explain</button></form>
 /** Plain JavaScript for browsers: it runs in the page, and uses nothing of this file. */
 const SCRIPT = String.raw`
 "use strict";
-const base = location.pathname.replace(/\/?$/, "/");
 const $ = (id) => document.getElementById(id);
 
 /** Makes an element what another one is. What stays keeps the focus, and what was typed. */
@@ -11381,26 +11367,21 @@ const plain = { createHTML: (text) => text };
 const policy = globalThis.trustedTypes?.createPolicy("lb", plain) ?? plain;
 const parse = (text) => new DOMParser().parseFromString(policy.createHTML(text), "text/html").body.firstElementChild;
 
-const call = (path, method = "GET", body = undefined, more = {}) => {
+const call = (path, method = "GET", body = undefined) => {
   const headers = { "content-type": "application/json", accept: "text/plain, */*" };
   if (sessionStorage.token) headers.authorization = "Bearer " + sessionStorage.token;
-  return fetch(base + path, { method, headers, body: JSON.stringify(body), ...more });
+  const signal = method === "GET" ? AbortSignal.timeout(5e3) : null;
+  return fetch(path, { method, headers, body: JSON.stringify(body), signal });
 };
 
-// What is shown: fetched once a second, and when something else is asked for.
-const flipped = new Set();
-let asked = "", turn = 0;
+// What is shown: fetched once a second, and when something else is chosen; not while a dialog asks for something.
+const chosen = new URLSearchParams();
+let turn = 0;
 const look = async () => {
-  const mine = ++turn;
-  const query = new URLSearchParams([...flipped].map((id) => ["flip", id]));
-  query.append("ask", asked);
-  if ($("find")) query.append("find", $("find").value);
-  if ($("problems")?.checked) query.append("problems", "");
-  const answer = await call("live?" + query, "GET", undefined, { signal: AbortSignal.timeout(5e3) });
-  if (answer.status === 401 || answer.status === 429) return signIn(await answer.json()).then(refresh);
-  const text = await answer.text();
+  const mine = ++turn, answer = await call("live?" + chosen), text = await answer.text();
+  if (mine !== turn || $("ask").open) return; // a later one is under way
+  if (answer.status === 401 || answer.status === 429) return signIn(JSON.parse(text));
   if (!answer.ok) throw new Error(text);
-  if (mine !== turn) return; // a later one is under way
   morph($("live"), parse(text));
   document.title = $("verdict").textContent + " – lb.ts";
 };
@@ -11410,25 +11391,30 @@ const refresh = () => look().catch(() => {
   document.title = $("verdict").textContent = "✕ The connection is lost: trying again";
 });
 const keepFresh = async () => {
-  if (!document.hidden) await refresh();
+  if (!document.hidden && !$("ask").open) await refresh();
   setTimeout(keepFresh, 1e3);
 };
 document.onvisibilitychange = () => document.hidden || refresh();
-document.oninput = ({ target }) => /^(find|problems)$/.test(target.id) && refresh();
+const choose = (name, value) => {
+  chosen.set(name, value);
+  refresh();
+};
+document.oninput = ({ target: { id, value, checked } }) => {
+  if (id === "find") choose(id, value);
+  if (id === "problems") choose(id, checked);
+};
 document.onsubmit = (event) => {
   event.preventDefault();
-  if (event.target.id !== "explain") return;
-  asked = $("request").value.trim();
-  refresh();
+  if (event.target.id === "explain") choose("explain", $("request").value.trim());
 };
 document.onclick = async (event) => {
   const { target } = event, button = target.closest("tr button"), link = target.closest("nav a");
   const folded = target.closest("summary")?.parentElement.id;
   if (folded) {
-    if (!flipped.delete(folded)) flipped.add(folded);
+    chosen.has("flip", folded) ? chosen.delete("flip", folded) : chosen.append("flip", folded);
     refresh();
   }
-  if (button) propose(button);
+  if (button) propose(button, button.closest("tr").id);
   const path = link?.getAttribute("href");
   if (!path || path === "docs" || !sessionStorage.token) return; // the listener takes no token from a link
   event.preventDefault();
@@ -11437,35 +11423,33 @@ document.onclick = async (event) => {
 };
 
 // The dialog: changes, each confirmed there, and the token.
-/** Resolves when the dialog is closed: by the person, or because submit has given no problem. */
-const openDialog = (texts, input, submit) => {
-  const dialog = $("ask");
+/** Asks in the dialog. What submit says is wrong is shown there; otherwise the dialog is closed. */
+const ask = (texts, input, submit) => {
   for (const [id, text] of Object.entries({ ...texts, problem: "" })) $(id).textContent = text;
   $("field").hidden = !input;
   Object.assign($("value"), { type: "text", value: "" }, input);
   $("form").onsubmit = async () => {
     const problem = await submit($("value").value);
-    if (problem) $("problem").textContent = problem;
-    else dialog.close();
+    if (problem) return $("problem").textContent = problem;
+    $("ask").close();
+    refresh();
   };
-  if (!dialog.open) dialog.showModal();
-  return new Promise((resolve) => dialog.onclose = resolve);
+  $("ask").showModal();
 };
 $("cancel").onclick = () => $("ask").close();
-const propose = ({ name: action, value, title: why, ariaLabel: what, dataset }) => {
-  const input = value && { type: "number", min: 0, max: 256, value };
-  openDialog({ what, why, go: value ? "set" : action, label: "Weight" }, input, async (typed) => {
-    const [method, path] = dataset.call.split(" "), body = value ? { weight: Number(typed) } : JSON.parse(dataset.body);
-    const answer = await call(path, method, body).catch(() => undefined);
+const propose = ({ name: action, value, title: why, ariaLabel: what }, path) => {
+  const isWeight = action === "weight", input = isWeight && { type: "number", min: 0, max: 256, value };
+  ask({ what, why, go: isWeight ? "set" : action, label: "Weight" }, input, async (typed) => {
+    const change = isWeight ? [path, "PATCH", { weight: Number(typed) }] : [path + "/state", "PUT", { state: action }];
+    const answer = await call(...change).catch(() => undefined);
     if (!answer) return "The connection is lost.";
     if (!answer.ok) return (await answer.json()).detail;
-    refresh();
   });
 };
 const signIn = ({ status, detail }) => {
   const wrong = sessionStorage.token ? "This token is not right." : "A token of admin in routes.yml is needed.";
   const texts = { what: "Sign in", why: status === 429 ? detail : wrong, go: "Sign in", label: "Token" };
-  return openDialog(texts, { type: "password" }, (token) => {
+  ask(texts, { type: "password" }, (token) => {
     sessionStorage.token = token;
   });
 };
@@ -11506,16 +11490,7 @@ function addDashboard(app: Hono<AdminEnv>, balancer: Balancer, gate: Gatekeeper)
     if (path === root) return context.redirect(`${path.split("/").at(-1)}/`);
     return await answerPage(context, "lb.ts", DASHBOARD_STYLE, DASHBOARD, SCRIPT);
   });
-  app.get("/live", gate, (context) => {
-    const { req } = context;
-    return context.html(liveView(balancer, history, {
-      mayChange: context.get("shown") !== "read token",
-      find: lower(req.query("find") ?? "").trim(),
-      onlyProblems: req.query("problems") !== undefined,
-      flipped: new Set(req.queries("flip")),
-      explain: req.query("ask") ?? "",
-    }));
-  });
+  app.get("/live", gate, (context) => context.html(liveView(balancer, history, chosenOf(context))));
 }
 
 // --- 11.7 Access: hosts, sites and tokens, checked before anything is looked at ---

@@ -1156,6 +1156,29 @@ test("the dashboard says what is wrong with the program: certificates that end s
   ]);
 });
 
+test("the dashboard says which instances lack the newest document of a fleet, this one too, in the same words twice", async () => {
+  const lb = createLoadBalancer(parseConfig(SHOP), { report: () => {} });
+  const one = { since: "", version: "1", runtime: "node", problem: "", down: [], ejected: [] };
+  const instances = [{ ...one, name: "a", config: 7 }, { ...one, name: "b", config: 8 }, {
+    ...{ ...one, name: "c", config: 8 },
+    problem: "LB_SECRET is not set",
+  }];
+  const view = { engine: "answers", since: "", problem: "", name: "a", config: 7, instances, probes: [] };
+  Object.assign(lb.balancer.effects, { fleet: { view: () => view } });
+  const shown = await createAdmin(lb).request("http://localhost/live", { headers: { host: "localhost" } });
+  const text = await shown.text(), troubles = [...text.matchAll(/<a href="#fleet">(.*?)<\/a>/g)];
+  assert.deepEqual(troubles.map(([, said]) => said), [
+    "a lacks the fleet&#39;s newest document: revision 7",
+    "c lacks the fleet&#39;s newest document: LB_SECRET is not set",
+  ]);
+  const rows = [...text.matchAll(/<tr class="(\w*)"><td>(\w)\b.*?<td>([^<]*)<\/td><td><\/td><\/tr>/g)];
+  assert.deepEqual(rows.map(([, level, name, said]) => [level, name, said]), [
+    ["warn", "a", "revision 7"],
+    ["", "b", "the newest"],
+    ["warn", "c", "LB_SECRET is not set"],
+  ]);
+});
+
 // ─── As a library ───
 
 test("/explain refuses what no client can ask for, with a sentence; --explain too", () =>
