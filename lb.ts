@@ -6363,13 +6363,14 @@ function requestOf(
   answer: (response: Response) => void,
   kept?: Uint8Array,
 ): HttpRequest {
-  const { method } = source, incoming = INCOMING.get(source), over = new AbortController();
+  const { method } = source, incoming = INCOMING.get(source);
   const request: HttpRequest = {
     ...incoming ?? headOfRequest(source, from),
     ...{ scheme: from.scheme, peer: from.address, source, gone: source.signal.aborted, onGone: undefined },
     body: kept ? new MemoryBody(Buffer.from(kept)) : incoming?.body ?? bodyOfRequest(source, () => request.gone),
     respond(response) {
-      over.abort(); // from now on only the response's body reports that the client is gone
+      // from now on only the response's body reports that the client is gone
+      source.signal.removeEventListener("abort", left);
       if (incoming && response.tunnel) incoming.respond(response);
       answer(response.tunnel ? new Response(null) : toResponse(response, method));
     },
@@ -6378,7 +6379,7 @@ function requestOf(
   const left = () => cancelRequest(request);
   const before = incoming?.onGone;
   if (incoming) incoming.onGone = () => (before?.(), left());
-  else source.signal.addEventListener("abort", left, { once: true, signal: over.signal });
+  else source.signal.addEventListener("abort", left);
   return request;
 }
 

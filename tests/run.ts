@@ -43,7 +43,15 @@ const RUNTIMES: Record<string, (file: string, report: string) => string[]> = {
   },
   node: (file, report) => {
     const shown = ["--test-reporter=spec", "--test-reporter-destination=stdout"];
-    return ["node", "--test", ...shown, "--test-reporter=junit", `--test-reporter-destination=${report}`, file];
+    return [
+      "node",
+      "--import=./tests/rig/node.ts",
+      "--test",
+      ...shown,
+      "--test-reporter=junit",
+      `--test-reporter-destination=${report}`,
+      file,
+    ];
   },
 };
 const WORKERD = "workerd";

@@ -5,7 +5,7 @@ import { test } from "node:test";
 import fc from "fast-check";
 import { type Server, strategies, type Strategy } from "../../lb.ts";
 import { balancerFor } from "../rig/balancer.ts";
-import { requestOf, seeded } from "../rig/rig.ts";
+import { requestOf, seeded, TestBytes } from "../rig/rig.ts";
 import type { Candidates, Draw } from "../rig/types.ts";
 
 type Answer = (status?: number) => Promise<void>;
@@ -20,23 +20,24 @@ function setUp(keys: string, servers = "[S0:1, S1:1, S2:1, S3:1]", own: Record<s
   const pending = new Map<string, Answer[]>();
   let picked = "";
   const yaml = `log: off\ndefault: { servers: ${servers}, retries: 0${keys && ", "}${keys} }`;
-  const { lb, clock, send, service } = balancerFor(yaml, {
+  const { lb, clock, service } = balancerFor(yaml, {
     random: seeded(seed),
-    fetch: (_url, attempt) => {
+    send: (attempt) => {
       picked = attempt.server.name.split(":")[0]!;
-      const { promise, resolve } = Promise.withResolvers<Response>();
       const answer = async (status = 200) => {
-        attempt.ended(status, 0, undefined);
-        resolve(new Response(null, { status }));
+        attempt.onHead({ status, reason: "", fields: [], body: new TestBytes("") });
+        attempt.onEnd(undefined, "", true);
         for (let i = 0; i < 9; i++) await undefined; // until the balancer has seen it
       };
-      pending.set(picked, [...pending.get(picked) ?? [], answer]);
-      return promise;
+      const waiting = pending.get(picked);
+      if (waiting) waiting.push(answer);
+      else pending.set(picked, [answer]);
     },
     strategies: own,
   });
   const pick = ({ path = "/", headers = {}, client = "192.0.2.1" }: Ask = {}): string => {
-    void send(`http://a${path}`, { headers, from: { address: client } });
+    const fields = ["host", "a", ...Object.entries(headers).flat()];
+    lb.handle(requestOf({ target: path, fields, peer: client }));
     return picked.toLowerCase();
   };
   const end = (name: string, status?: number) => pending.get(name)!.shift()!(status);
