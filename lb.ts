@@ -5263,7 +5263,8 @@ abstract class Http2Stream<C extends Http2Connection = Http2Connection> implemen
   sent = false; // we have ended ours
   protected source: Body | undefined; // of what goes out
   protected sentBytes = 0; // of it
-  protected seenBytes = 0; // the same, when the sweep last looked
+  private seenBytes = 0; // the same, when the sweep last looked
+  since: number; // when something last passed
   private piece: Bytes | undefined; // read from it, waiting for windows and for room in the socket
   private at = 0; // bytes of this piece that are sent
   private trailers: Fields | undefined; // its end
@@ -5273,13 +5274,11 @@ abstract class Http2Stream<C extends Http2Connection = Http2Connection> implemen
     this.connection = connection;
     this.id = id;
     this.window = connection.initialWindow;
+    this.since = connection.now();
   }
 
-  /**
-   * Ends it early: `reset` by the peer or with its connection; `invalid-answer` if the peer has broken the rules. `unseen`:
-   * the peer has not looked at the request.
-   */
-  abstract fail(why: Failure, detail: string, unseen?: boolean): void;
+  /** It has ended early: `reset` by the peer or with its connection. `unseen`: the peer has not looked at the request. */
+  protected abstract onAbort(why: Failure, detail: string, unseen: boolean): void;
   /** Ends it early because the body that goes out breaks off. */
   abstract cancel(why: Failure): void;
 
@@ -5379,6 +5378,10 @@ abstract class Http2Stream<C extends Http2Connection = Http2Connection> implemen
     }
     return false;
   }
+  /** Checks its timeouts; called by the sweep. */
+  look(now: number): void {
+    if (this.sentBytes !== this.seenBytes) [this.since, this.seenBytes] = [now, this.sentBytes];
+  }
   /** Our side has ended. */
   protected endSide(): void {
     this.sent = true;
@@ -5388,13 +5391,14 @@ abstract class Http2Stream<C extends Http2Connection = Http2Connection> implemen
     if (this.sent && this.hasEnded) this.drop();
   }
 
-  /** Ends the stream with a code, before its regular end. */
-  reset(code: Http2Error): void {
-    this.connection.sendReset(this.id, code);
-    this.drop();
+  /** Ends it early: with a code, where the peer does not know of it yet. */
+  abort(why: Failure, detail: string, code?: Http2Error, unseen = false): void {
+    this.drop(code);
+    this.onAbort(why, detail, unseen);
   }
-  /** Nothing more is sent. */
-  drop(): void {
+  /** Nothing more is sent, but for a reset with a code where it has not come to its regular end. */
+  drop(code?: Http2Error): void {
+    if (code && this.connection.streams.has(this.id)) this.connection.sendReset(this.id, code);
     this.sent = this.hasEnded = true;
     this.piece = undefined;
     this.connection.blocked.delete(this);
@@ -5429,7 +5433,8 @@ abstract class Http2Connection extends Connection {
   protected lastServed = Infinity; // the last stream of the peer that is served, where it has been told
   protected isOver = false; // a GOAWAY has ended it
   protected overAt = 0; // when
-  protected rest: Bytes = NO_BYTES; // of a frame that has not come whole
+  protected preface = ""; // what the peer has to begin with
+  private rest: Bytes = NO_BYTES; // of a frame that has not come whole
   protected block: OpenBlock | undefined;
   protected readonly maxPush: number = 1; // that SETTINGS_ENABLE_PUSH may be
   protected readonly resets: Set<number> = new Set(); // the latest that we have reset: frames of them may be coming
@@ -5453,10 +5458,16 @@ abstract class Http2Connection extends Connection {
   onFirstSettings(): void {}
 
   onData(bytes: Bytes): void {
-    const data = this.rest.length ? Buffer.concat([this.rest, bytes]) : bytes;
+    const data = this.rest.length ? Buffer.concat([this.rest, bytes]) : bytes, { preface } = this;
     let at = 0;
+    if (this.isOver) return;
     this.rest = NO_BYTES;
-    while (data.length - at >= 9 && !this.isOver) {
+    if (preface) {
+      const text = data.toString("latin1", 0, preface.length);
+      if (!preface.startsWith(text)) return this.fail(fault("PROTOCOL_ERROR", "not the preface of HTTP/2"));
+      if (text === preface) [this.preface, at] = ["", preface.length];
+    }
+    while (data.length - at >= 9 && !this.isOver && !this.preface) {
       const length = data.readUIntBE(at, 3), end = at + 9 + length;
       if (length > MAX_FRAME) return this.fail(fault("FRAME_SIZE_ERROR", `a frame of ${length} bytes`));
       if (end > data.length) break;
@@ -5475,32 +5486,26 @@ abstract class Http2Connection extends Connection {
 
   private takeFrame(type: number, flags: number, id: number, payload: Bytes): void {
     try {
-      this.onFrame(type, flags, id, payload);
+      this.checkFrame(type, id, payload);
+      if (FRAMES[type]) FRAMES[type].read.call(this, payload, flags, id);
+      else this.waste();
     } catch (error) {
       if (!(error instanceof Http2Failure)) throw error;
       if (!error.stream) return this.fail(error);
       const stream = this.streams.get(error.stream);
-      stream?.fail("invalid-answer", error.message);
-      if (!this.resets.has(error.stream)) this.sendReset(error.stream, error.code);
-      stream?.drop();
+      if (stream) stream.abort("invalid-answer", error.message, error.code);
+      else if (!this.resets.has(error.stream)) this.sendReset(error.stream, error.code);
       this.waste();
     }
   }
-
-  private onFrame(type: number, flags: number, id: number, payload: Bytes): void {
-    const { block } = this, rule = FRAMES[type];
+  private checkFrame(type: number, id: number, payload: Bytes): void {
+    const { block } = this, { of = "both", size = payload.length } = FRAMES[type] ?? {};
     if (!this.hasSettings && type !== SETTINGS) throw fault("PROTOCOL_ERROR", "no SETTINGS first");
-    if (block && (type !== CONTINUATION || id !== block.id)) {
-      throw fault("PROTOCOL_ERROR", "a frame inside a header block");
+    if (block ? type !== CONTINUATION || id !== block.id : type === CONTINUATION) {
+      throw fault("PROTOCOL_ERROR", "a header block is not in one piece");
     }
-    if (!rule) return this.waste();
-    if (rule.of !== "both" && (rule.of === "stream") !== id > 0) {
-      throw fault("PROTOCOL_ERROR", `frame ${type} on stream ${id}`);
-    }
-    if (rule.size !== undefined && payload.length !== rule.size) {
-      throw fault("FRAME_SIZE_ERROR", `frame ${type}`, type === PRIORITY ? id : 0);
-    }
-    rule.read.call(this, payload, flags, id);
+    if (of === (id ? "connection" : "stream")) throw fault("PROTOCOL_ERROR", `frame ${type} on stream ${id}`);
+    if (size !== payload.length) throw fault("FRAME_SIZE_ERROR", `frame ${type}`, type === PRIORITY ? id : 0);
   }
 
   /** Counts a frame that asks for nothing. Too many are an attack (CVE-2019-9512, -9515, -9518, CVE-2023-44487). */
@@ -5518,10 +5523,7 @@ abstract class Http2Connection extends Connection {
   onDataFrame(payload: Bytes, flags: number, id: number): void {
     const bytes = unpadded(payload, flags), ends = (flags & END_STREAM) > 0;
     this.unread += payload.length;
-    if (this.unread > CONNECTION_WINDOW) {
-      throw fault("FLOW_CONTROL_ERROR", "more data than the connection's window allows");
-    }
-    if (this.unread >= CONNECTION_WINDOW / 2) {
+    if (this.unread >= CONNECTION_WINDOW / 2) { // long before it is used up: no frame is so large
       this.raiseWindow(0, this.unread);
       this.unread = 0;
     }
@@ -5538,8 +5540,7 @@ abstract class Http2Connection extends Connection {
     this.onContinuation(payload.subarray(skipped), flags, id);
   }
   onContinuation(payload: Bytes, flags: number, id: number): void {
-    const { block } = this;
-    if (!block) throw fault("PROTOCOL_ERROR", "CONTINUATION without HEADERS");
+    const block = this.block!; // `checkFrame` has refused one without HEADERS
     block.size += payload.length + 32; // empty ones are not free, either
     block.pieces.push(payload);
     if (block.size > this.headLimit + MAX_FRAME) throw fault("ENHANCE_YOUR_CALM", "an endless header block");
@@ -5572,8 +5573,7 @@ abstract class Http2Connection extends Connection {
   onReset(payload: Bytes, _flags: number, id: number): void {
     const stream = this.openStream(id), code = payload.readUInt32BE(0), name = HTTP2_ERRORS[code];
     this.waste();
-    stream?.drop();
-    stream?.fail("reset", `it was reset (${name ?? code})`, name === "REFUSED_STREAM");
+    stream?.abort("reset", `it was reset (${name ?? code})`, undefined, name === "REFUSED_STREAM");
   }
 
   onSettings(payload: Bytes, flags: number): void {
@@ -5717,12 +5717,13 @@ abstract class Http2Connection extends Connection {
   protected fail({ code, message }: Http2Failure): void {
     this.goAway(code, message);
   }
-  /** Ends all streams, or those that are meant. */
+  /** Ends all streams, or those that are meant, for the peer or the connection has ended them. */
   protected leaveAll(detail: string, isMeant = (_stream: Http2Stream): boolean => true, unseen = false): void {
-    for (const stream of [...this.streams.values()].filter(isMeant)) {
-      stream.drop();
-      stream.fail("reset", detail, unseen);
-    }
+    for (const stream of [...this.streams.values()].filter(isMeant)) stream.abort("reset", detail, undefined, unseen);
+  }
+  /** Checks the timeouts of its streams. */
+  look(now: number): void {
+    for (const stream of [...this.streams.values()]) stream.look(now);
   }
 }
 const WINDOW_TOO_LARGE = "a window over 2^31-1";
@@ -5756,12 +5757,10 @@ class ClientStream extends Http2Stream<Http2ClientConnection> {
   private isAnswered = false;
   private isTunnel = false;
   private answeredAt = Infinity; // when the response was out
-  private movedAt: number; // when some of the response was last sent, or none waited
 
   constructor(connection: Http2ClientConnection, id: number, head: Http2Head, ends: boolean) {
     super(connection, id);
     const { scheme, peer } = connection, { upgrade, block, length } = head;
-    this.movedAt = connection.now();
     this.hasEnded = ends;
     if (!ends || upgrade) this.body = new StreamedBody(length, this);
     if (this.body && length < 0 && !upgrade) this.body.kept = [];
@@ -5799,7 +5798,7 @@ class ClientStream extends Http2Stream<Http2ClientConnection> {
     if (!id || request.problem === "bad-request") {
       body.cancel();
       endRequest(request);
-      return id ? this.reset("PROTOCOL_ERROR") : undefined;
+      return id ? this.drop("PROTOCOL_ERROR") : undefined;
     }
     if (tunnel) return this.switch(fields, tunnel);
     const isBodiless = request.method === "HEAD" || BODILESS.has(status) || body.bytes?.length === 0;
@@ -5831,32 +5830,23 @@ class ClientStream extends Http2Stream<Http2ClientConnection> {
     }
     super.endSide();
   }
-  /**
-   * Resets an upload that outlives its response, once the client has had time to read that. Returns for how many milliseconds
-   * the client has taken nothing of a response that waits.
-   */
-  look(now: number): number {
-    if (now - this.answeredAt >= LINGER.without) this.reset("NO_ERROR");
-    if (!this.connection.blocked.has(this) || this.sentBytes !== this.seenBytes) this.movedAt = now;
-    this.seenBytes = this.sentBytes;
-    return now - this.movedAt;
-  }
-  /** Ends it as the client does not read it. */
-  giveUp(): void {
-    this.fail("reset");
-    this.reset("ENHANCE_YOUR_CALM");
+  /** Resets an upload that outlives its response, once the client has had time to read that. */
+  override look(now: number): void {
+    if (now - this.answeredAt >= LINGER.without) this.drop("NO_ERROR");
+    if (!this.connection.blocked.has(this)) this.since = now; // nothing waits for the client
+    super.look(now);
   }
   cancel(why: Failure): void {
     endRequest(this.request);
-    if (!isGrpc(this.request)) return this.reset(this.isTunnel ? "CANCEL" : "INTERNAL_ERROR");
+    if (!isGrpc(this.request)) return this.drop(this.isTunnel ? "CANCEL" : "INTERNAL_ERROR");
     this.sendLines(linesOf(grpcFields(why)), true);
     this.endSide();
   }
-  fail(why: Failure): void {
+  protected onAbort(why: Failure): void {
     const { request, body, source } = this;
     body?.end(why === "reset" ? "client-left" : "bad-body");
     if (request.gone) return;
-    this.isAnswered = true; // by the reset that follows
+    this.isAnswered = true; // by the reset
     cancelRequest(request);
     source?.cancel();
   }
@@ -5875,7 +5865,7 @@ class Http2ClientConnection extends Http2Connection {
   readonly scheme: string;
   readonly peer: string;
   private readonly owner: ClientOwner;
-  private hasPreface = false;
+  protected override preface = PREFACE;
   private begun: ClientStream[] = []; // requests that have begun in the bytes being read
   private skipped = { after: 0, before: 0 }; // numbers that the client has left out, the latest of them
   private clientEnded = false; // the client has ended its side
@@ -5893,15 +5883,6 @@ class Http2ClientConnection extends Http2Connection {
   }
 
   override onData(bytes: Bytes): void {
-    if (this.isOver) return;
-    if (!this.hasPreface) {
-      this.rest = this.rest.length ? Buffer.concat([this.rest, bytes]) : bytes;
-      const text = this.rest.toString("latin1", 0, PREFACE.length);
-      if (!PREFACE.startsWith(text)) return this.fail(fault("PROTOCOL_ERROR", "not the preface of HTTP/2"));
-      if (text.length < PREFACE.length) return;
-      this.hasPreface = true;
-      [bytes, this.rest] = [bytesBehind(this.rest, PREFACE.length), NO_BYTES];
-    }
     super.onData(bytes);
     const { begun, owner: { context } } = this;
     if (!begun.length) return;
@@ -5968,20 +5949,21 @@ class Http2ClientConnection extends Http2Connection {
     return this.unwritten !== "" || this.socket.writableLength > 0 || this.blocked.size > 0;
   }
 
-  look(now: number): void {
+  override look(now: number): void {
     const { header, keep_alive } = this.owner.context.limits(), { socket, streams, block } = this;
     const unsent = socket.writableLength, waited = now - this.usedAt;
     if (unsent === 0 || unsent !== this.unsent) this.movedAt = now;
     this.unsent = unsent;
-    const open = [...streams.values() as Iterable<ClientStream>];
-    const stuck = open.filter((stream) => stream.look(now) >= keep_alive),
-      isStuck = open.length > 0 && stuck.length === open.length;
+    super.look(now);
+    const open = [...streams.values()], stuck = open.filter((stream) => now - stream.since >= keep_alive);
+    const isStuck = open.length > 0 && stuck.length === open.length;
     if (this.isOver) {
       if (now - this.overAt >= (unsent ? keep_alive : LINGER.silent)) socket.destroy();
     } else if (isStuck || now - this.movedAt >= keep_alive) {
       this.fail(fault("ENHANCE_YOUR_CALM", "the client does not read"));
-    } else if (stuck.length) stuck.forEach((stream) => stream.giveUp()); // a paused video, say: the others go on
-    else if (!this.hasSettings && waited >= header || block && now - block.since >= header) {
+    } else if (stuck.length) { // by a paused video, say: the others go on
+      for (const stream of stuck) stream.abort("reset", "the client does not read", "ENHANCE_YOUR_CALM");
+    } else if (!this.hasSettings && waited >= header || block && now - block.since >= header) {
       this.fail(fault("ENHANCE_YOUR_CALM", "the client is too slow"));
     } else if (this.clientEnded) this.writeFrame(PING, 0, 0, "are you?"); // a reset says that it is gone
     else if (!streams.size && waited >= keep_alive) this.endIfUnused();
@@ -6003,7 +5985,6 @@ const NO_ALPN = "it does not offer HTTP/2 by ALPN; http: 1.1 or auto asks it ove
 /** An attempt on its stream. */
 class UpstreamStream extends Http2Stream<Http2UpstreamConnection> implements Progress {
   readonly attempt: Attempt;
-  since: number;
   connected = false; // the request has begun to be sent
   head: ResponseHead | undefined;
   private overhead = 0; // bytes of interim responses
@@ -6012,7 +5993,6 @@ class UpstreamStream extends Http2Stream<Http2UpstreamConnection> implements Pro
   constructor(to: Http2UpstreamConnection, id: number, attempt: Attempt) {
     super(to, id);
     this.attempt = attempt;
-    this.since = to.client.time;
     attempt.carrier = this;
   }
   get isFull(): boolean {
@@ -6056,21 +6036,26 @@ class UpstreamStream extends Http2Stream<Http2UpstreamConnection> implements Pro
     super.onEnd(trailers);
     if (this.isDone) return;
     this.detach();
-    if (!this.sent) this.reset("NO_ERROR");
+    if (!this.sent) this.drop("NO_ERROR");
     attempt.onEnd(undefined, "", true);
   }
   private detach(): void {
-    const { attempt, connected, sent, body } = this;
+    const { attempt } = this;
     this.isDone = true;
     this.connection.onResponse();
     attempt.uploaded = this.sentBytes;
-    attempt.received = body?.received ?? 0;
+    attempt.received = this.body?.received ?? 0;
     attempt.carrier = undefined;
-    if (connected && !sent) attempt.body.cancel();
+  }
+  /** With a code, which the server gets only where it has the request, it reads no more of the upload. */
+  override drop(code?: Http2Error): void {
+    const { connected, sent, attempt } = this;
+    super.drop(connected ? code : undefined);
+    if (code && connected && !sent) attempt.body.cancel();
   }
 
   cancel(why: Failure): void {
-    this.fail(why, FAILURES[why].text);
+    this.abort(why, FAILURES[why].text, "CANCEL");
   }
   abandon(): void {
     this.cancel("client-left");
@@ -6081,28 +6066,25 @@ class UpstreamStream extends Http2Stream<Http2UpstreamConnection> implements Pro
   }
 
   /** The attempt has failed; one that the server has not looked at goes to another connection, once. */
-  fail(why: Failure, detail: string, unseen = false): void {
-    const { attempt, id, connected, connection: { client, streams } } = this;
+  protected onAbort(why: Failure, detail: string, unseen: boolean): void {
+    const { attempt, id, connected, connection: { client } } = this;
     if (this.isDone) return;
     const isWhole = !connected || attempt.body.bytes !== undefined; // nothing of it is used up
     const mayMove = unseen || why === "reset" && id > 1 && mayRepeat(attempt); // the first stream is on no stale connection
-    const moves = mayMove && isWhole && !this.head && !client.moved.has(attempt);
-    if (moves) this.isDone = true;
-    else this.detach();
-    if (connected && streams.get(id) === this) this.reset("CANCEL");
-    else this.drop();
-    if (moves) {
+    if (mayMove && isWhole && !this.head && !client.moved.has(attempt)) {
+      this.isDone = true;
       client.moved.add(attempt);
       return client.send(attempt);
     }
+    this.detach();
     this.body?.end(why);
     attempt.onEnd(connected || why !== "reset" ? why : "connect", detail, connected && !(unseen && isWhole));
   }
 
-  look(now: number): void {
-    if (this.sentBytes !== this.seenBytes) [this.since, this.seenBytes] = [now, this.sentBytes];
+  override look(now: number): void {
+    super.look(now);
     const late = whatIsLate(this.attempt, this, now);
-    if (late) this.fail(late, `silent for ${Math.round(now - this.since)} ms`);
+    if (late) this.abort(late, `silent for ${Math.round(now - this.since)} ms`, "CANCEL");
   }
 }
 
@@ -6155,7 +6137,7 @@ class Http2UpstreamConnection extends Http2Connection {
     client.mostStreams.set(server, maxStreams);
     for (const other of pool) if (!other.hasSettings) other.maxStreams = Math.min(other.maxStreams, maxStreams);
     for (const stream of waiting.splice(0, maxStreams)) stream.send();
-    for (const stream of waiting) stream.fail("reset", "it takes no more streams", true);
+    for (const stream of waiting) stream.abort("reset", "it takes no more streams", undefined, true);
   }
 
   /** Whether another attempt may use it. */
@@ -6191,9 +6173,9 @@ class Http2UpstreamConnection extends Http2Connection {
     client.connections.delete(this);
   }
 
-  look(now: number): void {
+  override look(now: number): void {
     const { streams, socket } = this;
-    for (const stream of [...streams.values() as Iterable<UpstreamStream>]) stream.look(now);
+    super.look(now);
     if (this.isOver ? now - this.overAt >= LINGER.silent : !this.hasSettings && !streams.size) socket.destroy();
     else if (this.hasSettings && now - this.usedAt >= IDLE) this.endIfUnused();
   }
