@@ -10221,10 +10221,7 @@ function reportChange({ req, get }: AdminContext, { report }: Effects, changes: 
   report("info", `admin: ${who}: ${req.method} ${quote(req.path)}: ${what}${more}`);
 }
 
-const NEEDS_RESTART = "admin.listen has changed: that takes effect with the next start";
 const FLEET_NEEDS_RESTART = "fleet has changed, and all of it but ttl and probers takes effect with the next start";
-const needsRestart = (...configs: Config[]): boolean =>
-  new Set(configs.map(({ admin }) => JSON.stringify(admin?.listen))).size > 1;
 
 /** What has changed, for `If-Match`. */
 type Versioned = (config: Config) => unknown;
@@ -10276,7 +10273,6 @@ function changesOf(lb: LoadBalancer, parse: Parse, file?: string): Change {
     const { config } = balancer.table;
     if (config === base) return;
     reportChange(context, effects, differences(writtenOf(base), writtenOf(config)));
-    if (needsRestart(base, config)) effects.report("warn", NEEDS_RESTART);
   };
   return (...asked) => last = last.then(() => apply(...asked), () => apply(...asked)) as Promise<void>;
 }
@@ -13072,6 +13068,17 @@ function fileStamp(file: string): string {
   }
 }
 
+/** Tells of each stamp whether it is another one than before, and has not changed since the last: nobody is writing. */
+function changeDetector(known: string): (stamp: string) => boolean {
+  let last = known;
+  return (stamp) => {
+    const isStill = stamp === last, isOther = stamp !== known;
+    last = stamp;
+    if (isStill) known = stamp;
+    return isStill && isOther;
+  };
+}
+
 /** Changes with the files of a listener's certificates. */
 const stampOf = ({ tls, client_ca }: ListenerConfig): string =>
   [...tls.flatMap(({ cert, key }) => [cert, key]), client_ca].filter(Boolean).map((file) => file + fileStamp(file))
@@ -13114,12 +13121,10 @@ const AT_THE_EDGE =
 const HERE = AT_THE_EDGE ? "edge" : "Deno" in globalThis ? "deno" : "Bun" in globalThis ? "bun" : "node";
 
 /** Writes bytes to standard output, waiting for its reader, and gives how many it has written. */
-const PRINT: Record<typeof HERE, (bytes: Uint8Array) => Promise<number>> = {
-  deno: (bytes) => (globalThis as unknown as DenoApi).Deno.stdout.write(bytes), // Deno's fs.write blocks the thread
-  bun: (bytes) => printed(bytes),
-  node: (bytes) => printed(bytes),
-  edge: (bytes) => Promise.resolve(bytes.length), // `Effects.accessLog` goes to the platform's log
-};
+const writeOut = (bytes: Uint8Array): Promise<number> =>
+  HERE === "deno"
+    ? (globalThis as unknown as DenoApi).Deno.stdout.write(bytes) // Deno's fs.write blocks the thread
+    : printed(bytes);
 type DenoApi = { Deno: { stdout: { write(bytes: Uint8Array): Promise<number> } } };
 
 /** Monotonic milliseconds and the date, read once in each turn of the event loop. */
@@ -13243,22 +13248,17 @@ function defaultEffects(): Omit<Effects, "accessLog"> {
 /**
  * Checks, before workers share a port, that no other process listens there: the system would give that one a part of
  * the clients. It connects as a client does: a trial listener would take clients and turn them away.
- * @throws {Error} with the code EADDRINUSE, or why this machine cannot listen at the address
+ * @throws {Error} with the code EADDRINUSE
  */
-async function checkUnused(host: string, port: number): Promise<void> {
-  const server = createServer();
-  await new Promise<void>((resolve, reject) => {
-    server.on("error", reject);
-    server.listen({ port: 0, ...(host && { host: bareAddress(host) }) }, resolve); // fails where the address is another machine's
-  });
-  const taken = port > 0 && await new Promise<boolean>((resolve) => {
-    const socket = netConnect(port, bareAddress(host) || "127.0.0.1", () => {
-      resolve(socket.localPort !== port); // equal: the socket has connected to itself
-      socket.destroy();
-    }).on("error", () => resolve(false));
-  });
-  await new Promise((resolve) => server.close(resolve));
-  if (taken) throw Object.assign(new Error(), { code: "EADDRINUSE" });
+async function checkUnused({ host, port }: Address): Promise<void> {
+  if (port === 0) return;
+  const socket = await connectWithin(1_000, netConnect(port, bareAddress(host) || "127.0.0.1"));
+  if (socket instanceof WireError) return;
+  const { localAddress, remoteAddress, localPort } = socket;
+  socket.destroy();
+  const isElsewhere = localAddress !== remoteAddress; // listening will fail, as this machine lacks the address
+  const isItself = localPort === port; // the socket has connected to itself
+  if (!isElsewhere && !isItself) throw Object.assign(new Error(), { code: "EADDRINUSE" });
 }
 
 // --- 13.3 Library: a balancer with the effects of this runtime ---
@@ -13420,6 +13420,9 @@ function readText(file: string): string {
 
 // --- 13.5 Listeners: opened, updated with the config and certificates, and drained ---
 
+/** A valid config cannot be served: exit status 1. */
+class StartError extends Error {}
+
 /** A listener that is open. */
 interface Listener {
   /** host:port */
@@ -13429,23 +13432,61 @@ interface Listener {
   /** Whether bytes wait to be sent to a client. */
   isWriting(): boolean;
   /** Uses other certificates for new connections. If that throws, the old ones stay. */
-  swap(secure: Secure | undefined): void;
-}
-
-/** Counts a connection, or says why it is refused. */
-type Admit = (socket: Socket) => FailureName | undefined;
-
-/** What a listener does with its connections. */
-interface ListenerHooks {
-  admit: Admit;
-  protocols: string[]; // that clients over TLS may choose (ALPN)
-  limits(): Pick<Config["limits"], "header">; // a TLS handshake may take as long as a request head
-  take(socket: Socket, address: string): void;
-  refuse(socket: Socket, why: FailureName, address: string): void;
+  swap(secure: Secure): void;
 }
 
 /** Where to listen. `shared`: with other threads and processes (SO_REUSEPORT). */
-type ListenAt = { host: string; port: number; shared: boolean; mode?: number | undefined };
+interface ListenAt extends Address {
+  shared: boolean;
+  mode?: number | undefined; // of a Unix socket
+  secure: Secure | undefined; // undefined: without TLS
+}
+
+/** What a listener does with its connections. */
+interface Protocol {
+  alpn: string[]; // what clients over TLS may choose
+  take(socket: Socket, address: string): void;
+  refuse(socket: Socket, why: FailureName, address: string): void;
+  /** The listener has closed: connections end with the response in progress. */
+  close?(): void;
+  isWriting?(): boolean;
+}
+
+/** HTTP for a balancer or another app. `http2`: whether it takes HTTP/2 without TLS. */
+function httpProtocol(app: LoadBalancer | { fetch: Serve }, overTls = false, http2?: () => boolean): Protocol {
+  let isClosed = false;
+  const { handle, balancer }: Partial<LoadBalancer> = "balancer" in app ? app : {};
+  const http = new HttpServer({
+    handle: handle ?? handleByFetch((request, env) => app.fetch(request, env), printReport),
+    limits: () => limitsOf(balancer),
+    draining: () => isClosed || balancer?.draining === true,
+    now: currentTime,
+    ...http2 && { http2 },
+  });
+  return {
+    alpn: ["h2", "http/1.1", "http/1.0"],
+    take: (socket) => http.accept(socket, overTls ? "https" : "http"),
+    refuse(socket, why) {
+      if (balancer) countFailure(balancer, why);
+      if (overTls) socket.destroy(); // no response is possible before a handshake
+      else http.refuse(socket, why);
+    },
+    close() {
+      isClosed = true;
+      for (const connection of http.connections) connection.closeIdle();
+    },
+    isWriting: () => [...http.connections].some((one) => one.isWriting()),
+  };
+}
+const limitsOf = (balancer?: Balancer): Config["limits"] => balancer?.table.config.limits ?? NO_LIMITS;
+const NO_LIMITS = v.parse(Limits, {});
+
+/** TCP to the servers of a listener, whose address in the file this is. */
+const tcpProtocol = (balancer: Balancer, inFile: string): Protocol => ({
+  alpn: ["http/1.1", "http/1.0"], // not HTTP/2, which servers behind TLS seldom speak
+  take: (socket, address) => relayTcp(balancer, inFile, address, socket),
+  refuse: (socket, why, address) => relayTcp(balancer, inFile, address, socket, why),
+});
 
 /** Removes the file of a Unix socket on which nobody listens any more: a process that was killed leaves it behind. */
 async function removeStaleSocket(path: string): Promise<void> {
@@ -13459,26 +13500,30 @@ async function removeStaleSocket(path: string): Promise<void> {
   if (isStale) fs.rmSync(path, { force: true });
 }
 
-/** @throws {StartError} with the address and why it cannot be listened on */
-async function listenOn(at: ListenAt, secure: Secure | undefined, hooks: ListenerHooks): Promise<Listener> {
-  const { host, port, shared: reusePort, mode = 0o660 } = at, shaking = new Map<string, [Socket, number]>(); // handshakes
+/**
+ * Listens, and counts and limits connections where they are a balancer's.
+ * @throws {StartError} with the address and why it cannot be listened on
+ */
+async function listenOn(at: ListenAt, protocol: Protocol, balancer?: Balancer): Promise<Listener> {
+  const { host, port, shared: reusePort, mode = 0o660, secure } = at, path = isUnix(host) ? pathOfUnix(host) : "";
+  const shaking = new Map<string, [Socket, number]>(); // handshakes, by client
   const peerOf = ({ remoteAddress, remotePort }: Socket) => `${remoteAddress} ${remotePort}`;
   let address = shownAddress(host, port);
   const secured = (own: Secure) =>
-    tlsServer(own, hooks.protocols, (socket) => {
+    tlsServer(own, protocol.alpn, (socket) => {
       shaking.delete(peerOf(socket));
       socket.allowHalfOpen = true;
-      hooks.take(socket, address);
+      protocol.take(socket, address);
     });
   let tls = secure && secured(secure);
   const canShare = !secure && HERE !== "bun"; // read buffers, as connections to servers do
   // a client that ends its side during a handshake has left: so no half-open connections where there is TLS
   const server = createServer({ allowHalfOpen: !secure, noDelay: true, pauseOnConnect: canShare }, (accepted) => {
     const socket = canShare ? withSharedReads(accepted) : accepted;
-    const refusal = hooks.admit(socket);
-    if (refusal) return hooks.refuse(socket, refusal, address);
+    const refusal = balancer && admitConnection(balancer, socket, path !== "");
+    if (refusal) return protocol.refuse(socket, refusal, address);
     socket.setKeepAlive(true, KEEP_ALIVE);
-    if (!tls) return hooks.take(socket, address);
+    if (!tls) return protocol.take(socket, address);
     const peer = peerOf(socket);
     shaking.set(peer, [socket, currentTime()]);
     socket.on("error", () => {}); // `close` follows
@@ -13486,11 +13531,10 @@ async function listenOn(at: ListenAt, secure: Secure | undefined, hooks: Listene
     tls.emit("connection", socket);
   });
   const timer = setInterval(() => {
-    const { header } = hooks.limits();
+    const { header } = limitsOf(balancer); // a TLS handshake may take as long as a request head
     for (const [socket, began] of shaking.values()) if (currentTime() - began >= header) socket.destroy();
     acceptAgain(server as object);
   }, 500);
-  const path = isUnix(host) ? pathOfUnix(host) : "";
   try {
     if (path) await removeStaleSocket(path);
     await new Promise<void>((resolve, reject) => {
@@ -13500,7 +13544,7 @@ async function listenOn(at: ListenAt, secure: Secure | undefined, hooks: Listene
     if (path) fs.chmodSync(path, mode);
   } catch (error) {
     clearInterval(timer);
-    return cannotListen(host, port)(error as Error);
+    return cannotListen(at)(error as Error);
   }
   address = shownAddress(host, (server.address() as AddressInfo).port);
   const close = () =>
@@ -13509,8 +13553,14 @@ async function listenOn(at: ListenAt, secure: Secure | undefined, hooks: Listene
       for (const [socket] of shaking.values()) socket.destroy();
       server.close(() => resolve());
       if (path) fs.rmSync(path, { force: true }); // Deno does it later, or not before the process ends
+      protocol.close?.();
     });
-  return { address, close, isWriting: () => false, swap: (next) => void (tls = next && secured(next)) };
+  return {
+    address,
+    close,
+    isWriting: () => protocol.isWriting?.() ?? false,
+    swap: (next) => void (tls = secured(next)),
+  };
 }
 
 /**
@@ -13551,43 +13601,12 @@ const SOCKET_ERRORS: Record<string, string> = {
   ENOENT: "its directory does not exist, or this user may not write there",
 };
 Object.assign(SOCKET_ERRORS, { EACCES: SOCKET_ERRORS.ENOENT, EPERM: SOCKET_ERRORS.ENOENT });
-const cannotListen = (host: string, port: number) => (error: Error & { code?: string }): never => {
+const cannotListen = ({ host, port }: Address) => (error: Error & { code?: string }): never => {
   const hasName = !isUnix(host) && !isIP(bareAddress(host));
   const isUnresolved = hasName && /EAI_|Failed to listen at/.test(error.message); // Bun's, without a code (1.4.5)
   const known = isUnix(host) ? SOCKET_ERRORS : LISTEN_ERRORS, code = isUnresolved ? "ENOTFOUND" : error.code ?? "";
   throw new StartError(`cannot listen on ${shownAddress(host, port)}: ${known[code] ?? error.message}`);
 };
-
-/** What a listener of HTTP does with its requests and connections. */
-type HttpHooks = ServerContext & { admit: Admit; refused(why: FailureName): unknown };
-
-/** Listens for HTTP. After `close` each connection ends with the response in progress. */
-async function listenHttp(at: ListenAt, secure: Secure | undefined, hooks: HttpHooks): Promise<Listener> {
-  let closing = false;
-  const http = new HttpServer({ ...hooks, draining: () => closing || hooks.draining() });
-  const listener = await listenOn(at, secure, {
-    admit: hooks.admit,
-    limits: hooks.limits,
-    protocols: ["h2", "http/1.1", "http/1.0"],
-    take: (socket) => http.accept(socket, "encrypted" in socket ? "https" : "http"),
-    refuse(socket, why) {
-      hooks.refused(why);
-      if (secure) socket.destroy(); // no response is possible before a handshake
-      else http.refuse(socket, why);
-    },
-  });
-  const close = () => {
-    closing = true;
-    const closed = listener.close();
-    for (const connection of http.connections) connection.closeIdle();
-    return closed;
-  };
-  return { ...listener, close, isWriting: () => [...http.connections].some((one) => one.isWriting()) };
-}
-const NO_LIMITS = v.parse(Limits, {});
-
-/** A valid config cannot be served: exit status 1. */
-class StartError extends Error {}
 
 /** Certificate and key, as PEM, and where to listen. */
 interface ServeOptions {
@@ -13608,21 +13627,15 @@ interface ServeOptions {
  * @throws {Error} with the address and why it cannot be listened on
  */
 export async function serve(app: LoadBalancer | { fetch: Serve }, options: ServeOptions = {}): Promise<Listener> {
-  const { port = 8080, hostname = "", tls = [], signal } = options, isOurs = "balancer" in app;
+  const { port = 8080, hostname: host = "", tls = [], signal } = options;
   const pairs = [tls].flat().map(({ cert, key }) => ({ cert, key, names: namesOf(new X509Certificate(cert)) }));
   const secure = pairs.length ? { pairs: pairs as Secure["pairs"], clientCa: "" } : undefined;
-  if (isOurs) await firstLook(app);
-  const listener = await listenHttp({ host: hostname, port, shared: false }, secure, {
-    handle: isOurs ? app.handle : handleByFetch((request, env) => app.fetch(request, env), printReport),
-    limits: () => isOurs ? app.balancer.table.config.limits : NO_LIMITS,
-    draining: () => false,
-    now: currentTime,
-    admit: (socket) => isOurs ? admitConnection(app.balancer, socket) : undefined,
-    refused: (why) => isOurs && countFailure(app.balancer, why),
-  });
-  if (isOurs) app.start();
+  const lb = "balancer" in app ? app : undefined;
+  if (lb) await firstLook(lb);
+  const listener = await listenOn({ host, port, shared: false, secure }, httpProtocol(app, !!secure), lb?.balancer);
+  lb?.start();
   const close = () => {
-    if (isOurs) app.stop();
+    lb?.stop();
     return listener.close();
   };
   signal?.addEventListener("abort", () => void close(), { once: true });
@@ -13637,54 +13650,41 @@ interface Listeners {
 }
 type CutOff = { requests: number; connections: number };
 
-/** Listeners that are open or being opened, by name. */
-type OpenListeners = Map<string, OpenListener>;
-interface OpenListener {
-  listener: Promise<Listener>;
-  stamp: string; // of the certificates' files in force
-  seen: string; // of the same files at the last check
-}
+/** Listeners that are open or being opened, by name, and whether the files of their certificates have changed. */
+type OpenListeners = Map<string, { listener: Promise<Listener>; hasChanged: ReturnType<typeof changeDetector> }>;
 /** How a thread listens. */
 interface ListenContext {
   lb: LoadBalancer;
+  admin?: { fetch: Serve }; // the API, where this thread has it
   shared: boolean; // with other threads and processes
   ports: ReadonlyMap<string, number>; // as the first worker got them, by listener name
-  alone: boolean; // no other thread listens, or this one does where only one can: at Unix sockets
+  /** Whether this thread opens a listener, and not another one. */
+  opens(name: string, at: ListenerConfig): boolean;
   report: Effects["report"];
 }
 
 /** The listeners of a table, by protocol and the address in the file. */
-function listenersOf({ config, tcp }: Table): Map<string, ListenerConfig> {
+function listenersOf({ config: { listen, admin }, tcp }: Table): Map<string, ListenerConfig> {
   const listeners = new Map<string, ListenerConfig>();
-  for (const at of config.listen) {
-    listeners.set(unique(`${at.tls.length ? "https" : "http"}://${shownAddress(at.host, at.port)}`, listeners), at);
-  }
+  const nameOf = (protocol: string, { host, port }: Address) => `${protocol}://${shownAddress(host, port)}`;
+  if (admin) listeners.set(nameOf("admin", admin.listen), { ...admin.listen, tls: [], client_ca: "", h2c: false });
+  for (const at of listen) listeners.set(unique(nameOf(at.tls.length ? "https" : "http", at), listeners), at);
   for (const [address, { at }] of tcp) listeners.set(`${at.tls.length ? "tls" : "tcp"}://${address}`, at);
   return listeners;
 }
 const isHttp = (name: string): boolean => name.startsWith("http");
+const isAdmin = (name: string): boolean => name.startsWith("admin");
 
 /** The certificates of a listener; undefined: it is not over TLS. */
 const secureOf = (at: ListenerConfig): Secure | undefined => at.tls.length ? readSecure(at) : undefined;
 
-async function openListener({ lb, shared, ports }: ListenContext, name: string, at: ListenerConfig): Promise<Listener> {
-  const { balancer } = lb, where = { host: at.host, port: ports.get(name) ?? at.port, shared, mode: at.mode };
-  const secure = await Promise.resolve(at).then(secureOf).catch(cannotListen(at.host, where.port));
-  const isLocal = isUnix(at.host), limits = () => balancer.table.config.limits;
-  const hooks = { admit: (socket: Socket) => admitConnection(balancer, socket, isLocal), limits };
-  if (isHttp(name)) {
-    const { handle } = lb, { now } = balancer.effects, draining = () => balancer.draining;
-    const refused = (why: FailureName) => countFailure(balancer, why);
-    const http2 = () => listenersOf(balancer.table).get(name)?.h2c === true;
-    return await listenHttp(where, secure, { ...hooks, handle, draining, now, refused, http2 });
-  }
-  const tcp = hostOf(name);
-  return await listenOn(where, secure, {
-    ...hooks,
-    protocols: ["http/1.1", "http/1.0"], // not HTTP/2, which servers behind TLS seldom speak
-    take: (socket, address) => relayTcp(balancer, tcp, address, socket),
-    refuse: (socket, why, address) => relayTcp(balancer, tcp, address, socket, why),
-  });
+async function openListener(context: ListenContext, name: string, at: ListenerConfig): Promise<Listener> {
+  const { lb, lb: { balancer }, admin, shared, ports } = context, where = { ...at, port: ports.get(name) ?? at.port };
+  const secure = await Promise.resolve(at).then(secureOf).catch(cannotListen(where));
+  if (isAdmin(name)) return await listenOn({ ...where, shared: false, secure }, httpProtocol(admin!));
+  const http2 = () => listenersOf(balancer.table).get(name)?.h2c === true;
+  const protocol = isHttp(name) ? httpProtocol(lb, !!secure, http2) : tcpProtocol(balancer, hostOf(name));
+  return await listenOn({ ...where, shared, secure }, protocol, balancer);
 }
 
 /**
@@ -13693,7 +13693,7 @@ async function openListener({ lb, shared, ports }: ListenContext, name: string, 
  */
 async function updateListeners(context: ListenContext, open: OpenListeners) {
   const opened = new Map<string, string>(), problems: string[] = [], all = listenersOf(context.lb.balancer.table);
-  const wanted = new Map([...all].filter(([, { host }]) => context.alone || !isUnix(host)));
+  const wanted = new Map([...all].filter(([name, at]) => context.opens(name, at)));
   for (const [name, { listener }] of open) {
     if (wanted.has(name)) continue;
     open.delete(name);
@@ -13701,8 +13701,8 @@ async function updateListeners(context: ListenContext, open: OpenListeners) {
   }
   const fresh = [...wanted].filter(([name]) => !open.has(name));
   for (const [name, at] of fresh) {
-    const stamp = stampOf(at);
-    open.set(name, { listener: openListener(context, name, at), stamp, seen: stamp });
+    const hasChanged = changeDetector(stampOf(at)); // of the files before they are read
+    open.set(name, { listener: openListener(context, name, at), hasChanged });
   }
   const results = await Promise.allSettled(fresh.map(([name]) => open.get(name)!.listener));
   for (const [i, result] of results.entries()) {
@@ -13716,21 +13716,23 @@ async function updateListeners(context: ListenContext, open: OpenListeners) {
   return { opened, problem: problems.join("\n") };
 }
 
-const reportOpened = (opened: Map<string, string>, report: Effects["report"]): void =>
-  opened.forEach((address, name) => {
-    report("info", `lb.ts ${VERSION} listening on ${name.slice(0, name.indexOf(":"))}://${address}`);
-  });
+function reportOpened(opened: Map<string, string>, report: Effects["report"]): void {
+  for (const [name, address] of opened) {
+    const scheme = name.slice(0, name.indexOf(":"));
+    report(
+      "info",
+      isAdmin(name) ? `admin on http://${address}` : `lb.ts ${VERSION} listening on ${scheme}://${address}`,
+    );
+  }
+}
 
-/** Swaps certificates that changed on disk or in the config, once their files are unchanged for one tick. */
+/** Swaps certificates that changed on disk or in the config. */
 function renewCertificates({ lb: { balancer: { table, effects } }, report }: ListenContext, open: OpenListeners): void {
   for (const [name, at] of listenersOf(table)) {
-    const one = open.get(name), stamp = stampOf(at), isStill = one?.seen === stamp;
-    if (!one) continue;
-    one.seen = stamp;
-    if (!isStill || one.stamp === stamp) continue;
-    one.stamp = stamp;
+    const one = open.get(name);
+    if (!one?.hasChanged(stampOf(at))) continue;
     one.listener.then((listener) => {
-      listener.swap(secureOf(at));
+      listener.swap(readSecure(at));
       report("info", `${name}: other certificates are in force`);
       for (const problem of outdated(at, effects.date())) report("error", `${name}: ${problem}`);
     }).catch((error) => report("error", `${name}: the old certificates stay in force: ${error.message}`));
@@ -13779,7 +13781,8 @@ async function drain(balancer: Balancer, open: OpenListeners, grace: number): Pr
     while (!over() && effects.now() < time) await effects.sleep(20);
   };
   balancer.draining = true;
-  const all = await Promise.all([...open].map(async ([name, { listener }]) => ({ name, ...await listener })));
+  const served = [...open].filter(([name]) => !isAdmin(name)); // the admin API answers to the end
+  const all = await Promise.all(served.map(async ([name, { listener }]) => ({ name, ...await listener })));
   const close = (http: boolean) => all.filter(({ name }) => isHttp(name) === http).map((one) => one.close());
   const closed = close(false);
   let [seen, since] = [balancer.requests, begun];
@@ -13807,7 +13810,7 @@ interface WorkerTask {
   role: typeof WORKER; // somebody else's threads may have imported this file
   config: Config; // in force
   ports: ListenContext["ports"];
-  reports: boolean; // it reports, for all workers, what each of them finds, and listens at Unix sockets
+  reports: boolean; // it reports, for all workers, what each of them finds, and alone listens at Unix sockets
   workers: number; // that divide the limits
   secret: string; // of sticky cookies
   news: News[]; // so far
@@ -13922,7 +13925,8 @@ async function runWorker({ config, ports, reports, workers, secret, news }: Work
     onProbed(service, server, problem, { ...effects, agree: () => up, report: () => {} });
   };
   news.forEach(takeNews);
-  const listeners = await listenAll({ lb, shared: true, ports, alone: reports, report: reports ? report : () => {} })
+  const opens: ListenContext["opens"] = (name, { host }) => !isAdmin(name) && (reports || !isUnix(host));
+  const listeners = await listenAll({ lb, shared: true, ports, opens, report: reports ? report : () => {} })
     .catch((error) => send({ kind: "failed", reason: error.message }));
   if (!listeners) return;
   parentPort!.on("message", async (order: ToWorker) => {
@@ -14087,25 +14091,28 @@ async function demo(): Promise<string> {
   return JSON.stringify({ admin: {}, services: { demo: { servers: addresses } }, default: "demo" });
 }
 
-/** What to do next with the demo. */
-const demoHints = (address: string, admin: string): string =>
-  [
+/** What to do next with the demo, by its listeners. */
+function demoHints(opened: Listeners["opened"]): string {
+  const firstOf = (is: (name: string) => boolean) => [...opened].find(([name]) => is(name))?.[1];
+  const admin = firstOf(isAdmin);
+  return [
     "what to do next:",
-    `curl http://${address}/ a few times: the servers answer in turn`,
+    `curl http://${firstOf(isHttp)!.replace("0.0.0.0", "localhost")}/ a few times: the servers answer in turn`,
     ...admin ? [`open http://${admin}/ in a browser: drain a server there, and ask again`] : [],
     "write a routes.yml such as this one, and start lb.ts without --demo:",
     "  services: { shop: { servers: [localhost:8081, localhost:8082] } }",
     "  default: shop",
   ].join("\n");
+}
 
 const WATCH_TICK = 500; // milliseconds between two looks at the file
 
 /** Runs until a signal ends it. */
 async function runProgram(call: Call): Promise<void> {
   const { file } = call, isDemo = Boolean(call.options.demo), text = isDemo ? await demo() : undefined;
-  let inForce = fileStamp(file), seen = inForce; // taken before the file is read: no later change is missed
+  const hasChanged = changeDetector(fileStamp(file)); // before the file is read: no later change is missed
   const config = loadConfig(call, text);
-  const log = new AccessLog(PRINT[HERE], defaultEffects().report);
+  const log = new AccessLog(writeOut, printReport);
   const lb = createLoadBalancer(config, { accessLog: log.write });
   const { report } = lb.balancer.effects;
   process.on("exit", () => {
@@ -14113,49 +14120,31 @@ async function runProgram(call: Call): Promise<void> {
       fs.writeSync(1, log.rest()); // asynchronous writes no longer happen
     } catch { /* nobody reads it */ }
   });
-  let isAdminOpen = false;
-  let onApplied: FleetMember["onApplied"] = () => {}; // what comes first is announced with the listeners
-  const fleet = config.fleet && makeFleet(lb, call, config.fleet, (...applied) => onApplied(...applied));
+  let onApplied = () => {}; // what comes first is announced with the listeners
+  const fleet = config.fleet && makeFleet(lb, call, config.fleet, () => onApplied());
   await fleet?.start(JOINING); // what the others know comes before the first request
-  const opening = firstLook(lb).then(() => openListeners(lb, call, log));
+  const parse = (text: string) => fleet?.parse(text) ?? loadConfig(call, text);
+  const admin = createAdmin(lb, { ...!isDemo && { file }, parse });
+  const opening = firstLook(lb).then(() => openListeners(lb, admin, call, log));
   const stop = () => void quit(lb, opening, call.drain, log, fleet);
   process.on("SIGTERM", stop).on("SIGINT", stop);
   const { opened } = await opening;
-  let adminAddress = "";
-  const openAdmin = async ({ admin }: Config) => {
-    if (!admin || isAdminOpen) return;
-    isAdminOpen = true;
-    const parse = (text: string) => fleet?.parse(text) ?? loadConfig(call, text);
-    const app = createAdmin(lb, { ...!isDemo && { file }, parse });
-    const { address } = await serve(app, { hostname: admin.listen.host, port: admin.listen.port });
-    report("info", `admin on http://${address}`);
-    adminAddress = address;
-  };
-  await openAdmin(lb.balancer.table.config);
-  onApplied = (next, before) => {
+  onApplied = () => {
     report("info", `${file} is in force again, as the fleet has it`);
-    if (isAdminOpen && needsRestart(next, before)) report("warn", NEEDS_RESTART);
     announce(lb);
-    openAdmin(next).catch((error) => report("error", error.message));
   };
   lb.start();
   if (!isDemo) {
     const read = (onlyIfOther: boolean) => fleet ? void fleet.checkFile() : reloadFile(call, lb, onlyIfOther);
     process.on("SIGHUP", () => read(false));
-    setInterval(() => {
-      const stamp = fileStamp(file), isStill = stamp === seen; // not still being written
-      seen = stamp;
-      if (!isStill || stamp === inForce) return;
-      inForce = stamp;
-      read(true);
-    }, WATCH_TICK);
+    setInterval(() => hasChanged(fileStamp(file)) && read(true), WATCH_TICK);
   }
   process.stderr.on("error", () => {}); // nobody reads it: a report of that would fail the same way
   process.on("uncaughtException", (error) => report("error", `internal: ${error.stack ?? error}`)); // serve on
   reportOpened(opened, report);
   if (call.workers > 1) report("info", `workers: ${call.workers}`);
   announce(lb);
-  if (isDemo) report("info", demoHints([...opened.values()][0]!.replace("0.0.0.0", "localhost"), adminAddress));
+  if (isDemo) report("info", demoHints(opened));
 }
 
 const JOINING = 3_000; // milliseconds that the start waits for the fleet's engine
@@ -14185,12 +14174,15 @@ function makeFleet(lb: LoadBalancer, call: Call, own: FleetConfig, onApplied: Fl
 }
 
 /** Opens the listeners in this thread, or in workers; these share ports, so other processes must not have them. */
-async function openListeners(lb: LoadBalancer, call: Call, log: AccessLog): Promise<Listeners> {
-  const shared = call.options["reuse-port"] === true, { effects, table } = lb.balancer;
-  if (call.workers === 1) return await listenAll({ lb, shared, ports: new Map(), alone: true, report: effects.report });
-  const tried = shared ? [] : [...listenersOf(table).values()].filter(({ host }) => !isUnix(host));
-  await Promise.all(tried.map(({ host, port }) => checkUnused(host, port).catch(cannotListen(host, port))));
-  return await startWorkers(lb, call.workers, log);
+async function openListeners(lb: LoadBalancer, admin: Hono<AdminEnv>, call: Call, log: AccessLog): Promise<Listeners> {
+  const shared = call.options["reuse-port"] === true, { effects: { report }, table } = lb.balancer;
+  const context = { lb, admin, shared, ports: new Map(), report };
+  if (call.workers === 1) return await listenAll({ ...context, opens: () => true });
+  const tried = [...listenersOf(table)].filter(([name, { host }]) => !shared && !isAdmin(name) && !isUnix(host));
+  await Promise.all(tried.map(([, at]) => checkUnused(at).catch(cannotListen(at))));
+  const workers = await startWorkers(lb, call.workers, log);
+  const { opened } = await listenAll({ ...context, opens: isAdmin });
+  return { ...workers, opened: new Map([...opened, ...workers.opened]) };
 }
 
 /** Drains and ends the program after a signal; a second signal ends it at once. */
@@ -14240,7 +14232,6 @@ function reloadFile(call: Call, lb: LoadBalancer, onlyIfOther = false): void {
     const config = loadConfig(call, text);
     lb.reload(config);
     effects.report("info", `${call.file} is in force again`);
-    if (needsRestart(config, table.config)) effects.report("warn", NEEDS_RESTART);
     if (config.fleet) effects.report("warn", FLEET_NEEDS_RESTART);
     announce(lb);
   } catch (error) {
