@@ -48,8 +48,6 @@ import {
   connect as tlsConnect,
   createSecureContext,
   createServer as createTlsServer,
-  type SecureContext,
-  type SecureContextOptions,
   type Server as TlsServer,
   type TlsOptions,
   type TLSSocket,
@@ -2145,6 +2143,7 @@ export type Failure =
 export const FAILURES = {
   "bad-request": { status: 400, text: "the request is not valid" },
   "bad-host": { status: 400, text: "the Host header is missing or not valid" },
+  "bad-scheme": { status: 400, text: "this port speaks https, and the request is plain http" },
   "bad-body": { status: 400, text: "the request's body does not have its announced length" },
   "denied": { status: 403, text: "this address may not ask" },
   "no-route": { status: 404, text: "no route fits this request" },
@@ -12980,7 +12979,7 @@ interface Pair {
 }
 /** What a listener over TLS needs. */
 interface Secure {
-  pairs: [Pair, ...Pair[]]; // the first is for clients that ask for none of the names
+  pairs: Pair[]; // the first is for clients that ask for none of the names
   clientCa: string; // the authority of clients' certificates, as PEM; empty: clients need none
 }
 
@@ -13017,14 +13016,7 @@ function namesOf({ subjectAltName = "", subject }: X509Certificate): string[] {
 /** @throws {Error} with the file and what is wrong with it */
 function readSecure({ tls, client_ca }: Pick<ListenerConfig, "tls" | "client_ca">): Secure {
   if (client_ca) readCertificate(client_ca);
-  return { pairs: tls.map(readPair) as Secure["pairs"], clientCa: client_ca && readPem(client_ca, "CERTIFICATE") };
-}
-
-/** The certificate for a name; one for `*.example.com` has any label in place of the star (RFC 6125 section 6.4.3). */
-function certificateFor<P extends { names: string[] }>(pairs: readonly [P, ...P[]], name: string): P {
-  const asked = lower(name), wildcard = asked.replace(/^[^.]*/, "*");
-  return pairs.find(({ names }) => names.includes(asked)) ?? pairs.find(({ names }) => names.includes(wildcard)) ??
-    pairs[0];
+  return { pairs: tls.map(readPair), clientCa: client_ca && readPem(client_ca, "CERTIFICATE") };
 }
 
 /**
@@ -13035,13 +13027,18 @@ function tlsServer({ pairs, clientCa }: Secure, protocols: string[], take: (sock
   const contexts = pairs.map(({ names, cert, key }) => {
     const own = { cert, key, minVersion: "TLSv1.2" as const, ...(clientCa && { ca: clientCa }) };
     return { names, own, context: createSecureContext(own) };
-  }) as [TlsContext, ...TlsContext[]];
+  });
+  const contextFor = (name: string) => {
+    const asked = lower(name), wildcard = asked.replace(/^[^.]*/, "*"); // of any label (RFC 6125 section 6.4.3)
+    const named = (own: string) => contexts.find(({ names }) => names.includes(own));
+    return (named(asked) ?? named(wildcard) ?? contexts[0])?.context;
+  };
   const options: TlsOptions = {
-    ...contexts[0].own,
+    ...contexts[0]!.own,
     ...(clientCa && { requestCert: true, rejectUnauthorized: true }),
     ALPNProtocols: protocols,
     // with an SNICallback Deno sends no alert to clients that it refuses (2.9.6)
-    ...(contexts.length > 1 && { SNICallback: (name, done) => done(null, certificateFor(contexts, name).context) }),
+    ...(pairs.length > 1 && { SNICallback: (name, done) => done(null, contextFor(name)) }),
     allowHalfOpen: true,
   };
   const verified = new Set<string>(); // fingerprints of clients' certificates that a full handshake has checked here
@@ -13056,7 +13053,6 @@ function tlsServer({ pairs, clientCa }: Secure, protocols: string[], take: (sock
   server.on("tlsClientError", (_error, socket: TLSSocket) => socket.destroy());
   return server;
 }
-type TlsContext = { names: string[]; own: SecureContextOptions; context: SecureContext };
 
 /** Changes with the content of a file, also when an editor replaces the file; empty: it cannot be read. */
 function fileStamp(file: string): string {
@@ -13177,15 +13173,6 @@ function problemsOf({ listen, tcp, services }: Config, now: Date): string[] {
   return problems;
 }
 
-/** Sends attempts over our own client, at the edge by the platform's fetch. */
-function defaultTransport(): Pick<Effects, "send" | "connect"> {
-  if (HERE === "edge") {
-    return { send: sendByFetch(nativeFetch), connect: () => Promise.reject(new Error("not at the edge")) };
-  }
-  const client = new HttpClient({ now: currentTime });
-  return { send: (attempt) => client.send(attempt), connect: (server, timeout) => client.connect(server, timeout) };
-}
-
 /** A resolver, made for one question: Bun's never asks again after a negative answer (1.4.5). */
 function newResolver(resolver: string): Resolver {
   const made = new Resolver({ timeout: LOOKS.resolver, tries: 2 });
@@ -13222,9 +13209,11 @@ function certificateReader(): Effects["certificate"] {
 
 /** The effects of the runtime that this runs on. */
 function defaultEffects(): Omit<Effects, "accessLog"> {
+  const client = new HttpClient({ now: currentTime });
   let secret = "";
   return {
-    ...defaultTransport(),
+    send: HERE !== "edge" ? (attempt) => client.send(attempt) : sendByFetch(nativeFetch),
+    connect: (server, timeout) => client.connect(server, timeout), // at the edge no health check asks for it
     now: currentTime,
     date: () => clock().date,
     random: Math.random,
@@ -13328,7 +13317,12 @@ SIGHUP, or a change of the file, puts the file in force again; SIGTERM and SIGIN
 `;
 
 /** The options that USAGE lists, as node:util takes them: those with a value in capitals are strings. */
-const OPTIONS: Record<string, { type: "string" | "boolean"; short?: string; multiple?: boolean }> = {};
+const OPTIONS = Object.fromEntries(
+  Array.from(USAGE.matchAll(/^ {2}(?:-(\w),| {3}) --([\w-]+)( [A-Z]+)?/gm), ([, short, name = "", value]) => {
+    const type = value ? "string" as const : "boolean" as const;
+    return [name, { type, multiple: name === "header", ...short && { short } }];
+  }),
+);
 
 /** A command line or environment that cannot be used: exit status 2. */
 class UsageError extends Error {}
@@ -13369,13 +13363,14 @@ function readCall(args: string[], env: Call["env"]): Call {
   if (values.demo && positionals.length) throw new UsageError(`--demo takes no file: ${positionals[0]}`);
   const option = (name: string) => values[name] as string | undefined;
   const variable = (name: string) => env[`LB_${name.toUpperCase()}`] || undefined; // an empty variable is none
+  const given = (name: string) => option(name) ?? variable(name);
   return {
     options: values,
     file: option("config") ?? positionals[0] ?? variable("config") ?? "routes.yml",
     listen: option("listen") ?? option("port") ?? variable("listen") ?? variable("port"),
-    admin: option("admin") ?? variable("admin"),
-    log: option("log") ?? variable("log"),
-    workers: readOption("--workers or LB_WORKERS", WorkerCount, option("workers") ?? variable("workers") ?? "1"),
+    admin: given("admin"),
+    log: given("log"),
+    workers: readOption("--workers or LB_WORKERS", WorkerCount, given("workers") ?? "1"),
     drain: readOption("--drain", duration(0), option("drain") ?? "30s"),
     env,
   };
@@ -13448,8 +13443,8 @@ interface Protocol {
   take(socket: Socket, address: string): void;
   refuse(socket: Socket, why: FailureName, address: string): void;
   /** The listener has closed: connections end with the response in progress. */
-  close?(): void;
-  isWriting?(): boolean;
+  close(): void;
+  isWriting(): boolean;
 }
 
 /** HTTP for a balancer or another app. `http2`: whether it takes HTTP/2 without TLS. */
@@ -13468,7 +13463,7 @@ function httpProtocol(app: LoadBalancer | { fetch: Serve }, overTls = false, htt
     take: (socket) => http.accept(socket, overTls ? "https" : "http"),
     refuse(socket, why) {
       if (balancer) countFailure(balancer, why);
-      if (overTls) socket.destroy(); // no response is possible before a handshake
+      if (overTls && why !== "bad-scheme") socket.destroy(); // no response is possible before a handshake
       else http.refuse(socket, why);
     },
     close() {
@@ -13486,6 +13481,8 @@ const tcpProtocol = (balancer: Balancer, inFile: string): Protocol => ({
   alpn: ["http/1.1", "http/1.0"], // not HTTP/2, which servers behind TLS seldom speak
   take: (socket, address) => relayTcp(balancer, inFile, address, socket),
   refuse: (socket, why, address) => relayTcp(balancer, inFile, address, socket, why),
+  close() {},
+  isWriting: () => false,
 });
 
 /** Removes the file of a Unix socket on which nobody listens any more: a process that was killed leaves it behind. */
@@ -13507,7 +13504,6 @@ async function removeStaleSocket(path: string): Promise<void> {
 async function listenOn(at: ListenAt, protocol: Protocol, balancer?: Balancer): Promise<Listener> {
   const { host, port, shared: reusePort, mode = 0o660, secure } = at, path = isUnix(host) ? pathOfUnix(host) : "";
   const shaking = new Map<string, [Socket, number]>(); // handshakes, by client
-  const peerOf = ({ remoteAddress, remotePort }: Socket) => `${remoteAddress} ${remotePort}`;
   let address = shownAddress(host, port);
   const secured = (own: Secure) =>
     tlsServer(own, protocol.alpn, (socket) => {
@@ -13528,7 +13524,12 @@ async function listenOn(at: ListenAt, protocol: Protocol, balancer?: Balancer): 
     shaking.set(peer, [socket, currentTime()]);
     socket.on("error", () => {}); // `close` follows
     socket.on("close", () => shaking.delete(peer));
-    tls.emit("connection", socket);
+    socket.once("data", (first: Bytes) => {
+      socket.pause();
+      socket.unshift(first);
+      if (first[0] === TLS_HANDSHAKE) tls!.emit("connection", socket);
+      else protocol.refuse(socket, "bad-scheme", address);
+    });
   });
   const timer = setInterval(() => {
     const { header } = limitsOf(balancer); // a TLS handshake may take as long as a request head
@@ -13555,12 +13556,7 @@ async function listenOn(at: ListenAt, protocol: Protocol, balancer?: Balancer): 
       if (path) fs.rmSync(path, { force: true }); // Deno does it later, or not before the process ends
       protocol.close?.();
     });
-  return {
-    address,
-    close,
-    isWriting: () => protocol.isWriting?.() ?? false,
-    swap: (next) => void (tls = secured(next)),
-  };
+  return { address, close, isWriting: protocol.isWriting, swap: (next) => void (tls = secured(next)) };
 }
 
 /**
@@ -13584,6 +13580,8 @@ function withSharedReads(accepted: Socket): Socket {
   const socket: Socket = new NetSocket(options as SocketConstructorOpts);
   return socket.once("close", () => accepted.destroy()); // the listener counts the connection until then
 }
+const peerOf = ({ remoteAddress, remotePort }: Socket): string => `${remoteAddress} ${remotePort}`;
+const TLS_HANDSHAKE = 22; // the first byte of a TLS record that begins one (RFC 8446 section 5.1)
 const KEEP_ALIVE = 60_000; // milliseconds of silence before TCP keep-alive probes a client
 
 /** Why an address cannot be listened on, and what to do, by the code of the error; Deno has EINVAL for EADDRNOTAVAIL. */
@@ -13629,7 +13627,7 @@ interface ServeOptions {
 export async function serve(app: LoadBalancer | { fetch: Serve }, options: ServeOptions = {}): Promise<Listener> {
   const { port = 8080, hostname: host = "", tls = [], signal } = options;
   const pairs = [tls].flat().map(({ cert, key }) => ({ cert, key, names: namesOf(new X509Certificate(cert)) }));
-  const secure = pairs.length ? { pairs: pairs as Secure["pairs"], clientCa: "" } : undefined;
+  const secure = pairs.length ? { pairs, clientCa: "" } : undefined;
   const lb = "balancer" in app ? app : undefined;
   if (lb) await firstLook(lb);
   const listener = await listenOn({ host, port, shared: false, secure }, httpProtocol(app, !!secure), lb?.balancer);
@@ -13675,12 +13673,9 @@ function listenersOf({ config: { listen, admin }, tcp }: Table): Map<string, Lis
 const isHttp = (name: string): boolean => name.startsWith("http");
 const isAdmin = (name: string): boolean => name.startsWith("admin");
 
-/** The certificates of a listener; undefined: it is not over TLS. */
-const secureOf = (at: ListenerConfig): Secure | undefined => at.tls.length ? readSecure(at) : undefined;
-
 async function openListener(context: ListenContext, name: string, at: ListenerConfig): Promise<Listener> {
   const { lb, lb: { balancer }, admin, shared, ports } = context, where = { ...at, port: ports.get(name) ?? at.port };
-  const secure = await Promise.resolve(at).then(secureOf).catch(cannotListen(where));
+  const secure = at.tls.length ? await Promise.resolve(at).then(readSecure).catch(cannotListen(where)) : undefined;
   if (isAdmin(name)) return await listenOn({ ...where, shared: false, secure }, httpProtocol(admin!));
   const http2 = () => listenersOf(balancer.table).get(name)?.h2c === true;
   const protocol = isHttp(name) ? httpProtocol(lb, !!secure, http2) : tcpProtocol(balancer, hostOf(name));
@@ -13699,18 +13694,15 @@ async function updateListeners(context: ListenContext, open: OpenListeners) {
     open.delete(name);
     listener.then((one) => one.close(), () => {});
   }
-  const fresh = [...wanted].filter(([name]) => !open.has(name));
-  for (const [name, at] of fresh) {
-    const hasChanged = changeDetector(stampOf(at)); // of the files before they are read
-    open.set(name, { listener: openListener(context, name, at), hasChanged });
-  }
-  const results = await Promise.allSettled(fresh.map(([name]) => open.get(name)!.listener));
-  for (const [i, result] of results.entries()) {
-    const [name] = fresh[i]!;
-    if (result.status === "fulfilled") opened.set(name, result.value.address);
-    else {
+  for (const [name, at] of wanted) {
+    if (open.has(name)) continue;
+    const hasChanged = changeDetector(stampOf(at)), listener = openListener(context, name, at);
+    open.set(name, { listener, hasChanged });
+    try {
+      opened.set(name, (await listener).address);
+    } catch (error) {
       open.delete(name); // the next tick tries again
-      problems.push(result.reason.message);
+      problems.push((error as Error).message);
     }
   }
   return { opened, problem: problems.join("\n") };
@@ -14406,10 +14398,6 @@ function edge(): EdgeHandlers {
       await made.lb.probe();
     },
   };
-}
-
-for (const [, short, name = "", value] of USAGE.matchAll(/^ {2}(?:-(\w),| {3}) --([\w-]+)( [A-Z]+)?/gm)) {
-  OPTIONS[name] = { type: value ? "string" : "boolean", ...short && { short }, multiple: name === "header" };
 }
 
 if (!isMainThread && (workerData as WorkerTask | null)?.role === WORKER) await runWorker(workerData as WorkerTask);

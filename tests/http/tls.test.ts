@@ -233,13 +233,15 @@ test("a certificate and its key may stand in one file, with a mark, comments and
   }, { files });
 });
 
-test("what is older than TLS 1.2, or no TLS at all, is refused, and costs nobody else anything", () =>
-  running({}, async (_, __, [port]) => {
+test("what is older than TLS 1.2 is refused, plain HTTP is told to come by https, and neither costs anybody else anything", () =>
+  running({}, async (_, server, [port]) => {
+    const plain =
+      /^HTTP\/1\.1 400 .*\r\n(.+\r\n)*x-lb-failure: bad-scheme\r\n(.+\r\n)*\r\n400: this port speaks https, .*\n$/i;
     for (
-      const [bytes, answer] of [[helloOf({ version: "0302" }), /^1503..000202(46|28)$/], [
-        "GET / HTTP/1.1\r\nHost: a\r\n\r\n",
-        /.*/,
-      ]] as const
+      const [bytes, encoding, answer] of [
+        [helloOf({ version: "0302" }), "hex", /^1503..000202(46|28)$/],
+        ["GET / HTTP/1.1\r\nHost: a\r\n\r\n", "latin1", plain],
+      ] as const
     ) {
       const socket = connect(port!, "127.0.0.1");
       const got: Buffer[] = [];
@@ -247,9 +249,10 @@ test("what is older than TLS 1.2, or no TLS at all, is refused, and costs nobody
       socket.on("error", () => {});
       socket.write(bytes);
       await until("the connection is closed", () => socket.destroyed || socket.readableEnded);
-      assert.match(Buffer.concat(got).toString("hex"), answer);
+      assert.match(Buffer.concat(got).toString(encoding), answer);
       socket.destroy();
     }
+    assert.equal(server.requests.length, 0);
     const socket = await dial(port!);
     assert.match(await ask(socket), /^HTTP\/1\.1 200/);
     socket.destroy();

@@ -11,6 +11,7 @@ import { Hono } from "hono";
 import { createAdmin, createLoadBalancer, parseConfig } from "../../lb.ts";
 import {
   answer,
+  freePort,
   get,
   type Program,
   rawRequest,
@@ -103,6 +104,25 @@ test("beyond loopback it does not start without a token, and says so", () => {
     assert.match(stderr, said as RegExp);
   }
   return Promise.resolve();
+});
+
+test("a reload moves, closes and opens the admin listener, and the answer to the change of it arrives", async () => {
+  const [first, second] = [await freePort(), await freePort()];
+  const config = { services: { shop: { servers: ["127.0.0.1:1"], health: "off" } }, default: { service: "shop" } };
+  const becomes = async (port: number, what: number | "closed") => {
+    const look = () => fetch(`http://127.0.0.1:${port}/health/live`).then(({ status }) => status, () => "closed");
+    while (await look() !== what) await sleep(50);
+  };
+  await running({ ...config, admin: { listen: `127.0.0.1:${first}` } }, async (lb) => {
+    await becomes(first, 200);
+    const change = { admin: { listen: `127.0.0.1:${second}` } };
+    assert.equal((await ask(lb, "PATCH /config", change)).status, 200);
+    await Promise.all([becomes(second, 200), becomes(first, "closed")]);
+    await lb.reload(config);
+    await becomes(second, "closed");
+    await lb.reload({ ...config, admin: first });
+    await becomes(first, 200);
+  }, []);
 });
 
 test("--admin off leaves it out", () =>

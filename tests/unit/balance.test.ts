@@ -350,9 +350,10 @@ const own: Strategies = {
   },
 };
 /** What ends in each failure. */
-const CAUSES: Record<FailureName, Cause | "limits.test.ts" | "tcp.test.ts"> = {
+const CAUSES: Record<FailureName, Cause | "limits.test.ts" | "tcp.test.ts" | "tls.test.ts"> = {
   "bad-request": { ask: { raw: "http://h.test/%zz" } },
   "bad-host": { ask: { headers: { host: "a@b" } } },
+  "bad-scheme": "tls.test.ts",
   "bad-body": { ask: { method: "PUT", body: "abc", headers: { "content-length": "5" } } },
   "denied": { keys: "deny: [192.0.2.9]" },
   "no-route": { yaml: "log: off\nhosts: [{ host: other.test, respond: {} }]" },
