@@ -1996,6 +1996,15 @@ function warn(routes: Map<RouteConfig, Keys>, file: Raw, say: Report): void {
   }
 }
 
+/** Warns of secrets that can be guessed. */
+function warnOfSecrets(services: Config["services"], places: Config["places"], say: Report): void {
+  for (const [name, { sticky: { secret } }] of services) {
+    if (!secret || secret.length >= 16) continue;
+    const message = "has fewer than 16 characters and can be guessed: openssl rand -hex 16 makes a longer one";
+    say([...places.get(name)!, "sticky", "secret"], message);
+  }
+}
+
 /** What a text is read with. */
 interface ParseOptions {
   /** Where `${NAME}` is taken from. */
@@ -2031,6 +2040,7 @@ export function parseConfig(text: string, options: ParseOptions = {}): Config {
   const listen = v.parse(RoutesFile.entries.listen, source.listen);
   locateFiles(file, [...services.values(), ...fleet ? [fleet] : []], [...listen, ...tcp.flatMap((one) => one.listen)]);
   warn(routes, source, say);
+  warnOfSecrets(services, places, say);
   const config: Config = {
     ...{ listen, admin, trust, resolvers, limits, log, name_routes, fleet, services, routes: [...routes.keys()], tcp },
     ...{ source, text, file, places, warnings: findings.list().map((one) => lineOf(file, one)) },

@@ -1325,6 +1325,15 @@ default: shop`);
   assert.deepEqual(warnings, ["routes.yml:5:3: services.spare: nothing leads to this service"]);
 });
 
+test("a secret that is short enough to be guessed is warned of, and not shown", () => {
+  const warningsFor = (sticky: string) => parseConfig(`default: { servers: [a:1], sticky: ${sticky} }`).warnings;
+  assert.deepEqual(warningsFor("{ cookie: lb, secret: fifteen-letters }"), [
+    "routes.yml:1:58: default.sticky.secret: has fewer than 16 characters and can be guessed: " +
+    "openssl rand -hex 16 makes a longer one",
+  ]);
+  for (const fine of ["{ cookie: lb, secret: sixteen--letters }", "lb", "off"]) assert.deepEqual(warningsFor(fine), []);
+});
+
 const FULL = `
 listen: [8080, "[::1]:81", { address: 8443, tls: { cert: c.pem, key: k.pem }, client_ca: ca.pem }]
 trust: [10.0.0.0/8, "::1"]
