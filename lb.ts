@@ -8003,7 +8003,7 @@ const countFailure = ({ failures }: Balancer, reason: string): unknown =>
   getOrMake(failures, reason, newOccurrences).times++;
 
 /** All counters as one: what a service or an entrypoint has had. */
-export function totalOf(tallies: Tallies): Counters {
+function totalOf(tallies: Tallies): Counters {
   const total = newCounters();
   for (const { durations, ...counters } of tallies.values()) {
     for (const [key, value] of Object.entries(counters)) total[key as keyof typeof counters] += value;
@@ -10131,7 +10131,7 @@ async function writeBeside(
  * Saves a file that said `before`, and keeps that as `.bak` beside it. Whenever the process ends, it is whole: old or new.
  * @throws {AdminError} where the file has changed in the meantime (409), or cannot be written (500): it then stays as it was
  */
-export async function saveFile(file: string, before: string, text: string, keeps = true): Promise<void> {
+async function saveFile(file: string, before: string, text: string, keeps = true): Promise<void> {
   const isThere = fs.existsSync(file), path = isThere ? fs.realpathSync(file) : file; // a link stays one
   const bak = `${path}.bak`;
   const check = () => {

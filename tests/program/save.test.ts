@@ -23,7 +23,7 @@ import { join } from "node:path";
 import process from "node:process";
 import fc from "fast-check";
 import { parse, stringify } from "yaml";
-import { rewrite, saveFile } from "../../lb.ts";
+import { createAdmin, createLoadBalancer, parseConfig, rewrite } from "../../lb.ts";
 import { type Program, sleep, startProgram, test, until } from "../rig/rig.ts";
 
 const FILE = `# head
@@ -235,13 +235,23 @@ async function inFolder(use: (folder: string, file: string) => unknown): Promise
 }
 const read = (file: string) => readFileSync(file, "utf8");
 
+const over = (port: number): string => `default: { servers: [127.0.0.1:${port}] }\n`;
+const ONE = over(1), TWO = over(2), THEIRS = over(3);
+/** Has the API of a balancer with the config ONE put TWO into its place. */
+async function save(file: string): Promise<void> {
+  const admin = createAdmin(createLoadBalancer(parseConfig(ONE), { report: () => {} }), { file });
+  const headers = { "host": "127.0.0.1", "content-type": "text/yaml", "if-match": "*" };
+  const answer = await admin.request("http://127.0.0.1/config", { method: "PUT", headers, body: TWO });
+  if (!answer.ok) throw new Error(await answer.text());
+}
+
 test("a saved file keeps its mode and leaves the one before as .bak; a link stays a link", () =>
   inFolder(async (folder, file) => {
-    writeFileSync(file, "one");
+    writeFileSync(file, ONE);
     chmodSync(file, 0o640);
     symlinkSync(file, join(folder, "link.yml"));
-    await saveFile(join(folder, "link.yml"), "one", "two");
-    assert.deepEqual([read(file), read(`${file}.bak`)], ["two", "one"]);
+    await save(join(folder, "link.yml"));
+    assert.deepEqual([read(file), read(`${file}.bak`)], [TWO, ONE]);
     assert.deepEqual([statSync(file).mode & 0o777, statSync(`${file}.bak`).mode & 0o777], [0o640, 0o640]);
     assert.ok(lstatSync(join(folder, "link.yml")).isSymbolicLink());
     assert.ok(!existsSync(`${file}.new`));
@@ -249,10 +259,10 @@ test("a saved file keeps its mode and leaves the one before as .bak; a link stay
 
 test("the .bak is a file of its own, so that file systems without hard links do", () =>
   inFolder(async (_, file) => {
-    writeFileSync(file, "one");
+    writeFileSync(file, ONE);
     linkSync(file, `${file}.too`);
-    await saveFile(file, "one", "two");
-    assert.deepEqual([read(`${file}.bak`), statSync(`${file}.bak`).nlink], ["one", 1]);
+    await save(file);
+    assert.deepEqual([read(`${file}.bak`), statSync(`${file}.bak`).nlink], [ONE, 1]);
     assert.ok(!existsSync(`${file}.bak.new`));
   }));
 
@@ -261,34 +271,34 @@ test(
   { skip: process.getuid?.() !== 0 && "only root gives files away" },
   () =>
     inFolder(async (_, file) => {
-      writeFileSync(file, "one");
+      writeFileSync(file, ONE);
       chownSync(file, 0, 12_345);
-      await saveFile(file, "one", "two");
+      await save(file);
       assert.deepEqual([statSync(file).gid, statSync(`${file}.bak`).gid], [12_345, 12_345]);
     }),
 );
 
 test("a file that somebody else has changed is not overwritten; one that is gone is written anew, for us alone", () =>
   inFolder(async (_, file) => {
-    writeFileSync(file, "theirs");
-    await assert.rejects(saveFile(file, "one", "two"), /changed by somebody else/);
-    assert.equal(read(file), "theirs");
+    writeFileSync(file, THEIRS);
+    await assert.rejects(save(file), /changed by somebody else/);
+    assert.equal(read(file), THEIRS);
     rmSync(file);
-    await saveFile(file, "one", "two");
-    assert.deepEqual([read(file), statSync(file).mode & 0o777], ["two", 0o600]);
+    await save(file);
+    assert.deepEqual([read(file), statSync(file).mode & 0o777], [TWO, 0o600]);
   }));
 
 test("a file that cannot be written stays as it is, and the reason is told", () =>
   inFolder(async (folder, file) => {
-    writeFileSync(file, "one");
+    writeFileSync(file, ONE);
     mkdirSync(`${file}.new`); // in the way of what is written first
-    await assert.rejects(saveFile(file, "one", "two"), /routes\.yml\S* cannot be written: /);
-    assert.equal(read(file), "one");
+    await assert.rejects(save(file), /routes\.yml\S* cannot be written: /);
+    assert.equal(read(file), ONE);
     rmSync(`${file}.new`, { recursive: true });
     const long = join(folder, `${"x".repeat(250)}.yml`); // no name is left for the new one
-    writeFileSync(long, "one");
-    await assert.rejects(saveFile(long, "one", "two"), /cannot be written: /);
-    assert.equal(read(long), "one");
+    writeFileSync(long, ONE);
+    await assert.rejects(save(long), /cannot be written: /);
+    assert.equal(read(long), ONE);
   }));
 
 test("kill -9 in the middle of saving leaves a whole file, the old one or the new one", () =>
