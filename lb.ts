@@ -10297,30 +10297,35 @@ const Members = v.array(map({ addr: Addr, port: integer(1, 65_535) }), "$ is not
 const SomeMembers = v.pipe(Members, v.minLength(1, "is empty"));
 const Pool = map({ servers: says(SomeMembers, "addr and port of each; one that is repeated weighs more") });
 const ServerPatch = map({ url: opt(Url), ...also });
-/** What bodies may be, by the names that the description has for them. */
+const Mistakes = says(
+  v.array(v.object({ path: STRING, message: STRING, line: v.optional(NUMBER), column: v.optional(NUMBER) })),
+  "of a config: all of them; lines are those of the routes.yml that would have come of it",
+);
+const Problem = v.object({
+  ...{ type: STRING, title: STRING, status: NUMBER, detail: STRING, mistakes: v.optional(Mistakes) },
+});
+/** What bodies and answers are like, by the names that the description has for them. */
 const BODIES = {
   ...{ Config: RoutesFile, Service: ServiceSchema, Settings: SettingsMap, Server: ServerSchema },
   ...{ ServerPatch, Pool, State, Health: HealthSchema },
+  ...{ Snapshot: SNAPSHOT_VIEW.schema, Events: SNAPSHOT_VIEW.schema, ServiceState: SERVICE_VIEW.schema },
+  ...{ ServerState: SERVER_VIEW.schema, Servers: v.array(SERVER_VIEW.schema), Routes: v.array(ROUTE_VIEW.schema) },
+  ...{ Explanation: ExplanationSchema, Connections: ConnectionsSchema, Workers: WORKERS, Fleet: FLEET },
+  Worker: v.object({ id: NUMBER }),
+  Checked: v.object({ services: NUMBER, routes: NUMBER }),
+  Status: v.object({ status: STRING }),
+  Version: v.object({ version: STRING, runtime: STRING }),
+  Text: v.string(),
+  Problem: says(Problem, "RFC 9457"),
+} satisfies Record<string, Schema>;
+/** How answers read as text; others are YAML. */
+const TEXTS: Partial<Record<keyof typeof BODIES, (value: never) => string>> = {
+  Snapshot: ({ services }: Snapshot) => services.map(serviceText).join("\n"),
+  ServiceState: serviceText,
+  Servers: serversText,
+  ServerState: (server: ServerView) => serversText([server]),
+  Explanation: explanationText,
 };
-/** What answers are like, by the names that the description has for them, and how they read as text; else as YAML. */
-const ANSWERS = {
-  Snapshot: [SNAPSHOT_VIEW.schema, ({ services }: Snapshot) => services.map(serviceText).join("\n")],
-  ServiceState: [SERVICE_VIEW.schema, serviceText],
-  Servers: [v.array(SERVER_VIEW.schema), serversText],
-  ServerState: [SERVER_VIEW.schema, (server: ServerView) => serversText([server])],
-  Explanation: [ExplanationSchema, explanationText],
-  Routes: [v.array(ROUTE_VIEW.schema)],
-  Connections: [ConnectionsSchema],
-  Workers: [WORKERS],
-  Fleet: [FLEET],
-  Worker: [v.object({ id: NUMBER })],
-  Checked: [v.object({ services: NUMBER, routes: NUMBER })],
-  Status: [v.object({ status: STRING })],
-  Version: [v.object({ version: STRING, runtime: STRING })],
-  Config: [RoutesFile],
-  Text: [v.string()],
-  Events: [SNAPSHOT_VIEW.schema],
-} satisfies Record<string, [schema: Schema, text?: (value: never) => string]>;
 
 /** A request to the API, and what it looks at and changes. */
 interface ApiRequest {
@@ -10329,13 +10334,24 @@ interface ApiRequest {
   parse: Parse;
   change: Change;
 }
-/** One operation of the API. The description is made of the same. */
-type Operation = [does: string, answers: keyof typeof ANSWERS, run: (request: ApiRequest) => unknown, more?: {
+interface OperationDetails {
   takes?: [body: keyof typeof BODIES, example: unknown];
   asks?: Record<string, [about: string, example: string]>; // its query
-  gives?: number[]; // the statuses of what goes well; without it 200
-  open?: true; // without a token
-}];
+  gives?: number[]; // the statuses of what goes well
+  open?: boolean; // without a token
+}
+/** One operation of the API. The description is made of the same. */
+function endpoint(
+  place: string,
+  does: string,
+  answers: keyof typeof BODIES,
+  run: (request: ApiRequest) => unknown,
+  more: OperationDetails = {},
+) {
+  const [method, path] = place.split(" ") as [string, string];
+  return { method, path, does, answers, run, asks: {}, gives: [200], open: false, ...more };
+}
+type Operation = ReturnType<typeof endpoint>;
 
 /** Content-Types of bodies: JSON, which also the form type of `curl -d` stands for, or YAML. */
 const JSON_BODY = /^(?:|application\/(?:json|merge-patch\+json|x-www-form-urlencoded))$/;
@@ -10633,86 +10649,81 @@ const EXAMPLE_POOL = { servers: [{ addr: "10.0.0.1", port: 8080 }, { addr: "10.0
 
 /** The whole API: its routes, its description and the dashboard's buttons are made of this table. GET changes nothing. */
 // deno-fmt-ignore
-const OPERATIONS = {
-  "POST /": ["Changes the servers of the default service, or of the only one; one that is repeated weighs more",
-    "ServiceState", writePool, { takes: ["Pool", EXAMPLE_POOL] }],
+const OPERATIONS = [
+  endpoint("POST /", "Changes the servers of the default service, or of the only one; one that is repeated weighs more",
+    "ServiceState", writePool, { takes: ["Pool", EXAMPLE_POOL] }),
 
-  "GET /services": ["All services and their servers", "Snapshot", ({ balancer }) => snapshotOf(balancer)],
-  "GET /services/{service}": ["One service, and how it is written", "ServiceState", answerService],
-  "POST /services/{service}": ["A new service", "ServiceState", writeService,
-    { takes: ["Service", { servers: ["10.0.0.9:80"] }], gives: [201] }],
-  "PUT /services/{service}": ["A service, new or in the place of the one there is", "ServiceState", writeService,
-    { takes: ["Service", { servers: ["10.0.0.1:8080"], strategy: "random" }], gives: [200, 201] }],
-  "PATCH /services/{service}": ["Changes some keys of a service (RFC 7396: null takes one out)",
-    "ServiceState", writeService, { takes: ["Settings", { strategy: "random", retries: null }] }],
-  "DELETE /services/{service}": ["Takes a service out; requests in flight there finish",
-    "ServiceState", deleteService],
+  endpoint("GET /services", "All services and their servers", "Snapshot", ({ balancer }) => snapshotOf(balancer)),
+  endpoint("GET /services/{service}", "One service, and how it is written", "ServiceState", answerService),
+  endpoint("POST /services/{service}", "A new service", "ServiceState", writeService,
+    { takes: ["Service", { servers: ["10.0.0.9:80"] }], gives: [201] }),
+  endpoint("PUT /services/{service}", "A service, new or in the place of the one there is", "ServiceState", writeService,
+    { takes: ["Service", { servers: ["10.0.0.1:8080"], strategy: "random" }], gives: [200, 201] }),
+  endpoint("PATCH /services/{service}", "Changes some keys of a service (RFC 7396: null takes one out)",
+    "ServiceState", writeService, { takes: ["Settings", { strategy: "random", retries: null }] }),
+  endpoint("DELETE /services/{service}", "Takes a service out; requests in flight there finish",
+    "ServiceState", deleteService),
 
-  "GET /services/{service}/servers": ["The servers of a service", "Servers",
-    (request) => serverViews(serviceOf(request), request.balancer.effects.now())],
-  "POST /services/{service}/servers": ["A further server", "ServerState", postServer,
-    { takes: ["Server", { url: "10.0.0.4:8080", weight: 2 }], gives: [201] }],
-  "GET /services/{service}/servers/{server}": ["One server, by its name or URL", "ServerState",
-    (request) => answerServer(request)],
-  "PATCH /services/{service}/servers/{server}": ["Changes a server: its weight, say", "ServerState",
+  endpoint("GET /services/{service}/servers", "The servers of a service", "Servers",
+    (request) => serverViews(serviceOf(request), request.balancer.effects.now())),
+  endpoint("POST /services/{service}/servers", "A further server", "ServerState", postServer,
+    { takes: ["Server", { url: "10.0.0.4:8080", weight: 2 }], gives: [201] }),
+  endpoint("GET /services/{service}/servers/{server}", "One server, by its name or URL", "ServerState",
+    (request) => answerServer(request)),
+  endpoint("PATCH /services/{service}/servers/{server}", "Changes a server: its weight, say", "ServerState",
     async (request) => patchServer(request, mapOf((await bodyOf(request.context)).value)),
-    { takes: ["ServerPatch", { weight: 3 }], asks: WAIT, gives: [200, 202] }],
-  "DELETE /services/{service}/servers/{server}": [
+    { takes: ["ServerPatch", { weight: 3 }], asks: WAIT, gives: [200, 202] }),
+  endpoint("DELETE /services/{service}/servers/{server}",
     "Takes a server out; requests in flight there finish (drain it first to wait for them)",
-    "ServerState", deleteServer, { gives: [200, 202] }],
-  "PUT /services/{service}/servers/{server}/state": [
+    "ServerState", deleteServer, { gives: [200, 202] }),
+  endpoint("PUT /services/{service}/servers/{server}/state",
     "ready, drain (no new requests, those in flight finish) or maint (no probes either)", "ServerState",
     async (request) => patchServer(request, await checkedBody(request.context, State)),
-    { takes: ["State", { state: "drain" }], asks: WAIT, gives: [200, 202] }],
-  "PUT /services/{service}/servers/{server}/health": [
+    { takes: ["State", { state: "drain" }], asks: WAIT, gives: [200, 202] }),
+  endpoint("PUT /services/{service}/servers/{server}/health",
     "Says that a server is up or down, until probes say otherwise; this is not saved",
-    "ServerState", putHealth, { takes: ["Health", { health: "down" }] }],
+    "ServerState", putHealth, { takes: ["Health", { health: "down" }] }),
 
-  "GET /config": ["routes.yml, as YAML or JSON; secrets as ***", "Config", answerConfig],
-  "PUT /config": ["Another routes.yml; needs If-Match", "Config", writeConfig, { takes: ["Config", EXAMPLE_FILE], asks: WAIT_FOR_ALL }],
-  "PATCH /config": ["Changes some keys of routes.yml (RFC 7396: null takes one out)",
-    "Config", writeConfig, { takes: ["Config", { log: "json" }], asks: WAIT_FOR_ALL }],
-  "POST /config/check": ["Checks a routes.yml and changes nothing", "Checked", checkConfig,
-    { takes: ["Config", EXAMPLE_FILE] }],
+  endpoint("GET /config", "routes.yml, as YAML or JSON; secrets as ***", "Config", answerConfig),
+  endpoint("PUT /config", "Another routes.yml; needs If-Match", "Config", writeConfig,
+    { takes: ["Config", EXAMPLE_FILE], asks: WAIT_FOR_ALL }),
+  endpoint("PATCH /config", "Changes some keys of routes.yml (RFC 7396: null takes one out)",
+    "Config", writeConfig, { takes: ["Config", { log: "json" }], asks: WAIT_FOR_ALL }),
+  endpoint("POST /config/check", "Checks a routes.yml and changes nothing", "Checked", checkConfig,
+    { takes: ["Config", EXAMPLE_FILE] }),
 
-  "GET /routes": ["All routes, in the order of the file", "Routes", ({ balancer }) => routeViews(balancer)],
-  "GET /explain": ["Which route a request would take, which services, which servers and why not the others, and who would take it",
-    "Explanation", explainUrl, { asks: EXPLAIN }],
-  "GET /metrics": ["Everything that is counted, for Prometheus", "Text",
-    ({ context, balancer }) => context.body(renderMetrics(samplesOf(balancer)), METRICS_HEADERS)],
-  "GET /connections": ["What is in flight, and where", "Connections",
-    ({ balancer }) => v.parse(ConnectionsSchema, snapshotOf(balancer))],
-  "GET /workers": ["The threads that serve, if there are some", "Workers", ({ balancer }) => workersView(balancer)],
-  "DELETE /workers/{worker}": ["Ends a thread at once, with what is in flight there; another one takes its place",
-    "Worker", endWorker],
-  "GET /fleet": ["The fleet: its engine, its instances, and which of them probe which server", "Fleet",
-    ({ balancer }) => fleetView(balancer)],
-  "GET /events": ["What GET /services says, once a second (Server-Sent Events)", "Events", sendEvents],
-  "GET /health/live": ["200 as long as it runs", "Status", () => ({ status: "live" }), { open: true }],
-  "GET /health/ready": ["200; 503 as soon as it drains, and while it waits for the first document of its fleet",
-    "Status", answerReady, { open: true }],
-  "GET /version": ["Of lb.ts, and where it runs", "Version",
-    ({ balancer }) => ({ version: VERSION, runtime: balancer.runtime })],
-} satisfies Record<string, Operation>;
-
-const operations = (): [method: string, path: string, operation: Operation][] =>
-  Object.entries<Operation>(OPERATIONS).map(([name, operation]) => {
-    const [method, path] = name.split(" ") as [string, string];
-    return [method, path, operation];
-  });
+  endpoint("GET /routes", "All routes, in the order of the file", "Routes", ({ balancer }) => routeViews(balancer)),
+  endpoint("GET /explain", "Which route a request would take, which services, which servers and why not the others, and who would take it",
+    "Explanation", explainUrl, { asks: EXPLAIN }),
+  endpoint("GET /metrics", "Everything that is counted, for Prometheus", "Text",
+    ({ context, balancer }) => context.body(renderMetrics(samplesOf(balancer)), METRICS_HEADERS)),
+  endpoint("GET /connections", "What is in flight, and where", "Connections",
+    ({ balancer }) => v.parse(ConnectionsSchema, snapshotOf(balancer))),
+  endpoint("GET /workers", "The threads that serve, if there are some", "Workers", ({ balancer }) => workersView(balancer)),
+  endpoint("DELETE /workers/{worker}", "Ends a thread at once, with what is in flight there; another one takes its place",
+    "Worker", endWorker),
+  endpoint("GET /fleet", "The fleet: its engine, its instances, and which of them probe which server", "Fleet",
+    ({ balancer }) => fleetView(balancer)),
+  endpoint("GET /events", "What GET /services says, once a second (Server-Sent Events)", "Events", sendEvents),
+  endpoint("GET /health/live", "200 as long as it runs", "Status", () => ({ status: "live" }), { open: true }),
+  endpoint("GET /health/ready", "200; 503 as soon as it drains, and while it waits for the first document of its fleet",
+    "Status", answerReady, { open: true }),
+  endpoint("GET /version", "Of lb.ts, and where it runs", "Version",
+    ({ balancer }) => ({ version: VERSION, runtime: balancer.runtime })),
+];
 
 /** JSON on many lines, but for lists of numbers. */
 const prettyJson = (value: unknown): string =>
   JSON.stringify(value, null, 2).replace(/\[\n[\d.,\s]+\]/g, (list) => list.replace(/\s+/g, " "));
 
 /** Runs an operation. Its answer is JSON on one line, on many with `?pretty`, or text for `Accept: text/plain`. */
-async function runOperation([, answers, run]: Operation, request: ApiRequest): Promise<Response> {
+async function runOperation({ answers, run }: Operation, request: ApiRequest): Promise<Response> {
   const { context } = request, { req } = context, value = await run(request);
   const missing = context.get("missing") ?? []; // the client has waited for all, and these have not made the change
   if (missing.length) return context.json({ missing }, 202);
   if (value instanceof Response) return value; // which is no JSON, or a problem
   const isText = /^text\/plain\b/.test(req.header("accept") ?? "");
-  const [, text = stringify] = ANSWERS[answers] as [Schema, ((value: unknown) => string)?];
+  const text = TEXTS[answers] as ((value: unknown) => string) | undefined ?? stringify;
   const json = req.query("pretty") === undefined ? JSON.stringify(value) : prettyJson(value);
   context.header("content-type", isText ? TEXT_TYPE : "application/json");
   return context.body(`${isText ? text(value).trimEnd() : json}\n`);
@@ -10720,28 +10731,12 @@ async function runOperation([, answers, run]: Operation, request: ApiRequest): P
 
 /** Adds the operations that everybody may use, or the others. */
 function addRoutes(app: Hono<AdminEnv>, isOpen: boolean, known: Omit<ApiRequest, "context">): void {
-  for (const [method, path, operation] of operations()) {
-    if (!!operation[3]?.open !== isOpen) continue;
-    const route = path.replace(/{(\w+)}/g, ":$1");
-    app.on(method, route, (context) => runOperation(operation, { context, ...known }));
+  for (const one of OPERATIONS.filter(({ open }) => open === isOpen)) {
+    app.on(one.method, one.path.replace(/{(\w+)}/g, ":$1"), (context) => runOperation(one, { context, ...known }));
   }
 }
 
 // --- 11.5 API description: OpenAPI and a page, from the operations and the schemas of bodies and answers ---
-
-const mistakesOf = says(
-  v.array(v.object({ path: STRING, message: STRING, line: v.optional(NUMBER), column: v.optional(NUMBER) })),
-  "of a config: all of them; lines are those of the routes.yml that would have come of it",
-);
-const ProblemSchema = says(
-  v.object({ type: STRING, title: STRING, status: NUMBER, detail: STRING, mistakes: v.optional(mistakesOf) }),
-  "RFC 9457",
-);
-const DESCRIBED: Record<string, Schema> = {
-  ...Object.fromEntries(Object.entries(ANSWERS).map(([name, [schema]]) => [name, schema as Schema])),
-  ...BODIES,
-  Problem: ProblemSchema,
-};
 
 const ref = (kind: string, name: string) => ({ $ref: `#/components/${kind}/${name}` });
 const parameter = (place: "path" | "query" | "header", name: string, description: string, example?: string) => ({
@@ -10750,25 +10745,22 @@ const parameter = (place: "path" | "query" | "header", name: string, description
 });
 const EXAMPLE_NAMES: Record<string, string> = { service: "shop", server: "10.0.0.1:8080", worker: "1" };
 
-const TAGS: Record<string, RegExp> = {
-  Services: /^\/(?:services|$)/,
-  Config: /^\/config/,
-  Routing: /^\/(?:routes|explain)/,
-  Watching: /./,
+const GROUPS: Record<string, string> = {
+  ...{ "": "Services", services: "Services", config: "Config", routes: "Routing", explain: "Routing" },
 };
-const groupOf = (path: string): string => Object.keys(TAGS).find((tag) => TAGS[tag]!.test(path))!;
-const TYPES: Partial<Record<keyof typeof ANSWERS, string>> = { Text: "text/plain", Events: "text/event-stream" };
+const groupOf = ({ path }: Operation): string => GROUPS[path.split("/")[1]!] ?? "Watching";
+const TYPES: Partial<Record<keyof typeof BODIES, string>> = { Text: "text/plain", Events: "text/event-stream" };
 
 const DONE: Record<number, string> = { 200: "done", 201: "made", 202: "done, and requests are still in flight there" };
 
 /** One operation as OpenAPI has it. */
-function described(method: string, path: string, [does, answers, , more = {}]: Operation) {
-  const { takes, asks = {}, gives = [200], open } = more, isGet = method === "GET";
+function described(one: Operation) {
+  const { method, path, does, answers, takes, asks, gives, open } = one, isGet = method === "GET";
   const names = Array.from(path.matchAll(/{(\w+)}/g), ([, name]) => name!);
   const content = { [TYPES[answers] ?? "application/json"]: { schema: ref("schemas", answers) } };
   const body = takes && { schema: ref("schemas", takes[0]), example: takes[1] };
   return {
-    tags: [groupOf(path)],
+    tags: [groupOf(one)],
     summary: does,
     operationId: `${lower(method)}${path.replace(/\W+(\w)/g, (_, letter) => upper(letter)).replace(/\W/g, "")}`,
     parameters: [
@@ -10784,7 +10776,6 @@ function described(method: string, path: string, [does, answers, , more = {}]: O
     security: open ? [] : [{ token: [] }, ...(isGet ? [{ read_token: [] }] : []), {}],
   };
 }
-type Described = ReturnType<typeof described>;
 
 const CONVENTIONS =
   "Bodies are JSON or YAML, by Content-Type. Answers are JSON, with ?pretty on many lines, and text " +
@@ -10792,10 +10783,10 @@ const CONVENTIONS =
   "Authorization: Bearer ...";
 /** The API as OpenAPI 3.1 describes it. */
 function openApi() {
-  const paths: Record<string, Record<string, Described>> = {};
-  for (const [method, path, operation] of operations()) {
-    const methods = paths[path] ??= {};
-    methods[lower(method)] = described(method, path, operation);
+  const paths: Record<string, Record<string, ReturnType<typeof described>>> = {};
+  for (const one of OPERATIONS) {
+    const methods = paths[one.path] ??= {};
+    methods[lower(one.method)] = described(one);
   }
   const scheme = (description: string) => ({ type: "http", scheme: "bearer", description });
   const content = { "application/problem+json": { schema: ref("schemas", "Problem") } };
@@ -10803,10 +10794,10 @@ function openApi() {
     openapi: "3.1.0",
     info: { title: "lb.ts", version: VERSION, description: CONVENTIONS },
     servers: [{ url: "./" }],
-    tags: Object.keys(TAGS).map((name) => ({ name })),
+    tags: [...new Set(OPERATIONS.map(groupOf))].map((name) => ({ name })),
     paths,
     components: {
-      schemas: schemasOf(DESCRIBED) as Schemas,
+      schemas: schemasOf(BODIES),
       responses: { Problem: { description: "what is wrong", content } },
       securitySchemes: {
         token: scheme("admin.token of routes.yml; where it is not set, none is needed"),
@@ -10867,32 +10858,23 @@ function answerPage(context: AdminContext, title: string, style: string, body: u
 </html>`);
 }
 
-/** What the page shows of a JSON Schema. */
-interface BodySchema {
-  $ref?: string;
-  description?: string;
-  enum?: unknown[];
-  default?: unknown;
-  anyOf?: BodySchema[];
-  items?: BodySchema;
-  properties?: Record<string, BodySchema>;
-}
-type Schemas = Record<string, BodySchema>;
-
 /** The keys of a body or an answer, in all of its alternatives, and what they mean. */
-function keysIn({ $ref, properties = {}, anyOf = [], items }: BodySchema, schemas: Schemas): string[][] {
-  if ($ref) return keysIn(schemas[$ref.split("/").at(-1)!]!, schemas);
-  const own = Object.entries(properties).map(([name, { description, enum: values = [], default: usual }]) => {
-    const text = description ?? values.join(", ");
-    return [name, usual === undefined ? text : `${text} (default ${JSON.stringify(usual)})`];
+function keysIn(schema: Schema): string[][] {
+  const { type, entries = {}, options = [], item, wrapped } = partsOf(schema);
+  const refer: Refer = (one) => schemaJson(one, refer);
+  const own = Object.entries(entries).map(([name, one]) => {
+    const { description, enum: values, default: usual } = refer(one as Schema, name);
+    const text = description ?? (Array.isArray(values) ? values.join(", ") : "");
+    return [name, usual === undefined ? `${text}` : `${text} (default ${JSON.stringify(usual)})`];
   });
-  return [...own, ...anyOf.flatMap((one) => keysIn(one, schemas)), ...(items ? keysIn(items, schemas) : [])];
+  const parts = [...(type === "picklist" ? [] : options), item, wrapped].filter((one) => one !== undefined);
+  return [...own, ...parts.flatMap(keysIn)];
 }
 
 /** Links to the pages and texts of this listener. */
 const linksTo = (pages: Record<string, string>) =>
   html`<nav>${Object.entries(pages).map(([at, name]) => html`<a href="${at}">${name}</a>`)}</nav>`;
-const TEXTS = { metrics: "Metrics", config: "Config" };
+const TEXT_PAGES = { metrics: "Metrics", config: "Config" };
 
 const DOCS_STYLE = `
 main { max-width: 900px; gap: 8px; } h2 { margin-top: 12px; }
@@ -10902,43 +10884,41 @@ details pre { padding: 8px; max-height: 300px; overflow: auto; border: 1px solid
 `;
 
 /** The command that sends an operation its example. */
-function curlOf(method: string, path: string, { takes, asks = {} }: NonNullable<Operation[3]>): string {
+function curlOf({ method, path, takes, asks }: Operation): string {
   const target = path.replace(/{(\w+)}/g, (_, name) => EXAMPLE_NAMES[name]!);
-  const query = new URLSearchParams(Object.entries(asks).map(([name, [, example]]) => [name, example]));
-  const data = takes ? ` -d '${JSON.stringify(takes[1])}'` : "";
-  return `curl ${method === "GET" ? "" : `-X ${method} `}'localhost:9090${target}${
-    query.size ? "?" : ""
-  }${query}'${data}`;
+  const asked = new URLSearchParams(Object.entries(asks).map(([name, [, example]]) => [name, example]));
+  const query = asked.size ? `?${asked}` : "", data = takes ? ` -d '${JSON.stringify(takes[1])}'` : "";
+  return `curl ${method === "GET" ? "" : `-X ${method} `}'localhost:9090${target}${query}'${data}`;
 }
 
 /** One operation: a line that opens to its parameters, the keys of its body and of its answer, and a command. */
 // deno-fmt-ignore
-function docsOf(method: string, path: string, operation: Operation, schemas: Schemas) {
-  const [does, answers, , more = {}] = operation, { parameters } = described(method, path, operation);
+function docsOf(one: Operation) {
+  const { method, path, does, answers, takes, gives } = one, { parameters } = described(one);
   const table = (rows: string[][]) => html`<table>${rows.map(([key, text]) =>
     html`<tr><td><code>${key}</code></td><td>${text}</td></tr>`)}</table>`;
   const asked = parameters.map(({ name, description, in: place }) => [name, `${description} (${place})`]);
   return html`
 <details>
   <summary><code>${method} ${path}</code> ${does}</summary>
-  ${table([...asked, ...(more.takes ? keysIn(schemas[more.takes[0]]!, schemas) : [])])}
-  <pre>${curlOf(method, path, more)}</pre>
-  <p>${(more.gives ?? [200]).join(", ")}</p>
-  ${table(keysIn(schemas[answers]!, schemas))}
+  ${table([...asked, ...(takes ? keysIn(BODIES[takes[0]]) : [])])}
+  <pre>${curlOf(one)}</pre>
+  <p>${gives.join(", ")}</p>
+  ${table(keysIn(BODIES[answers]))}
 </details>`;
 }
 
 /** The API for people. Where a token is wanted the page has no links that would be refused. */
-// deno-fmt-ignore
 function docsPage(hasToken: boolean) {
-  const { components: { schemas } } = openApi(), byTag = Map.groupBy(operations(), ([, path]) => groupOf(path));
-  const links = { "./": "Dashboard", "openapi.json": "openapi.json", ...(hasToken ? {} : TEXTS) };
+  const links = { "./": "Dashboard", "openapi.json": "openapi.json", ...(hasToken ? {} : TEXT_PAGES) };
+  const groups = Map.groupBy(OPERATIONS, groupOf);
   return html`
-<main>
-  <header><h1>lb.ts ${VERSION}: API</h1>${linksTo(links)}</header>
-  <p>${CONVENTIONS}</p>
-  ${Array.from(byTag, ([tag, all]) => html`<h2>${tag}</h2>${all.map((one) => docsOf(...one, schemas))}`)}
-</main>`;
+    <main>
+      <header><h1>lb.ts ${VERSION}: API</h1>${linksTo(links)}</header>
+      <p>${CONVENTIONS}</p>
+      ${Array.from(groups, ([name, all]) => html`<h2>${name}</h2>${all.map(docsOf)}`)}
+    </main>
+  `;
 }
 
 /** The description as a page and for machines. */
@@ -11311,7 +11291,7 @@ function liveView(balancer: Balancer, history: Sample[], chosen: Chosen) {
   const answer = chosen.explain && explainText(balancer, chosen.explain);
   // deno-fmt-ignore
   return html`<main id="live">
-<header><h1>lb.ts</h1>${linksTo({ docs: "API", ...TEXTS })}
+<header><h1>lb.ts</h1>${linksTo({ docs: "API", ...TEXT_PAGES })}
 <div class="card ${level}"><p id="verdict" class="tone" role="status">${SIGNS[level]} ${verdictOf(servers)}</p>
 <p class="facts">${programFacts(snapshot, chosen).map((fact) => html`<small>${fact}</small>`)}</p>
 <ul id="troubles" aria-label="What is wrong">${troubles.map(({ level, text, at }) =>
