@@ -10861,9 +10861,9 @@ function answerPage(context: AdminContext, title: string, style: string, body: u
 /** The keys of a body or an answer, in all of its alternatives, and what they mean. */
 function keysIn(schema: Schema): string[][] {
   const { type, entries = {}, options = [], item, wrapped } = partsOf(schema);
-  const refer: Refer = (one) => schemaJson(one, refer);
+  const refer: Refer = (one, key) => schemaJson(one, () => ({}), key);
   const own = Object.entries(entries).map(([name, one]) => {
-    const { description, enum: values, default: usual } = refer(one as Schema, name);
+    const { description, enum: values, default: usual } = schemaJson(one as Schema, refer, name);
     const text = description ?? (Array.isArray(values) ? values.join(", ") : "");
     return [name, usual === undefined ? `${text}` : `${text} (default ${JSON.stringify(usual)})`];
   });
@@ -10923,7 +10923,8 @@ function docsPage(hasToken: boolean) {
 
 /** The description as a page and for machines. */
 function addDocs(app: Hono<AdminEnv>, { tokens }: Balancer): void {
-  app.get("/openapi.json", (context) => context.json(openApi()));
+  let known: ReturnType<typeof openApi> | undefined; // it takes 10 ms
+  app.get("/openapi.json", (context) => context.json(known ??= openApi()));
   app.get("/docs", (context) => answerPage(context, "lb.ts: API", DOCS_STYLE, docsPage(!!tokens.token)));
 }
 
