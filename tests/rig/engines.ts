@@ -3,16 +3,15 @@
 
 import assert from "node:assert/strict";
 import type { ChildProcess } from "node:child_process";
-import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { createServer, request as httpRequest, type Server } from "node:http";
 import { request as httpsRequest } from "node:https";
 import type { AddressInfo } from "node:net";
-import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
 import { hasEnded, spawnGuarded } from "./guard.ts";
-import { COMMAND, freePort, type Runtime, runtime, sleep, until } from "./rig.ts";
+import { COMMAND, freePort, makeFolder, type Runtime, runtime, sleep, until } from "./rig.ts";
 
 const ETCD = "/usr/bin/etcd";
 /** Why tests over etcd cannot run here; false: they can. */
@@ -82,8 +81,7 @@ export interface Cluster {
 
 /** Starts a cluster of etcd, until the test ends. */
 export async function startEtcd(t: Ends, count = 1, own?: { cert: string; key: string }): Promise<Cluster> {
-  const memory = "/dev/shm", folder = existsSync(memory) ? memory : tmpdir(); // etcd waits for its disk with each write
-  const data = mkdtempSync(join(folder, "lb-etcd-")), children: (ChildProcess | undefined)[] = [];
+  const data = makeFolder(), children: (ChildProcess | undefined)[] = [];
   const logs: string[] = Array.from({ length: count }, () => "");
   const ports: number[] = [];
   for (let i = 0; i < 2 * count; i++) ports.push(await freePort());
@@ -195,7 +193,7 @@ export async function startInstance(
     listens?: boolean; // wait until it does
   } = {},
 ): Promise<Instance> {
-  const folder = mkdtempSync(join(tmpdir(), "lb-fleet-")), path = file ?? join(folder, "routes.yml");
+  const folder = makeFolder(), path = file ?? join(folder, "routes.yml");
   if (!file) writeFileSync(path, `fleet: ${JSON.stringify({ name: "${NAME}", ...fleet })}\n${rest}`);
   const child = spawnGuarded(
     programOf(where),

@@ -10,11 +10,11 @@ import { existsSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { get as httpGet, type IncomingMessage } from "node:http";
 import { type AddressInfo, connect, createServer, type Server, type Socket } from "node:net";
 import { availableParallelism, loadavg, tmpdir } from "node:os";
-import { join } from "node:path";
+import { dirname, join } from "node:path";
 import process from "node:process";
 import type { Readable } from "node:stream";
 import { pipeline } from "node:stream/promises";
-import { test as nodeTest, type TestContext } from "node:test";
+import { after, test as nodeTest, type TestContext } from "node:test";
 import { fileURLToPath } from "node:url";
 import { createGunzip } from "node:zlib";
 import { spawnGuarded } from "./guard.ts";
@@ -67,6 +67,10 @@ export async function until<T>(what: string, look: () => T | undefined | false, 
     await sleep(10);
   }
 }
+
+const MEMORY = "/dev/shm";
+/** An empty folder, in memory where there is some: lb.ts waits for the disk with each config that it saves. */
+export const makeFolder = (): string => mkdtempSync(join(existsSync(MEMORY) ? MEMORY : tmpdir(), "lb-"));
 
 // ─── HTTP messages, as they were on the wire ───
 
@@ -463,11 +467,11 @@ export async function startProgram(
   args: string[] = [],
   beside: Record<string, string> = {},
 ): Promise<Program> {
-  const folder = mkdtempSync(join(tmpdir(), "lb-"));
+  const folder = makeFolder();
   const file = join(folder, "routes.yml");
   for (const [name, content] of Object.entries(beside)) writeFileSync(join(folder, name), content);
   const own = typeof config === "object" && config !== null && "listen" in config;
-  writeFileSync(file, typeof config === "string" ? config : JSON.stringify(config, null, 1));
+  writeFileSync(file, textOf(config));
   const words = [...COMMAND[runtime()], "-c", file, ...own ? [] : ["--listen", "127.0.0.1:0"], ...args];
   const child = spawnGuarded(process.execPath, words, { cwd: ROOT });
   let output = "", errors = "", log = "", exited = false;
@@ -495,10 +499,11 @@ export async function startProgram(
     }
     return exit;
   };
-  const reloads = () => output.split("is in force again").length;
+  const reloads = () => output.split(IN_FORCE).length;
   const reload = async (next: unknown) => {
     const before = reloads();
-    writeFileSync(file, JSON.stringify(next));
+    writeFileSync(file, textOf(next));
+    child.kill("SIGHUP");
     await until("the changed file is in force", () => reloads() > before, 20_000);
   };
   try {
@@ -523,6 +528,39 @@ export async function startProgram(
     throw error;
   }
 }
+
+const textOf = (config: unknown) => typeof config === "string" ? config : JSON.stringify(config, null, 1);
+
+/** A program that the tests of a file share, for its start costs more than most of them. It is started with the first use. */
+export function sharedProgram(args: string[] = []) {
+  let started: Promise<Program> | undefined;
+  after(async () => await (await started)?.stop());
+  return {
+    /**
+     * Puts a config in force, after an empty one that keeps nothing of the test before, with these files beside it. What
+     * the program has printed until then is not shown.
+     */
+    async begin(config: unknown, beside: Record<string, string> = {}): Promise<Program> {
+      const program = await (started ??= startProgram(EMPTY_CONFIG, args));
+      await program.reload(EMPTY_CONFIG);
+      for (const [name, content] of Object.entries(beside)) writeFileSync(join(dirname(program.file), name), content);
+      const lines = program.logLines().length;
+      await program.reload(config);
+      const [output, errors] = [program.output, program.errors].map((all) =>
+        all().lastIndexOf(IN_FORCE) + IN_FORCE.length
+      );
+      return {
+        ...program,
+        output: () => program.output().slice(output),
+        errors: () => program.errors().slice(errors),
+        logLines: () => program.logLines().slice(lines),
+        stop: () => Promise.resolve(0),
+      };
+    },
+  };
+}
+const IN_FORCE = "is in force again\n";
+const EMPTY_CONFIG = "log: off\ndefault: { respond: {} }\n";
 
 /** A port that nobody listens on. */
 export async function freePort(): Promise<number> {
