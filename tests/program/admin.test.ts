@@ -122,7 +122,7 @@ test("a reload moves, closes and opens the admin listener, and the answer to the
     const look = () => fetch(`http://127.0.0.1:${port}/health/live`).then(({ status }) => status, () => "closed");
     while (await look() !== what) await sleep(50);
   };
-  await running({ ...config, admin: { listen: `127.0.0.1:${first}` } }, async (lb) => {
+  await runningAlone({ ...config, admin: { listen: `127.0.0.1:${first}` } }, async (lb) => {
     await becomes(first, 200);
     const change = { admin: { listen: `127.0.0.1:${second}` } };
     assert.equal((await ask(lb, "PATCH /config", change)).status, 200);
