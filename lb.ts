@@ -11847,38 +11847,38 @@ export class EtcdClient implements Engine {
 // --- 12.2 Fleet: one document, one opinion of health, and an instance among others ---
 
 /** What an instance writes of itself. */
-interface InstanceRecord extends Omit<InstanceView, "name"> {
-  id: string; // of its process
-  members: string; // `viewHash` of the fleet as it knows it
-  told: number; // revision of the last word of an operator that it has heard
-  unsure: string[]; // servers of which it has found out nothing yet, and heard nothing certain
-}
-const OF_RECORDS = { id: STRING, members: STRING, told: NUMBER, unsure: STRINGS };
-const RecordSchema = v.object({ ...v.omit(INSTANCE, ["name"]).entries, ...OF_RECORDS });
+const RecordSchema = v.object({
+  ...v.omit(INSTANCE, ["name"]).entries,
+  id: STRING, // of its process
+  members: STRING, // `viewHash` of the fleet as it knows it
+  told: NUMBER, // revision of the last word of an operator that it has heard
+  unsure: STRINGS, // servers of which it has found out nothing yet, and heard nothing certain
+});
+type InstanceRecord = Out<typeof RecordSchema>;
 /** What an instance holds a server for. */
 type Vote = "up" | "down" | "unknown";
 
 const keyOfServer = ({ service, url }: Pick<Server, "service" | "url">): string => `${service} ${url}`;
 
 /** The instances that probe a server: those with the highest hash of both (rendezvous). */
-export function probersOf(server: string, members: readonly string[], probers: number): string[] {
+function probersOf(server: string, members: readonly string[], probers: number): string[] {
   const ranked = members.map((name) => ({ name, rank: hash(`${name}\n${server}`) }));
   ranked.sort((a, b) => b.rank - a.rank || (a.name < b.name ? -1 : 1));
   return ranked.slice(0, probers).map(({ name }) => name);
 }
 
 /** The same for all instances that choose the same probers. */
-export const viewHash = (members: readonly string[], probers: number): string =>
+const viewHash = (members: readonly string[], probers: number): string =>
   digits(hash(`${probers}\n${members.toSorted().join("\n")}`));
 
 /** What an instance says of a server that it probes. It counts once it knows the same members and the same operators. */
-export function voteOf(of: InstanceRecord | undefined, server: string, view: string, told: number): Vote {
+function voteOf(of: InstanceRecord | undefined, server: string, view: string, told: number): Vote {
   if (!of || of.members !== view || of.told < told || of.unsure.includes(server)) return "unknown";
   return of.down.includes(server) ? "down" : "up";
 }
 
 /** What most of the votes say. Undefined: too few are known, or those that are unknown would decide. */
-export function majorityOf(votes: readonly Vote[]): "up" | "down" | undefined {
+function majorityOf(votes: readonly Vote[]): "up" | "down" | undefined {
   const count = (vote: Vote) => votes.filter((one) => one === vote).length, half = votes.length / 2;
   if (votes.length - count("unknown") <= half) return undefined;
   if (count("down") > half) return "down";

@@ -196,8 +196,22 @@ export class World {
       `health: { path: /h, interval: 1s, fall: 2, rise: 2, timeout: 500ms } }\n`;
   }
 
+  /** An instance that neither registers nor probes where others do: `fleet.look` takes what the store says. */
+  observe(): Member {
+    return this.make("edge", this.text, new FakeEngine(this.store), true);
+  }
+
   /** A further instance, which has joined or waited for that in vain. */
   async join(name: string, { text = this.text, engine = new FakeEngine(this.store) } = {}): Promise<Member> {
+    const member = this.make(name, text, engine, false), started = member.fleet.start(3_000);
+    await this.pass(200);
+    if (engine.silent) await this.pass(3_000);
+    await started;
+    this.members.push(member);
+    return member;
+  }
+
+  private make(name: string, text: string, engine: FakeEngine, isObserver: boolean): Member {
     const reports: string[] = [], disk: Member["disk"] = { text, kept: [] }, { clock } = this;
     const lb = createLoadBalancer(parseConfig(text), {
       now: () => clock.now,
@@ -212,7 +226,7 @@ export class World {
     });
     const { fleet: own } = lb.balancer.table.config;
     const fleet = new Fleet(lb, engine, {
-      ...{ own: own!, name, id: `${name} ${this.random()}`, file: "routes.yml", isObserver: false },
+      ...{ own: own!, name, id: `${name} ${this.random()}`, file: "routes.yml", isObserver },
       parse: (text) => parseConfig(text),
       read: () => disk.text,
       save(before, text, keep) {
@@ -224,11 +238,6 @@ export class World {
     });
     const isUp = (server: number) => lb.balancer.table.services.get("default")!.servers[server]!.up;
     const member: Member = { name, lb, fleet, engine, reports, disk, isUp, probed: 0 };
-    const started = fleet.start(3_000);
-    await this.pass(200);
-    if (engine.silent) await this.pass(3_000);
-    await started;
-    this.members.push(member);
     return member;
   }
 

@@ -5,68 +5,101 @@ import assert from "node:assert/strict";
 import process from "node:process";
 import { test } from "node:test";
 import fc from "fast-check";
-import {
-  createLoadBalancer,
-  EtcdClient,
-  LbFleet,
-  majorityOf,
-  parseConfig,
-  probersOf,
-  serve,
-  viewHash,
-  voteOf,
-} from "../../lb.ts";
+import { createLoadBalancer, EtcdClient, LbFleet, parseConfig, serve } from "../../lb.ts";
 import { checkEngine, Clock, FakeEngine, type Member, settled, Store, World } from "../rig/fleet.ts";
 import { seeded, sleep } from "../rig/rig.ts";
 
-type Vote = ReturnType<typeof voteOf>;
+const RECORD = {
+  ...{ id: "x", since: new Date(0).toISOString(), version: "1", runtime: "node", config: 1, problem: "" },
+  ...{ down: [], ejected: [], members: "", told: 0, unsure: [] },
+};
+const SERVER = "default http://s0:1"; // as records name it
+
+/** A fleet whose instances are nothing but these records, as another one sees it. */
+async function seenBy(records: Record<string, object>, probers: number, servers = 1) {
+  const world = new World(servers, `{ etcd: 'a:1', probers: ${probers} }`), { fleet, lb } = world.observe();
+  const write = (members: string) => {
+    for (const [name, record] of Object.entries(records)) {
+      world.store.set(`instances/${name}`, JSON.stringify({ ...RECORD, members, ...record }));
+    }
+  };
+  write("");
+  await fleet.look();
+  write(fleet["membersHash"]);
+  await fleet.look();
+  return { fleet, members: fleet["membersHash"], server: lb.balancer.table.services.get("default")!.servers[0]! };
+}
+const among = (members: readonly string[], probers: number, servers?: number) =>
+  seenBy(Object.fromEntries(members.map((name) => [name, {}])), probers, servers);
+const probersOf = async (members: readonly string[], probers: number) =>
+  (await among(members, probers)).fleet.view().probes[0]?.by ?? [];
+
+/** What the instances with these records make of the server, all of which probe it; undefined: what it was. */
+async function verdictOf(records: object[]): Promise<"up" | "down" | undefined> {
+  const { fleet, server } = await seenBy(Object.fromEntries(records.entries()), 7), seen = new Set<boolean>();
+  for (const up of [true, false]) {
+    Object.assign(server, { up, opinion: up });
+    await fleet.look();
+    seen.add(server.up);
+  }
+  if (seen.size > 1) return undefined;
+  return seen.has(true) ? "up" : "down";
+}
 
 const names = fc.uniqueArray(fc.stringMatching(/^[a-z]{1,8}$/), { minLength: 1, maxLength: 12 });
 
-test("all choose the same probers in any order, and who leaves or comes moves only its own", () => {
-  fc.assert(fc.property(names, fc.integer({ min: 1, max: 5 }), fc.string(), (members, probers, server) => {
-    const chosen = probersOf(server, members, probers);
+test("all choose the same probers in any order, and who leaves or comes moves only its own", async () => {
+  await fc.assert(fc.asyncProperty(names, fc.integer({ min: 1, max: 5 }), async (members, probers) => {
+    const chosen = await probersOf(members, probers), reversed = await among(members.toReversed(), probers);
     assert.equal(chosen.length, Math.min(probers, members.length));
-    assert.deepEqual(probersOf(server, members.toReversed(), probers), chosen);
-    assert.equal(viewHash(members.toReversed(), probers), viewHash(members, probers));
-    assert.notEqual(viewHash(members, probers + 1), viewHash(members, probers));
-    const [gone, ...left] = members;
-    const after = probersOf(server, left, probers);
+    assert.deepEqual(reversed.fleet.view().probes[0]!.by, chosen);
+    assert.equal(reversed.members, (await among(members, probers)).members);
+    assert.notEqual(reversed.members, (await among(members, probers + 1)).members);
+    const [gone, ...left] = members, after = await probersOf(left, probers);
     assert.deepEqual(after.filter((name) => chosen.includes(name)), chosen.filter((name) => name !== gone));
   }));
 });
 
-test("each of many instances probes its share of the servers", () => {
-  const members = Array.from({ length: 6 }, (_, i) => `lb-${i}`), shares = new Map<string, number>();
-  for (let i = 0; i < 600; i++) {
-    for (const name of probersOf(`shop http://10.0.0.${i}:80`, members, 3)) {
-      shares.set(name, (shares.get(name) ?? 0) + 1);
-    }
-  }
+test("each of many instances probes its share of the servers", async () => {
+  const { fleet } = await among(Array.from({ length: 6 }, (_, i) => `lb-${i}`), 3, 600),
+    shares = new Map<string, number>();
+  for (const name of fleet.view().probes.flatMap(({ by }) => by)) shares.set(name, (shares.get(name) ?? 0) + 1);
+  assert.equal(shares.size, 6);
   for (const share of shares.values()) assert.ok(share > 240 && share < 360, `${share} of 300`);
 });
 
-test("a verdict needs most of the votes, and stands whatever those that are unknown would say", () => {
-  const votes = fc.array(fc.constantFrom<Vote>("up", "down", "unknown"), { maxLength: 7 });
-  fc.assert(fc.property(votes, (votes) => {
-    const verdict = majorityOf(votes), unknown = votes.filter((vote) => vote === "unknown").length;
-    if (unknown * 2 >= votes.length) return assert.equal(verdict, undefined);
-    const as = (vote: Vote) => majorityOf(votes.map((one) => one === "unknown" ? vote : one));
-    if (as("up") === as("down")) assert.equal(verdict, as("up"));
-    else assert.equal(verdict, undefined);
+const VOTES = { up: {}, down: { down: [SERVER] }, unknown: { members: "others" } };
+type Vote = keyof typeof VOTES;
+test("a verdict needs most of the votes, and stands whatever those that are unknown would say", async () => {
+  const verdict = (votes: Vote[]) => verdictOf(votes.map((vote) => VOTES[vote]));
+  const votes = fc.array(fc.constantFrom<Vote>("up", "down", "unknown"), { minLength: 1, maxLength: 7 });
+  await fc.assert(fc.asyncProperty(votes, async (votes) => {
+    const unknown = votes.filter((vote) => vote === "unknown").length;
+    if (unknown * 2 >= votes.length) return assert.equal(await verdict(votes), undefined);
+    const as = (vote: Vote) => verdict(votes.map((one) => one === "unknown" ? vote : one));
+    assert.equal(await verdict(votes), await as("up") === await as("down") ? await as("up") : undefined);
   }));
-  assert.equal(majorityOf(["down", "up"]), "up", "of two not more than half");
-  assert.equal(majorityOf(["down"]), "down");
+  assert.equal(await verdict(["down", "up"]), "up", "of two not more than half");
+  assert.equal(await verdict(["down"]), "down");
 });
 
-test("a vote counts only where the instance knows the same members and the same operators", () => {
-  const one = { members: "x", told: 5, down: ["a"], unsure: ["c"] } as unknown as Parameters<typeof voteOf>[0];
-  assert.equal(voteOf(one, "a", "x", 5), "down");
-  assert.equal(voteOf(one, "b", "x", 5), "up");
-  assert.equal(voteOf(one, "c", "x", 5), "unknown", "it is unsure");
-  assert.equal(voteOf(one, "a", "y", 5), "unknown", "it knows other members");
-  assert.equal(voteOf(one, "a", "x", 6), "unknown", "it has not heard the operator");
-  assert.equal(voteOf(undefined, "a", "x", 0), "unknown");
+test("a vote counts only where the instance knows the same members and the same operators", async () => {
+  assert.equal(await verdictOf([{ down: [SERVER] }]), "down");
+  assert.equal(await verdictOf([{ down: ["default http://s1:1"] }]), "up");
+  assert.equal(await verdictOf([{ unsure: [SERVER] }]), undefined, "it is unsure");
+  assert.equal(await verdictOf([{ members: "others", down: [SERVER] }]), undefined, "it knows other members");
+  const world = new World(1), { fleet, isUp } = world.observe();
+  const say = async (told: number) => {
+    world.store.set("instances/a", JSON.stringify({ ...RECORD, told, members: fleet["membersHash"], down: [SERVER] }));
+    await fleet.look();
+  };
+  await say(0);
+  world.store.set(`told/${SERVER}`, "up");
+  const { revision } = world.store;
+  await say(revision - 1);
+  assert.equal(isUp(0), true, "it has not heard the operator");
+  await say(revision);
+  assert.equal(isUp(0), false);
 });
 
 const flips = ({ reports }: Member) => reports.filter((said) => /: s\d+:1 is (up|down)/.test(said));
@@ -337,9 +370,13 @@ test("an engine that was away for all brings back no verdict from before", async
 test("an instance that has heard nothing certain of a server has no vote on it until it has found out itself", async () => {
   const server = "default http://s3:1", world = new World(4, "{ etcd: 'a:1', ttl: 3s, probers: 1 }");
   const all = Array.from({ length: 50 }, (_, i) => `n${i}`),
-    first = (...some: string[]) => probersOf(server, some, 1)[0];
-  const [stale, other] = all.slice(0, 2).toSorted((one) => one === first("n0", "n1") ? -1 : 1) as [string, string];
-  const fresh = all.slice(2).find((name) => first(stale, other, name) === name)!;
+    first = async (...some: string[]) => {
+      const { fleet } = await among(some, 1, 4);
+      return fleet.view().probes.find((one) => one.server === server)!.by[0];
+    };
+  const stale = (await first("n0", "n1"))!, other = stale === "n0" ? "n1" : "n0";
+  let fresh = "";
+  for (const name of all.slice(2)) if (!fresh && await first(stale, other, name) === name) fresh = name;
   for (const name of ["leaving", stale, other]) await world.join(name);
   world.up[3] = false;
   await world.pass(5_000);
