@@ -9944,7 +9944,10 @@ function explainService({ service: found, weight }: Destination, exchange: Excha
 
 /** The route of a request, or why it has none; its services and their servers; and the server that would take it. */
 function explain(balancer: Balancer, method: string, url: string, headers: string[] = []) {
-  const { username, password } = new URL(url);
+  if (!/^https?:/.test(url) || !URL.canParse(url)) {
+    throw invalidAt("url", `${quote(url)} is not a URL such as http://host/path`);
+  }
+  const { username, password, protocol } = new URL(url);
   if (username || password) throw invalidAt("url", "it has a user name or a password, which no request has there");
   if (!METHOD.test(method) || REFUSED_METHODS.has(method)) {
     throw invalidAt("method", `${quote(method)} is not a method that can be forwarded`);
@@ -9955,7 +9958,7 @@ function explain(balancer: Balancer, method: string, url: string, headers: strin
     return [name, value] as [string, string];
   });
   const effects = { ...balancer.effects, random: Math.random }; // which leaves a seeded one as it is
-  const from = { address: "127.0.0.1", scheme: new URL(url).protocol.slice(0, -1), headers: fields.flat() };
+  const from = { address: "127.0.0.1", scheme: protocol.slice(0, -1), headers: fields.flat() };
   const request = requestOf(new Request(url, { method, headers: fields }), from, () => {});
   const exchange = newExchange({ ...balancer, effects, entrypoints: new Map() }, request);
   const refusal = validate(exchange), route = refusal ? undefined : matchRoute(balancer.table, exchange);
@@ -10235,12 +10238,14 @@ const FLEET_NEEDS_RESTART = "fleet has changed, and all of it but ttl and prober
 /** What has changed, for `If-Match`. */
 type Versioned = (config: Config) => unknown;
 type Parse = (text: string) => Config;
-/** `replaces`: nothing of the config before stays. `check` may still refuse what comes of the change. */
+/** May still refuse what comes of a change. */
+type Check = (next: Config, before: Config) => void;
+/** `replaces`: nothing of the config before stays. */
 type Change = (
   context: AdminContext,
   edit: Edit,
   what: Versioned,
-  more?: { replaces?: boolean; check?: (next: Config) => void },
+  more?: { replaces?: boolean; check?: Check | undefined },
 ) => Promise<void>;
 
 /** How long an answer may wait, as `?wait=` says. */
@@ -10268,7 +10273,7 @@ function changesOf(lb: LoadBalancer, parse: Parse, file?: string): Change {
       const after = edit(raw, config) ?? raw;
       const text = typeof after === "string" ? after : rewrite(config.text, after, documentOf(config));
       const next = parse(text);
-      check?.(next);
+      check?.(next, config);
       return { text, next };
     };
     if (effects.fleet) {
@@ -10416,11 +10421,14 @@ function serverOf(request: ApiRequest): Server {
 
 /** The keys of a service in its entry, or the others: those of the route that it stands beside. */
 const ownKeys = (entry: unknown, own: boolean): Raw => pickKeys(mapOf(entry), ServiceSchema.entries, own);
-const placeOfService = ({ places }: Config, name: string): Keys => places.get(name) ?? ["services", name];
+const servicePlace = (request: ApiRequest, config: Config): Keys => {
+  const name = givenName(request, config);
+  return config.places.get(name) ?? ["services", name];
+};
 const versionOf = (request: ApiRequest): Versioned => (config) =>
-  valueAt(writtenOf(config), placeOfService(config, givenName(request, config)));
-const editService = (request: ApiRequest, edit: Edit): Promise<void> =>
-  request.change(request.context, edit, versionOf(request));
+  valueAt(writtenOf(config), servicePlace(request, config));
+const editService = (request: ApiRequest, edit: Edit, check?: Check): Promise<void> =>
+  request.change(request.context, edit, versionOf(request), { check });
 
 /** A service as it stands and as it is written: that is what PUT takes. */
 function answerService(request: ApiRequest): ServiceView & { config: unknown } {
@@ -10439,7 +10447,7 @@ async function writeService(request: ApiRequest) {
   });
   if (mistakes.length) throw invalid(mistakes);
   await editService(request, (raw, config) => {
-    const place = placeOfService(config, name), entry = valueAt(raw, place), isNew = entry === undefined;
+    const place = servicePlace(request, config), entry = valueAt(raw, place), isNew = entry === undefined;
     if (req.method === "POST" && !isNew) throw new AdminError(409, `there is a service ${quote(name)} already`);
     if (req.method === "PATCH" && isNew) serviceOf(request); // which says so
     const under = ownKeys(entry, true), isPatch = req.method === "PATCH";
@@ -10459,8 +10467,8 @@ function shortest(entry: Raw, ...changed: string[]): unknown {
 }
 
 /** Where in a service's entry its servers are listed, and which is at which place: one that is repeated at several. */
-function listOf(raw: Raw, config: Config, name: string) {
-  const place = [...placeOfService(config, name), "servers"];
+function listOf(request: ApiRequest, raw: Raw, config: Config) {
+  const place = [...servicePlace(request, config), "servers"];
   const inForce = [valueAt(config.source, place)].flat(), now = inForce.map((one) => v.parse(ServerSchema, one));
   const listed = [valueAt(raw, place) ?? inForce].flat(); // a merge key (<<) has brought them in
   return { place, listed, now };
@@ -10469,7 +10477,7 @@ function listOf(raw: Raw, config: Config, name: string) {
 /** Changes one server in its list, or takes it out. One that was repeated is then listed once, with its weight. */
 function editServer(request: ApiRequest, edit: (entry: Raw) => unknown): Promise<void> {
   return editService(request, (raw, config) => {
-    const { url, weight } = serverOf(request), { place, listed, now } = listOf(raw, config, givenName(request, config));
+    const { url, weight } = serverOf(request), { place, listed, now } = listOf(request, raw, config);
     const [first, ...again] = now.flatMap((one, i) => one.url === url ? [i] : []);
     const changed = edit({ ...asMap(listed[first!]), ...(again.length > 0 && { weight }) });
     putValue(raw, place, listed.flatMap((one, i) => i === first ? changed ?? [] : again.includes(i) ? [] : [one]));
@@ -10519,31 +10527,21 @@ async function patchServer(request: ApiRequest, patch: Raw): Promise<ServerView>
 
 /** Adds a server; which one it is shows when the file has been read. */
 async function postServer(request: ApiRequest): Promise<ServerView | ServiceView> {
-  const { value } = await bodyOf(request.context), { change, context } = request;
-  let url: string | undefined, name = "", known = new Set<string>();
+  const { value } = await bodyOf(request.context);
+  let url: string | undefined;
   const edit: Edit = (raw, config) => {
-    name = givenName(request, config);
-    const { place, listed, now } = listOf(raw, config, name);
-    known = new Set(now.map((one) => one.url));
+    const { place, listed } = listOf(request, raw, config);
     putValue(raw, place, [...listed, value]);
   };
-  const check = ({ services }: Config) => {
-    url = services.get(name)!.servers.find((one) => !known.has(one.url))?.url;
+  const check: Check = (next, before) => {
+    const name = givenName(request, before), known = before.services.get(name)!.servers.map((one) => one.url);
+    url = next.services.get(name)!.servers.find((one) => !known.includes(one.url))?.url;
     if (url === undefined) throw new AdminError(409, `${name} has this server already`);
   };
-  await change(context, edit, versionOf(request), { check });
+  await editService(request, edit, check);
   const added = serviceOf(request).servers.find((one) => one.url === url);
   request.context.status(201);
   return added ? answerServer(request, added) : answerService(request); // it is a name
-}
-
-/** The servers of PythonLoadBalancer's body: one that is repeated weighs more, and what else is known of one stays. */
-function mergePool(servers: Out<typeof Pool>["servers"], { listed, now }: ReturnType<typeof listOf>): unknown[] {
-  const named = Map.groupBy(servers, ({ addr, port }) => `${isIPv6(addr) ? `[${addr}]` : lower(addr)}:${port}`);
-  return [...named].map(([name, { length }]) => {
-    const known = now.findIndex((one) => hostOf(one.url) === hostOf(v.parse(Url, name).url));
-    return shortest({ ...asMap(known < 0 ? name : listed[known]), weight: length }, "weight");
-  });
 }
 
 async function writeConfig(request: ApiRequest): Promise<unknown> {
@@ -10570,18 +10568,24 @@ function answerConfig({ context, balancer }: ApiRequest): unknown {
   return context.body(rewrite(config.text, shown, documentOf(config)), { headers: { "content-type": type } });
 }
 
+/** PythonLoadBalancer's body: a server that is repeated weighs more, and what else is known of one stays. */
 async function writePool(request: ApiRequest): Promise<ServiceView> {
   const { servers } = await checkedBody(request.context, Pool);
+  const named = Map.groupBy(servers, ({ addr, port }) => `${isIPv6(addr) ? `[${addr}]` : lower(addr)}:${port}`);
   await editService(request, (raw, config) => {
-    const list = listOf(raw, config, meantService(config));
-    putValue(raw, list.place, mergePool(servers, list));
+    const { place, listed, now } = listOf(request, raw, config);
+    const pool = Array.from(named, ([name, { length }]) => {
+      const known = now.findIndex((one) => hostOf(one.url) === hostOf(v.parse(Url, name).url));
+      return shortest({ ...asMap(known < 0 ? name : listed[known]), weight: length }, "weight");
+    });
+    putValue(raw, place, pool);
   });
   return answerService(request);
 }
 
 async function deleteService(request: ApiRequest): Promise<ServiceView> {
-  const { name } = serviceOf(request), last = answerService(request);
-  await editService(request, (raw, config) => putValue(raw, placeOfService(config, name), undefined));
+  const last = answerService(request);
+  await editService(request, (raw, config) => putValue(raw, servicePlace(request, config), undefined));
   return last;
 }
 
@@ -10607,14 +10611,6 @@ async function checkConfig({ context, parse }: ApiRequest) {
   return { services: services.size, routes: routes.length };
 }
 
-function explainUrl({ context: { req }, balancer }: ApiRequest) {
-  const url = req.query("url") ?? "";
-  if (/^https?:/.test(url) && URL.canParse(url)) {
-    return explain(balancer, req.query("method") ?? "GET", url, req.queries("header"));
-  }
-  throw invalidAt("url", `${quote(url)} is not a URL such as http://host/path`);
-}
-
 function endWorker({ context: { req }, balancer }: ApiRequest) {
   const id = req.param("worker") ?? "", worker = balancer.workers.get(Number(id));
   if (!worker) throw new AdminError(404, `there is no worker ${quote(id)}`);
@@ -10622,9 +10618,10 @@ function endWorker({ context: { req }, balancer }: ApiRequest) {
   return { id: Number(id) };
 }
 
-function answerReady({ balancer: { draining, effects } }: ApiRequest): unknown {
-  if (draining) return problemJson(503, "draining");
-  return effects.fleet?.isWaiting() ? problemJson(503, "waiting for the fleet's document") : { status: "ready" };
+function answerReady({ balancer: { draining, effects } }: ApiRequest): { status: string } {
+  if (draining) throw new AdminError(503, "draining");
+  if (effects.fleet?.isWaiting()) throw new AdminError(503, "waiting for the fleet's document");
+  return { status: "ready" };
 }
 
 const sendEvents = ({ context, balancer }: ApiRequest) =>
@@ -10694,7 +10691,8 @@ const OPERATIONS = [
 
   endpoint("GET /routes", "All routes, in the order of the file", "Routes", ({ balancer }) => routeViews(balancer)),
   endpoint("GET /explain", "Which route a request would take, which services, which servers and why not the others, and who would take it",
-    "Explanation", explainUrl, { asks: EXPLAIN }),
+    "Explanation", ({ context: { req }, balancer }) =>
+      explain(balancer, req.query("method") ?? "GET", req.query("url") ?? "", req.queries("header")), { asks: EXPLAIN }),
   endpoint("GET /metrics", "Everything that is counted, for Prometheus", "Text",
     ({ context, balancer }) => context.body(renderMetrics(samplesOf(balancer)), METRICS_HEADERS)),
   endpoint("GET /connections", "What is in flight, and where", "Connections",
@@ -10956,7 +10954,6 @@ input, button { padding: 6px 10px; border: 1px solid var(--line); border-radius:
 details { overflow: clip; } summary h2 { display: inline; } h2 small { margin-left: 8px; }
 details > p, details > .bar, #answer { margin: 0 16px 12px; }
 section :is(th, td) { font-variant-numeric: tabular-nums; }
-section thead th { padding: 4px 8px; }
 section :is(th, td):nth-child(n + 4) { padding-inline: 4px; text-align: right; white-space: nowrap; }
 section th:first-child { width: 16%; } section th:nth-child(2) { width: 9%; } section th:nth-child(3) { width: 12%; }
 section :is(th, td):last-child { padding-right: 16px; } section th.change { width: 204px; }
@@ -10968,7 +10965,6 @@ dialog { width: min(440px, calc(100% - 32px)); margin: auto; padding: 24px; }
 dialog form { display: grid; gap: 16px; }
 menu { display: flex; justify-content: space-between; } #go { border-color: var(--blue); color: var(--blue); }
 #sheet { width: min(1000px, calc(100% - 32px)); } #sheet pre { max-height: 70vh; overflow: auto; }
-::backdrop { background: #0008; }
 @media (max-width: 1280px) {
   section thead { display: none; }
   section tbody { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); }
@@ -11067,8 +11063,7 @@ function shownOf(service: ServiceView, snapshot: Snapshot, history: Sample[], pr
   const recently = (id: string, counters: CountersView) => figuresOf(counters, since?.counters?.get(id), time);
   const servers = service.servers.map((server) => {
     const id = adminPath(name, server.name), now = recently(id, server.counters), state = stateOf(server, now.failed);
-    const level: Level = STATES[state][1],
-      probers = probedBy(`${name} ${server.url}`, server.up);
+    const level: Level = STATES[state][1], probers = probedBy(`${name} ${server.url}`, server.up);
     return { server, id, now, state, level, probers };
   });
   const id = adminPath(name), now = recently(id, counters), troubles: Trouble[] = [];
@@ -11097,17 +11092,6 @@ function lagOf({ problem, config }: InstanceView, { instances }: FleetView): str
   return problem || (isNewest ? "" : `revision ${config}`);
 }
 
-function troublesOfFleet(fleet: FleetView): Trouble[] {
-  const say = (text: string): Trouble => ({ level: "warn", text, at: "fleet" });
-  if (fleet.engine === "away") {
-    return [say(`the fleet's engine does not answer: ${fleet.problem || "nothing has been heard of it"}`)];
-  }
-  return fleet.instances.flatMap((one) => {
-    const lag = lagOf(one, fleet);
-    return lag ? [say(`${one.name} lacks the fleet's newest document: ${lag}`)] : [];
-  });
-}
-
 function fleetSection(fleet: FleetView, flipped: Set<string>) {
   const { engine, name, config, instances } = fleet;
   const rows = instances.map((one) => {
@@ -11125,14 +11109,25 @@ function fleetSection(fleet: FleetView, flipped: Set<string>) {
 
 const SOON = 14 * 86_400_000; // milliseconds before a certificate's end from which on it is a trouble
 const dayOf = (date: Date): string => date.toISOString().slice(0, 10);
-function troublesOfProgram({ listeners, reloads }: Snapshot, date: Date): Trouble[] {
-  const text = "the file on disk could not be put in force: what is shown here stays in force";
-  const ending = listeners.flatMap((one) => one.certificates).filter(({ until }) => +until < +date + SOON);
-  const certificates = ending.map(({ names, until }): Trouble => {
-    const [level, ends] = until < date ? ["bad", "has ended"] as const : ["warn", "ends"] as const;
-    return { level, text: `the certificate for ${names.join(", ")} ${ends} on ${dayOf(until)}`, at: "" };
-  });
-  return reloads.failed ? [{ level: "bad", text, at: "" }, ...certificates] : certificates;
+/** What is wrong with the program and with its fleet. */
+function troublesOf({ listeners, reloads }: Snapshot, fleet: FleetView | undefined, date: Date): Trouble[] {
+  const troubles: Trouble[] = [];
+  const say = (level: Trouble["level"], text: string, at = "") => troubles.push({ level, text, at });
+  if (reloads.failed) say("bad", "the file on disk could not be put in force: what is shown here stays in force");
+  for (const { names, until } of listeners.flatMap((one) => one.certificates)) {
+    const certificate = `the certificate for ${names.join(", ")}`;
+    if (until < date) say("bad", `${certificate} has ended on ${dayOf(until)}`);
+    else if (+until < +date + SOON) say("warn", `${certificate} ends on ${dayOf(until)}`);
+  }
+  if (fleet?.engine === "away") {
+    say("warn", `the fleet's engine does not answer: ${fleet.problem || "nothing has been heard of it"}`, "fleet");
+    return troubles;
+  }
+  for (const one of fleet?.instances ?? []) {
+    const lag = lagOf(one, fleet!);
+    if (lag) say("warn", `${one.name} lacks the fleet's newest document: ${lag}`, "fleet");
+  }
+  return troubles;
 }
 
 /** What may be done to a server: its state is set, or its weight. */
@@ -11281,8 +11276,7 @@ function liveView(balancer: Balancer, history: Sample[], chosen: Chosen) {
   const fleet = balancer.effects.fleet?.view(), probedBy = probersIn(fleet);
   const all = services.map((service) => shownOf(service, snapshot, history, probedBy));
   const servers = all.flatMap((one) => one.servers);
-  const ofProgram = [...troublesOfProgram(snapshot, balancer.effects.date()), ...fleet ? troublesOfFleet(fleet) : []];
-  const troubles = [...ofProgram, ...all.flatMap((one) => one.troubles)]
+  const troubles = [troublesOf(snapshot, fleet, balancer.effects.date()), ...all.map((one) => one.troubles)].flat()
     .sort((a, b) => a.level.localeCompare(b.level)); // bad before warn
   const isKnown = servers.every(({ state }) => state !== "unchecked");
   const level = troubles[0]?.level ?? (isKnown && servers.length ? "good" : "");
