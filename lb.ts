@@ -3271,11 +3271,8 @@ interface Membership {
    * `replaces`: nothing of the config before stays.
    */
   change(edit: (config: Config) => string, wait: number, replaces: boolean): Promise<string[]>;
-  /**
-   * Has all instances count a server as up or down, until probes say otherwise, or change one that was found. False: the
-   * engine is away.
-   */
-  tell(service: Service, server: Server, word: "up" | "down" | FoundChange): Promise<boolean>;
+  /** Has all instances mark a server up or down for an operator, or change one that was found. False: the engine is away. */
+  mark(service: Service, server: Server, mark: "up" | "down" | FoundChange): Promise<boolean>;
   view(): FleetView;
   /** Documents that could not be used, seconds since the engine answered, and listings by what made them necessary. */
   counted(): { refused: number; contact: number; resyncs: ReadonlyMap<string, number> };
@@ -10508,7 +10505,7 @@ async function changeFoundServer(request: ApiRequest, server: Server, patch: Raw
     );
   }
   const service = serviceOf(request);
-  if (!await balancer.effects.fleet?.tell(service, server, output)) {
+  if (!await balancer.effects.fleet?.mark(service, server, output)) {
     changeFound(balancer, service, server, output);
   }
   reportChange(request.context, balancer.effects, Object.keys(patch));
@@ -10601,7 +10598,7 @@ async function deleteServer(request: ApiRequest): Promise<ServerView> {
 async function putHealth(request: ApiRequest): Promise<ServerView> {
   const { health } = await checkedBody(request.context, HealthSchema), server = serverOf(request);
   const { effects } = request.balancer, service = serviceOf(request), isUp = health === "up";
-  if (!await effects.fleet?.tell(service, server, health)) setHealth(service, server, isUp, effects);
+  if (!await effects.fleet?.mark(service, server, health)) setHealth(service, server, isUp, effects);
   reportChange(request.context, effects, [health]);
   return answerServer(request, server);
 }
@@ -11845,8 +11842,8 @@ const RecordSchema = v.object({
   ...v.omit(INSTANCE, ["name"]).entries,
   id: STRING, // of its process
   members: STRING, // `viewHash` of the fleet as it knows it
-  told: NUMBER, // revision of the last word of an operator that it has heard
-  unsure: STRINGS, // servers of which it has found out nothing yet, and heard nothing certain
+  told: NUMBER, // revision of the latest mark of an operator that it has
+  unsure: STRINGS, // servers on which it has no vote: neither its probes nor the others have decided yet
 });
 type InstanceRecord = Out<typeof RecordSchema>;
 /** What an instance holds a server for. */
@@ -11865,13 +11862,13 @@ function probersOf(server: string, members: readonly string[], probers: number):
 const viewHash = (members: readonly string[], probers: number): string =>
   digits(hash(`${probers}\n${members.toSorted().join("\n")}`));
 
-/** What an instance says of a server that it probes. It counts once it knows the same members and the same operators. */
+/** An instance's vote on a server. It counts if the instance knows the same members, and the operator's latest mark. */
 function voteOf(of: InstanceRecord | undefined, server: string, view: string, told: number): Vote {
   if (!of || of.members !== view || of.told < told || of.unsure.includes(server)) return "unknown";
   return of.down.includes(server) ? "down" : "up";
 }
 
-/** What most of the votes say. Undefined: too few are known, or those that are unknown would decide. */
+/** What more than half of the votes say, whatever the unknown ones would be; undefined: that is open. */
 function majorityOf(votes: readonly Vote[]): "up" | "down" | undefined {
   const count = (vote: Vote) => votes.filter((one) => one === vote).length, half = votes.length / 2;
   if (votes.length - count("unknown") <= half) return undefined;
@@ -11879,7 +11876,7 @@ function majorityOf(votes: readonly Vote[]): "up" | "down" | undefined {
   return count("up") >= half ? "up" : undefined;
 }
 
-/** What an engine has as JSON; undefined: no instance has written that. */
+/** Parses what instances write as JSON; undefined: no instance has written this. */
 function readJson<S extends Schema>(schema: S, text = ""): Out<S> | undefined {
   try {
     return v.parse(schema, JSON.parse(text));
@@ -11911,13 +11908,13 @@ interface FleetMember {
 }
 
 const CHANGE_TIME = 10_000; // milliseconds that a change may take until it is in force here
-const RETRY_TIME = 4_000; // milliseconds in which a change is tried again where nobody answers
-const MOST_TRIES = 5; // of one change, where others are first
+const RETRY_TIME = 4_000; // milliseconds for which a change is tried again while no member answers
+const MOST_TRIES = 5; // of one change, while other changes come first
 const PAUSES = { least: 100, most: 5_000 }; // milliseconds before the engine is listed again
 const LATEST = 1_000; // milliseconds that a watch may be behind what is listed
-const BEAT = 100; // milliseconds between two looks at what is due
-const POLL = 10; // milliseconds between two looks at what is waited for
-/** Why a watch was ended, and all keys were listed again. */
+const BEAT = 100; // milliseconds between two checks of the lease and the engine
+const POLL = 10; // milliseconds between two checks of what is waited for
+/** Why all keys were listed again. */
 const RESYNCS = ["broken", "compacted", "deaf", "lease", "paused", "refused", "restored", "silent", "unreachable"];
 const SHARED = ["ttl", "probers"]; // keys of `fleet` that count as the document has them
 const withoutShared = (own: Raw): Raw =>
@@ -11940,13 +11937,13 @@ export class Fleet implements Membership {
   private inForce = 0; // revision of the document in force; 0: it is the local file
   private readonly changed = new Set<string>(); // keys of servers that were found, and then changed
 
-  // how the engine is
+  // state of the engine
   private state: "unknown" | "answers" | "away" = "unknown";
   private since: Date;
   private contactAt: number;
   private problem = ""; // why it does not answer
-  private countsAt = Infinity; // when what others say counts, for it may be from before the engine was away; 0: it does
-  private hasLearnt = false;
+  private countsAt = Infinity; // when the others' votes count: now they may be from before the engine was away; 0: they do
+  private hasListed = false;
   private isOver = false;
   private applying: unknown; // resolves when workers have the document too
   private refused = 0; // documents that could not be used here
@@ -11961,7 +11958,7 @@ export class Fleet implements Membership {
   private writing: Promise<void> | undefined;
   private watching: Watch | undefined;
   private tickAt = 0; // when the lease is kept alive again; Infinity: that goes on now
-  private readonly unsure = new Set<string>(); // servers of which it has found out nothing yet, and heard nothing certain
+  private readonly unsure = new Set<string>(); // servers on which it has no vote yet
   private local: Raw; // `fleet` as the local file has it
   private copied: EngineValue; // what the local file said last, and of which document that is a copy; 0: of none
   private copying: Promise<void> = Promise.resolve();
@@ -11977,23 +11974,21 @@ export class Fleet implements Membership {
     effects.fleet = this;
     effects.onNews = ({ kind }) => {
       if (kind !== "found") return;
-      this.takeRecords(); // other servers may have other probers
-      this.takeChanges();
+      this.applyRecords(); // other servers may have other probers
+      this.applyChanges();
     };
-    effects.probes = (_, server) => !this.isAgreed() || this.lease !== "" && this.isProber(server);
+    effects.probes = (_, server) => !this.othersCount() || this.lease !== "" && this.isProber(server);
     effects.agree = (service, server) => this.agree(service, server);
   }
 
-  // Its life.
+  // Start, end and loops.
 
   /** Joins the fleet, and goes on in the background. Resolves when it has joined, or after a time at most. */
   async start(patience: number): Promise<void> {
     void this.follow();
     void this.beat();
-    const end = this.effects.now() + patience;
-    await this.until(() => this.hasLearnt, patience);
-    await this.until(() => !this.hasLearnt || this.records.has(this.name), end - this.effects.now());
-    if (this.hasLearnt) return await this.copying;
+    await this.until(() => this.hasListed && this.records.has(this.name), patience);
+    if (this.hasListed) return await this.copying;
     const instead = this.isWaiting() ? "waits for its document" : `starts with ${this.member.file}`;
     this.effects.report("warn", `fleet: ${this.problem || "the engine has not answered yet"}; ${instead}`);
   }
@@ -12008,29 +12003,28 @@ export class Fleet implements Membership {
     if (lease) await this.engine.revoke(lease).catch(() => {});
   }
 
-  /** At the edge, beside a request: takes what is listed for the truth. */
+  /** Lists once: at the edge, beside a request. */
   async look(): Promise<void> {
     try {
-      await this.learn();
+      await this.listAll();
     } catch (error) {
-      const { ttl } = this.shared();
-      this.complain(error);
-      if (this.effects.now() - this.contactAt > ttl) this.onAway(ttl);
+      this.reportProblem(error);
+      this.checkSilence();
     }
   }
 
-  /** Lists, then watches from there on, for ever: whatever ends a watch, what is listed counts. */
+  /** Lists all keys and watches them from there on. Whatever ends a watch, the next listing is the truth. */
   private async follow(): Promise<void> {
     for (let pause = PAUSES.least; !this.isOver;) {
       let reason = "unreachable";
       const begun = this.effects.now();
       try {
-        await this.learn();
+        await this.listAll();
         if (this.isOver) return;
         this.watching = this.engine.watch(this.revision + 1, (events) => this.onEvents(events));
         reason = await this.watching.ended;
       } catch (error) {
-        this.complain(error);
+        this.reportProblem(error);
       }
       if (reason !== "silent") this.engine.next(); // then it has gone on to one that answers
       this.resyncs.set(reason, (this.resyncs.get(reason) ?? 0) + 1);
@@ -12041,25 +12035,25 @@ export class Fleet implements Membership {
     }
   }
 
-  /** Looks at what is due: the lease, whether the engine is away, and whether this process has stood still. */
+  /** Checks the lease, whether the engine is away, and whether this process was suspended. */
   private async beat(): Promise<void> {
     for (let seen = this.effects.now(); !this.isOver; await this.effects.sleep(BEAT)) {
-      const now = this.effects.now(), { ttl } = this.shared(), late = now - seen - BEAT;
+      const now = this.effects.now(), late = now - seen - BEAT;
       seen = now;
-      if (late > LATEST) { // others have been heard, but not by us
+      if (late > LATEST) { // the engine may have ended our lease meanwhile
         this.contactAt += late;
         this.watching?.close("paused");
       }
-      if (now - this.contactAt > ttl) this.onAway(ttl);
+      this.checkSilence();
       if (this.countsAt > 0 && now >= this.countsAt) {
         this.countsAt = 0;
-        this.settle();
+        this.applyVerdicts();
       }
-      if (this.hasLearnt && now >= this.tickAt) void this.tick(now + ttl / 3);
+      if (this.hasListed && now >= this.tickAt) void this.tick(now + this.shared().ttl / 3);
     }
   }
 
-  /** Keeps the lease alive, and finds out whether the watch is deaf (a frozen member: etcd issue 8980). */
+  /** Keeps the lease alive, and checks whether the watch misses changes (a frozen member: etcd issue 8980). */
   private async tick(next: number): Promise<void> {
     const { watching, engine } = this;
     this.tickAt = Infinity;
@@ -12073,20 +12067,20 @@ export class Fleet implements Membership {
       await this.effects.sleep(LATEST);
       if (this.isBehind(keys, revision)) watching?.close("deaf");
     } catch (error) {
-      this.complain(error);
+      this.reportProblem(error);
     } finally {
       this.tickAt = next;
     }
   }
 
-  /** Whether the watch has not brought all of what is listed. */
+  /** Whether the watch has missed some of what is listed. */
   private isBehind(listed: ReadonlyMap<string, EngineValue>, revision: number): boolean {
     const isGone = ([key, one]: [string, EngineValue]) => one.revision <= revision && !listed.has(key);
     return [...listed.values()].some((one) => one.revision > this.revision) || [...this.keys].some(isGone);
   }
 
-  /** Silence is said when it has lasted (`onAway`); all else at once. */
-  private complain(error: unknown): void {
+  /** Reports what is wrong with the engine: silence once it has lasted (`checkSilence`), all else at once. */
+  private reportProblem(error: unknown): void {
     const { message, stack } = error as Error, isKnown = error instanceof EngineError;
     const isNew = message !== this.problem && !this.isOver;
     if (!isKnown) this.effects.report("error", `fleet: ${stack}`);
@@ -12104,8 +12098,10 @@ export class Fleet implements Membership {
     this.since = this.effects.date();
   }
 
-  private onAway(ttl: number): void {
-    if (this.state === "away") return;
+  /** Without an answer for `ttl` the engine is away: this instance goes on by itself. */
+  private checkSilence(): void {
+    const { ttl } = this.shared();
+    if (this.state === "away" || this.effects.now() - this.contactAt <= ttl) return;
     if (this.state === "answers") this.since = this.effects.date();
     this.state = "away";
     this.countsAt = Infinity;
@@ -12117,8 +12113,8 @@ export class Fleet implements Membership {
 
   // What the engine says.
 
-  /** Lists all keys and takes them for the truth; what a fleet must have and lacks is written first. */
-  private async learn(): Promise<void> {
+  /** Lists all keys and applies them. A document or a secret that is missing is written first. */
+  private async listAll(): Promise<void> {
     let listed = await this.engine.list(true);
     if (!this.isWaiting() && !listed.keys.has("config")) await this.putDocument();
     if (!listed.keys.has("secret")) await this.engine.swap("secret", this.effects.secret(), 0);
@@ -12127,51 +12123,51 @@ export class Fleet implements Membership {
     this.onContact();
     const before = this.keys;
     [this.keys, this.revision] = [listed.keys, listed.revision];
-    this.takeSecret();
-    this.takeDocument();
-    this.takeRecords();
+    this.applySecret();
+    this.applyDocument();
+    this.applyRecords();
     for (const [key, { revision }] of this.keys) {
-      if (key.startsWith("told/") && revision !== before.get(key)?.revision) this.takeWord(key);
+      if (key.startsWith("told/") && revision !== before.get(key)?.revision) this.applyMark(key);
     }
     const isMember = !!this.lease && this.records.get(this.name)?.id === this.member.id;
     if (!isMember) {
-      this.adopt();
+      this.takeOver();
       if (!this.member.isObserver) await this.join();
     }
     if (this.countsAt === Infinity) this.countsAt = this.effects.now() + this.shared().ttl; // leases have ended by then
-    this.settle();
+    this.applyVerdicts();
     this.publish();
     this.problem = "";
-    this.hasLearnt = true;
+    this.hasListed = true;
     if (!this.member.isObserver) void this.checkFile();
   }
 
-  /** What the watch brings, in its order. */
+  /** Applies what the watch brings, in its order. */
   private onEvents(events: EngineEvent[]): void {
     this.onContact();
     for (const { key, value, revision } of events) {
       this.revision = revision;
       if (value === undefined) this.keys.delete(key);
       else this.keys.set(key, { value, revision });
-      if (key === "secret") this.takeSecret();
-      else if (key === "config") this.takeDocument();
-      else if (key.startsWith("told/")) this.takeWord(key);
-      else if (key.startsWith("instances/")) this.takeRecords();
+      if (key === "secret") this.applySecret();
+      else if (key === "config") this.applyDocument();
+      else if (key.startsWith("told/")) this.applyMark(key);
+      else if (key.startsWith("instances/")) this.applyRecords();
       if (key === `instances/${this.name}` && value === undefined && this.lease) this.onLeaseOver();
       if (key === `instances/${this.wanted}` && value === undefined && this.lease) void this.rename();
     }
-    this.settle();
+    this.applyVerdicts();
     this.publish();
   }
 
-  private takeSecret(): void {
+  private applySecret(): void {
     const { value } = this.keys.get("secret") ?? {}, isOther = value !== this.effects.secret();
     if (!value) return void this.engine.swap("secret", this.effects.secret(), 0).catch(() => {}); // it was deleted
     this.effects.secret = () => value;
     if (isOther) void this.lb.reload(this.lb.balancer.table.config); // cookies are signed anew, in workers too
   }
 
-  private takeDocument(): void {
+  private applyDocument(): void {
     const { balancer } = this.lb, before = balancer.table.config, entry = this.keys.get("config");
     if (!entry && this.isWaiting()) return;
     if (!entry) return void this.putDocument().catch(() => {}); // a new listing tries again
@@ -12191,12 +12187,12 @@ export class Fleet implements Membership {
     balancer.reloadFailed = false;
     this.inForce = entry.revision;
     if (this.leaseTtl && this.leaseTtl !== this.shared().ttl) void this.join().catch(() => this.onLeaseOver());
-    this.takeRecords(); // with other servers and another number of probers
+    this.applyRecords(); // with other servers and another number of probers
     if (!this.member.isObserver) this.copying = this.copying.then(() => this.copy(document));
     if (next !== before) this.member.onApplied(next, before);
   }
 
-  /** The document is not there: what is in force becomes it, unless somebody else is first. */
+  /** Writes the missing document: what is in force here, unless another instance was first. */
   private async putDocument(): Promise<void> {
     const { isOurs } = await this.engine.swap("config", this.lb.balancer.table.config.text, 0);
     if (!isOurs) return;
@@ -12208,28 +12204,28 @@ export class Fleet implements Membership {
 
   /** The server that a key under told/ names, and its service. */
   private serverOf(key: string): { service: Service | undefined; server: Server | undefined } {
-    const word = key.slice("told/".length), at = word.lastIndexOf(" ");
-    const service = this.lb.balancer.table.services.get(word.slice(0, at));
-    return { service, server: service?.servers.find(({ url }) => url === word.slice(at + 1)) };
+    const name = key.slice("told/".length), at = name.lastIndexOf(" ");
+    const service = this.lb.balancer.table.services.get(name.slice(0, at));
+    return { service, server: service?.servers.find(({ url }) => url === name.slice(at + 1)) };
   }
 
-  /** Counts a server as up or down, as an operator has said. */
-  private takeWord(key: string): void {
-    if (key.endsWith(CHANGE)) return this.takeChanges();
-    const word = this.keys.get(key)?.value, { service, server } = this.serverOf(key);
-    if (word === undefined || !service || !server) return;
+  /** Marks a server up or down, as an operator has said to some instance. */
+  private applyMark(key: string): void {
+    if (key.endsWith(CHANGE)) return this.applyChanges();
+    const mark = this.keys.get(key)?.value, { service, server } = this.serverOf(key);
+    if (mark === undefined || !service || !server) return;
     // at the start: probes have overtaken it where nobody holds the server for down any more
     const isHeld = [...this.records.values()].some(({ down }) => down.includes(keyOfServer(server)));
-    if (this.hasLearnt || isHeld || service.config.health.kind === "off") {
-      setHealth(service, server, word === "up", this.effects);
+    if (this.hasListed || isHeld || service.config.health.kind === "off") {
+      setHealth(service, server, mark === "up", this.effects);
     }
   }
 
   /**
-   * Follows what operators have said of servers that were found: at any time, for each instance finds them by itself. It holds
-   * until they are gone, for the same address may be another server then.
+   * Applies what operators have changed of servers that were found, whenever this instance finds them too. It holds until they
+   * are gone: later the same address may be another server.
    */
-  private takeChanges(): void {
+  private applyChanges(): void {
     for (const [key, { value }] of this.keys) {
       if (!key.endsWith(CHANGE)) continue;
       const { service, server } = this.serverOf(key.slice(0, -CHANGE.length));
@@ -12244,8 +12240,8 @@ export class Fleet implements Membership {
     }
   }
 
-  /** Which instances live, and which of them therefore probe what. A new prober begins with what is agreed of a server. */
-  private takeRecords(): void {
+  /** Reads the records of live instances, and works out which of them probe each server. */
+  private applyRecords(): void {
     const { probers } = this.shared(), before = this.probing;
     this.records = new Map();
     for (const [key, { value }] of this.keys) {
@@ -12258,7 +12254,7 @@ export class Fleet implements Membership {
     for (const server of this.servers()) {
       const key = keyOfServer(server), by = probersOf(key, members, probers);
       this.probing.set(key, by);
-      if (by.includes(this.name) && !before.get(key)?.includes(this.name) && this.isAgreed()) beginProbing(server);
+      if (by.includes(this.name) && !before.get(key)?.includes(this.name) && this.othersCount()) beginProbing(server);
     }
   }
 
@@ -12277,14 +12273,14 @@ export class Fleet implements Membership {
   private beginProbingAll(): void {
     this.servers().filter((server) => !this.isProber(server)).forEach(beginProbing);
   }
-  /** Whether what others say counts. */
-  private isAgreed(): boolean {
+  /** Whether the votes of others count. */
+  private othersCount(): boolean {
     return this.state === "answers" && this.countsAt === 0 && this.records.size > 0 && !this.isOver;
   }
   private agree({ config: { health: { rise, fall } } }: Service, server: Server): boolean {
     const key = keyOfServer(server);
     if (server.passes >= rise || server.fails >= fall) this.unsure.delete(key);
-    if (!this.isAgreed()) return server.opinion;
+    if (!this.othersCount()) return server.opinion;
     if (server.opinion === this.written?.down.includes(key)) this.publish();
     const verdict = this.verdict(server);
     return verdict === undefined ? server.up : verdict === "up";
@@ -12298,9 +12294,9 @@ export class Fleet implements Membership {
     }));
   }
 
-  /** Puts in force what is agreed. */
-  private settle(): void {
-    if (!this.isAgreed()) return;
+  /** Sets servers up or down, as most of their probers say. */
+  private applyVerdicts(): void {
+    if (!this.othersCount()) return;
     for (const server of this.servers()) {
       const verdict = this.verdict(server), up = verdict === "up";
       if (verdict === undefined) continue;
@@ -12312,13 +12308,13 @@ export class Fleet implements Membership {
     }
   }
 
-  /** Takes what the others agree on for the truth: it is new here, or was away for longer than its lease. */
-  private adopt(): void {
+  /** Begins with what the others agree on: this instance is new, or its lease has ended. */
+  private takeOver(): void {
     this.countsAt = 0;
     this.lease = "";
-    if (this.records.size === 0 && this.member.isObserver) return; // it probes by itself
+    if (this.records.size === 0 && this.member.isObserver) return; // it probes all servers itself
     for (const server of this.servers()) this.unsure.add(keyOfServer(server));
-    this.settle();
+    this.applyVerdicts();
     this.servers().forEach(beginProbing);
   }
 
@@ -12331,11 +12327,11 @@ export class Fleet implements Membership {
 
   private record(): InstanceRecord {
     const { balancer } = this.lb, servers = this.servers(), now = this.effects.now();
-    const words = [...this.keys].filter(([key]) => key.startsWith("told/") && !key.endsWith(CHANGE));
+    const marks = [...this.keys].filter(([key]) => key.startsWith("told/") && !key.endsWith(CHANGE));
     return {
       ...{ id: this.member.id, since: balancer.startedAt.toISOString(), version: VERSION, runtime: balancer.runtime },
       ...{ config: this.inForce, problem: this.document?.problem ?? "", members: this.membersHash },
-      told: Math.max(0, ...words.map(([, { revision }]) => revision)),
+      told: Math.max(0, ...marks.map(([, { revision }]) => revision)),
       down: servers.filter((server) => !server.opinion && this.isProber(server)).map(keyOfServer).sort(),
       ejected: servers.filter(({ until }) => until > now).map(keyOfServer).sort(),
       unsure: [...this.unsure].sort(),
@@ -12362,7 +12358,7 @@ export class Fleet implements Membership {
     }
   }
 
-  /** Takes its own name, which is free: the instance that had it was this one, before a crash, or has left. */
+  /** Registers under its own name, which is free again: another instance has left, or this one had crashed. */
   private async rename(): Promise<void> {
     const { lease } = this;
     this.lease = "";
@@ -12370,18 +12366,18 @@ export class Fleet implements Membership {
     this.effects.report("info", `fleet: this instance is called ${quote(this.name)} again`);
   }
 
-  /** This process has stood still for too long, or the engine was away: it has to register anew. */
+  /** The lease has ended, as after a suspension: this instance registers anew. */
   private onLeaseOver(): void {
     this.lease = "";
     this.watching?.close("lease");
   }
 
-  /** Writes this instance's record, where it says something else by now. */
+  /** Writes this instance's record if it has changed. */
   private publish(): void {
     if (this.lease && !this.isOver) this.writing ??= this.write().finally(() => this.writing = undefined);
   }
   private async write(): Promise<void> {
-    await Promise.resolve(); // for all that changes in this turn
+    await Promise.resolve(); // what else changes in this turn is written with it
     try {
       while (this.lease) {
         const own = this.record(), text = JSON.stringify(own);
@@ -12391,7 +12387,7 @@ export class Fleet implements Membership {
       }
     } catch (error) {
       if ((error as EngineError).kind === "lease") this.onLeaseOver();
-      else this.complain(error); // the next tick writes again
+      else this.reportProblem(error); // the next tick writes again
     }
   }
 
@@ -12436,7 +12432,7 @@ export class Fleet implements Membership {
     throw new AdminError(409, `others were first, ${MOST_TRIES} times in a row: try again`);
   }
 
-  /** Waits until all live instances have a document in force. Gives those that have not. */
+  /** Waits until all live instances have a document in force. Gives the names of those that have not. */
   private async waitForAll(revision: number, wait: number): Promise<string[]> {
     const missing = () =>
       [...this.records].filter(([name, { config }]) => (name === this.name ? this.inForce : config) < revision);
@@ -12444,9 +12440,9 @@ export class Fleet implements Membership {
     return wait > 0 ? missing().map(([name]) => name) : [];
   }
 
-  async tell(service: Service, server: Server, word: "up" | "down" | FoundChange): Promise<boolean> {
-    const isChange = typeof word === "object", key = `told/${keyOfServer(server)}${isChange ? CHANGE : ""}`;
-    const value = isChange ? JSON.stringify({ ...service.changes.get(server.url), ...word }) : word;
+  async mark(service: Service, server: Server, mark: "up" | "down" | FoundChange): Promise<boolean> {
+    const isChange = typeof mark === "object", key = `told/${keyOfServer(server)}${isChange ? CHANGE : ""}`;
+    const value = isChange ? JSON.stringify({ ...service.changes.get(server.url), ...mark }) : mark;
     const before = this.keys.get(key)?.revision, hasCome = () => this.keys.get(key)?.revision !== before;
     if (this.state !== "answers") return false;
     const isWritten = await this.engine.put(key, value).then(() => true, () => false);
@@ -12462,7 +12458,7 @@ export class Fleet implements Membership {
 
   // The local file.
 
-  /** The document as this file has it: who this instance is, and how it gets to the engine, stays its own. */
+  /** A document as the local file has it: with `fleet` of its own, but for the shared keys. */
   private localText(text: string): string {
     const raw = mapOf(readAsWritten(text, this.member.file).values), theirs = mapOf(raw.fleet);
     if (differences(withoutShared(theirs), withoutShared(this.local)).length === 0) return text;
@@ -12474,7 +12470,7 @@ export class Fleet implements Membership {
     }
   }
 
-  /** A document as it is put in force here: who this instance is needs no variables of others. */
+  /** Parses a document with `fleet` of the local file, so that the variables of other instances need not be set here. */
   parse(text: string): Config {
     return { ...this.member.parse(this.localText(text)), text };
   }
@@ -12497,7 +12493,7 @@ export class Fleet implements Membership {
     }
   }
 
-  /** Looks whether somebody has edited the local file, and makes that the document. */
+  /** Makes the local file the document if somebody has edited it. */
   async checkFile(): Promise<void> {
     await this.copying;
     const text = this.member.read(), { document, copied, local: before } = this;
@@ -12522,7 +12518,7 @@ export class Fleet implements Membership {
     }
   }
 
-  // What there is to see.
+  // Views.
 
   view(): FleetView {
     const { name, state, problem, inForce: config } = this, answers = state === "answers";
@@ -12541,7 +12537,7 @@ export class Fleet implements Membership {
 const CHANGE = "#change", NO_CHANGE = "{}"; // at the end of a key under told/, and what it holds when the server is gone
 const NO_FLEET: FleetConfig = v.parse(FleetMap, {});
 
-/** A prober of a server begins with what is agreed. */
+/** Makes an instance begin its probes of a server with what is agreed. */
 function beginProbing(server: Server): void {
   Object.assign(server, { opinion: server.up, passes: 0, fails: 0 });
 }
@@ -12551,7 +12547,7 @@ function beginProbing(server: Server): void {
 /** Milliseconds: between two looks at least and at most, after one that failed; how long an answer may take. */
 const LOOKS = { least: 5_000, most: 60_000, again: 2_000, resolver: 1_000, system: 2_000 };
 
-/** Whom DNS is asked for, as `Effects` has it where there is DNS. */
+/** Access to DNS, where `Effects` has it. */
 interface Dns extends Pick<Effects, "resolveSrv" | "lookup" | "sleep"> {
   resolve: NonNullable<Effects["resolve"]>;
   resolvers: string[]; // empty: those of the machine
@@ -12564,7 +12560,7 @@ interface LookResult {
   problem: string; // why some or all of it is missing; empty: nothing is
 }
 
-/** What is asked for, unless it takes too long. */
+/** Waits for an answer; rejects when that takes too long. */
 async function waitAtMost<T>(milliseconds: number, asked: Promise<T>, sleep: Effects["sleep"]): Promise<T> {
   const over = new AbortController();
   const late = sleep(milliseconds, over.signal).then(() => Promise.reject(new Error("no answer")));

@@ -220,7 +220,7 @@ test("a watch that has gone deaf is dropped, and so are revisions that go backwa
 test("what an operator says counts on all, until probes say otherwise, and no vote from before undoes it", async () => {
   const world = await worldOf(2, "a", "b", "c", "d"),
     service = world.members[0]!.lb.balancer.table.services.get("default")!;
-  const told = world.members[0]!.fleet.tell(service, service.servers[0]!, "down");
+  const told = world.members[0]!.fleet.mark(service, service.servers[0]!, "down");
   await world.pass(100);
   assert.equal(await told, true);
   assert.deepEqual(world.members.map(({ isUp }) => isUp(0)), [false, false, false, false]);
