@@ -2781,17 +2781,16 @@ const newServer = (
   ...{ counters: newCounters(), ...NO_LATENCY },
 });
 
-/** State of `max_in_flight: auto` for one server: its baseline latency, and the current window of samples. */
+/** State of `max_in_flight: auto` for one server: its latency in calm times, and the current window. */
 interface LimitWindow {
-  baseline: number; // mean milliseconds to the head of an answer while it was not near its limit; 0: not known
+  baseline: number; // its `latency` while it was not near its limit; 0: not known
   since: number; // when the window was opened
   answers: number;
-  sum: number; // of their milliseconds
   most: number; // the peak of requests in flight
   refused: boolean; // a 429, a 503 or a failure came
 }
 const newLimitWindow = (baseline: number, since: number): LimitWindow => ({
-  ...{ baseline, since, answers: 0, sum: 0, most: 0, refused: false },
+  ...{ baseline, since, answers: 0, most: 0, refused: false },
 });
 
 /** What operators may say of a server that was found, until it is gone. */
@@ -7047,22 +7046,21 @@ const LEAST_WINDOW = { time: 250, answers: 10 }; // milliseconds and answers bet
  * concurrency-limits: as long as that is what it is in calm times there is room for a few more, the root of the limit;
  * where it is worse, the limit shrinks by as much. At its least, a server is as calm as it will ever be.
  */
-function findLimit(server: Server, milliseconds: number, refused: boolean, now: number): void {
-  const { limitWindow: window, limit } = server;
+function findLimit(server: Server, refused: boolean, now: number): void {
+  const { limitWindow: window, limit, latency } = server;
   window.answers++;
-  window.sum += milliseconds;
   window.most = Math.max(window.most, server.inFlight);
   window.refused ||= refused;
   if (now - window.since < LEAST_WINDOW.time || window.answers < LEAST_WINDOW.answers) return;
-  const mean = Math.max(window.sum / window.answers, LEAST_TIME), busy = window.most >= limit / 2;
-  const isCalm = !busy || limit <= LEAST_LIMIT || mean < window.baseline;
-  const calm = !window.baseline ? mean : isCalm ? window.baseline + 0.1 * (mean - window.baseline) : window.baseline;
+  const busy = window.most >= limit / 2, calm = window.baseline || latency;
+  const isCalm = !busy || limit <= LEAST_LIMIT || latency < calm;
+  const baseline = isCalm ? calm + 0.1 * (latency - calm) : calm;
   if (busy) {
-    const gradient = Math.min(1, Math.max(0.5, TOLERANCE * calm / mean));
+    const gradient = Math.min(1, Math.max(0.5, TOLERANCE * baseline / latency));
     const next = window.refused ? 0.9 * limit : limit * gradient + Math.sqrt(limit);
     server.limit = Math.min(server.max, Math.max(LEAST_LIMIT, next));
   }
-  server.limitWindow = newLimitWindow(calm, now);
+  server.limitWindow = newLimitWindow(baseline, now);
 }
 
 // --- 5.3 Outlier detection: what requests find out about servers: failures, latencies, ejections ---
@@ -7151,15 +7149,16 @@ const MEMORY = 64; // attempts: older ones fade
 
 /** Updates a server's statistics by the result of an attempt. */
 function recordResult(service: Service, server: Server, good: boolean, milliseconds: number, now: number): void {
-  if (service.config.max_in_flight === AUTO) findLimit(server, milliseconds, !good, now);
   server.judged++;
   server.failing += (Number(!good) - server.failing) / Math.min(server.judged, MEMORY);
-  if (!good) return noteTime(server, asSlow(service, milliseconds), now);
-  const first = 1 / ++server.samples, sample = Math.max(milliseconds, LEAST_TIME);
-  const part = Math.max(first, Math.min(1 / MEMORY, 1 - Math.exp((server.recentAt - now) / DECAY)));
-  server.latency += (sample - server.latency) * Math.max(first, 1 / MEMORY);
-  server.typical = first === 1 ? sample : server.typical * (sample / server.typical) ** part;
-  noteTime(server, milliseconds, now);
+  if (good) {
+    const first = 1 / ++server.samples, sample = Math.max(milliseconds, LEAST_TIME);
+    const part = Math.max(first, Math.min(1 / MEMORY, 1 - Math.exp((server.recentAt - now) / DECAY)));
+    server.latency += (sample - server.latency) * Math.max(first, 1 / MEMORY);
+    server.typical = first === 1 ? sample : server.typical * (sample / server.typical) ** part;
+  }
+  noteTime(server, good ? milliseconds : asSlow(service, milliseconds), now);
+  if (service.config.max_in_flight === AUTO) findLimit(server, !good, now);
 }
 
 /** The head of a response. A 5xx counts as a failure in comparisons; a 429 says that the server is busy. */
@@ -7176,7 +7175,7 @@ function onHead(service: Service, server: Server, status: number, began: number,
   if (server.until !== 0) return;
   if (status === 429) {
     noteTime(server, asSlow(service, milliseconds), now);
-    if (service.config.max_in_flight === AUTO) findLimit(server, milliseconds, true, now);
+    if (service.config.max_in_flight === AUTO) findLimit(server, true, now);
   } else recordResult(service, server, status < 500, milliseconds, now);
 }
 
