@@ -6797,21 +6797,31 @@ const roundRobin: Strategy = (candidates, { turn }) => {
   return best;
 };
 
-/** The server with the least score; among equals the first, counted from `start`. */
-function leastByScore(candidates: Candidates, score: (server: Server) => number, start = 0): Server {
-  let best = candidates[start]!;
-  let lowest = score(best);
-  for (let i = 1, at = start; i < candidates.length; i++) {
-    if (++at === candidates.length) at = 0;
-    const server = candidates[at]!, value = score(server);
-    if (!(value < lowest)) continue;
+/** Scores servers for a request: the lowest score wins. */
+type Scoring = (candidates: Candidates, draw: Draw) => (server: Server) => number;
+
+/** Whether a server is preferred to the best before it, which has the same score; `equals`: the weight of all that have it. */
+type Preference = (server: Server, best: Server, equals: number) => boolean;
+
+/** The server with the least score; among equals the preferred one, or the first. */
+function leastByScore(
+  candidates: Candidates,
+  score: (server: Server) => number,
+  isPreferred: Preference = () => false,
+): Server {
+  let best = candidates[0], lowest = Infinity, equals = 0;
+  for (const server of candidates) {
+    const value = score(server);
+    if (value > lowest) continue;
+    equals = value < lowest ? server.effective : equals + server.effective;
+    if (value === lowest && !isPreferred(server, best, equals)) continue;
     best = server;
     lowest = value;
   }
   return best;
 }
 
-const busyness = (server: Server): number => server.inFlight / server.effective;
+const busyness = ({ inFlight, effective }: Server): number => inFlight / effective;
 /** What least-connections compares: the connections that a server would have, by its weight. */
 const connectionsByWeight = ({ inFlight, effective }: Server): number => (inFlight + 1) / effective;
 
@@ -6829,6 +6839,20 @@ const LEAST_TIME = 0.01; // milliseconds: what is faster counts as that
 const UNKNOWN = 1e12; // milliseconds: what a second request counts as where the first has not been answered yet
 const NOISE = 2.5; // up to so many times the fastest is as good as equal: the peaks of equal servers differ that much
 
+/** The least score of two at random, or of all where there are at most 8; among equals any, by weight. */
+function leastOfSome(candidates: Candidates, draw: Draw, scoring: Scoring): Server {
+  const { random } = draw;
+  if (candidates.length <= 8) {
+    return leastByScore(
+      candidates,
+      scoring(candidates, draw),
+      ({ effective }, _, equals) => random() * equals < effective,
+    );
+  }
+  const one = drawByWeight(candidates, random), two: Candidates = [one, drawByWeight(candidates, random, one)];
+  return leastByScore(two, scoring(two, draw));
+}
+
 /** A server's recent latency, or the mean age of the requests that wait there, whichever is longer. */
 function latencyOf(server: Server, now: number): number {
   const { waiting, waitingSince } = server;
@@ -6838,28 +6862,14 @@ function latencyOf(server: Server, now: number): number {
   return age > recent ? age : recent;
 }
 
-/** The cost of one more request at a server, where the fastest server takes `fastest`. */
-function costOf(server: Server, now: number, fastest: number): number {
-  const pace = latencyOf(server, now);
-  return (pace > NOISE * fastest ? pace : fastest) * (server.inFlight + 1) / server.effective;
-}
-
-/** The least cost of all, or of two at random where there are more than 8; among equals any. */
-const peakEwma: Strategy = (candidates, { random, now }) => {
-  if (candidates.length > 8) {
-    const one = drawByWeight(candidates, random), other = drawByWeight(candidates, random, one);
-    const fastest = Math.min(latencyOf(one, now), latencyOf(other, now));
-    return costOf(other, now, fastest) < costOf(one, now, fastest) ? other : one;
-  }
-  let best = candidates[0], fastest = Infinity, lowest = Infinity, equals = 1;
+/** The cost of one more request at a server: its recent latency times requests in flight, by weight. */
+const costOf: Scoring = (candidates, { now }) => {
+  let fastest = Infinity;
   for (const server of candidates) fastest = Math.min(fastest, latencyOf(server, now));
-  for (const server of candidates) {
-    const cost = costOf(server, now, fastest);
-    if (cost > lowest || cost === lowest && random() * ++equals >= 1) continue;
-    if (cost < lowest) equals = 1;
-    [best, lowest] = [server, cost];
-  }
-  return best;
+  return (server) => {
+    const pace = latencyOf(server, now);
+    return (pace > NOISE * fastest ? pace : fastest) * (server.inFlight + 1) / server.effective;
+  };
 };
 
 /** Scores servers for a key; the least score takes it. */
@@ -6920,54 +6930,44 @@ function meanLatency(servers: readonly Server[]): number {
   return known && sum / known;
 }
 
-/** What a server without an answer yet counts as: an eighth of the others' mean, so that it is tried and not flooded. */
-const untriedTime = (candidates: Candidates): number => meanLatency(candidates) / 8 || 1;
-
-/** A server's latency, or the age of what waits there, times the requests that it would have, by weight: nginx's least_time. */
-function expectedTime({ latency, inFlight, effective, waiting, waitingSince }: Server, now: number, untried: number) {
-  const age = latency && waiting && now - waitingSince / waiting;
-  return Math.max(latency || untried, age) * (inFlight + 1) / effective;
-}
-
-/** The least expected time; among equals the fewest picks by weight. */
-const leastResponseTime: Strategy = (candidates, { now }) => {
-  const untried = untriedTime(candidates);
-  let best = candidates[0], lowest = Infinity;
-  for (const server of candidates) {
-    const time = expectedTime(server, now, untried);
-    if (time > lowest || time === lowest && server.picks * best.effective >= best.picks * server.effective) continue;
-    best = server;
-    lowest = time;
-  }
-  return best;
+/**
+ * The time that a server is expected to take: its latency, or the age of what waits there, times the requests that it would
+ * have, by weight: nginx's least_time. A server without an answer yet counts as an eighth of the others' mean, so that it
+ * is tried and not flooded.
+ */
+const expectedTime: Scoring = (candidates, { now }) => {
+  const untried = meanLatency(candidates) / 8 || 1;
+  return ({ latency, inFlight, effective, waiting, waitingSince }) => {
+    const age = latency && waiting && now - waitingSince / waiting;
+    return Math.max(latency || untried, age) * (inFlight + 1) / effective;
+  };
 };
+
+const hasFewerPicks: Preference = (server, best) => server.picks * best.effective < best.picks * server.effective;
+
+/** A strategy that goes by scores, which explain shows. */
+function scored(scoring: Scoring, pick: (all: Candidates, draw: Draw, scoring: Scoring) => Server): Strategy {
+  const score: Score = (server, all, draw) => scoring(all, draw)(server);
+  return Object.assign((all: Candidates, draw: Draw) => pick(all, draw, scoring), { score });
+}
 
 /** The strategies of `strategy:` in routes.yml. */
 export const strategies: Record<typeof STRATEGIES[number] | "hash", Strategy> = {
   "round-robin": roundRobin,
   "first": (candidates) => candidates[0],
   "random": (candidates, { random }) => drawByWeight(candidates, random),
-  "two-choices": (candidates, { random }) => {
-    const one = drawByWeight(candidates, random);
-    if (candidates.length <= 8) return leastByScore(candidates, busyness, candidates.indexOf(one));
-    return leastByScore([one, drawByWeight(candidates, random, one)], busyness);
-  },
-  "least-connections": (candidates) => leastByScore(candidates, connectionsByWeight),
-  "least-response-time": leastResponseTime,
-  "peak-ewma": peakEwma,
-  "ip-hash": (candidates, { client }) => rendezvous(candidates, client, () => false),
-  "hash": (candidates, { key }) => rendezvous(candidates, key, overloaded(candidates)),
-};
-
-/** The scores of those that go by one. */
-const SCORES: Record<string, Score> = {
-  "two-choices": busyness,
-  "least-connections": connectionsByWeight,
-  "least-response-time": (server, candidates, { now }) => expectedTime(server, now, untriedTime(candidates)),
-  "peak-ewma": (server, candidates, { now }) =>
-    costOf(server, now, Math.min(...candidates.map((one) => latencyOf(one, now)))),
-  "ip-hash": (server, candidates, { client }) => scoresFor(candidates, client)(server),
-  "hash": (server, candidates, { key }) => scoresFor(candidates, key)(server),
+  "two-choices": scored(() => busyness, leastOfSome),
+  "least-connections": scored(() => connectionsByWeight, (all) => leastByScore(all, connectionsByWeight)),
+  "least-response-time": scored(
+    expectedTime,
+    (all, draw, scoring) => leastByScore(all, scoring(all, draw), hasFewerPicks),
+  ),
+  "peak-ewma": scored(costOf, leastOfSome),
+  "ip-hash": scored(
+    (all, { client }) => scoresFor(all, client),
+    (all, { client }) => rendezvous(all, client, () => false),
+  ),
+  "hash": scored((all, { key }) => scoresFor(all, key), (all, { key }) => rendezvous(all, key, overloaded(all))),
 };
 
 const cookieOf = ({ block }: Pick<Exchange, "block">, name: string) =>
@@ -9923,7 +9923,7 @@ function whyNot(server: Server, isAsked: boolean, now: number): string {
 /** One service as a request would find it: its records are copies, with which its strategy may do what it likes. */
 function explainService({ service: found, weight }: Destination, exchange: Exchange) {
   const service = { ...found, servers: found.servers.map((server) => ({ ...server })), candidatesUntil: 0 };
-  const { name, config, strategy } = service, score = strategy.score ?? SCORES[config.strategy.name];
+  const { name, config, strategy } = service, { score } = strategy;
   const candidates = withRoom(service, candidatesOf(service, exchange.now)) as Candidates;
   const taker = candidates.length > 0 ? runStrategy(service, candidates, exchange) : undefined;
   const servers = service.servers.map((server) => {
