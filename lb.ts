@@ -68,6 +68,7 @@ import { methodNotAllowed } from "hono/method-not-allowed";
 import { basePath } from "hono/route";
 import { secureHeaders } from "hono/secure-headers";
 import { streamSSE } from "hono/streaming";
+import { parseAccept } from "hono/utils/accept";
 import { COMPRESSIBLE_CONTENT_TYPE_REGEX } from "hono/utils/compress";
 import { parse as parseCookie } from "hono/utils/cookie";
 import type { ContentfulStatusCode } from "hono/utils/http-status";
@@ -6593,6 +6594,14 @@ function validate(exchange: Exchange): FailureName | undefined {
   return undefined;
 }
 
+const MAX_HOPS = 20; // entries of Via
+
+/** A request that has been here before, or that has passed too many proxies. */
+function detectLoop({ balancer, block }: Exchange): FailureName | undefined {
+  const via = fieldOf(block.fields, "via");
+  return via && (via.includes(balancer.via) || via.split(",").length > MAX_HOPS) ? "loop" : undefined;
+}
+
 // --- 4.2 Matching and rewriting: hosts, paths and conditions; what servers see in their place ---
 
 const ANY_PATH = { kind: "prefix", path: "" } as const;
@@ -7789,8 +7798,7 @@ function nextSpan(exchange: Exchange): void {
 // --- 7.2 Access log: one line a request, made and printed together with others ---
 
 const isoSecond = onceASecond((date) => date.toISOString().slice(0, 19));
-const DECIMALS = Array.from({ length: 1_000 }, (_, i) => `.${String(i).padStart(3, "0")}`); // 0.2 us less than toFixed
-const isoTime = (date: Date): string => `${isoSecond(date)}${DECIMALS[date.getUTCMilliseconds()]}Z`;
+const isoTime = (date: Date): string => `${isoSecond(date)}.${String(1_000 + date.getUTCMilliseconds()).slice(1)}Z`;
 
 /** Milliseconds with their microseconds. */
 const rounded = (time: number): number => Math.round(time * 1_000) / 1_000;
@@ -7845,22 +7853,13 @@ const inQuotes = (text = "-"): string => `"${escaped(text, UNSAFE_IN_QUOTES)}"`;
 const oneWord = (text: string | undefined): string => text ? escaped(text, UNSAFE_IN_WORD) : "-";
 
 /** `0.250`: milliseconds with three decimals. */
-function inMillis(time: number | undefined): string {
-  if (time === undefined) return "-";
-  const whole = Math.floor(time);
-  return `${whole}${DECIMALS[Math.round((time - whole) * 1_000)]}`;
-}
+const inMillis = (time: number | undefined): string => time?.toFixed(3) ?? "-";
 
-/** `21/Nov/2026:03:14:42 +0000`, the time of Apache's logs, from an ISO time; made once a second. */
-const apacheTime = (() => {
-  let [second, text] = ["no second", ""];
-  return (iso: string): string => {
-    if (iso.startsWith(second)) return text;
-    const [, day, month, year, time] = new Date(iso).toUTCString().split(" ");
-    [second, text] = [iso.slice(0, 19), `${day}/${month}/${year}:${time} +0000`];
-    return text;
-  };
-})();
+/** `21/Nov/2026:03:14:42 +0000`, the time of Apache's logs, from an ISO time without its fraction. */
+const apacheTime = memo((second) => {
+  const [, day, month, year, time] = new Date(`${second}Z`).toUTCString().split(" ");
+  return `${day}/${month}/${year}:${time} +0000`;
+});
 
 /** Apache's line; service, server, attempts, times, failure and ids follow it (docs/metrics.md). */
 function combinedLine(r: AccessRecord): string {
@@ -7872,7 +7871,7 @@ function combinedLine(r: AccessRecord): string {
   const request = `"${oneWord(r["http.request.method"])} ${asked} ${version ? `HTTP/${version}` : "-"}"`;
   const times = `${inMillis(r["lb.connected_ms"])}/${inMillis(r["lb.head_ms"])}/${inMillis(r["lb.ended_ms"])}`;
   const failure = r["error.type"] === `${status}` ? undefined : r["error.type"];
-  return `${oneWord(r["client.address"])} - - [${apacheTime(r.timestamp)}] ${request} ${status} ` +
+  return `${oneWord(r["client.address"])} - - [${apacheTime(r.timestamp.slice(0, 19))}] ${request} ${status} ` +
     `${r["http.response.body.size"]} ${inQuotes(r["http.request.header.referer"])} ` +
     `${inQuotes(r["user_agent.original"])} ${oneWord(r["lb.service"])} ${oneWord(r["lb.server"])} ` +
     `${r["lb.attempts"]} ${times} ${failure ?? (grpc ? `grpc-status-${grpc}` : "-")} ` +
@@ -8430,14 +8429,6 @@ function passingFields(block: FieldBlock): PassingFields {
   return block.passing = { lines: linesOf(passing), via };
 }
 
-const MAX_HOPS = 20; // entries of Via
-
-/** A request that has been here before, or that has passed too many proxies. */
-function detectLoop({ balancer, block }: Exchange): FailureName | undefined {
-  const { via } = passingFields(block);
-  return via && (via.includes(balancer.via) || via.split(",").length > MAX_HOPS) ? "loop" : undefined;
-}
-
 /** Fields of trusted peers that are written anew; all others of theirs pass. */
 const OURS = new Set(
   ["for", "host", "proto", "port"].map((name) => `x-forwarded-${name}`).concat("forwarded", "x-request-id"),
@@ -8507,13 +8498,9 @@ const CODED = new Set(["content-length", "etag"]); // fields of a response that 
 
 /** Whether Accept-Encoding takes gzip (RFC 9110 section 12.5.3). */
 function acceptsGzip(accept: string): boolean {
-  const qualities = new Map(
-    splitBy(accept, ",").map((entry) => {
-      const [, coding = "", quality = "1"] = /^([^\s;]+)\s*(?:;\s*q=([\d.]+))?$/i.exec(entry) ?? [];
-      return [lower(coding), Number(quality)];
-    }),
-  );
-  return (qualities.get("gzip") ?? qualities.get("*") ?? 0) > 0;
+  const codings = parseAccept(accept),
+    qualityOf = (name: string) => codings.find(({ type }) => lower(type) === name)?.q;
+  return (qualityOf("gzip") ?? qualityOf("*") ?? 0) > 0;
 }
 
 /** A response in gzip, where the service says so: text that is not encoded yet, for clients that accept it. */
@@ -8931,7 +8918,11 @@ function balance(balancer: Balancer, request: HttpRequest, isWrapped = false): v
   balancer.inFlight++;
   exchange.entrypoint.inFlight++;
   request.onGone = () => exchange.onLeave?.(exchange);
-  guarded(exchange, takeRequest);
+  try {
+    takeRequest(exchange);
+  } catch (error) { // of a custom strategy, say
+    failInternally(exchange, error);
+  }
 }
 
 /** Validates a request, and finds its route and its service. */
