@@ -9918,12 +9918,11 @@ function explainService({ service: found, weight }: Destination, exchange: Excha
   const candidates = withRoom(service, candidatesOf(service, exchange.now)) as Candidates;
   const taker = candidates.length > 0 ? runStrategy(service, candidates, exchange) : undefined;
   const servers = service.servers.map((server) => {
-    const asked = candidates.includes(server), why = whyNot(server, asked, exchange.now);
-    const points = asked ? score?.(server, candidates, exchange) : undefined;
+    const asked = candidates.includes(server), points = asked ? score?.(server, candidates, exchange) : undefined;
     return {
-      ...{ server: server.name, asked, ...(why && { why }) },
-      ...(points !== undefined && { score: Number(points.toPrecision(4)) }),
-      ...(config.max_in_flight === AUTO && { limit: Math.floor(server.limit) }),
+      ...{ server: server.name, asked, why: whyNot(server, asked, exchange.now) || undefined },
+      score: points === undefined ? undefined : Number(points.toPrecision(4)),
+      limit: config.max_in_flight === AUTO ? Math.floor(server.limit) : undefined,
     };
   });
   return { weight, service: name, strategy: config.strategy.name, takes: taker?.name ?? null, servers };
@@ -9951,7 +9950,7 @@ function explain(balancer: Balancer, method: string, url: string, headers: strin
   const refusal = validate(exchange), route = refusal ? undefined : matchRoute(balancer.table, exchange);
   if (!route) {
     const failure = refusal ?? (exchange.allow ? "bad-method" : "no-route");
-    return { ...FAILURES[failure], failure, ...(exchange.allow && { allow: exchange.allow }) };
+    return { ...FAILURES[failure], failure, allow: exchange.allow };
   }
   const { name, action, admits, destinations, mirror } = route;
   const found = { route: name, action: action.kind, restricted: admits !== undefined, weight: route.weight };
@@ -9961,8 +9960,7 @@ function explain(balancer: Balancer, method: string, url: string, headers: strin
     ...one.fallback ? chain(one.fallback, true) : [],
   ];
   const services = destinations.flatMap((one) => chain(one));
-  const copies = mirror && { copies: mirror.service.name };
-  return { ...found, target: `${method} ${targetOf(exchange, route)}`, services, ...copies };
+  return { ...found, target: `${method} ${targetOf(exchange, route)}`, services, copies: mirror?.service.name };
 }
 
 /** The same of a request as people write it, `GET http://host/path`; undefined where it is none. */
@@ -10004,11 +10002,9 @@ function explanationText(found: ReturnType<typeof explain>): string {
     const part = weight < found.weight ? ` (${weight} of ${found.weight})` : "";
     lines.push(`service  ${service}${fallback ? " (fallback)" : part}: ${strategy}`);
     for (const { server, asked, why, score, limit } of servers) {
-      const words = [`server   ${server}: ${asked ? "may be asked" : "is not asked"}`];
-      if (why) words.push(`: ${why}`);
-      if (score !== undefined) words.push(`; score ${score}`);
-      if (limit !== undefined) words.push(`; at most ${limit} in flight`);
-      lines.push(words.join(""));
+      const reason = why ? `: ${why}` : "", points = score === undefined ? "" : `; score ${score}`;
+      const most = limit === undefined ? "" : `; at most ${limit} in flight`;
+      lines.push(`server   ${server}: ${asked ? "may be asked" : "is not asked"}${reason}${points}${most}`);
     }
     lines.push(`takes    ${takes ?? "nobody"}`);
   }
@@ -10724,10 +10720,9 @@ function addRoutes(app: Hono<AdminEnv>, isOpen: boolean, known: Omit<ApiRequest,
 // --- 11.5 API description: OpenAPI and a page, from the operations and the schemas of bodies and answers ---
 
 const ref = (kind: string, name: string) => ({ $ref: `#/components/${kind}/${name}` });
-const parameter = (place: "path" | "query" | "header", name: string, description: string, example?: string) => ({
-  ...{ name, in: place, description, required: place === "path", schema: ref("schemas", "Text") },
-  ...(example && { example }),
-});
+const parameter = (place: "path" | "query" | "header", name: string, description: string, example?: string) => {
+  return { name, in: place, description, required: place === "path", schema: ref("schemas", "Text"), example };
+};
 const EXAMPLE_NAMES: Record<string, string> = { service: "shop", server: "10.0.0.1:8080", worker: "1" };
 
 const GROUPS: Record<string, string> = {
@@ -10809,7 +10804,7 @@ details, figure, dialog, .card { background: var(--card); border: 1px solid var(
 summary, figure, .card { padding: 10px 16px; }
 summary, button { cursor: pointer; }
 a { color: var(--blue); }
-header, nav { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: baseline; gap: 4px 16px; }
+header, nav, figcaption, menu { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: baseline; gap: 4px 16px; }
 h1 { font-size: 18px; }
 table { width: 100%; table-layout: fixed; border-spacing: 0; }
 th, td { padding: 6px 8px; border-top: 1px solid var(--line); text-align: left; vertical-align: top; }
@@ -10923,19 +10918,16 @@ p:empty, ul:empty, [hidden] { display: none !important; }
 .lost > :not(header) { opacity: 0.45; }
 header .card { flex-basis: 100%; margin-top: 8px; border-left: 4px solid var(--tone, var(--line)); }
 #verdict { font-size: clamp(18px, 2.4vw, 22px); font-weight: 600; }
-.facts { display: flex; flex-wrap: wrap; gap: 0 16px; }
-#troubles { max-height: 200px; margin-top: 8px; overflow: auto; list-style: none; }
-li { padding-left: 18px; text-indent: -18px; } li::before { content: "▲ "; } li.bad::before { content: "✕ "; }
+#troubles { max-height: 200px; margin-top: 8px; padding-left: 18px; overflow: auto; list-style: "▲ "; } li.bad { list-style: "✕ "; }
 li a { color: inherit; } li a:not(:hover) { text-decoration: none; }
 #charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 16px; }
 figure { display: grid; align-content: space-between; }
-figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: baseline; gap: 0 12px; }
 b { flex-basis: 100%; font-size: 20px; }
 svg { display: block; width: 100%; height: 56px; border-bottom: 1px solid var(--line); }
 path { fill: none; stroke: var(--blue); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
 path + path { stroke: var(--dim); stroke-dasharray: 3 3; }
-.bar { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 16px; }
-.bar > input { flex: 1; min-width: 0; } label { display: flex; align-items: center; gap: 8px; } #problems { accent-color: var(--blue); }
+.bar, .facts, label { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 16px; }
+.bar > input { flex: 1; min-width: 0; } #problems { accent-color: var(--blue); }
 input, button { padding: 6px 10px; border: 1px solid var(--line); border-radius: 6px; background: var(--card); }
 #services { display: grid; gap: 8px; } #services:empty, table:not(:has(td)) { display: none; }
 details { overflow: clip; } summary h2 { display: inline; } h2 small { margin-left: 8px; }
@@ -10950,7 +10942,7 @@ td small, th small { display: block; }
 td button { padding: 2px 7px; margin-left: 4px; color: var(--blue); font-size: 12px; }
 dialog { width: min(440px, calc(100% - 32px)); margin: auto; padding: 24px; }
 dialog form { display: grid; gap: 16px; }
-menu { display: flex; justify-content: space-between; } #go { border-color: var(--blue); color: var(--blue); }
+#go { border-color: var(--blue); color: var(--blue); }
 #sheet { width: min(1000px, calc(100% - 32px)); } #sheet pre { max-height: 70vh; overflow: auto; }
 @media (max-width: 1280px) {
   section thead { display: none; }
@@ -11024,11 +11016,8 @@ ${lines.map((d) => html`<path d="${d}"/>`)}</svg></figure>`;
 
 // Services and servers: first what is to be shown of them, then the HTML.
 
-interface Trouble {
-  level: "bad" | "warn";
-  text: string;
-  at: string; // id of what it is about; empty: of nothing on the page
-}
+/** What is wrong, and the id of what it is about; empty: of nothing on the page. */
+type Trouble = { level: "bad" | "warn"; text: string; at: string };
 
 /** The instances of a fleet that probe a server, and which of them disagree with what most say. */
 function probersIn(fleet?: FleetView): (server: string, up: boolean) => string {
@@ -11224,11 +11213,12 @@ function verdictOf(servers: ShownServer[]): string {
   const up = count(({ state }) => state === "up"), all = FORMAT.count(servers.length);
   if (!servers.length) return "No servers yet";
   if (up === servers.length) return `All servers are up: ${all}`;
-  const aside = count(({ server }) => server.state !== "ready");
-  const unchecked = count(({ state }) => state === "unchecked");
-  const others = Object.entries({ "set aside": aside, unchecked }).filter(([, n]) => n > 0);
-  const rest = others.map(([what, n]) => `, ${FORMAT.count(n)} ${what}`).join("");
-  return `${FORMAT.count(up)} of ${all} servers are up${rest}`;
+  const aside = count(({ server }) => server.state !== "ready"),
+    unchecked = count(({ state }) => state === "unchecked");
+  const others = `${aside ? `, ${FORMAT.count(aside)} set aside` : ""}${
+    unchecked ? `, ${FORMAT.count(unchecked)} unchecked` : ""
+  }`;
+  return `${FORMAT.count(up)} of ${all} servers are up${others}`;
 }
 
 /** Where it listens, since when, and with what. */
