@@ -11884,7 +11884,7 @@ interface FleetMember {
   /** Writes the local file, which said `before`. `keep`: that stays beside it as .bak. */
   save(before: string, text: string, keep: boolean): Promise<void>;
   /** A document has been put in force. */
-  onApplied(next: Config, before: Config): void;
+  onApplied(): void;
 }
 
 const CHANGE_TIME = 10_000; // milliseconds that a change may take until it is in force here
@@ -12169,7 +12169,7 @@ export class Fleet implements Membership {
     if (this.leaseTtl && this.leaseTtl !== this.shared().ttl) void this.join().catch(() => this.onLeaseOver());
     this.applyRecords(); // with other servers and another number of probers
     if (!this.member.isObserver) this.copying = this.copying.then(() => this.copy(document));
-    if (next !== before) this.member.onApplied(next, before);
+    if (next !== before) this.member.onApplied();
   }
 
   /** Writes the missing document: what is in force here, unless another instance was first. */
@@ -13104,14 +13104,12 @@ interface ServerEnv {
 
 /** The client of a Request. At the edge a header of the platform has its address. */
 function clientOf(request: Request, env: unknown): Client {
-  const { incoming, remoteAddr, requestIP } = (env ?? {}) as ServerEnv;
-  if (incoming && "block" in incoming) {
-    return { address: incoming.peer, scheme: incoming.scheme, headers: [...request.headers].flat() };
-  }
+  const { incoming, remoteAddr, requestIP } = (env ?? {}) as ServerEnv, headers = [...request.headers].flat();
+  if (incoming && "block" in incoming) return { address: incoming.peer, scheme: incoming.scheme, headers };
   const address = remoteAddr?.hostname ?? (requestIP && requestIP.call(env, request)?.address) ??
     incoming?.socket?.remoteAddress ?? (HERE === "edge" && request.headers.get("cf-connecting-ip") || undefined);
   const scheme = request.url.startsWith("https:") ? "https" : "http";
-  return { address: unmapped(address), scheme, headers: [...request.headers].flat(), upgrades: HERE === "edge" };
+  return { address: unmapped(address), scheme, headers, upgrades: HERE === "edge" };
 }
 
 /** What is wrong with the certificate files that a config names. */
@@ -13150,22 +13148,14 @@ const DNS: Pick<Effects, "resolve" | "resolveSrv" | "lookup"> = {
   lookup: async (name) => (await lookupName(name, { all: true })).map(({ address }) => ({ address, ttl: 0 })),
 };
 
-/** Reads certificates for metrics and views, each again when its file has changed. */
-function certificateReader(): Effects["certificate"] {
-  const known = new Map<string, { stamp: string; certificate: ReturnType<Effects["certificate"]> }>();
-  const read = (file: string) => {
-    try {
-      const certificate = readCertificate(file);
-      return { names: namesOf(certificate), until: new Date(certificate.validTo) };
-    } catch { // reported at the start and at reloads
-      return undefined;
-    }
-  };
-  return (file) => {
-    const stamp = fileStamp(file);
-    if (known.get(file)?.stamp !== stamp) known.set(file, { stamp, certificate: read(file) });
-    return known.get(file)!.certificate;
-  };
+/** What a certificate is for, and until when; undefined: it cannot be read, as is reported at the start and at reloads. */
+function certificateIn(file: string): ReturnType<Effects["certificate"]> {
+  try {
+    const certificate = readCertificate(file);
+    return { names: namesOf(certificate), until: new Date(certificate.validTo) };
+  } catch {
+    return undefined;
+  }
 }
 
 /** The effects of the runtime that this runs on. */
@@ -13190,7 +13180,7 @@ function defaultEffects(): Omit<Effects, "accessLog"> {
     probes: () => true,
     agree: (_, server) => server.opinion,
     onNews: () => {},
-    certificate: certificateReader(),
+    certificate: certificateIn,
     report: printReport,
   };
 }
@@ -13698,9 +13688,9 @@ const RENEW_TICK = 500; // milliseconds between two checks of certificate files
 /** Opens the listeners of a balancer, and keeps them and their certificates up to date. */
 async function listenAll(context: ListenContext): Promise<Listeners> {
   const { lb: { balancer }, report } = context, open: OpenListeners = new Map();
+  let { table } = balancer, failed = "", reported = "";
   const { opened, problem } = await updateListeners(context, open);
   if (problem) throw new StartError(problem);
-  let { table } = balancer, failed = "", reported = "";
   const following = setInterval(async () => {
     const changed = table !== balancer.table; // by the file or by an operator
     if (!changed && !failed) return;
@@ -13813,23 +13803,14 @@ function takeSamples(balancer: Balancer): Samples {
   return samples;
 }
 
-/** Adds the samples of another worker to these. */
-function addSamples(samples: Samples, others: Samples): Samples {
-  for (const [key, numbers] of others) {
-    const before = samples.get(key), rows = SENT[kindOf(key)];
-    const add = (number: number, i: number) =>
-      rows[i]!.type === "maximum" ? Math.max(number, before![i]!) : number + before![i]!;
-    samples.set(key, before ? numbers.map(add) : numbers);
+/** Adds what stays of a worker that has ended: its counters. */
+function addCounters(gone: Samples, ended: Samples): void {
+  for (const [key, numbers] of ended) {
+    const before = gone.get(key), rows = SENT[kindOf(key)];
+    const isOver = (i: number) => /gauge|maximum/.test(rows[i]!.type);
+    gone.set(key, numbers.map((number, i) => isOver(i) ? 0 : number + (before?.[i] ?? 0)));
   }
-  return samples;
 }
-
-/** What stays of a worker that has ended: its counters. */
-const countersOf = (samples: Samples): Samples =>
-  new Map(Array.from(samples, ([key, numbers]) => {
-    const rows = SENT[kindOf(key)];
-    return [key, numbers.map((number, i) => /gauge|maximum/.test(rows[i]!.type) ? 0 : number)];
-  }));
 
 /** Makes the records that otherwise requests make. */
 function makeCounted({ entrypoints, failures, table }: Balancer, samples: Samples): void {
@@ -13845,12 +13826,17 @@ function makeCounted({ entrypoints, failures, table }: Balancer, samples: Sample
 }
 
 /** Writes what the workers have counted into the main thread's records, where admin and metrics read it. */
-function applySamples(balancer: Balancer, samples: Samples): void {
+function applySamples(balancer: Balancer, workers: Samples[]): void {
   const now = balancer.effects.now();
-  makeCounted(balancer, samples);
+  for (const samples of workers) makeCounted(balancer, samples);
   visitCounted(balancer, (kind, labels, record) => {
-    const numbers = samples.get(keyOf(kind, labels));
-    if (numbers) SENT[kind].forEach(({ write }, i) => write(record, numbers[i]!, now));
+    const key = keyOf(kind, labels);
+    const counted = workers.map((samples) => samples.get(key)).filter((numbers) => numbers !== undefined);
+    if (counted.length === 0) return;
+    for (const [i, { type, write }] of SENT[kind].entries()) {
+      const numbers = counted.map((one) => one[i]!);
+      write(record, type === "maximum" ? Math.max(...numbers) : numbers.reduce((a, b) => a + b), now);
+    }
   });
 }
 
@@ -13923,7 +13909,7 @@ const nextMessage = <K extends WorkerMessage["kind"]>(worker: Worker, kind: K, t
   });
 
 /** The workers of a process, with what each of them has counted. */
-type Workers = Map<Worker, Samples | undefined>;
+type Workers = Map<Worker, Samples>;
 const sendToAll = (workers: Workers, order: ToWorker): void =>
   workers.forEach((_, worker) => worker.postMessage(order));
 const nextFromAll = <K extends WorkerMessage["kind"]>(workers: Workers, kind: K, timeout: number) =>
@@ -13966,11 +13952,7 @@ async function startWorkers(lb: LoadBalancer, count: number, log: AccessLog): Pr
   const { balancer } = lb, { effects } = balancer, workers: Workers = new Map();
   let ids = 0, reporter = 0, ports: WorkerTask["ports"] = new Map();
   const gone: Samples = new Map(); // counters of workers that have ended
-  const show = () => {
-    const all: Samples = new Map(gone);
-    for (const samples of workers.values()) if (samples) addSamples(all, samples);
-    applySamples(balancer, all);
-  };
+  const show = () => applySamples(balancer, [gone, ...workers.values()]);
   const start = async (): Promise<Listeners["opened"]> => {
     const id = ++ids;
     reporter ||= id;
@@ -13988,7 +13970,7 @@ async function startWorkers(lb: LoadBalancer, count: number, log: AccessLog): Pr
     worker.on("error", (error: Error) => failed = String(error));
     worker.on("exit", () => {
       if (reporter === id) reporter = 0;
-      addSamples(gone, countersOf(workers.get(worker) ?? new Map()));
+      addCounters(gone, workers.get(worker) ?? new Map());
       balancer.workers.delete(id);
       if (workers.delete(worker)) replace(failed);
     });
@@ -13997,7 +13979,7 @@ async function startWorkers(lb: LoadBalancer, count: number, log: AccessLog): Pr
       await worker.terminate();
       throw new StartError(failed);
     }
-    workers.set(worker, undefined);
+    workers.set(worker, new Map());
     balancer.workers.set(id, { since: effects.date(), end: () => void worker.terminate() });
     for (const order of [configOrder(balancer), ...newsOf(balancer.table)]) worker.postMessage(order); // news since then
     return listening.opened;
@@ -14103,7 +14085,7 @@ async function runProgram(call: Call): Promise<void> {
 const JOINING = 3_000; // milliseconds that the start waits for the fleet's engine
 
 /** Makes the main thread the member of its fleet, for all workers. Without an etcd there is none. */
-function makeFleet(lb: LoadBalancer, call: Call, own: FleetConfig, onApplied: FleetMember["onApplied"]) {
+function makeFleet(lb: LoadBalancer, call: Call, own: FleetConfig, onApplied: () => void) {
   const { file } = call, { effects } = lb.balancer, isThisMachine = (url: string) => isLoopback(new URL(url).hostname);
   if (!own.etcd.length) {
     return void effects.report("error", `${file}: fleet.durable is for the edge: without etcd this instance is alone`);
@@ -14174,7 +14156,7 @@ function announce({ balancer: { table, effects } }: LoadBalancer): void {
 }
 
 /** Reloads the file; `onlyIfOther`: unless its text is in force already. A file that is not valid changes nothing. */
-function reloadFile(call: Call, lb: LoadBalancer, onlyIfOther = false): void {
+function reloadFile(call: Call, lb: LoadBalancer, onlyIfOther: boolean): void {
   const { effects, table, reloadFailed } = lb.balancer;
   try {
     if (fs.statSync(call.file, { throwIfNoEntry: false })?.isFile() === false) {
@@ -14234,31 +14216,30 @@ async function main(args: string[], env: Call["env"]): Promise<void> {
 /** Limits of connections and heads: the platform has its own. */
 const SOCKET_LIMITS = ["connections", "client_connections", "header", "keep_alive", "header_size", "header_fields"];
 
-/** Reads a routes.yml for the edge, and says what of it is left out: there are no connections but those of HTTP. */
-function parseAtTheEdge(text: string): { config: Config; left: string[] } {
-  const config = parseConfig(text, { env: process.env }), services = [...config.services.values()], left: string[] = [];
-  const has = (is: (server: ServerConfig) => boolean) => services.some(({ servers }) => servers.some(is));
-  for (const service of services) {
-    if (!/^(?:http|off)$/.test(service.health.kind)) service.health = { ...service.health, kind: "off" }; // passive only
+/** Reads a routes.yml for the edge: there are no connections but those of HTTP. `left` is what of it is left out. */
+function parseAtTheEdge(text: string, left: string[] = []): Config {
+  const config = parseConfig(text, { env: process.env });
+  for (const service of config.services.values()) {
+    const { servers, health } = service;
+    if (!/^(?:http|off)$/.test(health.kind)) service.health = { ...health, kind: "off" }; // passive only
+    service.servers = servers.filter(({ url }) => !isUnix(url));
+    if (servers.some(({ find }) => find === "srv")) left.push("srv: servers");
+    if (service.servers.length < servers.length) left.push("servers at Unix sockets");
+    if (Object.values(service.tls).some(Boolean)) left.push("tls of servers");
   }
-  if (has(({ find }) => find === "srv")) left.push("srv: servers");
-  if (has(({ url }) => isUnix(url))) left.push("servers at Unix sockets");
-  for (const service of services) service.servers = service.servers.filter(({ url }) => !isUnix(url));
-  return { config, left };
+  return config;
 }
 
 /** The balancer of the edge. Leaves out, with one report, what the platform does itself: so one file serves both. */
 function makeAtTheEdge(env: EdgeEnv): { lb: LoadBalancer; fleet: Fleet | undefined; durable: string } {
   const text = fs.readFileSync("/bundle/routes.yml", "utf8"); // it lies beside the bundle
-  const { config, left } = parseAtTheEdge(text), services = [...config.services.values()];
-  const lb = createLoadBalancer(config, { accessLog: logToConsole }), file = parseDocument(text);
+  const left: string[] = [], config = parseAtTheEdge(text, left), file = parseDocument(text), { fleet: own } = config;
   left.push(...["listen", "admin", "tcp", "resolvers"].filter((key) => file.has(key)));
   left.push(...SOCKET_LIMITS.filter((key) => file.hasIn(["limits", key])).map((key) => `limits.${key}`));
-  if (services.some(({ tls }) => Object.values(tls).some(Boolean))) left.push("tls of servers");
-  const { report } = lb.balancer.effects;
+  const lb = createLoadBalancer(config, { accessLog: logToConsole }), { report } = lb.balancer.effects;
   for (const warning of config.warnings) report("warn", warning);
-  if (left.length) report("info", `left out of routes.yml, as the platform does it: ${left.join(", ")}`);
-  const { fleet: own } = config;
+  const all = [...new Set(left)].join(", ");
+  if (all) report("info", `left out of routes.yml, as the platform does it: ${all}`);
   return { lb, fleet: own && makeFleetAtTheEdge(lb, own, env), durable: own?.durable ?? "" };
 }
 
@@ -14281,22 +14262,17 @@ function makeFleetAtTheEdge(lb: LoadBalancer, own: FleetConfig, env: EdgeEnv): F
   if (own.durable && !isBound) effects.report("error", `fleet.durable: there is no binding ${quote(own.durable)}`);
   if (!isBound && !own.etcd.length) return undefined;
   const send = sendByFetch(async (url, { method, headers, body, signal, ended }) => {
-    const response = await durableOf(env, own.durable)!.fetch(url, {
-      method,
-      headers: fieldPairs(headers),
-      body,
-      signal,
-    });
+    const init = { method, headers: fieldPairs(headers), body, signal };
+    const response = await durableOf(env, own.durable)!.fetch(url, init);
     ended(response.status, 0);
     return response;
   });
-  const engine = isBound
-    ? new EtcdClient({ ...own, etcd: ["https://fleet"], user: "", password: "" }, { ...effects, send })
-    : new EtcdClient(own, effects);
+  const durable = { ...own, etcd: ["https://fleet"], user: "", password: "" };
+  const engine = isBound ? new EtcdClient(durable, { ...effects, send }) : new EtcdClient(own, effects);
   return new Fleet(lb, engine, {
     ...{ own, name: "edge", id: "edge", file: "routes.yml", isObserver: true },
     ...{ read: () => undefined, save: () => Promise.resolve(), onApplied() {} },
-    parse: (text) => parseAtTheEdge(text).config,
+    parse: (text) => parseAtTheEdge(text),
   });
 }
 
@@ -14317,12 +14293,9 @@ async function passToFleet(request: Request, env: EdgeEnv, binding: string, { si
   return await durableOf(env, binding)!.fetch(new Request(`https://fleet/${path}`, request));
 }
 
-interface EdgeContext {
-  waitUntil(promise: Promise<unknown>): void;
-}
 /** What the platform calls: for each request, and by cron. */
 interface EdgeHandlers {
-  fetch(request: Request, env: EdgeEnv, context: EdgeContext): Promise<Response>;
+  fetch(request: Request, env: EdgeEnv, context: { waitUntil(work: Promise<unknown>): void }): Promise<Response>;
   scheduled(event: unknown, env: EdgeEnv): Promise<void>;
 }
 
