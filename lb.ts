@@ -12932,11 +12932,10 @@ export class LbFleet {
 
 // --- 13.1 TLS: certificates of listeners, read again when their files change ---
 
-/** A certificate with its key, as texts, and the names that it is for. */
+/** A certificate with its key, as PEM. */
 interface Pair {
   cert: string;
   key: string;
-  names: string[];
 }
 /** What a listener over TLS needs. */
 interface Secure {
@@ -12958,13 +12957,10 @@ const readCertificate = (file: string): X509Certificate =>
   parsePem(file, "certificate", "CERTIFICATE", (text) => new X509Certificate(text));
 
 /** @throws {Error} with the file and what is wrong with it */
-function readPair({ cert, key }: ListenerConfig["tls"][number]): Pair {
-  const certificate = readCertificate(cert);
-  const own = certificate.checkPrivateKey(
-    parsePem(key, "private key without a password", "PRIVATE KEY", createPrivateKey),
-  );
-  if (!own) throw new Error(`${key} is not the key of ${cert}`);
-  return { cert: readPem(cert, "CERTIFICATE"), key: readPem(key, "PRIVATE KEY"), names: namesOf(certificate) };
+function readPair({ cert, key }: Pair): Pair {
+  const own = parsePem(key, "private key without a password", "PRIVATE KEY", createPrivateKey);
+  if (!readCertificate(cert).checkPrivateKey(own)) throw new Error(`${key} is not the key of ${cert}`);
+  return { cert: readPem(cert, "CERTIFICATE"), key: readPem(key, "PRIVATE KEY") };
 }
 
 /** The host names that a certificate is for. */
@@ -12985,9 +12981,9 @@ function readSecure({ tls, client_ca }: Pick<ListenerConfig, "tls" | "client_ca"
  * checked before the handshake, and a reload of certificates replaces this object.
  */
 function tlsServer({ pairs, clientCa }: Secure, protocols: string[], take: (socket: TLSSocket) => void): TlsServer {
-  const contexts = pairs.map(({ names, cert, key }) => {
+  const contexts = pairs.map(({ cert, key }) => {
     const own = { cert, key, minVersion: "TLSv1.2" as const, ...(clientCa && { ca: clientCa }) };
-    return { names, own, context: createSecureContext(own) };
+    return { own, names: namesOf(new X509Certificate(cert)), context: createSecureContext(own) };
   });
   const contextFor = (name: string) => {
     const asked = lower(name), wildcard = asked.replace(/^[^.]*/, "*"); // of any label (RFC 6125 section 6.4.3)
@@ -13381,12 +13377,8 @@ interface Listener {
   swap(secure: Secure): void;
 }
 
-/** Where to listen. `shared`: with other threads and processes (SO_REUSEPORT). */
-interface ListenAt extends Address {
-  shared: boolean;
-  mode?: number | undefined; // of a Unix socket
-  secure: Secure | undefined; // undefined: without TLS
-}
+/** Where to listen. `shared`: with other threads and processes (SO_REUSEPORT); `mode`: of a Unix socket. */
+type ListenAt = Address & { shared: boolean; mode?: number | undefined; secure: Secure | undefined };
 
 /** What a listener does with its connections. */
 interface Protocol {
@@ -13564,7 +13556,7 @@ interface ServeOptions {
   /** An address of this machine; default: all. */
   hostname?: string;
   /** Several: chosen by the client's SNI name, else the first. */
-  tls?: { cert: string; key: string } | { cert: string; key: string }[];
+  tls?: Pair | Pair[];
   /** Closes the listener. */
   signal?: AbortSignal;
 }
@@ -13576,8 +13568,7 @@ interface ServeOptions {
  * @throws {Error} with the address and why it cannot be listened on
  */
 export async function serve(app: LoadBalancer | { fetch: Serve }, options: ServeOptions = {}): Promise<Listener> {
-  const { port = 8080, hostname: host = "", tls = [], signal } = options;
-  const pairs = [tls].flat().map(({ cert, key }) => ({ cert, key, names: namesOf(new X509Certificate(cert)) }));
+  const { port = 8080, hostname: host = "", tls = [], signal } = options, pairs = [tls].flat();
   const secure = pairs.length ? { pairs, clientCa: "" } : undefined;
   const lb = "balancer" in app ? app : undefined;
   if (lb) await firstLook(lb);
