@@ -13615,13 +13615,13 @@ function listenersOf({ config: { listen, admin }, tcp }: Table): Map<string, Lis
 const isHttp = (name: string): boolean => name.startsWith("http");
 const isAdmin = (name: string): boolean => name.startsWith("admin");
 
-async function openListener(context: ListenContext, name: string, at: ListenerConfig): Promise<Listener> {
-  const { lb, lb: { balancer }, admin, shared, ports } = context, where = { ...at, port: ports.get(name) ?? at.port };
-  const secure = at.tls.length ? await Promise.resolve(at).then(readSecure).catch(cannotListen(where)) : undefined;
-  if (isAdmin(name)) return await listenOn({ ...where, shared: false, secure }, httpProtocol(admin!));
-  const http2 = () => listenersOf(balancer.table).get(name)?.h2c === true;
+async function openListener(context: ListenContext, name: string, own: ListenerConfig): Promise<Listener> {
+  const { lb, lb: { balancer }, admin, shared, ports } = context, port = ports.get(name) ?? own.port;
+  const secure = own.tls.length ? await Promise.resolve(own).then(readSecure).catch(cannotListen(own)) : undefined;
+  const at = { ...own, port, shared, secure }, http2 = () => listenersOf(balancer.table).get(name)?.h2c === true;
+  if (isAdmin(name)) return await listenOn(at, httpProtocol(admin!));
   const protocol = isHttp(name) ? httpProtocol(lb, !!secure, http2) : tcpProtocol(balancer, hostOf(name));
-  return await listenOn({ ...where, shared, secure }, protocol, balancer);
+  return await listenOn(at, protocol, balancer);
 }
 
 /**

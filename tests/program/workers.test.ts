@@ -360,7 +360,7 @@ const slow: Script = async (visit) => {
 for (const workers of ["1", "2"]) {
   test(`a process that takes the port over leaves no request unanswered, workers: ${workers}`, async () => {
     const server = await scriptedServer(slow);
-    const config = { log: "off", default: { servers: [server.address] } };
+    const admin = await freePort(), config = { log: "off", admin, default: { servers: [server.address] } };
     const args = ["--reuse-port", "--workers", workers, "--drain", "5s"];
     let lb = await startProgram(config, args);
     const at = ["--listen", `127.0.0.1:${lb.port}`];
@@ -374,6 +374,7 @@ for (const workers of ["1", "2"]) {
         await until("the first one has drained", () => /info: drained\n$/.test(lb.output()), 20_000);
         await lb.stop();
         lb = next;
+        assert.equal((await fetch(`http://127.0.0.1:${admin}/health/ready`)).status, 200);
       }
       const [kept, fresh] = await Promise.all(loads.map((one) => one.stop()));
       assert.deepEqual(kept!.failed, []);
