@@ -13047,17 +13047,7 @@ function outdated({ tls }: Pick<ListenerConfig, "tls">, now: Date): string[] {
   });
 }
 
-// --- 13.2 Runtimes: Deno, Bun, Node and the edge, in one table ---
-
-/** Writes to standard output through node:fs. While the pipe is full, tries again after 1, 2, 4, ... 50 ms. */
-const printed = (bytes: Uint8Array, wait = 1): Promise<number> =>
-  new Promise((resolve, reject) => {
-    fs.write(1, bytes, (error, written) => {
-      if (error?.code === "EAGAIN") setTimeout(() => resolve(printed(bytes, Math.min(2 * wait, 50))), wait);
-      else if (error) reject(error);
-      else resolve(written);
-    });
-  });
+// --- 13.2 Runtimes: what Deno, Bun, Node and the edge do in ways of their own ---
 
 /** A report in which text of a server or client can neither begin a line nor control a terminal. */
 const oneLine = (text: string): string =>
@@ -13073,11 +13063,17 @@ const AT_THE_EDGE =
 /** The runtime. The edge comes first, since workerd has Node's names too. */
 const HERE = AT_THE_EDGE ? "edge" : "Deno" in globalThis ? "deno" : "Bun" in globalThis ? "bun" : "node";
 
-/** Writes bytes to standard output, waiting for its reader, and gives how many it has written. */
-const writeOut = (bytes: Uint8Array): Promise<number> =>
-  HERE === "deno"
-    ? (globalThis as unknown as DenoApi).Deno.stdout.write(bytes) // Deno's fs.write blocks the thread
-    : printed(bytes);
+/** Writes bytes to standard output, and gives how many. While the pipe is full, tries again after 1, 2, 4, ... 50 ms. */
+function writeOut(bytes: Uint8Array, wait = 1): Promise<number> {
+  if (HERE === "deno") return (globalThis as unknown as DenoApi).Deno.stdout.write(bytes); // its fs.write blocks the thread
+  return new Promise((resolve, reject) => {
+    fs.write(1, bytes, (error, written) => {
+      if (error?.code === "EAGAIN") setTimeout(() => resolve(writeOut(bytes, Math.min(2 * wait, 50))), wait);
+      else if (error) reject(error);
+      else resolve(written);
+    });
+  });
+}
 type DenoApi = { Deno: { stdout: { write(bytes: Uint8Array): Promise<number> } } };
 
 /** Monotonic milliseconds and the date, read once in each turn of the event loop. */
