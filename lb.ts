@@ -13427,13 +13427,9 @@ const tcpProtocol = (balancer: Balancer, inFile: string): Protocol => ({
 /** Removes the file of a Unix socket on which nobody listens any more: a process that was killed leaves it behind. */
 async function removeStaleSocket(path: string): Promise<void> {
   if (!fs.statSync(path, { throwIfNoEntry: false })?.isSocket()) return;
-  const isStale = await new Promise<boolean>((resolve) => {
-    const socket = netConnect({ path }, () => {
-      socket.destroy();
-      resolve(false);
-    }).on("error", (error: Error & { code?: string }) => resolve(error.code === "ECONNREFUSED"));
-  });
-  if (isStale) fs.rmSync(path, { force: true });
+  const found = await connectWithin(1_000, netConnect({ path }));
+  if (!(found instanceof WireError)) found.destroy();
+  else if (found.message.includes("ECONNREFUSED")) fs.rmSync(path, { force: true });
 }
 
 /**
@@ -13646,13 +13642,11 @@ async function updateListeners(context: ListenContext, open: OpenListeners) {
   return { opened, problem: problems.join("\n") };
 }
 
-function reportOpened(opened: Map<string, string>, report: Effects["report"]): void {
+function reportOpened(opened: Listeners["opened"], report: Effects["report"]): void {
   for (const [name, address] of opened) {
     const scheme = name.slice(0, name.indexOf(":"));
-    report(
-      "info",
-      isAdmin(name) ? `admin on http://${address}` : `lb.ts ${VERSION} listening on ${scheme}://${address}`,
-    );
+    const what = isAdmin(name) ? "admin on http" : `lb.ts ${VERSION} listening on ${scheme}`;
+    report("info", `${what}://${address}`);
   }
 }
 
