@@ -9663,7 +9663,7 @@ const SERVER_VIEW = viewOf<[server: Server, now: number, share?: number | undefi
   check: [says(v.nullable(CHECK), "the last probe; null: there was none"), checkView],
   state: [v.picklist(["ready", "drain", "maint"]), (s) => s.state],
   found_by: [says(STRING, "the name whose DNS records have it; empty: the file lists it"), (s) => s.foundBy],
-  saved: [v.optional(says(BOOLEAN, "false: the change is not in the file")), (): boolean | undefined => undefined],
+  saved: [v.optional(says(BOOLEAN, "false: changes are not in the file")), (s) => s.foundBy ? false : undefined],
   backup: [BOOLEAN, (s) => s.backup],
   up: [says(BOOLEAN, "what probes say"), (s) => s.up],
   weight: [NUMBER, (s) => s.weight],
@@ -10322,9 +10322,11 @@ interface ApiRequest {
   parse: Parse;
   change: Change;
 }
+/** The parameters of a query. */
+type Query = Record<string, [about: string, example: string]>;
 interface OperationDetails {
   takes?: [body: keyof typeof BODIES, example: unknown];
-  asks?: Record<string, [about: string, example: string]>; // its query
+  asks?: Query;
   gives?: number[]; // the statuses of what goes well
   open?: boolean; // without a token
 }
@@ -10504,8 +10506,7 @@ async function patchServer(request: ApiRequest, patch: Raw): Promise<ServerView>
   else await editServer(request, (entry) => shortest(merged(entry, patch) as Raw, ...Object.keys(patch)));
   const end = effects.now() + wait;
   while (server.inFlight > 0 && effects.now() < end && !context.req.raw.signal.aborted) await effects.sleep(20);
-  const view = answerServer(request, server, server.state !== "ready");
-  return server.foundBy ? { ...view, saved: false } : view;
+  return answerServer(request, server, server.state !== "ready");
 }
 
 /** Adds a server; which one it is shows when the file has been read. */
@@ -10613,13 +10614,10 @@ const sendEvents = ({ context, balancer }: ApiRequest) =>
       await stream.writeSSE({ data: JSON.stringify(snapshotOf(balancer)) });
     }
   });
-const METRICS_HEADERS = { headers: { "content-type": METRICS_TYPE } };
 
-const waitQuery = (about: string, example: string): Record<string, [string, string]> => ({
-  wait: [`how long the answer may wait for ${about}; then 202`, example],
-});
-const WAIT = waitQuery("requests in flight there", "30s"), WAIT_FOR_ALL = waitQuery("the instances of a fleet", "10s");
-const EXPLAIN: Record<string, [string, string]> = {
+const WAIT: Query = { wait: ["how long the answer may wait for requests in flight there; then 202", "30s"] };
+const WAIT_FOR_ALL: Query = { wait: ["how long the answer may wait for the instances of a fleet; then 202", "10s"] };
+const EXPLAIN: Query = {
   url: ["what is asked for", "http://www.example.com/cart"],
   method: ["default GET", "GET"],
   header: ["one of the request's; may stand several times", "x-canary: 1"],
@@ -10677,7 +10675,7 @@ const OPERATIONS = [
     "Explanation", ({ context: { req }, balancer }) =>
       explain(balancer, req.query("method") ?? "GET", req.query("url") ?? "", req.queries("header")), { asks: EXPLAIN }),
   endpoint("GET /metrics", "Everything that is counted, for Prometheus", "Text",
-    ({ context, balancer }) => context.body(renderMetrics(samplesOf(balancer)), METRICS_HEADERS)),
+    ({ context, balancer }) => context.body(renderMetrics(samplesOf(balancer)), 200, { "content-type": METRICS_TYPE })),
   endpoint("GET /connections", "What is in flight, and where", "Connections",
     ({ balancer }) => v.parse(ConnectionsSchema, snapshotOf(balancer))),
   endpoint("GET /workers", "The threads that serve, if there are some", "Workers", ({ balancer }) => workersView(balancer)),
@@ -11294,10 +11292,7 @@ const morph = (old, now) => {
   if (old.nodeName !== now.nodeName || old.id !== now.id) return old.replaceWith(now);
   for (const { name } of [...old.attributes]) if (!now.hasAttribute(name)) old.removeAttribute(name);
   for (const { name, value } of now.attributes) if (old.getAttribute(name) !== value) old.setAttribute(name, value);
-  if (!now.childElementCount) {
-    if (old.textContent !== now.textContent) old.textContent = now.textContent;
-    return;
-  }
+  if (!now.childElementCount) return old.textContent = now.textContent;
   const children = [...now.children], ids = new Set(children.map(({ id }) => id));
   for (const child of [...old.children]) if (!ids.has(child.id)) child.remove();
   children.forEach((child, i) => old.children[i] ? morph(old.children[i], child) : old.append(child));
