@@ -11,7 +11,7 @@ import { join } from "node:path";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
 import { hasEnded, spawnGuarded } from "./guard.ts";
-import { COMMAND, freePort, makeFolder, type Runtime, runtime, sleep, until } from "./rig.ts";
+import { COMMAND, freePort, makeFolder, patience, type Runtime, runtime, sleep, until } from "./rig.ts";
 
 const ETCD = "/usr/bin/etcd";
 /** Why tests over etcd cannot run here; false: they can. */
@@ -92,7 +92,7 @@ export async function startEtcd(t: Ends, count = 1, own?: { cert: string; key: s
     (await ask(`${url(i)}/v3/${path}`, { method: "POST", body, ...token ? { headers: { authorization: token } } : {} }))
       .json;
   const isUp = async (i: number) => {
-    for (const end = Date.now() + 20_000;; await sleep(50)) {
+    for (const end = Date.now() + patience(20_000);; await sleep(50)) {
       const answer = await call("kv/range", { key: base64("up") }, i).catch(() => undefined);
       if (answer?.header) return;
       assert.ok(Date.now() < end, `etcd does not start:\n${logs[i]!.slice(-2000)}`);
@@ -244,19 +244,21 @@ export async function startInstance(
   return one;
 }
 
-/** Looks every 20 ms until something that has to be asked for is so. */
+/** Looks until something that has to be asked for is so: every 20 ms at first, and less often the longer it takes. */
 export async function eventually<T>(
   what: string,
   look: () => Promise<T | undefined | false>,
   within = 15_000,
 ): Promise<T> {
-  for (const end = Date.now() + within;; await sleep(20)) {
+  within = patience(within);
+  for (let pause = 20, end = Date.now() + within;; pause = Math.min(pause * 1.1, 200)) {
     const seen = await look().catch((error) => {
       if (Date.now() > end) throw error;
       return undefined;
     });
     if (seen) return seen;
     assert.ok(Date.now() < end, `did not happen within ${within} ms: ${what}`);
+    await sleep(pause);
   }
 }
 

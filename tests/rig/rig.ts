@@ -54,6 +54,28 @@ export function test(name: string, options: TestOptions | TestCode, body?: TestC
   nodeTest(name, { timeout: patience(timeout), skip: skip || lacking }, async (t) => void (await body!(t)));
 }
 
+/** Tests that mostly wait: three of them run at once. */
+export function alongside(options: TestOptions, tests: Record<string, () => Promise<unknown>>): void {
+  const bodies = Object.entries(tests).map(([name, body]) => ({ name, body, over: Promise.withResolvers<unknown>() }));
+  const waiting = bodies.values();
+  const work = async () => {
+    for (const { body, over } of waiting) {
+      over.resolve(body());
+      await over.promise.catch(() => {}); // its own test tells that
+    }
+  };
+  let isBegun = false;
+  for (const { name, over } of bodies) {
+    test(name, options, async () => {
+      if (!isBegun) {
+        isBegun = true;
+        for (let i = 0; i < 3; i++) void work();
+      }
+      await over.promise;
+    });
+  }
+}
+
 const isInstalled = (command: string): boolean =>
   (process.env.PATH ?? "").split(":").some((folder) => existsSync(join(folder, command)));
 

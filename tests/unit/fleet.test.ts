@@ -48,6 +48,41 @@ async function verdictOf(records: object[]): Promise<"up" | "down" | undefined> 
 
 const names = fc.uniqueArray(fc.stringMatching(/^[a-z]{1,8}$/), { minLength: 1, maxLength: 12 });
 
+// ─── The config ───
+
+const config = (fleet: Record<string, unknown>) =>
+  parseConfig(JSON.stringify({ fleet, default: { servers: ["127.0.0.1:9"] } }));
+
+test("a fleet has defaults, and its members are URLs", () => {
+  const { fleet } = config({ etcd: ["10.0.0.1:2379", "https://a.example/.well-known/lb-fleet/"] });
+  const { etcd, prefix, name, user, ttl, probers, durable } = fleet!;
+  assert.deepEqual(etcd, ["http://10.0.0.1:2379", "https://a.example/.well-known/lb-fleet"]);
+  assert.deepEqual({ prefix, name, user, ttl, probers, durable }, {
+    ...{ prefix: "lb/", name: "", user: "", ttl: 10_000, probers: 3, durable: "" },
+  });
+});
+
+for (
+  const [fleet, message] of [
+    [{}, /fleet: needs etcd, or durable/],
+    [{ etcd: "http://user:pw@10.0.0.1:2379" }, /fleet\.etcd: .* is not an etcd such as http:\/\/10\.0\.0\.1:2379/],
+    [{ etcd: "a:1", name: "a/b" }, /fleet\.name: "a\/b" is not a name of an instance/],
+    [{ etcd: "a:1", ttl: "1s" }, /fleet\.ttl: is less than 2s/],
+    [{ etcd: "a:1", probers: 0 }, /fleet\.probers: 0 is not a whole number from 1 to 100/],
+    [{ etcd: "a:1", nodes: 3 }, /fleet\.nodes: unknown key/],
+  ] as [Record<string, unknown>, RegExp][]
+) {
+  test(`a fleet that cannot be is refused: ${JSON.stringify(fleet)}`, () => {
+    assert.throws(() => config(fleet), message);
+  });
+}
+
+test("a file that says nothing but how to get to the fleet is a whole one", () => {
+  assert.equal(parseConfig("fleet: { etcd: localhost:2379 }").routes.length, 0);
+});
+
+// ─── Votes, and instances ───
+
 test("all choose the same probers in any order, and who leaves or comes moves only its own", async () => {
   await fc.assert(fc.asyncProperty(names, fc.integer({ min: 1, max: 5 }), async (members, probers) => {
     const chosen = await probersOf(members, probers), reversed = await among(members.toReversed(), probers);
