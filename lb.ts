@@ -5417,7 +5417,7 @@ interface OpenBlock {
   readonly id: number;
   readonly ends: boolean; // its HEADERS ends the peer's side
   readonly isBad: boolean; // its priority depends on itself
-  readonly since: number; // milliseconds; 0: it came whole
+  readonly since: number; // milliseconds
   readonly pieces: Bytes[];
   size: number;
 }
@@ -5437,8 +5437,7 @@ abstract class Http2Connection extends Connection {
   protected usedAt: number; // when the last stream ended, or the connection began, in milliseconds
   protected leavingAt = 0; // when one side said that it opens no more streams; 0: not yet
   protected lastServed = Infinity; // the last stream of the peer that is served, where it has been told
-  protected isOver = false; // a GOAWAY has ended it
-  protected overAt = 0; // when
+  protected overAt = 0; // when it ended, with a GOAWAY or without; 0: not yet
   protected preface = ""; // what the peer has to begin with
   private rest: Bytes = NO_BYTES; // of a frame that has not come whole
   protected block: OpenBlock | undefined;
@@ -5466,14 +5465,14 @@ abstract class Http2Connection extends Connection {
   onData(bytes: Bytes): void {
     const data = this.rest.length ? Buffer.concat([this.rest, bytes]) : bytes, { preface } = this;
     let at = 0;
-    if (this.isOver) return;
+    if (this.overAt) return;
     this.rest = NO_BYTES;
     if (preface) {
       const text = data.toString("latin1", 0, preface.length);
       if (!preface.startsWith(text)) return this.fail(fault("PROTOCOL_ERROR", "not the preface of HTTP/2"));
       if (text === preface) [this.preface, at] = ["", preface.length];
     }
-    while (data.length - at >= 9 && !this.isOver && !this.preface) {
+    while (data.length - at >= 9 && !this.overAt && !this.preface) {
       const length = data.readUIntBE(at, 3), end = at + 9 + length;
       if (length > MAX_FRAME) return this.fail(fault("FRAME_SIZE_ERROR", `a frame of ${length} bytes`));
       if (end > data.length) break;
@@ -5481,12 +5480,12 @@ abstract class Http2Connection extends Connection {
       this.takeFrame(data[at + 3]!, data[at + 4]!, stream, data.subarray(at + 9, end));
       at = end;
     }
-    if (!this.isOver) this.rest = bytesBehind(data, at);
+    if (!this.overAt) this.rest = bytesBehind(data, at);
     // a peer that does not read is not read; bodies stop at WINDOW, so that two balancers never wait for each other
     if (this.socket.writableLength > 4 * WINDOW) this.hold();
   }
   onDrain(): void {
-    if (!this.isOver) this.release();
+    if (!this.overAt) this.release();
     this.pumpBlocked();
   }
 
@@ -5541,8 +5540,8 @@ abstract class Http2Connection extends Connection {
   onHeadersFrame(padded: Bytes, flags: number, id: number): void {
     const payload = unpadded(padded, flags), skipped = flags & PRIORITIZED ? 5 : 0;
     if (payload.length < skipped) throw fault("FRAME_SIZE_ERROR", "HEADERS");
-    const isBad = skipped > 0 && streamIn(payload) === id, since = flags & END_HEADERS ? 0 : this.now();
-    this.block = { id, ends: (flags & END_STREAM) > 0, isBad, since, pieces: [], size: 0 };
+    const isBad = skipped > 0 && streamIn(payload) === id, ends = (flags & END_STREAM) > 0;
+    this.block = { id, ends, isBad, since: this.now(), pieces: [], size: 0 };
     this.onContinuation(payload.subarray(skipped), flags, id);
   }
   onContinuation(payload: Bytes, flags: number, id: number): void {
@@ -5562,15 +5561,15 @@ abstract class Http2Connection extends Connection {
     if (streamIn(payload) === id) throw fault("PROTOCOL_ERROR", "it depends on itself", id);
     this.waste();
   }
-  onPush(): void {
-    throw fault("PROTOCOL_ERROR", "PUSH_PROMISE");
-  }
   /** One PING for each piece of data is not counted: gRPC's libraries measure round trips with them. */
   onPing(payload: Bytes, flags: number): void {
     if (flags & ACK) return this.onPong();
     this.writeFrame(PING, ACK, 0, payload.toString("latin1"));
     if (this.moved === 0) this.waste();
     else this.moved = Math.min(this.moved, PATIENCE) - 1;
+  }
+  onPush(): void {
+    throw fault("PROTOCOL_ERROR", "PUSH_PROMISE");
   }
   onGoAwayFrame(payload: Bytes): void {
     if (payload.length < 8) throw fault("FRAME_SIZE_ERROR", "GOAWAY");
@@ -5654,7 +5653,7 @@ abstract class Http2Connection extends Connection {
   }
 
   protected override write(text: string): void {
-    if (!this.isOver) super.write(text);
+    if (!this.overAt) super.write(text);
   }
   protected writeFrame(type: number, flags: number, id: number, payload: string): void {
     this.write(frameHead(payload.length, type, flags, id) + payload);
@@ -5685,7 +5684,7 @@ abstract class Http2Connection extends Connection {
    */
   sendData(id: number, bytes: Bytes, at: number, size: number, ends: boolean): void {
     const { maxFrame } = this, flags = ends ? END_STREAM : 0, end = at + size;
-    if (this.isOver) return;
+    if (this.overAt) return;
     if (size) this.moved++;
     this.window -= size;
     if (size <= Math.min(SMALL, maxFrame)) return this.writeFrame(DATA, flags, id, bytes.toString("latin1", at, end));
@@ -5711,9 +5710,8 @@ abstract class Http2Connection extends Connection {
 
   /** Sends the last GOAWAY: nothing else is sent, and streams that are open are lost. */
   protected goAway(code: Http2Error, detail = ""): void {
-    if (this.isOver) return;
+    if (this.overAt) return;
     this.sendGoAway(Math.min(this.lastId, this.lastServed), code, detail);
-    this.isOver = true;
     this.overAt = this.now();
     this.leaveAll(detail);
     this.end();
@@ -5852,7 +5850,6 @@ class ClientStream extends Http2Stream<Http2ClientConnection> {
     const { request, body, source } = this;
     body?.end(why === "reset" ? "client-left" : "bad-body");
     if (request.gone) return;
-    this.isAnswered = true; // by the reset
     cancelRequest(request);
     source?.cancel();
   }
@@ -5920,7 +5917,7 @@ class Http2ClientConnection extends Http2Connection {
   /** Ends the connection, which is counted and logged as a request that is not valid. */
   protected override fail(failure: Http2Failure): void {
     const { context } = this.owner, problem = failure.code === "ENHANCE_YOUR_CALM" ? "flood" : "bad-request";
-    if (this.isOver) return;
+    if (this.overAt) return;
     super.fail(failure);
     const head = http2RequestHead({ fields: [], size: 0, secret: undefined }, context.limits());
     context.handle(new ClientStream(this, 0, { ...head, problem }, true).request);
@@ -5935,14 +5932,14 @@ class Http2ClientConnection extends Http2Connection {
     this.endIfUnused();
   }
   onClose(): void {
-    this.isOver = true;
+    this.overAt = this.now();
     this.leaveAll("the client has left");
     this.owner.connections.delete(this);
   }
 
   /** Tells the client to open no more streams. Those that it has opened meanwhile are still served (RFC 9113 section 6.8). */
   closeIdle(): void {
-    if (this.leavingAt || this.isOver) return;
+    if (this.leavingAt || this.overAt) return;
     this.leavingAt = this.now();
     this.sendGoAway(MAX_WINDOW, "NO_ERROR");
     this.writeFrame(PING, 0, 0, "draining");
@@ -5963,7 +5960,7 @@ class Http2ClientConnection extends Http2Connection {
     super.look(now);
     const open = [...streams.values()], stuck = open.filter((stream) => now - stream.since >= keep_alive);
     const isStuck = open.length > 0 && stuck.length === open.length;
-    if (this.isOver) {
+    if (this.overAt) {
       if (now - this.overAt >= (unsent ? keep_alive : LINGER.silent)) socket.destroy();
     } else if (isStuck || now - this.movedAt >= keep_alive) {
       this.fail(fault("ENHANCE_YOUR_CALM", "the client does not read"));
@@ -5994,7 +5991,6 @@ class UpstreamStream extends Http2Stream<Http2UpstreamConnection> implements Pro
   connected = false; // the request has begun to be sent
   head: ResponseHead | undefined;
   private overhead = 0; // bytes of interim responses
-  private isDone = false;
 
   constructor(to: Http2UpstreamConnection, id: number, attempt: Attempt) {
     super(to, id);
@@ -6032,7 +6028,7 @@ class UpstreamStream extends Http2Stream<Http2UpstreamConnection> implements Pro
     this.head = head;
     if (!ends) this.body = new StreamedBody(isBodiless ? 0 : head.length, this);
     attempt.onHead({ status, reason, fields, lines, body: isBodiless ? NO_BODY : this.body ?? EMPTY_BODY });
-    if (ends && !this.isDone) this.onEnd(NO_FIELDS);
+    if (ends && attempt.carrier === this) this.onEnd(NO_FIELDS);
   }
 
   /** The response is complete: the rest of the upload is cancelled. */
@@ -6040,14 +6036,13 @@ class UpstreamStream extends Http2Stream<Http2UpstreamConnection> implements Pro
     const { attempt } = this;
     attempt.trailers = trailers;
     super.onEnd(trailers);
-    if (this.isDone) return;
+    if (attempt.carrier !== this) return;
     this.detach();
     if (!this.sent) this.drop("NO_ERROR");
     attempt.onEnd(undefined, "", true);
   }
   private detach(): void {
     const { attempt } = this;
-    this.isDone = true;
     this.connection.onResponse();
     attempt.uploaded = this.sentBytes;
     attempt.received = this.body?.received ?? 0;
@@ -6074,11 +6069,11 @@ class UpstreamStream extends Http2Stream<Http2UpstreamConnection> implements Pro
   /** The attempt has failed; one that the server has not looked at goes to another connection, once. */
   protected onAbort(why: Failure, detail: string, unseen: boolean): void {
     const { attempt, id, connected, connection: { client } } = this;
-    if (this.isDone) return;
+    if (attempt.carrier !== this) return;
     const isWhole = !connected || attempt.body.bytes !== undefined; // nothing of it is used up
     const mayMove = unseen || why === "reset" && id > 1 && mayRepeat(attempt); // the first stream is on no stale connection
     if (mayMove && isWhole && !this.head && !client.moved.has(attempt)) {
-      this.isDone = true;
+      attempt.carrier = undefined;
       client.moved.add(attempt);
       return client.send(attempt);
     }
@@ -6124,7 +6119,7 @@ class Http2UpstreamConnection extends Http2Connection {
     }
     const mayFallBack = server.http === "auto"; // to HTTP/1.1, from now on
     if (mayFallBack) client.withoutHttp2.add(server);
-    this.isOver = true;
+    this.overAt = this.now();
     socket.destroy();
     this.leaveAll(NO_ALPN, undefined, mayFallBack);
   }
@@ -6148,8 +6143,8 @@ class Http2UpstreamConnection extends Http2Connection {
 
   /** Whether another attempt may use it. */
   isOpen(): boolean {
-    const { isOver, leavingAt, socket, client, bornAt, streams, lastId } = this;
-    if (isOver || leavingAt || socket.destroyed || client.time - bornAt >= MAX_AGE) return false;
+    const { overAt, leavingAt, socket, client, bornAt, streams, lastId } = this;
+    if (overAt || leavingAt || socket.destroyed || client.time - bornAt >= MAX_AGE) return false;
     return streams.size < this.maxStreams && lastId < MAX_WINDOW - 2;
   }
   /** Sends an attempt, once the server has said how many streams it takes. */
@@ -6173,7 +6168,7 @@ class Http2UpstreamConnection extends Http2Connection {
   }
   onClose(): void {
     const { client, pool } = this;
-    this.isOver = true;
+    this.overAt = this.now();
     this.leaveAll(NO_PROTOCOL.test(this.reason) ? NO_ALPN : this.reason + this.hint);
     pool.splice(pool.indexOf(this), 1);
     client.connections.delete(this);
@@ -6182,7 +6177,7 @@ class Http2UpstreamConnection extends Http2Connection {
   override look(now: number): void {
     const { streams, socket } = this;
     super.look(now);
-    if (this.isOver ? now - this.overAt >= LINGER.silent : !this.hasSettings && !streams.size) socket.destroy();
+    if (this.overAt ? now - this.overAt >= LINGER.silent : !this.hasSettings && !streams.size) socket.destroy();
     else if (this.hasSettings && now - this.usedAt >= IDLE) this.endIfUnused();
   }
 }
