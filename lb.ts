@@ -7337,7 +7337,11 @@ function setUp(service: Service, server: Server, up: boolean, problem: string | 
 function setHealth(service: Service, server: Server, up: boolean, effects: Effects): void {
   effects.onNews({ kind: "marked", service: service.name, url: server.url, up });
   if (server.up !== up || up && server.until > 0) server.since = effects.now();
-  Object.assign(server, { up, opinion: up, passes: 0, fails: 0, failures: 0 }, up && { until: 0, ejections: 0 });
+  Object.assign(
+    server,
+    { up, opinion: up, passes: 0, fails: 0, failures: 0 },
+    up && { until: 0, trying: false, ejections: 0 },
+  );
   service.candidatesUntil = 0;
 }
 
@@ -7552,12 +7556,6 @@ function countOut(counts: Map<string, number>, client: string): void {
   const left = counts.get(client)! - 1;
   if (left) counts.set(client, left);
   else counts.delete(client);
-}
-
-/** Whether a client may have one more request in flight; counts it. */
-function admitRequest(exchange: Exchange, most: number): boolean {
-  exchange.concurrencyKey = clientNetwork(exchange.client);
-  return countIn(exchange.balancer.clients, exchange.concurrencyKey) < most;
 }
 
 /** Counts a connection for as long as it is open, or says what it is refused for. Trusted proxies bring many clients. */
@@ -8550,10 +8548,6 @@ function takeServer(service: Service, server: Server, { tried, now }: Asker): Se
 /** A server has one request less: the one that has waited longest gets its place. */
 function releaseServer(service: Service, server: Server): void {
   server.inFlight--;
-  if (server.trying && server.inFlight === 0) { // its trial had no result: it was a copy, say
-    server.trying = false;
-    service.candidatesUntil = 0;
-  }
   if (service.waiting.size > 0) wakeQueue(service);
 }
 
@@ -8861,41 +8855,38 @@ function pickSecond(exchange: Exchange, first: ExchangeAttempt): Server | undefi
 const MOST_COPIES = 100; // in flight to one service; further requests are not copied
 
 /**
- * Has a copy of a request sent to another service, behind the request itself. Nobody waits for it; where the body is a
- * stream there is none to copy.
+ * Sends a copy of a request to another service, behind the request itself, and discards the response. Only the server's
+ * room is used; no health or latency is counted. Where the body is a stream there is none to copy.
  */
-function sendMirrored(exchange: Exchange, destination: Destination): void {
-  const { effects } = exchange.balancer, { copies } = destination.service;
-  if (exchange.upgrade || effects.random() >= destination.weight) return; // a conversation has no copy
-  const mayCopy = exchange.body.length >= 0 && exchange.body.bytes !== undefined;
-  if (!mayCopy || copies.inFlight >= MOST_COPIES) return void copies.skipped++;
-  copies.inFlight++;
-  const sent = Promise.resolve().then(() => sendCopy(exchange, destination))
-    .catch((error) => effects.report("error", stackOf(error)))
-    .finally(() => copies.inFlight--);
-  addBackgroundWork(exchange, sent);
-}
-
-/** Sends the copy once and discards the response. Only the server's room is used; no health or latency is counted. */
 async function sendCopy(exchange: Exchange, destination: Destination): Promise<void> {
-  const { balancer, method, body } = exchange, { effects } = balancer, { service } = destination;
-  const copy: Exchange = { ...exchange, destination, tried: [], onLeave: undefined };
-  const server = pickServer(copy, effects.now());
-  if (server === undefined) return void service.copies.skipped++;
-  if (server.trying) endTrial(service, server, "undecided", effects); // a copy is no trial
-  nextSpan(copy);
-  const { policy: { timeouts } } = destination, { target } = copy, lines = outboundLines(copy, server);
-  const given = { server, method, body, target, lines, timeouts, startedAt: copy.now };
-  const problem = await new Promise<string | undefined>((resolve) =>
-    effects.send(newAttempt(given, {
-      onInform() {},
-      onHead: (response) => response.body.read({ data() {}, end() {}, fail() {} }),
-      onEnd: (failure, detail) => resolve(failure && detail),
-    }))
-  );
-  releaseServer(service, server);
-  if (problem) reportServer(service, server, problem, effects);
-  service.copies[problem ? "failed" : "answered"]++;
+  const { balancer: { effects }, method, body } = exchange, { service, policy: { timeouts } } = destination;
+  const mayCopy = body.length >= 0 && body.bytes !== undefined && service.copies.inFlight < MOST_COPIES;
+  if (!mayCopy) return void service.copies.skipped++;
+  service.copies.inFlight++;
+  await undefined;
+  try {
+    const copy: Exchange = { ...exchange, destination, tried: [], onLeave: undefined };
+    const server = pickServer(copy, effects.now());
+    if (server === undefined) return void service.copies.skipped++;
+    if (server.trying) endTrial(service, server, "undecided", effects); // a copy is no trial
+    nextSpan(copy);
+    const { target } = copy, lines = outboundLines(copy, server);
+    const given = { server, method, body, target, lines, timeouts, startedAt: copy.now };
+    const problem = await new Promise<string | undefined>((resolve) =>
+      effects.send(newAttempt(given, {
+        onInform() {},
+        onHead: (response) => response.body.read({ data() {}, end() {}, fail() {} }),
+        onEnd: (failure, detail) => resolve(failure && detail),
+      }))
+    );
+    releaseServer(service, server);
+    if (problem) reportServer(service, server, problem, effects);
+    service.copies[problem ? "failed" : "answered"]++;
+  } catch (error) { // of a custom strategy
+    effects.report("error", stackOf(error));
+  } finally {
+    service.copies.inFlight--;
+  }
 }
 
 // --- 8.5 Balance: the request path, step by step ---
@@ -8955,7 +8946,10 @@ function checkAdmission(exchange: Exchange): FailureName | undefined {
   const { balancer, client, body, table: { config: { limits } } } = exchange;
   const { admits, buckets, body_limit } = exchange.route!;
   if (balancer.inFlight > limits.requests) return "busy";
-  if (limits.per_client < Infinity && !admitRequest(exchange, limits.per_client)) return "client-busy";
+  if (limits.per_client < Infinity) {
+    exchange.concurrencyKey = clientNetwork(client);
+    if (countIn(balancer.clients, exchange.concurrencyKey) >= limits.per_client) return "client-busy";
+  }
   if (admits && !admits(client)) return "denied";
   if (buckets && !withinRate(buckets, exchange)) return "rate";
   return body.length > body_limit ? "body-too-large" : undefined;
@@ -9049,7 +9043,8 @@ function askServer(exchange: Exchange, retry: number, now: number, failure: Fail
 function forward(exchange: Exchange, server: Server, retry: number): void {
   const { service } = exchange.destination!, copies = exchange.route!.mirror;
   exchange.onLeave = cancelAttempt;
-  if (retry === 0 && copies) sendMirrored(exchange, copies);
+  const isCopied = retry === 0 && copies && !exchange.upgrade && exchange.random() < copies.weight; // a conversation has no copy
+  if (isCopied) addBackgroundWork(exchange, sendCopy(exchange, copies));
   if (retry > 0) {
     service.retrying++;
     service.retries++;
@@ -9291,12 +9286,6 @@ export interface LoadBalancer extends Hono {
   balancer: Balancer;
 }
 
-/** What a service is built with, beside its config. */
-interface ServiceContext extends Pick<Table, "names"> {
-  strategy: Strategy;
-  now: number;
-}
-
 type WantedServer = ListedServer & Pick<FoundServer, "servername">;
 /** The servers of a service: those that the file lists, and those that its names stand for; each URL once. */
 function serversOf(listed: ServerConfig[], names: Table["names"], changes: Service["changes"]): WantedServer[] {
@@ -9317,8 +9306,13 @@ function serversOf(listed: ServerConfig[], names: Table["names"], changes: Servi
  * Services that stay, by name, and their servers that stay, by URL, stay the same records: what is known of them is kept
  * over a reload, and what requests in flight find out is not lost.
  */
-function buildService(config: ServiceConfig, name: string, context: ServiceContext, previous?: Service): Service {
-  const { strategy, now, names: known } = context, changes = previous?.changes ?? new Map<string, FoundChange>();
+function buildService(
+  { name, config, strategy }: Pick<Service, "name" | "config" | "strategy">,
+  known: Table["names"],
+  now: number,
+  previous?: Service,
+): Service {
+  const changes = previous?.changes ?? new Map<string, FoundChange>();
   const names = [...new Set(config.servers.flatMap((one) => known.get(idOf(one)) ?? []))];
   const byUrl = new Map(previous?.servers.map((server) => [server.url, server]));
   const isAuto = config.max_in_flight === AUTO, wasAuto = previous?.config.max_in_flight === AUTO;
@@ -9358,8 +9352,7 @@ function buildService(config: ServiceConfig, name: string, context: ServiceConte
 
 /** Brings a service up to date with what its names and operators say. */
 function refreshService({ table, effects }: Balancer, service: Service): void {
-  const context = { strategy: service.strategy, now: effects.now(), names: table.names };
-  buildService(service.config, service.name, context, service);
+  buildService(service, table.names, effects.now(), service);
   wakeQueues(table);
 }
 
@@ -9452,8 +9445,8 @@ function buildTable(config: Config, known: Strategies, previous?: Table, now = 0
     if (find) names.set(id, previous?.names.get(id) ?? newDiscovery(url, name, find));
   }
   for (const [name, service] of config.services) {
-    const context = { strategy: known[service.strategy.name]!, now, names };
-    services.set(name, buildService(service, name, context, previous?.services.get(name)));
+    const given = { name, config: service, strategy: known[service.strategy.name]! };
+    services.set(name, buildService(given, names, now, previous?.services.get(name)));
   }
   const buckets: Table["buckets"] = new Map(); // those of before where route and rule are the same
   for (const route of config.routes) {
