@@ -80,15 +80,13 @@ import {
   isAlias,
   isCollection,
   isMap,
-  isNode,
-  isPair,
   isScalar,
   isSeq,
   LineCounter,
   type Node,
   type Pair as YamlPair,
   parseDocument,
-  Scalar,
+  type Scalar,
   type ScalarTag,
   stringify,
   visit,
@@ -445,16 +443,6 @@ const Path = term(A_PATH, /^\/[!-"$->@-~]*$/, (path) => {
   return new Error("it is taken literally; what follows the match stays by itself, and $1 is a group of {regex: ...}");
 });
 const ONE_SEGMENT = /^(?::([a-z_]\w*)|\{([a-z_]\w*)\})$/i;
-/** What to write for a path of nginx: `= /a`, `^~ /a`, `~ \\.php$`, `~* \\.php$`. */
-const ofNginx = (path: string): string | undefined => {
-  const [, modifier, rest] = /^(=|\^~|~\*?)\s*(\S.*)$/.exec(path) ?? [];
-  if (modifier === undefined) return undefined;
-  if (modifier === "=") return `{exact: ${rest}}`;
-  return modifier === "^~" ? rest : `{regex: '${modifier === "~*" ? "(?i)" : ""}${rest}'}`;
-};
-/** The names of one segment, and of all that follow, as Flask, Next.js, Go and others write them. */
-const OTHER_SEGMENT = /^(?:<(?:\w+:)?(\w+)>|\[(\w+)\])$/;
-const ALL_THAT_FOLLOWS = /\/(?:\{\*{0,2}\w+\.{3}\}|\{\*{1,2}\w+\}|\*\w+|:\w+[*+]|\[\.{3}\w+\]|<path:\w+>)$/;
 const partFor = (piece: string): string => {
   if (piece === "**") return ".*";
   return piece.includes(",") ? `(?:${piece.slice(1, -1).replaceAll(",", "|")})` : "[^/]+"; // {a,b}: one of them
@@ -474,30 +462,33 @@ const insteadOf = (regex: string): string => {
   if (prefix === undefined) return `{regex: '^${plain}'}`;
   return isAll ? prefix : `{exact: ${prefix}}`;
 };
-/**
- * A path as people write it, in the normal form of requests, with `{name}` where any segment fits. What looks like a
- * pattern and is none is refused, for taken literally it would match nothing.
- */
+const ALL_THAT_FOLLOWS = /^(.*)\/(?:\{\*{0,2}\w+\.{3}\}|\{\*{1,2}\w+\}|\*\w+|:\w+[*+]|\[\.{3}\w+\]|<path:\w+>)$/;
+const OTHER_SEGMENT = /(?<=\/)(?:<(?:\w+:)?(\w+)>|\[(\w+)\])(?=\/|$)/g;
+const ODD_SEGMENT = /(?:^|\/)(?!(?::[a-z_]\w*|\{[a-z_]\w*\})(?:\/|$))(?::|[^/]*[{}*])/i;
+const SEGMENT_IS = "a segment is literal, or any one as :id or {id}; /* ends a prefix; otherwise ";
+/** Patterns of nginx, Flask, Next.js, Go and others: taken literally they would match nothing. And what to write. */
+const OTHER_PATTERNS: [looks: RegExp, why: string, write: (path: string, ...groups: string[]) => string][] = [
+  [/^=\s*(\S.*)$/, "", (_, path) => `{exact: ${path}}`],
+  [/^\^~\s*(\S.*)$/, "", (_, path) => path!],
+  [/^~(\*?)\s*(\S.*)$/, "", (_, anyCase, regex) => `{regex: '${anyCase && "(?i)"}${regex}'}`],
+  [ALL_THAT_FOLLOWS, "a path takes all below it: ", (_, before) => before || "/"],
+  [OTHER_SEGMENT, "any one segment is :id or {id}: ", (path) => path.replace(OTHER_SEGMENT, ":$1$2")],
+  [/^\^|[[\]]|\.[*+]|\\[dwsDWS]|\$$|\(.*\|.*\)/, "a regular expression is {regex: ...}; ", insteadOf],
+  [ODD_SEGMENT, SEGMENT_IS, (path) => {
+    const starless = path.replace(/(?<=\/)\*(?=\/)/g, "{any}");
+    return ODD_SEGMENT.test(starless) ? regexFor(path) : starless;
+  }],
+];
+/** A path as people write it, in the normal form of requests, with `{name}` where any segment fits. */
 const readPattern = (written: string): string | Error => {
-  const nginx = ofNginx(written), before = written.replace(ALL_THAT_FOLLOWS, "");
-  if (nginx) return new Error(`write ${nginx}`);
-  if (before !== written) return new Error(`a path takes all below it: write ${before || "/"}`);
-  const named = written.split("/").map((segment) => segment.replace(OTHER_SEGMENT, ":$1$2")).join("/");
-  if (named !== written) return new Error(`any one segment is :id or {id}: write ${named}`);
-  if (/^\^|[[\]]|\.[*+]|\\[dwsDWS]|\$$|\(.*\|.*\)/.test(written)) {
-    return new Error(`a regular expression is {regex: ...}; write ${insteadOf(written)}`);
-  }
-  const segments = written.split("/");
-  const odd = (segment: string) => /^:|[{}*]/.test(segment) && !ONE_SEGMENT.test(segment);
-  if (segments.some(odd)) {
-    const starless = written.replace(/(?<=\/)\*(?=\/)/g, "{any}");
-    const write = starless.split("/").some(odd) ? regexFor(written) : starless;
-    return new Error(`a segment is literal, or any one as :id or {id}; /* ends a prefix; otherwise write ${write}`);
+  for (const [looks, why, write] of OTHER_PATTERNS) {
+    const found = written.match(looks);
+    if (found) return new Error(`${why}write ${write(written, ...found.slice(1))}`);
   }
   if (/%(?![0-9a-f]{2})|%00|\\|\p{Cs}/iu.test(written)) {
     return new Error("no request has a bare %, %00 or \\ in its path");
   }
-  const normal = segments.map((segment) => {
+  const normal = written.split("/").map((segment) => {
     const [, colon, braces] = ONE_SEGMENT.exec(segment) ?? [], name = colon ?? braces;
     return name ? `{${name}}` : normalEncoding(segment);
   });
@@ -707,6 +698,7 @@ const Tls = v.pipe(TlsMap, v.check((tls) => !tls.cert === !tls.key, "needs cert 
 const HttpVersion = v.pipe(oneOf(1, 1.1, 2, "auto"), v.transform((version) => version === 1.1 ? 1 : version));
 const RETRY_CAUSES = ["connect", "reset", "unavailable"] as const; // the last is gRPC's
 const RetryOn = either("connect, reset, unavailable, or 400 to 599", oneOf(...RETRY_CAUSES), integer(400, 599));
+const RETRIED: v.InferInput<typeof RetryOn>[] = ["connect", "reset", 502, 503, 504];
 const Fallback = or("none", "", ServiceName, "a name");
 /** What other programs call the server's own name, and the client's. */
 const OWN_HOST =
@@ -730,13 +722,7 @@ const Compress = orBrief("true, false or gzip", v.literal("gzip"), () => true, B
 /** What a route may also say, and then wins over its service. */
 const POLICY_KEYS = {
   retries: may(integer(0, 10), "further attempts, always at another server while one is left", 1),
-  retry_on: may(v.array(RetryOn, "$ is not a list such as [connect, 503]"), "what is tried again", [
-    "connect",
-    "reset",
-    502,
-    503,
-    504,
-  ]),
+  retry_on: may(v.array(RetryOn, "$ is not a list such as [connect, 503]"), "what is tried again", RETRIED),
   timeouts: may(
     Timeouts,
     "until connected, until the headers, between pieces of a body, for all of a request's",
@@ -982,15 +968,11 @@ const Tcp = map({
   deny: CHANGE_KEYS.deny,
   ...tcpSettings,
 });
-const RESOLVER = /^(?:(\d[\d.]+)(?::(\d{1,5}))?|\[([^\]]+)\](?::(\d{1,5}))?|([\da-f:.]*:[\da-f:.]*))$/i;
-const ResolverSchema = term(
-  "an address such as 10.0.0.2 or 10.0.0.2:53",
-  RESOLVER,
-  (_, v4 = "", p4, inner, p6, v6 = "") => {
-    const port = Number(p4 ?? p6 ?? 53), fits = v4 ? isIPv4(v4) : isIPv6(inner ?? v6);
-    return fits && port > 0 && port < 65536 && `${v4 || `[${inner ?? v6}]`}:${port}`;
-  },
-);
+const RESOLVER = /^(?:(\d[\d.]+|\[[^\]]+\])(?::(\d{1,5}))?|([\da-f:.]*:[\da-f:.]*))$/i;
+const ResolverSchema = term("an address such as 10.0.0.2 or 10.0.0.2:53", RESOLVER, (_, host, port = "53", bare) => {
+  const address = host ?? `[${bare}]`, number = Number(port);
+  return !isName(address) && isHost(address) && number > 0 && number < 65536 && `${address}:${number}`;
+});
 const Limits = map({
   requests: may(Limit, "in flight, of all clients: 503 beyond", "none"),
   per_client: may(Limit, "in flight, of one address (an IPv6 /64): 429 beyond", "none"),
@@ -1180,10 +1162,7 @@ interface FleetConfig {
   durable: string; // a binding of the edge; empty: none
 }
 
-/**
- * A whole file, as it is parsed: nothing is optional any more. `source` is the file with all defaults written in, `text`
- * and `file` the file itself, and `places` say where in it each service stands.
- */
+/** A whole file, as it is parsed: nothing is optional any more. */
 interface Config {
   listen: ListenerConfig[];
   admin?: { listen: Address; token?: string | undefined; read_token?: string | undefined } | undefined;
@@ -1205,10 +1184,11 @@ interface Config {
   routes: RouteConfig[];
   tcp: TcpConfig[];
   fleet?: FleetConfig | undefined;
-  source: Raw;
-  text: string;
+  source: Raw; // the file with short forms and all defaults written out
+  text: string; // the file itself, and its name
   file: string;
-  places: Map<string, Keys>;
+  written: Raw; // its values as they are written: variables stay `${NAME}`
+  places: Map<string, Keys>; // where in it each service stands
   warnings: string[]; // routes that are never reached, services that nothing leads to
 }
 
@@ -1235,9 +1215,9 @@ export class ConfigError extends Error {
 type Env = Record<string, string | undefined>;
 
 /** Says what is wrong with the value at a path, with its key, or at an offset of the text. */
-type Report = (path: Keys, message: string, at?: "key" | number) => unknown;
+type Report = (path: Keys, message: string, at?: "key" | "value" | number) => unknown;
 type Complain = (message: string) => unknown;
-const MOST = { bytes: 2 ** 20, values: 100_000, aliases: 5_000, depth: 32, mistakes: 50 };
+const MOST = { bytes: 2 ** 20, values: 100_000, depth: 32, mistakes: 50 };
 const SECRET = /token|secret|password|authorization|cookie|api[-_]?key/i;
 
 const dotted = (path: Keys) =>
@@ -1288,77 +1268,82 @@ const keyText = ({ key }: YamlPair): string => {
   const { source, value } = key as Scalar;
   return unwrapped(String(source ?? value));
 };
-/** What stands at a key or an index of a node, also where an alias or a merge key (`<<`) has brought it there. */
-function childOf(doc: Document, node: unknown, step: string | number): { key: unknown; value: unknown } | undefined {
-  if (isAlias(node)) return childOf(doc, node.resolve(doc), step);
-  if (isSeq(node)) return { key: node.items[Number(step)], value: node.items[Number(step)] };
-  if (!isMap(node)) return undefined;
-  const own = node.items.findLast((pair) => keyText(pair) === step);
-  const sources = node.items.filter((pair) => !own && keyText(pair) === "<<").map(({ value }) => value);
-  const brought = sources.flatMap((one) => isSeq(one) ? one.items : [one]).map((one) => childOf(doc, one, step));
-  return own ?? brought.find((one) => one !== undefined);
-}
-/** Where a path stands in the text; of what a short form leaves out, the place where that stands. */
-function offsetOf(doc: Document, path: Keys, what: "key" | "value"): number {
-  let found: { key: unknown; value: unknown } = { key: undefined, value: doc.contents };
-  for (const step of path) {
-    const child = childOf(doc, found.value, step);
-    if (!child) break;
-    found = child;
-  }
-  const node = found[what] ?? found.value ?? found.key;
-  return (node as Node | undefined)?.range?.[0] ?? 0;
-}
+const offsetOf = (node: unknown): number => (node as Node | null)?.range?.[0] ?? 0;
 
-/** What is found wrong with a file. */
+/** What is found wrong with a file, and where its values and their keys stand: offsets in the text, by their paths. */
 function newFindings(file: string) {
-  const found = new Map<string, { path: Keys; message: string; at: "key" | number | undefined }>();
-  const say: Report = (path, message, at) => {
+  const found = new Map<string, { path: Keys; message: string; at: "key" | "value" | number }>();
+  const places = new Map<string, { key: number; value: number }>(), lines = new LineCounter();
+  const say: Report = (path, message, at = "value") => {
     if (found.size < 20 * MOST.mistakes) found.set(JSON.stringify([path, message, at]), { path, message, at });
   };
-  return {
-    ...{ lines: new LineCounter(), found, say, doc: undefined as Document | undefined },
-    /** All mistakes with their places, in the order of the file. */
-    list(): Mistake[] {
-      const placed = [...found.values()].map(({ path, message, at }) => {
-        const offset = typeof at === "number" ? at : this.doc ? offsetOf(this.doc, path, at ?? "value") : 0;
-        const { line, col } = this.lines.linePos(offset);
-        return { line: line || 1, column: col || 1, path: dotted(path), message };
-      });
-      return placed.sort((a, b) => a.line - b.line || a.column - b.column).slice(0, MOST.mistakes);
-    },
-    /** @throws {ConfigError} where there are any */
-    end(): void {
-      if (found.size) throw new ConfigError(file, this.list());
-    },
+  /** Of what a short form leaves out, the place of the short form. */
+  const offsetAt = (path: Keys, what: "key" | "value"): number =>
+    places.get(dotted(path))?.[what] ?? (path.length ? offsetAt(path.slice(0, -1), what) : 0);
+  /** All mistakes with their places, in the order of the file. */
+  const list = (): Mistake[] => {
+    const placed = [...found.values()].map(({ path, message, at }) => {
+      const { line, col } = lines.linePos(typeof at === "number" ? at : offsetAt(path, at));
+      return { line: line || 1, column: col || 1, path: dotted(path), message };
+    });
+    return placed.sort((a, b) => a.line - b.line || a.column - b.column).slice(0, MOST.mistakes);
   };
+  /** @throws {ConfigError} where there are any */
+  const end = (): void => {
+    if (found.size) throw new ConfigError(file, list());
+  };
+  return { lines, places, found, say, list, end };
 }
 type Findings = ReturnType<typeof newFindings>;
 
-const nodePath = (nodes: readonly unknown[]): Keys =>
-  nodes.flatMap((node, i) => isPair(node) ? keyText(node) : isSeq(node) ? node.items.indexOf(nodes[i + 1]) : []);
-/** Reports keys that stand twice in a map, and aliases that name nothing: these become empty values. */
-function checkNodes(doc: Document, say: Report): void {
-  const anchors = new Set<string>();
-  let aliases = 0;
-  visit(doc, (_, node, above) => {
-    if (isMap(node)) {
-      const seen = new Set<string>();
-      for (const pair of node.items) {
-        const name = keyText(pair), path = [...nodePath([...above, node]), name];
-        if (seen.has(name)) say(path, "stands twice", (pair.key as Node).range![0]);
-        seen.add(name);
-      }
-    }
-    if (isNode(node) && !isAlias(node) && node.anchor) anchors.add(node.anchor);
-    if (!isAlias(node)) return undefined;
-    if (++aliases > MOST.aliases) throw new RangeError(`more than ${MOST.aliases} aliases`);
-    if (anchors.has(node.source)) return undefined;
-    const path = nodePath([...above, node]);
-    say(path, `*${node.source} names nothing above; text that begins with * stands in quotes`, node.range![0]);
-    return new Scalar(null);
+/**
+ * The values of a document as they are written; with `env` variables and merge keys (`<<: *name` puts another map's keys
+ * under the own ones, as in YAML 1.1) are what they stand for. No variable can bring in a key or a list.
+ */
+function valuesOf(doc: Document, { say, places }: Findings = newFindings(""), env?: Env): unknown {
+  const targets = new Map<unknown, Node | undefined>(), anchors = new Map<string, Node>();
+  visit(doc, {
+    Alias: (_, alias) => void targets.set(alias, anchors.get(alias.source)), // the last one above it
+    Value: (_, node) => void (node.anchor && anchors.set(node.anchor, node)),
   });
+  let count = 0;
+  const read = (node: unknown, path: Keys, key = node, value = node): unknown => {
+    if (++count > MOST.values) throw new RangeError(`more than ${MOST.values} values`); // an alias bomb, say
+    places.set(dotted(path), { key: offsetOf(key), value: offsetOf(value ?? key) });
+    if (path.length > MOST.depth) return void say(path, `nested deeper than ${MOST.depth} levels`);
+    if (isSeq(node)) return node.items.map((item, i) => read(item, [...path, i]));
+    if (isMap(node)) return readMap(node.items, path, key, value);
+    if (isAlias(node)) {
+      const target = targets.get(node);
+      if (target) return read(target, path, key, value);
+      say(path, `*${node.source} names nothing above; text that begins with * stands in quotes`, offsetOf(node));
+      return null;
+    }
+    const written = isScalar(node) ? node.value : null;
+    if (typeof written !== "string") return written;
+    return env ? expanded(unwrapped(written), env, (message) => say(path, message)) : unwrapped(written);
+  };
+  const readMap = (items: YamlPair[], path: Keys, key: unknown, value: unknown): Raw => {
+    const pairs = new Map<string, YamlPair>();
+    for (const pair of items) {
+      const name = keyText(pair);
+      if (pairs.has(name)) say([...path, name], "stands twice", offsetOf(pair.key));
+      pairs.set(name, pair);
+    }
+    const merge = env && pairs.get("<<")?.value, list = targets.get(merge) ?? merge;
+    if (env) pairs.delete("<<");
+    const sources = isSeq(list) ? list.items.toReversed() : merge ? [merge] : []; // the first one wins
+    const brought = sources.flatMap((source) => {
+      const values = read(source, path, key, value);
+      if (!isRecord(values)) say([...path, "<<"], `${quote(values)} is not a map, as in <<: *name`, offsetOf(source));
+      return Object.entries(mapOf(values));
+    });
+    const own = [...pairs].map(([name, { key, value }]) => [name, read(value, [...path, name], key, value)] as const);
+    return Object.fromEntries([...brought, ...own]);
+  };
+  return read(doc.contents, []);
 }
+
 /** What the parser says in terms of YAML's grammar, in other words. */
 const YAML_ERRORS: [what: RegExp, sentence: string][] = [
   [/^MULTIPLE_DOCS/, "the file holds more than one document"],
@@ -1371,8 +1356,8 @@ const YAML_ERRORS: [what: RegExp, sentence: string][] = [
   [/ All mapping items must start/, "the keys of a map begin in the same column"],
   [/ Unexpected scalar at node end/, "something stands behind the end of a value"],
 ];
-/** The YAML of a file; undefined, with reports, where it cannot be read. */
-function readYaml(text: string, findings: Findings): Document | undefined {
+/** The YAML of a file, and its values; undefined, with reports, where it cannot be read. */
+function readYaml(text: string, findings: Findings, env?: Env): { doc: Document; values: unknown } | undefined {
   const { lines, say } = findings;
   if (text.length > MOST.bytes) return void say([], "the file is larger than 1 MiB");
   try {
@@ -1384,48 +1369,11 @@ function readYaml(text: string, findings: Findings): Document | undefined {
       say([], sentence ? `${closing && `${closing} `}${sentence}` : unwrapped(message), pos[0]);
     }
     if (doc.errors.length) return undefined;
-    checkNodes(doc, say);
-    if (isScalar(doc.contents) && doc.contents.value === null || !doc.contents) {
-      return void say([], "the file is empty");
-    }
-    return findings.doc = doc;
+    const values = valuesOf(doc, findings, env);
+    return values === null ? void say([], "the file is empty") : { doc, values };
   } catch (error) {
     if (!(error instanceof RangeError)) throw error;
     return void say([], /call stack/.test(error.message) ? `nested deeper than ${MOST.depth} levels` : error.message);
-  }
-}
-
-/**
- * The values of a document as they are written; with `env` variables and merge keys (`<<: *name` puts another map's keys
- * under the own ones, as in YAML 1.1) are what they stand for. No variable can bring in a key or a list.
- */
-function valuesOf(doc: Document, say: Report, env?: Env): unknown {
-  let count = 0;
-  const read = (value: unknown, path: Keys): unknown => {
-    if (++count > MOST.values) throw new RangeError(`more than ${MOST.values} values`); // an alias bomb, say
-    if (path.length > MOST.depth) return void say(path, `nested deeper than ${MOST.depth} levels`);
-    if (typeof value === "string") {
-      return env ? expanded(unwrapped(value), env, (message) => say(path, message)) : unwrapped(value);
-    }
-    if (Array.isArray(value)) return value.map((item, i) => read(item, [...path, i]));
-    if (!isRecord(value)) return value;
-    const isMerge = (key: string) => key === "<<" && env !== undefined;
-    const sources = isMerge("<<") && Object.hasOwn(value, "<<") ? [value["<<"]].flat().toReversed() : []; // the first wins
-    const brought = sources.flatMap((one) => {
-      if (!isRecord(one)) say([...path, "<<"], `${quote(one)} is not a map, as in <<: *name`);
-      return Object.entries(mapOf(read(one, path)));
-    });
-    const own = Object.entries(value).filter(([key]) => !isMerge(key));
-    return Object.fromEntries([
-      ...brought,
-      ...own.map(([key, one]) => [unwrapped(key), read(one, [...path, unwrapped(key)])]),
-    ]);
-  };
-  try {
-    return read(doc.toJS({ maxAliasCount: -1 }), []);
-  } catch (error) {
-    if (!(error instanceof RangeError)) throw error;
-    return void say([], error.message);
   }
 }
 
@@ -1448,7 +1396,6 @@ const ALIASES: Record<string, string> = {
   url: "address addr host target server",
   routes: "rules locations route ingress",
   default: "default_backend default_service fallback catch_all",
-  fallback: "backup_service",
   strategy: "balance lb_policy algorithm policy lb_method lb_algorithm load_balancing balancing mode",
   "least-connections": "leastconn least_conn least_connection leastconnections",
   "round-robin": "rr roundrobin round_robin wrr weighted weighted_round_robin static_rr",
@@ -1459,7 +1406,6 @@ const ALIASES: Record<string, string> = {
   health: "healthcheck health_check healthchecks health_checks check probe probes health_uri httpchk active_health",
   path: "uri url location match rule prefix path_prefix pathprefix endpoint http http_get httpget",
   regex: "regexp path_regexp path_regex pattern re matches",
-  exact: "equals equal full",
   expect: "status expect_status expected_status status_code expected_codes codes",
   fall: "unhealthy_threshold fails failure_threshold failures",
   rise: "healthy_threshold passes success_threshold successes",
@@ -1488,7 +1434,6 @@ const ALIASES: Record<string, string> = {
   response: "read server header response_header ttfb receive",
   slow_start: "slowstart warmup warm_up",
   compress: "gzip compression encode brotli deflate",
-  strip: "strip_prefix strippath strip_path handle_path",
   rewrite: "replace_path url_rewrite rewrite_target add_prefix",
   status: "code status_code",
   redirect: "redir return redirect_to",
@@ -1510,17 +1455,11 @@ const ALIASES: Record<string, string> = {
   http: "protocol proto http2 http_version",
   listen: "frontend frontends port ports bind address listeners listener entrypoints entry_points",
   host: "match rule domain domains hostname host_name server_name vhost",
-  methods: "method verbs",
   "request.headers": "header_up proxy_set_header request_headers set_header",
   "response.headers": "header_down add_header response_headers",
   origin: "origins allow_origin allow_origins allowed_origins",
-  allow_methods: "allowed_methods methods",
-  allow_headers: "allowed_headers headers",
-  credentials: "allow_credentials",
   admin: "api stats dashboard management metrics prometheus",
-  ca: "ca_file root_ca trusted_ca ca_cert",
   servername: "sni server_name",
-  insecure: "insecure_skip_verify skip_verify tls_insecure_skip_verify",
   proxy_protocol: "send_proxy send_proxy_v2",
   "write response: { headers: { set: { strict-transport-security: max-age=31536000 } } }": "hsts",
   "nobody is asked for a password here: that is middleware of your own, with lb.ts as a library":
@@ -1577,13 +1516,14 @@ function guess(wrong: string, known: string[], isKey = false): string {
   if (known.includes(plain)) return `; did you mean ${quote(plain)}?`;
   const sentence = meant.find((name) => name.includes(" "));
   if (sentence) return isKey ? `; ${sentence}` : "";
-  const here = meant.filter((name) => known.includes(firstPart(name)));
+  const isPart = (name: string) => meant.length === 0 && `_${plain}_`.includes(`_${name}_`); // ca_file: ca
+  const here = [...meant.filter((name) => known.includes(firstPart(name))), ...known.filter(isPart)];
   if (here.length) return `; did you mean ${inWords(here.map(asWritten))}?`;
   const apart = (name: string) => distance(wrong, name), least = Math.min(...known.map(apart));
   const elsewhere = isKey && least > 1 && [wrong, ...meant].find((name) => placesNamed(name).length > 0);
   if (elsewhere) return `; ${asWritten(elsewhere).replaceAll('"', "")} belongs to ${inWords(placesNamed(elsewhere))}`;
-  const isNear = (name: string) => apart(name) === least && (least < 2 || name[0] === wrong[0]); // http is not tcp
-  const near = least <= Math.ceil(wrong.length / 3) ? known.filter(isNear) : [];
+  const isLike = (name: string) => apart(name) === least && (least < 2 || name[0] === wrong[0]); // http is not tcp
+  const near = least <= Math.ceil(wrong.length / 3) ? known.filter(isLike) : [];
   return near.length ? `; did you mean ${inWords(near.map(quote))}?` : "";
 }
 
@@ -1617,22 +1557,22 @@ function readValue<S extends Schema>(schema: S, value: unknown, say: Report, at:
 
 /** A map of the file, and where it stands. */
 type Placed = [path: Keys, own: Raw];
-/** The maps that stand in these lists and maps of the file. */
+/** The maps at these keys of the file: those in a list or in a map of names, or the one map that stands there. */
 const mapsIn = (file: Raw, ...keys: string[]): Placed[] =>
   keys.flatMap((key) => {
-    const all = file[key], pairs = Array.isArray(all) ? [...all.entries()] : Object.entries(mapOf(all));
-    return pairs.filter(([, one]) => isRecord(one)).map(([at, one]): Placed => [[key, at], one as Raw]);
+    const all = file[key], isOne = /^(?:admin|defaults?)$/.test(key);
+    const inner = Array.isArray(all) ? [...all.entries()] : Object.entries(mapOf(all));
+    const found = isOne ? [[[key], all]] : inner.map(([at, one]) => [[key, at], one]);
+    return found.filter(([, one]) => isRecord(one)) as Placed[];
   });
-/** Where a file says what becomes of requests and connections. */
-const ROUTED = ["hosts", "paths", "routes", "default", "tcp"];
-const topMap = (file: Raw, key: string): Placed[] => isRecord(file[key]) ? [[[key], file[key]]] : [];
-const entriesOf = (file: Raw): Placed[] => [...mapsIn(file, "hosts", "paths", "routes"), ...topMap(file, "default")];
+/** Where a file says what becomes of requests, and of connections. */
+const ENTRIES = ["hosts", "paths", "routes", "default"], ROUTED = [...ENTRIES, "tcp"];
 const SEGMENT = /^(?!\.\.?$)[\w.~-]+$/;
 /** What `name_routes` adds: a route for every service whose name can be a segment of a path. */
 const nameRoutes = ({ name_routes, services }: Raw): Raw[] =>
   Object.keys(isTrue(name_routes) ? mapOf(services) : {}).filter((service) => SEGMENT.test(service))
     .map((service) => ({ path: `/${service}`, service, strip: true }));
-const hasRoutes = (file: Raw): boolean => entriesOf(file).length + nameRoutes(file).length > 0;
+const hasRoutes = (file: Raw): boolean => mapsIn(file, ...ENTRIES).length + nameRoutes(file).length > 0;
 /** The listeners for HTTP: 8080 by default; none in a file with only TCP services. */
 const listenOf = (file: Raw): unknown => file.listen ?? (file.tcp && !hasRoutes(file) ? [] : 8080);
 /** The items of a list, or the one value that stands in place of it. */
@@ -1641,8 +1581,6 @@ const itemsOf = (own: Raw, path: Keys, key: string): [path: Keys, item: unknown]
   if (value === undefined) return [];
   return Array.isArray(value) ? value.map((item, i) => [[...at, i], item]) : [[at, value]];
 };
-const urlsOf = (own: Raw, path: Keys): [path: Keys, url: string][] =>
-  itemsOf(own, path, "servers").map(([at, server]) => [at, String(writtenServer(server))]);
 /** How many groups a path has: those of its regular expression, or none. */
 function groupsOf(path: unknown): number {
   const { regex } = mapOf(path);
@@ -1674,14 +1612,6 @@ function checkFallbacks(file: Raw, say: Report) {
   }
 }
 
-/** An empty list would stand for any, where somebody may have taken out the last of it. */
-function checkEmpty(path: Keys, entry: Raw, say: Report) {
-  for (const key of ["host", "path", "allow"]) {
-    const list = entry[key];
-    if (Array.isArray(list) && !list.length) say([...path, key], `is empty: leave ${key} out for any`);
-  }
-}
-
 const HASH_OF =
   "hash needs what to hash, as in { hash: { header: x-user } }, or cookie, query, path: true, client: true";
 /** Reports names that nothing has; without `names` they are not known, and it has been said why. */
@@ -1694,15 +1624,18 @@ const checkName = (
   at?: "key",
 ): void => {
   if (!names || typeof name !== "string" && typeof name !== "number" || names.includes(`${name}`)) return;
-  const there = names.join(", ").slice(0, 200) || "there is none";
-  say(path, `${quote(name)} is not a ${what} (${there})${guess(`${name}`, names)}`, at);
+  const there = names.join(", ").slice(0, 200) || "there is none", isStatus = /^[2-5]\d\d$/.test(`${name}`);
+  const hint = isStatus ? `; a status is { respond: ${name} }` : guess(`${name}`, names);
+  say(path, `${quote(name)} is not a ${what} (${there})${hint}`, at);
 };
 /** Checks a route, or `default`, by itself. */
 function checkRoute([path, own]: Placed, services: string[] | undefined, say: Report): void {
   const has = ACTIONS.filter((name) => Object.hasOwn(own, name)), but = has.length ? `, not ${has.join(" and ")}` : "";
   const isMisnamed = Object.keys(own).some((key) => !Object.hasOwn(ROUTE_KEYS, key) && guess(key, ACTIONS)); // said already
   if (has.length > 1 || !has.length && !isMisnamed) say(path, `needs exactly one of ${ACTIONS.join(", ")}${but}`);
-  checkEmpty(path, own, say);
+  for (const key of ["host", "path", "allow"]) { // it would stand for any, where somebody may have taken out the last
+    if (Array.isArray(own[key]) && !own[key].length) say([...path, key], `is empty: leave ${key} out for any`);
+  }
   checkName(say, [...path, "service"], own.service, "service", services);
   checkName(say, [...path, "mirror", "service"], mapOf(own.mirror).service, "service", services);
   const split = Object.entries(mapOf(own.split));
@@ -1726,55 +1659,34 @@ function checkRoute([path, own]: Placed, services: string[] | undefined, say: Re
 /** Checks what the schema cannot: names that other places of the file give, and keys that do not go together. */
 function checkFile(file: Raw, more: string[], say: Report) {
   const services = isRecord(file.services ?? {}) ? Object.keys(mapOf(file.services)) : undefined;
-  const entries = entriesOf(file), taken = new Set<string>();
-
-  for (const [path, own] of [...topMap(file, "defaults"), ...mapsIn(file, "services", "tcp"), ...entries]) {
+  const taken = { routes: new Set<string>(), services: new Set(services) };
+  for (const [path, own] of mapsIn(file, "defaults", "services", ...ROUTED)) {
     if (own.strategy === "hash") say([...path, "strategy"], HASH_OF);
     else checkName(say, [...path, "strategy"], own.strategy, "strategy", [...STRATEGIES, ...more]);
     if (own.fallback !== "none") checkName(say, [...path, "fallback"], own.fallback, "service", services);
-  }
-  checkFallbacks(file, say);
-  for (const [path, own] of entries) {
-    checkRoute([path, own], services, say);
-    const name = `${own.name ?? ""}`;
-    if (name && taken.has(name)) say([...path, "name"], `${quote(own.name)} names another route already`);
-    taken.add(name);
-  }
-  checkTcp(file, say);
-  checkHttp2(file, say);
-  checkPorts(file, say);
-  const isEmpty = !hasRoutes(file),
-    isLeftOut = ROUTED.every((key) => !Object.hasOwn(file, key) || Array.isArray(file[key]) && !file[key].length);
-  if (!isEmpty && Array.isArray(file.listen) && !file.listen.length) say(["listen"], "is empty: nobody could ask");
-  const later = isTrue(file.name_routes) && services?.length === 0; // they come over the admin API
-  const isKnown = Object.keys(file).every((key) => Object.hasOwn(RoutesFile.entries, key)); // else it may be under that
-  if (isEmpty && !later && isLeftOut && isKnown && !file.fleet) { // a fleet may have routes for it
-    const [name = "shop"] = services ?? [];
-    say([], `no way leads to a server: write default: ${name}, or hosts, paths, routes or tcp`);
-  }
-}
-
-/** What a TCP service may not be: the strategies that look at requests, servers over TLS, another one's name. */
-function checkTcp(file: Raw, say: Report) {
-  const names = new Set(Object.keys(mapOf(file.services)));
-  for (const [path, own] of mapsIn(file, "tcp")) {
-    const { name, strategy } = own;
-    if (isRecord(strategy) && !mapOf(strategy.hash).client) {
+    checkServers([path, own], say);
+    if (!ROUTED.includes(String(path[0]))) continue;
+    const isTcp = path[0] === "tcp", name = `${own.name ?? ""}`, names = isTcp ? taken.services : taken.routes;
+    if (name && names.has(name)) {
+      say([...path, "name"], `${quote(own.name)} names another ${isTcp ? "service" : "route"} already`);
+    }
+    names.add(name);
+    if (!isTcp) checkRoute([path, own], services, say);
+    else if (isRecord(own.strategy) && !mapOf(own.strategy.hash).client) {
       say([...path, "strategy"], "there is no request whose parts could be hashed; {hash: {client: true}} works");
     }
-    for (const [at, url] of urlsOf(own, path)) {
-      if (/^https:/i.test(url)) say(at, `${quote(url)} speaks TLS: tcp passes bytes as they are, and adds none`);
-    }
-    if (name && names.has(`${name}`)) say([...path, "name"], `${quote(name)} names another service already`);
-    names.add(`${name}`);
   }
+  checkFallbacks(file, say);
+  checkPorts(file, say);
 }
 
-/** Over TLS a server can be asked for HTTP/2; without it there is nothing to ask, and its URL has to say so. */
-function checkHttp2(file: Raw, say: Report) {
-  for (const [path, own] of [...mapsIn(file, "services"), ...entriesOf(file)]) {
-    for (const [at, url] of String(own.http) === "2" ? urlsOf(own, path) : []) {
-      if (/^(?:https|h2c):/i.test(url)) continue;
+/** TCP services ask no server over TLS. HTTP/2 without TLS cannot be asked for: the URL has to say it. */
+function checkServers([path, own]: Placed, say: Report): void {
+  for (const [at, server] of itemsOf(own, path, "servers")) {
+    const url = String(writtenServer(server));
+    if (path[0] === "tcp" && /^https:/i.test(url)) {
+      say(at, `${quote(url)} speaks TLS: tcp passes bytes as they are, and adds none`);
+    } else if (String(own.http) === "2" && !/^(?:https|h2c):/i.test(url)) {
       say(at, `${quote(url)} is asked without TLS: for HTTP/2 write h2c://${url.replace(/^http:\/\//i, "")}`);
     }
   }
@@ -1783,7 +1695,7 @@ function checkHttp2(file: Raw, say: Report) {
 /** No two listeners have the same address. Port 0 is any that is free. */
 function checkPorts(file: Raw, say: Report) {
   const taken = new Set<string>();
-  const maps: Placed[] = [[[], { listen: listenOf(file) }], ...topMap(file, "admin"), ...mapsIn(file, "tcp")];
+  const maps: Placed[] = [[[], { listen: listenOf(file) }], ...mapsIn(file, "admin", "tcp")];
   for (const [at, one] of maps.flatMap(([path, own]) => itemsOf(own, path, "listen"))) {
     const address = String(isRecord(one) ? one.address : one);
     const full = address.replace(/^:?(?=\d+$)/, "0.0.0.0:");
@@ -1845,12 +1757,11 @@ type EntryRead = Out<typeof AnyRoute>;
 function newServices(file: Raw, say: Report) {
   const base = layer(BUILT_IN, mapOf(file.defaults)), raws = new Map<string, Raw>();
   const services = new Map<string, ServiceConfig>(), places = new Map<string, Keys>();
-  const add = (name: string, path: Keys, raw: Raw, servers: ServerConfig[], isTcp = false) => {
+  const add = (name: string, [path, raw]: Placed, isTcp = false) => {
     const all = layer(base, pickKeys(raw, settings));
     Object.assign(raw, isTcp ? tcpSettingsOf(all) : all);
-    const own = readValue(SettingsMap, pickKeys(raw, settings), say, path);
+    services.set(name, readValue(ServiceSchema, pickKeys(raw, ServiceSchema.entries), say, path));
     raws.set(name, raw);
-    services.set(name, { ...own, servers } as ServiceConfig);
     places.set(name, path);
   };
   return { base, raws, services, places, add };
@@ -1859,12 +1770,9 @@ function newServices(file: Raw, say: Report) {
 /** Every entry in the general form, and a service for each that lists servers. `file` gets all defaults written in. */
 function expandConfig(file: Raw, read: FileRead, say: Report) {
   const { base, raws, services, places, add } = newServices(file, say);
-  for (const [path, raw] of mapsIn(file, "services")) {
-    const name = String(path[1]);
-    add(name, path, raw, read.services.get(name)!.servers);
-  }
+  for (const placed of mapsIn(file, "services")) add(String(placed[0][1]), placed);
   const generated = nameRoutes(file).map((raw): Placed => [[], raw]);
-  const entries = [...mapsIn(file, "hosts", "paths", "routes"), ...generated, ...topMap(file, "default")];
+  const entries = [...mapsIn(file, "hosts", "paths", "routes"), ...generated, ...mapsIn(file, "default")];
   const names = new Set(entries.map(([, { name = "" }]) => String(name)));
   const routes = new Map<RouteConfig, Keys>(); // and where they stand in the file; those of `name_routes`: nowhere
   for (const [path, raw] of entries) {
@@ -1875,7 +1783,7 @@ function expandConfig(file: Raw, read: FileRead, say: Report) {
     const name = others.name || unique(where || (fallback ? "default" : "any"), names);
     names.add(name);
     const own = servers ? unique(name, services) : service;
-    if (servers) add(own!, path, raw, servers);
+    if (servers) add(own!, [path, raw]);
     const said = pickKeys(raw, POLICY_KEYS), isSilent = Object.keys(said).length === 0;
     const policyOver = (under: Raw) =>
       readValue(PolicyMap, layer(pickKeys(under, POLICY_KEYS), said), say, path) as Policy;
@@ -1896,9 +1804,9 @@ function expandConfig(file: Raw, read: FileRead, say: Report) {
     routes.set({ ...carried, ...made } as RouteConfig, path);
   }
   const tcp = mapsIn(file, "tcp").map(([path, raw]): TcpConfig => {
-    const { listen, servers, proxy_protocol, allow, deny, name: given } = read.tcp[Number(path[1])]!;
+    const { listen, proxy_protocol, allow, deny, name: given } = read.tcp[Number(path[1])]!;
     const { host, port } = listen[0]!, name = unique(given || `tcp:${isUnix(host) ? host : port}`, services);
-    add(name, path, raw, servers, true);
+    add(name, [path, raw], true);
     return { listen, name, proxy_protocol, allow, deny };
   });
   const source = { ...defaultsOf(RoutesFile), ...file, listen: listenOf(file), defaults: base };
@@ -1936,32 +1844,30 @@ const folderOf = (regex: string): string => {
  * a prefix above a regular expression; and those of a scheme, which are asked before all others.
  */
 function findShadows(routes: RouteConfig[]): Map<RouteConfig, RouteConfig[]> {
-  const at = new Map<string, Set<RouteConfig>>();
-  const lookupKey = (scheme: string, host: string, kind: string, path: string) =>
+  const order = new Map(routes.map((route, i) => [route, i])), at = new Map<string, RouteConfig[]>();
+  const spotKey = (scheme: string, host: string, kind: string, path: string) =>
     [scheme, host, kind, path.replace(/\{\w+\}/g, "{}")].join(" ");
   const spotsOf = ({ scheme, hosts, paths }: RouteConfig) =>
     (hosts.length ? hosts : [""]).flatMap((host) =>
       (paths.length ? paths : [{ kind: "prefix" as const, path: "" }]).map((rule) => {
-        const path = rule.kind === "regex" ? rule.source : rule.path;
-        const above = pathsAbove(rule.kind === "regex" ? folderOf(path) : path);
-        return { host, kind: rule.kind, above, key: lookupKey(scheme, host, rule.kind, path) };
+        const isRegex = rule.kind === "regex", path = isRegex ? rule.source : rule.path;
+        const above = pathsAbove(isRegex ? folderOf(path) : path);
+        return { host, isRegex, above, key: spotKey(scheme, host, rule.kind, path) };
       })
     );
+  for (const route of routes) for (const { key } of spotsOf(route)) getOrMake(at, key, () => []).push(route);
   const shadows = new Map<RouteConfig, RouteConfig[]>();
-  for (const route of routes) for (const { key } of spotsOf(route)) getOrMake(at, key, () => new Set()).add(route);
-  const order = new Map(routes.map((route, i) => [route, i]));
   for (const route of routes) {
-    const { scheme } = route;
-    const find = (keys: string[], isBefore: (one: RouteConfig) => boolean) =>
-      keys.flatMap((key) => [...at.get(key) ?? []])
-        .find((one) => one !== route && !one.fallback && includesAll(one, route) && isBefore(one));
-    const isEarlier = (one: RouteConfig) =>
-      route.fallback || rankOf(one) === rankOf(route) && order.get(one)! < order.get(route)!;
-    const covers = spotsOf(route).flatMap(({ host, kind, above, key }) => {
-      const prefixes = (scheme: string, host: string) => above.map((path) => lookupKey(scheme, host, "prefix", path));
-      const own = find([key], isEarlier) ?? (kind === "regex" ? find(prefixes(scheme, host), () => true) : undefined);
-      if (own || scheme) return own;
-      return ["http", "https"].map((one) => find(hostsAbove(host).flatMap((at) => prefixes(one, at)), () => true));
+    const find = (keys: string[], isBefore = (one: RouteConfig) => !one.fallback) =>
+      keys.flatMap((key) => at.get(key)!).find((one) =>
+        one && one !== route && isBefore(one) && includesAll(one, route)
+      );
+    const isEarlier = (one: RouteConfig) => rankOf(one) === rankOf(route) && order.get(one)! < order.get(route)!;
+    const covers = spotsOf(route).flatMap(({ host, isRegex, above, key }) => {
+      const prefixes = (scheme: string, host: string) => above.map((path) => spotKey(scheme, host, "prefix", path));
+      const own = find([key], isEarlier) ?? (isRegex ? find(prefixes(route.scheme, host)) : undefined);
+      if (own || route.scheme) return own;
+      return ["http", "https"].map((scheme) => find(hostsAbove(host).flatMap((one) => prefixes(scheme, one))));
     });
     if (!covers.includes(undefined)) shadows.set(route, [...new Set(covers as RouteConfig[])]);
   }
@@ -1978,13 +1884,19 @@ function warn(routes: Map<RouteConfig, Keys>, file: Raw, say: Report): void {
     const names = covers.slice(0, 3).map((one) => dotted(routes.get(one)!) || "name_routes").join(" and ");
     if (path.length) say(path, `can never be reached: ${names} ${verb} all of its requests`);
   }
+  for (const [{ paths }, path] of routes) {
+    for (const rule of paths) {
+      if (rule.kind !== "prefix" || !/[^/]:[a-z]/i.test(rule.path)) continue; // {exact: ...} is meant
+      say([...path, "path"], `${quote(rule.path)} has its colon literally: any one segment is :id or {id}`);
+    }
+  }
   const used = new Set<string>();
   const use = ({ service, fallback }: Target): unknown => used.add(service) && fallback && use(fallback);
   for (const { action, mirror } of routes.keys()) {
     if (action.kind === "forward") action.targets.forEach(use);
     used.add(mirror.service);
   }
-  for (const [path, entry] of entriesOf(file)) {
+  for (const [path, entry] of mapsIn(file, ...ENTRIES)) {
     const action = entry.redirect ? "redirect" : entry.respond && "respond";
     for (const key of action ? FOR_SERVERS : []) {
       if (!/^(?:undefined|false|off)$/.test(String(entry[key]))) {
@@ -2025,26 +1937,32 @@ const YAML_OF = new WeakMap<Config, Document>();
 export function parseConfig(text: string, options: ParseOptions = {}): Config {
   const { env = {}, file = "routes.yml", strategies: own = {} } = options;
   const findings = newFindings(file), { found, say } = findings;
-  const doc = readYaml(text, findings), values = doc && valuesOf(doc, say, env);
-  const unread = new Set([...found.values()].map(({ path }) => dotted(path)));
-  if (!doc || unread.has("")) throw new ConfigError(file, findings.list());
+  const yaml = readYaml(text, findings, env), unread = new Set([...found.values()].map(({ path }) => dotted(path)));
+  if (!yaml || unread.has("")) throw new ConfigError(file, findings.list());
   // Keys at the top that begin with x- hold what anchors name, as in Compose.
   const isRead = ([key]: [string, unknown]) => !key.startsWith("x-");
-  const raw = isRecord(values) ? Object.fromEntries(Object.entries(values).filter(isRead)) : values;
+  const { doc, values } = yaml,
+    raw = isRecord(values) ? Object.fromEntries(Object.entries(values).filter(isRead)) : values;
   const sayMore: Report = (path, message, at) => unread.has(dotted(path)) || say(path, message, at);
   const long = longForm(RoutesFile, raw), read = readValue(RoutesFile, long, sayMore);
   if (isRecord(long)) checkFile(long, Object.keys(own), sayMore);
   findings.end();
   const { services, places, routes, tcp, source } = expandConfig(long as Raw, read, say);
-  findings.end();
-  const { admin, trust, resolvers, limits, log, name_routes, fleet } = read;
+  const { admin, trust, resolvers, limits, log, name_routes, fleet } = read, [first = "shop"] = services.keys();
   const listen = v.parse(RoutesFile.entries.listen, source.listen);
+  const isLater = name_routes && !services.size || fleet; // services come over the API, or all of it from the fleet
+  if (routes.size && !listen.length) say(["listen"], "is empty: nobody could ask");
+  if (!routes.size && !tcp.length && !isLater) {
+    say([], `no way leads to a server: write default: ${first}, or hosts, paths, routes or tcp`);
+  }
+  findings.end();
   locateFiles(file, [...services.values(), ...fleet ? [fleet] : []], [...listen, ...tcp.flatMap((one) => one.listen)]);
   warn(routes, source, say);
   warnOfSecrets(services, places, say);
   const config: Config = {
     ...{ listen, admin, trust, resolvers, limits, log, name_routes, fleet, services, routes: [...routes.keys()], tcp },
-    ...{ source, text, file, places, warnings: findings.list().map((one) => lineOf(file, one)) },
+    ...{ source, text, file, written: mapOf(valuesOf(doc)), places },
+    warnings: findings.list().map((one) => lineOf(file, one)),
   };
   YAML_OF.set(config, doc);
   return config;
@@ -2055,9 +1973,9 @@ export function parseConfig(text: string, options: ParseOptions = {}): Config {
  * @throws {ConfigError} where it cannot be read
  */
 function readAsWritten(text: string, file: string): { doc: Document; values: unknown } {
-  const findings = newFindings(file), doc = readYaml(text, findings), values = doc && valuesOf(doc, findings.say);
+  const findings = newFindings(file), yaml = readYaml(text, findings);
   findings.end();
-  return { doc: doc!, values };
+  return yaml!;
 }
 
 type Refer = (schema: Schema, key: string) => Raw;
@@ -10052,8 +9970,8 @@ const ANCHORS = "this cannot be written into the file without changing more of i
  * lines are set anew, and line breaks in `[]` and `{}`.
  * @throws {AdminError} where that would change other places too, as with anchors
  */
-export function rewrite(text: string, after: unknown, given?: Document): string {
-  const { doc, values: before } = given ? { doc: given, values: valuesOf(given, () => {}) } : readAsWritten(text, "");
+export function rewrite(text: string, after: unknown, doc: Document = readAsWritten(text, "").doc): string {
+  const before = valuesOf(doc);
   if (isDeepStrictEqual(before, after)) return text;
   const mark = text.startsWith("\ufeff") ? "\ufeff" : "", eol = text.includes("\r\n") ? "\r\n" : "\n";
   const lines = text.slice(mark.length).replaceAll("\r\n", "\n"), source = wrapVariables(text);
@@ -10072,7 +9990,7 @@ export function rewrite(text: string, after: unknown, given?: Document): string 
   const indent = /^( +)[^\s#]/m.exec(lines)?.[1]?.length ?? 2;
   const indentSeq = !/^( *)[^\s#-].*\n\1- /m.test(lines); // whether the items of a list stand further right than its key
   try {
-    const isAlone = isDeepStrictEqual(valuesOf(changed, () => {}), after); // else an anchor has shared it with others
+    const isAlone = isDeepStrictEqual(valuesOf(changed), after); // else an anchor has shared it with others
     const written = unwrapped(changed.toString({ indent, indentSeq, lineWidth: 0 }));
     if (isAlone) return mark + written.replace(/\r?\n/g, eol);
   } catch { /* an alias without its anchor, say */ }
@@ -10136,12 +10054,6 @@ async function saveFile(file: string, before: string, text: string, keeps = true
   }
 }
 
-/** The YAML of the file in force. */
-const documentOf = (config: Config): Document => YAML_OF.get(config) ?? readAsWritten(config.text, config.file).doc;
-const WRITTEN = new WeakMap<Config, Raw>();
-/** The file in force as it is written: variables stay `${NAME}`. */
-const writtenOf = (config: Config): Raw =>
-  getOrMake(WRITTEN, config, () => mapOf(valuesOf(documentOf(config), () => {})));
 /** What stands at a place; what every object inherits (`toString`) does not. */
 const valueAt = (raw: unknown, path: Keys): unknown =>
   path.reduce((at, key) => at instanceof Object && Object.hasOwn(at, key) ? (at as Raw)[key] : undefined, raw);
@@ -10239,12 +10151,13 @@ function changesOf(lb: LoadBalancer, parse: Parse, file?: string): Change {
     const match = context.req.header("if-match"), wait = waitOf(context);
     let base = balancer.table.config;
     const make = (config: Config): { text: string; next: Config } => {
-      const raw = structuredClone(writtenOf(base = config)), tag = tagOf(what(config));
+      base = config;
+      const raw = structuredClone(config.written), tag = tagOf(what(config));
       if (match && !(tag && match.split(",").some((one) => one.trim() === tag || one.trim() === "*"))) {
         throw new AdminError(412, "it has changed in the meantime");
       }
       const after = edit(raw, config) ?? raw;
-      const text = typeof after === "string" ? after : rewrite(config.text, after, documentOf(config));
+      const text = typeof after === "string" ? after : rewrite(config.text, after, YAML_OF.get(config));
       const next = parse(text);
       check?.(next, config);
       return { text, next };
@@ -10259,7 +10172,7 @@ function changesOf(lb: LoadBalancer, parse: Parse, file?: string): Change {
     }
     const { config } = balancer.table;
     if (config === base) return;
-    reportChange(context, effects, differences(writtenOf(base), writtenOf(config)));
+    reportChange(context, effects, differences(base.written, config.written));
   };
   return (...asked) => last = last.then(() => apply(...asked), () => apply(...asked)) as Promise<void>;
 }
@@ -10361,9 +10274,9 @@ async function bodyOf({ req }: AdminContext): Promise<{ value: unknown; text: st
   throw invalid(stars.map((path) => ({ path: dotted(path), message })));
 }
 
-/** The body of a request, checked at once: what does not become part of the file. */
-async function checkedBody<S extends Schema>(context: AdminContext, schema: S): Promise<Out<S>> {
-  const { value } = await bodyOf(context), mistakes: Pick<Mistake, "path" | "message">[] = [];
+/** Reads what does not become part of the file. @throws {AdminError} with its mistakes */
+function checkedValue<S extends Schema>(schema: S, value: unknown): Out<S> {
+  const mistakes: Pick<Mistake, "path" | "message">[] = [];
   const output = readValue(schema, value, (path, message) => mistakes.push({ path: dotted(path), message }));
   if (mistakes.length) throw invalid(mistakes);
   return output;
@@ -10401,7 +10314,7 @@ const servicePlace = (request: ApiRequest, config: Config): Keys => {
   return config.places.get(name) ?? ["services", name];
 };
 const versionOf = (request: ApiRequest): Versioned => (config) =>
-  valueAt(writtenOf(config), servicePlace(request, config));
+  valueAt(config.written, servicePlace(request, config));
 const editService = (request: ApiRequest, edit: Edit, check?: Check): Promise<void> =>
   request.change(request.context, edit, versionOf(request), { check });
 
@@ -10475,13 +10388,13 @@ const FoundChangeSchema = map({
 
 /** Changes a server that DNS has: that is not in the file, and holds until the server is gone. */
 async function changeFoundServer(request: ApiRequest, server: Server, patch: Raw): Promise<void> {
-  const { output, issues } = v.safeParse(FoundChangeSchema, patch), { balancer } = request;
-  if (issues) {
+  if (Object.keys(pickKeys(patch, FoundChangeSchema.entries, false)).length) {
     throw new AdminError(
       400,
       `of ${server.name}, which was found by ${server.foundBy}, only weight and state can be changed`,
     );
   }
+  const output = checkedValue(FoundChangeSchema, patch), { balancer } = request;
   const service = serviceOf(request);
   if (!await balancer.effects.fleet?.mark(service, server, output)) {
     changeFound(balancer, service, server, output);
@@ -10535,16 +10448,16 @@ async function writeConfig(request: ApiRequest): Promise<unknown> {
 const TEXT_TYPE = "text/plain; charset=utf-8";
 function answerConfig({ context, balancer }: ApiRequest): unknown {
   const { config } = balancer.table, accept = context.req.header("accept") ?? "";
-  const shown = maskSecrets(writtenOf(config), hidden);
+  const shown = maskSecrets(config.written, hidden);
   context.header("etag", tagOf(config.text));
   if (/[/+]json/.test(accept)) return shown;
   const type = accept.startsWith("text/") ? TEXT_TYPE : "application/yaml"; // which browsers do not show
-  return context.body(rewrite(config.text, shown, documentOf(config)), { headers: { "content-type": type } });
+  return context.body(rewrite(config.text, shown, YAML_OF.get(config)), { headers: { "content-type": type } });
 }
 
 /** PythonLoadBalancer's body: a server that is repeated weighs more, and what else is known of one stays. */
 async function writePool(request: ApiRequest): Promise<ServiceView> {
-  const { servers } = await checkedBody(request.context, Pool);
+  const { servers } = checkedValue(Pool, (await bodyOf(request.context)).value);
   const named = Map.groupBy(servers, ({ addr, port }) => `${isIPv6(addr) ? `[${addr}]` : lower(addr)}:${port}`);
   await editService(request, (raw, config) => {
     const { place, listed, now } = listOf(request, raw, config);
@@ -10573,7 +10486,7 @@ async function deleteServer(request: ApiRequest): Promise<ServerView> {
 }
 
 async function putHealth(request: ApiRequest): Promise<ServerView> {
-  const { health } = await checkedBody(request.context, HealthSchema), server = serverOf(request);
+  const { health } = checkedValue(HealthSchema, (await bodyOf(request.context)).value), server = serverOf(request);
   const { effects } = request.balancer, service = serviceOf(request), isUp = health === "up";
   if (!await effects.fleet?.mark(service, server, health)) setHealth(service, server, isUp, effects);
   reportChange(request.context, effects, [health]);
@@ -10646,7 +10559,7 @@ const OPERATIONS = [
     "ServerState", deleteServer, { gives: [200, 202] }),
   endpoint("PUT /services/{service}/servers/{server}/state",
     "ready, drain (no new requests, those in flight finish) or maint (no probes either)", "ServerState",
-    async (request) => patchServer(request, await checkedBody(request.context, State)),
+    async (request) => patchServer(request, checkedValue(State, (await bodyOf(request.context)).value)),
     { takes: ["State", { state: "drain" }], asks: WAIT, gives: [200, 202] }),
   endpoint("PUT /services/{service}/servers/{server}/health",
     "Says that a server is up or down, until probes say otherwise; this is not saved",
@@ -11934,7 +11847,7 @@ export class Fleet implements Membership {
     this.name = this.wanted = member.own.name || member.name;
     this.since = effects.date();
     this.contactAt = effects.now();
-    this.local = mapOf(writtenOf(config).fleet);
+    this.local = mapOf(config.written.fleet);
     this.copied = { value: config.text, revision: 0 };
     effects.fleet = this;
     effects.onNews = ({ kind }) => {
@@ -12649,9 +12562,10 @@ function reportLook({ name, found, problem }: Discovery, before: Discovery, repo
   const listed = (servers: FoundServer[], others: FoundServer[]) =>
     servers.filter(({ url }) => !others.some((other) => other.url === url)).map((server) => server.name).join(", ");
   const more = listed(found, before.found), gone = listed(before.found, found);
-  const kept = found.length ? `the ${found.length} servers of before stay` : "it has no server yet";
+  const stay = found.length === 1 ? "the server of before stays" : `the ${found.length} servers of before stay`;
+  const kept = found.length ? stay : "it has no server yet", plural = found.length === 1 ? "" : "s";
   if (problem && !before.problem) report("warn", `${name}: DNS has no good answer: ${problem}; ${kept}`);
-  if (!problem && before.problem) report("info", `${name}: DNS answers again, with ${found.length} servers`);
+  if (!problem && before.problem) report("info", `${name}: DNS answers again, with ${found.length} server${plural}`);
   if (more) report("info", `${name}: found ${more}`);
   if (gone) report("info", `${name}: gone are ${gone}`);
 }
@@ -13209,7 +13123,7 @@ export function createLoadBalancer(
 ): LoadBalancer {
   const { fetch: sends, strategies: own = {}, ...others } = options;
   const accessLog: Effects["accessLog"] = (...entry) =>
-    "log" in writtenOf(lb.balancer.table.config) && logToConsole(...entry);
+    "log" in lb.balancer.table.config.written && logToConsole(...entry);
   const all: Effects = { ...defaultEffects(), accessLog, ...sends && { send: sendByFetch(sends) }, ...others };
   const checked = Object.entries(own).map(([name, strategy]) => [name, checkedStrategy(name, strategy)]);
   const lb: LoadBalancer = assembleBalancer(config, all, {
@@ -14133,7 +14047,7 @@ function reloadFile(call: Call, lb: LoadBalancer, onlyIfOther: boolean): void {
     const config = loadConfig(call, text);
     lb.reload(config);
     effects.report("info", `${call.file} is in force again`);
-    if (config.fleet) effects.report("warn", FLEET_NEEDS_RESTART);
+    if (!isDeepStrictEqual(config.fleet, table.config.fleet)) effects.report("warn", FLEET_NEEDS_RESTART);
     announce(lb);
   } catch (error) {
     lb.balancer.reloadFailed = true;

@@ -173,6 +173,12 @@ test("answers that fail keep the servers of before, without limit, and are said 
   a.api = ["10.0.0.1", "10.0.0.2"];
   await after(60_000);
   assert.deepEqual(reports.slice(1), ["info api:80: DNS answers again, with 2 servers"]);
+  const single = setUp('[{ dns: "api:80" }]');
+  single.a.api = ["10.0.0.1"];
+  await single.after(0);
+  single.a.api = UNKNOWN;
+  await single.after(60_000);
+  assert.match(single.reports.at(-1)!, /no such name; the server of before stays$/);
   assert.deepEqual(numbers(), [1, 2]);
   assert.equal((await viewed(lb)).names[0]!.stale_for, null);
 });
@@ -191,7 +197,7 @@ test("an address that one answer lacks stays until a second one in a row lacks i
   assert.deepEqual(reports.filter((one) => one.startsWith("info")), [
     "info api:80: found 10.0.0.3:80",
     "info api:80: gone are 10.0.0.3:80",
-    "info api:80: DNS answers again, with 1 servers",
+    "info api:80: DNS answers again, with 1 server",
     "info api:80: gone are 10.0.0.2:80",
   ]);
 });
@@ -437,7 +443,9 @@ test("the program finds servers by DNS, follows what comes and goes, and drains 
       `127.0.0.2:${one.port} was found by app.test:${one.port}: set its state, or take that name out`,
     ]);
     const max = await api(`/services/app/servers/127.0.0.2:${one.port}`, "PATCH", { max: 3 });
-    assert.equal(max.status, 400);
+    assert.deepEqual([max.status, /only weight and state/.test(max.detail)], [400, true]);
+    const weight = await api(`/services/app/servers/127.0.0.2:${one.port}`, "PATCH", { weight: "x" });
+    assert.deepEqual([weight.status, weight.detail], [400, 'weight: "x" is not a whole number from 0 to 256']);
     dns.set("A", "app.test", "SERVFAIL");
     await until("the failure is said", () => lb.output().includes("DNS has no good answer"), 15_000);
     const { services } = await api("/services");

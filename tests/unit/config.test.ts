@@ -697,6 +697,7 @@ test("off stays off where a name could stand, and a short form lies over default
 });
 
 const ONE_SENTENCE: [text: string, ...expected: string[]][] = [
+  ["default: 404", "1:10: default.service: 404 is not a service (there is none); a status is { respond: 404 }"],
   ["default: php", '1:10: default.service: "php" is not a service (there is none)'],
   ["default: [php]", "1:10: default: a list is not a service, or a map such as { service: shop }"],
   [
@@ -1302,6 +1303,10 @@ const UNREACHED: [routes: string, ...expected: string[]][] = [
     "routes[1].strip: has no effect: a redirect asks no server",
   ],
   ["[{ path: /x, service: shop, mirror: next }]"],
+  [
+    "[{ path: /v:version, service: shop }, { path: { exact: /things:cancel }, service: next }]",
+    'routes[0].path: "/v:version" has its colon literally: any one segment is :id or {id}',
+  ],
   ["[{ path: /x, split: { shop: 1, next: 0 } }]"],
   ["[{ path: /x, service: shop }]\nname_routes: true"],
   ["[{ path: /shop, service: shop }]\nname_routes: true"],
@@ -1369,7 +1374,7 @@ tcp:
 `;
 
 /** What of a config depends on how its file is written. */
-const PLACES = { text: "", warnings: [] };
+const PLACES = { text: "", written: {}, warnings: [] };
 
 test("what is printed is read again as the same config", () => {
   for (const text of [FULL, ROUTE, SHOP + "default: { split: { shop: 1 }, cors: {} }"]) {
