@@ -10528,7 +10528,7 @@ const EXPLAIN: Query = {
 const EXAMPLE_FILE = { default: { servers: ["10.0.0.1:8080"] } };
 const EXAMPLE_POOL = { servers: [{ addr: "10.0.0.1", port: 8080 }, { addr: "10.0.0.2", port: 8080 }] };
 
-/** The whole API: its routes, its description and the dashboard's buttons are made of this table. GET changes nothing. */
+/** The whole API: its routes and its description are made of this table. GET changes nothing. */
 // deno-fmt-ignore
 const OPERATIONS = [
   endpoint("POST /", "Changes the servers of the default service, or of the only one; one that is repeated weighs more",
