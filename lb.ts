@@ -5968,7 +5968,7 @@ class UpstreamStream extends Http2Stream<Http2UpstreamConnection> implements Pro
     attempt.received = this.body?.received ?? 0;
     attempt.carrier = undefined;
   }
-  /** With a code, which the server gets only where it has the request, it reads no more of the upload. */
+  /** The server gets a reset only where it has the request; the rest of the upload is cancelled. */
   override drop(code?: Http2Error): void {
     const { connected, sent, attempt } = this;
     super.drop(connected ? code : undefined);
@@ -12620,15 +12620,10 @@ interface StoredKey {
   mod_revision: string;
   lease: string;
 }
-interface StoredLease {
-  ttl: number; // seconds
-  until: number; // milliseconds; counted anew when the object is loaded, as etcd does
-}
-/** A change of a key, for the watches that cover it. */
+/** A change of a key as etcd's JSON has it: a deletion has neither value nor lease. */
 interface StoredEvent {
-  revision: number;
-  name: string; // the bytes of the key
-  event: { type?: "DELETE"; kv: Partial<StoredKey> };
+  type?: "DELETE";
+  kv: Pick<StoredKey, "key" | "mod_revision"> & Partial<StoredKey>;
 }
 interface Watcher {
   covers(name: string): boolean;
@@ -12659,7 +12654,7 @@ export class LbFleet {
   private readonly storage: DurableState["storage"];
   private readonly loaded: Promise<void>;
   private keys = new Map<string, StoredKey>(); // by their bytes
-  private leases = new Map<string, StoredLease>();
+  private leases = new Map<string, { ttl: number; until: number }>(); // seconds; milliseconds, which `load` counts anew
   private revision = 1;
   private forgotten = 1; // no event of this revision or an earlier one is known
   private readonly events: StoredEvent[] = [];
@@ -12735,7 +12730,7 @@ export class LbFleet {
       return this.answer({ succeeded, responses: lists.map((response_range) => ({ response_range })) });
     }
     const puts = (success as Raw[]).map(({ request_put }) => mapOf(request_put)).map(({ key, value, lease }) => ({
-      ...{ key: String(key ?? ""), value: String(value ?? ""), lease: String(lease ?? "0"), mod_revision: "" },
+      ...{ key: String(key ?? ""), value: String(value ?? ""), lease: String(lease ?? "0") },
     }));
     if (puts.some(({ lease }) => lease !== "0" && !this.leases.has(lease))) return noSuchLease();
     if (puts.some(({ value }) => value.length > MOST_VALUE)) {
@@ -12767,22 +12762,19 @@ export class LbFleet {
   }
 
   /** Changes keys under one revision, stores that and tells the watchers. Without a value a key is deleted. */
-  private async commit(changes: [name: string, kv: StoredKey | undefined][]): Promise<void> {
+  private async commit(changes: [name: string, put: Omit<StoredKey, "mod_revision"> | undefined][]): Promise<void> {
     if (!changes.length) return;
-    const revision = ++this.revision, mod_revision = `${revision}`, stored: Raw = { revision }, gone: string[] = [];
+    const mod_revision = `${++this.revision}`, stored: Raw = { revision: this.revision }, gone: string[] = [];
     const fresh = changes.map(([name, put]): StoredEvent => {
-      const kv = put && { ...put, mod_revision }, { key } = put ?? this.keys.get(name)!;
-      if (kv) {
-        this.keys.set(name, kv);
-        stored[`key ${name}`] = kv;
-        return { revision, name, event: { kv } };
-      }
-      this.keys.delete(name);
-      gone.push(`key ${name}`);
-      return { revision, name, event: { type: "DELETE", kv: { key, mod_revision } } };
+      const { key } = put ?? this.keys.get(name)!, kv = put && { ...put, mod_revision };
+      if (kv) stored[`key ${name}`] = kv;
+      else gone.push(`key ${name}`);
+      if (kv) this.keys.set(name, kv);
+      else this.keys.delete(name);
+      return kv ? { kv } : { type: "DELETE", kv: { key, mod_revision } };
     });
     this.events.push(...fresh);
-    while (this.events.length > MOST_EVENTS) this.forgotten = this.events.shift()!.revision;
+    while (this.events.length > MOST_EVENTS) this.forgotten = Number(this.events.shift()!.kv.mod_revision);
     await this.storage.put(stored);
     if (gone.length) await this.storage.delete(gone);
     for (const watcher of this.watchers) this.send(watcher, fresh);
@@ -12800,7 +12792,7 @@ export class LbFleet {
           return stream.close();
         }
         this.watchers.add(watcher);
-        this.send(watcher, this.events.filter(({ revision }) => revision >= from));
+        this.send(watcher, this.events.filter(({ kv }) => Number(kv.mod_revision) >= from));
       },
       cancel: () => void (watcher && this.watchers.delete(watcher)),
     });
@@ -12809,7 +12801,7 @@ export class LbFleet {
 
   /** Tells a watcher what has changed of the keys that it covers. */
   private send(watcher: Watcher, changes: StoredEvent[]): void {
-    const events = changes.filter(({ name }) => watcher.covers(name)).map(({ event }) => event);
+    const events = changes.filter(({ kv }) => watcher.covers(bytesOf(kv.key)));
     if (events.length) this.write(watcher, { events });
   }
   private write(watcher: Watcher, result: Raw): void {
