@@ -5790,7 +5790,7 @@ class Http2ClientConnection extends Http2Connection {
   private readonly owner: ClientOwner;
   protected override preface = PREFACE;
   private begun: ClientStream[] = []; // requests that have begun in the bytes being read
-  private skipped = { after: 0, before: 0 }; // numbers that the client has left out, the latest of them
+  private hasSkipped = false; // the client has left out numbers of streams
   private clientEnded = false; // the client has ended its side
   private unsent = 0; // what waited for the client when it was last looked at
   private movedAt: number; // when it last took something
@@ -5818,11 +5818,8 @@ class Http2ClientConnection extends Http2Connection {
     if (stream) return stream.onBlock(block, ends);
     if (this.resets.has(id)) return;
     if (id % 2 === 0) throw fault("PROTOCOL_ERROR", `stream ${id} is not a client's`);
-    if (id <= this.lastId) {
-      const wasSkipped = id > this.skipped.after && id < this.skipped.before;
-      throw fault(wasSkipped ? "PROTOCOL_ERROR" : "STREAM_CLOSED", `stream ${id} is closed`);
-    }
-    if (id > this.lastId + 2) this.skipped = { after: this.lastId, before: id };
+    if (id <= this.lastId) throw fault(this.hasSkipped ? "PROTOCOL_ERROR" : "STREAM_CLOSED", `stream ${id} is closed`);
+    this.hasSkipped ||= id > this.lastId + 2;
     this.lastId = id;
     const isLate = id > this.lastServed, isRefused = isLate || this.streams.size >= MAX_STREAMS;
     if (isRefused && !isLate) this.waste();
