@@ -10749,10 +10749,11 @@ function keysIn(schema: Schema): string[][] {
   return [...own, ...parts.flatMap(keysIn)];
 }
 
-/** Links to the pages and texts of this listener. */
-const linksTo = (pages: Record<string, string>) =>
-  html`<nav>${Object.entries(pages).map(([at, name]) => html`<a href="${at}">${name}</a>`)}</nav>`;
-const TEXT_PAGES = { metrics: "Metrics", config: "Config" };
+/** Links to pages of this listener, and to its texts but where a token is needed: a link has none. */
+function linksTo(pages: Record<string, string>, { tokens }: Balancer) {
+  const all = { ...pages, ...(tokens.token ? {} : { metrics: "Metrics", config: "Config" }) };
+  return html`<nav>${Object.entries(all).map(([at, name]) => html`<a href="${at}">${name}</a>`)}</nav>`;
+}
 
 const DOCS_STYLE = `
 main { max-width: 900px; gap: 8px; } h2 { margin-top: 12px; }
@@ -10786,13 +10787,13 @@ function docsOf(one: Operation) {
 </details>`;
 }
 
-/** The API for people. Where a token is wanted the page has no links that would be refused. */
-function docsPage(hasToken: boolean) {
-  const links = { "./": "Dashboard", "openapi.json": "openapi.json", ...(hasToken ? {} : TEXT_PAGES) };
+/** The API for people. */
+function docsPage(balancer: Balancer) {
+  const links = linksTo({ "./": "Dashboard", "openapi.json": "openapi.json" }, balancer);
   const groups = Map.groupBy(OPERATIONS, groupOf);
   return html`
     <main>
-      <header><h1>lb.ts ${VERSION}: API</h1>${linksTo(links)}</header>
+      <header><h1>lb.ts ${VERSION}: API</h1>${links}</header>
       <p>${CONVENTIONS}</p>
       ${Array.from(groups, ([name, all]) => html`<h2>${name}</h2>${all.map(docsOf)}`)}
     </main>
@@ -10800,10 +10801,10 @@ function docsPage(hasToken: boolean) {
 }
 
 /** The description as a page and for machines. */
-function addDocs(app: Hono<AdminEnv>, { tokens }: Balancer): void {
+function addDocs(app: Hono<AdminEnv>, balancer: Balancer): void {
   let known: ReturnType<typeof openApi> | undefined; // it takes 10 ms
   app.get("/openapi.json", (context) => context.json(known ??= openApi()));
-  app.get("/docs", (context) => answerPage(context, "lb.ts: API", DOCS_STYLE, docsPage(!!tokens.token)));
+  app.get("/docs", (context) => answerPage(context, "lb.ts: API", DOCS_STYLE, docsPage(balancer)));
 }
 
 // --- 11.6 Dashboard: rendered here; its script only fetches it again and again, and sends what is to be done ---
@@ -10841,7 +10842,6 @@ td button { padding: 2px 7px; margin-left: 4px; color: var(--blue); font-size: 1
 dialog { width: min(440px, calc(100% - 32px)); margin: auto; padding: 24px; }
 dialog form { display: grid; gap: 16px; }
 #go { border-color: var(--blue); color: var(--blue); }
-#sheet { width: min(1000px, calc(100% - 32px)); } #sheet pre { max-height: 70vh; overflow: auto; }
 @media (max-width: 1280px) {
   section thead { display: none; }
   section tbody { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); }
@@ -11161,7 +11161,7 @@ function liveView(balancer: Balancer, history: Sample[], chosen: Chosen) {
   const answer = chosen.explain && explainText(balancer, chosen.explain);
   // deno-fmt-ignore
   return html`<main id="live">
-<header><h1>lb.ts</h1>${linksTo({ docs: "API", ...TEXT_PAGES })}
+<header><h1>lb.ts</h1>${linksTo({ docs: "API" }, balancer)}
 <div class="card ${level}"><p id="verdict" class="tone" role="status">${SIGNS[level]} ${verdictOf(servers)}</p>
 <p class="facts">${programFacts(snapshot, chosen).map((fact) => html`<small>${fact}</small>`)}</p>
 <ul id="troubles" aria-label="What is wrong">${troubles.map(({ level, text, at }) =>
@@ -11203,7 +11203,7 @@ const policy = globalThis.trustedTypes?.createPolicy("lb", plain) ?? plain;
 const parse = (text) => new DOMParser().parseFromString(policy.createHTML(text), "text/html").body.firstElementChild;
 
 const call = (path, method = "GET", body = undefined) => {
-  const headers = { "content-type": "application/json", accept: "text/plain, */*" };
+  const headers = { "content-type": "application/json" };
   if (sessionStorage.token) headers.authorization = "Bearer " + sessionStorage.token;
   const signal = method === "GET" ? AbortSignal.timeout(5e3) : null;
   return fetch(path, { method, headers, body: JSON.stringify(body), signal });
@@ -11242,19 +11242,12 @@ document.onsubmit = (event) => {
   event.preventDefault();
   if (event.target.id === "explain") choose("explain", $("request").value.trim());
 };
-document.onclick = async (event) => {
-  const { target } = event, button = target.closest("tr button"), link = target.closest("nav a");
-  const folded = target.closest("summary")?.parentElement.id;
-  if (folded) {
-    chosen.has("flip", folded) ? chosen.delete("flip", folded) : chosen.append("flip", folded);
-    refresh();
-  }
+document.onclick = ({ target }) => {
+  const button = target.closest("tr button"), folded = target.closest("summary")?.parentElement.id;
   if (button) propose(button, button.closest("tr").id);
-  const path = link?.getAttribute("href");
-  if (!path || path === "docs" || !sessionStorage.token) return; // the listener takes no token from a link
-  event.preventDefault();
-  $("text").textContent = await (await call(path)).text();
-  $("sheet").showModal();
+  if (!folded) return;
+  chosen.has("flip", folded) ? chosen.delete("flip", folded) : chosen.append("flip", folded);
+  refresh();
 };
 
 // The dialog: changes, each confirmed there, and the token.
@@ -11303,7 +11296,6 @@ const DASHBOARD = html`
     <menu><button type="button" id="cancel">Cancel</button><button id="go"></button></menu>
   </form>
 </dialog>
-<dialog id="sheet" aria-label="Text"><pre id="text" tabindex="0"></pre></dialog>
 <noscript>This page needs JavaScript; the same figures are at <a href="services">services</a>.</noscript>`;
 
 /** The page, which needs no token, and what it shows, which the gate protects. */

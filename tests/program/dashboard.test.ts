@@ -475,9 +475,7 @@ test(
       assert.equal(await row(page, REFUSED).getByRole("button").count(), 0, "no buttons that would be refused");
       assert.equal(await page.getByRole("columnheader", { name: "Change" }).count(), 0);
       await reads(page, "small", "read token: nothing can be changed here");
-      await page.getByRole("link", { name: "Config" }).click();
-      await reads(page, "#text", '"token": "***"'); // a link sends no token, and so the page shows it
-      await page.keyboard.press("Escape");
+      assert.equal(await page.getByRole("link", { name: /Metrics|Config/ }).count(), 0, "links, which send no token");
       assert.ok(wrong.every((text) => /status of 401/.test(text)), wrong.join("\n"));
       wrong.length = 0;
       await page.evaluate(`sessionStorage.token = ${JSON.stringify(TOKEN)}`);
