@@ -5,10 +5,12 @@ import { Buffer } from "node:buffer";
 import { type ChildProcess, execFile, spawn } from "node:child_process";
 import { randomBytes } from "node:crypto";
 import { mkdtempSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
+import { readFile } from "node:fs/promises";
 import { type AddressInfo, connect, createServer, type Socket, type TcpNetConnectOpts } from "node:net";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import process from "node:process";
+import { after } from "node:test";
 import {
   connect as connectTls,
   type ConnectionOptions,
@@ -25,6 +27,7 @@ import {
   echo,
   freePort,
   listenLocally,
+  patience,
   type Program,
   runtime,
   type Script,
@@ -36,7 +39,13 @@ import {
   until,
 } from "../rig/rig.ts";
 
-const FILES = { "a.pem": A, "a.key": KEY, "b.pem": B, "b.key": OTHER_KEY, "ca.pem": CA, "client.pem": CLIENT };
+/** A certificate and its key in one file. */
+const TOGETHER = `\ufeffCommon name: a.test\n${KEY}\n${A}${CA}`.replaceAll("\n", "\r\n");
+const FILES = {
+  ...{ "a.pem": A, "a.key": KEY, "b.pem": B, "b.key": OTHER_KEY, "ca.pem": CA, "n.pem": NAMED, "one.pem": TOGETHER },
+  ...{ "client.pem": CLIENT, "client.key": OTHER_KEY, "both.pem": `\ufeff${OTHER_KEY}${CLIENT}` },
+  ...{ "stranger.pem": STRANGER, "stranger.key": KEY },
+};
 const FIRST = { cert: "a.pem", key: "a.key" }, SECOND = { cert: "b.pem", key: "b.key" };
 const LOCAL = "127.0.0.1:0";
 
@@ -145,11 +154,83 @@ const seenIn = (answer: string): Echo => JSON.parse(/\{".*\}/.exec(answer)![0]);
 const headersOf = ({ rawHeaders }: Echo): Record<string, string> =>
   Object.fromEntries(rawHeaders.map(([name, value]) => [name.toLowerCase(), value]));
 
-/** The program over a server that echoes, while `use` lasts. Then it drains. */
+/** One program serves most tests: each puts its own config in force, on ports of its own. */
+let shared: Promise<Program> | undefined;
+after(async () => {
+  const lb = await shared;
+  if (!lb) return;
+  process.kill(lb.pid, "SIGTERM");
+  await until("it drains: nothing is left in flight", () => /info: drained\n/.test(lb.output()), 10_000);
+  await lb.stop();
+});
+
+interface Counted {
+  in_flight: number;
+  servers?: Counted[];
+}
+/** Nothing is in flight any more, on any level; soon. */
+async function nothingInFlight({ admin }: Program): Promise<void> {
+  let counts: number[] = [];
+  for (const end = Date.now() + patience(10_000); Date.now() < end; await sleep(20)) {
+    const answer = await fetch(`http://127.0.0.1:${admin}/connections`, { headers: { connection: "close" } });
+    const all = await answer.json() as Counted & { entrypoints: Counted[]; services: Counted[] };
+    const some = [all, ...all.entrypoints, ...all.services, ...all.services.flatMap(({ servers }) => servers!)];
+    counts = some.map((one) => one.in_flight);
+    if (counts.every((count) => count === 0)) return;
+  }
+  assert.fail(`in flight: ${counts}`);
+}
+
+type Listen = { address: string };
+const IDLE = { listen: LOCAL, default: { respond: {} } };
+/**
+ * The program with this config while `use` lasts, as if it had begun with it: `output` says what it has printed since.
+ * In place of LOCAL it listens on free ports: `ports` are those of `listen`, in their order.
+ */
+async function sharing(
+  config: Record<string, unknown>,
+  use: (lb: Program, ports: number[]) => Promise<void>,
+): Promise<void> {
+  const lb = await (shared ??= startProgram(IDLE, ["--drain", "5s", "--admin", LOCAL], FILES));
+  const folder = dirname(lb.file), addresses: string[] = [];
+  const changed: [string, string][] = [];
+  for (const file of Object.entries(FILES)) {
+    if (await readFile(join(folder, file[0]), "utf8").catch(() => "") !== file[1]) changed.push(file);
+  }
+  if (changed.length) { // else the listeners of the last test show the certificates that are written
+    const idle = lb.output().length;
+    await lb.reload(IDLE);
+    await until("it is open", () => lb.output().includes("listening on", idle));
+  }
+  for (const [name, text] of changed) writeFileSync(join(folder, name), text);
+  const placed = async (given: unknown): Promise<string[]> => {
+    const count = [given].flat().length;
+    while (addresses.length < count) addresses.push(`127.0.0.1:${await freePort()}`);
+    return addresses.slice(0, count);
+  };
+  const reload = async ({ listen = LOCAL, ...rest }: Record<string, unknown>) => {
+    const at = await placed(listen);
+    const all = ([listen].flat() as (string | Listen)[]).map((one, i) =>
+      typeof one === "string" ? one.replace(LOCAL, at[i]!) : { ...one, address: one.address.replace(LOCAL, at[i]!) }
+    );
+    await lb.reload({ ...rest, listen: all });
+  };
+  const from = lb.output().length;
+  await reload(config);
+  const view: Program = {
+    ...lb,
+    output: () => lb.output().slice(from),
+    reload: (next) => reload(next as Record<string, unknown>),
+  };
+  await use(view, await until("all are open", () => portsOf(view).length >= addresses.length && portsOf(view)));
+  await nothingInFlight(lb);
+}
+
+/** The program over a server that echoes, while `use` lasts. `files`: in a program of its own, which then drains. */
 async function running(
   config: Record<string, unknown>,
   use: (lb: Program, server: ScriptedServer, ports: number[]) => Promise<void>,
-  { files = FILES, script = echo }: { files?: Record<string, string>; script?: Script } = {},
+  { files, script = echo }: { files?: Record<string, string>; script?: Script } = {},
 ) {
   const server = await scriptedServer(script);
   const whole = {
@@ -157,6 +238,7 @@ async function running(
     default: { servers: [server.address], health: "off" },
     ...config,
   };
+  if (!files) return await sharing(whole, (lb, ports) => use(lb, server, ports)).finally(server.close);
   const lb = await startProgram(whole, ["--drain", "5s"], files);
   try {
     const count = [whole.listen].flat().length;
@@ -201,7 +283,7 @@ test("over TLS the server is told so, and cookies of our own are Secure", () =>
 
 test("the certificate is the one for the name that the client asks for; for others, and for none, the first", () =>
   running(
-    { listen: { address: LOCAL, tls: [FIRST, SECOND, { cert: "n.pem", key: "n.key" }] } },
+    { listen: { address: LOCAL, tls: [FIRST, SECOND, { cert: "n.pem", key: "a.key" }] } },
     async (_, __, [port]) => {
       const expected = {
         "a.test": "a",
@@ -218,19 +300,17 @@ test("the certificate is the one for the name that the client asks for; for othe
       assert.match(await ask(socket), /^HTTP\/1\.1 200/);
       socket.destroy();
     },
-    { files: { ...FILES, "n.pem": NAMED, "n.key": KEY } },
   ));
 
-const TOGETHER = `\ufeffCommon name: a.test\n${KEY}\n${A}${CA}`.replaceAll("\n", "\r\n");
 test("a certificate and its key may stand in one file, with a mark, comments and other line ends, as in haproxy's", () => {
-  const one = { cert: "one.pem", key: "one.pem" }, files = { ...FILES, "one.pem": TOGETHER };
+  const one = { cert: "one.pem", key: "one.pem" };
   return running({ listen: { address: LOCAL, tls: [one, SECOND] } }, async (_, __, [port]) => {
     assert.equal(await shownTo(port!, "a.test"), "a");
     assert.equal(await shownTo(port!, "b.test"), "b");
     const socket = await dial(port!);
     assert.match(await ask(socket), /^HTTP\/1\.1 200/);
     socket.destroy();
-  }, { files });
+  });
 });
 
 test("what is older than TLS 1.2 is refused, plain HTTP is told to come by https, and neither costs anybody else anything", () =>
@@ -488,7 +568,7 @@ test("a handshake that has not come holds up neither a reload nor the end", () =
     process.kill(lb.pid, "SIGTERM");
     await until("it drains", () => /info: drained\n/.test(lb.output()));
     assert.ok(Date.now() - begun < 3_000, "of 5 seconds that it may take");
-  }));
+  }, { files: FILES }));
 
 test("a head that comes too slowly is answered 408 over TLS too", () =>
   running({ limits: { header: "1s" } }, async (_, __, [port]) => {
@@ -558,7 +638,7 @@ test("certificates that change on disk are shown from then on; open connections 
     await until("a request is on its way", () => server.requests.length === 1);
     assert.equal(await shownTo(port!, "a.test"), "a");
     write(RENEWED, OTHER_KEY);
-    await until("it says so", () => /https:\/\/127.0.0.1:0: other certificates are in force/.test(lb.output()));
+    await until("it says so", () => /https:\/\/127\.0\.0\.1:\d+: other certificates are in force/.test(lb.output()));
     assert.equal(await shownTo(port!, "a.test"), "renewed");
     answer();
     assert.match(await late, /^HTTP\/1\.1 200/);
@@ -690,7 +770,6 @@ test(
 test("a session gets nobody around client_ca: neither one of another listener nor one from before a change", {
   needs: ["openssl"],
 }, () => {
-  const files = { ...FILES, "stranger.pem": STRANGER, "stranger.key": KEY };
   const open = { address: LOCAL, tls: FIRST }, strange = { ...open, client_ca: "stranger.pem" };
   const closed = { ...open, client_ca: "ca.pem" }, listen = [open, strange, closed];
   return running({ listen }, async (lb, server, ports) => {
@@ -715,7 +794,7 @@ test("a session gets nobody around client_ca: neither one of another listener no
     for (const version of ["-tls1_2", "-tls1_3"]) {
       assert.ok(!await isAnswered(ports[1]!, [version, "-sess_in", `@${version}`, ...stranger]), "it was good before");
     }
-  }, { files });
+  });
 });
 
 // ─── Other connections ───
@@ -740,15 +819,11 @@ async function runningTcp(
   });
   await listenLocally(server);
   const servers = [`127.0.0.1:${(server.address() as AddressInfo).port}`];
-  const listen = { address: LOCAL, tls: FIRST, ...front };
-  const lb = await startProgram({ limits, tcp: [{ listen, servers, ...more }] }, [], FILES);
-  try {
+  const listen = { address: `127.0.0.1:${await freePort()}`, tls: FIRST, ...front };
+  await sharing({ limits, tcp: [{ listen, servers, ...more }] }, async (lb) => {
     const port = () => Number(/listening on tls:\/\/\S+:(\d+)$/m.exec(lb.output())?.[1]);
     await use(await until("it is open", port), lb);
-  } finally {
-    await lb.stop();
-    server.close();
-  }
+  }).finally(() => server.close());
 }
 
 test(
@@ -766,7 +841,7 @@ test(
       }
       writeFileSync(join(dirname(lb.file), "a.pem"), RENEWED);
       writeFileSync(join(dirname(lb.file), "a.key"), OTHER_KEY);
-      await until("it says so", () => lb.output().includes("tls://127.0.0.1:0: other certificates are in force"));
+      await until("it says so", () => /tls:\/\/127\.0\.0\.1:\d+: other certificates are in force/.test(lb.output()));
       assert.equal(await shownTo(port, "a.test"), "renewed");
     }),
 );
@@ -876,25 +951,35 @@ async function checked(config: unknown, files: Record<string, string>): Promise<
   );
 }
 
-for (
-  const [what, files, reason, tls = FIRST] of [
-    ["a certificate that is missing", { "a.key": KEY }, /a\.pem cannot be read: /],
-    ["a key that is missing", { "a.pem": A }, /a\.key cannot be read: /],
-    ["a file that holds no certificate", { "a.pem": "hello", "a.key": KEY }, /a\.pem holds no certificate \(PEM\)/],
-    ["a file that holds no key", { "a.pem": A, "a.key": A }, /a\.key holds no private key without a password \(PEM\)/],
-    ["a key of another certificate", { "a.pem": A, "a.key": OTHER_KEY }, /a\.key is not the key of \S*a\.pem/],
-    ["a bad one behind a good one", { ...FILES, "b.key": KEY }, /b\.key is not the key of \S*b\.pem/, [FIRST, SECOND]],
-  ] as [string, Record<string, string>, RegExp, unknown][]
-) {
+type Pair = { cert: string; key: string };
+const UNUSABLE: [what: string, files: Record<string, string>, reason: RegExp, tls?: Pair[]][] = [
+  ["a certificate that is missing", { "a.key": KEY }, /a\.pem cannot be read: /],
+  ["a key that is missing", { "a.pem": A }, /a\.key cannot be read: /],
+  ["a file that holds no certificate", { "a.pem": "hello", "a.key": KEY }, /a\.pem holds no certificate \(PEM\)/],
+  ["a file that holds no key", { "a.pem": A, "a.key": A }, /a\.key holds no private key without a password \(PEM\)/],
+  ["a key of another certificate", { "a.pem": A, "a.key": OTHER_KEY }, /a\.key is not the key of \S*a\.pem/],
+  ["a bad one behind a good one", { ...FILES, "b.key": KEY }, /b\.key is not the key of \S*b\.pem/, [FIRST, SECOND]],
+];
+/** All of them in one file, each in front of a listener of its own. */
+let checkedOnce: ReturnType<typeof checked> | undefined;
+function checkAll() {
+  const files = UNUSABLE.flatMap(([, files], i) => Object.entries(files).map(([name, text]) => [`${i}-${name}`, text]));
+  const listen = UNUSABLE.map(([, , , tls = [FIRST]], i) => ({
+    address: `127.0.0.1:${i + 1}`,
+    tls: tls.map(({ cert, key }) => ({ cert: `${i}-${cert}`, key: `${i}-${key}` })),
+  }));
+  return checked({ listen, default: { servers: ["a:1"] } }, Object.fromEntries(files));
+}
+
+for (const [i, [what, files, reason, tls = FIRST]] of UNUSABLE.entries()) {
   test(`${what} ends the program with its file and reason, and --check tells it too`, async () => {
-    const listen = { address: LOCAL, tls };
     await assert.rejects(
-      start({ listen }, files),
+      start({ listen: { address: LOCAL, tls } }, files),
       new RegExp(`cannot listen on 127\\.0\\.0\\.1:0: \\S*${reason.source}`),
     );
-    const { code, said } = await checked({ listen, default: { servers: ["a:1"] } }, files);
+    const { code, said } = await (checkedOnce ??= checkAll());
     assert.equal(code, 1);
-    assert.match(said, new RegExp(`routes\\.yml: listen\\[0\\]: \\S*${reason.source}`));
+    assert.match(said, new RegExp(`routes\\.yml: listen\\[${i}\\]: \\S*${reason.source}`));
   });
 }
 
@@ -997,17 +1082,13 @@ async function through(url: string, kinds: Record<string, object>): Promise<Reco
   const services = Object.fromEntries(
     Object.entries(kinds).map(([name, tls]) => [name, { servers: [url], health: "off", eject: "off", tls }]),
   );
-  const files = { ...FILES, "client.pem": CLIENT, "client.key": OTHER_KEY, "both.pem": `\ufeff${OTHER_KEY}${CLIENT}` };
-  const lb = await startProgram({ name_routes: true, services }, [], files);
   const found: Record<string, string> = {};
-  try {
+  await sharing({ name_routes: true, services }, async (_, [port]) => {
     for (const name of Object.keys(kinds)) {
-      const answer = await fetch(`http://127.0.0.1:${lb.port}/${name}/`), text = await answer.text();
+      const answer = await fetch(`http://127.0.0.1:${port}/${name}/`), text = await answer.text();
       found[name] = answer.status === 200 ? text : `${answer.status} ${answer.headers.get("x-lb-failure")}`;
     }
-  } finally {
-    await lb.stop();
-  }
+  });
   return found;
 }
 
