@@ -34,11 +34,10 @@ const STREAMS = 4; // clients of each other kind: TCP, WebSocket
 
 /** The body of an answer: the same for the same number. */
 function bodyOf(number: number): Buffer {
-  const random = seeded(number);
-  const body = Buffer.alloc(Math.floor(random() ** 4 * 200_000) + 1);
-  for (let i = 0; i < body.length; i++) body[i] = i % 4 ? body[i - 1]! + 1 : random() * 256;
-  return body;
+  const random = seeded(number), block = Buffer.from(Array.from({ length: BLOCK }, () => random() * 256));
+  return Buffer.alloc(Math.floor(random() ** 4 * 200_000) + 1, block);
 }
+const BLOCK = 1_021; // a prime: where a piece is missing, what follows is out of step
 
 interface Manner {
   delay: number; // milliseconds before the head
