@@ -10,7 +10,7 @@ import type { Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
-import { after, before, test, type TestContext } from "node:test";
+import { after, before, test as nodeTest } from "node:test";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import { brotliCompressSync, deflateSync, gunzipSync, gzipSync, zstdCompressSync } from "node:zlib";
@@ -53,77 +53,170 @@ before(async () => {
   const env = { PATH, HOME: folder, CI: "true", WRANGLER_SEND_METRICS: "false", WRANGLER_HIDE_BANNER: "true" };
   const { stdout, stderr } = await promisify(execFile)(process.execPath, args, { cwd: ROOT, env });
   printed = stdout + stderr;
+  await Promise.all(runs.map((run) => run.begin()));
+  await startWorkers(planned.splice(0));
 });
-after(() => skip || rmSync(folder, { recursive: true, force: true }));
+after(async () => {
+  if (skip) return;
+  for (const run of runs) await run.end();
+  for (const miniflare of running) await miniflare.dispose();
+  rmSync(folder, { recursive: true, force: true });
+});
+
+/** What a test does when it has ended. */
+interface Turn {
+  after(end: () => unknown): void;
+}
+type TestCode = (t: Run) => unknown;
+
+/**
+ * A test up to its end. All of them begin before the first one: their workers start together, in one workerd. Behind
+ * `edge` each goes on when it is its turn.
+ */
+class Run implements Turn {
+  readonly turn = Promise.withResolvers<void>();
+  private readonly asked = Promise.withResolvers<void>(); // for a worker
+  private readonly ends: (() => unknown)[] = [];
+  private over: Promise<unknown> = Promise.resolve();
+  private readonly code: TestCode;
+  constructor(code: TestCode) {
+    this.code = code;
+  }
+  after(end: () => unknown): void {
+    this.ends.push(end);
+  }
+  async begin(): Promise<void> {
+    this.over = (async () => await this.code(this))();
+    await Promise.race([this.asked.promise, this.over.catch(() => {})]); // the test itself fails with that
+  }
+  /** Its worker, once it is its turn. */
+  async worker(config: object, env: Record<string, string>): Promise<Edge> {
+    const made = Promise.withResolvers<Edge>(), isFirst = running.length === 0;
+    const plan = { config, env, made };
+    if (isFirst) planned.push(plan);
+    else await startWorkers([plan]);
+    this.asked.resolve();
+    await this.turn.promise;
+    return await made.promise;
+  }
+  async finish(): Promise<void> {
+    this.turn.resolve();
+    await this.over.finally(() => this.end());
+  }
+  async end(): Promise<void> {
+    for (const end of this.ends.splice(0)) await end();
+  }
+}
+const runs: Run[] = [];
+function test(name: string, options: { skip: string | boolean }, code: TestCode): void {
+  const run = new Run(code);
+  if (!options.skip) runs.push(run);
+  nodeTest(name, options, () => run.finish());
+}
 
 /** As much of miniflare as is used here. Its own types would have to be installed for Deno and Bun too. */
 interface Miniflare {
-  unsafeGetDirectURL(): Promise<URL>;
-  getWorker(): Promise<{ scheduled(): Promise<{ outcome: string }> }>;
+  unsafeGetDirectURL(worker: string): Promise<URL>;
+  getWorker(worker: string): Promise<{ scheduled(): Promise<{ outcome: string }> }>;
   dispose(): Promise<void>;
 }
+const running: Miniflare[] = [];
 
 interface Edge {
   /** Sends bytes to workerd itself, without miniflare's own worker in front, and gives the answer as it was sent. */
   ask(path: string, options?: { method?: string; headers?: string; host?: string; body?: string }): Promise<Message>;
   port: number;
   logs: string[];
+  byWorkerd: string[]; // what it says itself, of all workers
   cron(): Promise<void>;
 }
 
-/** The bundle with another routes.yml (JSON is YAML), until the test ends. */
-async function edge(t: TestContext, config: object, env: Record<string, string> = {}): Promise<Edge> {
+/** A worker that is the bundle with another routes.yml (JSON is YAML), until the tests end. */
+interface Plan {
+  config: object;
+  env: Record<string, string>;
+  made: PromiseWithResolvers<Edge>;
+}
+const planned: Plan[] = [];
+const edge = (run: Run, config: object, env: Record<string, string> = {}): Promise<Edge> => run.worker(config, env);
+
+/** What the console of a worker says begins with its name, as all of them have one log. */
+const namingConsole = (name: string) => `
+  for (const level of ["debug", "log", "info", "warn", "error"]) {
+    const say = console[level];
+    console[level] = (...words) => say("${name}", ...words);
+  }`;
+
+let workers = 0; // that were started
+async function startWorkers(plans: Plan[]): Promise<void> {
   const { Miniflare } = require("miniflare") as { Miniflare: new (options: object) => Miniflare };
   const { compatibility_date, compatibility_flags } = wranglerConfig();
-  const logs: string[] = [];
+  const bundle = readFileSync(join(folder, "out/lb.js"), "utf8"),
+    logs: Record<string, string[]> = {},
+    byWorkerd: string[] = [];
+  const workerFor = ({ config, env }: Plan, name: string) => ({
+    config: {
+      name,
+      compatibilityDate: compatibility_date,
+      compatibilityFlags: compatibility_flags,
+      manifest: {
+        mainModule: "named.js",
+        modules: {
+          "named.js": {
+            type: "esm",
+            contents: 'import "./console.js"; export * from "./lb.js"; export { default } from "./lb.js";',
+          },
+          "console.js": { type: "esm", contents: namingConsole(name) },
+          "lb.js": { type: "esm", contents: bundle },
+          "routes.yml": { type: "text", contents: JSON.stringify({ log: "off", ...config }) },
+        },
+      },
+      env: {
+        ...Object.fromEntries(Object.entries(env).map(([name, value]) => [name, { type: "text", value }])),
+        FLEET: { type: "durable-object", worker: name, exportName: "LbFleet" },
+      },
+      exports: { LbFleet: { type: "durable-object", storage: "sqlite" } },
+    },
+    dev: { unsafeDirectSockets: [{ host: "127.0.0.1", port: 0 }] },
+  });
+  const named = plans.map((plan) => ({ plan, name: `lb${++workers}` }));
+  for (const { name } of named) logs[name] = [];
   const miniflare = new Miniflare({
     cf: false,
     enableDevRegistry: false,
-    handleStructuredLogs: ({ message }: { message: string }) => logs.push(message),
-    workers: [{
-      config: {
-        name: "lb",
-        compatibilityDate: compatibility_date,
-        compatibilityFlags: compatibility_flags,
-        manifest: {
-          mainModule: "lb.js",
-          modules: {
-            "lb.js": { type: "esm", contents: readFileSync(join(folder, "out/lb.js"), "utf8") },
-            "routes.yml": { type: "text", contents: JSON.stringify({ log: "off", ...config }) },
-          },
-        },
-        env: {
-          ...Object.fromEntries(Object.entries(env).map(([name, value]) => [name, { type: "text", value }])),
-          FLEET: { type: "durable-object", worker: "lb", exportName: "LbFleet" },
-        },
-        exports: { LbFleet: { type: "durable-object", storage: "sqlite" } },
-      },
-      dev: { unsafeDirectSockets: [{ host: "127.0.0.1", port: 0 }] },
-    }],
+    handleStructuredLogs({ message }: { message: string }) {
+      const [name = ""] = message.split(" ", 1);
+      if (logs[name]) logs[name].push(message.slice(name.length + 1));
+      else byWorkerd.push(message);
+    },
+    workers: named.map(({ plan, name }) => workerFor(plan, name)),
   });
-  t.after(() => miniflare.dispose());
-  const port = Number((await miniflare.unsafeGetDirectURL()).port);
-  return {
-    port,
-    logs,
-    async ask(path, { method = "GET", headers = "", host = "a.test", body = "" } = {}) {
-      const length = body ? `Content-Length: ${Buffer.byteLength(body, "latin1")}\r\n` : "";
-      const head = `${method} ${path} HTTP/1.1\r\nHost: ${host}\r\n${headers}${length}Connection: close\r\n\r\n`;
-      const { answers } = await rawRequest(port, head + body, { methods: [method] });
-      assert.equal(answers.length, 1, `one answer to ${method} ${path}`);
-      return answers[0]!;
-    },
-    async cron() {
-      assert.equal((await (await miniflare.getWorker()).scheduled()).outcome, "ok");
-    },
-  };
+  running.push(miniflare);
+  for (const { plan, name } of named) {
+    const port = Number((await miniflare.unsafeGetDirectURL(name)).port);
+    plan.made.resolve({
+      port,
+      logs: logs[name]!,
+      byWorkerd,
+      async ask(path, { method = "GET", headers = "", host = "a.test", body = "" } = {}) {
+        const length = body ? `Content-Length: ${Buffer.byteLength(body, "latin1")}\r\n` : "";
+        const head = `${method} ${path} HTTP/1.1\r\nHost: ${host}\r\n${headers}${length}Connection: close\r\n\r\n`;
+        const { answers } = await rawRequest(port, head + body, { methods: [method] });
+        assert.equal(answers.length, 1, `one answer to ${method} ${path}`);
+        return answers[0]!;
+      },
+      async cron() {
+        assert.equal((await (await miniflare.getWorker(name)).scheduled()).outcome, "ok");
+      },
+    });
+  }
 }
 
 const wranglerConfig = (): { compatibility_date: string; compatibility_flags: string[] } =>
   JSON.parse(readFileSync(join(ROOT, "wrangler.jsonc"), "utf8").replace(/^\s*\/\/.*$/gm, ""));
 
 /** A server that says its name, until the test ends. */
-async function server(t: TestContext, script: Script | string = "ok"): Promise<ScriptedServer> {
+async function server(t: Turn, script: Script | string = "ok"): Promise<ScriptedServer> {
   const made = await scriptedServer(typeof script === "string" ? (visit) => visit.send(answer(script)) : script);
   t.after(() => made.close());
   return made;
@@ -158,7 +251,7 @@ test(
     const answered = await lb.ask("/");
     assert.equal(status(answered), 500);
     assert.doesNotMatch(body(answered), /servres/);
-    await until("the log has both", () => ["servres", "listne"].every((key) => lb.logs.join("\n").includes(key)));
+    await until("the log has both", () => ["servres", "listne"].every((key) => lb.byWorkerd.join("\n").includes(key)));
   },
 );
 
@@ -240,12 +333,11 @@ test("round robin rotates", { skip }, async (t) => {
 test("a client stays on its server, also in another isolate with the same secret", { skip }, async (t) => {
   const [a, b] = [await server(t, "a"), await server(t, "b")];
   const config = { default: { servers: over(a, b), sticky: { cookie: "lb", secret: "${LB_SECRET}" } } };
-  const lb = await edge(t, config, { LB_SECRET: "hush" });
+  const [lb, another] = await Promise.all([1, 2].map(() => edge(t, config, { LB_SECRET: "hush" }))) as [Edge, Edge];
   await lb.ask("/");
   const first = await lb.ask("/");
   const cookie = value(first, "set-cookie").split(";")[0]!;
   assert.match(cookie, /^lb=[\w-]{22}$/);
-  const another = await edge(t, config, { LB_SECRET: "hush" });
   for (const one of [lb, another, lb, another]) {
     const again = await one.ask("/", { headers: `Cookie: x=1; ${cookie}\r\n` });
     assert.deepEqual([body(again), values(again, "set-cookie")], ["b", []]);
@@ -842,7 +934,7 @@ const putDurable = (at: Edge, key: string, value: string) =>
 
 test("the Durable Object is there for who has the token, and for nobody where there is none", { skip }, async (t) => {
   const one = await server(t), config = { fleet: FLEET, default: { servers: over(one) } };
-  const open = await edge(t, config, { LB_FLEET_TOKEN: TOKEN }), closed = await edge(t, config);
+  const [open, closed] = await Promise.all([edge(t, config, { LB_FLEET_TOKEN: TOKEN }), edge(t, config)]);
   const range = { key: b64("lb/"), range_end: b64("lb0") };
   assert.equal((await callDurable(open, "kv/range", range)).status, 200);
   for (const token of ["", "wrong"]) assert.equal((await callDurable(open, "kv/range", range, token)).status, 401);
