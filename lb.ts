@@ -2538,18 +2538,6 @@ const newCounters = (): Counters => ({
   ...{ requests: 0, errors: 0, bytesIn: 0, bytesOut: 0, milliseconds: 0, durations: [...BUCKETS, 0].fill(0) },
 });
 
-/** Counts a request that has ended. */
-function tally(counters: Counters, milliseconds: number, bytesIn: number, bytesOut: number, failed: boolean): void {
-  counters.requests++;
-  if (failed) counters.errors++;
-  counters.bytesIn += bytesIn;
-  counters.bytesOut += bytesOut;
-  counters.milliseconds += milliseconds;
-  let bucket = 0;
-  while (bucket < BUCKETS.length && milliseconds > BUCKETS[bucket]!) bucket++;
-  counters.durations[bucket]!++;
-}
-
 /** Counters by status and method (see `tallyOf`). */
 type Tallies = Map<number, Counters>;
 const newTallies = (): Tallies => new Map();
@@ -2567,12 +2555,6 @@ interface Entrypoint {
   tallies: Tallies;
 }
 const newEntrypoint = (name: string): Entrypoint => ({ name, inFlight: 0, tallies: newTallies() });
-
-const METHODS = [..."EXTENSION_METHOD GET HEAD POST PUT PATCH DELETE OPTIONS TRACE CONNECT".split(" "), ""];
-
-/** The counters of one status and one method, under a number: a request makes no text. Any other method is the first. */
-const tallyOf = (tallies: Tallies, { status, method }: { status: number; method: string }): Counters =>
-  getOrMake(tallies, status * 16 + Math.max(0, METHODS.indexOf(method)), newCounters);
 
 /** Mixes 32 bits so that numbers that differ in one bit are far apart (MurmurHash3's finish). */
 function mix(h: number): number {
@@ -7907,6 +7889,8 @@ class AccessLog {
 const countFailure = ({ failures }: Balancer, reason: string): unknown =>
   getOrMake(failures, reason, newOccurrences).times++;
 
+const METHODS = [..."EXTENSION_METHOD GET HEAD POST PUT PATCH DELETE OPTIONS TRACE CONNECT".split(" "), ""];
+
 /** All counters as one: what a service or an entrypoint has had. */
 function totalOf(tallies: Tallies): Counters {
   const total = newCounters();
@@ -8443,6 +8427,22 @@ const TOO_MUCH = new Set([429, 503]); // statuses whose Retry-After is obeyed
 const GATEWAY_ERRORS = new Set([502, 503, 504]); // an answer that counts against its server
 const BLAMELESS = new Set<string>(["client-left", "client-timeout", "bad-body", "body-too-large", "deadline"]);
 const isServerError = (status: number): boolean => status >= 500 && status < 600;
+
+/** Counts a request that has ended. */
+function tally(counters: Counters, milliseconds: number, bytesIn: number, bytesOut: number, failed: boolean): void {
+  counters.requests++;
+  if (failed) counters.errors++;
+  counters.bytesIn += bytesIn;
+  counters.bytesOut += bytesOut;
+  counters.milliseconds += milliseconds;
+  let bucket = 0;
+  while (bucket < BUCKETS.length && milliseconds > BUCKETS[bucket]!) bucket++;
+  counters.durations[bucket]!++;
+}
+
+/** The counters of one status and one method, under a number: a request makes no text. Any other method is the first. */
+const tallyOf = (tallies: Tallies, { status, method }: { status: number; method: string }): Counters =>
+  getOrMake(tallies, status * 16 + Math.max(0, METHODS.indexOf(method)), newCounters);
 
 /** The servers that a request or a connection may go to now. */
 function serversFor(service: Service, { tried, now }: Asker, effects: Effects): readonly Server[] {
