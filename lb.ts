@@ -6756,13 +6756,14 @@ function leastOfSome(candidates: Candidates, draw: Draw, scoring: Scoring): Serv
   return leastByScore(two, scoring(two, draw));
 }
 
-/** A server's recent latency, or the mean age of the requests that wait there, whichever is longer. */
+/** The mean age of the requests that wait at a server for the head of a response; 0: none does. */
+const waitingAge = ({ waiting, waitingSince }: Server, now: number): number => waiting && now - waitingSince / waiting;
+
+/** A server's recent latency, or the age of what waits there, whichever is longer. */
 function latencyOf(server: Server, now: number): number {
-  const { waiting, waitingSince } = server;
-  if (server.recent === 0) return waiting && UNKNOWN; // one request finds out
+  if (server.recent === 0) return server.waiting && UNKNOWN; // one request finds out
   const recent = server.recent * Math.exp((server.recentAt - now) / DECAY); // what is left of the latest peak
-  const age = waiting && now - waitingSince / waiting;
-  return age > recent ? age : recent;
+  return Math.max(recent, waitingAge(server, now));
 }
 
 /** The cost of one more request at a server: its recent latency times requests in flight, by weight. */
@@ -6840,9 +6841,9 @@ function meanLatency(servers: readonly Server[]): number {
  */
 const expectedTime: Scoring = (candidates, { now }) => {
   const untried = meanLatency(candidates) / 8 || 1;
-  return ({ latency, inFlight, effective, waiting, waitingSince }) => {
-    const age = latency && waiting && now - waitingSince / waiting;
-    return Math.max(latency || untried, age) * (inFlight + 1) / effective;
+  return (server) => {
+    const time = server.latency ? Math.max(server.latency, waitingAge(server, now)) : untried;
+    return time * (server.inFlight + 1) / server.effective;
   };
 };
 
@@ -7109,8 +7110,9 @@ const isSlow = ({ median, config }: Service, milliseconds: number): boolean =>
   median > 0 && milliseconds > Math.max(config.eject.slow * median, median + NEGLIGIBLE);
 
 /** What is typical of a server, where requests that wait longer than that count as if they were answered now; 0: not known. */
-function typicalOf({ typical, samples, load, waiting, waitingSince }: Server, now: number): number {
-  const age = waiting && now - waitingSince / waiting, late = age > typical && waiting >= LEAST_SAMPLES ? waiting : 0;
+function typicalOf(server: Server, now: number): number {
+  const { typical, samples, load, waiting } = server, age = waitingAge(server, now);
+  const late = age > typical && waiting >= LEAST_SAMPLES ? waiting : 0;
   if (samples + late < LEAST_SAMPLES) return 0;
   const known = Math.min(samples, Math.max(MEMORY, load * DECAY / 1_000));
   return late ? Math.exp((known * Math.log(typical || 1) + late * Math.log(age)) / (known + late)) : typical;
@@ -7329,10 +7331,10 @@ const isOutOfHandles = (detail: string): boolean => /\bE[MN]FILE\b/.test(detail)
 /** Probes every server that is due and resolves when all verdicts are in. Each is due again after its interval +-10 %. */
 async function probeDue(table: Table, effects: Effects): Promise<void> {
   const now = effects.now();
-  const due = [...table.services.values()].filter(({ config }) => config.health.kind !== "off").flatMap((service) =>
-    service.servers.filter((server) => server.probeAt <= now && server.state !== "maint").filter((server) =>
-      effects.probes(service, server)
-    ).map((server) => [service, server] as const)
+  const probed = [...table.services.values()].filter(({ config }) => config.health.kind !== "off");
+  const servers = probed.flatMap((service) => service.servers.map((server) => [service, server] as const));
+  const due = servers.filter(([service, server]) =>
+    server.probeAt <= now && server.state !== "maint" && effects.probes(service, server)
   );
   await Promise.all(due.map(async ([service, server]) => {
     server.probeAt = now + service.config.health.interval * (0.9 + 0.2 * effects.random());
@@ -8565,11 +8567,7 @@ class ServerAttempt extends ExchangeAttempt {
     onHead(service, server, status, startedAt, this.headAt, effects);
     if (service.hedge && !this.hasLost && status < 500) learnHedgeDelay(service, this.headAt - startedAt);
     if (response.tunnel) onAnswered(service, server, effects); // its end may be hours away
-    try {
-      this.decide(this);
-    } catch (error) { // of a custom strategy, say
-      failInternally(exchange, error);
-    }
+    guarded(exchange, () => this.decide(this));
   }
 
   onEnd(failure: Failure | undefined, detail: string, sent: boolean): void {
