@@ -140,6 +140,7 @@ interface Parts {
   long?(value: unknown): unknown; // what `short` stands for
   // valibot's own
   type: string;
+  message: string;
   literal?: string | boolean;
   wrapped?: Schema;
   default?: unknown;
@@ -253,9 +254,9 @@ function longForm(schema: Schema, value: unknown): unknown {
   });
 }
 /** The word off or none, which means `meant`, or something else. */
-const or = <T, S extends Schema>(off: "off" | "none", meant: T, schema: S, what = "a map") =>
+const or = <T, S extends Schema>(off: "off" | "none", meant: T, schema: S) =>
   v.pipe(
-    either(`${off} or ${what}`, v.literal(off), schema),
+    either(`${off} or ${partsOf(schema).message.replace("$ is not ", "")}`, v.literal(off), schema),
     v.transform((value): T | Out<S> => value === off ? meant : value as Out<S>),
   );
 
@@ -343,7 +344,7 @@ const HeadSize = term("a size such as 64KiB, from 1KiB to 1MiB", SIZE, (...size)
   const bytes = readBytes(...size);
   return Number(bytes) >= 1_024 && Number(bytes) <= 2 ** 20 && bytes;
 });
-const Limit = or("none", Infinity, integer(1, 1e6), "a whole number from 1 to 1000000");
+const Limit = or("none", Infinity, integer(1, 1e6));
 const Text = v.pipe(
   withParts(either("text", v.string(), v.number(), v.boolean()), { json: { type: ["string", "number", "boolean"] } }),
   v.transform(String),
@@ -645,10 +646,9 @@ const Probe = map({
 const kindOfProbe = ({ grpc, path }: Pick<Out<typeof Probe>, "grpc" | "path">) =>
   grpc !== undefined ? "grpc" as const : path ? "http" as const : "tcp" as const;
 const Probing = v.pipe(Probe, v.transform((one) => ({ kind: kindOfProbe(one), ...one })));
-const A_PROBE = "a path, or a map such as { path: /healthz }";
-const ShortProbe = orBrief(A_PROBE, ProbePath, (path) => ({ path }), Probing);
-const Health = or("off", { kind: "off" as const, ...v.parse(Probe, {}) }, ShortProbe, A_PROBE);
-const Slow = or("off", Infinity, numeral(1.1, 1000), "a number from 1.1 to 1000");
+const ShortProbe = orBrief("a path, or a map such as { path: /healthz }", ProbePath, (path) => ({ path }), Probing);
+const Health = or("off", { kind: "off" as const, ...v.parse(Probe, {}) }, ShortProbe);
+const Slow = or("off", Infinity, numeral(1.1, 1000));
 const EjectMap = map({
   failures: may(integer(1, 1e6), "failed requests in a row", 5),
   for: may(Duration, "how long; with every further time in a row that much longer", "30s"),
@@ -664,15 +664,15 @@ const InFlight = v.pipe(
   either("auto, none or a whole number from 1 to 1000000", v.literal("auto"), Limit),
   v.transform((limit) => limit === "auto" ? AUTO : limit),
 );
-const Hedge = or("off", 0, Quantile, "a share such as p95, from p50 to p99");
+const Hedge = or("off", 0, Quantile);
 const A_QUEUE = "how many wait, or a map such as { size: 100 }";
 const ShortQueue = orBrief(A_QUEUE, QueueMap.entries.size, (size) => ({ size }), QueueMap);
-const Queue = or("off", { size: 0, timeout: 0 }, ShortQueue, A_QUEUE);
+const Queue = or("off", { size: 0, timeout: 0 }, ShortQueue);
 const Timeouts = map({
   connect: opt(Duration, "3s"),
   response: opt(Duration, "60s"),
   idle: opt(Duration, "5m"),
-  request: opt(or("none", Infinity, Duration, "a duration such as 30s"), "none"),
+  request: opt(or("none", Infinity, Duration), "none"),
 });
 const WEB_ORIGIN = /^(?:\*|null|[a-z][a-z0-9+.-]*:\/\/(?:\*\.)?(?:\[[^\]]*\]|[^*:[\]/?#@\s]+)(?::\d{1,5})?)$/;
 const WebOrigin = term('an origin such as https://a.example, https://*.example or "*"', WEB_ORIGIN);
@@ -691,7 +691,7 @@ const SafeCors = v.pipe(
 );
 const ORIGINS = 'an origin, a list of them, or a map such as { origin: "https://a.example" }';
 const ShortCors = orBrief(ORIGINS, WebOrigins, (origin) => ({ origin }), SafeCors);
-const Cors = or("off", { ...v.parse(CorsMap, {}), origin: [] as string[] }, ShortCors, ORIGINS);
+const Cors = or("off", { ...v.parse(CorsMap, {}), origin: [] as string[] }, ShortCors);
 const Name = opt(Text, "");
 const TlsMap = map({ ca: Name, cert: Name, key: Name, servername: Name, insecure: opt(Bool, false) });
 const Tls = v.pipe(TlsMap, v.check((tls) => !tls.cert === !tls.key, "needs cert and key together"));
@@ -699,7 +699,7 @@ const HttpVersion = v.pipe(oneOf(1, 1.1, 2, "auto"), v.transform((version) => ve
 const RETRY_CAUSES = ["connect", "reset", "unavailable"] as const; // the last is gRPC's
 const RetryOn = either("connect, reset, unavailable, or 400 to 599", oneOf(...RETRY_CAUSES), integer(400, 599));
 const RETRIED: v.InferInput<typeof RetryOn>[] = ["connect", "reset", 502, 503, 504];
-const Fallback = or("none", "", ServiceName, "a name");
+const Fallback = or("none", "", ServiceName);
 /** What other programs call the server's own name, and the client's. */
 const OWN_HOST =
   /^(?:upstream|upstream_hostport|backend|target|origin|destination|auto|rewrite|\{.*upstream.*|\$proxy_host)$/;
@@ -717,7 +717,7 @@ const A_COOKIE = "the name of a cookie, or a map such as { cookie: lb }";
 const NO_COOKIE = /^(?:on|yes|no|none|true|false|enabled?|disabled?|cookie|source|ip)$/i;
 const ShortCookie = term(A_COOKIE, TOKEN, (name) => !NO_COOKIE.test(name) && name);
 const ShortSticky = orBrief(A_COOKIE, ShortCookie, (cookie) => ({ cookie }), Stuck);
-const Sticky = or("off", { cookie: "", secret: "", max_age: 0 }, ShortSticky, A_COOKIE);
+const Sticky = or("off", { cookie: "", secret: "", max_age: 0 }, ShortSticky);
 const Compress = orBrief("true, false or gzip", v.literal("gzip"), () => true, Bool);
 /** What a route may also say, and then wins over its service. */
 const POLICY_KEYS = {
@@ -780,10 +780,10 @@ interface Policy {
 const TestSchema = v.pipe(
   either("a value, {regex: ...} or {present: true}", Text, choice({ regex: opt(Regex), present: opt(Bool) })),
   v.check((test) => test !== "*", "$ would be compared as it is written: for any value write {present: true}"),
-  v.transform((test): FieldTest => {
-    if (typeof test === "string") return { kind: "is", value: test };
+  v.transform((test) => {
+    if (typeof test === "string") return { kind: "is" as const, value: test };
     const { regex, present } = test;
-    return present === undefined ? { kind: "regex", source: regex! } : { kind: "present", present };
+    return present === undefined ? { kind: "regex" as const, source: regex! } : { kind: "present" as const, present };
   }),
 );
 const tests = (name: v.GenericSchema<unknown, string>) =>
@@ -806,8 +806,7 @@ const RewriteMap = v.pipe(
     return { kind: path === undefined ? "none" : "replace", path: path ?? "", host };
   }),
 );
-const REWRITE = "a path, or a map such as { path: /v2 }";
-const Rewrite = orBrief(REWRITE, Path, (path) => ({ path }), RewriteMap);
+const Rewrite = orBrief("a path, or a map such as { path: /v2 }", Path, (path) => ({ path }), RewriteMap);
 const HeaderRulesSchema = map({ set: opt(RuleValues, {}), add: opt(RuleValues, {}), remove: opt(RuleNames, []) });
 const QueryRules = map({ set: opt(dict(Text, Text, "{ name: value }"), {}), remove: opt(many(Text, "a name"), []) });
 const RequestRules = map({ headers: opt(HeaderRulesSchema, {}), query: opt(QueryRules, {}) });
@@ -849,11 +848,11 @@ const readRate = (rate: string | number) => {
 };
 const RateWord = term(A_RATE, PER, (text, requests) => Number(requests) <= 1e6 && text);
 const ShortRate = orBrief(A_RATE, RateWord, readRate, RateMap);
-const RateSchema = or("off", undefined, ShortRate, A_RATE);
+const RateSchema = or("off", undefined, ShortRate);
 const MirrorMap = map({ service: ServiceName, percent: opt(numeral(0, 100), 100) });
 const A_MIRROR = "a service, or a map such as { service: shop, percent: 10 }";
 const ShortMirror = orBrief(A_MIRROR, ServiceName, (service) => ({ service, percent: 100 }), MirrorMap);
-const Mirror = or("off", { service: "", percent: 0 }, ShortMirror, A_MIRROR);
+const Mirror = or("off", { service: "", percent: 0 }, ShortMirror);
 const Share = either(
   "a whole number from 0 to 1000000, or a percentage",
   integer(0, 1e6),
@@ -1072,12 +1071,11 @@ interface ServiceConfig extends Policy {
   http: 1 | 2 | "auto";
 }
 
-type FieldTest = { kind: "is"; value: string } | { kind: "regex"; source: string } | {
-  kind: "present";
-  present: boolean;
-};
 /** What a header or a query parameter has to be. */
-type Condition = { name: string } & FieldTest;
+type Condition =
+  | { name: string; kind: "is"; value: string }
+  | { name: string; kind: "regex"; source: string }
+  | { name: string; kind: "present"; present: boolean };
 /** A path, as a route names it; prefixes without a slash at their end. `{name}` stands for any one segment. */
 type PathRule = { kind: "prefix" | "exact"; path: string } | { kind: "regex"; source: string };
 /** A service that a route leads to: its share, the policy of the route there, and the fallback in its place. */
