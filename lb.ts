@@ -232,13 +232,16 @@ const many = <S extends Schema>(item: S, what: string, least = 0) => {
 };
 /** A list of maps such as `example`. */
 const mapList = <S extends Schema>(item: S, example: string) => v.array(item, `$ is not a list such as [${example}]`);
-/** Either a short form, which means what `long` makes of it, or the long one. */
+/** Either the long form or a short one, which stands for the value of a key, or for what a function makes of it. */
 const orBrief = <S extends Schema, L extends Schema>(
   what: string,
   short: S,
-  long: (value: v.InferInput<S>) => unknown,
+  stands: string | ((value: v.InferInput<S>) => unknown),
   schema: L,
-) => withParts(either(what, short, schema), { short, long }) as unknown as v.GenericSchema<unknown, Out<L>>;
+) => {
+  const long = typeof stands === "string" ? (value: unknown) => ({ [stands]: value }) : stands;
+  return withParts(either(what, short, schema), { short, long }) as unknown as v.GenericSchema<unknown, Out<L>>;
+};
 /** A value with its short forms written out. What is not valid stays as it is. */
 function longForm(schema: Schema, value: unknown): unknown {
   const { short, long, wrapped, options = [], item, entries, values } = partsOf(schema);
@@ -646,7 +649,7 @@ const Probe = map({
 const kindOfProbe = ({ grpc, path }: Pick<Out<typeof Probe>, "grpc" | "path">) =>
   grpc !== undefined ? "grpc" as const : path ? "http" as const : "tcp" as const;
 const Probing = v.pipe(Probe, v.transform((one) => ({ kind: kindOfProbe(one), ...one })));
-const ShortProbe = orBrief("a path, or a map such as { path: /healthz }", ProbePath, (path) => ({ path }), Probing);
+const ShortProbe = orBrief("a path, or a map such as { path: /healthz }", ProbePath, "path", Probing);
 const Health = or("off", { kind: "off" as const, ...v.parse(Probe, {}) }, ShortProbe);
 const Slow = or("off", Infinity, numeral(1.1, 1000));
 const EjectMap = map({
@@ -665,8 +668,7 @@ const InFlight = v.pipe(
   v.transform((limit) => limit === "auto" ? AUTO : limit),
 );
 const Hedge = or("off", 0, Quantile);
-const A_QUEUE = "how many wait, or a map such as { size: 100 }";
-const ShortQueue = orBrief(A_QUEUE, QueueMap.entries.size, (size) => ({ size }), QueueMap);
+const ShortQueue = orBrief("how many wait, or a map such as { size: 100 }", QueueMap.entries.size, "size", QueueMap);
 const Queue = or("off", { size: 0, timeout: 0 }, ShortQueue);
 const Timeouts = map({
   connect: opt(Duration, "3s"),
@@ -690,7 +692,7 @@ const SafeCors = v.pipe(
   v.check((cors) => !cors.credentials || !cors.origin.includes("*"), "credentials need origins by name, not *"),
 );
 const ORIGINS = 'an origin, a list of them, or a map such as { origin: "https://a.example" }';
-const ShortCors = orBrief(ORIGINS, WebOrigins, (origin) => ({ origin }), SafeCors);
+const ShortCors = orBrief(ORIGINS, WebOrigins, "origin", SafeCors);
 const Cors = or("off", { ...v.parse(CorsMap, {}), origin: [] as string[] }, ShortCors);
 const Name = opt(Text, "");
 const TlsMap = map({ ca: Name, cert: Name, key: Name, servername: Name, insecure: opt(Bool, false) });
@@ -716,7 +718,7 @@ const Stuck = v.pipe(StickyMap, v.transform((one) => ({ secret: "", ...one })));
 const A_COOKIE = "the name of a cookie, or a map such as { cookie: lb }";
 const NO_COOKIE = /^(?:on|yes|no|none|true|false|enabled?|disabled?|cookie|source|ip)$/i;
 const ShortCookie = term(A_COOKIE, TOKEN, (name) => !NO_COOKIE.test(name) && name);
-const ShortSticky = orBrief(A_COOKIE, ShortCookie, (cookie) => ({ cookie }), Stuck);
+const ShortSticky = orBrief(A_COOKIE, ShortCookie, "cookie", Stuck);
 const Sticky = or("off", { cookie: "", secret: "", max_age: 0 }, ShortSticky);
 const Compress = orBrief("true, false or gzip", v.literal("gzip"), () => true, Bool);
 /** What a route may also say, and then wins over its service. */
@@ -806,7 +808,7 @@ const RewriteMap = v.pipe(
     return { kind: path === undefined ? "none" : "replace", path: path ?? "", host };
   }),
 );
-const Rewrite = orBrief("a path, or a map such as { path: /v2 }", Path, (path) => ({ path }), RewriteMap);
+const Rewrite = orBrief("a path, or a map such as { path: /v2 }", Path, "path", RewriteMap);
 const HeaderRulesSchema = map({ set: opt(RuleValues, {}), add: opt(RuleValues, {}), remove: opt(RuleNames, []) });
 const QueryRules = map({ set: opt(dict(Text, Text, "{ name: value }"), {}), remove: opt(many(Text, "a name"), []) });
 const RequestRules = map({ headers: opt(HeaderRulesSchema, {}), query: opt(QueryRules, {}) });
@@ -826,15 +828,13 @@ const RedirectMap = v.pipe(
   v.check((one) => !one.to !== !(one.scheme || one.host || one.port || one.path), "needs either to or its parts"),
   v.transform((one) => ({ kind: "redirect" as const, ...one })),
 );
-const REDIRECT = "a URL or path to go to, or a map such as { scheme: https }";
-const Redirect = orBrief(REDIRECT, To, (to) => ({ to }), RedirectMap);
+const Redirect = orBrief("a URL or path to go to, or a map such as { scheme: https }", To, "to", RedirectMap);
 const RespondMap = v.pipe(
   map({ status: opt(integer(200, 599), 200), body: opt(Text, ""), headers: opt(RuleValues, {}) }),
   v.check((one) => !one.body || ![204, 205, 304].includes(one.status), "an answer with this status has no body"),
   v.transform((one) => ({ kind: "respond" as const, ...one })),
 );
-const RESPOND = "a status, or a map such as { status: 404 }";
-const Respond = orBrief(RESPOND, integer(200, 599), (status) => ({ status }), RespondMap);
+const Respond = orBrief("a status, or a map such as { status: 404 }", integer(200, 599), "status", RespondMap);
 const RateKey = either("ip or {header: name}", v.literal("ip"), map({ header: HeaderName }));
 const RateMap = v.pipe(
   map({ requests: integer(1, 1e6), per: opt(Duration, "1s"), by: opt(RateKey, "ip"), burst: opt(integer(1, 1e6)) }),
@@ -892,9 +892,8 @@ const ROUTE_KEYS = { ...PLACE_KEYS, ...conditions, ...TARGET_KEYS };
 const ACTIONS = Object.keys(ACTION_KEYS), A_ROUTE = "{ path: /api, service: shop }";
 const routeMap = <const E extends v.ObjectEntries>(keys: E, example?: string) =>
   withParts(map(keys, example), { oneOf: ACTIONS });
-const A_DEFAULT = "a service, or a map such as { service: shop }";
 const DefaultMap = routeMap(TARGET_KEYS, "{ service: shop }"), AnyRoute = routeMap(ROUTE_KEYS, A_ROUTE);
-const Default = orBrief(A_DEFAULT, ServiceName, (service) => ({ service }), DefaultMap);
+const Default = orBrief("a service, or a map such as { service: shop }", ServiceName, "service", DefaultMap);
 const HostRoute = routeMap({ ...ROUTE_KEYS, host: says(many(HostPattern, "a host", 1), "a host or a list") });
 const PathRoute = routeMap({ ...ROUTE_KEYS, path: says(many(PathMatch, "a path", 1), "this path and all below it") });
 const SettingsMap = map(settings);
@@ -913,8 +912,7 @@ const AdminChecked = v.pipe(
   v.check(({ token, read_token }) => !read_token || !!token, "needs a token beside read_token"),
   v.check(({ token, read_token }) => !token || token !== read_token, "token and read_token are the same"),
 );
-const ADMIN = "a port, an address, or a map such as { listen: 9090 }";
-const Admin = orBrief(ADMIN, Local, (listen) => ({ listen }), AdminChecked);
+const Admin = orBrief("a port, an address, or a map such as { listen: 9090 }", Local, "listen", AdminChecked);
 const LogFormat = oneOf("combined", "json", "off");
 const LogMap = map({ format: opt(LogFormat, "combined"), sample: opt(Percent, "100%") });
 const Log = v.pipe(
