@@ -1568,9 +1568,9 @@ const SEGMENT = /^(?!\.\.?$)[\w.~-]+$/;
 const nameRoutes = ({ name_routes, services }: Raw): Raw[] =>
   Object.keys(isTrue(name_routes) ? mapOf(services) : {}).filter((service) => SEGMENT.test(service))
     .map((service) => ({ path: `/${service}`, service, strip: true }));
-const hasRoutes = (file: Raw): boolean => mapsIn(file, ...ENTRIES).length + nameRoutes(file).length > 0;
-/** The listeners for HTTP: 8080 by default; none in a file with only TCP services. */
-const listenOf = (file: Raw): unknown => file.listen ?? (file.tcp && !hasRoutes(file) ? [] : 8080);
+/** The listeners of a file that names none: port 8080, for HTTP; none where it has only TCP services. */
+const usualListeners = (file: Raw): unknown =>
+  file.tcp && mapsIn(file, ...ENTRIES).length + nameRoutes(file).length === 0 ? [] : 8080;
 /** The items of a list, or the one value that stands in place of it. */
 const itemsOf = (own: Raw, path: Keys, key: string): [path: Keys, item: unknown][] => {
   const value = own[key], at = [...path, key];
@@ -1691,7 +1691,7 @@ function checkServers([path, own]: Placed, say: Report): void {
 /** No two listeners have the same address. Port 0 is any that is free. */
 function checkPorts(file: Raw, say: Report) {
   const taken = new Set<string>();
-  const maps: Placed[] = [[[], { listen: listenOf(file) }], ...mapsIn(file, "admin", "tcp")];
+  const maps: Placed[] = [[[], file], ...mapsIn(file, "admin", "tcp")];
   for (const [at, one] of maps.flatMap(([path, own]) => itemsOf(own, path, "listen"))) {
     const address = String(isRecord(one) ? one.address : one);
     const full = address.replace(/^:?(?=\d+$)/, "0.0.0.0:");
@@ -1805,7 +1805,7 @@ function expandConfig(file: Raw, read: FileRead, say: Report) {
     add(name, [path, raw], true);
     return { listen, name, proxy_protocol, allow, deny };
   });
-  const source = { ...defaultsOf(RoutesFile), ...file, listen: listenOf(file), defaults: base };
+  const source = { ...defaultsOf(RoutesFile), ...file, defaults: base };
   return { services, places, routes, tcp, source };
 }
 
@@ -1874,7 +1874,7 @@ function findShadows(routes: RouteConfig[]): Map<RouteConfig, RouteConfig[]> {
 const FOR_SERVERS = ["strip", "rewrite", "request", "mirror", "retries", "retry_on", "compress", "host_header"];
 
 /** Warns of routes that no request can reach, of services that no route leads to, and of keys without effect. */
-function warn(routes: Map<RouteConfig, Keys>, file: Raw, say: Report): void {
+function warn({ routes, services, places, source }: ReturnType<typeof expandConfig>, say: Report): void {
   for (const [route, covers] of findShadows([...routes.keys()])) {
     const path = routes.get(route)!, verb = covers.length > 1 ? "take" : "takes";
     const names = covers.slice(0, 3).map((one) => dotted(routes.get(one)!) || "name_routes").join(" and ");
@@ -1892,7 +1892,7 @@ function warn(routes: Map<RouteConfig, Keys>, file: Raw, say: Report): void {
     if (action.kind === "forward") action.targets.forEach(use);
     used.add(mirror.service);
   }
-  for (const [path, entry] of mapsIn(file, ...ENTRIES)) {
+  for (const [path, entry] of mapsIn(source, ...ENTRIES)) {
     const action = entry.redirect ? "redirect" : entry.respond && "respond";
     for (const key of action ? FOR_SERVERS : []) {
       if (!/^(?:undefined|false|off)$/.test(String(entry[key]))) {
@@ -1900,13 +1900,9 @@ function warn(routes: Map<RouteConfig, Keys>, file: Raw, say: Report): void {
       }
     }
   }
-  for (const [path] of mapsIn(file, "services")) {
+  for (const [path] of mapsIn(source, "services")) {
     if (!used.has(String(path[1]))) say(path, "nothing leads to this service", "key");
   }
-}
-
-/** Warns of secrets that can be guessed. */
-function warnOfSecrets(services: Config["services"], places: Config["places"], say: Report): void {
   for (const [name, { sticky: { secret } }] of services) {
     if (!secret || secret.length >= 16) continue;
     const message = "has fewer than 16 characters and can be guessed: openssl rand -hex 16 makes a longer one";
@@ -1935,17 +1931,16 @@ export function parseConfig(text: string, options: ParseOptions = {}): Config {
   const findings = newFindings(file), { found, say } = findings;
   const yaml = readYaml(text, findings, env), unread = new Set([...found.values()].map(({ path }) => dotted(path)));
   if (!yaml || unread.has("")) throw new ConfigError(file, findings.list());
-  // Keys at the top that begin with x- hold what anchors name, as in Compose.
-  const isRead = ([key]: [string, unknown]) => !key.startsWith("x-");
-  const { doc, values } = yaml,
-    raw = isRecord(values) ? Object.fromEntries(Object.entries(values).filter(isRead)) : values;
+  const isRead = ([key]: [string, unknown]) => !key.startsWith("x-"); // the others hold what anchors name, as in Compose
+  const raw = isRecord(yaml.values) ? Object.fromEntries(Object.entries(yaml.values).filter(isRead)) : yaml.values;
   const sayMore: Report = (path, message, at) => unread.has(dotted(path)) || say(path, message, at);
-  const long = longForm(RoutesFile, raw), read = readValue(RoutesFile, long, sayMore);
+  const long = longForm(RoutesFile, raw);
+  if (isRecord(long) && long.listen === undefined) long.listen = usualListeners(long);
+  const read = readValue(RoutesFile, long, sayMore);
   if (isRecord(long)) checkFile(long, Object.keys(own), sayMore);
   findings.end();
-  const { services, places, routes, tcp, source } = expandConfig(long as Raw, read, say);
-  const { admin, trust, resolvers, limits, log, name_routes, fleet } = read, [first = "shop"] = services.keys();
-  const listen = v.parse(RoutesFile.entries.listen, source.listen);
+  const made = expandConfig(long as Raw, read, say), { services, places, routes, tcp, source } = made;
+  const { listen, admin, trust, resolvers, limits, log, name_routes, fleet } = read, [first = "shop"] = services.keys();
   const isLater = name_routes && !services.size || fleet; // services come over the API, or all of it from the fleet
   if (routes.size && !listen.length) say(["listen"], "is empty: nobody could ask");
   if (!routes.size && !tcp.length && !isLater) {
@@ -1953,14 +1948,13 @@ export function parseConfig(text: string, options: ParseOptions = {}): Config {
   }
   findings.end();
   locateFiles(file, [...services.values(), ...fleet ? [fleet] : []], [...listen, ...tcp.flatMap((one) => one.listen)]);
-  warn(routes, source, say);
-  warnOfSecrets(services, places, say);
+  warn(made, say);
   const config: Config = {
     ...{ listen, admin, trust, resolvers, limits, log, name_routes, fleet, services, routes: [...routes.keys()], tcp },
-    ...{ source, text, file, written: mapOf(valuesOf(doc)), places },
+    ...{ source, text, file, written: mapOf(valuesOf(yaml.doc)), places },
     warnings: findings.list().map((one) => lineOf(file, one)),
   };
-  YAML_OF.set(config, doc);
+  YAML_OF.set(config, yaml.doc);
   return config;
 }
 
