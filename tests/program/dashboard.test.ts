@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { after } from "node:test";
-import { type Browser, chromium, type Page } from "playwright-core";
+import { chromium, type Page } from "playwright-core";
 import { A, EXPIRED, KEY } from "../rig/certificates.ts";
 import {
   answer,
@@ -13,6 +13,7 @@ import {
   type Script,
   type ScriptedServer,
   scriptedServer,
+  sharedProgram,
   sleep,
   startProgram,
   status,
@@ -24,9 +25,6 @@ const FLAGS =
 const ADMIN = ["--admin", "127.0.0.1:0", "--log", "off"];
 const TOKEN = "the-operators-token", READ_TOKEN = "the-readers-token";
 
-let browser: Promise<Browser> | undefined;
-after(async () => await (await browser)?.close());
-
 /** A page that has been opened, and everything that must not happen in it. */
 interface Opened {
   page: Page;
@@ -34,21 +32,37 @@ interface Opened {
   wrong: string[];
 }
 
+/** The page that all tests look at: a page of its own for each costs a process of the browser. */
+let tab: Promise<Page> | undefined;
+const openTab = async () => {
+  const browser = await chromium.launch({ executablePath: "/usr/bin/chromium", args: FLAGS.split(" ") });
+  return browser.newPage();
+};
+after(async () => await (await tab)?.context().browser()?.close());
+
+/** Where there has been a token, there is one ever after: pages with and without one are those of two programs. */
+const open = sharedProgram(ADMIN), guarded = sharedProgram(ADMIN);
+
+/** The shared program with this config, or one of its own with these arguments. */
+async function begin(config: object, { args, files = {} }: Options): Promise<Program> {
+  if (args) return await startProgram(config, [...ADMIN, ...args], files);
+  return await ("admin" in config ? guarded : open).begin(config, files);
+}
+
+interface Options {
+  dark?: boolean;
+  path?: string;
+  args?: string[]; // of a program of its own
+  files?: Record<string, string>; // beside its config
+}
+
 /** The program with this config and the page open, while `use` lasts. Nothing may be wrong in it at the end. */
-async function looking(
-  config: unknown,
-  use: (opened: Opened) => Promise<void>,
-  options: { dark?: boolean; args?: string[]; path?: string; files?: Record<string, string> } = {},
-) {
-  const { dark = false, args = [], path = "/", files = {} } = options;
-  browser ??= chromium.launch({ executablePath: "/usr/bin/chromium", args: FLAGS.split(" ") });
-  const context = await (await browser).newContext({
-    viewport: { width: 1400, height: 900 },
-    colorScheme: dark ? "dark" : "light",
-  });
-  const lb = await startProgram(config, [...ADMIN, ...args], files);
+async function looking(config: object, use: (opened: Opened) => Promise<void>, options: Options = {}) {
+  const { dark = false, path = "/" } = options, page = await (tab ??= openTab());
+  const lb = await begin(config, options), wrong: string[] = [], origin = `http://127.0.0.1:${lb.admin}`;
   try {
-    const page = await context.newPage(), wrong: string[] = [], origin = `http://127.0.0.1:${lb.admin}`;
+    await page.setViewportSize({ width: 1400, height: 900 });
+    await page.emulateMedia({ colorScheme: dark ? "dark" : "light" });
     page.on("console", (message) => void wrong.push(`${message.type()}: ${message.text()}`));
     page.on("pageerror", (error) => void wrong.push(`${error}`));
     page.on("dialog", (dialog) => void wrong.push(`a dialog: ${dialog.message()}`));
@@ -59,7 +73,9 @@ async function looking(
     await use({ page, lb, wrong });
     assert.deepEqual(wrong, []);
   } finally {
-    await context.close();
+    page.removeAllListeners();
+    await page.evaluate("sessionStorage.clear()");
+    await page.goto("about:blank");
     await lb.stop();
   }
 }
@@ -450,7 +466,7 @@ test("a lost connection is said, and made again", { needs: ["chromium"] }, () =>
       await reads(page, "th", REFUSED).finally(() => next.stop());
       assert.ok(wrong.every((text) => /ERR_|Failed to load/.test(text)), wrong.join("\n"));
       wrong.length = 0;
-    });
+    }, { args: [] });
   }));
 
 test(

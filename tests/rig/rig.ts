@@ -201,9 +201,9 @@ export async function rawRequest(
   let last = Date.now();
   let closed = false;
   socket.on("data", (bytes: Buffer) => (got.push(bytes), last = Date.now()));
-  socket.on("error", () => closed = true);
-  socket.on("end", () => closed = true);
-  socket.on("close", () => closed = true);
+  const ended = new Promise<void>((resolve) => {
+    for (const event of ["error", "end", "close"]) socket.on(event, () => (closed = true, resolve()));
+  });
   await new Promise((resolve) => (socket.once("connect", resolve), socket.once("error", resolve)));
   const read = () => {
     const answers: Message[] = [], interim: Message[] = [];
@@ -235,7 +235,7 @@ export async function rawRequest(
   for (
     const end = last + patience;
     !closed && Date.now() < end;
-    await sleep(5)
+    await Promise.race([sleep(5), ended])
   ) {
     if (socket.destroyed) break;
     if (Date.now() - last > quiet && read().answers.at(-1)?.complete) break;
