@@ -6,10 +6,12 @@ import { after, before } from "node:test";
 import {
   answer,
   get,
+  patience,
   type Program,
   rawRequest,
   type ScriptedServer,
   scriptedServer,
+  sleep,
   startProgram,
   status,
   target,
@@ -234,7 +236,7 @@ test("a server that fails in a row is left out, and comes back through one reque
   assert.equal(failed.a, 3);
   assert.deepEqual(await shares(4, "/ejected/?a=503"), { a: 0, b: 4, c: 0, d: 0 });
   let trial: Promise<{ name: Name }> | undefined;
-  for (const end = Date.now() + 10_000; !held.length && Date.now() < end;) {
+  for (const end = Date.now() + patience(10_000); !held.length && Date.now() < end;) {
     trial = ask("/ejected/?a=hold");
     await Promise.race([trial, until("it is held or answered", () => held.length > 0, 20_000).catch(() => {})]);
   }
@@ -267,8 +269,9 @@ test("a server that says Retry-After is left alone for that long", async () => {
 
 /** Asks, eight at a time, until the program says so. */
 async function askUntil(said: RegExp, path: string) {
-  for (let i = 0; i < 300 && !said.test(program.output()); i++) {
+  for (const end = Date.now() + patience(20_000); !said.test(program.output()) && Date.now() < end;) {
     await Promise.all(Array.from({ length: 8 }, () => ask(path)));
+    await sleep(20);
   }
   assert.match(program.output(), said);
 }
@@ -297,7 +300,7 @@ test("panic: where too few are left all are asked", async () => {
 
 /** Asks until this server answers. */
 async function askFor(name: Name, path: string) {
-  for (const end = Date.now() + 20_000; Date.now() < end;) if ((await ask(path)).name === name) return;
+  for (const end = Date.now() + patience(20_000); Date.now() < end;) if ((await ask(path)).name === name) return;
   assert.fail(`${name} is not asked again`);
 }
 
