@@ -5355,9 +5355,9 @@ abstract class Http2Connection extends Connection {
   onFirstSettings(): void {}
 
   onData(bytes: Bytes): void {
+    if (this.overAt) return;
     const data = this.rest.length ? Buffer.concat([this.rest, bytes]) : bytes, { preface } = this;
     let at = 0;
-    if (this.overAt) return;
     this.rest = NO_BYTES;
     if (preface) {
       const text = data.toString("latin1", 0, preface.length);
