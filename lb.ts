@@ -12009,7 +12009,7 @@ export class Fleet implements Membership {
       else if (key.startsWith("told/")) this.applyMark(key);
       else if (key.startsWith("instances/")) this.applyRecords();
       if (key === `instances/${this.name}` && value === undefined && this.lease) this.onLeaseOver();
-      if (key === `instances/${this.wanted}` && value === undefined && this.lease) void this.rename();
+      if (key === `instances/${this.wanted}` && value === undefined && this.lease) this.rejoin();
     }
     this.applyVerdicts();
     this.publish();
@@ -12041,7 +12041,7 @@ export class Fleet implements Membership {
     }
     balancer.reloadFailed = false;
     this.inForce = entry.revision;
-    if (this.leaseTtl && this.leaseTtl !== this.shared().ttl) void this.join().catch(() => this.onLeaseOver());
+    if (this.leaseTtl && this.leaseTtl !== this.shared().ttl) this.rejoin();
     this.applyRecords(); // with other servers and another number of probers
     if (!this.member.isObserver) this.copying = this.copying.then(() => this.copy(document));
     if (next !== before) this.member.onApplied();
@@ -12204,21 +12204,18 @@ export class Fleet implements Membership {
       const own = this.record(), text = JSON.stringify(own);
       if (there) await this.engine.put(key, text, lease);
       else if (!isOwn((await this.engine.swap(key, text, 0, lease)).value)) continue;
-      if (name !== wanted && name !== this.name) {
-        this.effects.report("warn", `fleet: another instance is called ${quote(wanted)}: this one is ${quote(name)}`);
-      }
+      const isOther = name !== wanted, why = `another instance is called ${quote(wanted)}: this one is ${quote(name)}`;
+      const said = isOther ? why : `this instance is called ${quote(name)} again`;
+      if (name !== this.name) this.effects.report(isOther ? "warn" : "info", `fleet: ${said}`);
       [this.name, this.lease, this.leaseTtl, this.written] = [name, lease, ttl, own];
       if (old) await this.engine.revoke(old).catch(() => {}); // its record has the new one already
       return;
     }
   }
 
-  /** Registers under its own name, which is free again: another instance has left, or this one had crashed. */
-  private async rename(): Promise<void> {
-    const { lease } = this;
-    this.lease = "";
-    await this.engine.revoke(lease).then(() => this.join()).catch(() => this.onLeaseOver());
-    this.effects.report("info", `fleet: this instance is called ${quote(this.name)} again`);
+  /** Registers again: for another `ttl`, or under its own name, which another instance has left. */
+  private rejoin(): void {
+    void this.join().catch(() => this.onLeaseOver());
   }
 
   /** The lease has ended, as after a suspension: this instance registers anew. */
