@@ -11810,7 +11810,7 @@ export class Fleet implements Membership {
   private lease = "";
   private leaseTtl = 0;
   private written: InstanceRecord | undefined; // its record as the engine has it
-  private writing: Promise<void> | undefined;
+  private isWriting = false;
   private watching: Watch | undefined;
   private tickAt = 0; // when the lease is kept alive again; Infinity: that goes on now
   private readonly unsure = new Set<string>(); // servers on which it has no vote yet
@@ -11916,7 +11916,7 @@ export class Fleet implements Membership {
       if (this.lease && !await engine.keepAlive(this.lease)) this.onLeaseOver();
       const known = this.revision, { revision, keys } = await engine.list(false);
       this.onContact();
-      this.publish(); // ejections, and what could not be written before
+      void this.publish(); // ejections, and what could not be written before
       if (revision < known) return watching?.close("restored");
       if (!this.isBehind(keys, revision)) return;
       await this.effects.sleep(LATEST);
@@ -11991,7 +11991,7 @@ export class Fleet implements Membership {
     }
     if (this.countsAt === Infinity) this.countsAt = this.effects.now() + this.shared().ttl; // leases have ended by then
     this.applyVerdicts();
-    this.publish();
+    void this.publish();
     this.problem = "";
     this.hasListed = true;
     if (!this.member.isObserver) void this.checkFile();
@@ -12012,7 +12012,7 @@ export class Fleet implements Membership {
       if (key === `instances/${this.wanted}` && value === undefined && this.lease) this.rejoin();
     }
     this.applyVerdicts();
-    this.publish();
+    void this.publish();
   }
 
   private applySecret(): void {
@@ -12136,7 +12136,7 @@ export class Fleet implements Membership {
     const key = keyOfServer(server);
     if (server.passes >= rise || server.fails >= fall) this.unsure.delete(key);
     if (!this.othersCount()) return server.opinion;
-    if (server.opinion === this.written?.down.includes(key)) this.publish();
+    if (server.opinion === this.written?.down.includes(key)) void this.publish();
     const verdict = this.verdict(server);
     return verdict === undefined ? server.up : verdict === "up";
   }
@@ -12225,10 +12225,9 @@ export class Fleet implements Membership {
   }
 
   /** Writes this instance's record if it has changed. */
-  private publish(): void {
-    if (this.lease && !this.isOver) this.writing ??= this.write().finally(() => this.writing = undefined);
-  }
-  private async write(): Promise<void> {
+  private async publish(): Promise<void> {
+    if (!this.lease || this.isWriting) return;
+    this.isWriting = true;
     await Promise.resolve(); // what else changes in this turn is written with it
     try {
       while (this.lease) {
@@ -12240,6 +12239,8 @@ export class Fleet implements Membership {
     } catch (error) {
       if ((error as EngineError).kind === "lease") this.onLeaseOver();
       else this.reportProblem(error); // the next tick writes again
+    } finally {
+      this.isWriting = false;
     }
   }
 
