@@ -9676,10 +9676,6 @@ function listenersView({ table: { config }, effects }: Balancer) {
   return [...config.listen.map(view("http", "https")), ...tcp];
 }
 
-const RELOADS = v.object({
-  ...{ count: NUMBER, ago: NUMBER },
-  failed: says(BOOLEAN, "the file on disk could not be put in force"),
-});
 const secondsAgo = (then: Date, { effects }: Balancer) => toSeconds(+effects.date() - +then);
 
 const totalView = ({ entrypoints }: Balancer) =>
@@ -9695,7 +9691,10 @@ const SNAPSHOT_VIEW = viewOf<[balancer: Balancer]>()({
   runtime: [STRING, (b) => b.runtime],
   time: [numeric("on a clock that begins anywhere and never goes back"), (b) => toSeconds(b.effects.now())],
   uptime: [numeric("of the program"), (b) => secondsAgo(b.startedAt, b)],
-  reloads: [RELOADS, (b) => ({ count: b.reloads, ago: secondsAgo(b.reloadedAt, b), failed: b.reloadFailed })],
+  reloads: [
+    v.object({ count: NUMBER, ago: NUMBER, failed: says(BOOLEAN, "the file on disk could not be put in force") }),
+    (b) => ({ count: b.reloads, ago: secondsAgo(b.reloadedAt, b), failed: b.reloadFailed }),
+  ],
   workers: [WORKERS, workersView],
   listeners: [LISTENERS, listenersView],
   draining: [says(BOOLEAN, "it takes no new connections, and will end"), (b) => b.draining],
@@ -10169,9 +10168,9 @@ const State = map({
 });
 const HealthSchema = map({ health: says(oneOf("up", "down"), "until probes say otherwise") });
 const Addr = term("a host name or an address", /^.+$/, (text) => (isName(text) || isAddress(text)) && text);
-const Members = v.array(map({ addr: Addr, port: integer(1, 65_535) }), "$ is not a list");
-const SomeMembers = v.pipe(Members, v.minLength(1, "is empty"));
-const Pool = map({ servers: says(SomeMembers, "addr and port of each; one that is repeated weighs more") });
+const Member = map({ addr: Addr, port: integer(1, 65_535) });
+const Members = v.pipe(v.array(Member, "$ is not a list"), v.minLength(1, "is empty"));
+const Pool = map({ servers: says(Members, "addr and port of each; one that is repeated weighs more") });
 const ServerPatch = map({ url: opt(Url), ...also });
 const Mistakes = says(
   v.array(v.object({ path: STRING, message: STRING, line: v.optional(NUMBER), column: v.optional(NUMBER) })),
@@ -10808,7 +10807,6 @@ header .card { flex-basis: 100%; margin-top: 8px; border-left: 4px solid var(--t
 #troubles { max-height: 200px; margin-top: 8px; padding-left: 18px; overflow: auto; list-style: "▲ "; } li.bad { list-style: "✕ "; }
 li a { color: inherit; } li a:not(:hover) { text-decoration: none; }
 #charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 16px; }
-figure { display: grid; align-content: space-between; }
 b { flex-basis: 100%; font-size: 20px; }
 svg { display: block; width: 100%; height: 56px; border-bottom: 1px solid var(--line); }
 path { fill: none; stroke: var(--blue); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
@@ -10823,17 +10821,16 @@ section :is(th, td) { font-variant-numeric: tabular-nums; }
 section :is(th, td):nth-child(n + 4) { padding-inline: 4px; text-align: right; white-space: nowrap; }
 section th:first-child { width: 16%; } section th:nth-child(2) { width: 9%; } section th:nth-child(3) { width: 12%; }
 section :is(th, td):last-child { padding-right: 16px; } section th.change { width: 204px; }
-section tbody tr { height: 53px; }
 tr:is(.bad, .warn) { box-shadow: inset 3px 0 var(--tone); } tr:target { outline: 2px solid var(--blue); outline-offset: -2px; }
 td small, th small { display: block; }
 td button { padding: 2px 7px; margin-left: 4px; color: var(--blue); font-size: 12px; }
 dialog { width: min(440px, calc(100% - 32px)); margin: auto; padding: 24px; }
-dialog form { display: grid; gap: 16px; }
+dialog form { display: grid; gap: 16px; } ::backdrop { background: #0008; }
 #go { border-color: var(--blue); color: var(--blue); }
 @media (max-width: 1280px) {
   section thead { display: none; }
   section tbody { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); }
-  section tbody tr { display: grid; grid-template-columns: repeat(4, 1fr); height: auto; align-content: start; padding: 6px 8px; border-top: 1px solid var(--line); }
+  section tbody tr { display: grid; grid-template-columns: repeat(4, 1fr); align-content: start; padding: 6px 8px; border-top: 1px solid var(--line); }
   section tr > :is(th, td):nth-child(n) { width: auto; padding: 3px 8px; border: 0; text-align: left; }
   section th:first-child { grid-column: span 4; } section td:nth-child(-n + 3) { grid-column: span 2; }
   section td.change { grid-column: span 3; align-self: end; } td button { padding: 6px 10px; margin: 0 4px 0 0; }
@@ -11180,7 +11177,7 @@ const morph = (old, now) => {
   if (old.nodeName !== now.nodeName || old.id !== now.id) return old.replaceWith(now);
   for (const { name } of [...old.attributes]) if (!now.hasAttribute(name)) old.removeAttribute(name);
   for (const { name, value } of now.attributes) if (old.getAttribute(name) !== value) old.setAttribute(name, value);
-  if (!now.childElementCount) return old.textContent = now.textContent;
+  if (!now.childElementCount) return old.replaceChildren(now.textContent);
   const children = [...now.children], ids = new Set(children.map(({ id }) => id));
   for (const child of [...old.children]) if (!ids.has(child.id)) child.remove();
   children.forEach((child, i) => old.children[i] ? morph(old.children[i], child) : old.append(child));
@@ -11234,7 +11231,8 @@ document.onclick = ({ target }) => {
   const button = target.closest("tr button"), folded = target.closest("summary")?.parentElement.id;
   if (button) propose(button, button.closest("tr").id);
   if (!folded) return;
-  chosen.has("flip", folded) ? chosen.delete("flip", folded) : chosen.append("flip", folded);
+  const flip = chosen.has("flip", folded) ? "delete" : "append";
+  chosen[flip]("flip", folded);
   refresh();
 };
 
@@ -11246,7 +11244,7 @@ const ask = (texts, input, submit) => {
   Object.assign($("value"), { type: "text", value: "" }, input);
   $("form").onsubmit = async () => {
     const problem = await submit($("value").value);
-    if (problem) return $("problem").textContent = problem;
+    if (problem) return $("problem").replaceChildren(problem);
     $("ask").close();
     refresh();
   };
