@@ -646,8 +646,10 @@ const Probe = map({
   method: may(oneOf("GET", "HEAD", "OPTIONS", "POST"), "to ask with", "GET"),
   headers: may(dict(HeaderName, Printable, "{ x-name: value }"), "of the request", {}),
 });
-const kindOfProbe = ({ grpc, path }: Pick<Out<typeof Probe>, "grpc" | "path">) =>
-  grpc !== undefined ? "grpc" as const : path ? "http" as const : "tcp" as const;
+const kindOfProbe = ({ grpc, path }: Pick<Out<typeof Probe>, "grpc" | "path">) => {
+  if (grpc !== undefined) return "grpc" as const;
+  return path ? "http" as const : "tcp" as const;
+};
 const Probing = v.pipe(Probe, v.transform((one) => ({ kind: kindOfProbe(one), ...one })));
 const ShortProbe = orBrief("a path, or a map such as { path: /healthz }", ProbePath, "path", Probing);
 const Health = or("off", { kind: "off" as const, ...v.parse(Probe, {}) }, ShortProbe);
@@ -1138,12 +1140,9 @@ interface RouteConfig {
   body_limit: number; // bytes; Infinity: none
 }
 /** Listeners whose connections go to one service as they are. */
-interface TcpConfig {
+interface TcpConfig extends Pick<RouteConfig, "name" | "allow" | "deny"> {
   listen: ListenerConfig[];
-  name: string;
   proxy_protocol: boolean;
-  allow: string[];
-  deny: string[];
 }
 /** The fleet that an instance belongs to. */
 interface FleetConfig {
@@ -1384,7 +1383,7 @@ function flatten(issue: Issue, above: Keys = []): { issue: Issue; path: Keys }[]
   const meant = deeper.length ? deeper : below.filter((sub) => sub.kind !== "schema" || flatten(sub)[0]!.issue !== sub);
   return meant.length ? meant.flatMap((sub) => flatten(sub, path)) : [{ issue, path }];
 }
-/** What other programs call it, by what it is called here, or by a sentence; `a.b` is the key b in the map a. */
+/** What other programs call it, by what it is called here; `a.b` is the key b in the map a. */
 const ALIASES: Record<string, string> = {
   services: "upstream upstreams backend backends cluster clusters pool pools",
   service: "upstream backend cluster pool proxy_pass reverse_proxy",
@@ -1457,25 +1456,25 @@ const ALIASES: Record<string, string> = {
   admin: "api stats dashboard management metrics prometheus",
   servername: "sni server_name",
   proxy_protocol: "send_proxy send_proxy_v2",
-  "write response: { headers: { set: { strict-transport-security: max-age=31536000 } } }": "hsts",
-  "nobody is asked for a password here: that is middleware of your own, with lb.ts as a library":
-    "auth basic_auth basicauth jwt oauth",
-  "no files are served here: name a server that does, such as servers: [localhost:8081]":
-    "root file_server static files",
-  "write --workers N on the command line": "workers threads nbthread worker_processes",
-  "the more specific route wins": "priority",
   tcp: "stream streams",
 };
 
-const A_PROBE_ADDRESS = "servers are probed where they are asked",
-  COOKIE_IS = "it is HttpOnly and SameSite=Lax, over https also Secure";
-/** Hints about keys of one kind of map, which is recognized by another of its keys. */
-const HINTS_BESIDE: [known: string, names: RegExp, hint: string][] = [
+const HSTS = "{ headers: { set: { strict-transport-security: max-age=31536000 } } }";
+const NO_PASSWORDS = "nobody is asked for a password here: that is middleware of your own, with lb.ts as a library";
+const NO_FILES = "no files are served here: name a server that does, such as servers: [localhost:8081]";
+const COOKIE_IS = "it is HttpOnly and SameSite=Lax, over https also Secure";
+/** Hints about keys of any map, or of one kind of map, which is recognized by another of its keys. */
+const HINTS: [known: string, names: RegExp, hint: string][] = [
+  ["", /^hsts$/, `write response: ${HSTS}`],
+  ["", /^(?:basic_?)?auth$|^(?:jwt|oauth)$/, NO_PASSWORDS],
+  ["", /^(?:root|file_server|static|files)$/, NO_FILES],
+  ["", /^(?:workers|threads|nbthread|worker_processes)$/, "write --workers N on the command line"],
+  ["", /^priority$/, "the more specific route wins"],
   ["name_routes", /^http$/, "what is in it stands at the top: services, routes and listen"],
   ["exact", /^(?:path_?)?prefix$/, "a path alone is a prefix, as in path: /api"],
   ["weight", /^port$/, 'the port belongs to the URL, as in { url: "10.0.0.1:8080" }'],
   ["weight", /^(?:name|id)$/, "a server's name is its host and port"],
-  ["rise", /^(?:port|host|scheme)$/, A_PROBE_ADDRESS],
+  ["rise", /^(?:port|host|scheme)$/, "servers are probed where they are asked"],
   ["rise", /^(?:type|protocol|mode)$/, 'with path it is HTTP, with grpc: "" gRPC, else a TCP connect'],
   ["max_age", /^(?:secure|http_?only|same_?site)$/, COOKIE_IS],
 ];
@@ -1507,11 +1506,9 @@ const inWords = (words: string[]): string => {
 function guess(wrong: string, known: string[], isKey = false): string {
   const plain = lower(wrong.replace(/(?<=[a-z])(?=[A-Z])|[-. ]+/g, "_"));
   const meant = Object.keys(ALIASES).filter((name) => ALIASES[name]!.split(" ").includes(plain));
-  const placed = isKey && HINTS_BESIDE.find(([key, names]) => known.includes(key) && names.test(plain));
-  if (placed) return `; ${placed[2]}`;
+  const hint = HINTS.find(([key, names]) => (!key || known.includes(key)) && names.test(plain));
+  if (hint && isKey) return `; ${hint[2]}`;
   if (known.includes(plain)) return `; did you mean ${quote(plain)}?`;
-  const sentence = meant.find((name) => name.includes(" "));
-  if (sentence) return isKey ? `; ${sentence}` : "";
   const isPart = (name: string) => meant.length === 0 && `_${plain}_`.includes(`_${name}_`); // ca_file: ca
   const here = [...meant.filter((name) => known.includes(firstPart(name))), ...known.filter(isPart)];
   if (here.length) return `; did you mean ${inWords(here.map(asWritten))}?`;
@@ -1749,8 +1746,8 @@ function locateFiles(file: string, services: Pick<ServiceConfig, "tls">[], liste
 
 type FileRead = Out<typeof RoutesFile>;
 type EntryRead = Out<typeof AnyRoute>;
-/** The services of a file; `add` writes all defaults into what the file says of one. */
-function newServices(file: Raw, say: Report) {
+/** Every entry in the general form, and a service for each that lists servers. `file` gets all defaults written in. */
+function expandConfig(file: Raw, read: FileRead, say: Report) {
   const base = layer(BUILT_IN, mapOf(file.defaults)), raws = new Map<string, Raw>();
   const services = new Map<string, ServiceConfig>(), places = new Map<string, Keys>();
   const add = (name: string, [path, raw]: Placed, isTcp = false) => {
@@ -1760,12 +1757,6 @@ function newServices(file: Raw, say: Report) {
     raws.set(name, raw);
     places.set(name, path);
   };
-  return { base, raws, services, places, add };
-}
-
-/** Every entry in the general form, and a service for each that lists servers. `file` gets all defaults written in. */
-function expandConfig(file: Raw, read: FileRead, say: Report) {
-  const { base, raws, services, places, add } = newServices(file, say);
   for (const placed of mapsIn(file, "services")) add(String(placed[0][1]), placed);
   const generated = nameRoutes(file).map((raw): Placed => [[], raw]);
   const entries = [...mapsIn(file, "hosts", "paths", "routes"), ...generated, ...mapsIn(file, "default")];
@@ -1792,12 +1783,9 @@ function expandConfig(file: Raw, read: FileRead, say: Report) {
     };
     const targets = [...own === undefined ? split ?? [] : [[own, 1] as [string, number]]].map(target);
     const action: Action = others.redirect ?? others.respond ?? { kind: "forward", targets };
-    const made = { name, hosts, paths, action, fallback, policy: targets[0]?.policy ?? policyOver(base) };
-    const carried = {
-      ...pickKeys(others, { ...conditions, ...CHANGE_KEYS }),
-      rewrite: strip ? { ...rule, kind: "replace" } : rule,
-    };
-    routes.set({ ...carried, ...made } as RouteConfig, path);
+    const policy = targets[0]?.policy ?? policyOver(base);
+    const made = { name, hosts, paths, action, fallback, policy, rewrite: strip ? { ...rule, kind: "replace" } : rule };
+    routes.set({ ...pickKeys(others, { ...conditions, ...CHANGE_KEYS }), ...made } as unknown as RouteConfig, path);
   }
   const tcp = mapsIn(file, "tcp").map(([path, raw]): TcpConfig => {
     const { listen, proxy_protocol, allow, deny, name: given } = read.tcp[Number(path[1])]!;
