@@ -10933,7 +10933,7 @@ type ShownServer = ShownService["servers"][number];
 type Level = "good" | "warn" | "bad" | "";
 const isTrouble = (level: Level): boolean => level === "bad" || level === "warn";
 
-/** What an instance has in place of the fleet's newest document, or why; empty: it has that. */
+/** Why an instance lacks the fleet's newest document, or which one it has in its place; empty: it has the newest. */
 function lagOf({ problem, config }: InstanceView, { instances }: FleetView): string {
   const isNewest = instances.every((one) => one.config <= config);
   return problem || (isNewest ? "" : `revision ${config}`);
@@ -11330,27 +11330,24 @@ const MOST_PEERS = 1_000; // that are remembered for their wrong tokens
  */
 function checkToken(balancer: Balancer): Gatekeeper {
   const { effects } = balancer, wrong = new Map<string, { count: number; until: number }>(); // by network
-  const countWrong = (network: string, peer: string) => {
-    const count = (wrong.get(network)?.count ?? 0) + 1, wait = count < TRIES ? 0 : Math.min(60, 2 ** (count - TRIES));
-    wrong.delete(network); // so that the first is the one that has been quiet for longest
-    if (wrong.size >= MOST_PEERS) wrong.delete(wrong.keys().next().value!);
-    wrong.set(network, { count, until: effects.now() + wait * 1_000 });
-    if (wait) effects.report("warn", `admin: ${peer}: wrong tokens in a row: ${count}`);
-  };
   const signed = (text: string) => effects.sign(effects.secret(), text); // so that time tells nothing
   // Nothing is waited for in here: of guesses that come at once each is counted.
   const verifyToken = (given: string, { req, get, set }: AdminContext): boolean => {
     const peer = get("peer"), network = clientNetwork(peer), { token, read_token } = balancer.tokens;
-    const wait = Math.ceil(((wrong.get(network)?.until ?? 0) - effects.now()) / 1_000);
+    const { count, until } = wrong.get(network) ?? { count: 0, until: 0 };
+    const wait = Math.ceil((until - effects.now()) / 1_000);
     const tooMany = () => problemJson(429, "too many wrong tokens", { "retry-after": `${wait}` });
     if (wait > 0) throw new HTTPException(429, { res: tooMany() });
+    wrong.delete(network); // so that the first of them is the one that has been quiet for longest
     const isShown = (known?: string) => known !== undefined && signed(known) === signed(given);
-    const isToken = isShown(token);
+    const isToken = isShown(token), tries = count + 1;
     if (!isToken && !isShown(read_token)) {
-      countWrong(network, peer);
+      const pause = tries < TRIES ? 0 : Math.min(60, 2 ** (tries - TRIES));
+      if (wrong.size >= MOST_PEERS) wrong.delete(wrong.keys().next().value!);
+      wrong.set(network, { count: tries, until: effects.now() + pause * 1_000 });
+      if (pause) effects.report("warn", `admin: ${peer}: wrong tokens in a row: ${tries}`);
       return false;
     }
-    wrong.delete(network);
     set("shown", isToken ? "token" : "read token");
     if (isToken || /^(?:GET|HEAD)$/.test(req.method)) return true;
     throw new AdminError(403, "the read token may only look");
