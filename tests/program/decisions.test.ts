@@ -236,7 +236,7 @@ test("a server that fails in a row is left out, and comes back through one reque
   assert.equal(failed.a, 3);
   assert.deepEqual(await shares(4, "/ejected/?a=503"), { a: 0, b: 4, c: 0, d: 0 });
   let trial: Promise<{ name: Name }> | undefined;
-  for (const end = Date.now() + patience(10_000); !held.length && Date.now() < end;) {
+  for (const end = Date.now() + patience(10_000); !held.length && Date.now() < end; await sleep(20)) {
     trial = ask("/ejected/?a=hold");
     await Promise.race([trial, until("it is held or answered", () => held.length > 0, 20_000).catch(() => {})]);
   }
@@ -300,7 +300,9 @@ test("panic: where too few are left all are asked", async () => {
 
 /** Asks until this server answers. */
 async function askFor(name: Name, path: string) {
-  for (const end = Date.now() + patience(20_000); Date.now() < end;) if ((await ask(path)).name === name) return;
+  for (const end = Date.now() + patience(20_000); Date.now() < end; await sleep(20)) {
+    if ((await ask(path)).name === name) return;
+  }
   assert.fail(`${name} is not asked again`);
 }
 

@@ -115,3 +115,12 @@ test("an option wins over the environment, the environment over the file, the fi
     assert.deepEqual(await inForce(["-l", "127.0.0.3:4444", "--log", "combined"], all), ["127.0.0.3:4444", "combined"]);
     assert.deepEqual(await inForce(["-p", "5555"], all), ["5555", "off"]);
   }));
+
+test("a wrong number of workers is refused", () =>
+  fine(async (folder) => {
+    for (const wrong of ["0", "-1", "two", "1.5", "257"]) {
+      const { code, err } = await callProgram([`--workers=${wrong}`], { cwd: folder });
+      assert.equal(code, 2);
+      assert.match(err, /is not auto or a whole number/);
+    }
+  }));
