@@ -2698,6 +2698,8 @@ type Score = (server: Server, candidates: Candidates, draw: Draw) => number;
 
 /** One service: its servers and strategy, from the config in force, and the state that survives a reload. */
 interface Service {
+  readonly effects: Effects; // of its balancer
+
   // config
   name: string;
   config: ServiceConfig;
@@ -6955,11 +6957,11 @@ const asSlow = ({ servers }: Service, milliseconds: number): number =>
  * Ejects a server for a time that grows with each time in a row, at most a share of its pool. What was known of it is
  * forgotten: it is new when it returns. False where no more may be ejected.
  */
-function eject(service: Service, server: Server, why: string, effects: Effects): boolean {
+function eject(service: Service, server: Server, why: string): boolean {
   const { failures, for: unit, at_most } = service.config.eject;
   const others = service.servers.filter((other) => other !== server && other.until !== 0).length;
   if (others + 1 > service.servers.length * at_most) return false;
-  const now = effects.now();
+  const now = service.effects.now();
   server.ejections = Math.min(server.ejections + 1, 10);
   server.until = now + unit * server.ejections;
   server.trying = false;
@@ -6969,7 +6971,7 @@ function eject(service: Service, server: Server, why: string, effects: Effects):
   Object.assign(server, NO_LATENCY);
   service.candidatesUntil = 0;
   const seconds = unit * server.ejections / 1_000;
-  effects.report("warn", `${service.name}: ${server.name} is ejected for ${seconds} s ${why}`);
+  service.effects.report("warn", `${service.name}: ${server.name} is ejected for ${seconds} s ${why}`);
   return true;
 }
 
@@ -6987,37 +6989,32 @@ const isTrial = (server: Server, began: number): boolean => began >= server.unti
  * Ends the trial of a server: it is back, for it has answered; it is ejected again, with the reason why; or the trial is
  * undecided, and another one follows.
  */
-function endTrial(
-  service: Service,
-  server: Server,
-  verdict: "back" | "undecided" | { why: string },
-  effects: Effects,
-) {
+function endTrial(service: Service, server: Server, verdict: "back" | "undecided" | { why: string }) {
   server.trying = false;
   service.candidatesUntil = 0;
-  if (verdict === "undecided" || typeof verdict === "object" && eject(service, server, verdict.why, effects)) return;
+  if (verdict === "undecided" || typeof verdict === "object" && eject(service, server, verdict.why)) return;
   server.until = 0;
   server.slow = false;
-  server.since = server.back = effects.now();
-  effects.report("info", `${service.name}: ${server.name} is up again`);
+  server.since = server.back = service.effects.now();
+  service.effects.report("info", `${service.name}: ${server.name} is up again`);
 }
 
 /** A request to a server has failed, before its answer or in it. Enough of them in a row eject it; so does one on trial. */
-function onFailed(service: Service, server: Server, began: number, effects: Effects): void {
+function onFailed(service: Service, server: Server, began: number): void {
   const { failures } = service.config.eject;
   if (server.until !== 0) {
-    if (isTrial(server, began)) endTrial(service, server, { why: "after a failed trial" }, effects);
+    if (isTrial(server, began)) endTrial(service, server, { why: "after a failed trial" });
     return;
   }
   if (++server.failures < failures) return;
-  if (eject(service, server, `after ${failures} failures in a row`, effects)) server.slow = false;
+  if (eject(service, server, `after ${failures} failures in a row`)) server.slow = false;
 }
 
 /** A whole response ends a run of failures; one well after the last ejection also resets the count of ejections. */
-function onAnswered(service: Service, server: Server, effects: Effects): void {
+function onAnswered(service: Service, server: Server): void {
   if (server.until !== 0) return;
   server.failures = 0;
-  if (server.ejections > 0 && effects.now() > server.back + service.config.eject.for) server.ejections = 0;
+  if (server.ejections > 0 && service.effects.now() > server.back + service.config.eject.for) server.ejections = 0;
 }
 
 /** Updates `recent`: it jumps to a longer time, and moves towards a shorter one with a time constant of 10 s. */
@@ -7044,7 +7041,7 @@ function recordResult(service: Service, server: Server, good: boolean, milliseco
 }
 
 /** The head of a response. A 5xx counts as a failure in comparisons; a 429 says that the server is busy. */
-function onHead(service: Service, server: Server, status: number, began: number, now: number, effects: Effects): void {
+function onHead(service: Service, server: Server, status: number, began: number, now: number): void {
   const milliseconds = now - began;
   server.answers++;
   if (server.until !== 0 && isTrial(server, began)) {
@@ -7052,7 +7049,7 @@ function onHead(service: Service, server: Server, status: number, began: number,
     const why = status >= 500
       ? `after a trial with ${status}`
       : `because it still takes ${Math.round(milliseconds)} ms`;
-    endTrial(service, server, status >= 500 || still ? { why } : "back", effects);
+    endTrial(service, server, status >= 500 || still ? { why } : "back");
   }
   if (server.until !== 0) return;
   if (status === 429) {
@@ -7062,19 +7059,19 @@ function onHead(service: Service, server: Server, status: number, began: number,
 }
 
 /** An attempt was given up because another was faster: its server takes at least the time that has passed. */
-function onAbandoned(service: Service, server: Server, began: number, effects: Effects): void {
-  const now = effects.now(), milliseconds = now - began;
+function onAbandoned(service: Service, server: Server, began: number): void {
+  const now = service.effects.now(), milliseconds = now - began;
   if (server.until === 0) {
     if (milliseconds > server.typical) recordResult(service, server, true, milliseconds, now);
   } else if (isTrial(server, began) && server.slow && isSlow(service, milliseconds)) {
-    endTrial(service, server, { why: `because it still takes more than ${Math.round(milliseconds)} ms` }, effects);
+    endTrial(service, server, { why: `because it still takes more than ${Math.round(milliseconds)} ms` });
   }
 }
 
 /** No response has come, by the server's fault. */
-function onNoResponse(service: Service, server: Server, began: number, now: number, effects: Effects): void {
+function onNoResponse(service: Service, server: Server, began: number, now: number): void {
   if (server.until === 0) recordResult(service, server, false, now - began, now);
-  onFailed(service, server, began, effects);
+  onFailed(service, server, began);
 }
 
 const LEAST_COMPARED = 3; // servers
@@ -7103,7 +7100,7 @@ function medianOf(numbers: number[]): number {
 }
 
 /** Ejects servers that are much slower than the others, or fail more often. It runs once a second, beside a request. */
-function compare(service: Service, now: number, effects: Effects): void {
+function compare(service: Service, now: number): void {
   const seconds = Math.max(now - service.comparedAt, 1) / 1_000; // a reload may have it done again at once
   service.comparedAt = now;
   service.compareAt = now + 1_000;
@@ -7114,8 +7111,8 @@ function compare(service: Service, now: number, effects: Effects): void {
   }
   const some = service.servers.filter((server) => server.until === 0 && server.up && isEnabled(server));
   const warm = some.filter((server) => now - server.back >= service.config.slow_start); // that is what it is for
-  ejectSlow(service, warm, now, effects);
-  ejectFailing(service, some.filter((server) => server.until === 0 && server.judged >= MEMORY), effects);
+  ejectSlow(service, warm, now);
+  ejectFailing(service, some.filter((server) => server.until === 0 && server.judged >= MEMORY));
 }
 
 /** How many requests each of these has in flight, in the mean. */
@@ -7127,10 +7124,10 @@ const meanInFlight = (servers: Server[]): number =>
  * better than a queue: the more are out, the slower the next one has to be; and where the others then have three times
  * as much to do, the ejections end, and no server is ejected for its latency for a while.
  */
-function ejectSlow(service: Service, some: Server[], now: number, effects: Effects): void {
+function ejectSlow(service: Service, some: Server[], now: number): void {
   const out = service.servers.filter(({ slow, until }) => slow && until !== 0);
   if (out.length > 0 && meanInFlight(some) > 3 * service.inFlightBefore + 2) {
-    return endEjections(service, out, now, effects);
+    return endEjections(service, out, now);
   }
   const timed = some.map((server) => ({ server, time: typicalOf(server, now) })).filter(({ time }) => time > 0);
   if (timed.length < LEAST_COMPARED) return;
@@ -7142,47 +7139,53 @@ function ejectSlow(service: Service, some: Server[], now: number, effects: Effec
     if (server.load / server.effective > 1.1 * load) continue;
     const why = `because it takes ${Math.round(time)} ms where ${Math.round(service.median)} ms are usual`;
     if (out.length === 0) service.inFlightBefore = meanInFlight(some.filter((other) => other !== server));
-    if (eject(service, server, why, effects)) out.push(server), server.slow = true;
+    if (eject(service, server, why)) out.push(server), server.slow = true;
   }
 }
 
 /** Ends ejections that have made matters worse. */
-function endEjections(service: Service, out: Server[], now: number, effects: Effects): void {
+function endEjections(service: Service, out: Server[], now: number): void {
   for (const server of out) {
     Object.assign(server, { until: 0, trying: false, slow: false, since: now, back: now });
-    effects.report("warn", `${service.name}: ${server.name} is asked again: without it the others have too much to do`);
+    service.effects.report(
+      "warn",
+      `${service.name}: ${server.name} is asked again: without it the others have too much to do`,
+    );
   }
   service.candidatesUntil = 0;
   service.toleratedUntil = now + 2 * service.config.eject.for;
 }
 
 /** Ejects servers whose success rate is out of line with that of the better ones. */
-function ejectFailing(service: Service, judged: Server[], effects: Effects): void {
+function ejectFailing(service: Service, judged: Server[]): void {
   const [worst, ...others] = judged.sort((a, b) => b.failing - a.failing);
   if (worst === undefined || others.length < LEAST_COMPARED - 1) return;
   const mean = others.reduce((sum, { failing }) => sum + failing, 0) / others.length;
   const variance = others.reduce((sum, { failing }) => sum + (failing - mean) ** 2, 0) / others.length;
   if (worst.failing <= mean + Math.max(DEVIATIONS * Math.sqrt(variance), LEAST_GAP)) return;
   const why = `because ${Math.round(100 * worst.failing)} % of its answers fail`;
-  if (!eject(service, worst, why, effects)) return;
+  if (!eject(service, worst, why)) return;
   worst.slow = false;
-  ejectFailing(service, others, effects);
+  ejectFailing(service, others);
 }
 
 /** A server has said when to come again (Retry-After, RFC 9110 section 10.2.3): that long, but no longer than an ejection. */
-function onRetryAfter(service: Service, server: Server, value: string, effects: Effects): void {
+function onRetryAfter(service: Service, server: Server, value: string): void {
   const at = value.endsWith("GMT") ? Date.parse(value) : NaN;
-  const wait = /^\d+$/.test(value) ? Number(value) * 1_000 : at - effects.date().getTime();
+  const wait = /^\d+$/.test(value) ? Number(value) * 1_000 : at - service.effects.date().getTime();
   if (!(wait > 0)) return;
-  server.pausedUntil = effects.now() + Math.min(wait, service.config.eject.for);
+  server.pausedUntil = service.effects.now() + Math.min(wait, service.config.eject.for);
   service.candidatesUntil = 0;
 }
 
 // --- 5.4 Health checks: probes, and what operators say ---
 
-/** Counts the result of a probe: `rise` or `fall` of them in a row change the server's state, which is reported once. */
-function onProbed(service: Service, server: Server, problem: string | undefined, effects: Effects): void {
-  const { rise, fall } = service.config.health;
+/**
+ * Counts the result of a probe: `rise` or `fall` of them in a row change the server's state, which is reported once.
+ * `decided`: whether it is up, where another thread has decided and reported that.
+ */
+function onProbed(service: Service, server: Server, problem: string | undefined, decided?: boolean): void {
+  const { effects, config: { health: { rise, fall } } } = service;
   const now = server.probedAt = effects.now();
   const wasEjected = now < server.until && !server.slow; // a probe does not show how long requests take
   server.probeProblem = problem ?? "";
@@ -7195,30 +7198,34 @@ function onProbed(service: Service, server: Server, problem: string | undefined,
     server.until = server.since = now; // it may be tried out at once
     service.candidatesUntil = 0;
   }
-  setUp(service, server, effects.agree(service, server), problem, effects);
+  if (decided === undefined) setUp(service, server, effects.agree(service, server), problem);
+  else setUp(service, server, decided, problem, () => {});
 }
 
 /** Sets a server up or down by its probes, and reports the change. */
-function setUp(service: Service, server: Server, up: boolean, problem: string | undefined, effects: Effects): void {
+function setUp(
+  service: Service,
+  server: Server,
+  up: boolean,
+  problem: string | undefined,
+  report = service.effects.report,
+): void {
   if (server.up === up) return;
-  const now = effects.now();
+  const now = service.effects.now();
   server.up = up;
   server.since = now;
   if (up) server.back = now;
   service.candidatesUntil = 0;
-  if (up) effects.report("info", `${service.name}: ${server.name} is up`);
-  else effects.report("warn", `${service.name}: ${server.name} is down: ${problem ?? "most of its probers say so"}`);
+  if (up) report("info", `${service.name}: ${server.name} is up`);
+  else report("warn", `${service.name}: ${server.name} is down: ${problem ?? "most of its probers say so"}`);
 }
 
 /** Marks a server up or down for an operator, until probes find otherwise. */
-function setHealth(service: Service, server: Server, up: boolean, effects: Effects): void {
-  effects.onNews({ kind: "marked", service: service.name, url: server.url, up });
-  if (server.up !== up || up && server.until > 0) server.since = effects.now();
-  Object.assign(
-    server,
-    { up, opinion: up, passes: 0, fails: 0, failures: 0 },
-    up && { until: 0, trying: false, ejections: 0 },
-  );
+function setHealth(service: Service, server: Server, up: boolean): void {
+  service.effects.onNews({ kind: "marked", service: service.name, url: server.url, up });
+  if (server.up !== up || up && server.until > 0) server.since = service.effects.now();
+  Object.assign(server, { up, opinion: up, passes: 0, fails: 0, failures: 0 });
+  if (up) Object.assign(server, { until: 0, trying: false, ejections: 0 });
   service.candidatesUntil = 0;
 }
 
@@ -7265,8 +7272,8 @@ function grpcProbe({ grpc = "" }: ServiceConfig["health"]): ProbeRequest {
 }
 
 /** Sends a probe: rejects, or resolves to what is wrong with the server. */
-function sendProbe(service: Service, server: Server, effects: Effects, giveUp: AbortSignal) {
-  const { health } = service.config, { timeout } = health, overGrpc = health.kind === "grpc";
+function sendProbe(service: Service, server: Server, giveUp: AbortSignal) {
+  const { effects, config: { health } } = service, { timeout } = health, overGrpc = health.kind === "grpc";
   if (overGrpc && server.http === 1) return Promise.resolve("gRPC needs HTTP/2: an h2c:// server, or http: 2");
   const { fields, onHead: judge, ...request } = overGrpc ? grpcProbe(health) : httpProbe(health);
   const timeouts = { connect: timeout, response: timeout, idle: timeout, request: Infinity };
@@ -7289,10 +7296,10 @@ function bodyProblem(wanted: string, taken: Body | Failure): string | undefined 
 }
 
 /** One probe: what is wrong with the server, or undefined. */
-async function probeServer(service: Service, server: Server, effects: Effects): Promise<string | undefined> {
-  const { kind, timeout } = service.config.health;
+async function probeServer(service: Service, server: Server): Promise<string | undefined> {
+  const { effects, config: { health: { kind, timeout } } } = service;
   const giveUp = new AbortController();
-  const asked = kind === "tcp" ? effects.connect(server, timeout) : sendProbe(service, server, effects, giveUp.signal);
+  const asked = kind === "tcp" ? effects.connect(server, timeout) : sendProbe(service, server, giveUp.signal);
   const late = effects.sleep(timeout, giveUp.signal).then(() => `no answer within ${timeout} ms`);
   try {
     return await Promise.race([asked, late]) ?? undefined;
@@ -7317,9 +7324,9 @@ async function probeDue(table: Table, effects: Effects): Promise<void> {
   await Promise.all(due.map(async ([service, server]) => {
     server.probeAt = now + service.config.health.interval * (0.9 + 0.2 * effects.random());
     const begun = effects.now();
-    const problem = await probeServer(service, server, effects);
+    const problem = await probeServer(service, server);
     if (problem && isOutOfHandles(problem)) return effects.report("error", `a probe is left out: ${problem}`);
-    onProbed(service, server, problem, effects);
+    onProbed(service, server, problem);
     effects.onNews({ kind: "probed", service: service.name, url: server.url, problem, up: server.up });
     server.probeTook = server.probedAt - begun;
   }));
@@ -7332,42 +7339,38 @@ async function probeDue(table: Table, effects: Effects): Promise<void> {
  * can make one, and it does not reveal the server's address. All clients of a server have the same value, so that a request
  * costs one look-up in a map.
  */
-const valueFor = ({ name, config }: Service, { url }: Server, { sign, secret }: Effects): string =>
+const valueFor = ({ name, config, effects: { sign, secret } }: Service, { url }: Server): string =>
   sign(config.sticky.secret || secret(), `${name}\n${url}`).slice(0, 22);
 
 /** The servers of a service by their values. */
-const signedServers = (service: Service, effects: Effects): Map<string, Server> =>
-  service.cookies ??= new Map(service.servers.map((server) => [valueFor(service, server, effects), server]));
+const signedServers = (service: Service): Map<string, Server> =>
+  service.cookies ??= new Map(service.servers.map((server) => [valueFor(service, server), server]));
 
 /** The values in a cookie, as it came: services that share its name have one each. */
 const stickyValues = ({ request }: Exchange, name: string): string[] => cookieOf(request, name)?.split(".") ?? [];
 
 /** The server that a client had before. What is forged, of another secret, or of a server that is gone, names none. */
-function stickyServer(service: Service, exchange: Exchange, effects: Effects): Server | undefined {
-  const servers = signedServers(service, effects);
+function stickyServer(service: Service, exchange: Exchange): Server | undefined {
+  const servers = signedServers(service);
   const value = stickyValues(exchange, service.config.sticky.cookie).find((value) => servers.has(value));
   return value === undefined ? undefined : servers.get(value);
 }
 
 /** The service of a split that the client had before. */
-function stickyDestination({ destinations }: Route, exchange: Exchange, effects: Effects): Destination | undefined {
+function stickyDestination({ destinations }: Route, exchange: Exchange): Destination | undefined {
   const placeOf = ({ service }: Destination) =>
-    stickyValues(exchange, service.config.sticky.cookie).findIndex((value) =>
-      signedServers(service, effects).has(value)
-    );
+    stickyValues(exchange, service.config.sticky.cookie).findIndex((value) => signedServers(service).has(value));
   const known = destinations.filter((one) => one.weight > 0 && placeOf(one) >= 0);
   return known.sort((a, b) => placeOf(a) - placeOf(b))[0];
 }
 
 /** Set-Cookie for a client that is new to its server. Values of other services stay in their places. */
-function cookieFor(service: Service, server: Server, exchange: Exchange, effects: Effects): string {
+function cookieFor(service: Service, server: Server, exchange: Exchange): string {
   const { cookie, max_age } = service.config.sticky;
   const sharing = [...exchange.table.services.values()].filter(({ config }) => config.sticky.cookie === cookie);
-  const values = stickyValues(exchange, cookie).filter((value) =>
-    sharing.some((one) => signedServers(one, effects).has(value))
-  );
-  const at = values.findIndex((value) => signedServers(service, effects).has(value));
-  values.splice(at < 0 ? values.length : at, 1, valueFor(service, server, effects));
+  const values = stickyValues(exchange, cookie).filter((value) => sharing.some((one) => signedServers(one).has(value)));
+  const at = values.findIndex((value) => signedServers(service).has(value));
+  values.splice(at < 0 ? values.length : at, 1, valueFor(service, server));
   const https = exchange.origin.scheme === "https";
   const age = max_age ? `; Max-Age=${Math.ceil(max_age / 1_000)}` : "";
   return `${cookie}=${values.join(".")}; Path=/${age}; HttpOnly; SameSite=Lax${https ? "; Secure" : ""}`;
@@ -8425,8 +8428,8 @@ const tallyOf = (tallies: Tallies, { status, method }: { status: number; method:
   getOrMake(tallies, status * 16 + Math.max(0, METHODS.indexOf(method)), newCounters);
 
 /** The servers that a request or a connection may go to now. */
-function serversFor(service: Service, { tried, now }: Asker, effects: Effects): readonly Server[] {
-  if (now >= service.compareAt) compare(service, now, effects);
+function serversFor(service: Service, { tried, now }: Asker): readonly Server[] {
+  if (now >= service.compareAt) compare(service, now);
   const candidates = candidatesOf(service, now);
   return withRoom(service, tried.length ? forRetry(service, candidates, tried, now) : candidates);
 }
@@ -8467,13 +8470,13 @@ function runStrategy(service: Service, candidates: Candidates, exchange: Exchang
 
 /** The client's previous server while it is eligible; else another one, with a new cookie. */
 function pickSticky(service: Service, candidates: Candidates, exchange: Exchange): Server {
-  const { effects } = exchange.balancer, { cookie } = service.config.sticky;
+  const { cookie } = service.config.sticky;
   if (service.lostCookie === cookie) return runStrategy(service, candidates, exchange);
-  const before = stickyServer(service, exchange, effects);
+  const before = stickyServer(service, exchange);
   const stays = before !== undefined && candidates.includes(before);
   const server = stays ? before : runStrategy(service, candidates, exchange);
   exchange.block = { fields: withoutCookie(exchange.block.fields, cookie), passing: undefined };
-  exchange.cookie = server === before ? "" : cookieFor(service, server, exchange, effects);
+  exchange.cookie = server === before ? "" : cookieFor(service, server, exchange);
   return server;
 }
 
@@ -8481,32 +8484,32 @@ function pickSticky(service: Service, candidates: Candidates, exchange: Exchange
 function pickServer(exchange: Exchange, now: number): Server | undefined {
   const { service } = exchange.destination!;
   exchange.now = now;
-  const candidates = serversFor(service, exchange, exchange.balancer.effects);
+  const candidates = serversFor(service, exchange);
   if (candidates.length === 0) return undefined;
   const pick = service.config.sticky.cookie ? pickSticky : runStrategy;
   return takeServer(service, pick(service, candidates as Candidates, exchange), exchange);
 }
 
 /** Reports what is wrong with a server, once a second at most: the access log has every request. */
-function reportServer(service: Service, server: Server, detail: string, effects: Effects): void {
-  const now = effects.now();
+function reportServer(service: Service, server: Server, detail: string): void {
+  const now = service.effects.now();
   if (now - server.saidAt < 1_000) return;
   server.saidAt = now;
-  effects.report("warn", `${service.name}: ${server.name}: ${detail}`);
+  service.effects.report("warn", `${service.name}: ${server.name}: ${detail}`);
 }
 
 /** A request or a connection at a server. */
 type ServerUse = Pick<ExchangeAttempt, "service" | "server" | "startedAt" | "endedAt">;
 
 /** No response has come from a server. `problem`: what it is blamed for; undefined: that was not its fault. */
-function countNoResponse(use: ServerUse, received: number, problem: string | undefined, effects: Effects): void {
+function countNoResponse(use: ServerUse, received: number, problem: string | undefined): void {
   const { service, server, startedAt, endedAt } = use, isBlamed = problem !== undefined;
   endWaiting(server, startedAt);
   tally(server.counters, endedAt - startedAt, received, 0, isBlamed);
   if (isBlamed) {
-    reportServer(service, server, problem, effects);
-    onNoResponse(service, server, startedAt, endedAt, effects);
-  } else if (server.until !== 0 && isTrial(server, startedAt)) endTrial(service, server, "undecided", effects);
+    reportServer(service, server, problem);
+    onNoResponse(service, server, startedAt, endedAt);
+  } else if (server.until !== 0 && isTrial(server, startedAt)) endTrial(service, server, "undecided");
 }
 
 /** An attempt at the server that was picked for it, and the events of its connection. */
@@ -8541,10 +8544,10 @@ class ServerAttempt extends ExchangeAttempt {
     this.response = response;
     endWaiting(server, startedAt);
     const wait = TOO_MUCH.has(status) && fieldOf(response.fields, "retry-after");
-    if (wait) onRetryAfter(service, server, wait, effects);
-    onHead(service, server, status, startedAt, this.headAt, effects);
+    if (wait) onRetryAfter(service, server, wait);
+    onHead(service, server, status, startedAt, this.headAt);
     if (service.hedge && !this.hasLost && status < 500) learnHedgeDelay(service, this.headAt - startedAt);
-    if (response.tunnel) onAnswered(service, server, effects); // its end may be hours away
+    if (response.tunnel) onAnswered(service, server); // its end may be hours away
     guarded(exchange, () => this.decide(this));
   }
 
@@ -8565,24 +8568,24 @@ class ServerAttempt extends ExchangeAttempt {
 
   /** There will be no response. What the client did says nothing about the server. */
   private countFailure(failure: Failure, detail: string): void {
-    const { service, server, startedAt } = this, { effects } = this.exchange.balancer;
+    const { service, server, startedAt } = this;
     const isBlamed = !BLAMELESS.has(failure) && !isOutOfHandles(detail);
     this.failure = failure;
-    if (this.hasLost && failure === "client-left") onAbandoned(service, server, startedAt, effects);
-    countNoResponse(this, this.sent ? receivedBy(this) : 0, isBlamed ? detail : undefined, effects);
+    if (this.hasLost && failure === "client-left") onAbandoned(service, server, startedAt);
+    countNoResponse(this, this.sent ? receivedBy(this) : 0, isBlamed ? detail : undefined);
   }
 
   /** The response has ended, whole or not. */
   private countResponse(status: number): void {
-    const { exchange, service, server, startedAt, failure } = this, { effects } = exchange.balancer;
+    const { exchange, service, server, startedAt, failure } = this;
     const isOpen = status === 101; // its end, perhaps hours later, says nothing about the server
     const isCutOff = failure !== undefined && !BLAMELESS.has(failure) && !isOpen;
     const milliseconds = (isOpen ? this.headAt : this.endedAt) - startedAt;
     tally(server.counters, milliseconds, receivedBy(this), this.received, isCutOff || isServerError(status));
-    if (isCutOff) reportServer(service, server, `its answer was cut off (${failure})`, effects);
-    if (isCutOff || GATEWAY_ERRORS.has(status)) return onFailed(service, server, startedAt, effects);
+    if (isCutOff) reportServer(service, server, `its answer was cut off (${failure})`);
+    if (isCutOff || GATEWAY_ERRORS.has(status)) return onFailed(service, server, startedAt);
     if (failure !== undefined || isOpen) return;
-    onAnswered(service, server, effects);
+    onAnswered(service, server);
     if (exchange.tried.length === 1) earnRetry(exchange, service);
   }
 }
@@ -8759,7 +8762,7 @@ async function sendCopy(exchange: Exchange, destination: Destination): Promise<v
     const copy: Exchange = { ...exchange, destination, tried: [], onLeave: undefined };
     const server = pickServer(copy, effects.now());
     if (server === undefined) return void service.copies.skipped++;
-    if (server.trying) endTrial(service, server, "undecided", effects); // a copy is no trial
+    if (server.trying) endTrial(service, server, "undecided"); // a copy is no trial
     nextSpan(copy);
     const { target } = copy, lines = outboundLines(copy, server);
     const given = { server, method, body, target, lines, timeouts, startedAt: copy.now };
@@ -8771,7 +8774,7 @@ async function sendCopy(exchange: Exchange, destination: Destination): Promise<v
       }))
     );
     releaseServer(service, server);
-    if (problem) reportServer(service, server, problem, effects);
+    if (problem) reportServer(service, server, problem);
     service.copies[problem ? "failed" : "answered"]++;
   } catch (error) { // of a custom strategy
     effects.report("error", stackOf(error));
@@ -8882,7 +8885,7 @@ async function actWithin(exchange: Exchange, destination: Destination): Promise<
 /** A service of a split: the client's previous one, or one by weight. */
 function drawDestination(route: Route, exchange: Exchange): Destination {
   const { destinations, weight, sticky } = route;
-  const before = sticky ? stickyDestination(route, exchange, exchange.balancer.effects) : undefined;
+  const before = sticky ? stickyDestination(route, exchange) : undefined;
   if (before) return before;
   let mark = destinations.length > 1 ? exchange.random() * weight : 0;
   return destinations.find((one) => (mark -= one.weight) < 0) ?? destinations[0]!;
@@ -9044,7 +9047,7 @@ async function connectRelay(relay: Relay): Promise<Socket | undefined> {
   const { balancer: { effects }, route: { service }, near } = relay;
   for (let retry = 0;; retry++) {
     const startedAt = relay.now = effects.now(), { retries, timeouts } = service.config;
-    const candidates = serversFor(service, relay, effects);
+    const candidates = serversFor(service, relay);
     if (candidates.length === 0) return void (relay.problem ||= "no-server");
     const server = takeServer(service, service.strategy(candidates as Candidates, relay), relay);
     if (retry > 0) [service.retries, server.retries] = [service.retries + 1, server.retries + 1];
@@ -9052,13 +9055,13 @@ async function connectRelay(relay: Relay): Promise<Socket | undefined> {
     const far = await connectWithin(timeouts.connect, dial(server)), endedAt = effects.now();
     if (!(far instanceof WireError)) {
       endWaiting(server, startedAt);
-      onHead(service, server, 200, startedAt, endedAt, effects);
+      onHead(service, server, 200, startedAt, endedAt);
       relay.connectedAt = relay.since = endedAt;
       relay.problem = "";
       return far;
     }
     relay.problem = far.kind;
-    countNoResponse({ service, server, startedAt, endedAt }, 0, far.message, effects);
+    countNoResponse({ service, server, startedAt, endedAt }, 0, far.message);
     releaseServer(service, server);
     if (retry >= retries || near.destroyed) return undefined;
     if (retry > 0) await backOff(retry, effects);
@@ -9093,7 +9096,7 @@ async function relayUntilClosed(relay: Relay, far: Socket): Promise<void> {
   const drained = () => end("draining");
   relays.add(drained);
   far.on("error", () => relay.problem ||= "reset");
-  far.once("data", () => onAnswered(service, server, effects));
+  far.once("data", () => onAnswered(service, server));
   if (near.destroyed || near.remoteAddress === undefined && !isUnix(at.host)) end("client-left");
   else {
     if (proxy_protocol) far.write(proxyHeader(near));
@@ -9105,9 +9108,9 @@ async function relayUntilClosed(relay: Relay, far: Socket): Promise<void> {
   const failed = relay.problem === "reset" && relay.bytes === 0; // later it may be how they say goodbye
   tally(server.counters, effects.now() - began, relay.received, relay.bytes, failed);
   if (failed) {
-    reportServer(service, server, "it reset the connection before it sent anything", effects);
-    onFailed(service, server, began, effects);
-  } else if (!relay.problem) onAnswered(service, server, effects);
+    reportServer(service, server, "it reset the connection before it sent anything");
+    onFailed(service, server, began);
+  } else if (!relay.problem) onAnswered(service, server);
   releaseServer(service, server);
 }
 
@@ -9198,11 +9201,11 @@ function serversOf(listed: ServerConfig[], names: Table["names"], changes: Servi
  * over a reload, and what requests in flight find out is not lost.
  */
 function buildService(
-  { name, config, strategy }: Pick<Service, "name" | "config" | "strategy">,
+  { name, config, strategy, effects }: Pick<Service, "name" | "config" | "strategy" | "effects">,
   known: Table["names"],
-  now: number,
   previous?: Service,
 ): Service {
+  const now = effects.now();
   const changes = previous?.changes ?? new Map<string, FoundChange>();
   const names = [...new Set(config.servers.flatMap((one) => known.get(idOf(one)) ?? []))];
   const byUrl = new Map(previous?.servers.map((server) => [server.url, server]));
@@ -9227,9 +9230,8 @@ function buildService(
   for (const url of changes.keys()) if (!urls.has(url)) changes.delete(url);
   const { by, key } = config.strategy, read: Read = KEYS[by];
   return Object.assign(previous ?? newService(name), {
-    config,
+    ...{ config, strategy, effects },
     ...{ servers, names, changes },
-    strategy,
     key: (exchange: Exchange) => read(exchange, key) ?? exchange.client, // which `hash` hashes
     cookies: undefined,
     hedge: config.sticky.cookie ? 0 : config.hedge, // no other server knows the client
@@ -9242,8 +9244,8 @@ function buildService(
 }
 
 /** Brings a service up to date with what its names and operators say. */
-function refreshService({ table, effects }: Balancer, service: Service): void {
-  buildService(service, table.names, effects.now(), service);
+function refreshService({ table }: Balancer, service: Service): void {
+  buildService(service, table.names, service);
   wakeQueues(table);
 }
 
@@ -9322,10 +9324,9 @@ function buildRoute(config: RouteConfig, services: Map<string, Service>, buckets
 
 /**
  * Compiles a config into what requests read.
- * @param now of the effects: servers that are new, or in another state than before, are so since then
  * @throws {TypeError} where a service has a strategy that is not among `known`; `parseConfig` has refused all else
  */
-function buildTable(config: Config, known: Strategies, previous?: Table, now = 0): Table {
+function buildTable(config: Config, known: Strategies, effects: Effects, previous?: Table): Table {
   for (const [name, { strategy }] of config.services) { // before anything is changed that serves
     if (Object.hasOwn(known, strategy.name)) continue;
     throw new TypeError(`service ${name}: there is no strategy ${strategy.name}`);
@@ -9336,8 +9337,8 @@ function buildTable(config: Config, known: Strategies, previous?: Table, now = 0
     if (find) names.set(id, previous?.names.get(id) ?? newDiscovery(url, name, find));
   }
   for (const [name, service] of config.services) {
-    const given = { name, config: service, strategy: known[service.strategy.name]! };
-    services.set(name, buildService(given, names, now, previous?.services.get(name)));
+    const given = { name, config: service, strategy: known[service.strategy.name]!, effects };
+    services.set(name, buildService(given, names, previous?.services.get(name)));
   }
   const buckets: Table["buckets"] = new Map(); // those of before where route and rule are the same
   for (const route of config.routes) {
@@ -9413,7 +9414,7 @@ function withoutDns(config: Config): Config {
 /** Puts a balancer together from its config and its effects. */
 function assembleBalancer(config: Config, all: Effects, own: Assembly): LoadBalancer {
   const { strategies: known, runtime } = own, fit = all.resolve ? (same: Config) => same : withoutDns;
-  const balancer = newBalancer(buildTable(fit(config), known, undefined, all.now()), all, runtime);
+  const balancer = newBalancer(buildTable(fit(config), known, all), all, runtime);
   const app = new Hono(), throughHono = app.fetch;
   let probing: ReturnType<typeof setInterval> | undefined;
   const answer = (request: Request, env: unknown, isWrapped: boolean, kept?: Uint8Array) =>
@@ -9434,7 +9435,7 @@ function assembleBalancer(config: Config, all: Effects, own: Assembly): LoadBala
     balancer,
     handle: (request: HttpRequest) => isWrapped() ? handleThroughHono(request) : balance(balancer, request),
     reload(next: Config) {
-      balancer.table = buildTable(fit(next), known, balancer.table, all.now());
+      balancer.table = buildTable(fit(next), known, all, balancer.table);
       if (next.admin?.token) balancer.tokens = next.admin;
       balancer.reloads++;
       balancer.reloadedAt = all.date();
@@ -10460,7 +10461,7 @@ async function deleteServer(request: ApiRequest): Promise<ServerView> {
 async function putHealth(request: ApiRequest): Promise<ServerView> {
   const { health } = checkedValue(HealthSchema, (await bodyOf(request.context)).value), server = serverOf(request);
   const { effects } = request.balancer, service = serviceOf(request), isUp = health === "up";
-  if (!await effects.fleet?.mark(service, server, health)) setHealth(service, server, isUp, effects);
+  if (!await effects.fleet?.mark(service, server, health)) setHealth(service, server, isUp);
   reportChange(request.context, effects, [health]);
   return answerServer(request, server);
 }
@@ -12055,7 +12056,7 @@ export class Fleet implements Membership {
     // at the start: probes have overtaken it where nobody holds the server for down any more
     const isHeld = [...this.records.values()].some(({ down }) => down.includes(keyOfServer(server)));
     if (this.hasListed || isHeld || service.config.health.kind === "off") {
-      setHealth(service, server, mark === "up", this.effects);
+      setHealth(service, server, mark === "up");
     }
   }
 
@@ -12141,7 +12142,7 @@ export class Fleet implements Membership {
       if (this.unsure.delete(keyOfServer(server))) server.opinion = up;
       if (up === server.up) continue;
       const problem = up ? undefined : "most of its probers say so";
-      setUp(this.lb.balancer.table.services.get(server.service)!, server, up, problem, this.effects);
+      setUp(this.lb.balancer.table.services.get(server.service)!, server, up, problem);
       this.effects.onNews({ kind: "probed", service: server.service, url: server.url, problem, up });
     }
   }
@@ -13681,7 +13682,7 @@ async function runWorker({ config, ports, reports, workers, secret, news }: Work
   }, report);
   let signing = secret;
   const lb = createLoadBalancer(divideLimits(config, workers), { accessLog: log.write, report, secret: () => signing });
-  const { balancer } = lb, { effects } = balancer;
+  const { balancer } = lb;
   process.on("uncaughtException", (error) => report("error", `internal: ${error.stack ?? error}`)); // serve on
   const takeNews = (one: News): void => {
     if (one.kind === "found") return setFound(balancer, one.id, one.found);
@@ -13689,9 +13690,9 @@ async function runWorker({ config, ports, reports, workers, secret, news }: Work
     const server = service?.servers.find(({ url }) => url === one.url);
     if (!service || !server) return;
     if (one.kind === "changed") return changeFound(balancer, service, server, one.change);
-    if (one.kind === "marked") return setHealth(service, server, one.up, effects);
+    if (one.kind === "marked") return setHealth(service, server, one.up);
     const { problem, up } = one; // the main thread has decided and reported it
-    onProbed(service, server, problem, { ...effects, agree: () => up, report: () => {} });
+    onProbed(service, server, problem, up);
   };
   news.forEach(takeNews);
   const opens: ListenContext["opens"] = (name, { host }) => !isAdmin(name) && (reports || !isUnix(host));
