@@ -2218,34 +2218,25 @@ interface HttpResponse {
   readonly webSocket?: unknown; // of a 101 at the edge: what the platform's Response carries
 }
 
-/** The server's side of a connection that has switched protocols. */
-interface UpstreamEnd {
-  readonly socket: Socket;
-  readonly protocol: string;
-  readonly early: Bytes; // what the server has sent behind its 101
-  readonly idle: number; // milliseconds of silence after which the tunnel is ended
-  /** Sends events of the server's side to this tunnel from now on. */
-  join(tunnel: Tunnel): void;
-}
-
-/** One of the two connections of a tunnel. Its owner reports the socket's events. */
-interface TunnelSide {
-  readonly bytes: number; // that have come from it
+/** Hears of a socket. */
+interface SocketListener {
   onData(bytes: Bytes): void;
   onDrain(): void;
   onEnd(): void;
   onClose(): void;
 }
 
+/** The server's side of a connection that has switched protocols. */
+interface UpstreamEnd {
+  readonly protocol: string;
+  /** Begins to pass bytes between it and a client. Gives what has to hear of the client's socket. */
+  join(client: Socket): SocketListener;
+}
+
 /** A connection that has switched protocols, from its client to its server. */
 interface Tunnel {
-  readonly client: TunnelSide;
-  readonly server: TunnelSide;
-  readonly problem: Failure | undefined; // why it ended, if not by a regular close
   /** Ends it early; a WebSocket gets a close frame with this code. */
   close(code: number): void;
-  /** Checks its timeouts; called by the sweep. */
-  look(now: number): void;
 }
 
 /** Buffers that are reused once their bytes have been written, by the view that was handed out; other views do not free them. */
@@ -3657,21 +3648,26 @@ const socketHasRoom = (socket: Socket): boolean => socket.writableLength < WINDO
  * A connection that speaks HTTP, of any version. What it writes in one turn of the event loop leaves at the end of the turn, as one
  * text: that is fewer system calls, and a process at the other end of many connections wakes up once.
  */
-abstract class Connection {
+abstract class Connection implements SocketListener {
   readonly socket: Socket;
   protected unwritten = ""; // texts of this turn
   protected hasLeft = false; // the socket has got the beginning of the latest message
 
   protected reason = CLOSED; // why it is closed, as the socket tells
-  protected isReplaced = false; // by a connection of another version, which has the socket now
+  protected listener: SocketListener = this; // another one once the socket has switched protocols
 
-  constructor(socket: Socket) {
+  /** @param from the connection of another version that had the socket before, and goes on hearing of it */
+  constructor(socket: Socket, from?: Connection) {
     this.socket = socket;
-    socket.on("data", (bytes: Bytes) => this.isReplaced || this.onData(bytes));
-    socket.on("drain", () => this.isReplaced || this.onDrain());
-    socket.on("end", () => this.isReplaced || this.onEnd());
+    if (from) {
+      from.listener = this;
+      return;
+    }
+    socket.on("data", (bytes: Bytes) => this.listener.onData(bytes));
+    socket.on("drain", () => this.listener.onDrain());
+    socket.on("end", () => this.listener.onEnd());
     socket.on("error", (error: Error) => void (this.reason = error.message || String(error))); // `close` follows
-    socket.on("close", () => this.isReplaced || this.onClose());
+    socket.on("close", () => this.listener.onClose());
   }
 
   abstract onData(bytes: Bytes): void;
@@ -3744,6 +3740,7 @@ class Connections<C extends Connection> extends Set<C> {
 
   override add(connection: C): this {
     if (!this.size) [this.sweptAt, this.timer] = [this.now(), setInterval(() => this.sweep(), TICK)];
+    connection.socket.on("close", () => this.delete(connection));
     return super.add(connection);
   }
   override delete(connection: C): boolean {
@@ -3833,7 +3830,7 @@ function handshakeMistake(asked: Fields, answered: Fields): string | undefined {
 }
 
 /** One side of a ByteTunnel: what comes from its socket goes to that of the other side. */
-class ByteSide implements TunnelSide {
+class ByteSide implements SocketListener {
   readonly socket: Socket;
   readonly frames = new FrameCounter();
   other: ByteSide = this; // until the tunnel has both
@@ -3846,13 +3843,6 @@ class ByteSide implements TunnelSide {
     this.tunnel = tunnel;
     this.socket = socket;
     this.blame = blame;
-  }
-
-  /** Listens to its socket; where that still has a Connection, the Connection passes on what comes. */
-  listen(): void {
-    const { socket } = this;
-    socket.on("data", (bytes: Bytes) => this.onData(bytes)).on("drain", () => this.onDrain());
-    socket.on("end", () => this.onEnd());
   }
 
   onData(bytes: Bytes): void {
@@ -3897,18 +3887,16 @@ class ByteTunnel implements Tunnel {
   readonly webSocket: boolean;
   problem: Failure | undefined;
   closing = false; // we have ended it
-  private readonly idle: number;
+  private readonly idle: number; // milliseconds of silence after which it is ended
   private seen = -1; // bytes both ways, when it was last looked at
   private since = 0; // when some last passed
 
-  constructor(client: Socket, { socket, protocol, early, idle, join }: UpstreamEnd) {
+  constructor(client: Socket, server: Socket, protocol: string, idle: number) {
     this.client = new ByteSide(this, client, "client-left");
-    this.server = new ByteSide(this, socket, "reset");
+    this.server = new ByteSide(this, server, "reset");
     [this.client.other, this.server.other] = [this.server, this.client];
     this.webSocket = isWebSocket(protocol);
     this.idle = idle;
-    join(this);
-    if (early.length) this.server.onData(early);
   }
 
   /** Ends it early: WebSockets get a close frame, except in the middle of another frame. */
@@ -4033,14 +4021,6 @@ interface ServerContext {
 }
 const PREFACE = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"; // RFC 9113 section 3.4
 
-/** The owner of a client's connection. */
-interface ClientOwner {
-  readonly context: ServerContext;
-  readonly connections: { delete(connection: Connection): boolean };
-  /** The client has begun with the preface of HTTP/2. */
-  switchToHttp2(from: ClientConnection, received: Bytes): void;
-}
-
 /** A request on its connection. */
 type IncomingRequest = HttpRequest & FramedHead & { expects: boolean; body: Body };
 
@@ -4106,7 +4086,8 @@ type ConnectionPhase = "idle" | "head" | "request" | "discarding" | "lingering" 
 class ClientConnection extends Connection implements BodySource {
   readonly scheme: string;
   readonly peer: string;
-  private readonly server: ClientOwner;
+  private readonly context: ServerContext;
+  private readonly switchToHttp2: (from: ClientConnection, received: Bytes) => void;
   private phase: ConnectionPhase = "idle";
   private since: number; // when the phase began, or something last passed in it; `head`: when the head began
   private lingersUntil = 0; // when a connection that we have ended is closed at the latest
@@ -4123,24 +4104,29 @@ class ClientConnection extends Connection implements BodySource {
   private closes = false; // after the answer
   private clientEnded = false; // the client has ended its side
   private probes = 0;
-  private tunnel: Tunnel | undefined;
 
-  constructor(server: ClientOwner, socket: Socket, scheme: string) {
+  /** @param switchToHttp2 called where the client begins with the preface of HTTP/2 */
+  constructor(
+    context: ServerContext,
+    socket: Socket,
+    scheme: string,
+    switchToHttp2: ClientConnection["switchToHttp2"],
+  ) {
     super(socket);
-    this.server = server;
+    this.context = context;
     this.scheme = scheme;
+    this.switchToHttp2 = switchToHttp2;
     this.peer = unmapped(socket.remoteAddress);
-    this.since = server.context.now();
+    this.since = context.now();
   }
 
   private enter(phase: ConnectionPhase): void {
     this.phase = phase;
-    this.since = this.server.context.now();
+    this.since = this.context.now();
   }
 
   onData(bytes: Bytes): void {
-    if (this.tunnel) return this.tunnel.client.onData(bytes);
-    if (this.phase === "lingering") return void (this.since = this.server.context.now());
+    if (this.phase === "lingering") return void (this.since = this.context.now());
     if (this.receiving) return this.receiveBody(this.receiving, bytes);
     this.rest = this.rest.length ? Buffer.concat([this.rest, bytes]) : bytes;
     if (this.phase !== "request") this.proceed();
@@ -4173,17 +4159,16 @@ class ClientConnection extends Connection implements BodySource {
   /** Whether the first bytes are those of HTTP/2, which goes on from here, or may become them. */
   private hasPreface(): boolean {
     const begin = this.rest.toString("latin1", 0, PREFACE.length);
-    if (!PREFACE.startsWith(begin) || !this.server.context.http2?.()) return false;
+    if (!PREFACE.startsWith(begin) || !this.context.http2?.()) return false;
     this.proceeding = false;
     if (this.phase === "idle") this.enter("head");
-    this.isReplaced = begin === PREFACE;
-    if (this.isReplaced) this.server.switchToHttp2(this, this.rest);
+    if (begin === PREFACE) this.switchToHttp2(this, this.rest);
     return true;
   }
 
   /** Takes one request off the front of what has come; false where its head is not whole yet. */
   private takeRequest(): boolean {
-    const { header_size, header_fields } = this.server.context.limits();
+    const { header_size, header_fields } = this.context.limits();
     if (this.phase === "head" && this.searched && this.rest.length <= header_size) { // a head that drips is searched once
       const tail = this.rest.toString("latin1", this.searched - 3);
       const isOpen = !tail.includes("\r\n\r\n") && !/[^\r]\n/.test(tail);
@@ -4246,14 +4231,14 @@ class ClientConnection extends Connection implements BodySource {
       this.rest = NO_BYTES;
       if (rest.length) this.receiveBody(this.receiving, rest);
     }
-    this.server.context.handle(request);
+    this.context.handle(request);
   }
 
   private receiveBody(receiving: BodyDecoder, bytes: Bytes): void {
     const out: Bytes[] = [], { body, request } = this;
     const after = decodeBody(receiving, bytes, out);
     if (request) request.expects = false; // the client did not wait
-    if (this.phase === "discarding") this.since = this.server.context.now();
+    if (this.phase === "discarding") this.since = this.context.now();
     for (const piece of out) body!.push(piece);
     if (receiving.crowded) letOthersGoFirst(this.socket, () => this.heldBack || !!this.body?.held);
     if (this.receiving !== receiving || after === undefined) return;
@@ -4291,7 +4276,7 @@ class ClientConnection extends Connection implements BodySource {
     const chunked = length < 0 && request.version !== "1.0";
     const unread = receiving && (request.expects || receiving.framing !== "length" || receiving.left > DISCARDED);
     this.closes ||= !request.persistent || !!response.closes || !!unread || length < 0 && !chunked ||
-      this.server.context.draining() ||
+      this.context.draining() ||
       request.upgrade !== "" && this.rest.length > 0; // what follows was meant for another protocol, or is the next request
     this.answer = body;
     this.write(this.headOf(request, response, chunked, bodiless));
@@ -4302,7 +4287,7 @@ class ClientConnection extends Connection implements BodySource {
     body.read({
       data: (bytes) => {
         const room = this.writeBody(bytes, chunked);
-        if (this.clientEnded) this.since = this.server.context.now();
+        if (this.clientEnded) this.since = this.context.now();
         if (!room) body.pause();
       },
       end: (trailers) => {
@@ -4374,31 +4359,27 @@ class ClientConnection extends Connection implements BodySource {
     const status = `HTTP/1.1 101 ${response.reason || "Switching Protocols"}\r\n`;
     this.write(`${status}Connection: Upgrade\r\nUpgrade: ${server.protocol}\r\n${lines}\r\n`);
     this.flush();
-    this.tunnel = new ByteTunnel(this.socket, server);
-    if (rest.length) this.tunnel.client.onData(rest);
+    const tunnel = this.listener = server.join(this.socket);
+    if (rest.length) tunnel.onData(rest);
     if (this.heldBack) resumeSocket(this.socket);
-    if (this.clientEnded) this.tunnel.client.onEnd();
+    if (this.clientEnded) tunnel.onEnd();
   }
 
   onDrain(): void {
-    if (this.tunnel) this.tunnel.client.onDrain();
-    else if (this.answer) this.answer.resume();
+    if (this.answer) this.answer.resume();
     else this.proceed();
   }
 
   /** The client has half-closed. It still gets its response, unless its request is incomplete. */
   onEnd(): void {
     this.clientEnded = true;
-    if (this.tunnel) return this.tunnel.client.onEnd();
     if (this.receiving && this.phase === "request") this.leave();
-    if (this.phase === "request" && this.request) this.since = this.server.context.now();
+    if (this.phase === "request" && this.request) this.since = this.context.now();
     else if (this.phase === "idle" || this.phase === "head") this.proceed();
     else this.end();
   }
 
   onClose(): void {
-    this.server.connections.delete(this);
-    this.tunnel?.client.onClose();
     this.leave();
   }
 
@@ -4424,7 +4405,7 @@ class ClientConnection extends Connection implements BodySource {
   }
 
   look(now: number): void {
-    const { phase, socket } = this, { header, keep_alive } = this.server.context.limits(), waited = now - this.since;
+    const { phase, socket } = this, { header, keep_alive } = this.context.limits(), waited = now - this.since;
     if (phase === "tunnel") return;
     if (socket.writableLength !== this.unsent) { // the client takes something
       this.unsent = socket.writableLength;
@@ -4477,7 +4458,6 @@ const isSecure = ({ url }: Server): boolean => url.startsWith("https:");
 interface Dialer {
   time: number; // when `now` was last asked
   readonly pools: WeakMap<Server, UpstreamConnection[]>;
-  readonly connections: { delete(connection: Connection): boolean };
   readonly moved: WeakSet<Attempt>; // attempts that have changed their connection of HTTP/2
   readonly mostStreams: WeakMap<Server, number>; // that a server takes at once on a connection, as it said last
   readonly withoutHttp2: WeakSet<Server>; // servers that have chosen HTTP/1.1
@@ -4527,7 +4507,7 @@ class UpstreamConnection extends Connection implements BodySource, Progress {
   private overhead = 0; // bytes of interim answers
   body: StreamedBody | undefined; // the answer's
   private keepAlive = 0; // milliseconds, as the head says; 0 as soon as more came than was announced
-  private tunnel: Tunnel | undefined;
+  private tunnel: ByteTunnel | undefined;
 
   constructor(client: Dialer, socket: Socket, attempt: Attempt) {
     super(socket);
@@ -4591,7 +4571,6 @@ class UpstreamConnection extends Connection implements BodySource, Progress {
   }
 
   onDrain(): void {
-    if (this.tunnel) return this.tunnel.server.onDrain();
     this.isFull = false;
     this.since = this.client.time;
     if (this.attempt && !this.sent) this.attempt.body.resume();
@@ -4599,7 +4578,6 @@ class UpstreamConnection extends Connection implements BodySource, Progress {
 
   onData(bytes: Bytes): void {
     const { attempt } = this;
-    if (this.tunnel) return this.tunnel.server.onData(bytes);
     if (!attempt) return void this.socket.destroy(); // bytes without a request
     if (this.receiving) {
       this.since = this.client.time = this.client.now(); // not before the head: `response` is a deadline
@@ -4674,19 +4652,26 @@ class UpstreamConnection extends Connection implements BodySource, Progress {
     if (!this.sent) return this.fail("invalid-answer", "it switches before it has the whole request");
     const isAsked = lower(upgrade) === lower(attempt.upgrade);
     if (!isAsked) return this.fail("invalid-answer", "it switches to another protocol");
-    const join = (tunnel: Tunnel) => {
-      this.tunnel = tunnel;
+    const join = (client: Socket) => {
+      const tunnel = this.tunnel = new ByteTunnel(client, this.socket, upgrade, attempt.timeouts.idle);
+      this.listener = tunnel.server;
+      this.attempt = attempt.carrier = undefined;
       attempt.tunnels.add(tunnel);
+      this.socket.on("close", () => {
+        attempt.tunnels.delete(tunnel);
+        [attempt.uploaded, attempt.received] = [tunnel.client.bytes, tunnel.server.bytes];
+        attempt.onEnd(tunnel.problem, tunnel.problem ?? "", true);
+      });
+      if (early.length) tunnel.server.onData(early);
+      return tunnel.client;
     };
-    const tunnel = { socket: this.socket, protocol: upgrade, early, idle: attempt.timeouts.idle, join };
-    attempt.onHead({ status, reason, fields, lines, body: NO_BODY, tunnel });
-    if (!this.tunnel && this.attempt === attempt) this.fail("client-left", "the client has left");
+    attempt.onHead({ status, reason, fields, lines, body: NO_BODY, tunnel: { protocol: upgrade, join } });
+    if (this.attempt === attempt) this.fail("client-left", "the client has left");
   }
 
   /** The server has ended its side: the end of a body without a length, else a failure. */
   onEnd(): void {
     const { attempt } = this;
-    if (this.tunnel) return this.tunnel.server.onEnd();
     if (!attempt || this.receiving?.framing !== "close") return this.fail("reset", CLOSED);
     this.body!.end(NO_FIELDS);
     this.finish(attempt);
@@ -4710,16 +4695,9 @@ class UpstreamConnection extends Connection implements BodySource, Progress {
 
   /** The attempt has failed: its connection is closed at once. */
   fail(why: Failure, detail: string): void {
-    const { attempt, tunnel } = this;
+    const { attempt } = this;
     this.socket.destroy();
     if (!attempt) return;
-    if (tunnel) {
-      tunnel.server.onClose();
-      attempt.tunnels.delete(tunnel);
-      this.attempt = attempt.carrier = undefined;
-      [attempt.uploaded, attempt.received] = [tunnel.client.bytes, tunnel.server.bytes];
-      return attempt.onEnd(tunnel.problem, tunnel.problem ?? "", true);
-    }
     const silent = this.head === undefined && this.rest === undefined && this.overhead === 0;
     if (why === "reset" && this.reused && silent && (mayRepeat(attempt) || !this.hasLeft && attempt.body.bytes)) {
       this.attempt = undefined; // a stale keep-alive connection: repeat once, on a new one
@@ -4734,11 +4712,10 @@ class UpstreamConnection extends Connection implements BodySource, Progress {
     this.fail(this.connected ? "reset" : "connect", this.reason);
     const at = this.pool.indexOf(this);
     if (at >= 0) this.pool.splice(at, 1);
-    this.client.connections.delete(this);
   }
 
   cancel(why: Failure): void {
-    if (this.attempt && !this.tunnel) this.fail(why, FAILURES[why].text);
+    if (this.attempt) this.fail(why, FAILURES[why].text);
   }
   override release(): void {
     this.since = this.client.time;
@@ -5332,8 +5309,8 @@ abstract class Http2Connection extends Connection {
   private wasted = 0; // frames that asked for nothing
   private wastedAt = 0;
 
-  constructor(socket: Socket, now: () => number, headLimit: number) {
-    super(socket);
+  constructor(socket: Socket, now: () => number, headLimit: number, from?: Connection) {
+    super(socket, from);
     this.now = now;
     this.headLimit = headLimit;
     this.usedAt = now();
@@ -5702,9 +5679,9 @@ class ClientStream extends Http2Stream<Http2ClientConnection> {
     this.isTunnel = true;
     this.sendLines(`:status: 200\r\n${linesOf(without(fields, HANDSHAKE))}`, false);
     const socket = socketOf(this.body!, (outgoing) => this.sendBody(outgoing));
-    const { client } = new ByteTunnel(socket, server);
-    client.listen();
-    socket.on("close", () => client.onClose()).on("error", () => {});
+    const client = server.join(socket);
+    socket.on("data", (bytes: Bytes) => client.onData(bytes)).on("drain", () => client.onDrain());
+    socket.on("end", () => client.onEnd()).on("close", () => client.onClose()).on("error", () => {});
   }
 
   override endSide(): void {
@@ -5749,7 +5726,7 @@ const HANDSHAKE = new Set(["sec-websocket-accept"]);
 class Http2ClientConnection extends Http2Connection {
   readonly scheme: string;
   readonly peer: string;
-  private readonly owner: ClientOwner;
+  private readonly context: ServerContext;
   protected override preface = PREFACE;
   private begun: ClientStream[] = []; // requests that have begun in the bytes being read
   private hasSkipped = false; // the client has left out numbers of streams
@@ -5757,10 +5734,10 @@ class Http2ClientConnection extends Http2Connection {
   private unsent = 0; // what waited for the client when it was last looked at
   private movedAt: number; // when it last took something
 
-  constructor(owner: ClientOwner, socket: Socket, scheme: string) {
-    const { context } = owner, { header_size } = context.limits();
-    super(socket, () => context.now(), header_size);
-    this.owner = owner;
+  constructor(context: ServerContext, socket: Socket, scheme: string, from?: ClientConnection) {
+    const { header_size } = context.limits();
+    super(socket, () => context.now(), header_size, from);
+    this.context = context;
     this.scheme = scheme;
     this.peer = unmapped(socket.remoteAddress);
     this.movedAt = this.usedAt;
@@ -5769,7 +5746,7 @@ class Http2ClientConnection extends Http2Connection {
 
   override onData(bytes: Bytes): void {
     super.onData(bytes);
-    const { begun, owner: { context } } = this;
+    const { begun, context } = this;
     if (!begun.length) return;
     this.begun = []; // by now small bodies have come whole
     for (const stream of begun) context.handle(stream.request);
@@ -5786,7 +5763,7 @@ class Http2ClientConnection extends Http2Connection {
     const isLate = id > this.lastServed, isRefused = isLate || this.streams.size >= MAX_STREAMS;
     if (isRefused && !isLate) this.waste();
     if (isRefused) return this.sendReset(id, "REFUSED_STREAM");
-    const head = block.request ??= http2RequestHead(block, this.owner.context.limits());
+    const head = block.request ??= http2RequestHead(block, this.context.limits());
     if (ends && head.length > 0) throw fault("PROTOCOL_ERROR", "no body where one was announced", id);
     const begun = new ClientStream(this, id, head, ends);
     this.streams.set(id, begun);
@@ -5795,7 +5772,7 @@ class Http2ClientConnection extends Http2Connection {
 
   /** Ends the connection, which is counted and logged as a request that is not valid. */
   protected override fail(failure: Http2Failure): void {
-    const { context } = this.owner, problem = failure.code === "ENHANCE_YOUR_CALM" ? "flood" : "bad-request";
+    const { context } = this, problem = failure.code === "ENHANCE_YOUR_CALM" ? "flood" : "bad-request";
     if (this.overAt) return;
     super.fail(failure);
     const head = http2RequestHead({ fields: [], size: 0, secret: undefined }, context.limits());
@@ -5813,7 +5790,6 @@ class Http2ClientConnection extends Http2Connection {
   onClose(): void {
     this.overAt = this.now();
     this.leaveAll("the client has left");
-    this.owner.connections.delete(this);
   }
 
   /** Tells the client to open no more streams. Those that it has opened meanwhile are still served (RFC 9113 section 6.8). */
@@ -5832,7 +5808,7 @@ class Http2ClientConnection extends Http2Connection {
   }
 
   override look(now: number): void {
-    const { header, keep_alive } = this.owner.context.limits(), { socket, streams, block } = this;
+    const { header, keep_alive } = this.context.limits(), { socket, streams, block } = this;
     const unsent = socket.writableLength, waited = now - this.usedAt;
     if (unsent === 0 || unsent !== this.unsent) this.movedAt = now;
     this.unsent = unsent;
@@ -6046,11 +6022,10 @@ class Http2UpstreamConnection extends Http2Connection {
     this.goAway("NO_ERROR", this.reason + this.hint);
   }
   onClose(): void {
-    const { client, pool } = this;
+    const { pool } = this;
     this.overAt = this.now();
     this.leaveAll(NO_PROTOCOL.test(this.reason) ? NO_ALPN : this.reason + this.hint);
     pool.splice(pool.indexOf(this), 1);
-    client.connections.delete(this);
   }
 
   override look(now: number): void {
@@ -6065,7 +6040,7 @@ const NO_PROTOCOL = /no.?application.?protocol|alert number 120/i; // what runti
 // --- 3.7 Versions: which version of HTTP a connection speaks, and the pools of connections ---
 
 /** A server for connections that a listener accepts. */
-export class HttpServer implements ClientOwner {
+export class HttpServer {
   readonly context: ServerContext;
   readonly connections: Connections<ClientConnection | Http2ClientConnection>;
 
@@ -6075,15 +6050,18 @@ export class HttpServer implements ClientOwner {
   }
 
   accept(socket: Socket, scheme: string): void {
-    const isHttp2 = (socket as TLSSocket).alpnProtocol === "h2";
-    this.connections.add(new (isHttp2 ? Http2ClientConnection : ClientConnection)(this, socket, scheme));
-  }
-
-  switchToHttp2(from: ClientConnection, received: Bytes): void {
-    const to = new Http2ClientConnection(this, from.socket, from.scheme);
-    this.connections.add(to);
-    this.connections.delete(from);
-    to.onData(received);
+    const { context, connections } = this;
+    if ((socket as TLSSocket).alpnProtocol === "h2") {
+      return void connections.add(new Http2ClientConnection(context, socket, scheme));
+    }
+    connections.add(
+      new ClientConnection(context, socket, scheme, (from, received) => {
+        const to = new Http2ClientConnection(context, socket, scheme, from);
+        connections.add(to);
+        connections.delete(from);
+        to.onData(received);
+      }),
+    );
   }
 
   /** Refuses a connection above the limit. */
@@ -9071,10 +9049,11 @@ async function connectRelay(relay: Relay): Promise<Socket | undefined> {
 /** Passes bytes both ways until both sides are closed. A side that breaks has the other reset. */
 async function passBytes(relay: Relay, far: Socket, now: Effects["now"]): Promise<void> {
   const { near } = relay, touch = () => relay.since = now();
-  const tunnel = new ByteTunnel(near, { socket: far, protocol: "", early: NO_BYTES, idle: Infinity, join() {} });
+  const tunnel = new ByteTunnel(near, far, "", Infinity);
   const closed = [tunnel.client, tunnel.server].map((side) => {
     const { socket, other } = side;
-    side.listen();
+    socket.on("data", (bytes: Bytes) => side.onData(bytes)).on("drain", () => side.onDrain());
+    socket.on("end", () => side.onEnd());
     socket.on("close", () => socket.readableEnded ? side.onClose() : resetSocket(other.socket));
     return new Promise((resolve) => socket.on("data", touch).on("drain", touch).on("close", resolve));
   });
