@@ -30,6 +30,7 @@
  */
 
 import { createHash, createHmac, createPrivateKey, randomBytes, X509Certificate } from "node:crypto";
+import type { RecordWithTtl, SrvRecord } from "node:dns";
 import { lookup as lookupName, Resolver } from "node:dns/promises";
 import * as fs from "node:fs";
 import { STATUS_CODES } from "node:http";
@@ -2495,21 +2496,17 @@ const inMemory = (pieces: Bytes[]): Body =>
 const BUCKETS = [0.25, 0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 800, 1_200, 2_500, 5_000, 10_000, 60_000];
 
 /** Totals of requests that have ended. They only grow, and are summed over statuses, servers and workers. */
-interface Counters {
-  requests: number;
-  errors: number; // answers with 5xx, and failures that are not the client's
-  bytesIn: number; // of the requests' bodies
-  bytesOut: number; // of the answers' bodies
-  milliseconds: number; // the sum of their times to the end of the response
-  durations: number[]; // requests by bucket of the histogram; the last one: longer than all BUCKETS
+class Counters {
+  requests = 0;
+  errors = 0; // answers with 5xx, and failures that are not the client's
+  bytesIn = 0; // of the requests' bodies
+  bytesOut = 0; // of the answers' bodies
+  milliseconds = 0; // the sum of their times to the end of the response
+  durations: number[] = [...BUCKETS, 0].fill(0); // requests by bucket of the histogram; the last one: longer than all BUCKETS
 }
-const newCounters = (): Counters => ({
-  ...{ requests: 0, errors: 0, bytesIn: 0, bytesOut: 0, milliseconds: 0, durations: [...BUCKETS, 0].fill(0) },
-});
 
 /** Counters by status and method (see `tallyOf`). */
 type Tallies = Map<number, Counters>;
-const newTallies = (): Tallies => new Map();
 
 /** How often something was. */
 interface Occurrences {
@@ -2523,7 +2520,7 @@ interface Entrypoint {
   inFlight: number;
   tallies: Tallies;
 }
-const newEntrypoint = (name: string): Entrypoint => ({ name, inFlight: 0, tallies: newTallies() });
+const newEntrypoint = (name: string): Entrypoint => ({ name, inFlight: 0, tallies: new Map() });
 
 /** Mixes 32 bits so that numbers that differ in one bit are far apart (MurmurHash3's finish). */
 function mix(h: number): number {
@@ -2540,7 +2537,7 @@ function hash(text: string): number {
 }
 
 const HEX = Array.from({ length: 256 }, (_, byte) => byte.toString(16).padStart(2, "0"));
-/** 32 bits as eight digits. */
+/** 32 bits as eight digits: a fifteenth of the time of `toString` (Node 24.21). */
 const digits = (word: number): string =>
   HEX[word >>> 24]! + HEX[word >>> 16 & 255]! + HEX[word >>> 8 & 255]! + HEX[word & 255]!;
 
@@ -2559,108 +2556,103 @@ interface FoundServer {
 }
 
 /** A name whose records are servers. */
-interface Discovery extends Pick<ServerConfig, "url" | "name"> {
-  find: "dns" | "srv";
-  found: FoundServer[]; // in the order in which they were found first
-  isKnown: boolean; // a look has ended
-  isOfSystem: boolean; // its servers are those that the system has, and DNS has not
-  lookAt: number; // when it is looked up again; Infinity: that goes on now
-  problem: string; // why the latest answer was of no use; empty: it was
-  staleSince: number; // when the first of these came
+class Discovery {
+  readonly url: string;
+  readonly name: string;
+  readonly find: "dns" | "srv";
+  found: FoundServer[] = []; // in the order in which they were found first
+  isKnown = false; // a look has ended
+  isOfSystem = false; // its servers are those that the system has, and DNS has not
+  lookAt = -Infinity; // when it is looked up again; Infinity: that goes on now
+  problem = ""; // why the latest answer was of no use; empty: it was
+  staleSince = 0; // when the first of these came
+
+  constructor(url: string, name: string, find: Discovery["find"]) {
+    [this.url, this.name, this.find] = [url, name, find];
+  }
 }
 
-const newDiscovery = (url: string, name: string, find: Discovery["find"]): Discovery => ({
-  ...{ url, name, find, found: [], isKnown: false, isOfSystem: false, lookAt: -Infinity, problem: "", staleSince: 0 },
-});
-
 /** One server of one service. Times are milliseconds of `Effects.now`. */
-export interface Server extends Omit<ServerConfig, "find">, Latency {
-  // config, beside what the file says of it
-  authority: string; // the Host that its URL or its DNS name gives
-  foundBy: string; // the name whose records have it; empty: the file lists it
+export interface Server extends ListedServer, ServerState {
   service: string; // the name of its service
   tls: ServiceConfig["tls"];
   http: ServiceConfig["http"]; // the version to ask it with; auto: 2 if it offers that
   hash: number; // of its name, for rendezvous
-  effective: number; // its weight as of now: less during slow start
-  limit: number; // requests in flight at most: its `max`, `max_in_flight`, or what `auto` has found
-
-  // health
-  up: boolean; // what active probes say
-  opinion: boolean; // the same by probes of this instance alone: in a fleet most probers decide
-  until: number; // end of its ejection, then it is on trial; 0: neither
-  trying: boolean; // its one trial request is in flight
-  slow: boolean; // ejected for its latency, not for failures
-  pausedUntil: number; // skipped until then, as its Retry-After asked
-  since: number; // when a probe, an ejection or a reload last changed its state
-  back: number; // when its slow start began; -Infinity: long ago
-  failures: number; // consecutive failures of requests
-  ejections: number; // consecutive ejections: each makes the next longer
-
-  // probes
-  probeAt: number; // when the next one is due
-  passes: number; // consecutive ones passed while down
-  fails: number; // consecutive ones failed while up
-  probedAt: number; // when the last one ended; 0: there was none
-  probeTook: number; // milliseconds
-  probeProblem: string; // what was wrong with it; empty: it passed
-
-  // in flight
-  inFlight: number; // requests and connections that it has been given
-  waiting: number; // of those: requests still without a response head
-  waitingSince: number; // the sum of their start times, which gives their mean age at any time
-  current: number; // smooth weighted round robin's running weight
-  limitWindow: LimitWindow; // for `max_in_flight: auto`
-  load: number; // picks a second, over the last 10 s or so
-  picksThen: number; // `picks` at the last comparison with the other servers
-  recentAt: number; // when `recent` was last updated
-  saidAt: number; // when its last failure was reported
-
-  // counters
-  picks: number; // requests and connections that it was given so far
-  answers: number; // responses whose head has come
-  retries: number; // attempts that came here because another had failed
-  ejected: number; // ejections so far
-  probesPassed: number;
-  probesFailed: number;
-  counters: Counters; // of attempts that have ended
 }
 
 /** Latency statistics of a server since its last ejection. */
-interface Latency {
-  samples: number; // good responses in `latency`
-  latency: number; // mean milliseconds to the head of a good response, over the last 64 or so; 0: not known
-  typical: number; // the same as a geometric mean, over the last 64 or 10 s: single long ones hardly move it
-  judged: number; // attempts in `failing`
-  failing: number; // the share of them that failed, or had a 5xx; over the last 64 or so
-  recent: number; // milliseconds to the head of an answer as of `recentAt`: a peak at once, else decaying; 0: not known
+class Latency {
+  samples = 0; // good responses in `latency`
+  latency = 0; // mean milliseconds to the head of a good response, over the last 64 or so; 0: not known
+  typical = 0; // the same as a geometric mean, over the last 64 or 10 s: single long ones hardly move it
+  judged = 0; // attempts in `failing`
+  failing = 0; // the share of them that failed, or had a 5xx; over the last 64 or so
+  recent = 0; // milliseconds to the head of an answer as of `recentAt`: a peak at once, else decaying; 0: not known
 }
-const NO_LATENCY: Latency = { samples: 0, latency: 0, typical: 0, judged: 0, failing: 0, recent: 0 };
 
-const newServer = (
-  config: ListedServer,
-  service: string,
-  { tls, http }: Pick<ServiceConfig, "tls" | "http">,
-): Server => ({
-  ...{ ...config, service, tls, http, hash: hash(config.name), effective: config.weight, limit: Infinity },
-  ...{ up: true, opinion: true, until: 0, trying: false, slow: false, pausedUntil: 0, since: 0, back: -Infinity },
-  ...{ failures: 0, ejections: 0, probeAt: 0, passes: 0, fails: 0, probedAt: 0, probeTook: 0, probeProblem: "" },
-  ...{ inFlight: 0, waiting: 0, waitingSince: 0, current: 0, limitWindow: newLimitWindow(0, 0), load: 0, picksThen: 0 },
-  ...{ recentAt: 0, saidAt: -Infinity, picks: 0, answers: 0, retries: 0, ejected: 0, probesPassed: 0, probesFailed: 0 },
-  ...{ counters: newCounters(), ...NO_LATENCY },
-});
+/** What is known of a server, as it is in the beginning. */
+class ServerState extends Latency {
+  effective = 1; // its weight as of now: less during slow start
+  limit = Infinity; // requests in flight at most: its `max`, `max_in_flight`, or what `auto` has found
+
+  // health
+  up = true; // what active probes say
+  opinion = true; // the same by probes of this instance alone: in a fleet most probers decide
+  until = 0; // end of its ejection, then it is on trial; 0: neither
+  trying = false; // its one trial request is in flight
+  slow = false; // ejected for its latency, not for failures
+  pausedUntil = 0; // skipped until then, as its Retry-After asked
+  since = 0; // when a probe, an ejection or a reload last changed its state
+  back = -Infinity; // when its slow start began; -Infinity: long ago
+  failures = 0; // consecutive failures of requests
+  ejections = 0; // consecutive ejections: each makes the next longer
+
+  // probes
+  probeAt = 0; // when the next one is due
+  passes = 0; // consecutive ones passed while down
+  fails = 0; // consecutive ones failed while up
+  probedAt = 0; // when the last one ended; 0: there was none
+  probeTook = 0; // milliseconds
+  probeProblem = ""; // what was wrong with it; empty: it passed
+
+  // in flight
+  inFlight = 0; // requests and connections that it has been given
+  waiting = 0; // of those: requests still without a response head
+  waitingSince = 0; // the sum of their start times, which gives their mean age at any time
+  current = 0; // smooth weighted round robin's running weight
+  limitWindow = new LimitWindow(0, 0); // for `max_in_flight: auto`
+  load = 0; // picks a second, over the last 10 s or so
+  picksThen = 0; // `picks` at the last comparison with the other servers
+  recentAt = 0; // when `recent` was last updated
+  saidAt = -Infinity; // when its last failure was reported
+
+  // counters
+  picks = 0; // requests and connections that it was given so far
+  answers = 0; // responses whose head has come
+  retries = 0; // attempts that came here because another had failed
+  ejected = 0; // ejections so far
+  probesPassed = 0;
+  probesFailed = 0;
+  counters = new Counters(); // of attempts that have ended
+}
+
+const newServer = (config: ListedServer, service: string, tls: Server["tls"], http: Server["http"]): Server => {
+  const given = { service, tls, http, hash: hash(config.name), effective: config.weight };
+  return Object.assign(new ServerState(), config, given);
+};
 
 /** State of `max_in_flight: auto` for one server: its latency in calm times, and the current window. */
-interface LimitWindow {
+class LimitWindow {
   baseline: number; // its `latency` while it was not near its limit; 0: not known
   since: number; // when the window was opened
-  answers: number;
-  most: number; // the peak of requests in flight
-  refused: boolean; // a 429, a 503 or a failure came
+  answers = 0;
+  most = 0; // the peak of requests in flight
+  refused = false; // a 429, a 503 or a failure came
+
+  constructor(baseline: number, since: number) {
+    [this.baseline, this.since] = [baseline, since];
+  }
 }
-const newLimitWindow = (baseline: number, since: number): LimitWindow => ({
-  ...{ baseline, since, answers: 0, most: 0, refused: false },
-});
 
 /** What operators may say of a server that was found, until it is gone. */
 type FoundChange = Partial<Pick<ServerConfig, "weight" | "state">>;
@@ -2688,10 +2680,8 @@ export interface Strategy {
 type Score = (server: Server, candidates: Candidates, draw: Draw) => number;
 
 /** One service: its servers and strategy, from the config in force, and the state that survives a reload. */
-interface Service {
+interface Service extends ServiceState {
   readonly effects: Effects; // of its balancer
-
-  // config
   name: string;
   config: ServiceConfig;
   servers: Server[];
@@ -2700,51 +2690,46 @@ interface Service {
   key: (exchange: Exchange) => string; // what `hash` hashes
   cookies: Map<string, Server> | undefined; // the servers by the values of the sticky cookie, once they are signed
   changes: Map<string, FoundChange>; // by URL, what operators have said of servers that were found
-  lostCookie: string; // the name of the sticky cookie, once a server has set one of that name: it is the application's
   hedge: number; // the quantile of latency after which a second attempt is sent; 0: never
   bounded: boolean; // some server has a `max`, or the service a `max_in_flight`
-
-  // selection
-  candidates: readonly Server[]; // eligible servers, as last computed
-  candidatesUntil: number; // when to compute them again; 0: now
-  panicking: boolean; // so few servers are healthy that all may be asked
-  turn: number; // requests so far
-  waiting: Set<() => boolean>; // the queue, oldest first: a call picks a server, or says that all are full
-
-  // retries
-  retrying: number; // retries and hedged attempts in flight, for metrics
-  saved: number; // the retry budget: what requests have earned and retries have not spent; below 0: lent
-  secondAt: number; // when the second of `retried` began
-  retried: number; // retries from the budget in that second
-
-  // latency
-  times: Float64Array; // the latest milliseconds to the head of a good answer, where there is a hedge
-  measured: number; // how many were written there
-  hedgeDelay: number; // the quantile of these
-  median: number; // of its servers' `typical`, as of the last comparison; 0: not known
-  inFlightBefore: number; // requests in flight at each server when the first slow one was ejected
-  toleratedUntil: number; // until then no server is ejected for its latency
-  comparedAt: number; // when its servers were last compared; -Infinity: never
-  compareAt: number; // when they are compared again
-
-  // counters
-  inFlight: number; // requests, with those in the queue
-  retries: number; // so far
-  hedges: number; // second attempts so far
-  hedgesWon: number; // those that answered first
-  copies: { answered: number; failed: number; skipped: number; inFlight: number }; // of `mirror`; in no other counter
-  tallies: Tallies; // of requests that have ended
-  grpc: Map<string, Occurrences>; // calls of gRPC by their status
 }
 
-const newService = (name: string) => ({
-  ...{ name, candidates: [] as readonly Server[], candidatesUntil: 0, panicking: false, turn: 0, lostCookie: "" },
-  ...{ waiting: new Set<() => boolean>(), names: [] as Discovery[], changes: new Map<string, FoundChange>() },
-  ...{ retrying: 0, saved: 0, secondAt: -Infinity, retried: 0 },
-  ...{ times: NO_TIMES, measured: 0, hedgeDelay: 0, median: 0, inFlightBefore: 0, toleratedUntil: 0 },
-  ...{ comparedAt: -Infinity, compareAt: 0, inFlight: 0, retries: 0, hedges: 0, hedgesWon: 0 },
-  ...{ copies: { answered: 0, failed: 0, skipped: 0, inFlight: 0 }, tallies: newTallies(), grpc: new Map() },
-});
+/** What is known of a service, as it is in the beginning. */
+class ServiceState {
+  lostCookie = ""; // the name of the sticky cookie, once a server has set one of that name: it is the application's
+
+  // selection
+  candidates: readonly Server[] = []; // eligible servers, as last computed
+  candidatesUntil = 0; // when to compute them again; 0: now
+  panicking = false; // so few servers are healthy that all may be asked
+  turn = 0; // requests so far
+  waiting = new Set<() => boolean>(); // the queue, oldest first: a call picks a server, or says that all are full
+
+  // retries
+  retrying = 0; // retries and hedged attempts in flight, for metrics
+  saved = 0; // the retry budget: what requests have earned and retries have not spent; below 0: lent
+  secondAt = -Infinity; // when the second of `retried` began
+  retried = 0; // retries from the budget in that second
+
+  // latency
+  times = NO_TIMES; // the latest milliseconds to the head of a good answer, where there is a hedge
+  measured = 0; // how many were written there
+  hedgeDelay = 0; // the quantile of these
+  median = 0; // of its servers' `typical`, as of the last comparison; 0: not known
+  inFlightBefore = 0; // requests in flight at each server when the first slow one was ejected
+  toleratedUntil = 0; // until then no server is ejected for its latency
+  comparedAt = -Infinity; // when its servers were last compared; -Infinity: never
+  compareAt = 0; // when they are compared again
+
+  // counters
+  inFlight = 0; // requests, with those in the queue
+  retries = 0; // so far
+  hedges = 0; // second attempts so far
+  hedgesWon = 0; // those that answered first
+  copies = { answered: 0, failed: 0, skipped: 0, inFlight: 0 }; // of `mirror`; in no other counter
+  tallies: Tallies = new Map(); // of requests that have ended
+  grpc = new Map<string, Occurrences>(); // calls of gRPC by their status
+}
 const NO_TIMES = new Float64Array(0);
 
 /** One service that a route may forward to, with the policy of that route. */
@@ -3101,11 +3086,14 @@ export interface Effects {
   secret(): string;
   /** Resolves after a time; after the signal it may never resolve, and keeps nothing waiting. */
   sleep(milliseconds: number, signal?: AbortSignal): Promise<void>;
-  /** Asks a resolver, or those of the machine (empty). Rejects where there is no answer. Undefined: there is no DNS here. */
-  resolve: ((name: string, type: "A" | "AAAA", resolver: string) => Promise<DnsAddress[]>) | undefined;
+  /**
+   * Asks a resolver, or those of the machine (empty). Rejects where there is no answer. A time to live of 0 is not known.
+   * Undefined: there is no DNS here.
+   */
+  resolve: ((name: string, type: "A" | "AAAA", resolver: string) => Promise<RecordWithTtl[]>) | undefined;
   resolveSrv(name: string, resolver: string): Promise<SrvRecord[]>;
   /** Asks the system, which knows its hosts file and search domains. */
-  lookup(name: string): Promise<DnsAddress[]>;
+  lookup(name: string): Promise<RecordWithTtl[]>;
   /** Tells other threads what this one has found out or was asked to change. */
   onNews(news: News): void;
   /** The client of a Request; `env` is what the runtime passes beside it. */
@@ -3169,20 +3157,6 @@ interface InstanceView {
   problem: string; // why it is not the newest
   down: string[]; // servers among its probes that these found down
   ejected: string[];
-}
-
-/** An address that DNS has, with its seconds to live; 0: they are not known. */
-interface DnsAddress {
-  address: string;
-  ttl: number;
-}
-
-/** A server that DNS has (RFC 2782): those of the lowest priority first, the others as backups. */
-interface SrvRecord {
-  name: string;
-  port: number;
-  priority: number;
-  weight: number;
 }
 
 /** The client of a Request. `headers`: name, value, name, value, ... in the order of the wire. */
@@ -6922,7 +6896,7 @@ function findLimit(server: Server, refused: boolean, now: number): void {
     const next = window.refused ? 0.9 * limit : limit * gradient + Math.sqrt(limit);
     server.limit = Math.min(server.max, Math.max(LEAST_LIMIT, next));
   }
-  server.limitWindow = newLimitWindow(baseline, now);
+  server.limitWindow = new LimitWindow(baseline, now);
 }
 
 // --- 5.3 Outlier detection: what requests find out about servers: failures, latencies, ejections ---
@@ -6946,7 +6920,7 @@ function eject(service: Service, server: Server, why: string): boolean {
   server.ejected++;
   server.since = now;
   server.failures = failures - 1; // one more ejects it again: a trial that has a good head, and whose body breaks off
-  Object.assign(server, NO_LATENCY);
+  Object.assign(server, new Latency());
   service.candidatesUntil = 0;
   const seconds = unit * server.ejections / 1_000;
   service.effects.report("warn", `${service.name}: ${server.name} is ejected for ${seconds} s ${why}`);
@@ -7854,7 +7828,7 @@ const METHODS = [..."EXTENSION_METHOD GET HEAD POST PUT PATCH DELETE OPTIONS TRA
 
 /** All counters as one: what a service or an entrypoint has had. */
 function totalOf(tallies: Tallies): Counters {
-  const total = newCounters();
+  const total = new Counters();
   for (const { durations, ...counters } of tallies.values()) {
     for (const [key, value] of Object.entries(counters)) total[key as keyof typeof counters] += value;
     durations.forEach((value, bucket) => total.durations[bucket]! += value);
@@ -9194,7 +9168,7 @@ function buildService(
     const isNew = previous && before?.state !== "ready" && wanted.state === "ready";
     const tls = servername && !config.tls.servername ? { ...config.tls, servername } : config.tls;
     const http = wanted.url.startsWith("h2c:") ? 2 : wanted.url.startsWith("https:") ? config.http : 1;
-    const server = Object.assign(before ?? newServer(wanted, name, config), wanted, { tls, http, since });
+    const server = Object.assign(before ?? newServer(wanted, name, tls, http), wanted, { tls, http, since });
     if (isNew) server.back = now;
     const found = wasAuto ? server.limit : FIRST_LIMIT; // what `auto` has found stays found
     server.limit = Math.min(server.max, isAuto ? found : config.max_in_flight);
@@ -9208,8 +9182,8 @@ function buildService(
   }
   for (const url of changes.keys()) if (!urls.has(url)) changes.delete(url);
   const { by, key } = config.strategy, read: Read = KEYS[by];
-  return Object.assign(previous ?? newService(name), {
-    ...{ config, strategy, effects },
+  return Object.assign(previous ?? new ServiceState(), {
+    ...{ name, config, strategy, effects },
     ...{ servers, names, changes },
     key: (exchange: Exchange) => read(exchange, key) ?? exchange.client, // which `hash` hashes
     cookies: undefined,
@@ -9313,7 +9287,7 @@ function buildTable(config: Config, known: Strategies, effects: Effects, previou
   const services = new Map<string, Service>(), names: Table["names"] = new Map();
   for (const { url, name, find } of [...config.services.values()].flatMap(({ servers }) => servers)) {
     const id = idOf({ find, url });
-    if (find) names.set(id, previous?.names.get(id) ?? newDiscovery(url, name, find));
+    if (find) names.set(id, previous?.names.get(id) ?? new Discovery(url, name, find));
   }
   for (const [name, service] of config.services) {
     const given = { name, config: service, strategy: known[service.strategy.name]!, effects };
@@ -11493,7 +11467,7 @@ export class EtcdClient implements Engine {
       const { origin, pathname, port, protocol, hostname } = new URL(url);
       const name = `${hostname}:${port || (protocol === "https:" ? 443 : 80)}`, authority = hostFieldOf(origin);
       const given = { ...v.parse(v.object(also), {}), url: origin, name, authority, foundBy: "" };
-      const server = newServer(given, "fleet", { tls: config.tls, http: 1 });
+      const server = newServer(given, "fleet", config.tls, 1);
       return { url, path: pathname.replace(/\/$/, ""), server };
     });
     this.current = Math.floor(effects.random() * this.members.length); // not all instances ask the same one
@@ -12406,7 +12380,7 @@ async function askResolvers<T>({ resolvers, sleep }: Dns, ask: (resolver: string
  * The addresses of a name: AAAA only where there is no A. The system is asked where DNS fails, for it knows the hosts file
  * and search domains, but no longer once DNS has known the name: others' answers for unknown names would replace it.
  */
-async function addressesOf(name: string, dns: Dns, mayAskSystem: boolean): Promise<DnsAddress[]> {
+async function addressesOf(name: string, dns: Dns, mayAskSystem: boolean): Promise<RecordWithTtl[]> {
   try {
     return await askResolvers(dns, async (resolver) => {
       const addresses = await dns.resolve(name, "A", resolver).catch(() => []);
@@ -12422,7 +12396,11 @@ async function addressesOf(name: string, dns: Dns, mayAskSystem: boolean): Promi
 }
 
 /** The servers at the addresses of a name. `url` is of that name, and says the scheme and port. */
-function serversAt(url: string, addresses: DnsAddress[], more: Pick<FoundServer, "weight" | "backup">): FoundServer[] {
+function serversAt(
+  url: string,
+  addresses: RecordWithTtl[],
+  more: Pick<FoundServer, "weight" | "backup">,
+): FoundServer[] {
   const { protocol, hostname, port } = new URL(url), number = Number(port || (protocol === "https:" ? 443 : 80));
   return addresses.map(({ address }) => {
     const at = `${protocol}//${isIPv6(address) ? `[${address}]` : address}:${number}`;
