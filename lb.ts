@@ -2903,66 +2903,50 @@ function deadlineOf({ request, block, started }: Exchange): number {
 }
 const GRPC_UNITS: Record<string, number> = { H: 3.6e6, M: 6e4, S: 1e3, m: 1, u: 1e-3, n: 1e-6 }; // milliseconds
 
-/** The events of an attempt, in this order: `onInform` any number of times, `onHead` at most once, `onEnd` once. */
-interface AttemptEvents {
+/** One request to one server. Its events come in this order: `onInform` any number of times, `onHead` at most once, `onEnd` once. */
+class Attempt {
+  // given
+  server!: Server;
+  method = "GET";
+  target = "/"; // path and query
+  lines = ""; // the fields as they are written, but for those that frame the body
+  body: Body = NO_BODY;
+  upgrade = ""; // the protocol that it asks to switch to; empty: none
+  secret?: ReadonlySet<string> | undefined; // names of fields that came as never indexed
+  timeouts!: Policy["timeouts"];
+  deadline = Infinity; // when it has to be over, as a call of gRPC says
+  startedAt = 0; // milliseconds
+  tunnels?: Set<Tunnel>; // where its tunnel is, as long as it is open
+
+  // counted by its connection
+  connectedAt = 0; // when the request could be written; 0: not yet, or not known
+  uploaded = 0; // bytes of the request's body that were passed on, where it is a stream
+  received = 0; // bytes of the answer's body
+  trailers: Fields = NO_FIELDS; // of the response, once it is complete
+  carrier: { cancel(why: Failure): void } | undefined = undefined; // cancels it; undefined: not begun, or over
+
   /** An interim answer, such as 103. */
-  onInform(status: number, reason: string, fields: Fields): void;
+  onInform(_status: number, _reason: string, _fields: Fields): void {}
   /** The head of the response; its body is still to be read. */
-  onHead(response: HttpResponse): void;
+  onHead(_response: HttpResponse): void {}
   /** The response is complete, or why it is not. `sent`: the server may have seen some of the request. */
-  onEnd(failure: Failure | undefined, detail: string, sent: boolean): void;
+  onEnd(_failure: Failure | undefined, _detail: string, _sent: boolean): void {}
 }
 
-/** One request to one server. */
-interface Attempt extends AttemptEvents {
-  readonly server: Server;
-  readonly method: string;
-  readonly target: string; // path and query
-  readonly lines: string; // the fields as they are written, but for those that frame the body
-  readonly body: Body;
-  readonly upgrade: string; // the protocol that it asks to switch to; empty: none
-  readonly secret?: ReadonlySet<string> | undefined; // names of fields that came as never indexed
-  readonly timeouts: Policy["timeouts"];
-  readonly tunnels: Set<Tunnel>; // where its tunnel is, as long as it is open
-  readonly startedAt: number; // milliseconds
-
-  connectedAt: number; // when the request could be written; 0: not yet, or not known
-  uploaded: number; // bytes of the request's body that were passed on, where it is a stream
-  received: number; // bytes of the answer's body
-  trailers: Fields; // of the response, once it is complete
-  deadline: number; // when it has to be over, as a call of gRPC says; Infinity: never
-  carrier: { cancel(why: Failure): void } | undefined; // cancels it; undefined: not begun, or over
-}
+/** An attempt that is not counted: a probe or a mirrored copy. */
+const newAttempt = (given: Pick<Attempt, "server" | "timeouts" | "startedAt"> & Partial<Attempt>): Attempt =>
+  Object.assign(new Attempt(), given);
 
 /** Bytes of the request's body that were meant for servers; of a tunnel all that the client has sent. */
 const receivedBy = ({ uploaded, body }: Attempt): number => Math.max(uploaded, body.length);
 
 /** An attempt of an exchange. It owns what becomes of it. */
-abstract class ExchangeAttempt implements Attempt {
-  // given
+class ExchangeAttempt extends Attempt {
   readonly exchange: Exchange;
   readonly service: Service;
-  readonly server: Server;
   readonly retry: number; // 0: the first attempt, or the second beside it
   readonly decide: (attempt: ExchangeAttempt) => void; // called when there is a response's head, or there will be none
-  readonly startedAt: number;
-  readonly method: string;
-  readonly target: string;
-  readonly body: Body;
-  readonly upgrade: string;
-  readonly secret: ReadonlySet<string> | undefined;
-  readonly timeouts: Policy["timeouts"];
-  readonly tunnels: Set<Tunnel>;
-  readonly deadline: number;
-  lines = "";
   span = ""; // 16 digits, of its trace
-
-  // counted by its connection
-  connectedAt = 0;
-  uploaded = 0;
-  received = 0;
-  trailers: Fields = NO_FIELDS;
-  carrier: Attempt["carrier"] = undefined;
 
   // results
   headAt = 0; // when the response's head was there; 0: not yet
@@ -2975,6 +2959,7 @@ abstract class ExchangeAttempt implements Attempt {
   afterEnd: (() => void) | undefined = undefined; // called once it has ended
 
   constructor(exchange: Exchange, server: Server, retry: number, decide: ExchangeAttempt["decide"]) {
+    super();
     const { service, policy: { timeouts } } = exchange.destination!;
     this.exchange = exchange;
     this.service = service;
@@ -2991,26 +2976,11 @@ abstract class ExchangeAttempt implements Attempt {
     this.tunnels = exchange.balancer.tunnels;
     this.deadline = deadlineOf(exchange);
   }
-
-  abstract onInform(status: number, reason: string, fields: Fields): void;
-  abstract onHead(response: HttpResponse): void;
-  abstract onEnd(failure: Failure | undefined, detail: string, sent: boolean): void;
 }
 
 /** The status of a call that has ended: from the trailers, or from a head that has them. */
 const grpcStatus = ({ trailers, response }: ExchangeAttempt): string | undefined =>
   fieldOf(trailers, "grpc-status") ?? fieldOf(response?.fields ?? NO_FIELDS, "grpc-status");
-
-/** An attempt that is not counted: a probe or a mirrored copy. */
-const newAttempt = (
-  given: Pick<Attempt, "server" | "method" | "target" | "lines" | "body" | "timeouts" | "startedAt">,
-  events: AttemptEvents,
-): Attempt => ({
-  ...{ upgrade: "", tunnels: new Set(), connectedAt: 0, uploaded: 0, received: 0 },
-  ...{ trailers: NO_FIELDS, deadline: Infinity, carrier: undefined },
-  ...given,
-  ...events,
-});
 
 // --- 2.5 Balancer and effects: the running balancer, and its access to network, clock, chance and log ---
 
@@ -4630,9 +4600,9 @@ class UpstreamConnection extends Connection implements BodySource, Progress {
       const tunnel = this.tunnel = new ByteTunnel(client, this.socket, upgrade, attempt.timeouts.idle);
       this.listener = tunnel.server;
       this.attempt = attempt.carrier = undefined;
-      attempt.tunnels.add(tunnel);
+      attempt.tunnels?.add(tunnel);
       this.socket.on("close", () => {
-        attempt.tunnels.delete(tunnel);
+        attempt.tunnels?.delete(tunnel);
         [attempt.uploaded, attempt.received] = [tunnel.client.bytes, tunnel.server.bytes];
         attempt.onEnd(tunnel.problem, tunnel.problem ?? "", true);
       });
@@ -7231,8 +7201,8 @@ function sendProbe(service: Service, server: Server, giveUp: AbortSignal) {
   const timeouts = { connect: timeout, response: timeout, idle: timeout, request: Infinity };
   const lines = linesOf(["host", server.host || server.authority, "user-agent", "lb.ts probe", ...fields]);
   return new Promise<string | undefined>((resolve, reject) => {
-    const attempt = newAttempt({ ...request, server, timeouts, lines, startedAt: effects.now() }, {
-      onInform() {},
+    const attempt = newAttempt({
+      ...{ ...request, server, timeouts, lines, startedAt: effects.now() },
       onHead: (response) => judge(response, resolve),
       onEnd: (failure, detail) => failure && reject(new Error(detail)),
     });
@@ -8480,11 +8450,11 @@ class ServerAttempt extends ExchangeAttempt {
     exchange.balancer.effects.send(this);
   }
 
-  onInform(status: number, reason: string, fields: Fields): void {
+  override onInform(status: number, reason: string, fields: Fields): void {
     if (this.exchange.attempt === this) this.exchange.request.inform(status, reason, fields);
   }
 
-  onHead(response: HttpResponse): void {
+  override onHead(response: HttpResponse): void {
     const { exchange, service, server, startedAt } = this, { effects } = exchange.balancer, { status } = response;
     const mistake = response.tunnel && isWebSocket(this.upgrade) &&
       handshakeMistake(exchange.block.fields, response.fields);
@@ -8503,7 +8473,7 @@ class ServerAttempt extends ExchangeAttempt {
     guarded(exchange, () => this.decide(this));
   }
 
-  onEnd(failure: Failure | undefined, detail: string, sent: boolean): void {
+  override onEnd(failure: Failure | undefined, detail: string, sent: boolean): void {
     if (this.endedAt) return;
     const { exchange, response, afterEnd } = this;
     this.endedAt = exchange.balancer.effects.now();
@@ -8717,10 +8687,9 @@ async function sendCopy(exchange: Exchange, destination: Destination): Promise<v
     if (server.trying) endTrial(service, server, "undecided"); // a copy is no trial
     nextSpan(copy);
     const { target } = copy, lines = outboundLines(copy, server);
-    const given = { server, method, body, target, lines, timeouts, startedAt: copy.now };
     const problem = await new Promise<string | undefined>((resolve) =>
-      effects.send(newAttempt(given, {
-        onInform() {},
+      effects.send(newAttempt({
+        ...{ server, method, body, target, lines, timeouts, startedAt: copy.now },
         onHead: (response) => response.body.read({ data() {}, end() {}, fail() {} }),
         onEnd: (failure, detail) => resolve(failure && detail),
       }))
@@ -11613,14 +11582,14 @@ export class EtcdClient implements Engine {
       ...{ server, method: "POST", target: `${base}/v3/${path}`, lines: linesOf(fields), startedAt: effects.now() },
       body: inMemory([Buffer.from(JSON.stringify(body))]),
       timeouts: { connect: this.patience, response: this.patience, idle: patience, request: Infinity },
+      deadline: effects.now() + patience,
     };
     return new Promise<Pick<HttpResponse, "status" | "body">>((resolve, reject) => {
-      const attempt = newAttempt(given, {
-        onInform() {},
+      const attempt = newAttempt({
+        ...given,
         onHead: resolve,
         onEnd: (failure, detail) => failure && reject(new EngineError("silent", `${url}: ${detail}`)),
       });
-      attempt.deadline = effects.now() + patience;
       onBegin?.(attempt);
       effects.send(attempt);
     });
