@@ -2119,20 +2119,48 @@ interface BodyReader {
 }
 
 /** A body in transit, with one source and one reader. Bytes wait for the reader; at 256 KiB the source is paused. */
-interface Body {
+abstract class Body {
   /** The announced length in bytes; 0: empty; -1: unknown until its end. */
-  readonly length: number;
+  abstract readonly length: number;
   /** The whole body if it is in memory: only then can it be read again. */
-  readonly bytes: Bytes | undefined;
+  abstract readonly bytes: Bytes | undefined;
   /** Most bytes to accept; a longer body fails with body-too-large. */
-  limit: number;
-  read(reader: BodyReader): void;
-  pause(): void;
-  resume(): void;
+  limit = Infinity;
+  abstract read(reader: BodyReader): void;
+  pause(): void {}
+  resume(): void {}
   /** Discards the rest. */
-  cancel(): void;
-  /** The body for the Fetch API. A body that came as a stream is returned as that stream where possible. */
-  stream(): ReadableStream<Uint8Array<ArrayBuffer>>;
+  cancel(): void {}
+
+  /** The body for the Fetch API, read only as fast as its consumer reads. One that came as a stream is returned as that where possible. */
+  stream(): ReadableStream<Uint8Array<ArrayBuffer>> {
+    let begun = false, ended = false;
+    const begin = (sink: ReadableStreamDefaultController<Uint8Array<ArrayBuffer>>) =>
+      this.read({
+        data: (bytes) => {
+          sink.enqueue(bytes);
+          this.pause();
+        },
+        end() {
+          ended = true;
+          sink.close();
+        },
+        fail(why) {
+          ended = true;
+          sink.error(new WireError(why, true, FAILURES[why].text));
+        },
+      });
+    return new ReadableStream({
+      pull: (sink) => {
+        if (begun) return this.resume();
+        begun = true;
+        begin(sink);
+      },
+      cancel: () => {
+        if (!ended) this.cancel();
+      },
+    }, { highWaterMark: 0 });
+  }
 }
 
 /** The fields of a head, with what is derived from them once: the same heads come again and again. */
@@ -2244,11 +2272,11 @@ interface Tunnel {
 const LENT_BUFFERS = new WeakMap<Bytes, Bytes>();
 
 /** A body in memory, which can be sent again: its bytes are no longer lent. */
-class MemoryBody implements Body {
+class MemoryBody extends Body {
   readonly bytes: Bytes;
   readonly length: number;
-  limit = Infinity; // its length is known before it is read
   constructor(bytes: Bytes) {
+    super();
     this.bytes = bytes;
     this.length = bytes.length;
     LENT_BUFFERS.delete(bytes);
@@ -2256,12 +2284,6 @@ class MemoryBody implements Body {
   read(reader: BodyReader): void {
     if (this.bytes.length) reader.data(this.bytes);
     reader.end(NO_FIELDS);
-  }
-  pause(): void {}
-  resume(): void {}
-  cancel(): void {}
-  stream(): ReadableStream<Uint8Array<ArrayBuffer>> {
-    return streamOf(this);
   }
 }
 
@@ -2284,9 +2306,8 @@ interface BodySource {
 }
 
 /** A body that a connection receives. */
-class StreamedBody implements Body {
+class StreamedBody extends Body {
   readonly length: number;
-  limit = Infinity; // bytes that are taken, at most
   received = 0;
   kept: Bytes[] | undefined; // all of it so far, where it may have to be sent again
   held = false; // the source is paused
@@ -2302,6 +2323,7 @@ class StreamedBody implements Body {
   private outcome: Fields | Failure | undefined; // trailers, or why it broke off
 
   constructor(length: number, source: BodySource) {
+    super();
     this.length = length;
     this.source = source;
   }
@@ -2327,24 +2349,21 @@ class StreamedBody implements Body {
     if (!this.over) this.source.onRead?.();
     this.flush();
   }
-  pause(): void {
+  override pause(): void {
     this.paused = true;
     if (!this.over) this.hold();
   }
-  resume(): void {
+  override resume(): void {
     if (!this.paused) return;
     this.paused = false;
     this.flush();
   }
-  cancel(): void {
+  override cancel(): void {
     this.waiting = [];
     this.reader = undefined;
     if (this.over) return;
     this.over = true;
     this.source.abandon?.();
-  }
-  stream(): ReadableStream<Uint8Array<ArrayBuffer>> {
-    return streamOf(this);
   }
 
   /** Adds bytes from the source. */
@@ -2399,36 +2418,6 @@ class StreamedBody implements Body {
     if (typeof this.outcome === "string") reader.fail(this.outcome);
     else reader.end(this.outcome);
   }
-}
-
-/** A body as a stream that reads only as fast as its consumer. */
-function streamOf(body: Body): ReadableStream<Uint8Array<ArrayBuffer>> {
-  let begun = false, ended = false;
-  const begin = (sink: ReadableStreamDefaultController<Uint8Array<ArrayBuffer>>) =>
-    body.read({
-      data(bytes) {
-        sink.enqueue(bytes);
-        body.pause();
-      },
-      end() {
-        ended = true;
-        sink.close();
-      },
-      fail(why) {
-        ended = true;
-        sink.error(new WireError(why, true, FAILURES[why].text));
-      },
-    });
-  return new ReadableStream({
-    pull(sink) {
-      if (begun) return body.resume();
-      begun = true;
-      begin(sink);
-    },
-    cancel() {
-      if (!ended) body.cancel();
-    },
-  }, { highWaterMark: 0 });
 }
 
 /** The values of a field, joined; undefined if it is absent. `name` is in lower case. */
