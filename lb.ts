@@ -2205,7 +2205,7 @@ interface RequestHead {
   readonly upgrade: string; // the protocol asked for by Upgrade; empty: none
   readonly trailers: boolean; // the client takes trailers (TE: trailers)
   readonly expects: boolean; // the client sends its body only after 100 Continue (Expect)
-  readonly problem: RequestProblem | undefined; // why the bytes are not a valid request
+  readonly problem: FailureName | undefined; // why the bytes are not a valid request
   readonly secret?: ReadonlySet<string> | undefined; // names of fields that came as never indexed, over HTTP/2
 }
 
@@ -2223,17 +2223,6 @@ interface HttpRequest extends RequestHead {
   /** Sends an interim answer (RFC 9110 section 15.2), such as 103. */
   inform(status: number, reason: string, fields: Fields): void;
 }
-
-/** Why bytes are not a request. */
-type RequestProblem =
-  | "bad-request"
-  | "bad-host"
-  | "bad-version"
-  | "bad-expect"
-  | "uri-too-long"
-  | "headers-too-large"
-  | "flood" // of frames, over HTTP/2
-  | "client-timeout";
 
 /** A response, from a server or from the balancer. */
 interface HttpResponse {
@@ -3209,9 +3198,6 @@ const CHUNK_LINE =
   /^([0-9a-f]{1,12})(?:[\t ]*;[\t ]*[!#$%&'*+.^_`|~0-9a-z-]+(?:[\t ]*=[\t ]*(?:[!#$%&'*+.^_`|~0-9a-z-]+|"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*"))?)*$/i;
 const TRAILER = /^[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*$/;
 
-/** How the end of a body is found (RFC 9112 section 6.3), and in a chunked one what comes next. */
-type Framing = "none" | "length" | "close" | "chunk-size" | "chunk" | "chunk-end" | "trailer";
-
 /** Fields that frame a message or are for one connection: each hop has its own. */
 const CONNECTION_FIELDS = new Set(
   "connection content-length expect host keep-alive proxy-connection te transfer-encoding upgrade".split(" "),
@@ -3222,26 +3208,16 @@ const fieldRole = memo((spelled): string => {
   return CONNECTION_FIELDS.has(name) ? name : "pass";
 });
 
-/** The fields that `Connection` names: they are for this hop only (RFC 9110 section 7.6.1). */
-const connectionNames = memo((connection): ReadonlySet<string> => {
-  const names = new Set(connection.toLowerCase().split(",").map((token) => token.trim()));
-  for (const word of ["", "close", "keep-alive", "te", "upgrade"]) names.delete(word);
-  return names;
-});
-
-const hasOption = (list: string, option: RegExp): boolean => list !== "" && option.test(list);
-const CLOSE_OPTION = /(?:^|,)[\t ]*close[\t ]*(?:,|$)/i;
-const KEEP_ALIVE_OPTION = /(?:^|,)[\t ]*keep-alive[\t ]*(?:,|$)/i;
-const UPGRADE_OPTION = /(?:^|,)[\t ]*upgrade[\t ]*(?:,|$)/i;
-const TRAILERS_OPTION = /(?:^|,)[\t ]*trailers[\t ]*(?:,|$)/i;
+/** The options that a field such as Connection lists, in lower case. */
+const optionsOf = memo((list): ReadonlySet<string> => new Set(list.toLowerCase().split(/[\t ]*,[\t ]*/)));
 
 /** The field lines of a head, read. */
 interface ParsedFields extends FieldBlock {
   readonly lines: string; // of `fields`, as they are written on
   readonly count: number; // of all field lines; -1: they are not valid
-  readonly length: string; // Content-Length; empty: none; ?: several, or no number
-  readonly encoding: string; // Transfer-Encoding, in lower case; empty: none
-  readonly connection: string; // Connection, all of them joined
+  readonly length: string | undefined; // Content-Length; ?: several, or no number
+  readonly encoding: string | undefined; // Transfer-Encoding, in lower case
+  readonly options: ReadonlySet<string>; // of Connection
   readonly upgrade: string;
   readonly expect: string;
   readonly trailers: boolean;
@@ -3260,9 +3236,8 @@ function trimmed(text: string, start: number, end: number): string {
 
 /** Reads field lines, each with CR and LF in front. `fields` has what does not end at this hop. */
 function parseFields(text: string): ParsedFields {
-  const fields: string[] = [];
-  let [count, length, connection, upgrade, expect, te, host] = [0, "", "", "", "", "", ""];
-  let [hosts, idle, encoding]: [number, number, string | undefined] = [0, Infinity, undefined];
+  const fields: string[] = [], own: Record<string, string | undefined> = {}; // fields for this hop, joined
+  let count = 0, hosts = 0;
   const valid = FIELD_LINES.test(text);
   for (let line = valid ? 0 : text.length, next; line < text.length; line = next) {
     next = text.indexOf("\r\n", line + 2);
@@ -3270,23 +3245,19 @@ function parseFields(text: string): ParsedFields {
     const colon = text.indexOf(":", line), name = text.slice(line + 2, colon), role = fieldRole(name);
     const value = trimmed(text, colon + 1, next);
     count++;
-    if (role === "content-length") length = length || !/^\d{1,15}$/.test(value) ? "?" : value;
-    else if (role === "transfer-encoding") {
-      encoding = encoding === undefined ? value.toLowerCase() : `${encoding}, ${value.toLowerCase()}`;
-    } else if (role === "connection") connection = joinValues(connection, value);
-    else if (role === "upgrade") upgrade = joinValues(upgrade, value);
-    else if (role === "te") te = joinValues(te, value);
-    else if (role === "keep-alive") idle = 1_000 * Number(/timeout=(\d+)/i.exec(value)?.[1] ?? Infinity);
-    else if (role === "expect") expect = joinValues(expect, value);
-    else if (role === "host") [host, hosts] = [value, hosts + 1];
+    if (role === "host") hosts++;
+    if (role !== "pass") own[role] = own[role] === undefined ? value : `${own[role]}, ${value}`;
     if (role === "pass" || role === "content-length" || role === "host") fields.push(name, value);
   }
-  const hop = connectionNames(connection), rest = hop.size ? without(fields, hop) : fields;
+  const { connection = "", upgrade = "", expect = "", te = "", host = "" } = own;
+  const { "content-length": length, "transfer-encoding": encoding } = own;
+  const options = optionsOf(connection), rest = connection ? without(fields, options) : fields;
   return {
     ...{ fields: rest, lines: linesOf(rest), passing: undefined, origin: undefined, count: valid ? count : -1 },
-    ...{ length, connection, upgrade, expect, host, hosts, idle },
-    encoding: encoding === "" ? "(empty)" : encoding ?? "",
-    trailers: hasOption(te, TRAILERS_OPTION),
+    ...{ options, upgrade, expect, host, hosts, trailers: optionsOf(te).has("trailers") },
+    length: length === undefined || /^\d{1,15}$/.test(length) ? length : "?",
+    encoding: encoding?.toLowerCase(),
+    idle: 1_000 * Number(/timeout=(\d+)/i.exec(own["keep-alive"] ?? "")?.[1] ?? Infinity),
   };
 }
 
@@ -3323,10 +3294,14 @@ function isBroken(bytes: Bytes): boolean {
   return !/^(?:$|[\r\n]|[!#$%&'*+.^_`|~0-9A-Za-z-])/.test(text) || /(?:^|[^\r])\n/.test(text);
 }
 
+/** How the end of a body is found (RFC 9112 section 6.3). */
+interface BodyFraming {
+  readonly length: number; // 0: there is no body; -1: chunks or the end of the connection tell its end
+  readonly chunked: boolean;
+}
+
 /** The head of a request as it is read, and how its body is framed. */
-interface FramedHead extends RequestHead {
-  readonly framing: Framing;
-  readonly length: number; // of the body; 0: none; -1: only its end tells
+interface FramedHead extends RequestHead, BodyFraming {
   readonly announced: boolean; // it has a Content-Length
   readonly persistent: boolean; // the connection may serve another request
 }
@@ -3335,18 +3310,17 @@ interface FramedHead extends RequestHead {
 function parseRequestHead(text: string, maxFields: number): FramedHead {
   const end = text.indexOf("\r\n"), line = end < 0 ? text : text.slice(0, end);
   const [, method = "", target = "", major = "", minor = ""] = REQUEST_LINE.exec(line) ?? [];
-  const fields = knownFields(end < 0 ? "" : text.slice(end)), { length, encoding, connection } = fields;
+  const fields = knownFields(end < 0 ? "" : text.slice(end)), { length, encoding, options } = fields;
   const version = major === "1" && minor === "0" ? "1.0" : "1.1", chunked = encoding === "chunked";
-  const problem = ((): RequestProblem | undefined => {
+  const problem = ((): FailureName | undefined => {
     if (!method) return "bad-request";
     if (major !== "1") return major > "1" && method !== "PRI" ? "bad-version" : "bad-request";
     if (fields.count > maxFields) return "headers-too-large";
     if (fields.count < 0 || length === "?") return "bad-request";
-    if (encoding && (!chunked || length || version === "1.0")) return "bad-request";
+    if (encoding !== undefined && (!chunked || length !== undefined || version === "1.0")) return "bad-request";
     if (fields.hosts > 1 || version === "1.1" && fields.hosts === 0) return "bad-host";
     return fields.expect && version === "1.1" && !ONLY_CONTINUE.test(fields.expect) ? "bad-expect" : undefined;
   })();
-  const closes = hasOption(connection, CLOSE_OPTION), stays = hasOption(connection, KEEP_ALIVE_OPTION);
   return {
     method,
     target,
@@ -3355,23 +3329,21 @@ function parseRequestHead(text: string, maxFields: number): FramedHead {
     host: fields.host,
     trailers: fields.trailers,
     problem,
-    upgrade: version === "1.1" && hasOption(connection, UPGRADE_OPTION) ? fields.upgrade : "",
+    upgrade: version === "1.1" && options.has("upgrade") ? fields.upgrade : "",
     expects: fields.expect !== "" && version === "1.1",
-    framing: chunked ? "chunk-size" : Number(length) > 0 ? "length" : "none",
-    length: chunked ? -1 : Number(length),
-    announced: length !== "",
-    persistent: problem === undefined && !closes && (version === "1.1" || stays),
+    chunked,
+    length: chunked ? -1 : Number(length ?? 0),
+    announced: length !== undefined,
+    persistent: problem === undefined && !options.has("close") && (version === "1.1" || options.has("keep-alive")),
   };
 }
 
 /** The head of an answer. */
-interface ResponseHead {
+interface ResponseHead extends BodyFraming {
   readonly status: number;
   readonly reason: string;
   readonly fields: Fields; // without those that end at this hop
   readonly lines: string; // the same, as they are written
-  readonly framing: Framing;
-  readonly length: number; // of the body; 0: none; -1: only its end tells
   readonly upgrade: string; // the protocol that it switches to
   readonly keepAlive: number; // milliseconds for which the server keeps the connection; 0: it closes
 }
@@ -3382,21 +3354,22 @@ const BODILESS = new Set([204, 205, 304]); // statuses of answers without a body
 function parseResponseHead(text: string, method: string): ResponseHead | string {
   const end = text.indexOf("\r\n"), line = end < 0 ? text : text.slice(0, end);
   const [, minor, code, reason = ""] = STATUS_LINE.exec(line) ?? [], head = knownFields(end < 0 ? "" : text.slice(end));
-  const { length, encoding, connection, count, upgrade, idle } = head, status = Number(code), modern = minor === "1";
+  const { length, encoding, options, count, upgrade, idle } = head, status = Number(code), modern = minor === "1";
   if (minor === undefined || count < 0) return "its head is not that of HTTP/1.1";
   if (count > MAX_FIELDS) return `it has more than ${MAX_FIELDS} headers`;
   if (length === "?") return "its Content-Length is there twice, or no number";
-  if (encoding && (length || !modern || encoding !== "chunked")) return "its length is ambiguous";
-  const empty = method === "HEAD" || status < 200 || BODILESS.has(status);
-  const framing = empty ? "none" : encoding ? "chunk-size" : length ? "length" : "close";
-  const persistent = !hasOption(connection, CLOSE_OPTION) && (modern || hasOption(connection, KEEP_ALIVE_OPTION));
-  const excess = (status === 204 || status === 205) && (encoding !== "" || Number(length) > 0); // left unread
+  const isChunked = encoding === "chunked";
+  if (encoding !== undefined && (!isChunked || length !== undefined || !modern)) return "its length is ambiguous";
+  const empty = method === "HEAD" || status < 200 || BODILESS.has(status), isFramed = isChunked || length !== undefined;
+  const persistent = !options.has("close") && (modern || options.has("keep-alive"));
+  const excess = (status === 204 || status === 205) && (isChunked || Number(length) > 0); // left unread
   const fields = withoutVainLength(status, head.fields);
   return {
-    ...{ status, reason, fields, lines: fields === head.fields ? head.lines : linesOf(fields), framing },
-    length: framing === "length" ? Number(length) : framing === "none" ? 0 : -1,
-    upgrade: hasOption(connection, UPGRADE_OPTION) ? upgrade : "",
-    keepAlive: persistent && framing !== "close" && !excess ? idle : 0,
+    ...{ status, reason, fields, lines: fields === head.fields ? head.lines : linesOf(fields) },
+    length: empty ? 0 : Number(length ?? -1),
+    chunked: isChunked && !empty,
+    upgrade: options.has("upgrade") ? upgrade : "",
+    keepAlive: persistent && (empty || isFramed) && !excess ? idle : 0,
   };
 }
 
@@ -3408,107 +3381,89 @@ const LENGTH_NAME = new Set(["content-length"]);
 /** Within a second most answers of a server have the same head. */
 const knownResponseHead = memo((text) => parseResponseHead(text, "GET"), 1_024);
 
-/** A message whose body is being received: what is left to come, and bytes that do not yet make a line. */
-interface BodyDecoder {
-  framing: Framing;
-  left: number; // bytes of the body, or of the chunk, that are still to come
-  rest: Bytes | undefined; // of a line that has not come whole
-  overhead: number; // bytes of framing since the last data
-  trailers: string[];
-  crowded: boolean; // many small chunks have come at once
-}
-
-const newBodyDecoder = (framing: Framing, left: number): BodyDecoder => (
-  { framing, left, rest: undefined, overhead: 0, trailers: NO_TRAILERS, crowded: false }
-);
-const NO_TRAILERS: string[] = [];
 const MOST_PIECES = 16; // of what was read at once
 
-/** Appends the body's bytes to `out`. Gives the bytes behind its end, undefined if more must come, or the error. */
-function decodeBody(receiving: BodyDecoder, bytes: Bytes, out: Bytes[]): Bytes | undefined | string {
-  switch (receiving.framing) {
-    case "none":
-      return bytes;
-    case "close":
-      if (bytes.length) out.push(bytes);
-      return undefined;
-    case "length": {
-      const { left } = receiving, whole = bytes.length <= left;
-      if (bytes.length && left) out.push(whole ? bytes : bytes.subarray(0, left));
-      receiving.left = whole ? left - bytes.length : 0;
-      return receiving.left > 0 ? undefined : whole ? NO_BYTES : bytes.subarray(left);
-    }
-    default: {
-      const pieces: Bytes[] = [], after = decodeChunks(receiving, bytes, pieces);
-      receiving.crowded = pieces.length > MOST_PIECES;
-      out.push(...receiving.crowded ? [Buffer.concat(pieces)] : pieces);
-      return after;
-    }
-  }
-}
+/** The bytes from `at` on. An empty view would keep the whole buffer in memory, for each of thousands of idle connections. */
+const bytesBehind = (bytes: Bytes, at: number): Bytes => at < bytes.length ? bytes.subarray(at) : NO_BYTES;
 
-/** The same for a chunked body. Chunk extensions are dropped. */
-function decodeChunks(receiving: BodyDecoder, data: Bytes, out: Bytes[]): Bytes | undefined | string {
-  const bytes = receiving.rest ? Buffer.concat([receiving.rest, data]) : data;
-  let at = 0;
-  receiving.rest = undefined;
-  while (receiving.framing !== "none") {
-    if (receiving.framing === "chunk") {
+/** Receives a body: what is left to come, and bytes that do not yet make a line. Chunk extensions are dropped. */
+class BodyDecoder {
+  left: number; // bytes of the body, or of the chunk, that are still to come
+  trailers: string[] = [];
+  isCrowded = false; // many small chunks have come at once
+  private readonly isChunked: boolean;
+  private next: "data" | "size" | "line end" | "trailer" | "nothing"; // what comes now
+  private rest: Bytes | undefined; // of a line that has not come whole
+  private overhead = 0; // bytes of framing since the last data
+
+  constructor({ length, chunked }: BodyFraming) {
+    this.left = length < 0 ? Infinity : length;
+    this.isChunked = chunked;
+    this.next = length === 0 ? "nothing" : "data";
+    if (chunked) this.next = "size";
+  }
+
+  /** Appends the body's bytes to `out`. Gives the bytes behind its end, undefined if more must come, or the error. */
+  decode(data: Bytes, out: Bytes[]): Bytes | undefined | string {
+    const bytes = this.rest ? Buffer.concat([this.rest, data]) : data, pieces: Bytes[] = [];
+    this.rest = undefined;
+    const after = this.read(bytes, pieces);
+    this.isCrowded = pieces.length > MOST_PIECES;
+    out.push(...this.isCrowded ? [Buffer.concat(pieces)] : pieces);
+    return after;
+  }
+
+  private read(bytes: Bytes, out: Bytes[]): Bytes | undefined | string {
+    let at = 0;
+    while (this.next !== "nothing") {
       if (at === bytes.length) return undefined;
-      const piece = bytes.subarray(at, at + receiving.left);
-      out.push(piece);
-      at += piece.length;
-      receiving.left -= piece.length;
-      receiving.overhead = 0;
-      if (receiving.left === 0) receiving.framing = "chunk-end";
-      continue;
+      if (this.next === "data") {
+        const isAll = at === 0 && bytes.length <= this.left; // no other view of bytes that are lent
+        const piece = isAll ? bytes : bytes.subarray(at, at + this.left);
+        out.push(piece);
+        at += piece.length;
+        this.left -= piece.length;
+        this.overhead = 0;
+        if (this.left === 0) this.next = this.isChunked ? "line end" : "nothing";
+        continue;
+      }
+      const end = bytes.indexOf(10, at), size = (end < 0 ? bytes.length : end) - at;
+      if (this.overhead + size > (this.next === "trailer" ? MAX_HEAD : MAX_CHUNK_LINE)) return "a line is too long";
+      if (end < 0) {
+        this.rest = bytes.subarray(at);
+        return undefined;
+      }
+      if (size === 0 || bytes[end - 1] !== 13) return "a line of its chunks does not end with CR and LF";
+      const problem = this.readLine(bytes.toString("latin1", at, end - 1));
+      if (problem) return problem;
+      this.overhead += size;
+      at = end + 1;
     }
-    const end = bytes.indexOf(10, at), size = (end < 0 ? bytes.length : end) - at;
-    if (receiving.overhead + size > (receiving.framing === "trailer" ? MAX_HEAD : MAX_CHUNK_LINE)) {
-      return "a line is too long";
-    }
-    if (end < 0) {
-      if (size) receiving.rest = bytes.subarray(at);
-      return undefined;
-    }
-    if (size === 0 || bytes[end - 1] !== 13) return "a line of its chunks does not end with CR and LF";
-    const problem = decodeChunkLine(receiving, bytes.toString("latin1", at, end - 1));
-    if (problem) return problem;
-    receiving.overhead += size;
-    at = end + 1;
+    return bytesBehind(bytes, at);
   }
-  return bytes.subarray(at);
-}
 
-/** One line of chunked framing: a size, the end of a chunk, a trailer, or the end of all. */
-function decodeChunkLine(receiving: BodyDecoder, line: string): string | undefined {
-  switch (receiving.framing) {
-    case "chunk-size": {
+  /** One line of chunked framing: a size, the end of a chunk, a trailer, or the end of all. */
+  private readLine(line: string): string | undefined {
+    if (this.next === "size") {
       const size = CHUNK_LINE.exec(line)?.[1];
       if (size === undefined) return "a chunk has no size";
-      receiving.left = parseInt(size, 16);
-      receiving.framing = receiving.left ? "chunk" : "trailer";
-      return undefined;
+      this.left = parseInt(size, 16);
+      this.next = this.left ? "data" : "trailer";
+    } else if (this.next === "line end") {
+      if (line) return "a chunk is longer than its size";
+      this.next = "size";
+    } else if (line === "") this.next = "nothing";
+    else if (!TRAILER.test(line)) return "a trailer is not valid";
+    else {
+      const colon = line.indexOf(":"), name = line.slice(0, colon);
+      if (mayTrail(name)) this.trailers.push(name, trimmed(line, colon + 1, line.length));
     }
-    case "chunk-end":
-      receiving.framing = "chunk-size";
-      return line === "" ? undefined : "a chunk is longer than its size";
-    default:
-      if (line === "") receiving.framing = "none";
-      else if (!TRAILER.test(line)) return "a trailer is not valid";
-      else addTrailer(receiving, line);
-      return undefined;
+    return undefined;
   }
 }
 
 /** Whether a field may be a trailer: none that frames, routes or authenticates (RFC 9110 section 6.5.1). */
 const mayTrail = (name: string): boolean => fieldRole(name) === "pass" && !NOT_IN_TRAILERS.test(name);
-function addTrailer(receiving: BodyDecoder, line: string): void {
-  const colon = line.indexOf(":"), name = line.slice(0, colon);
-  if (!mayTrail(name)) return;
-  if (receiving.trailers === NO_TRAILERS) receiving.trailers = [];
-  receiving.trailers.push(name, trimmed(line, colon + 1, line.length));
-}
 const NOT_IN_TRAILERS =
   /^(?:authorization|cache-control|content-(?:encoding|range|type)|cookie|forwarded|max-forwards|pragma|proxy.*|range|set-cookie|trailer|via|x[-_.]forwarded.*|x[-_.]real[-_.]ip|x-request-id)$/i;
 
@@ -4006,9 +3961,6 @@ function gzipped(body: Body): Body {
   return packed;
 }
 
-/** The bytes from `at` on. An empty view would keep the whole buffer in memory, for each of thousands of idle connections. */
-const bytesBehind = (bytes: Bytes, at: number): Bytes => at < bytes.length ? bytes.subarray(at) : NO_BYTES;
-
 /** `Date`, made once a second (RFC 9110 section 6.6.1). */
 const dateLine = onceASecond((date) => `Date: ${date.toUTCString()}\r\n`);
 
@@ -4131,7 +4083,7 @@ class ClientConnection extends Connection implements BodySource {
   }
 
   /** Refuses bytes that are not a request; this is counted and logged like any other request. */
-  private refuse(problem: RequestProblem): true {
+  private refuse(problem: FailureName): true {
     this.begin({ ...parseRequestHead("", 0), problem });
     return true;
   }
@@ -4153,14 +4105,14 @@ class ClientConnection extends Connection implements BodySource {
     this.served++;
     this.closes = false;
     if (head.problem) this.rest = NO_BYTES;
-    else if (head.framing === "none") request.body = head.announced ? EMPTY_BODY : NO_BODY;
+    else if (head.length === 0) request.body = head.announced ? EMPTY_BODY : NO_BODY;
     else if (head.length > 0 && rest.length >= head.length) {
       request.body = new MemoryBody(rest.subarray(0, head.length));
       this.rest = bytesBehind(rest, head.length);
     } else {
       request.body = this.body = new StreamedBody(head.length, this);
       if (head.length < 0) this.body.kept = [];
-      this.receiving = newBodyDecoder(head.framing, head.length);
+      this.receiving = new BodyDecoder(head);
       this.rest = NO_BYTES;
       if (rest.length) this.receiveBody(this.receiving, rest);
     }
@@ -4169,18 +4121,18 @@ class ClientConnection extends Connection implements BodySource {
 
   private receiveBody(receiving: BodyDecoder, bytes: Bytes): void {
     const out: Bytes[] = [], { body, request } = this;
-    const after = decodeBody(receiving, bytes, out);
+    const after = receiving.decode(bytes, out);
     if (request) request.expects = false; // the client did not wait
     if (this.phase === "discarding") this.since = this.context.now();
     for (const piece of out) body!.push(piece);
-    if (receiving.crowded) letOthersGoFirst(this.socket, () => this.heldBack || !!this.body?.held);
+    if (receiving.isCrowded) letOthersGoFirst(this.socket, () => this.heldBack || !!this.body?.held);
     if (this.receiving !== receiving || after === undefined) return;
     this.receiving = this.body = undefined;
     if (typeof after === "string") {
       this.closes = true;
       return this.phase === "discarding" ? this.close() : body!.end("bad-body");
     }
-    this.rest = bytesBehind(after, 0);
+    this.rest = after;
     body!.end(receiving.trailers);
     if (this.phase === "discarding") this.next();
   }
@@ -4207,7 +4159,7 @@ class ClientConnection extends Connection implements BodySource {
     if (response.tunnel) return this.switch(response, response.tunnel);
     const bodiless = request.method === "HEAD" || BODILESS.has(status), length = bodiless ? 0 : body.length;
     const chunked = length < 0 && request.version !== "1.0";
-    const unread = receiving && (request.expects || receiving.framing !== "length" || receiving.left > DISCARDED);
+    const unread = receiving && (request.expects || request.chunked || receiving.left > DISCARDED);
     this.closes ||= !request.persistent || !!response.closes || !!unread || length < 0 && !chunked ||
       this.context.draining() ||
       request.upgrade !== "" && this.rest.length > 0; // what follows was meant for another protocol, or is the next request
@@ -4549,7 +4501,7 @@ class UpstreamConnection extends Connection implements BodySource, Progress {
   /** The head of the answer, and what has come with it. A body that came whole is handed over as bytes. */
   private beginBody(attempt: Attempt, head: ResponseHead, behind: Bytes): void {
     const { status, reason, fields, lines, length } = head, out: Bytes[] = [];
-    const receiving = this.receiving = newBodyDecoder(head.framing, length), after = decodeBody(receiving, behind, out);
+    const receiving = this.receiving = new BodyDecoder(head), after = receiving.decode(behind, out);
     if (typeof after === "string") return this.fail("invalid-answer", after);
     this.keepAlive = after?.length ? 0 : head.keepAlive; // more than was announced is never kept for another request
     const whole = after !== undefined && receiving.trailers.length === 0;
@@ -4565,12 +4517,12 @@ class UpstreamConnection extends Connection implements BodySource, Progress {
   }
 
   private receiveBody(attempt: Attempt, receiving: BodyDecoder, bytes: Bytes): void {
-    const out: Bytes[] = [], after = decodeBody(receiving, bytes, out);
+    const out: Bytes[] = [], after = receiving.decode(bytes, out);
     for (const piece of out) {
       attempt.received += piece.length;
       this.body!.push(piece);
     }
-    if (receiving.crowded) letOthersGoFirst(this.socket, () => !!this.body?.held);
+    if (receiving.isCrowded) letOthersGoFirst(this.socket, () => !!this.body?.held);
     if (after === undefined || this.attempt !== attempt) return;
     if (typeof after === "string") return this.fail("invalid-answer", after);
     if (after.length) this.keepAlive = 0;
@@ -4605,7 +4557,8 @@ class UpstreamConnection extends Connection implements BodySource, Progress {
   /** The server has ended its side: the end of a body without a length, else a failure. */
   onEnd(): void {
     const { attempt } = this;
-    if (!attempt || this.receiving?.framing !== "close") return this.fail("reset", CLOSED);
+    const isEnd = this.receiving && this.head!.length < 0 && !this.head!.chunked;
+    if (!attempt || !isEnd) return this.fail("reset", CLOSED);
     this.body!.end(NO_FIELDS);
     this.finish(attempt);
   }
@@ -5005,7 +4958,7 @@ function http2RequestHead({ fields: given, size, secret }: HeaderBlock, limits: 
     ? Boolean(authority) && own.size === 2
     : TOKEN.test(method) && TARGET.test(target) && /^https?$/.test(own.get(":scheme") ?? "");
   const mayExtend = protocol === undefined || protocol === "" || method === "CONNECT" && TOKEN.test(protocol);
-  const problem = ((): RequestProblem | undefined => {
+  const problem = ((): FailureName | undefined => {
     if (isLarge || count > limits.header_fields) return "headers-too-large";
     if (!isWhole || !mayExtend || length === "?") return "bad-request";
     if (named?.includes(",")) return "bad-host";
@@ -5030,7 +4983,7 @@ function http2ResponseHead({ fields: given, size }: HeaderBlock): ResponseHead |
   if (!read || !/^[1-9]\d\d$/.test(code) || status === 101 || length === "?") return "its head is malformed";
   const fields = withoutVainLength(status, all);
   return {
-    ...{ status, reason: "", fields, lines: fields === all ? lines : linesOf(fields), framing: "none", upgrade: "" },
+    ...{ status, reason: "", fields, lines: fields === all ? lines : linesOf(fields), chunked: false, upgrade: "" },
     ...{ keepAlive: Infinity, length: length ? Number(length) : -1 },
   };
 }
@@ -6181,7 +6134,7 @@ function bodyOfRequest({ body, headers }: Request, isGone: () => boolean): Body 
 const HOP_FIELDS = [...CONNECTION_FIELDS].filter((name) => !/^(?:content-length|expect|host)$/.test(name));
 /** Fields without those that end at this hop. */
 const withoutHopFields = (fields: Fields): Fields =>
-  without(fields, new Set([...HOP_FIELDS, ...connectionNames(fieldOf(fields, "connection") ?? "")]));
+  without(fields, new Set([...HOP_FIELDS, ...optionsOf(fieldOf(fields, "connection") ?? "")]));
 const isTokenText = memo((text) => TOKEN.test(text));
 /** Whether all fields are valid: a line break would begin another header, or another request. */
 function isPrintable(fields: Fields): boolean {
