@@ -2884,17 +2884,17 @@ const GRPC_UNITS: Record<string, number> = { H: 3.6e6, M: 6e4, S: 1e3, m: 1, u: 
 /** One request to one server. Its events come in this order: `onInform` any number of times, `onHead` at most once, `onEnd` once. */
 class Attempt {
   // given
-  server!: Server;
-  method = "GET";
-  target = "/"; // path and query
-  lines = ""; // the fields as they are written, but for those that frame the body
-  body: Body = NO_BODY;
-  upgrade = ""; // the protocol that it asks to switch to; empty: none
-  secret?: ReadonlySet<string> | undefined; // names of fields that came as never indexed
-  timeouts!: Policy["timeouts"];
-  deadline = Infinity; // when it has to be over, as a call of gRPC says
-  startedAt = 0; // milliseconds
-  tunnels?: Set<Tunnel>; // where its tunnel is, as long as it is open
+  declare server: Server;
+  declare method: string;
+  declare target: string; // path and query
+  declare lines: string; // the fields as they are written, but for those that frame the body
+  declare body: Body;
+  declare upgrade: string; // the protocol that it asks to switch to; empty: none
+  declare secret?: ReadonlySet<string> | undefined; // names of fields that came as never indexed
+  declare timeouts: Policy["timeouts"];
+  declare deadline: number; // when it has to be over, as a call of gRPC says; Infinity: never
+  declare startedAt: number; // milliseconds
+  declare tunnels?: Set<Tunnel>; // where its tunnel is, as long as it is open
 
   // counted by its connection
   connectedAt = 0; // when the request could be written; 0: not yet, or not known
@@ -2912,8 +2912,9 @@ class Attempt {
 }
 
 /** An attempt that is not counted: a probe or a mirrored copy. */
-const newAttempt = (given: Pick<Attempt, "server" | "timeouts" | "startedAt"> & Partial<Attempt>): Attempt =>
-  Object.assign(new Attempt(), given);
+const newAttempt = (
+  given: Pick<Attempt, "server" | "method" | "target" | "lines" | "body" | "timeouts" | "startedAt"> & Partial<Attempt>,
+): Attempt => Object.assign(new Attempt(), { upgrade: "", deadline: Infinity }, given);
 
 /** Bytes of the request's body that were meant for servers; of a tunnel all that the client has sent. */
 const receivedBy = ({ uploaded, body }: Attempt): number => Math.max(uploaded, body.length);
@@ -8289,7 +8290,7 @@ function tally(counters: Counters, milliseconds: number, bytesIn: number, bytesO
 
 /** The counters of one status and one method, under a number: a request makes no text. Any other method is the first. */
 const tallyOf = (tallies: Tallies, { status, method }: { status: number; method: string }): Counters =>
-  getOrMake(tallies, status * 16 + Math.max(0, METHODS.indexOf(method)), newCounters);
+  getOrMake(tallies, status * 16 + Math.max(0, METHODS.indexOf(method)), () => new Counters());
 
 /** The servers that a request or a connection may go to now. */
 function serversFor(service: Service, { tried, now }: Asker): readonly Server[] {
