@@ -2681,7 +2681,7 @@ class ServiceState {
   candidatesUntil = 0; // when to compute them again; 0: now
   panicking = false; // so few servers are healthy that all may be asked
   turn = 0; // requests so far
-  waiting = new Set<() => boolean>(); // the queue, oldest first: a call picks a server, or says that all are full
+  waiting: Set<() => boolean> = new Set(); // the queue, oldest first: a call picks a server, or says that all are full
 
   // retries
   retrying = 0; // retries and hedged attempts in flight, for metrics
@@ -2690,7 +2690,7 @@ class ServiceState {
   retried = 0; // retries from the budget in that second
 
   // latency
-  times = NO_TIMES; // the latest milliseconds to the head of a good answer, where there is a hedge
+  times: Float64Array<ArrayBuffer> = NO_TIMES; // the latest milliseconds to the head of a good answer, where there is a hedge
   measured = 0; // how many were written there
   hedgeDelay = 0; // the quantile of these
   median = 0; // of its servers' `typical`, as of the last comparison; 0: not known
@@ -2706,9 +2706,9 @@ class ServiceState {
   hedgesWon = 0; // those that answered first
   copies = { answered: 0, failed: 0, skipped: 0, inFlight: 0 }; // of `mirror`; in no other counter
   tallies: Tallies = new Map(); // of requests that have ended
-  grpc = new Map<string, Occurrences>(); // calls of gRPC by their status
+  grpc: Map<string, Occurrences> = new Map(); // calls of gRPC by their status
 }
-const NO_TIMES = new Float64Array(0);
+const NO_TIMES: Float64Array<ArrayBuffer> = new Float64Array(0);
 
 /** One service that a route may forward to, with the policy of that route. */
 interface Destination {
