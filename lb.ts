@@ -12651,6 +12651,7 @@ export class LbFleet {
 
 // --- 13.1 TLS: certificates of listeners, read again when their files change ---
 
+type CertificateFiles = Pick<ListenerConfig, "tls" | "client_ca">;
 /** A certificate with its key, as PEM. */
 interface Pair {
   cert: string;
@@ -12690,7 +12691,7 @@ function namesOf({ subjectAltName = "", subject }: X509Certificate): string[] {
 }
 
 /** @throws {Error} with the file and what is wrong with it */
-function readSecure({ tls, client_ca }: Pick<ListenerConfig, "tls" | "client_ca">): Secure {
+function readSecure({ tls, client_ca }: CertificateFiles): Secure {
   if (client_ca) readCertificate(client_ca);
   return { pairs: tls.map(readPair), clientCa: client_ca && readPem(client_ca, "CERTIFICATE") };
 }
@@ -12752,18 +12753,36 @@ function changeDetector(known: string): (stamp: string) => boolean {
 }
 
 /** Changes with the files of a listener's certificates. */
-const stampOf = ({ tls, client_ca }: ListenerConfig): string =>
+const stampOf = ({ tls, client_ca }: CertificateFiles): string =>
   [...tls.flatMap(({ cert, key }) => [cert, key]), client_ca].filter(Boolean).map((file) => file + fileStamp(file))
     .join();
 
-/** The certificates that clients refuse because of their dates. As in nginx and Caddy, listeners use them all the same. */
-function outdated({ tls }: Pick<ListenerConfig, "tls">, now: Date): string[] {
-  return tls.flatMap(({ cert }) => {
+/** What is wrong with certificate files. As in nginx and Caddy, listeners use a certificate that is out of date. */
+function problemsIn(files: CertificateFiles, now: Date): string[] {
+  try {
+    readSecure(files);
+  } catch (error) {
+    return [(error as Error).message];
+  }
+  return files.tls.flatMap(({ cert }) => {
     const { validFrom, validTo } = readCertificate(cert), [from, to] = [new Date(validFrom), new Date(validTo)];
     const day = (date: Date) => date.toISOString().slice(0, 10);
     if (now > to) return [`${cert} has expired on ${day(to)}`];
     return now < from ? [`${cert} is not valid before ${day(from)}`] : [];
   });
+}
+
+/** What is wrong with the certificate files that a config names. */
+function problemsOf({ listen, tcp, services }: Config, now: Date): string[] {
+  const check = (where: string, files: CertificateFiles) => problemsIn(files, now).map((one) => `${where}: ${one}`);
+  return [
+    ...listen.flatMap((at, i) => check(`listen[${i}]`, at)),
+    ...tcp.flatMap(({ name, listen }) => listen.flatMap((at) => check(name, at))),
+    ...[...services].flatMap(([name, { tls: { ca, cert, key } }]) => [
+      ...check(`${name}: tls`, { tls: [], client_ca: ca }),
+      ...check(`${name}: tls`, { tls: cert ? [{ cert, key }] : [], client_ca: "" }),
+    ]),
+  ];
 }
 
 // --- 13.2 Runtimes: what Deno, Bun, Node and the edge do in ways of their own ---
@@ -12821,26 +12840,6 @@ function clientOf(request: Request, env: unknown): Client {
     incoming?.socket?.remoteAddress ?? (HERE === "edge" && request.headers.get("cf-connecting-ip") || undefined);
   const scheme = request.url.startsWith("https:") ? "https" : "http";
   return { address: unmapped(address), scheme, headers, upgrades: HERE === "edge" };
-}
-
-/** What is wrong with the certificate files that a config names. */
-function problemsOf({ listen, tcp, services }: Config, now: Date): string[] {
-  const problems: string[] = [];
-  const check = (where: string, at: Pick<ListenerConfig, "tls" | "client_ca">) => {
-    try {
-      readSecure(at);
-      problems.push(...outdated(at, now).map((one) => `${where}: ${one}`));
-    } catch (error) {
-      problems.push(`${where}: ${(error as Error).message}`);
-    }
-  };
-  for (const [i, at] of listen.entries()) check(`listen[${i}]`, at);
-  for (const { name, listen } of tcp) for (const at of listen) check(name, at);
-  for (const [name, { tls: { ca, cert, key } }] of services) {
-    check(`${name}: tls`, { tls: [], client_ca: ca });
-    check(`${name}: tls`, { tls: cert ? [{ cert, key }] : [], client_ca: "" });
-  }
-  return problems;
 }
 
 /** A resolver, made for one question: Bun's never asks again after a negative answer (1.4.5). */
@@ -13377,7 +13376,7 @@ function renewCertificates({ lb: { balancer: { table, effects } }, report }: Lis
     one.listener.then((listener) => {
       listener.swap(readSecure(at));
       report("info", `${name}: other certificates are in force`);
-      for (const problem of outdated(at, effects.date())) report("error", `${name}: ${problem}`);
+      for (const problem of problemsIn(at, effects.date())) report("error", `${name}: ${problem}`);
     }).catch((error) => report("error", `${name}: the old certificates stay in force: ${error.message}`));
   }
 }
