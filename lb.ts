@@ -12895,22 +12895,6 @@ function defaultEffects(): Omit<Effects, "accessLog"> {
   };
 }
 
-/**
- * Checks, before workers share a port, that no other process listens there: the system would give that one a part of
- * the clients. It connects as a client does: a trial listener would take clients and turn them away.
- * @throws {Error} with the code EADDRINUSE
- */
-async function checkUnused({ host, port }: Address): Promise<void> {
-  if (port === 0) return;
-  const socket = await connectWithin(1_000, netConnect(port, bareAddress(host) || "127.0.0.1"));
-  if (socket instanceof WireError) return;
-  const { localAddress, remoteAddress, localPort } = socket;
-  socket.destroy();
-  const isElsewhere = localAddress !== remoteAddress; // listening will fail, as this machine lacks the address
-  const isItself = localPort === port; // the socket has connected to itself
-  if (!isElsewhere && !isItself) throw Object.assign(new Error(), { code: "EADDRINUSE" });
-}
-
 // --- 13.3 Library: a balancer with the effects of this runtime ---
 
 /** Effects of the library's user, in place of the runtime's. `fetch` sends attempts by a function of the Fetch API. */
@@ -13258,6 +13242,22 @@ const cannotListen = ({ host, port }: Address) => (error: Error & { code?: strin
   const known = isUnix(host) ? SOCKET_ERRORS : LISTEN_ERRORS, code = isUnresolved ? "ENOTFOUND" : error.code ?? "";
   throw new StartError(`cannot listen on ${shownAddress(host, port)}: ${known[code] ?? error.message}`);
 };
+
+/**
+ * Checks, before workers share a port, that no other process listens there: the system would give that one a part of
+ * the clients. It connects as a client does: a trial listener would take clients and turn them away.
+ * @throws {StartError} with the address
+ */
+async function checkUnused(at: Address): Promise<void> {
+  if (at.port === 0) return;
+  const socket = await connectWithin(1_000, netConnect(at.port, bareAddress(at.host) || "127.0.0.1"));
+  if (socket instanceof WireError) return;
+  const { localAddress, remoteAddress, localPort } = socket;
+  socket.destroy();
+  if (localAddress !== remoteAddress) return; // another machine's: listening fails, as this one lacks the address
+  if (localPort === at.port) return; // the socket has connected to itself
+  cannotListen(at)(Object.assign(new Error(), { code: "EADDRINUSE" }));
+}
 
 /** Certificate and key, as PEM, and where to listen. */
 interface ServeOptions {
@@ -13813,7 +13813,7 @@ async function openListeners(lb: LoadBalancer, admin: Hono<AdminEnv>, call: Call
   const context = { lb, admin, shared, ports: new Map(), report };
   if (call.workers === 1) return await listenAll({ ...context, opens: () => true });
   const tried = [...listenersOf(table)].filter(([name, { host }]) => !shared && !isAdmin(name) && !isUnix(host));
-  await Promise.all(tried.map(([, at]) => checkUnused(at).catch(cannotListen(at))));
+  await Promise.all(tried.map(([, at]) => checkUnused(at)));
   const workers = await startWorkers(lb, call.workers, log);
   const { opened } = await listenAll({ ...context, opens: isAdmin });
   return { ...workers, opened: new Map([...opened, ...workers.opened]) };
