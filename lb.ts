@@ -12741,7 +12741,7 @@ function fileStamp(file: string): string {
   }
 }
 
-/** Tells of each stamp whether it is another one than before, and has not changed since the last: nobody is writing. */
+/** Says at each look whether files are others than those in use, and the same as at the look before: nobody is writing. */
 function changeDetector(known: string): (stamp: string) => boolean {
   let last = known;
   return (stamp) => {
