@@ -6281,14 +6281,11 @@ const hostIsValid = memo((host) => {
 function removeDots(path: string): string {
   if (!path.includes("/.")) return path;
   const out: string[] = [];
-  const segments = path.split("/").slice(1);
-  segments.forEach((segment, i) => {
-    const last = i === segments.length - 1;
+  for (const segment of path.split("/").slice(1)) {
     if (segment === "..") out.pop();
-    if (segment === "." || segment === "..") {
-      if (last) out.push("");
-    } else out.push(segment);
-  });
+    else if (segment !== ".") out.push(segment);
+  }
+  if (/\/\.\.?$/.test(path)) out.push(""); // what ends in dots is a folder
   return "/" + out.join("/");
 }
 
@@ -7525,8 +7522,10 @@ function startTrace(exchange: Exchange): void {
   const asked = fieldOf(fields, "traceparent"), sent = asked && TRACEPARENT.exec(asked);
   exchange.span = newId(balancer);
   exchange.trace = sent ? sent[1]! : balancer.origin + exchange.span;
-  exchange.traceFlags = sent ? HEX[parseInt(sent[2]!, 16) & 3]! : exchange.logged ? "01" : "00"; // what we know: sampled, random
-  if (sent) exchange.traceState = fieldOf(fields, "tracestate") ?? "";
+  exchange.traceFlags = exchange.logged ? "01" : "00";
+  if (!sent) return;
+  exchange.traceFlags = HEX[parseInt(sent[2]!, 16) & 3]!; // what we know: sampled, random
+  exchange.traceState = fieldOf(fields, "tracestate") ?? "";
 }
 
 /** Gives an attempt a span of its own, in the trace of its request. */
@@ -7944,7 +7943,7 @@ function visitCounted(balancer: Balancer, visit: Visit): void {
   const visitTallies = (kind: "entrypointRequests" | "serviceRequests", labels: Labels, tallies: Tallies) => {
     for (const [key, counters] of tallies) {
       const code = Math.floor(key / 16), method = METHODS[key % 16]!;
-      const protocol = method === "" ? "tcp" : code === 101 ? "websocket" : "http";
+      const overHttp = code === 101 ? "websocket" : "http", protocol = method === "" ? "tcp" : overHttp;
       visit(kind, { ...labels, code, method, protocol }, counters);
     }
   };
@@ -8025,7 +8024,7 @@ function redirectReply(exchange: Exchange, action: Extract<Action, { kind: "redi
   const { to, scheme, host, port, path, status } = action, { origin } = exchange;
   const proto = scheme || origin.scheme, asked = origin.host || exchange.host;
   const own = /:\d+$/.exec(asked)?.[0] ?? (origin.port && `:${origin.port}`); // it goes with its host and scheme
-  const shown = port ? `:${port}` : scheme || host ? "" : own;
+  const kept = scheme || host ? "" : own, shown = port ? `:${port}` : kept;
   const usual = proto === "https" ? ":443" : ":80";
   const authority = (host || hostName(asked)) + (shown === usual ? "" : shown);
   const location = to || `${proto}://${authority}${path || exchange.path}${exchange.query}`;
@@ -8562,7 +8561,7 @@ function sendHedged(exchange: Exchange, server: Server, retry: number, decide: E
     if (attempt === second) service.hedgesWon++;
     exchange.tried.splice(-2, 2, other.server, attempt.server); // the winner stands last
     exchange.attempt = attempt;
-    addBackgroundWork(exchange, abandon(other, effects));
+    addBackgroundWork(exchange, abandon(other));
     decide(attempt);
   };
   const first = new ServerAttempt(exchange, server, retry, onDecided);
@@ -8583,7 +8582,8 @@ function sendHedged(exchange: Exchange, server: Server, retry: number, decide: E
  * Ends an attempt that has lost. It may first run as long again as it already has, so that the latency of a server that
  * was only a little late is measured, and one that hangs is known to be slower than that.
  */
-async function abandon(attempt: ExchangeAttempt, effects: Effects): Promise<void> {
+async function abandon(attempt: ExchangeAttempt): Promise<void> {
+  const { effects } = attempt.service;
   attempt.hasLost = true;
   if (!attempt.response && !attempt.endedAt) {
     await effects.sleep(Math.min(MOST_GRACE, effects.now() - attempt.startedAt));
@@ -8606,7 +8606,7 @@ function pickSecond(exchange: Exchange, first: ExchangeAttempt): Server | undefi
   try {
     return takeServer(service, runStrategy(service, others as readonly Server[] as Candidates, exchange), exchange);
   } catch (error) { // a strategy threw: nothing waits for the first attempt any more
-    addBackgroundWork(exchange, abandon(first, effects));
+    addBackgroundWork(exchange, abandon(first));
     throw error;
   }
 }
@@ -9079,7 +9079,8 @@ function buildService(
     const before = byUrl.get(wanted.url), since = before?.state === wanted.state ? before.since : now;
     const isNew = previous && before?.state !== "ready" && wanted.state === "ready";
     const tls = servername && !config.tls.servername ? { ...config.tls, servername } : config.tls;
-    const http = wanted.url.startsWith("h2c:") ? 2 : wanted.url.startsWith("https:") ? config.http : 1;
+    const overTls = wanted.url.startsWith("https:") ? config.http : 1;
+    const http = wanted.url.startsWith("h2c:") ? 2 : overTls;
     const server = Object.assign(before ?? newServer(wanted, name, tls, http), wanted, { tls, http, since });
     if (isNew) server.back = now;
     const found = wasAuto ? server.limit : FIRST_LIMIT; // what `auto` has found stays found
