@@ -292,12 +292,14 @@ const term = <T = string>(
       return NEVER;
     }),
   );
-/** A word or number that passes a test. */
+/** A word, number or truth that passes a test. */
 const scalar = (what: string, json: Raw, test: (text: string) => boolean) => {
-  const isScalar = (value: unknown) => typeof value === "string" || typeof value === "number";
-  return withParts(v.custom<string | number>((value) => isScalar(value) && test(`${value}`), `$ is not ${what}`), {
-    json,
-  });
+  const isScalar = (value: unknown) => /^(?:string|number|boolean)$/.test(typeof value);
+  const schema = v.custom<string | number | boolean>(
+    (value) => isScalar(value) && test(`${value}`),
+    `$ is not ${what}`,
+  );
+  return withParts(schema, { json });
 };
 const oneOf = <const N extends (string | number)[]>(...names: N) => {
   const json = { anyOf: [{ enum: names }, { type: "string", pattern: VARIABLE }] };
@@ -317,15 +319,12 @@ const numberFrom = (least: number, most: number, type: "number" | "integer") => 
 };
 const numeral = (least: number, most: number) => numberFrom(least, most, "number");
 const integer = (least: number, most: number) => numberFrom(least, most, "integer");
-const truth = (value: unknown): value is string | boolean => /^(?:true|false)$/i.test(String(value));
+const BOOL = { type: ["boolean", "string"], pattern: VARIABLE };
 const Bool = v.pipe(
-  withParts(v.custom(truth, "$ is not true or false"), { json: { type: ["boolean", "string"], pattern: VARIABLE } }),
-  v.transform(isTrue),
+  scalar("true or false", BOOL, (text) => /^(?:true|false)$/i.test(text)),
+  v.transform((one) => isTrue(one)),
 );
-const True = v.pipe(
-  withParts(v.custom<unknown>(isTrue, "$ is not true"), { json: { const: true } }),
-  v.transform(() => true as const),
-);
+const True = v.pipe(scalar("true", { const: true }, isTrue), v.transform(() => true as const));
 
 // Times become milliseconds, percentages fractions, sizes bytes, and none becomes Infinity.
 const UNITS: Record<string, number> = { ms: 1, s: 1e3, m: 60e3, h: 3600e3, d: 86400e3 };
@@ -349,24 +348,18 @@ const HeadSize = term("a size such as 64KiB, from 1KiB to 1MiB", SIZE, (...size)
   return Number(bytes) >= 1_024 && Number(bytes) <= 2 ** 20 && bytes;
 });
 const Limit = or("none", Infinity, integer(1, 1e6));
-const Text = v.pipe(
-  withParts(either("text", v.string(), v.number(), v.boolean()), { json: { type: ["string", "number", "boolean"] } }),
-  v.transform(String),
-);
+const Text = v.pipe(scalar("text", { type: ["string", "number", "boolean"] }, () => true), v.transform(String));
 // A line break would begin another header.
 const Printable = v.pipe(Text, v.regex(/^[\t\x20-\x7e\x80-\xff]*$/, "$ cannot stand in a header"), v.trim());
 const Texts = many(Printable, "a text");
 const lower = (text: string) => text.toLowerCase();
 const TOKEN = /^[!#$%&'*+.^_`|~0-9A-Za-z-]+$/; // RFC 9110 section 5.6.2
 const upper = (text: string) => text.toUpperCase();
-const Method = term(
-  "a method that can be forwarded, such as GET",
-  TOKEN,
-  (text) => !/^(trace|connect)$/i.test(text) && upper(text),
-);
+const A_METHOD = "a method that can be forwarded, such as GET";
+const Method = term(A_METHOD, TOKEN, (text) => !/^(trace|connect)$/i.test(text) && upper(text));
 const Methods = many(Method, "a method");
 /** The method of a route: words for any of them, and several with a bar, are valid tokens and would match nothing. */
-const RouteMethod = term("a method that can be forwarded, such as GET", TOKEN, (text) => {
+const RouteMethod = term(A_METHOD, TOKEN, (text) => {
   if (/^(?:\*|all|any)$/i.test(text)) return new Error("leave methods out for any");
   if (text.includes("|")) return new Error(`write [${upper(text).split("|").join(", ")}]`);
   return v.is(Method, text) && upper(text);
@@ -632,16 +625,14 @@ const StatusRange = term(A_STATUS, /^([1-5]\d\d)(?:-([1-5]\d\d))?$/, (_, from, t
 });
 const Hundred = term(A_STATUS, /^[1-5](?:xx|XX)$/);
 const Statuses = orBrief(A_STATUS, Hundred, (text) => String(text).replace(/xx/i, "00-$`99"), StatusRange);
+const GrpcName = v.pipe(Text, v.maxBytes(100, "$ is longer than 100 bytes"));
 const Probe = map({
   path: may(either("a path", v.literal(""), ProbePath), "a request to it; without it a TCP connect", ""),
   interval: may(Duration, "time between two probes", "10s"),
   timeout: may(Duration, "a probe that takes longer has failed", "2s"),
   expect: may(many(Statuses, "a status", 1), "200, 200-399, or a list", [200]),
   body: may(Text, "what the body has to contain", ""),
-  grpc: may(
-    v.pipe(Text, v.maxBytes(100, "$ is longer than 100 bytes")),
-    "the service that grpc.health.v1 is asked about, over HTTP/2; empty: the whole server",
-  ),
+  grpc: may(GrpcName, "the service that grpc.health.v1 is asked about, over HTTP/2; empty: the whole server"),
   rise: may(integer(1, 100), "successes in a row until it may be asked again", 2),
   fall: may(integer(1, 100), "failures in a row until it may not be asked", 3),
   method: may(oneOf("GET", "HEAD", "OPTIONS", "POST"), "to ask with", "GET"),
@@ -990,22 +981,16 @@ const EngineUrl = term(ENGINE, /^(?:https?:\/\/)?[^\s/?#@]+(?:\/[^\s?#@]*)?$/, (
   return URL.canParse(url) && new URL(url).href.replace(/\/+$/, "");
 });
 const AN_INSTANCE = "a name of an instance (at most 100 characters, without / and spaces)";
+const InstanceName = term(AN_INSTANCE, /^[^\s/\p{Cc}]{0,100}$/u);
+const Ttl = v.pipe(Duration, v.check((ms) => ms >= 2_000, "is less than 2s"));
 const FleetMap = map({
   etcd: may(many(EngineUrl, ENGINE), "members of etcd; any that answers will do", []),
   prefix: may(term("a prefix such as lb/", /^[!-~]{1,200}$/), "of the fleet's keys", "lb/"),
-  name: may(
-    term(AN_INSTANCE, /^[^\s/\p{Cc}]{0,100}$/u),
-    "of this instance; else the name of its host and the id of its process",
-    "",
-  ),
+  name: may(InstanceName, "of this instance; else the name of its host and the id of its process", ""),
   user: may(Text, "of etcd", ""),
   password: may(Text, "of the user, or the token of a Durable Object", ""),
   tls: may(Tls, "PEM files; the name to verify; insecure: any will do", defaultsOf(TlsMap)),
-  ttl: may(
-    v.pipe(Duration, v.check((ms) => ms >= 2_000, "is less than 2s")),
-    "an instance that the engine has not heard for so long is gone; at least 2s",
-    "10s",
-  ),
+  ttl: may(Ttl, "an instance that the engine has not heard for so long is gone; at least 2s", "10s"),
   probers: may(integer(1, 100), "instances that probe each server; most of them decide", 3),
   durable: may(Text, "at the edge, in place of etcd: the binding of an LbFleet object", ""),
 }, "{ etcd: http://10.0.0.1:2379 }");
