@@ -9885,16 +9885,13 @@ const valueAt = (raw: unknown, path: Keys): unknown =>
 const setOwn = (raw: Raw, key: string | number, value: unknown): Raw =>
   Object.defineProperty(raw, key, { value, writable: true, enumerable: true, configurable: true });
 /** Puts a value in its place; undefined takes it away. */
-function putValue(raw: Raw, path: Keys, value: unknown): void {
-  const last = path.at(-1)!;
-  let parent = raw;
-  for (const key of path.slice(0, -1)) {
-    if (!isRecord(valueAt(parent, [key])) && !Array.isArray(valueAt(parent, [key]))) setOwn(parent, key, {});
-    parent = parent[key] as Raw;
-  }
-  if (value !== undefined) setOwn(parent, last, value);
-  else if (Array.isArray(parent)) parent.splice(Number(last), 1);
-  else delete parent[last];
+function putValue(raw: Raw, [key, ...deeper]: Keys, value: unknown): void {
+  if (deeper.length) {
+    const inner = valueAt(raw, [key!]);
+    putValue(inner instanceof Object ? inner as Raw : setOwn(raw, key!, {})[key!] as Raw, deeper, value);
+  } else if (value !== undefined) setOwn(raw, key!, value);
+  else if (Array.isArray(raw)) raw.splice(Number(key), 1);
+  else delete raw[key!];
 }
 /**
  * A merge patch (RFC 7396): maps are merged, null takes away, anything else replaces. `long` is what `under` says without
