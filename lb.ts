@@ -3032,10 +3032,6 @@ export interface Effects {
   onNews(news: News): void;
   /** The client of a Request; `env` is what the runtime passes beside it. */
   client(request: Request, env: unknown): Client;
-  /** Whether this instance probes a server: in a fleet some do. */
-  probes(service: Service, server: Server): boolean;
-  /** Whether a server counts as up, after a probe of this instance: in a fleet most of its probers decide. */
-  agree(service: Service, server: Server): boolean;
   /** The fleet that this instance belongs to. */
   fleet?: Membership | undefined;
   /** What the certificate in a file is for, and until when. */
@@ -3055,6 +3051,10 @@ type News =
 
 /** What the program asks of its fleet. */
 interface Membership {
+  /** Whether this instance probes a server: some do. */
+  mayProbe(server: Server): boolean;
+  /** Whether a server is up, after a probe of this instance: most of its probers decide. */
+  isUp(service: Service, server: Server): boolean;
   /** Whether it waits for the fleet's first document: this instance has none of its own. */
   isWaiting(): boolean;
   /**
@@ -7045,7 +7045,7 @@ function onProbed(service: Service, server: Server, problem: string | undefined,
     server.until = server.since = now; // it may be tried out at once
     service.candidatesUntil = 0;
   }
-  if (decided === undefined) setUp(service, server, effects.agree(service, server), problem);
+  if (decided === undefined) setUp(service, server, effects.fleet?.isUp(service, server) ?? server.opinion, problem);
   else setUp(service, server, decided, problem, () => {});
 }
 
@@ -7166,7 +7166,7 @@ async function probeDue(table: Table, effects: Effects): Promise<void> {
   const probed = [...table.services.values()].filter(({ config }) => config.health.kind !== "off");
   const servers = probed.flatMap((service) => service.servers.map((server) => [service, server] as const));
   const due = servers.filter(([service, server]) =>
-    server.probeAt <= now && server.state !== "maint" && effects.probes(service, server)
+    server.probeAt <= now && server.state !== "maint" && (effects.fleet?.mayProbe(server) ?? true)
   );
   await Promise.all(due.map(async ([service, server]) => {
     server.probeAt = now + service.config.health.interval * (0.9 + 0.2 * effects.random());
@@ -11664,8 +11664,6 @@ export class Fleet implements Membership {
       this.applyRecords(); // other servers may have other probers
       this.applyChanges();
     };
-    effects.probes = (_, server) => !this.othersCount() || this.lease !== "" && this.isProber(server);
-    effects.agree = (service, server) => this.agree(service, server);
   }
 
   // Start, end and loops.
@@ -11964,7 +11962,10 @@ export class Fleet implements Membership {
   private othersCount(): boolean {
     return this.state === "answers" && this.countsAt === 0 && this.records.size > 0 && !this.isOver;
   }
-  private agree({ config: { health: { rise, fall } } }: Service, server: Server): boolean {
+  mayProbe(server: Server): boolean {
+    return !this.othersCount() || this.lease !== "" && this.isProber(server);
+  }
+  isUp({ config: { health: { rise, fall } } }: Service, server: Server): boolean {
     const key = keyOfServer(server);
     if (server.passes >= rise || server.fails >= fall) this.unsure.delete(key);
     if (!this.othersCount()) return server.opinion;
@@ -12870,8 +12871,6 @@ function defaultEffects(): Omit<Effects, "accessLog"> {
       }),
     client: clientOf,
     ...DNS,
-    probes: () => true,
-    agree: (_, server) => server.opinion,
     onNews: () => {},
     certificate: certificateIn,
     report: printReport,
