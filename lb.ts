@@ -4687,12 +4687,12 @@ function connectWithin(timeout: number, socket: Socket): Promise<Socket | WireEr
 
 // --- 3.6 HTTP/2: header compression, frames and flow control, and its connections of both sides (RFC 9113, RFC 7541) ---
 
-const STREAM_WINDOW = 262_144; // bytes of one body that a peer may send before they are read
-const CONNECTION_WINDOW = 1_048_576; // the same of all bodies; raised as they come, for each stream has its own limit
-const MAX_FRAME = 16_384; // bytes, ours and a peer's that does not say more
+const STREAM_WINDOW = 262_144; // bytes of one body that a peer may send ahead of its reader
+const CONNECTION_WINDOW = 1_048_576; // the same of all bodies; raised as bytes come, because each stream has its own limit
+const MAX_FRAME = 16_384; // bytes: our limit, and that of a peer until its SETTINGS say more
 const MAX_WINDOW = 2 ** 31 - 1;
-const MAX_STREAMS = 100; // of a client at once, as haproxy's; of a server that does not say
-const MOST_RESETS = 1_000; // streams that were reset, which a connection remembers
+const MAX_STREAMS = 100; // that a client may open at once (haproxy: 100); the same at servers that set no limit
+const MOST_RESETS = 1_000; // streams that a connection remembers as reset
 const PATIENCE = 300; // frames that ask for nothing, beyond one for each response and 100 each second
 
 const DATA = 0, HEADERS = 1, PRIORITY = 2, RESET = 3, SETTINGS = 4; // types of frames
@@ -4707,7 +4707,7 @@ const HTTP2_ERRORS = [
 ] as const;
 type Http2Error = (typeof HTTP2_ERRORS)[number];
 
-/** What a peer did wrong: it ends a stream or, where the stream is 0, the connection. */
+/** An error of the peer, which ends a stream; with stream 0 it ends the connection. */
 class Http2Failure extends Error {
   readonly code: Http2Error;
   readonly stream: number;
@@ -4773,8 +4773,8 @@ function hpackInteger(value: number, bits: number, flags: number): string {
 }
 const hpackText = (text: string): string => hpackInteger(text.length, 7, 0) + text;
 
-const TABLE_SIZE = 4_096; // bytes of a dynamic table, where its owner says nothing
-const EMPTY_TABLE = "\x20"; // says that the table has 0 bytes: a peer that wants less than TABLE_SIZE waits to hear so (section 4.2)
+const TABLE_SIZE = 4_096; // bytes of a dynamic table, unless SETTINGS say less
+const EMPTY_TABLE = "\x20"; // sets the size to 0 bytes, which a peer that sets less than TABLE_SIZE waits for (section 4.2)
 const NEVER_INDEXED = 16; // a flag of fields that no table on the way may hold (RFC 7541 section 6.2.3)
 const SECRET_NAMES = new Set(["authorization", "cookie", "proxy-authorization", "set-cookie"]);
 const NO_NAMES: ReadonlySet<string> = new Set();
@@ -4793,13 +4793,13 @@ const compressLine = memo((line) => {
   return hpackInteger(known, 4, flags) + (known ? "" : hpackText(name)) + hpackText(value);
 }, 300);
 
-/** The same line as a field that is never indexed; what stands whole in the static table is no secret. */
+/** Marks a compressed line as never indexed, unless the static table has it whole: then it is no secret. */
 function neverIndexed(bytes: string): string {
   const first = bytes.charCodeAt(0);
   return first < NEVER_INDEXED ? String.fromCharCode(first | NEVER_INDEXED) + bytes.slice(1) : bytes;
 }
 
-/** Field lines, compressed; fields with a name in `secret` came as never indexed, and stay so. */
+/** Compresses field lines. Fields whose names are in `secret` came as never indexed, and stay so. */
 function compressLines(lines: string, secret?: ReadonlySet<string>): string {
   let block = "";
   for (let at = 0, next; at < lines.length; at = next + 2) {
@@ -4809,7 +4809,7 @@ function compressLines(lines: string, secret?: ReadonlySet<string>): string {
   }
   return block;
 }
-/** Most responses of a server have the lines of the one before. */
+/** Most responses of a server have the same lines as the one before. */
 const compressHead = memo((lines) => compressLines(lines), 2_048);
 
 /** The fields of a header block. The same block means the same as long as the dynamic table does not change. */
@@ -4830,7 +4830,7 @@ class HeaderDecoder {
   private bytes: Bytes = NO_BYTES;
   private at = 0;
 
-  /** @throws {Http2Failure} where it is not valid. Of more than `limit` bytes the first are there. */
+  /** Keeps fields up to `limit` bytes. @throws {Http2Failure} */
   decode(bytes: Bytes, limit: number): HeaderBlock {
     const text = bytes.toString("latin1"), before = this.known.get(text), fields: string[] = [];
     if (before) return before;
@@ -5042,7 +5042,7 @@ abstract class Http2Stream<C extends Http2Connection = Http2Connection> implemen
     this.closeIfDone();
   }
 
-  /** Takes trailers. */
+  /** Receives trailers. */
   onBlock({ fields: given, size }: HeaderBlock, ends: boolean): void {
     const read = ends ? readHttp2Fields(given, NO_NAMES) : undefined;
     if (this.hasEnded) throw fault("STREAM_CLOSED", "a head behind the end of a stream", this.id);
@@ -5143,7 +5143,7 @@ abstract class Http2Stream<C extends Http2Connection = Http2Connection> implemen
   }
 }
 
-/** A header block until its END_HEADERS. */
+/** A header block, until END_HEADERS completes it. */
 interface OpenBlock {
   readonly id: number;
   readonly ends: boolean; // its HEADERS ends the peer's side
@@ -5158,22 +5158,22 @@ abstract class Http2Connection extends Connection {
   readonly now: () => number; // milliseconds
   readonly headLimit: number; // bytes of a header list
   readonly streams: Map<number, Http2Stream> = new Map();
-  readonly blocked: Set<Http2Stream> = new Set(); // those that wait for a window, or for room in the socket
+  readonly blocked: Set<Http2Stream> = new Set(); // streams that wait for a window, or for room in the socket
   window = 65_535; // bytes that we may still send, on all streams
   initialWindow = 65_535;
   maxFrame = MAX_FRAME;
   hasSettings = false; // the peer's
-  protected maxStreams = MAX_STREAMS; // that the peer takes from us
+  protected maxStreams = MAX_STREAMS; // that the peer accepts at once
   protected lastId = 0; // the highest that a client has begun
   protected usedAt: number; // when the last stream ended, or the connection began, in milliseconds
   protected leavingAt = 0; // when one side said that it opens no more streams; 0: not yet
-  protected lastServed = Infinity; // the last stream of the peer that is served, where it has been told
+  protected lastServed = Infinity; // the last stream of the peer that is served, as our GOAWAY said
   protected overAt = 0; // when it ended, with a GOAWAY or without; 0: not yet
   protected preface = ""; // what the peer has to begin with
   private rest: Bytes = NO_BYTES; // of a frame that has not come whole
   protected block: OpenBlock | undefined;
   protected readonly maxPush: number = 1; // that SETTINGS_ENABLE_PUSH may be
-  protected readonly resets: Set<number> = new Set(); // the latest that we have reset: frames of them may be coming
+  protected readonly resets: Set<number> = new Set(); // the latest streams that we have reset: their frames may still arrive
   private readonly decoder = new HeaderDecoder();
   private unread = 0; // bytes of data that have come since the peer was told to send more
   private moved = 0; // pieces of data that have passed, either way, less the peer's PINGs
@@ -5212,7 +5212,7 @@ abstract class Http2Connection extends Connection {
       at = end;
     }
     if (!this.overAt) this.rest = bytesBehind(data, at);
-    // a peer that does not read is not read; bodies stop at WINDOW, so that two balancers never wait for each other
+    // peers that do not read are not read, either; bodies stop at WINDOW, so that two balancers never wait for each other
     if (this.socket.writableLength > 4 * WINDOW) this.hold();
   }
   onDrain(): void {
@@ -5251,7 +5251,7 @@ abstract class Http2Connection extends Connection {
     this.wastedAt = now;
     if (this.wasted > PATIENCE) this.fail(fault("ENHANCE_YOUR_CALM", "too many frames that ask for nothing"));
   }
-  /** A request has its response, or a server has refused it: a frame that ends the rest of its stream is to be expected. */
+  /** Allows one more such frame: after a response the peer may reset the rest of the stream. */
   onResponse(): void {
     this.wasted = Math.max(0, this.wasted - 1);
   }
@@ -5259,7 +5259,7 @@ abstract class Http2Connection extends Connection {
   onDataFrame(payload: Bytes, flags: number, id: number): void {
     const bytes = unpadded(payload, flags), ends = (flags & END_STREAM) > 0;
     this.unread += payload.length;
-    if (this.unread >= CONNECTION_WINDOW / 2) { // long before it is used up: no frame is so large
+    if (this.unread >= CONNECTION_WINDOW / 2) { // one frame never uses up the other half
       this.raiseWindow(0, this.unread);
       this.unread = 0;
     }
@@ -5276,8 +5276,8 @@ abstract class Http2Connection extends Connection {
     this.onContinuation(payload.subarray(skipped), flags, id);
   }
   onContinuation(payload: Bytes, flags: number, id: number): void {
-    const block = this.block!; // `checkFrame` has refused one without HEADERS
-    block.size += payload.length + 32; // empty ones are not free, either
+    const block = this.block!; // `checkFrame` refuses CONTINUATION without HEADERS
+    block.size += payload.length + 32; // empty frames count, too
     block.pieces.push(payload);
     if (block.size > this.headLimit + MAX_FRAME) throw fault("ENHANCE_YOUR_CALM", "an endless header block");
     if (!(flags & END_HEADERS)) return;
@@ -5348,9 +5348,9 @@ abstract class Http2Connection extends Connection {
     target.window += more;
     if (target.window > MAX_WINDOW) throw fault("FLOW_CONTROL_ERROR", WINDOW_TOO_LARGE, id);
     if (target instanceof Http2Stream) target.pump();
-    else if (!wasOpen) this.pumpBlocked(); // otherwise those that wait do so for their own windows
+    else if (!wasOpen) this.pumpBlocked(); // otherwise streams wait for their own windows
   }
-  /** Every stream that waits sends a frame in turn, as long as there is room. */
+  /** Lets the streams that wait send a frame each, in turn, while there is room. */
   private pumpBlocked(): void {
     for (let more = true; more;) {
       more = false;
@@ -5362,7 +5362,7 @@ abstract class Http2Connection extends Connection {
     }
   }
 
-  /** The stream of a frame that may have been sent before the peer knew that the stream was over. */
+  /** The stream of a frame that may have crossed its end; undefined: it is over. */
   private openStream(id: number): Http2Stream | undefined {
     if (id % 2 === 0 || id > this.lastId) throw fault("PROTOCOL_ERROR", `stream ${id} has not begun`);
     return this.streams.get(id);
@@ -5389,7 +5389,7 @@ abstract class Http2Connection extends Connection {
   protected writeFrame(type: number, flags: number, id: number, payload: string): void {
     this.write(frameHead(payload.length, type, flags, id) + payload);
   }
-  /** Sends our settings, with the windows that both sides give their peer. */
+  /** Sends our settings, with the windows that all peers get. */
   protected sendSettings(own: [name: number, value: number][]): void {
     const all = [...own, [SETTING.window, STREAM_WINDOW] as const];
     const payload = all.map(([name, value]) => String.fromCharCode(0, name) + u32(value)).join("");
@@ -5446,13 +5446,13 @@ abstract class Http2Connection extends Connection {
     this.overAt = this.now();
     this.leaveAll(detail);
     this.end();
-    this.release(); // what still comes is read and thrown away, so that the peer gets the GOAWAY
+    this.release(); // the rest is read and discarded, for unread bytes would reset the connection before the GOAWAY arrives
   }
-  /** Ends the connection for what the peer did. */
+  /** Ends the connection for an error of the peer. */
   protected fail({ code, message }: Http2Failure): void {
     this.goAway(code, message);
   }
-  /** Ends all streams, or those that are meant, for the peer or the connection has ended them. */
+  /** Ends all streams, or some, which the peer or the connection has ended. */
   protected leaveAll(detail: string, isMeant = (_stream: Http2Stream): boolean => true, unseen = false): void {
     for (const stream of [...this.streams.values()].filter(isMeant)) stream.abort("reset", detail, undefined, unseen);
   }
@@ -5463,7 +5463,7 @@ abstract class Http2Connection extends Connection {
 }
 const WINDOW_TOO_LARGE = "a window over 2^31-1";
 
-/** What frames of a type belong to, the size of their payload where there is but one, and the method that reads them. */
+/** What frames of a type belong to, the size of their payload where it is fixed, and the method that reads them. */
 interface FrameRule {
   readonly of: "stream" | "connection" | "both";
   readonly size?: number;
@@ -5525,7 +5525,7 @@ class ClientStream extends Http2Stream<Http2ClientConnection> {
   private respond(response: HttpResponse): void {
     const { status, fields, body, tunnel } = response, { id, request } = this;
     if (this.isAnswered || this.sent) return body.cancel();
-    if (request.upgrade && !tunnel && status < 300) { // to the client a 200 would mean that the server has switched
+    if (request.upgrade && !tunnel && status < 300) { // the client would take 200 for a switch
       body.cancel();
       return this.respond(failureReply("invalid-answer"));
     }
@@ -5620,7 +5620,7 @@ class Http2ClientConnection extends Http2Connection {
     super.onData(bytes);
     const { begun, context } = this;
     if (!begun.length) return;
-    this.begun = []; // by now small bodies have come whole
+    this.begun = []; // small bodies have arrived whole by now
     for (const stream of begun) context.handle(stream.request);
   }
 
@@ -5651,7 +5651,7 @@ class Http2ClientConnection extends Http2Connection {
     context.handle(new ClientStream(this, 0, { ...head, problem }, true).request);
   }
 
-  onGoAway(): void {} // it finishes what it has begun
+  onGoAway(): void {} // its open requests go on
   /** The client has half-closed: it still gets the responses to whole requests. */
   onEnd(): void {
     this.clientEnded = true;
@@ -5695,7 +5695,7 @@ class Http2ClientConnection extends Http2Connection {
       for (const stream of stuck) stream.abort("reset", "the client does not read", "ENHANCE_YOUR_CALM");
     } else if (!this.hasSettings && waited >= header || block && now - block.since >= header) {
       this.fail(fault("ENHANCE_YOUR_CALM", "the client is too slow"));
-    } else if (this.clientEnded) this.writeFrame(PING, 0, 0, "are you?"); // a reset says that it is gone
+    } else if (this.clientEnded) this.writeFrame(PING, 0, 0, "are you?"); // a client that has left answers with a reset
     else if (!streams.size && waited >= keep_alive) this.endIfUnused();
     else if (this.leavingAt && this.lastServed === Infinity && now - this.leavingAt >= LEAVING) {
       this.lastServed = this.lastId;
@@ -5704,7 +5704,7 @@ class Http2ClientConnection extends Http2Connection {
     }
   }
 }
-const LEAVING = 1_000; // milliseconds in which a client of HTTP/2 hears that it may open no more streams
+const LEAVING = 1_000; // milliseconds between the two GOAWAYs of a drain
 
 // Connections to servers.
 
@@ -5793,11 +5793,11 @@ class UpstreamStream extends Http2Stream<Http2UpstreamConnection> implements Pro
     super.release();
   }
 
-  /** The attempt has failed; one that the server has not looked at goes to another connection, once. */
+  /** Fails the attempt; one that the server has not looked at goes to another connection instead, once. */
   protected onAbort(why: Failure, detail: string, unseen: boolean): void {
     const { attempt, id, connected, connection: { client } } = this;
     if (attempt.carrier !== this) return;
-    const isWhole = !connected || attempt.body.bytes !== undefined; // nothing of it is used up
+    const isWhole = !connected || attempt.body.bytes !== undefined; // nothing of the body is used up
     const mayMove = unseen || why === "reset" && id > 1 && mayRepeat(attempt); // the first stream is on no stale connection
     if (mayMove && isWhole && !this.head && !client.moved.has(attempt)) {
       attempt.carrier = undefined;
@@ -5823,7 +5823,7 @@ class Http2UpstreamConnection extends Http2Connection {
   readonly pool: Http2UpstreamConnection[];
   protected override readonly maxPush = 0;
   protected override lastServed = 0; // the server opens none
-  private hint = ""; // what to change, where the server has not spoken HTTP/2
+  private hint = ""; // what to write in routes.yml, until the server has spoken HTTP/2
   private readonly bornAt: number;
 
   constructor(client: Dialer, socket: Socket, server: Server, pool: Http2UpstreamConnection[]) {
@@ -5858,7 +5858,7 @@ class Http2UpstreamConnection extends Http2Connection {
     super.onData(bytes);
   }
 
-  /** The server says how many streams it takes. */
+  /** Sends the attempts that wait: now it is known how many streams the server accepts. */
   override onFirstSettings(): void {
     const { client, server, maxStreams, pool } = this, waiting = [...this.streams.values() as Iterable<UpstreamStream>];
     this.hint = "";
@@ -5874,7 +5874,7 @@ class Http2UpstreamConnection extends Http2Connection {
     if (overAt || leavingAt || socket.destroyed || client.time - bornAt >= MAX_AGE) return false;
     return streams.size < this.maxStreams && lastId < MAX_WINDOW - 2;
   }
-  /** Sends an attempt, once the server has said how many streams it takes. */
+  /** Sends an attempt, as soon as the server's SETTINGS have come. */
   take(attempt: Attempt): void {
     this.lastId += this.lastId ? 2 : 1;
     const stream = new UpstreamStream(this, this.lastId, attempt);
@@ -7165,7 +7165,7 @@ async function probeDue(table: Table, effects: Effects): Promise<void> {
   const now = effects.now();
   const probed = [...table.services.values()].filter(({ config }) => config.health.kind !== "off");
   const servers = probed.flatMap((service) => service.servers.map((server) => [service, server] as const));
-  const due = servers.filter(([service, server]) =>
+  const due = servers.filter(([, server]) =>
     server.probeAt <= now && server.state !== "maint" && (effects.fleet?.mayProbe(server) ?? true)
   );
   await Promise.all(due.map(async ([service, server]) => {
