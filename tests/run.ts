@@ -9,17 +9,27 @@
 // A runtime on which a file's tests did not run counts as failed. A file that fails beside others runs once more alone,
 // and that counts; the first output stays visible. When this process ends, in whatever way, all that it has started ends.
 
+import { cpus } from "node:os";
 import { spawnGuarded } from "./rig/guard.ts";
 
 const ROOT = new URL("..", import.meta.url).pathname;
 const CORES = navigator.hardwareConcurrency;
-const AT_ONCE = 3 * CORES; // jobs; most of them mostly wait
+/** Jobs at once: most of them mostly wait, so there are more while a processor has nothing to do. */
+const AT_LEAST = 2 * CORES, AT_MOST = 5 * CORES;
+const BUSY = 0.85; // of the time; from there on no more jobs than AT_LEAST begin
 const JOB_TIMEOUT = 240_000; // milliseconds; a job that takes longer hangs
 const EDGE = "edge/edge"; // starts workerd; Node runs it
 /** The folder whose files run on Node only, all others on every runtime: logic without sockets, and this command's test. */
 const ONE_RUNTIME = "tests/unit/";
 /** Files that `--quick` leaves out. */
-const SLOW = ["load/chaos", "program/clients", "program/dashboard", "http/flow", "unit/fuzz", "unit/simulate"];
+const SLOW = ["load/chaos", "program/clients", "program/dashboard", "http/flow", "http/tls", "unit/simulate"];
+/** Files that take long, about the longest first: at the end a core would wait for them alone. */
+const LONG = [
+  ...["program/fleet", "program/dashboard", "http/tls", "program/program", "program/admin", "http/flow"],
+  ...["program/workers", "edge/edge", "load/chaos", "http/websocket", "program/clients", "http/http2"],
+  ...["program/discovery", "http/tcp", "http/wire", "http/limits", "program/decisions", "http/answers"],
+  ...["unit/simulate", "program/recipes", "program/log", "program/save"],
+];
 /** The programs that tests run beside lb.ts, and the Debian packages that contain them. */
 const PROGRAMS = Object.entries({
   "/usr/bin/chromium": "chromium",
@@ -144,7 +154,7 @@ async function run(
     NO_COLOR: "1",
     TMPDIR: SCRATCH,
     NODE_COMPILE_CACHE: `${SCRATCH}/compiled`, // a start of lb.ts on Node takes 0.1 s of CPU time instead of 0.3
-    LB_PATIENCE: String(AT_ONCE / CORES), // see patience in rig.ts
+    LB_PATIENCE: String(AT_MOST / CORES), // see patience in rig.ts
   };
   const child = spawnGuarded(program, args, { cwd: ROOT, env, detached: true });
   const texts = [child.stdout, child.stderr].map(() => "");
@@ -198,18 +208,38 @@ function show({ runtime, name, tests, seconds, output }: Result): void {
   console.log(lines.map((line) => `    | ${line}`).join("\n"));
 }
 
+/** How busy the processors were since the last call, from 0 to 1. */
+function busyMeter(): () => number {
+  const total = () =>
+    cpus().reduce(({ idle, all }, { times }) => ({
+      idle: idle + times.idle,
+      all: all + times.idle + times.user + times.sys + times.nice + times.irq,
+    }), { idle: 0, all: 0 });
+  let before = total();
+  return () => {
+    const now = total(), all = now.all - before.all, idle = now.idle - before.idle;
+    before = now;
+    return all > 0 ? 1 - idle / all : 1;
+  };
+}
+
 /** Runs the jobs, some at once, in their order. */
 async function runAll(jobs: Job[]): Promise<Result[]> {
-  const results: Result[] = [];
-  const waiting = jobs.values();
-  const worker = async () => {
-    for (const job of waiting) {
-      const result = await runJob(job);
-      results.push(result);
-      show(result);
-    }
+  const results: Result[] = [], running = new Set<Promise<void>>(), busy = busyMeter();
+  const start = async (job: Job) => {
+    const result = await runJob(job);
+    results.push(result);
+    show(result);
   };
-  await Promise.all(Array.from({ length: AT_ONCE }, worker));
+  for (const job of jobs) {
+    while (running.size >= AT_LEAST) {
+      await Promise.race([...running, new Promise((go) => setTimeout(go, 500))]);
+      if (running.size < AT_MOST && busy() < BUSY) break;
+    }
+    const one = start(job).finally(() => running.delete(one));
+    running.add(one);
+  }
+  await Promise.all(running);
   return results;
 }
 
@@ -324,14 +354,14 @@ const ALL_RUNTIMES = [CHECKS, ...Object.keys(RUNTIMES), WORKERD];
 /** Its folder and name: files of two folders may have one name. */
 const nameOf = (file: string) => file.replace(/^tests\/|\.test\.ts$/g, "");
 
-/** The checks, then each runtime's files, the large ones first. */
+/** The checks, then each file on each runtime: what takes long first, then the large ones. */
 async function jobsFor({ runtimes, names, quick }: Choice): Promise<Job[]> {
   const sources = await filesUnder("tests");
   const isChosen = (name: string) =>
     (names.length === 0 || names.some((one) => name.includes(one))) &&
     !(quick && SLOW.includes(name));
   const files = sources.filter((file) => file.endsWith(".test.ts") && isChosen(nameOf(file)))
-    .sort((a, b) => size(b) - size(a));
+    .sort((a, b) => rank(a) - rank(b) || size(b) - size(a));
   const check = (name: string, ...args: string[]) => ({ runtime: CHECKS, name, command: ["deno", name, ...args] });
   const testing = (runtime: string, file: string): Job => {
     const report = `${SCRATCH}/${runtime}-${nameOf(file).replaceAll("/", "-")}.xml`;
@@ -354,6 +384,7 @@ async function jobsFor({ runtimes, names, quick }: Choice): Promise<Job[]> {
   if (idle.length) throw new Error(`there are no tests for ${idle.join(" and ")}`);
   return chosen;
 }
+const rank = (file: string) => LONG.includes(nameOf(file)) ? LONG.indexOf(nameOf(file)) : LONG.length;
 const size = (file: string) => Deno.statSync(ROOT + file).size;
 
 // ─── The sum ───
