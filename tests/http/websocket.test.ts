@@ -173,9 +173,18 @@ before(async () => {
   program = await startProgram(config());
 });
 after(async () => {
-  await program.stop();
+  await Promise.all([program.stop(), other?.then((lb) => lb.stop())]);
   await Promise.all([echo.close(), own.close()]);
 });
+
+let other: Promise<Program> | undefined;
+/** A second program with this config, as if it had begun with it; the next test takes it over. */
+async function configured(config: Record<string, unknown>): Promise<Program> {
+  const lb = await (other ??= startProgram({ default: { respond: {} } }, ["--admin", "127.0.0.1:0"]));
+  const from = lb.output().length;
+  await lb.reload(config);
+  return { ...lb, output: () => lb.output().slice(from), stop: () => Promise.resolve(0) };
+}
 
 test(
   `${cases.length} recorded cases of RFC 6455 come out as the standard says`,
@@ -542,7 +551,7 @@ test("a server's refusal reaches the client as it is, and nothing that follows i
   const plain = await scriptedServer((visit) =>
     visit.send(answer("no", "X-Why: because\r\nSet-Cookie: a=1\r\n", "401 Unauthorized"))
   );
-  const lb = await startProgram({ default: { servers: [plain.address] } });
+  const lb = await configured({ default: { servers: [plain.address] } });
   try {
     for (
       const line of [
@@ -585,7 +594,7 @@ test("a server that is down, or dies before it has answered, is not the client's
   const dead = await scriptedServer(() => {}), mute = await scriptedServer((visit) => resetConnection(visit));
   const { address } = dead;
   await dead.close();
-  const lb = await startProgram({
+  const lb = await configured({
     default: { servers: [address, mute.address, echo.address], retries: 2, health: "off" },
   });
   try {
@@ -613,7 +622,7 @@ test("a 101 that does not fit the request is an invalid answer", async () => {
     "two protocols": (accept) =>
       `${head}Connection: Upgrade\r\nUpgrade: foo, websocket\r\nSec-WebSocket-Accept: ${accept}\r\n`,
   };
-  const lb = await startProgram({ default: { servers: [own.address], eject: "off", retries: 0 } });
+  const lb = await configured({ default: { servers: [own.address], eject: "off", retries: 0 } });
   try {
     for (const [name, answer] of Object.entries(wrong)) {
       own.answer = (_, accept) => answer(accept);
@@ -632,7 +641,7 @@ test("a 101 that does not fit the request is an invalid answer", async () => {
 
 test("what is not a whole handshake is plain HTTP", async () => {
   const plain = await scriptedServer((visit) => visit.send(answer("plain")));
-  const lb = await startProgram({ default: { servers: [plain.address] } });
+  const lb = await configured({ default: { servers: [plain.address] } });
   const asks = {
     "no Connection": handshake("/").replace("Connection: Upgrade\r\n", "Connection: close\r\n"),
     "no key": handshake("/").replace(/Sec-WebSocket-Key.*\r\n/, ""),
@@ -657,7 +666,7 @@ test("what is not a whole handshake is plain HTTP", async () => {
 
 test("a client that leaves in the middle of the handshake frees the server", async () => {
   const silent = await scriptedServer(() => {});
-  const lb = await startProgram({ default: { servers: [silent.address], max_in_flight: 1, queue: "off" } });
+  const lb = await configured({ default: { servers: [silent.address], max_in_flight: 1, queue: "off" } });
   try {
     for (let i = 0; i < 3; i++) {
       const socket = connect(lb.port, "127.0.0.1");
@@ -674,9 +683,8 @@ test("a client that leaves in the middle of the handshake frees the server", asy
 
 test("clients that leave as soon as they have asked leave nothing behind, however they do it", async () => {
   const echo = await webSocketServer(echoStrictly);
-  const lb = await startProgram({
+  const lb = await configured({
     log: "off",
-    admin: { listen: "127.0.0.1:0" },
     default: { servers: [`127.0.0.1:${echo.port}`] },
   });
   const handles = () => readdirSync(`/proc/${lb.pid}/fd`).length;
@@ -713,7 +721,7 @@ test("a WebSocket that would come back is refused", async () => {
     sockets.push(socket, on);
   });
   await listenLocally(tcp);
-  const lb = await startProgram({ default: { servers: [`127.0.0.1:${(tcp.address() as AddressInfo).port}`] } });
+  const lb = await configured({ default: { servers: [`127.0.0.1:${(tcp.address() as AddressInfo).port}`] } });
   port = lb.port;
   try {
     const { answers } = await rawRequest(lb.port, handshake("/"));
@@ -763,7 +771,7 @@ for (const slow of ["client", "server"] as const) {
 }
 
 test("a WebSocket is in flight as long as it is open, and one line of the log when it ends", async () => {
-  const lb = await startProgram({ log: "json", default: { servers: [own.address], max_in_flight: 1, queue: "off" } });
+  const lb = await configured({ log: "json", default: { servers: [own.address], max_in_flight: 1, queue: "off" } });
   const lines = (path: string) => lb.output().split("\n").filter((one) => one.includes(`"${path}"`));
   try {
     for (let i = 0; i < 3; i++) {
@@ -799,7 +807,7 @@ test("a WebSocket is in flight as long as it is open, and one line of the log wh
 });
 
 test("a reload leaves WebSockets alone, also where their server is gone from the file", async () => {
-  const lb = await startProgram({ default: { servers: [own.address] } });
+  const lb = await configured({ default: { servers: [own.address] } });
   try {
     const before = own.peers.length, client = await openWebSocket(lb.port);
     const server = await until("the server's end is open", () => own.peers[before]);
@@ -1187,7 +1195,7 @@ const java = (method: string, body: string, more = "") =>
 
 test("a client that offers HTTP/2 is served with HTTP/1.1, on the same connection", async () => {
   const plain = await scriptedServer((visit, { body }) => visit.send(answer(`got ${body}`)));
-  const lb = await startProgram({ default: { servers: [plain.address] } });
+  const lb = await configured({ default: { servers: [plain.address] } });
   const answered = (socket: Socket) => new Promise((resolve) => socket.once("data", resolve));
   const large = "x".repeat(200_000);
   try {
