@@ -13213,11 +13213,11 @@ const LISTEN_ERRORS: Record<string, string> = {
   ENOTFOUND: "the name does not resolve to an address",
 };
 /** The same of a Unix socket. Where its directory does not exist, Node says EACCES, and Bun nothing but a message (1.4.5). */
+const NO_DIRECTORY = "its directory does not exist, or this user may not write there";
 const SOCKET_ERRORS: Record<string, string> = {
   EADDRINUSE: "the file exists, and another process listens there or it is no socket: choose another path",
-  ENOENT: "its directory does not exist, or this user may not write there",
+  ...{ ENOENT: NO_DIRECTORY, EACCES: NO_DIRECTORY, EPERM: NO_DIRECTORY },
 };
-Object.assign(SOCKET_ERRORS, { EACCES: SOCKET_ERRORS.ENOENT, EPERM: SOCKET_ERRORS.ENOENT });
 const cannotListen = ({ host, port }: Address) => (error: Error & { code?: string }): never => {
   const hasName = !isUnix(host) && !isIP(bareAddress(host));
   const isUnresolved = hasName && /EAI_|Failed to listen at/.test(error.message); // Bun's, without a code (1.4.5)
@@ -13742,7 +13742,7 @@ async function runProgram(call: Call): Promise<void> {
   const parse = (text: string) => fleet?.parse(text) ?? loadConfig(call, text);
   const admin = createAdmin(lb, { ...!isDemo && { file }, parse });
   const opening = firstLook(lb).then(() => openListeners(lb, admin, call, log));
-  const stop = () => void quit(lb, opening, call.drain, log, fleet);
+  const stop = () => void quit({ lb, opening, log, fleet }, call.drain);
   process.on("SIGTERM", stop).on("SIGINT", stop);
   const { opened } = await opening;
   onApplied = () => {
@@ -13801,14 +13801,11 @@ async function openListeners(lb: LoadBalancer, admin: Hono<AdminEnv>, call: Call
   return { ...workers, opened: new Map([...opened, ...workers.opened]) };
 }
 
+/** What ends with the program. */
+type Running = { lb: LoadBalancer; opening: Promise<Listeners>; log: AccessLog; fleet: Fleet | undefined };
+
 /** Drains and ends the program after a signal; a second signal ends it at once. */
-async function quit(
-  { balancer }: LoadBalancer,
-  opening: Promise<Listeners>,
-  grace: number,
-  log: AccessLog,
-  fleet: Fleet | undefined,
-): Promise<void> {
+async function quit({ lb: { balancer }, opening, log, fleet }: Running, grace: number): Promise<void> {
   const { effects } = balancer, until = effects.now() + grace;
   if (balancer.draining) {
     effects.report("warn", `ended by a second signal; requests cut off: ${balancer.inFlight}`);
