@@ -4,17 +4,30 @@
 import assert from "node:assert/strict";
 import { execFile } from "node:child_process";
 import { createHash } from "node:crypto";
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { readFileSync, rmSync, writeFileSync } from "node:fs";
 import { createServer, type RequestListener } from "node:http";
 import { type AddressInfo, connect } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { text } from "node:stream/consumers";
-import { chromium } from "playwright-core";
+import { after } from "node:test";
+import { type Browser, chromium } from "playwright-core";
 import { A, CA, KEY } from "../rig/certificates.ts";
 import { BINARY, echoStrictly, openWebSocket, TEXT, webSocketServer } from "../rig/websocket.ts";
 import { spawnGuarded } from "../rig/guard.ts";
-import { freePort, get, listenLocally, type Program, rawRequest, startProgram, test, until } from "../rig/rig.ts";
+import {
+  freePort,
+  get,
+  listenLocally,
+  makeFolder,
+  type Program,
+  rawRequest,
+  sharedProgram,
+  sleep,
+  startProgram,
+  test,
+  until,
+} from "../rig/rig.ts";
 
 /** Runs a command to its end; what it prints. Fails where it does. */
 const run = (command: string, args: string[], cwd = tmpdir()): Promise<string> =>
@@ -26,7 +39,7 @@ const run = (command: string, args: string[], cwd = tmpdir()): Promise<string> =
   );
 
 async function inFolder(use: (folder: string) => Promise<void>) {
-  const folder = mkdtempSync(join(tmpdir(), "lb-clients-"));
+  const folder = makeFolder();
   try {
     await use(folder);
   } finally {
@@ -46,8 +59,12 @@ async function serving(listener: RequestListener, use: (address: string) => Prom
   }
 }
 
-async function balancing(config: unknown, use: (lb: Program) => Promise<void>, beside: Record<string, string> = {}) {
-  const lb = await startProgram(config, [], beside);
+const shared = sharedProgram(["--admin", "127.0.0.1:0"]);
+
+/** The program with this config, while `use` lasts: the shared one, but where there are listeners to be opened. */
+async function balancing(config: object, use: (lb: Program) => Promise<void>, beside: Record<string, string> = {}) {
+  const isShared = !("listen" in config || "tcp" in config);
+  const lb = await (isShared ? shared.begin(config) : startProgram(config, [], beside));
   try {
     await use(lb);
   } finally {
@@ -206,6 +223,14 @@ test("redis-cli works through tcp", { needs: ["redis-server", "redis-cli"] }, ()
     }
   }));
 
+/** The browser, which is started with the first page. */
+let browser: Promise<Browser> | undefined;
+const openPage = async () => {
+  const args = ["--headless", "--no-sandbox", "--ignore-certificate-errors"];
+  return await (await (browser ??= chromium.launch({ executablePath: "/usr/bin/chromium", args }))).newPage();
+};
+after(async () => await (await browser)?.close());
+
 /** What a page does: a WebSocket says something and hears it again, events of the server come one by one. */
 const PAGE = `<!doctype html><title>-</title><script>
   const socket = new WebSocket("ws://" + location.host + "/ws"), events = new EventSource("/events"), seen = [];
@@ -223,7 +248,6 @@ test("a page in a browser has a WebSocket and server-sent events", { needs: ["ch
       else peer.close(1000);
     };
   });
-  const browser = await chromium.launch({ executablePath: "/usr/bin/chromium", args: ["--headless", "--no-sandbox"] });
   try {
     await serving((request, answer) => {
       if (request.url !== "/events") return void answer.setHeader("content-type", "text/html").end(PAGE);
@@ -235,13 +259,13 @@ test("a page in a browser has a WebSocket and server-sent events", { needs: ["ch
         paths: [{ path: "/ws", servers: [echoing.address] }],
         default: { servers: [server] },
       }, async ({ port }) => {
-        const page = await browser.newPage();
+        const page = await openPage();
         await page.goto(`http://127.0.0.1:${port}/`);
         await page.waitForFunction("document.title !== '-'", undefined, { timeout: 30_000 });
         assert.equal(await page.title(), "closed:1000 event:1 event:2 socket:hello");
+        await page.close();
       }));
   } finally {
-    await browser.close();
     await echoing.close();
   }
 });
@@ -267,9 +291,7 @@ const IMAGES = `<!doctype html><title>-</title><script>
 test("a browser loads a page with 100 images over HTTP/2, and a WebSocket on the same connection", {
   needs: ["chromium"],
 }, async () => {
-  const echoing = await webSocketServer(echoStrictly),
-    args = ["--headless", "--no-sandbox", "--ignore-certificate-errors"];
-  const browser = await chromium.launch({ executablePath: "/usr/bin/chromium", args });
+  const echoing = await webSocketServer(echoStrictly);
   try {
     await serving(({ url = "" }, answer) => {
       if (!url.startsWith("/images/")) return void answer.setHeader("content-type", "text/html").end(IMAGES);
@@ -284,7 +306,7 @@ test("a browser loads a page with 100 images over HTTP/2, and a WebSocket on the
         paths: [{ path: "/ws", servers: [echoing.address] }],
         default: { servers: [server] },
       }, async (lb) => {
-        const page = await browser.newPage();
+        const page = await openPage();
         await page.goto(`https://127.0.0.1:${lb.port}/`);
         await page.waitForFunction("document.title !== '-'", undefined, { timeout: 30_000 });
         assert.equal(await page.title(), "100 h2 hello");
@@ -293,7 +315,6 @@ test("a browser loads a page with 100 images over HTTP/2, and a WebSocket on the
         assert.equal(lb.output().match(/"GET \/images\/\d+\.svg HTTP\/2\.0" 200 /g)?.length, 100);
       }, { "a.pem": A, "a.key": KEY }));
   } finally {
-    await browser.close();
     await echoing.close();
   }
 });
@@ -404,7 +425,7 @@ test(
       (request, answer) =>
         request.resume().on("end", () => answer.end(LARGE.subarray(0, request.url === "/" ? 5 : 1 << 20))),
       (server) =>
-        balancing({ log: "off", admin: { listen: 0 }, default: { servers: [server] } }, async (lb) => {
+        balancing({ log: "off", default: { servers: [server] } }, async (lb) => {
           const all = ["-c", "200", "-r", "100", "-l", "6", "-p", "3", "-u", `http://127.0.0.1:${lb.port}/large`];
           const attacks = SLOW.map(async ([mode, args]) =>
             [mode, await run("slowhttptest", [...args, ...all])] as const
@@ -415,6 +436,7 @@ test(
           for (; going; served++) {
             const answer = await fetch(`http://127.0.0.1:${lb.port}/`, { signal: AbortSignal.timeout(5_000) });
             assert.deepEqual([answer.status, (await answer.arrayBuffer()).byteLength], [200, 5]);
+            await sleep(50);
           }
           for (const [mode, said] of await over) {
             const available = [...said.matchAll(/service available:[^A-Z]*(YES|NO)/g)].map(([, word]) => word);

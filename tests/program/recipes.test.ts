@@ -2,9 +2,8 @@
 // say who they are.
 
 import assert from "node:assert/strict";
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { readFileSync, rmSync, writeFileSync } from "node:fs";
 import { text as readText } from "node:stream/consumers";
-import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import type { TestContext } from "node:test";
@@ -16,10 +15,12 @@ import { openWebSocket, TEXT, webSocketServer } from "../rig/websocket.ts";
 import {
   answer,
   get,
+  makeFolder,
   type Message,
   type Program,
   rawRequest,
   scriptedServer,
+  sharedProgram,
   startProgram,
   status,
   target,
@@ -72,7 +73,9 @@ interface Site {
   close(name: string): Promise<void>;
 }
 
-/** A recipe as a running program. */
+const shared = sharedProgram(["--log", "off"]);
+
+/** A recipe as a running program: the one that all share, but where there are listeners to be opened. */
 async function cook(
   t: TestContext,
   title: string,
@@ -85,7 +88,8 @@ async function cook(
   if (config.listen) config.listen = config.listen.map(local);
   if (config.admin) config.admin = { listen: "127.0.0.1:0" };
   for (const one of config.tcp ?? []) one.listen = "127.0.0.1:0";
-  const lb = await startProgram(config, ["--log", "off"], files);
+  const isShared = !(config.listen || config.admin || config.tcp);
+  const lb = await (isShared ? shared.begin(config, files) : startProgram(config, ["--log", "off"], files));
   t.after(() => lb.stop());
   const ask = async (path: string, headers = "", host = "a.test") => {
     const { answers } = await rawRequest(lb.port, get(path, `${headers}Connection: close\r\n`, host));
@@ -209,7 +213,7 @@ test("WebSockets beside static files", async (t) => {
 
 test("a gateway that asks for a token", async (t) => {
   const { text } = await withServers(t, recipe("A gateway that asks for a token").ts!);
-  const folder = mkdtempSync(join(tmpdir(), "lb-gateway-")), file = join(folder, "gateway.mjs");
+  const folder = makeFolder(), file = join(folder, "gateway.mjs");
   t.after(() => rmSync(folder, { recursive: true }));
   const code = text.replace("./lb.ts", new URL("../../lb.ts", import.meta.url).href)
     .replace(/"(hono[^"]*)"/g, (_, name) => JSON.stringify(import.meta.resolve(name)))
