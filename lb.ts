@@ -4688,7 +4688,7 @@ function connectWithin(timeout: number, socket: Socket): Promise<Socket | WireEr
 // --- 3.6 HTTP/2: header compression, frames and flow control, and its connections of both sides (RFC 9113, RFC 7541) ---
 
 const STREAM_WINDOW = 262_144; // bytes of one body that a peer may send ahead of its reader
-const CONNECTION_WINDOW = 1_048_576; // the same of all bodies; raised as bytes come, because each stream has its own limit
+const CONNECTION_WINDOW = 1_048_576; // the same of all bodies; raised as they come, since each stream has its own limit
 const MAX_FRAME = 16_384; // bytes: our limit, and that of a peer until its SETTINGS say more
 const MAX_WINDOW = 2 ** 31 - 1;
 const MAX_STREAMS = 100; // that a client may open at once (haproxy: 100); the same at servers that set no limit
@@ -4774,7 +4774,7 @@ function hpackInteger(value: number, bits: number, flags: number): string {
 const hpackText = (text: string): string => hpackInteger(text.length, 7, 0) + text;
 
 const TABLE_SIZE = 4_096; // bytes of a dynamic table, unless SETTINGS say less
-const EMPTY_TABLE = "\x20"; // sets the size to 0 bytes, which a peer that sets less than TABLE_SIZE waits for (section 4.2)
+const EMPTY_TABLE = "\x20"; // sets the size to 0: a peer that sets less than TABLE_SIZE waits for that (section 4.2)
 const NEVER_INDEXED = 16; // a flag of fields that no table on the way may hold (RFC 7541 section 6.2.3)
 const SECRET_NAMES = new Set(["authorization", "cookie", "proxy-authorization", "set-cookie"]);
 const NO_NAMES: ReadonlySet<string> = new Set();
@@ -5173,7 +5173,7 @@ abstract class Http2Connection extends Connection {
   private rest: Bytes = NO_BYTES; // of a frame that has not come whole
   protected block: OpenBlock | undefined;
   protected readonly maxPush: number = 1; // that SETTINGS_ENABLE_PUSH may be
-  protected readonly resets: Set<number> = new Set(); // the latest streams that we have reset: their frames may still arrive
+  protected readonly resets: Set<number> = new Set(); // the latest that we have reset: their frames may still arrive
   private readonly decoder = new HeaderDecoder();
   private unread = 0; // bytes of data that have come since the peer was told to send more
   private moved = 0; // pieces of data that have passed, either way, less the peer's PINGs
@@ -5212,7 +5212,7 @@ abstract class Http2Connection extends Connection {
       at = end;
     }
     if (!this.overAt) this.rest = bytesBehind(data, at);
-    // peers that do not read are not read, either; bodies stop at WINDOW, so that two balancers never wait for each other
+    // peers that do not read are not read; bodies stop at WINDOW, so that two balancers never wait for each other
     if (this.socket.writableLength > 4 * WINDOW) this.hold();
   }
   onDrain(): void {
@@ -5446,7 +5446,7 @@ abstract class Http2Connection extends Connection {
     this.overAt = this.now();
     this.leaveAll(detail);
     this.end();
-    this.release(); // the rest is read and discarded, for unread bytes would reset the connection before the GOAWAY arrives
+    this.release(); // reads on, for unread bytes would reset the connection before the GOAWAY arrives
   }
   /** Ends the connection for an error of the peer. */
   protected fail({ code, message }: Http2Failure): void {
