@@ -2018,30 +2018,16 @@ export const printConfig = ({ source }: Config): string => {
 
 // --- 2.1 Failures: why a request gets no response from a server, or only part of one ---
 
-/** Why an attempt gets no response, or only part of one. FAILURES has what the client gets. */
-export type Failure =
-  | "connect" // refused, unreachable, no such name, or TLS failed
-  | "connect-timeout"
-  | "reset" // closed or reset before the response was complete
-  | "invalid-answer" // not HTTP/1.1, or ambiguous
-  | "timeout" // no head of an answer in time
-  | "idle" // silence in the middle of an answer
-  | "deadline" // the time that a call of gRPC gives is over
-  | "client-left"
-  | "client-timeout" // the client stalled while sending its body, or stopped reading the response
-  | "bad-body" // the request's body is longer or shorter than announced, or its chunks are not valid
-  | "body-too-large";
-
 /** Every error response of the balancer. Clients see the text: short, and never a server's address or error. */
 export const FAILURES = {
   "bad-request": { status: 400, text: "the request is not valid" },
   "bad-host": { status: 400, text: "the Host header is missing or not valid" },
   "bad-scheme": { status: 400, text: "this port speaks https, and the request is plain http" },
-  "bad-body": { status: 400, text: "the request's body does not have its announced length" },
+  "bad-body": { status: 400, text: "the request's body does not have its announced length" }, // or chunks that are not valid
   "denied": { status: 403, text: "this address may not ask" },
   "no-route": { status: 404, text: "no route fits this request" },
   "bad-method": { status: 405, text: "this method is not allowed here" },
-  "client-timeout": { status: 408, text: "the request did not arrive in time" },
+  "client-timeout": { status: 408, text: "the request did not arrive in time" }, // or its client stopped reading
   "body-too-large": { status: 413, text: "the request's body is too large" },
   "uri-too-long": { status: 414, text: "the request's target is too long" },
   "bad-expect": { status: 417, text: "this expectation cannot be met" },
@@ -2051,9 +2037,9 @@ export const FAILURES = {
   "headers-too-large": { status: 431, text: "the request's headers are too large" },
   "client-left": { status: 499, text: "the client has left" },
   "internal": { status: 500, text: "the load balancer has failed" },
-  "connect": { status: 502, text: "the server cannot be reached" },
+  "connect": { status: 502, text: "the server cannot be reached" }, // refused, unreachable, no such name, or TLS failed
   "reset": { status: 502, text: "the server closed the connection" },
-  "invalid-answer": { status: 502, text: "the server's answer is not valid" },
+  "invalid-answer": { status: 502, text: "the server's answer is not valid" }, // not HTTP/1.1, or ambiguous
   "busy": { status: 503, text: "too many requests at once" },
   "no-server": { status: 503, text: "no server may be asked" },
   "queue-full": { status: 503, text: "all servers are busy, and too many requests wait" },
@@ -2062,13 +2048,18 @@ export const FAILURES = {
   "connect-timeout": { status: 504, text: "the server cannot be reached in time" },
   "timeout": { status: 504, text: "the server did not answer in time" },
   "idle": { status: 504, text: "the server stopped in the middle of its answer" },
-  "deadline": { status: 504, text: "the call's deadline has passed" },
+  "deadline": { status: 504, text: "the call's deadline has passed" }, // which calls of gRPC give
   "bad-version": { status: 505, text: "this version of HTTP is not spoken here" },
   "loop": { status: 508, text: "the request has been here before" },
 } as const;
 
 /** A value of the header `x-lb-failure`. */
 type FailureName = keyof typeof FAILURES;
+
+/** Why an attempt gets no response, or only part of one: for reasons of its client, or of its server. */
+export type Failure =
+  | Extract<FailureName, "client-left" | "client-timeout" | "bad-body" | "body-too-large" | "deadline">
+  | Extract<FailureName, "connect" | "connect-timeout" | "reset" | "invalid-answer" | "timeout" | "idle">;
 
 /** A failure as an error, for the Fetch API. `sent`: the server may have seen some of the request. */
 export class WireError extends Error {
@@ -4325,17 +4316,17 @@ const mayRepeat = ({ method, body }: Pick<Attempt, "method" | "body">): boolean 
 
 const isSecure = ({ url }: Server): boolean => url.startsWith("https:");
 
-/** The owner of connections to servers. */
-interface Dialer {
-  time: number; // when `now` was last asked
-  readonly pools: WeakMap<Server, UpstreamConnection[]>;
-  readonly moved: WeakSet<Attempt>; // attempts that have changed their connection of HTTP/2
-  readonly mostStreams: WeakMap<Server, number>; // that a server takes at once on a connection, as it said last
-  readonly withoutHttp2: WeakSet<Server>; // servers that have chosen HTTP/1.1
-  now(): number;
-  send(attempt: Attempt): void;
+/** What connections to servers share. */
+abstract class Dialer {
+  time = 0; // when `now` was last asked: at most a TICK ago while there are connections
+  readonly pools: WeakMap<Server, UpstreamConnection[]> = new WeakMap(); // those that wait, the newest last
+  readonly moved: WeakSet<Attempt> = new WeakSet(); // attempts that have changed their connection of HTTP/2
+  readonly mostStreams: WeakMap<Server, number> = new WeakMap(); // that a server takes at once on a connection, as it said last
+  readonly withoutHttp2: WeakSet<Server> = new WeakSet(); // servers that have chosen HTTP/1.1
+  abstract readonly now: () => number;
+  abstract send(attempt: Attempt): void;
   /** Sends an attempt over a new connection. */
-  open(attempt: Attempt): void;
+  abstract open(attempt: Attempt): void;
 }
 
 /** The progress of an attempt, by which its timeouts are checked. */
@@ -5948,20 +5939,16 @@ export class HttpServer {
 }
 
 /** All connections to servers of one balancer. */
-export class HttpClient implements Dialer {
+export class HttpClient extends Dialer {
   readonly now: () => number;
-  readonly pools: WeakMap<Server, UpstreamConnection[]> = new WeakMap(); // those that wait, the newest last
-  time = 0; // when `now` was last asked: at most a TICK ago while there are connections
   readonly shared: WeakMap<Server, Http2UpstreamConnection[]> = new WeakMap(); // connections of HTTP/2
-  readonly moved: WeakSet<Attempt> = new WeakSet();
-  readonly mostStreams: WeakMap<Server, number> = new WeakMap();
-  readonly withoutHttp2: WeakSet<Server> = new WeakSet();
   private readonly dial: typeof dial;
   readonly connections: Connections<UpstreamConnection | Http2UpstreamConnection> = new Connections(() =>
     this.time = this.now()
   );
 
   constructor(own: { now?: () => number; dial?: typeof dial } = {}) {
+    super();
     this.now = own.now ?? (() => performance.now());
     this.dial = own.dial ?? dial;
   }
