@@ -2100,8 +2100,8 @@ abstract class Body {
   abstract readonly length: number;
   /** The whole body if it is in memory: only then can it be read again. */
   abstract readonly bytes: Bytes | undefined;
-  /** Most bytes to accept; a longer body fails with body-too-large. */
-  limit = Infinity;
+  /** Most bytes to accept of a body on its way; a longer one fails with body-too-large. */
+  declare limit?: number;
   abstract read(reader: BodyReader): void;
   pause(): void {}
   resume(): void {}
@@ -2273,6 +2273,7 @@ interface BodySource {
 /** A body that a connection receives. */
 class StreamedBody extends Body {
   readonly length: number;
+  override limit = Infinity;
   received = 0;
   kept: Bytes[] | undefined; // all of it so far, where it may have to be sent again
   held = false; // the source is paused
@@ -3382,11 +3383,11 @@ class BodyDecoder {
 
   /** Appends the body's bytes to `out`. Gives the bytes behind its end, undefined if more must come, or the error. */
   decode(data: Bytes, out: Bytes[]): Bytes | undefined | string {
-    const bytes = this.rest ? Buffer.concat([this.rest, data]) : data, pieces: Bytes[] = [];
+    const bytes = this.rest ? Buffer.concat([this.rest, data]) : data;
     this.rest = undefined;
-    const after = this.read(bytes, pieces);
-    this.isCrowded = pieces.length > MOST_PIECES;
-    out.push(...this.isCrowded ? [Buffer.concat(pieces)] : pieces);
+    const after = this.read(bytes, out);
+    this.isCrowded = out.length > MOST_PIECES;
+    if (this.isCrowded) out.splice(0, out.length, Buffer.concat(out));
     return after;
   }
 
