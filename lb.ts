@@ -1313,7 +1313,7 @@ function valuesOf(doc: Document, { say, places }: Findings = newFindings(""), en
     }
     const merge = env && pairs.get("<<")?.value, list = targets.get(merge) ?? merge;
     if (env) pairs.delete("<<");
-    const sources = isSeq(list) ? list.items.toReversed() : merge ? [merge] : []; // the first one wins
+    const sources = [isSeq(list) ? list.items.toReversed() : merge ?? []].flat(); // the first one wins
     const brought = sources.flatMap((source) => {
       const values = read(source, path, key, value);
       if (!isRecord(values)) say([...path, "<<"], `${quote(values)} is not a map, as in <<: *name`, offsetOf(source));
@@ -1945,10 +1945,8 @@ function readAsWritten(text: string, file: string): { doc: Document; values: unk
 type Refer = (schema: Schema, key: string) => Raw;
 /** JSON Schema of what may be written at a key. `refer` gives that of its parts, in full or as a reference. */
 function schemaJson(schema: Schema, refer: Refer, key = "value"): Raw {
-  const { json, about, type, literal, wrapped, default: usual, entries, oneOf: oneKey, values, options, item, least } =
-    partsOf(
-      schema,
-    );
+  const { json, about, type, literal, wrapped, default: usual } = partsOf(schema);
+  const { entries, oneOf: oneKey, values, options, item, least } = partsOf(schema);
   const own = about === undefined ? {} : { description: about };
   if (json) return { ...own, ...json };
   if (type === "nullable") return { ...own, anyOf: [refer(wrapped!, key), { type: "null" }] };
