@@ -2262,19 +2262,20 @@ const WAITING_PIECES = 1_024; // the same, of a body that waits for its reader
 interface BodySource {
   /** The body is being read: the time to send 100 Continue. */
   onRead?(): void;
-  hold?(): void;
-  release(): void;
+  /** Stops reading, for the body's reader is slow: HTTP/1 pauses its socket, HTTP/2 sends no more WINDOW_UPDATEs. */
+  pauseReading?(): void;
+  resumeReading(): void;
   /** Discards the rest; of a response by cancelling its attempt. */
   abandon?(): void;
 }
 
-/** A body that a connection receives. */
+/** A body that a connection receives. It pauses that connection while its reader is paused, or WINDOW bytes wait for it. */
 class StreamedBody extends Body {
   readonly length: number;
   override limit = Infinity;
   received = 0;
   kept: Bytes[] | undefined; // all of it so far, where it may have to be sent again
-  held = false; // the source is paused
+  isSourcePaused = false;
   over = false; // complete, failed or cancelled
   readonly hasTimeouts: boolean = true; // the connection that it comes from ends it when it stands still
 
@@ -2315,7 +2316,7 @@ class StreamedBody extends Body {
   }
   override pause(): void {
     this.paused = true;
-    if (!this.over) this.hold();
+    if (!this.over) this.pauseSource();
   }
   override resume(): void {
     if (!this.paused) return;
@@ -2343,14 +2344,14 @@ class StreamedBody extends Body {
     if (this.reader && !this.paused && this.waiting.length === 0) return this.reader.data(bytes);
     if (this.waiting.push(bytes) >= WAITING_PIECES) this.waiting = [Buffer.concat(this.waiting)];
     this.waitingBytes += bytes.length;
-    if (this.waitingBytes >= WINDOW) this.hold();
+    if (this.waitingBytes >= WINDOW) this.pauseSource();
   }
   /** Ends it with trailers, or with a failure, which drops the bytes that still wait. */
   end(outcome: Fields | Failure): void {
     if (this.over) return;
     this.over = true;
     this.outcome = outcome;
-    this.letGo();
+    this.resumeSource();
     if (typeof outcome !== "string") return this.flush();
     const { reader } = this;
     this.waiting = [];
@@ -2358,15 +2359,15 @@ class StreamedBody extends Body {
     reader?.fail(outcome);
   }
 
-  private hold(): void {
-    if (this.held) return;
-    this.held = true;
-    this.source.hold?.();
+  private pauseSource(): void {
+    if (this.isSourcePaused) return;
+    this.isSourcePaused = true;
+    this.source.pauseReading?.();
   }
-  private letGo(): void {
-    if (!this.held) return;
-    this.held = false;
-    this.source.release();
+  private resumeSource(): void {
+    if (!this.isSourcePaused) return;
+    this.isSourcePaused = false;
+    this.source.resumeReading();
   }
   private flush(): void {
     const { reader } = this;
@@ -2376,7 +2377,7 @@ class StreamedBody extends Body {
       reader.data(bytes);
     }
     if (!reader || this.reader !== reader || this.paused) return;
-    this.letGo();
+    this.resumeSource();
     if (this.outcome === undefined) return;
     this.reader = undefined;
     if (typeof this.outcome === "string") reader.fail(this.outcome);
@@ -3555,7 +3556,7 @@ abstract class Connection implements SocketListener {
     else socket.write(text, "latin1");
   }
 
-  /** Writes some of a body. False: hold its source until `drain`, for the socket is full. */
+  /** Writes some of a body. False: the socket is full, and the body has to pause until `drain`. */
   protected writeBody(bytes: Bytes, chunked: boolean): boolean {
     const { socket } = this;
     if (bytes.length <= SMALL) {
@@ -3573,10 +3574,10 @@ abstract class Connection implements SocketListener {
     return socketHasRoom(socket);
   }
 
-  hold(): void {
+  pauseReading(): void {
     pauseSocket(this.socket);
   }
-  release(): void {
+  resumeReading(): void {
     resumeSocket(this.socket);
   }
 
@@ -3798,12 +3799,12 @@ class ByteTunnel implements Tunnel {
 /** Two bodies as a socket, where a tunnel is one stream of a connection: what comes in, and what `send` has go out. */
 function socketOf(incoming: Body, send: (outgoing: Body) => void): Socket {
   let goOn: (() => void) | undefined;
-  const outgoing = new StreamedBody(-1, { release: () => goOn?.(), abandon: () => socket.destroy() });
+  const outgoing = new StreamedBody(-1, { resumeReading: () => goOn?.(), abandon: () => socket.destroy() });
   const socket: Duplex = new Duplex({
     read: () => incoming.resume(),
     write(bytes: Bytes, _encoding, done) {
       outgoing.push(bytes);
-      if (outgoing.held) goOn = done;
+      if (outgoing.isSourcePaused) goOn = done;
       else done();
     },
     final(done) {
@@ -3901,9 +3902,9 @@ function cancelRequest(request: HttpRequest): void {
 }
 
 /** Reads on after a turn of the event loop: many small chunks are so much work that the other connections would wait. */
-function letOthersGoFirst(socket: Socket, isHeld: () => boolean): void {
+function letOthersGoFirst(socket: Socket, isPaused: () => boolean): void {
   pauseSocket(socket);
-  setImmediate(() => isHeld() || resumeSocket(socket));
+  setImmediate(() => isPaused() || resumeSocket(socket));
 }
 
 /** A body in gzip, of which each piece goes out when it comes: CompressionStream holds them back on Bun and Node. */
@@ -3925,8 +3926,8 @@ function gzipped(body: Body): Body {
           packed.end(why);
         },
       }),
-    hold: () => gzip.pause(),
-    release: () => gzip.resume(),
+    pauseReading: () => gzip.pause(),
+    resumeReading: () => gzip.resume(),
     abandon() {
       gzip.destroy();
       body.cancel();
@@ -3957,7 +3958,7 @@ class ClientConnection extends Connection implements BodySource {
   private rest: Bytes = NO_BYTES; // received, and not yet looked at
   private searched = 0; // bytes of `rest` that were searched for the end of a head
   private proceeding = false;
-  private heldBack = false; // the socket is paused, for `rest` is full
+  private isPipelineFull = false; // the socket is paused until requests in `rest` have been taken
   private request: IncomingRequest | undefined;
   private receiving: BodyDecoder | undefined; // the request's body
   private body: StreamedBody | undefined; // the same, for its reader
@@ -3991,13 +3992,15 @@ class ClientConnection extends Connection implements BodySource {
     if (this.receiving) return this.receiveBody(this.receiving, bytes);
     this.rest = this.rest.length ? Buffer.concat([this.rest, bytes]) : bytes;
     if (this.phase !== "request") this.proceed();
-    if (this.rest.length >= DISCARDED && (this.phase === "request" || !socketHasRoom(this.socket))) this.holdBack();
+    if (this.rest.length >= DISCARDED && (this.phase === "request" || !socketHasRoom(this.socket))) {
+      this.pausePipeline();
+    }
   }
 
   /** Pauses the socket once 64 KiB of pipelined requests wait. */
-  private holdBack(): void {
-    if (this.heldBack) return;
-    this.heldBack = true;
+  private pausePipeline(): void {
+    if (this.isPipelineFull) return;
+    this.isPipelineFull = true;
     pauseSocket(this.socket);
   }
 
@@ -4012,8 +4015,8 @@ class ClientConnection extends Connection implements BodySource {
     this.proceeding = false;
     const waits = this.phase === "idle" || this.phase === "head";
     if (waits && this.clientEnded && socketHasRoom(this.socket)) this.close();
-    if (!this.heldBack || this.rest.length >= DISCARDED) return;
-    this.heldBack = false;
+    if (!this.isPipelineFull || this.rest.length >= DISCARDED) return;
+    this.isPipelineFull = false;
     resumeSocket(this.socket);
   }
 
@@ -4101,7 +4104,7 @@ class ClientConnection extends Connection implements BodySource {
     if (request) request.expects = false; // the client did not wait
     if (this.phase === "discarding") this.since = this.context.now();
     for (const piece of out) body!.push(piece);
-    if (receiving.isCrowded) letOthersGoFirst(this.socket, () => this.heldBack || !!this.body?.held);
+    if (receiving.isCrowded) letOthersGoFirst(this.socket, () => this.isPipelineFull || !!this.body?.isSourcePaused);
     if (this.receiving !== receiving || after === undefined) return;
     this.receiving = this.body = undefined;
     if (typeof after === "string") {
@@ -4121,7 +4124,7 @@ class ClientConnection extends Connection implements BodySource {
     this.write("HTTP/1.1 100 Continue\r\n\r\n");
   }
   abandon(): void {
-    this.release(); // the rest is read and thrown away
+    this.resumeReading(); // the rest is read and thrown away
   }
 
   inform(request: IncomingRequest, status: number, reason: string, fields: Fields): void {
@@ -4222,7 +4225,7 @@ class ClientConnection extends Connection implements BodySource {
     this.flush();
     const tunnel = this.listener = server.join(this.socket);
     if (rest.length) tunnel.onData(rest);
-    if (this.heldBack) resumeSocket(this.socket);
+    if (this.isPipelineFull) resumeSocket(this.socket);
     if (this.clientEnded) tunnel.onEnd();
   }
 
@@ -4345,7 +4348,7 @@ function whatIsLate({ startedAt, timeouts, deadline }: Attempt, at: Progress, no
   if (!at.connected) return silence < connect ? undefined : "connect-timeout";
   if (at.sent && !at.head) return silence < response ? undefined : "timeout";
   if (silence < idle && (at.sent || now - startedAt < request)) return undefined;
-  if (at.body?.held || !at.sent && !at.isFull) return "client-timeout"; // it is the client's turn
+  if (at.body?.isSourcePaused || !at.sent && !at.isFull) return "client-timeout"; // it is the client's turn
   return at.head ? "idle" : "timeout";
 }
 
@@ -4498,7 +4501,7 @@ class UpstreamConnection extends Connection implements BodySource, Progress {
       attempt.received += piece.length;
       this.body!.push(piece);
     }
-    if (receiving.isCrowded) letOthersGoFirst(this.socket, () => !!this.body?.held);
+    if (receiving.isCrowded) letOthersGoFirst(this.socket, () => !!this.body?.isSourcePaused);
     if (after === undefined || this.attempt !== attempt) return;
     if (typeof after === "string") return this.fail("invalid-answer", after);
     if (after.length) this.keepAlive = 0;
@@ -4579,9 +4582,9 @@ class UpstreamConnection extends Connection implements BodySource, Progress {
   cancel(why: Failure): void {
     if (this.attempt) this.fail(why, FAILURES[why].text);
   }
-  override release(): void {
+  override resumeReading(): void {
     this.since = this.client.time;
-    super.release();
+    super.resumeReading();
   }
   abandon(): void {
     this.cancel("client-left");
@@ -5018,7 +5021,7 @@ abstract class Http2Stream<C extends Http2Connection = Http2Connection> implemen
     if (isTooLong) throw fault("PROTOCOL_ERROR", "more data than announced", id);
     if (bytes.length) body.push(bytes);
     if (ends) this.onEnd(NO_FIELDS);
-    else this.release();
+    else this.resumeReading();
   }
 
   /** The peer has ended its side. */
@@ -5042,9 +5045,9 @@ abstract class Http2Stream<C extends Http2Connection = Http2Connection> implemen
     this.onEnd(pairs.filter(([name]) => mayTrail(name)).flat());
   }
 
-  /** Lets the peer send more, if there is room for it. */
-  release(): void {
-    if (this.hasEnded || this.body?.held || this.unread < STREAM_WINDOW / 2) return;
+  /** Lets the peer send more: its window is raised, unless the reader of its body is slow. */
+  resumeReading(): void {
+    if (this.hasEnded || this.body?.isSourcePaused || this.unread < STREAM_WINDOW / 2) return;
     this.connection.raiseWindow(this.id, this.unread);
     this.unread = 0;
   }
@@ -5203,10 +5206,10 @@ abstract class Http2Connection extends Connection {
     }
     if (!this.overAt) this.rest = bytesBehind(data, at);
     // peers that do not read are not read; bodies stop at WINDOW, so that two balancers never wait for each other
-    if (this.socket.writableLength > 4 * WINDOW) this.hold();
+    if (this.socket.writableLength > 4 * WINDOW) this.pauseReading();
   }
   onDrain(): void {
-    if (!this.overAt) this.release();
+    if (!this.overAt) this.resumeReading();
     this.pumpBlocked();
   }
 
@@ -5436,7 +5439,7 @@ abstract class Http2Connection extends Connection {
     this.overAt = this.now();
     this.leaveAll(detail);
     this.end();
-    this.release(); // reads on, for unread bytes would reset the connection before the GOAWAY arrives
+    this.resumeReading(); // reads on, for unread bytes would reset the connection before the GOAWAY arrives
   }
   /** Ends the connection for an error of the peer. */
   protected fail({ code, message }: Http2Failure): void {
@@ -5778,9 +5781,9 @@ class UpstreamStream extends Http2Stream<Http2UpstreamConnection> implements Pro
   abandon(): void {
     this.cancel("client-left");
   }
-  override release(): void {
+  override resumeReading(): void {
     this.since = this.connection.client.time;
-    super.release();
+    super.resumeReading();
   }
 
   /** Fails the attempt; one that the server has not looked at goes to another connection instead, once. */
@@ -6009,12 +6012,12 @@ class FetchBody extends StreamedBody {
   private readonly whyBroken: () => Failure;
   private input: ReadableStreamDefaultReader<Uint8Array<ArrayBuffer>> | undefined;
   private first: ReadableStreamReadResult<Uint8Array<ArrayBuffer>> | undefined; // that `isEmpty` has read
-  private goOn: (() => void) | undefined; // it is held: a call reads on
+  private goOn: (() => void) | undefined; // while the source is paused: a call reads on
 
   constructor(fetched: ReadableStream<Uint8Array<ArrayBuffer>>, length: number, whyBroken: () => Failure) {
     super(length, {
       onRead: () => void this.pump(),
-      release: () => this.goOn?.(),
+      resumeReading: () => this.goOn?.(),
       abandon: () => void (this.input ?? fetched).cancel().catch(() => {}),
     });
     this.fetched = fetched;
@@ -6038,7 +6041,7 @@ class FetchBody extends StreamedBody {
         if (value.byteLength === 0) continue; // as a chunk it would end the body
         if (this.length >= 0 && this.received + value.byteLength > this.length) this.end("bad-body");
         else this.push(Buffer.from(value.buffer, value.byteOffset, value.byteLength));
-        if (this.held) await new Promise<void>((resolve) => this.goOn = resolve);
+        if (this.isSourcePaused) await new Promise<void>((resolve) => this.goOn = resolve);
       }
       await input.cancel();
     } catch {
