@@ -22,7 +22,10 @@ const EDGE = "edge/edge"; // starts workerd; Node runs it
 /** The folder whose files run on Node only, all others on every runtime: logic without sockets, and this command's test. */
 const ONE_RUNTIME = "tests/unit/";
 /** Files that `--quick` leaves out. */
-const SLOW = ["load/chaos", "program/clients", "program/dashboard", "http/flow", "http/tls", "unit/simulate"];
+const SLOW = [
+  ...["program/clients", "program/dashboard", "program/package"],
+  ...["http/flow", "http/tls", "load/chaos", "unit/simulate"],
+];
 /** Files that take long, about the longest first: at the end a core would wait for them alone. */
 const LONG = [
   ...["program/fleet", "program/dashboard", "http/tls", "program/program", "program/admin", "http/flow"],
