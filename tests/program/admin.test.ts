@@ -829,7 +829,7 @@ test("what cannot be saved is not put in force: 500 with the reason, and the fil
       assert.equal(await answers(lb.port, 2), "s1 s1");
     })));
 
-test("300 changes under load: not one request fails, each change is in force when it is answered, in their order", () =>
+test("150 changes under load: not one request fails, each change is in force when it is answered, in their order", () =>
   serving(4, (...servers) =>
     running(over(servers[0]!, servers[1]!), async (lb) => {
       let over = false, requests = 0;
@@ -854,10 +854,10 @@ test("300 changes under load: not one request fails, each change is in force whe
           `${i}`,
         );
       }
+      await until("there is some load", () => requests > 100, 20_000);
       over = true;
       await Promise.all(clients);
       assert.deepEqual(failures, []);
-      assert.ok(requests > 100, `${requests}`);
       assert.equal((await ask(lb, "GET /connections")).json.in_flight, 0);
     })));
 

@@ -88,206 +88,214 @@ function load(port: number): { stop(): Promise<{ sent: number; failed: number }>
 
 // ─── The engine, and instances that have one of their own ───
 
-alongside(needsEtcd, {
-  "etcd does what engines do, and a watch of what it has compacted ends": ending(async (t) => {
-    const etcd = await startEtcd(t), engine = clientOf({ etcd: etcd.urls });
-    await checkEngine(engine, sleep);
-    const { revision } = await engine.list(true);
-    await etcd.call("kv/compaction", { revision: `${revision}` });
-    assert.equal(await engine.watch(1, () => {}).ended, "compacted");
-  }),
-  "an engine that cannot be used is said in one sentence": ending(async (t) => {
-    const etcd = await startEtcd(t), url = etcd.urls[0]!;
-    const post = async (path: string, body: Loose) => void await etcd.call(path, body);
-    await assert.rejects(
-      clientOf({ etcd: url }).swap("config", "x".repeat(1_600_000), 0),
-      failsWith("refused", /1\.5 MiB/),
-    );
-    for (const name of ["root", "lb", "other"]) await post("auth/user/add", { name, password: "right" });
-    const range = { key: btoa("lb/"), range_end: btoa("lb0") };
-    await post("auth/role/add", { name: "lb" });
-    await post("auth/role/grant", { name: "lb", perm: { permType: "READWRITE", ...range } });
-    await post("auth/user/grant", { user: "lb", role: "lb" });
-    await post("auth/user/grant", { user: "root", role: "root" });
-    await post("auth/enable", {});
-    await assert.rejects(clientOf({ etcd: url }).list(true), failsWith("refused", /fleet\.user and fleet\.password/));
-    const as = (user: string, password: string) => clientOf({ etcd: url, user, password });
-    await assert.rejects(
-      as("lb", "wrong").list(true),
-      failsWith("refused", /the user "lb": name or password is wrong$/),
-    );
-    await assert.rejects(as("other", "right").list(true), failsWith("refused", /keys that begin with "lb\/": grant/));
-
-    const engine = as("lb", "right");
-    await engine.swap("config", "kept", 0);
-    const { token } = await etcd.call("auth/authenticate", { name: "root", password: "right" });
-    await etcd.call("auth/user/changepw", { name: "lb", password: "newer" }, 0, token);
-    await assert.rejects(engine.list(true), failsWith("refused", /name or password is wrong/));
-    await etcd.call("auth/user/changepw", { name: "lb", password: "right" }, 0, token);
-    assert.equal((await engine.list(true)).keys.get("config")!.value, "kept", "a refused token is got anew");
-    await etcd.call("auth/disable", {}, 0, token);
-    assert.equal((await engine.list(true)).keys.size, 1, "users are switched off");
-  }),
-  "what is no etcd is named": ending(async (t) => {
-    const backend = await startBackend(t, "a page");
-    await assert.rejects(
-      clientOf({ etcd: backend.url }).list(true),
-      failsWith("refused", /does not speak etcd's JSON gateway/),
-    );
-    const greets = createServer((socket: Socket) => socket.on("error", () => {}).end("SSH-2.0-OpenSSH_9.9\r\n"));
-    await new Promise<void>((resolve) => greets.listen(0, "127.0.0.1", resolve));
-    t.after(() => greets.close());
-    const { port } = greets.address() as AddressInfo;
-    await assert.rejects(clientOf({ etcd: `127.0.0.1:${port}` }).list(true), failsWith("silent", /not HTTP\/1\.1/));
-    await assert.rejects(
-      clientOf({ etcd: `127.0.0.1:${await freePort()}` }).list(true),
-      failsWith("silent", /127\.0\.0\.1/),
-    );
-  }),
-  "members are asked over TLS, as servers are": ending(async (t) => {
-    const folder = makeFolder();
-    t.after(() => rmSync(folder, { recursive: true, force: true }));
-    for (const [name, text] of Object.entries({ "a.pem": A, "a.key": KEY, "ca.pem": CA })) {
-      writeFileSync(join(folder, name), text);
-    }
-    const etcd = await startEtcd(t, 1, { cert: join(folder, "a.pem"), key: join(folder, "a.key") });
-    const trusting = clientOf({ etcd: etcd.urls, tls: { ca: join(folder, "ca.pem") } });
-    await trusting.swap("config", "here", 0);
-    const heard: string[] = [], watch = trusting.watch(1, (events) => void heard.push(...events.map(({ key }) => key)));
-    await until("the watch brings it", () => heard.includes("config"));
-    watch.close("over");
-    assert.equal((await clientOf({ etcd: etcd.urls, tls: { insecure: true } }).list(true)).keys.size, 1);
-    await assert.rejects(
-      clientOf({ etcd: etcd.urls }).list(true),
-      failsWith("silent", /certificate|verif|issuer|signed/i),
-    );
-  }),
-  "an instance that says only where the fleet is waits for a document, answers 404, and is not ready": ending(
-    async (t) => {
-      const etcd = await startEtcd(t), backend = await startBackend(t, "one");
-      const a = await startInstance(t, "a", { etcd: etcd.urls });
-      assert.equal((await ask(`http://127.0.0.1:${a.port}/`)).status, 404);
-      assert.deepEqual(
-        (await a.fleet()).instances.map(({ name }: Loose) => name),
-        ["a"],
-        "it is one of them from the start",
-      );
-      assert.equal((await a.ask("GET /health/ready")).status, 503);
-      assert.equal(await etcd.get("lb/config"), undefined);
-      await etcd.put("lb/config", `fleet: { etcd: "${etcd.urls[0]}" }\n${POOL(backend)}`);
-      await eventually("it is ready", async () => (await a.ask("GET /health/ready")).status === 200);
-      assert.equal((await ask(`http://127.0.0.1:${a.port}/`)).text, "one");
-      await until("how it gets to the fleet stays its own", () => /name"?: "?\$\{NAME\}/.test(a.text()));
-    },
-  ),
-  "a running instance whose file gets a fleet says that it joins with the next start": ending(async (t) => {
-    const folder = makeFolder(), file = join(folder, "routes.yml");
-    t.after(() => rmSync(folder, { recursive: true, force: true }));
-    writeFileSync(file, "default: { servers: [127.0.0.1:9] }\n");
-    const a = await startInstance(t, "a", {}, { file });
-    writeFileSync(file, "fleet: { etcd: 127.0.0.1:9 }\ndefault: { servers: [127.0.0.1:9] }\n");
-    const said = () => count(a.output(), "warn: fleet has changed, and all of it but ttl and probers takes effect");
-    await until("that is said", () => said() === 1);
-    assert.equal((await a.fleet()).engine, "none");
-    writeFileSync(file, "fleet: { etcd: 127.0.0.1:9 }\ndefault: { servers: [127.0.0.1:8] }\n");
-    await until("the file is read again", () => count(a.output(), "is in force again") === 2);
-    assert.equal(said(), 1, "the fleet has not changed");
-  }),
-  "passwords appear nowhere: not in the document of who has them in the environment, the API, the log or a page":
-    ending(async (t) => {
-      const etcd = await startEtcd(t), backend = await startBackend(t, "one"), password = "pass-of-the-fleet";
+alongside(
+  ...Object.entries({
+    "etcd does what engines do, and a watch of what it has compacted ends": ending(async (t) => {
+      const etcd = await startEtcd(t), engine = clientOf({ etcd: etcd.urls });
+      await checkEngine(engine, sleep);
+      const { revision } = await engine.list(true);
+      await etcd.call("kv/compaction", { revision: `${revision}` });
+      assert.equal(await engine.watch(1, () => {}).ended, "compacted");
+    }),
+    "an engine that cannot be used is said in one sentence": ending(async (t) => {
+      const etcd = await startEtcd(t), url = etcd.urls[0]!;
       const post = async (path: string, body: Loose) => void await etcd.call(path, body);
-      for (const name of ["root", "lb"]) await post("auth/user/add", { name, password });
+      await assert.rejects(
+        clientOf({ etcd: url }).swap("config", "x".repeat(1_600_000), 0),
+        failsWith("refused", /1\.5 MiB/),
+      );
+      for (const name of ["root", "lb", "other"]) await post("auth/user/add", { name, password: "right" });
+      const range = { key: btoa("lb/"), range_end: btoa("lb0") };
       await post("auth/role/add", { name: "lb" });
-      await post("auth/role/grant", {
-        name: "lb",
-        perm: { permType: "READWRITE", key: btoa("lb/"), range_end: btoa("lb0") },
-      });
+      await post("auth/role/grant", { name: "lb", perm: { permType: "READWRITE", ...range } });
       await post("auth/user/grant", { user: "lb", role: "lb" });
       await post("auth/user/grant", { user: "root", role: "root" });
       await post("auth/enable", {});
-      const fleet = { etcd: etcd.urls, user: "lb", password: "${ETCD_PASSWORD}", ttl: "2s" },
-        env = { ETCD_PASSWORD: password };
-      const a = await startInstance(t, "a", fleet, { rest: POOL(backend), env });
-      assert.equal((await a.fleet()).engine, "answers");
-      const shown = [a.text(), a.output()];
-      for (const path of ["fleet", "config", "services", "metrics", "live", "openapi.json"]) {
-        shown.push((await a.ask(`GET /${path}`)).text);
-      }
-      for (const text of shown) assert.ok(!text.includes(password), text);
-      // another password: said in one sentence, and nothing is lost
-      const { token } = await etcd.call("auth/authenticate", { name: "root", password });
-      await etcd.call("auth/user/changepw", { name: "lb", password: "another" }, 0, token);
-      const refused = /etcd refuses the user "lb": name or password is wrong/;
-      await eventually("it is away, and says why", async () => {
-        const { engine, problem } = await a.fleet();
-        return engine === "away" && refused.test(problem);
-      });
-      await until("the log says why", () => refused.test(a.output()));
-      assert.equal((await ask(`http://127.0.0.1:${a.port}/`)).text, "one");
-      await etcd.call("auth/user/changepw", { name: "lb", password }, 0, token);
-      await eventually("it is back", async () => (await a.fleet()).engine === "answers");
-      assert.equal((await a.ask("PATCH /config?wait=5s", { log: "json" })).status, 200);
+      await assert.rejects(clientOf({ etcd: url }).list(true), failsWith("refused", /fleet\.user and fleet\.password/));
+      const as = (user: string, password: string) => clientOf({ etcd: url, user, password });
+      await assert.rejects(
+        as("lb", "wrong").list(true),
+        failsWith("refused", /the user "lb": name or password is wrong$/),
+      );
+      await assert.rejects(as("other", "right").list(true), failsWith("refused", /keys that begin with "lb\/": grant/));
+
+      const engine = as("lb", "right");
+      await engine.swap("config", "kept", 0);
+      const { token } = await etcd.call("auth/authenticate", { name: "root", password: "right" });
+      await etcd.call("auth/user/changepw", { name: "lb", password: "newer" }, 0, token);
+      await assert.rejects(engine.list(true), failsWith("refused", /name or password is wrong/));
+      await etcd.call("auth/user/changepw", { name: "lb", password: "right" }, 0, token);
+      assert.equal((await engine.list(true)).keys.get("config")!.value, "kept", "a refused token is got anew");
+      await etcd.call("auth/disable", {}, 0, token);
+      assert.equal((await engine.list(true)).keys.size, 1, "users are switched off");
     }),
-  "without TLS beyond this machine the start says who can read along; what only prints asks no engine": ending(
-    async (t) => {
-      const rest = POOL({ address: "127.0.0.1:9" }), far = { etcd: ["http://192.0.2.1:2379", "http://localhost:1"] };
-      const a = await startInstance(t, "a", far, { rest });
-      assert.equal(count(a.output(), "is asked without TLS"), 1);
-      assert.match(a.output(), /warn: fleet: http:\/\/192\.0\.2\.1:2379 is asked without TLS/);
-      for (const words of [["--check"], ["--print-config"], ["--explain", "GET http://a.test/"]]) {
-        const printed = spawnSync(process.execPath, [...COMMAND[runtime()], "-c", a.file, ...words], {
-          ...{ encoding: "utf8", timeout: 60_000, env: { ...process.env, NAME: "x" } },
-          cwd: fileURLToPath(new URL("../..", import.meta.url)),
-        });
-        assert.equal(printed.status, 0, printed.stderr);
-        assert.ok(!/fleet: .*(answer|starts with)/.test(printed.stderr), printed.stderr);
-      }
-    },
-  ),
-  "three members: the leader is killed, each is frozen, the log is compacted: changes go on, and no request fails":
-    ending(async (t) => {
-      const etcd = await startEtcd(t, 3),
-        backend = await startBackend(t, "one"),
-        fleet = { etcd: etcd.urls, ttl: "2s" };
-      const a = await startInstance(t, "a", fleet, { rest: POOL(backend) }), b = await startInstance(t, "b", fleet);
-      const loads = [a, b].map(({ port }) => load(port));
-      let weight = 1;
-      /** How long a change takes until it is in force on both, from wherever it can be made. */
-      const change = async (what: string) => {
-        const begun = performance.now(), wanted = ++weight;
-        await eventually(`${what}: a change is made`, async () => {
-          const made = await a.ask("PATCH /services/shop", { retries: wanted % 10 });
-          return made.status === 200;
-        });
-        const has = async () => new RegExp(`retries: ${wanted % 10}\\b`).test((await b.ask("GET /config")).text);
-        await eventually(`${what}: the other has it`, has);
-        return performance.now() - begun;
-      };
-      await change("all well");
-      const leader = await etcd.leader();
-      await etcd.kill(leader);
-      const killed = await change("the leader is killed");
-      await etcd.start(leader);
-      const frozen: number[] = [];
-      for (let i = 0; i < 3; i++) {
-        etcd.freeze(i);
-        frozen.push(await change(`member ${i} is frozen`));
-        etcd.resume(i);
-        await eventually("it follows again", async () => !!(await etcd.call("kv/range", { key: btoa("x") }, i)).header);
-      }
-      for (let i = 0; i < 20; i++) await etcd.put("lb/noise", `${i}`);
-      const { header } = await etcd.call("kv/range", { key: btoa("x") });
-      await etcd.call("kv/compaction", { revision: header.revision });
-      await change("compacted");
-      for (const one of loads) {
-        const { sent, failed } = await one.stop();
-        assert.ok(sent > 50, `${sent} requests`);
-        assert.equal(failed, 0);
-      }
-      console.log(`leader killed: ${Math.round(killed)} ms; a member frozen: ${frozen.map(Math.round).join(", ")} ms`);
+    "what is no etcd is named": ending(async (t) => {
+      const backend = await startBackend(t, "a page");
+      await assert.rejects(
+        clientOf({ etcd: backend.url }).list(true),
+        failsWith("refused", /does not speak etcd's JSON gateway/),
+      );
+      const greets = createServer((socket: Socket) => socket.on("error", () => {}).end("SSH-2.0-OpenSSH_9.9\r\n"));
+      await new Promise<void>((resolve) => greets.listen(0, "127.0.0.1", resolve));
+      t.after(() => greets.close());
+      const { port } = greets.address() as AddressInfo;
+      await assert.rejects(clientOf({ etcd: `127.0.0.1:${port}` }).list(true), failsWith("silent", /not HTTP\/1\.1/));
+      await assert.rejects(
+        clientOf({ etcd: `127.0.0.1:${await freePort()}` }).list(true),
+        failsWith("silent", /127\.0\.0\.1/),
+      );
     }),
-});
+    "members are asked over TLS, as servers are": ending(async (t) => {
+      const folder = makeFolder();
+      t.after(() => rmSync(folder, { recursive: true, force: true }));
+      for (const [name, text] of Object.entries({ "a.pem": A, "a.key": KEY, "ca.pem": CA })) {
+        writeFileSync(join(folder, name), text);
+      }
+      const etcd = await startEtcd(t, 1, { cert: join(folder, "a.pem"), key: join(folder, "a.key") });
+      const trusting = clientOf({ etcd: etcd.urls, tls: { ca: join(folder, "ca.pem") } });
+      await trusting.swap("config", "here", 0);
+      const heard: string[] = [],
+        watch = trusting.watch(1, (events) => void heard.push(...events.map(({ key }) => key)));
+      await until("the watch brings it", () => heard.includes("config"));
+      watch.close("over");
+      assert.equal((await clientOf({ etcd: etcd.urls, tls: { insecure: true } }).list(true)).keys.size, 1);
+      await assert.rejects(
+        clientOf({ etcd: etcd.urls }).list(true),
+        failsWith("silent", /certificate|verif|issuer|signed/i),
+      );
+    }),
+    "an instance that says only where the fleet is waits for a document, answers 404, and is not ready": ending(
+      async (t) => {
+        const etcd = await startEtcd(t), backend = await startBackend(t, "one");
+        const a = await startInstance(t, "a", { etcd: etcd.urls });
+        assert.equal((await ask(`http://127.0.0.1:${a.port}/`)).status, 404);
+        assert.deepEqual(
+          (await a.fleet()).instances.map(({ name }: Loose) => name),
+          ["a"],
+          "it is one of them from the start",
+        );
+        assert.equal((await a.ask("GET /health/ready")).status, 503);
+        assert.equal(await etcd.get("lb/config"), undefined);
+        await etcd.put("lb/config", `fleet: { etcd: "${etcd.urls[0]}" }\n${POOL(backend)}`);
+        await eventually("it is ready", async () => (await a.ask("GET /health/ready")).status === 200);
+        assert.equal((await ask(`http://127.0.0.1:${a.port}/`)).text, "one");
+        await until("how it gets to the fleet stays its own", () => /name"?: "?\$\{NAME\}/.test(a.text()));
+      },
+    ),
+    "a running instance whose file gets a fleet says that it joins with the next start": ending(async (t) => {
+      const folder = makeFolder(), file = join(folder, "routes.yml");
+      t.after(() => rmSync(folder, { recursive: true, force: true }));
+      writeFileSync(file, "default: { servers: [127.0.0.1:9] }\n");
+      const a = await startInstance(t, "a", {}, { file });
+      writeFileSync(file, "fleet: { etcd: 127.0.0.1:9 }\ndefault: { servers: [127.0.0.1:9] }\n");
+      const said = () => count(a.output(), "warn: fleet has changed, and all of it but ttl and probers takes effect");
+      await until("that is said", () => said() === 1);
+      assert.equal((await a.fleet()).engine, "none");
+      writeFileSync(file, "fleet: { etcd: 127.0.0.1:9 }\ndefault: { servers: [127.0.0.1:8] }\n");
+      await until("the file is read again", () => count(a.output(), "is in force again") === 2);
+      assert.equal(said(), 1, "the fleet has not changed");
+    }),
+    "passwords appear nowhere: not in the document of who has them in the environment, the API, the log or a page":
+      ending(async (t) => {
+        const etcd = await startEtcd(t), backend = await startBackend(t, "one"), password = "pass-of-the-fleet";
+        const post = async (path: string, body: Loose) => void await etcd.call(path, body);
+        for (const name of ["root", "lb"]) await post("auth/user/add", { name, password });
+        await post("auth/role/add", { name: "lb" });
+        await post("auth/role/grant", {
+          name: "lb",
+          perm: { permType: "READWRITE", key: btoa("lb/"), range_end: btoa("lb0") },
+        });
+        await post("auth/user/grant", { user: "lb", role: "lb" });
+        await post("auth/user/grant", { user: "root", role: "root" });
+        await post("auth/enable", {});
+        const fleet = { etcd: etcd.urls, user: "lb", password: "${ETCD_PASSWORD}", ttl: "2s" },
+          env = { ETCD_PASSWORD: password };
+        const a = await startInstance(t, "a", fleet, { rest: POOL(backend), env });
+        assert.equal((await a.fleet()).engine, "answers");
+        const shown = [a.text(), a.output()];
+        for (const path of ["fleet", "config", "services", "metrics", "live", "openapi.json"]) {
+          shown.push((await a.ask(`GET /${path}`)).text);
+        }
+        for (const text of shown) assert.ok(!text.includes(password), text);
+        // another password: said in one sentence, and nothing is lost
+        const { token } = await etcd.call("auth/authenticate", { name: "root", password });
+        await etcd.call("auth/user/changepw", { name: "lb", password: "another" }, 0, token);
+        const refused = /etcd refuses the user "lb": name or password is wrong/;
+        await eventually("it is away, and says why", async () => {
+          const { engine, problem } = await a.fleet();
+          return engine === "away" && refused.test(problem);
+        });
+        await until("the log says why", () => refused.test(a.output()));
+        assert.equal((await ask(`http://127.0.0.1:${a.port}/`)).text, "one");
+        await etcd.call("auth/user/changepw", { name: "lb", password }, 0, token);
+        await eventually("it is back", async () => (await a.fleet()).engine === "answers");
+        assert.equal((await a.ask("PATCH /config?wait=5s", { log: "json" })).status, 200);
+      }),
+    "without TLS beyond this machine the start says who can read along; what only prints asks no engine": ending(
+      async (t) => {
+        const rest = POOL({ address: "127.0.0.1:9" }), far = { etcd: ["http://192.0.2.1:2379", "http://localhost:1"] };
+        const a = await startInstance(t, "a", far, { rest });
+        assert.equal(count(a.output(), "is asked without TLS"), 1);
+        assert.match(a.output(), /warn: fleet: http:\/\/192\.0\.2\.1:2379 is asked without TLS/);
+        for (const words of [["--check"], ["--print-config"], ["--explain", "GET http://a.test/"]]) {
+          const printed = spawnSync(process.execPath, [...COMMAND[runtime()], "-c", a.file, ...words], {
+            ...{ encoding: "utf8", timeout: 60_000, env: { ...process.env, NAME: "x" } },
+            cwd: fileURLToPath(new URL("../..", import.meta.url)),
+          });
+          assert.equal(printed.status, 0, printed.stderr);
+          assert.ok(!/fleet: .*(answer|starts with)/.test(printed.stderr), printed.stderr);
+        }
+      },
+    ),
+    "three members: the leader is killed, each is frozen, the log is compacted: changes go on, and no request fails":
+      ending(async (t) => {
+        const etcd = await startEtcd(t, 3),
+          backend = await startBackend(t, "one"),
+          fleet = { etcd: etcd.urls, ttl: "2s" };
+        const a = await startInstance(t, "a", fleet, { rest: POOL(backend) }), b = await startInstance(t, "b", fleet);
+        const loads = [a, b].map(({ port }) => load(port));
+        let weight = 1;
+        /** How long a change takes until it is in force on both, from wherever it can be made. */
+        const change = async (what: string) => {
+          const begun = performance.now(), wanted = ++weight;
+          await eventually(`${what}: a change is made`, async () => {
+            const made = await a.ask("PATCH /services/shop", { retries: wanted % 10 });
+            return made.status === 200;
+          });
+          const has = async () => new RegExp(`retries: ${wanted % 10}\\b`).test((await b.ask("GET /config")).text);
+          await eventually(`${what}: the other has it`, has);
+          return performance.now() - begun;
+        };
+        await change("all well");
+        const leader = await etcd.leader();
+        await etcd.kill(leader);
+        const killed = await change("the leader is killed");
+        await etcd.start(leader);
+        const frozen: number[] = [];
+        for (let i = 0; i < 3; i++) {
+          etcd.freeze(i);
+          frozen.push(await change(`member ${i} is frozen`));
+          etcd.resume(i);
+          await eventually(
+            "it follows again",
+            async () => !!(await etcd.call("kv/range", { key: btoa("x") }, i)).header,
+          );
+        }
+        for (let i = 0; i < 20; i++) await etcd.put("lb/noise", `${i}`);
+        const { header } = await etcd.call("kv/range", { key: btoa("x") });
+        await etcd.call("kv/compaction", { revision: header.revision });
+        await change("compacted");
+        for (const one of loads) {
+          const { sent, failed } = await one.stop();
+          assert.ok(sent > 50, `${sent} requests`);
+          assert.equal(failed, 0);
+        }
+        console.log(
+          `leader killed: ${Math.round(killed)} ms; a member frozen: ${frozen.map(Math.round).join(", ")} ms`,
+        );
+      }),
+  }).map(([name, body]): Parameters<typeof alongside>[0] => [name, needsEtcd, body]),
+);
 
 // ─── Three instances over one engine ───
 

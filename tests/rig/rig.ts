@@ -55,23 +55,22 @@ export function test(name: string, options: TestOptions | TestCode, body?: TestC
 }
 
 /** Tests that mostly wait: three of them run at once. */
-export function alongside(options: TestOptions, tests: Record<string, () => Promise<unknown>>): void {
-  const bodies = Object.entries(tests).map(([name, body]) => ({ name, body, over: Promise.withResolvers<unknown>() }));
-  const waiting = bodies.values();
+export function alongside(...tests: [name: string, options: TestOptions, body: () => Promise<unknown>][]): void {
+  const begun = tests.map(() => Promise.withResolvers<unknown>());
+  const waiting = tests.keys().filter((i) => (tests[i]![1].needs ?? []).every(isInstalled));
   const work = async () => {
-    for (const { body, over } of waiting) {
-      over.resolve(body());
-      await over.promise.catch(() => {}); // its own test tells that
+    for (const i of waiting) {
+      const running = tests[i]![2]();
+      begun[i]!.resolve(running);
+      await running.catch(() => {}); // its own test tells that
     }
   };
   let isBegun = false;
-  for (const { name, over } of bodies) {
+  for (const [i, [name, options]] of tests.entries()) {
     test(name, options, async () => {
-      if (!isBegun) {
-        isBegun = true;
-        for (let i = 0; i < 3; i++) void work();
-      }
-      await over.promise;
+      if (!isBegun) { for (let workers = 0; workers < 3; workers++) void work(); }
+      isBegun = true;
+      await begun[i]!.promise;
     });
   }
 }
