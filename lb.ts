@@ -1256,7 +1256,8 @@ function newFindings(file: string) {
   const found = new Map<string, { path: Keys; message: string; at: "key" | "value" | number }>();
   const places = new Map<string, { key: number; value: number }>(), lines = new LineCounter();
   const say: Report = (path, message, at = "value") => {
-    if (found.size < 20 * MOST.mistakes) found.set(JSON.stringify([path, message, at]), { path, message, at });
+    const key = JSON.stringify(typeof at === "number" ? [at, message] : [path, message, at]); // aliases repeat a place
+    if (found.size < 20 * MOST.mistakes && !found.has(key)) found.set(key, { path, message, at });
   };
   /** Of what a short form leaves out, the place of the short form. */
   const offsetAt = (path: Keys, what: "key" | "value"): number =>
@@ -1440,6 +1441,7 @@ const ALIASES: Record<string, string> = {
   "response.headers": "header_down add_header response_headers",
   origin: "origins allow_origin allow_origins allowed_origins",
   admin: "api stats dashboard management metrics prometheus",
+  ca: "ca_file root_ca trusted_ca ca_cert",
   servername: "sni server_name",
   proxy_protocol: "send_proxy send_proxy_v2",
   tcp: "stream streams",

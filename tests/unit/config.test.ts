@@ -546,6 +546,7 @@ const KEYS_OF_OTHERS: [
   ["service", "upstreams backends", "servers"],
   ["service", "weight", "weight belongs to a server: { url, weight }"],
   ["service", "interval", "interval belongs to health: { interval }"],
+  ["service", "ca_file ca_cert", "ca belongs to tls: { ca }"],
   ["service", "rate_limit ratelimit limit_req", "rate belongs to a route"],
   ["service", "whitelist allowlist", "allow belongs to a route"],
   ["server", "maxconn max_conns", "max"],
@@ -768,6 +769,10 @@ const ONE_SENTENCE: [text: string, ...expected: string[]][] = [
   ["default:\n  servers: [a:1]\n health: /x", "3:1: the keys of a map begin in the same column"],
   ["[services]\ns = 1", "2:1: something stands behind the end of a value"],
   ["default: *shop", "1:10: default: *shop names nothing above; text that begins with * stands in quotes"],
+  [
+    `x-a: &a [*none]\nx-b: [*a, *a, *a]\n${ROUTE}`, // once, however often it is repeated
+    "1:10: x-a[0]: *none names nothing above; text that begins with * stands in quotes",
+  ],
   [
     "services: { shop: { <<: usual, servers: [a:1] } }\ndefault: shop",
     '1:25: services.shop["<<"]: "usual" is not a map, as in <<: *name',
