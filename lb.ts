@@ -6068,9 +6068,9 @@ function requestOf(
 ): HttpRequest {
   const { method } = source, incoming = INCOMING.get(source);
   const request: HttpRequest = {
-    ...incoming ?? headOfRequest(source, from),
+    ...incoming ?? messageOf(source, from, () => request.gone),
     ...{ scheme: from.scheme, peer: from.address, source, gone: source.signal.aborted, onGone: undefined },
-    body: kept ? new MemoryBody(Buffer.from(kept)) : incoming?.body ?? bodyOfRequest(source, () => request.gone),
+    ...kept && { body: new MemoryBody(Buffer.from(kept)) },
     respond(response) {
       // from now on only the response's body reports that the client is gone
       source.signal.removeEventListener("abort", left);
@@ -6086,39 +6086,27 @@ function requestOf(
   return request;
 }
 
-function headOfRequest({ method, url, headers }: Request, from: Client): RequestHead {
+/** The head of a Request, and its body; `isGone` tells whether its client has left. */
+function messageOf({ method, url, headers, body }: Request, from: Client, isGone: () => boolean) {
   const authority = url.indexOf("://") + 3, start = url.indexOf("/", authority), own = url.slice(authority, start);
-  const length = headers.get("content-length"), encoding = headers.get("transfer-encoding");
-  const host = headers.get("host") ?? own; // Host wins, as with a request that comes over a socket
-  const isBad = authority < 3 || start < 0 || length !== null && !/^\d{1,15}$/.test(length) ||
-    encoding !== null && !/^chunked$/i.test(encoding) || !isPrintable(from.headers);
-  return {
-    ...{ method, version: "1.1", host, trailers: false, expects: false },
+  const block = parseFields(from.headers.length ? `\r\n${linesOf(from.headers).slice(0, -2)}` : "");
+  const { count, length, encoding } = block, isAnnounced = length !== undefined && encoding === undefined;
+  const isBad = authority < 3 || start < 0 || count < 0 || length === "?" || (encoding ?? "chunked") !== "chunked";
+  const head: RequestHead = {
+    ...{ method, version: "1.1", block, trailers: false, expects: false },
+    host: headers.get("host") ?? own, // Host wins, as with a request that comes over a socket
     target: url.slice(start).replace(/[^\x00-\xff]+/g, encodeURIComponent),
-    block: { fields: withoutHopFields(from.headers), passing: undefined },
     upgrade: from.upgrades && headers.get("upgrade") || "",
     problem: isBad ? "bad-request" : undefined,
   };
-}
-
-function bodyOfRequest({ body, headers }: Request, isGone: () => boolean): Body {
-  const announced = !headers.has("transfer-encoding") && headers.has("content-length");
-  if (!body) return announced ? EMPTY_BODY : NO_BODY;
-  const length = announced ? Number(headers.get("content-length")) : -1;
-  return new FetchBody(body, length, () => isGone() ? "client-left" : "bad-body");
+  const none = isAnnounced ? EMPTY_BODY : NO_BODY, bytes = isAnnounced ? Number(length) : -1;
+  return { ...head, body: body ? new FetchBody(body, bytes, () => isGone() ? "client-left" : "bad-body") : none };
 }
 
 const HOP_FIELDS = [...CONNECTION_FIELDS].filter((name) => !/^(?:content-length|expect|host)$/.test(name));
 /** Fields without those that end at this hop. */
 const withoutHopFields = (fields: Fields): Fields =>
   without(fields, new Set([...HOP_FIELDS, ...optionsOf(fieldOf(fields, "connection") ?? "")]));
-const isTokenText = memo((text) => TOKEN.test(text));
-/** Whether all fields are valid: a line break would begin another header, or another request. */
-function isPrintable(fields: Fields): boolean {
-  for (let i = 0; i < fields.length; i += 2) if (!isTokenText(fields[i]!) || !VALUE.test(fields[i + 1]!)) return false;
-  return true;
-}
-
 /** Converts a request for middleware; with its body and abort signal only if `withBody`. */
 function toRequest(request: HttpRequest, withBody: boolean): Request {
   const { method, target, host, scheme, block, body } = request;
