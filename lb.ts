@@ -2554,19 +2554,19 @@ class ServerState extends Latency {
   // health
   up = true; // what active probes say
   opinion = true; // the same by probes of this instance alone: in a fleet most probers decide
-  until = 0; // end of its ejection, then it is on trial; 0: neither
-  trying = false; // its one trial request is in flight
+  ejectedUntil = 0; // then it is on trial, until a request to it has been answered; 0: neither
+  trialInFlight = false; // its one trial request has begun, and not ended
   slow = false; // ejected for its latency, not for failures
   pausedUntil = 0; // skipped until then, as its Retry-After asked
   since = 0; // when a probe, an ejection or a reload last changed its state
-  back = -Infinity; // when its slow start began; -Infinity: long ago
+  backAt = -Infinity; // when it was new or came back, and its slow start began; -Infinity: long ago
   failures = 0; // consecutive failures of requests
   ejections = 0; // consecutive ejections: each makes the next longer
 
   // probes
   probeAt = 0; // when the next one is due
-  passes = 0; // consecutive ones passed while down
-  fails = 0; // consecutive ones failed while up
+  passes = 0; // consecutive ones passed
+  fails = 0; // consecutive ones failed
   probedAt = 0; // when the last one ended; 0: there was none
   probeTook = 0; // milliseconds
   probeProblem = ""; // what was wrong with it; empty: it passed
@@ -6698,11 +6698,11 @@ const isEnabled = (server: Server): boolean => server.weight > 0 && server.state
 
 /** Whether a server may be asked, leaving aside how many requests it has. After an ejection one request tries it out. */
 const isHealthy = (server: Server, now: number): boolean =>
-  server.up && (server.until === 0 || now >= server.until && !server.trying);
+  server.up && (server.ejectedUntil === 0 || now >= server.ejectedUntil && !server.trialInFlight);
 
 /** The share of its weight that a server has: from 10 % when it comes back to all after `slow_start`. */
 function partOf(server: Server, slowStart: number, now: number): number {
-  const age = now - server.back;
+  const age = now - server.backAt;
   return age >= slowStart ? 1 : Math.max(0.1, age / slowStart);
 }
 
@@ -6737,7 +6737,11 @@ function withoutPaused({ config }: Service, servers: readonly Server[], now: num
 
 /** When time alone changes whether a server may be asked, or its weight. */
 function nextChange(server: Server, slowStart: number, now: number): number {
-  const times = [server.until, server.pausedUntil, ...partOf(server, slowStart, now) < 1 ? [now + slowStart / 50] : []];
+  const times = [
+    server.ejectedUntil,
+    server.pausedUntil,
+    ...partOf(server, slowStart, now) < 1 ? [now + slowStart / 50] : [],
+  ];
   return Math.min(...times.filter((time) => time > now));
 }
 
@@ -6785,12 +6789,12 @@ const asSlow = ({ servers }: Service, milliseconds: number): number =>
  */
 function eject(service: Service, server: Server, why: string): boolean {
   const { failures, for: unit, at_most } = service.config.eject;
-  const others = service.servers.filter((other) => other !== server && other.until !== 0).length;
+  const others = service.servers.filter((other) => other !== server && other.ejectedUntil !== 0).length;
   if (others + 1 > service.servers.length * at_most) return false;
   const now = service.effects.now();
   server.ejections = Math.min(server.ejections + 1, 10);
-  server.until = now + unit * server.ejections;
-  server.trying = false;
+  server.ejectedUntil = now + unit * server.ejections;
+  server.trialInFlight = false;
   server.ejected++;
   server.since = now;
   server.failures = failures - 1; // one more ejects it again: a trial that has a good head, and whose body breaks off
@@ -6803,32 +6807,32 @@ function eject(service: Service, server: Server, why: string): boolean {
 
 /** An ejected server gets its trial request: it gets no other one until that has ended. */
 function beginTrial(service: Service, server: Server, now: number): void {
-  if (now < server.until) return; // still ejected, and asked in a panic only
-  server.trying = true;
+  if (now < server.ejectedUntil) return; // still ejected, and asked in a panic only
+  server.trialInFlight = true;
   service.candidatesUntil = 0;
 }
 
 /** Whether an attempt is the trial of its server: it began after the ejection. Earlier ones that end now do not count. */
-const isTrial = (server: Server, began: number): boolean => began >= server.until;
+const isTrial = (server: Server, began: number): boolean => began >= server.ejectedUntil;
 
 /**
  * Ends the trial of a server: it is back, for it has answered; it is ejected again, with the reason why; or the trial is
  * undecided, and another one follows.
  */
 function endTrial(service: Service, server: Server, verdict: "back" | "undecided" | { why: string }) {
-  server.trying = false;
+  server.trialInFlight = false;
   service.candidatesUntil = 0;
   if (verdict === "undecided" || typeof verdict === "object" && eject(service, server, verdict.why)) return;
-  server.until = 0;
+  server.ejectedUntil = 0;
   server.slow = false;
-  server.since = server.back = service.effects.now();
+  server.since = server.backAt = service.effects.now();
   service.effects.report("info", `${service.name}: ${server.name} is up again`);
 }
 
 /** A request to a server has failed, before its answer or in it. Enough of them in a row eject it; so does one on trial. */
 function onFailed(service: Service, server: Server, began: number): void {
   const { failures } = service.config.eject;
-  if (server.until !== 0) {
+  if (server.ejectedUntil !== 0) {
     if (isTrial(server, began)) endTrial(service, server, { why: "after a failed trial" });
     return;
   }
@@ -6838,9 +6842,9 @@ function onFailed(service: Service, server: Server, began: number): void {
 
 /** A whole response ends a run of failures; one well after the last ejection also resets the count of ejections. */
 function onAnswered(service: Service, server: Server): void {
-  if (server.until !== 0) return;
+  if (server.ejectedUntil !== 0) return;
   server.failures = 0;
-  if (server.ejections > 0 && service.effects.now() > server.back + service.config.eject.for) server.ejections = 0;
+  if (server.ejections > 0 && service.effects.now() > server.backAt + service.config.eject.for) server.ejections = 0;
 }
 
 /** Updates `recent`: it jumps to a longer time, and moves towards a shorter one with a time constant of 10 s. */
@@ -6870,14 +6874,14 @@ function recordResult(service: Service, server: Server, good: boolean, milliseco
 function onHead(service: Service, server: Server, status: number, began: number, now: number): void {
   const milliseconds = now - began;
   server.answers++;
-  if (server.until !== 0 && isTrial(server, began)) {
+  if (server.ejectedUntil !== 0 && isTrial(server, began)) {
     const still = server.slow && isSlow(service, milliseconds);
     const why = status >= 500
       ? `after a trial with ${status}`
       : `because it still takes ${Math.round(milliseconds)} ms`;
     endTrial(service, server, status >= 500 || still ? { why } : "back");
   }
-  if (server.until !== 0) return;
+  if (server.ejectedUntil !== 0) return;
   if (status === 429) {
     noteTime(server, asSlow(service, milliseconds), now);
     if (service.config.max_in_flight === AUTO) findLimit(server, true, now);
@@ -6887,7 +6891,7 @@ function onHead(service: Service, server: Server, status: number, began: number,
 /** An attempt was given up because another was faster: its server takes at least the time that has passed. */
 function onAbandoned(service: Service, server: Server, began: number): void {
   const now = service.effects.now(), milliseconds = now - began;
-  if (server.until === 0) {
+  if (server.ejectedUntil === 0) {
     if (milliseconds > server.typical) recordResult(service, server, true, milliseconds, now);
   } else if (isTrial(server, began) && server.slow && isSlow(service, milliseconds)) {
     endTrial(service, server, { why: `because it still takes more than ${Math.round(milliseconds)} ms` });
@@ -6896,7 +6900,7 @@ function onAbandoned(service: Service, server: Server, began: number): void {
 
 /** No response has come, by the server's fault. */
 function onNoResponse(service: Service, server: Server, began: number, now: number): void {
-  if (server.until === 0) recordResult(service, server, false, now - began, now);
+  if (server.ejectedUntil === 0) recordResult(service, server, false, now - began, now);
   onFailed(service, server, began);
 }
 
@@ -6935,10 +6939,10 @@ function compare(service: Service, now: number): void {
       (1 - Math.exp(-1_000 * seconds / DECAY));
     server.picksThen = server.picks;
   }
-  const some = service.servers.filter((server) => server.until === 0 && server.up && isEnabled(server));
-  const warm = some.filter((server) => now - server.back >= service.config.slow_start); // that is what it is for
+  const some = service.servers.filter((server) => server.ejectedUntil === 0 && server.up && isEnabled(server));
+  const warm = some.filter((server) => now - server.backAt >= service.config.slow_start); // that is what it is for
   ejectSlow(service, warm, now);
-  ejectFailing(service, some.filter((server) => server.until === 0 && server.judged >= MEMORY));
+  ejectFailing(service, some.filter((server) => server.ejectedUntil === 0 && server.judged >= MEMORY));
 }
 
 /** How many requests each of these has in flight, in the mean. */
@@ -6951,7 +6955,7 @@ const meanInFlight = (servers: Server[]): number =>
  * as much to do, the ejections end, and no server is ejected for its latency for a while.
  */
 function ejectSlow(service: Service, some: Server[], now: number): void {
-  const out = service.servers.filter(({ slow, until }) => slow && until !== 0);
+  const out = service.servers.filter(({ slow, ejectedUntil }) => slow && ejectedUntil !== 0);
   if (out.length > 0 && meanInFlight(some) > 3 * service.inFlightBefore + 2) {
     return endEjections(service, out, now);
   }
@@ -6960,7 +6964,7 @@ function ejectSlow(service: Service, some: Server[], now: number): void {
   service.median = medianOf(timed.map(({ time }) => time));
   const load = medianOf(timed.map(({ server }) => server.load / server.effective));
   for (const { server, time } of timed.sort((a, b) => b.time - a.time)) {
-    const ejected = service.servers.filter(({ until }) => until !== 0).length;
+    const ejected = service.servers.filter(({ ejectedUntil }) => ejectedUntil !== 0).length;
     if (!isSlow(service, time / (1 + 10 * ejected / service.servers.length)) || now < service.toleratedUntil) return;
     if (server.load / server.effective > 1.1 * load) continue;
     const why = `because it takes ${Math.round(time)} ms where ${Math.round(service.median)} ms are usual`;
@@ -6972,7 +6976,7 @@ function ejectSlow(service: Service, some: Server[], now: number): void {
 /** Ends ejections that have made matters worse. */
 function endEjections(service: Service, out: Server[], now: number): void {
   for (const server of out) {
-    Object.assign(server, { until: 0, trying: false, slow: false, since: now, back: now });
+    Object.assign(server, { ejectedUntil: 0, trialInFlight: false, slow: false, since: now, backAt: now });
     service.effects.report(
       "warn",
       `${service.name}: ${server.name} is asked again: without it the others have too much to do`,
@@ -7013,7 +7017,7 @@ function onRetryAfter(service: Service, server: Server, value: string): void {
 function onProbed(service: Service, server: Server, problem: string | undefined, decided?: boolean): void {
   const { effects, config: { health: { rise, fall } } } = service;
   const now = server.probedAt = effects.now();
-  const wasEjected = now < server.until && !server.slow; // a probe does not show how long requests take
+  const wasEjected = now < server.ejectedUntil && !server.slow; // a probe does not show how long requests take
   server.probeProblem = problem ?? "";
   if (problem === undefined) server.probesPassed++;
   else server.probesFailed++;
@@ -7021,7 +7025,7 @@ function onProbed(service: Service, server: Server, problem: string | undefined,
   server.fails = problem === undefined ? 0 : server.fails + 1;
   if (server.opinion ? server.fails >= fall : server.passes >= rise) server.opinion = !server.opinion;
   if (problem === undefined && wasEjected) {
-    server.until = server.since = now; // it may be tried out at once
+    server.ejectedUntil = server.since = now; // it may be tried out at once
     service.candidatesUntil = 0;
   }
   if (decided === undefined) setUp(service, server, effects.fleet?.isUp(service, server) ?? server.opinion, problem);
@@ -7040,7 +7044,7 @@ function setUp(
   const now = service.effects.now();
   server.up = up;
   server.since = now;
-  if (up) server.back = now;
+  if (up) server.backAt = now;
   service.candidatesUntil = 0;
   if (up) report("info", `${service.name}: ${server.name} is up`);
   else report("warn", `${service.name}: ${server.name} is down: ${problem ?? "most of its probers say so"}`);
@@ -7049,9 +7053,9 @@ function setUp(
 /** Marks a server up or down for an operator, until probes find otherwise. */
 function setHealth(service: Service, server: Server, up: boolean): void {
   service.effects.onNews({ kind: "marked", service: service.name, url: server.url, up });
-  if (server.up !== up || up && server.until > 0) server.since = service.effects.now();
+  if (server.up !== up || up && server.ejectedUntil > 0) server.since = service.effects.now();
   Object.assign(server, { up, opinion: up, passes: 0, fails: 0, failures: 0 });
-  if (up) Object.assign(server, { until: 0, trying: false, ejections: 0 });
+  if (up) Object.assign(server, { ejectedUntil: 0, trialInFlight: false, ejections: 0 });
   service.candidatesUntil = 0;
 }
 
@@ -7377,7 +7381,7 @@ const RETRIED_AS: Partial<Record<Failure, string | number>> = {
 function forRetry(service: Service, candidates: readonly Server[], tried: Server[], now: number): readonly Server[] {
   const calm = candidates.filter((server) => now >= server.pausedUntil);
   const untried = calm.filter((server) => !tried.includes(server));
-  const healthy = untried.filter((server) => server.up && server.until === 0);
+  const healthy = untried.filter((server) => server.up && server.ejectedUntil === 0);
   if (healthy.length) return healthy;
   const backups = service.servers.filter((server) => server.backup && isEnabled(server) && !tried.includes(server));
   const ready = withRoom(service, backups).filter((server) => isHealthy(server, now) && now >= server.pausedUntil);
@@ -7868,11 +7872,11 @@ const METRICS: { [K in Kind]: Metric<Counted[K]>[] } = {
       write: (s, spent) => void (s.latency = spent / (s.answers || 1)),
     }),
     maximum("", "", { // for how long it is ejected: the clocks of threads differ
-      read: (s, now) => Math.max(0, s.until - now),
+      read: (s, now) => Math.max(0, s.ejectedUntil - now),
       write(s, left, now) {
         const until = left && now + left;
-        if (!until !== !s.until) s.since = now;
-        s.until = until;
+        if (!until !== !s.ejectedUntil) s.since = now;
+        s.ejectedUntil = until;
       },
     }),
     gauge(
@@ -8267,7 +8271,7 @@ function takeServer(service: Service, server: Server, { tried, now }: Asker): Se
   tried.push(server);
   server.picks++;
   server.inFlight++;
-  if (server.until !== 0) beginTrial(service, server, now);
+  if (server.ejectedUntil !== 0) beginTrial(service, server, now);
   return server;
 }
 
@@ -8337,7 +8341,7 @@ function countNoResponse(use: ServerUse, received: number, problem: string | und
   if (isBlamed) {
     reportServer(service, server, problem);
     onNoResponse(service, server, startedAt, endedAt);
-  } else if (server.until !== 0 && isTrial(server, startedAt)) endTrial(service, server, "undecided");
+  } else if (server.ejectedUntil !== 0 && isTrial(server, startedAt)) endTrial(service, server, "undecided");
 }
 
 /** An attempt at the server that was picked for it, and the events of its connection. */
@@ -8563,7 +8567,7 @@ async function abandon(attempt: ExchangeAttempt): Promise<void> {
 function pickSecond(exchange: Exchange, first: ExchangeAttempt): Server | undefined {
   const { effects } = exchange.balancer, { service } = exchange.destination!, now = exchange.now = effects.now();
   const others = withRoom(service, candidatesOf(service, now))
-    .filter((server) => !exchange.tried.includes(server) && server.up && server.until === 0);
+    .filter((server) => !exchange.tried.includes(server) && server.up && server.ejectedUntil === 0);
   if (others.length === 0) return undefined;
   earnRetry(exchange, service);
   if (!spendRetry(service, 0, now)) return undefined;
@@ -8591,7 +8595,7 @@ async function sendCopy(exchange: Exchange, destination: Destination): Promise<v
     const copy: Exchange = { ...exchange, destination, tried: [], onLeave: undefined };
     const server = pickServer(copy, effects.now());
     if (server === undefined) return void service.copies.skipped++;
-    if (server.trying) endTrial(service, server, "undecided"); // a copy is no trial
+    if (server.trialInFlight) endTrial(service, server, "undecided"); // a copy is no trial
     nextSpan(copy);
     const { target } = copy, lines = outboundLines(copy, server);
     const problem = await new Promise<string | undefined>((resolve) =>
@@ -9046,11 +9050,11 @@ function buildService(
     const overTls = wanted.url.startsWith("https:") ? config.http : 1;
     const http = wanted.url.startsWith("h2c:") ? 2 : overTls;
     const server = Object.assign(before ?? newServer(wanted, name, tls, http), wanted, { tls, http, since });
-    if (isNew) server.back = now;
+    if (isNew) server.backAt = now;
     const found = wasAuto ? server.limit : FIRST_LIMIT; // what `auto` has found stays found
     server.limit = Math.min(server.max, isAuto ? found : config.max_in_flight);
     if (config.health.kind === "off" && previous?.config.health.kind !== "off") server.up = server.opinion = true; // no probe would bring it back
-    if (config.eject.failures === Infinity) Object.assign(server, { until: 0, trying: false });
+    if (config.eject.failures === Infinity) Object.assign(server, { ejectedUntil: 0, trialInFlight: false });
     return server;
   });
   const urls = new Set(servers.map((server) => server.url));
@@ -9356,10 +9360,10 @@ const checkView = ({ probedAt, probeTook, probeProblem }: Server, now: number) =
 
 const STATUSES = ["up", "down", "ejected", "trial", "paused", "drain", "maint"] as const;
 function serverStatus(server: Server, now: number): typeof STATUSES[number] {
-  const { state, up, until, pausedUntil } = server;
+  const { state, up, ejectedUntil, pausedUntil } = server;
   if (state !== "ready") return state;
   if (!up) return "down";
-  if (until) return until > now ? "ejected" : "trial";
+  if (ejectedUntil) return ejectedUntil > now ? "ejected" : "trial";
   return pausedUntil > now ? "paused" : "up";
 }
 
@@ -9370,7 +9374,7 @@ const SERVER_VIEW = viewOf<[server: Server, now: number, share?: number | undefi
   status: [v.picklist(STATUSES), serverStatus],
   status_for: [
     numeric("for how long"),
-    (s, now) => toSeconds(now - (s.until > now ? s.since : Math.max(s.since, s.until))),
+    (s, now) => toSeconds(now - (s.ejectedUntil > now ? s.since : Math.max(s.since, s.ejectedUntil))),
   ],
   check: [says(v.nullable(CHECK), "the last probe; null: there was none"), checkView],
   state: [v.picklist(["ready", "drain", "maint"]), (s) => s.state],
@@ -9383,7 +9387,7 @@ const SERVER_VIEW = viewOf<[server: Server, now: number, share?: number | undefi
   share: [v.optional(numeric("of the service's new requests")), (_, __, share) => share],
   max: [numericOrNull("requests in flight at most, as the file says; null: any number"), (s) => finite(s.max)],
   limit: [numericOrNull("the same, whatever it comes from"), (s) => finite(Math.floor(s.limit))],
-  ejected_for: [numeric("for how much longer"), (s, now) => toSeconds(s.until - now)],
+  ejected_for: [numeric("for how much longer"), (s, now) => toSeconds(s.ejectedUntil - now)],
   paused_for: [numeric("for how much longer, as its Retry-After asked"), (s, now) => toSeconds(s.pausedUntil - now)],
   in_flight: [NUMBER, (s) => s.inFlight],
   picks: [numeric("requests that it was chosen for"), (s) => s.picks],
@@ -9607,16 +9611,16 @@ const serviceText = ({ name, strategy, askable, in_flight, waiting, servers }: S
 
 /** What speaks against asking a server, and where it may be asked all the same, why that is. */
 function whyNot(server: Server, isAsked: boolean, now: number): string {
-  const { state, weight, inFlight, up, probeProblem, until, trying, pausedUntil, backup } = server;
+  const { state, weight, inFlight, up, probeProblem, ejectedUntil, trialInFlight, pausedUntil, backup } = server;
   const left = (time: number) => Math.ceil((time - now) / 1_000);
   const room = Math.floor(server.limit);
   if (state !== "ready") return state === "drain" ? "it drains" : "in maintenance";
   if (weight === 0) return "its weight is 0";
   const down = up ? "" : `down${probeProblem && `: ${probeProblem}`}`;
-  const ill = down || (until > now ? `ejected for another ${left(until)} s` : "");
+  const ill = down || (ejectedUntil > now ? `ejected for another ${left(ejectedUntil)} s` : "");
   if (isAsked) return ill && `${ill}, but too few are healthy`;
   if (ill) return ill;
-  if (trying) return "another request tries it out";
+  if (trialInFlight) return "another request tries it out";
   if (pausedUntil > now) return `its Retry-After holds for another ${left(pausedUntil)} s`;
   if (inFlight >= room) return `full: ${inFlight} of ${room}`;
   return backup ? "a backup" : "";
@@ -12000,7 +12004,7 @@ export class Fleet implements Membership {
       ...{ config: this.inForce, problem: this.document?.problem ?? "", members: this.membersHash },
       told: Math.max(0, ...marks.map(([, { revision }]) => revision)),
       down: servers.filter((server) => !server.opinion && this.isProber(server)).map(keyOfServer).sort(),
-      ejected: servers.filter(({ until }) => until > now).map(keyOfServer).sort(),
+      ejected: servers.filter(({ ejectedUntil }) => ejectedUntil > now).map(keyOfServer).sort(),
       unsure: [...this.unsure].sort(),
     };
   }

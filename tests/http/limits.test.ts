@@ -355,7 +355,7 @@ for (
     const { services } = lb.balancer.table;
     const b = services.get("default")!.servers[1];
     const eject = () => {};
-    if (b) Object.assign(b, { until: 1_000 });
+    if (b) Object.assign(b, { ejectedUntil: 1_000 });
     const sent = [send()];
     await settled();
     sent.push(send({ path: "/waits" }));
@@ -832,7 +832,7 @@ test("the attempt that is given up counts neither as a failure nor as an answer;
   await clock.advance(29);
   assert.equal(server.latency, latency, "it may still answer");
   await clock.advance(100);
-  assert.deepEqual([server.answers, server.failures, server.until, server.waiting], [answers, failures, 0, 0]);
+  assert.deepEqual([server.answers, server.failures, server.ejectedUntil, server.waiting], [answers, failures, 0, 0]);
   assert.ok(server.latency > latency, `${server.latency} ms in the mean`);
   assert.ok(server.recent >= 60 && other.recent < 30, `${server.recent} ms and ${other.recent} ms`);
   assert.deepEqual(reports, []);
@@ -863,7 +863,7 @@ test("a server that hangs is ejected as slow, although each of its attempts is g
     }
   };
   await pass(120);
-  assert.ok(hung!.until > 0, `${hung!.typical} ms are typical of it`);
+  assert.ok(hung!.ejectedUntil > 0, `${hung!.typical} ms are typical of it`);
   assert.match(reports[0]!, /a:1 is ejected/);
   await pass(120);
   assert.match(reports.slice(1).join("\n"), /because it still takes more than \d+ ms/);

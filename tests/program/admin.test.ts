@@ -1372,7 +1372,7 @@ test("a clock that jumps an hour ejects nobody", async () => {
     now += 1;
     assert.equal((await lb.request("http://a.test/", { headers: { host: "a.test" } })).status, 200);
     const servers = lb.balancer.table.services.get("shop")!.servers;
-    assert.ok(servers.every((server) => server.up && server.until === 0));
+    assert.ok(servers.every((server) => server.up && server.ejectedUntil === 0));
   }
 });
 

@@ -239,7 +239,7 @@ test("a process that has no file handle left blames no server", async () => {
   const { ask, lb } = setUp("eject: { failures: 1 }, retries: 0", [refused]);
   assert.equal((await ask()).status, 502);
   const [server] = lb.balancer.table.services.get("default")!.servers;
-  assert.deepEqual([server!.failures, server!.until], [0, 0]);
+  assert.deepEqual([server!.failures, server!.ejectedUntil], [0, 0]);
 });
 
 test("no further attempt is made for a client that has left", async () => {

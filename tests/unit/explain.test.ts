@@ -53,7 +53,7 @@ test("/explain says of every server whether it may be asked, with what score, an
   const { explain, ask, set, service } = setUp(keys, "[a:1, b:1, c:1, d:1, e:1, f:1, g:1, h:1]");
   set("b", { inFlight: 3 });
   set("c", { up: false, probeProblem: "status 500" });
-  set("d", { until: 12_345 });
+  set("d", { ejectedUntil: 12_345 });
   set("e", { inFlight: 9 });
   set("f", { state: "drain" });
   set("g", { weight: 0 });
@@ -131,7 +131,7 @@ test("a server says what limit auto has found, that it sent Retry-After, and tha
   const { explain, set } = setUp(", max_in_flight: auto, eject: {}", "[a:1, b:1, c:1]");
   set("a", { limit: 7.5 });
   set("b", { pausedUntil: 2_000 });
-  set("c", { until: -1, trying: true });
+  set("c", { ejectedUntil: -1, trialInFlight: true });
   const { services: [{ servers }] } = await explain();
   assert.deepEqual(servers[0], { server: "a:1", asked: true, limit: 7 });
   assert.deepEqual(servers.slice(1).map(({ why }: Verdict) => why), [

@@ -53,7 +53,7 @@ test("as long as one server may be asked nobody else's are", async () => {
 });
 
 test("where all are down, ejected or full the other service answers, and the log says so", async () => {
-  const states = [{ up: false }, { until: 1e9 }, { inFlight: 7, max: 7 }];
+  const states = [{ up: false }, { ejectedUntil: 1e9 }, { inFlight: 7, max: 7 }];
   for (const state of states) {
     const { ask, set, lb } = setUp(
       "shop: { servers: [{ url: a:1, max: 7 }, { url: b:1, max: 7 }], fallback: spare }, spare: { servers: [x:1] }",
@@ -63,7 +63,7 @@ test("where all are down, ejected or full the other service answers, and the log
     const { asked, service, server, status } = await ask();
     assert.deepEqual({ asked, service, server, status }, { asked: "x", service: "spare", server: "x:1", status: 200 });
     assert.equal(lb.balancer.table.services.get("shop")!.panicking, false, "rather than to ask those who are dead");
-    set("b", { up: true, until: 0, inFlight: 0 });
+    set("b", { up: true, ejectedUntil: 0, inFlight: 0 });
     assert.equal((await ask()).service, "shop", "and back");
   }
 });

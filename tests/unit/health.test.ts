@@ -448,11 +448,11 @@ test("where the others cannot bear what a slow server leaves to them, it is aske
   answers.b = answers.c = answers.d = async (attempt) => (await stuck.promise, answerTo(attempt));
   const waiting = Array.from({ length: 9 }, () => ask());
   clock.now += 1000;
-  assert.equal(service.servers[0]!.until > 0, true);
+  assert.equal(service.servers[0]!.ejectedUntil > 0, true);
   waiting.push(ask(), ask()); // three at each: more than 3 times none, and 2
   clock.now += 1000;
   waiting.push(ask());
-  assert.deepEqual([service.servers[0]!.until, service.servers[0]!.slow], [0, false]);
+  assert.deepEqual([service.servers[0]!.ejectedUntil, service.servers[0]!.slow], [0, false]);
   stuck.resolve();
   await Promise.all(waiting);
   answers.b = answers.c = answers.d = takes(10);
@@ -469,7 +469,7 @@ test("the more servers are out already, the slower the next one has to be", asyn
     answers.a = takes(1000);
     await times(200);
     for (let i = 0; i < 10; i++, clock.now += 1000) await times(20);
-    assert.equal(service.servers.filter((server) => server.until > 0).length, out, `${slow} ms`);
+    assert.equal(service.servers.filter((server) => server.ejectedUntil > 0).length, out, `${slow} ms`);
   }
 });
 
@@ -550,10 +550,10 @@ test("after an ejection one request tries the server out, and nobody else is sen
   const server = service.servers[0]!, { picks } = server, ejected = reports.length;
   const asked = [ask(), ask(), ask(), ask()];
   assert.equal((await times(20)).includes("a"), false);
-  assert.deepEqual([server.trying, server.until > 0, server.picks], [true, true, picks + 1]);
+  assert.deepEqual([server.trialInFlight, server.ejectedUntil > 0, server.picks], [true, true, picks + 1]);
   trial.resolve();
   await Promise.all(asked);
-  assert.deepEqual([server.trying, server.until, server.picks], [false, 0, picks + 1]);
+  assert.deepEqual([server.trialInFlight, server.ejectedUntil, server.picks], [false, 0, picks + 1]);
   answers.a = 200;
   assert.equal((await times(20)).match(/a/g)!.length, 5);
   assert.deepEqual(reports.slice(ejected), ["info s: a:1 is up again"]);
@@ -594,7 +594,7 @@ test("a retry is no trial", async () => {
   answers.b = "reset";
   service.turn = 4; // b's; of a and c it would be a's
   assert.equal(await ask(), "c");
-  assert.equal(service.servers[0]!.trying, false);
+  assert.equal(service.servers[0]!.trialInFlight, false);
 });
 
 test("a server that was slow comes back when it is no longer: probes cannot tell", async () => {

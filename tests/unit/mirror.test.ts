@@ -67,15 +67,19 @@ test("what is copied is counted apart: not in the log, nor among the service's r
   assert.deepEqual(lines.map((line) => JSON.parse(line)["lb.service"]), Array(5).fill("shop"));
   assert.deepEqual(next.copies, { answered: 0, failed: 5, skipped: 0, inFlight: 0 });
   const [server] = next.servers;
-  assert.deepEqual([server!.inFlight, server!.failures, server!.until, next.tallies.size], [0, 0, 0, 0]);
+  assert.deepEqual([server!.inFlight, server!.failures, server!.ejectedUntil, next.tallies.size], [0, 0, 0, 0]);
   assert.equal(lb.balancer.inFlight, 0);
 });
 
 test("a copy tries no server out that has been ejected: the next request does", async () => {
   const { ask, next, lb } = setUp("", () => new Promise(() => {}));
-  Object.assign(next.servers[0]!, { until: -1, slow: true });
+  Object.assign(next.servers[0]!, { ejectedUntil: -1, slow: true });
   await ask();
-  assert.deepEqual([next.copies.inFlight, next.servers[0]!.trying, next.servers[0]!.until], [1, false, -1]);
+  assert.deepEqual([next.copies.inFlight, next.servers[0]!.trialInFlight, next.servers[0]!.ejectedUntil], [
+    1,
+    false,
+    -1,
+  ]);
   assert.equal(lb.balancer.inFlight, 0);
 });
 

@@ -127,7 +127,7 @@ test("a client whose server is dead, ejected, full or gone moves once", async ()
   const ways: Record<string, (rig: ReturnType<typeof setUp>) => unknown> = {
     "refuses": ({ down }) => down.add("a"),
     "down": ({ service }) => Object.assign(service("shop").servers[0]!, { up: false }),
-    "ejected": ({ service }) => Object.assign(service("shop").servers[0]!, { until: 1e6 }),
+    "ejected": ({ service }) => Object.assign(service("shop").servers[0]!, { ejectedUntil: 1e6 }),
     "full": ({ service }) => Object.assign(service("shop").servers[0]!, { inFlight: 5 }),
     "gone": ({ reload }) => reload("shop: { servers: [b:1, c:1], sticky: { cookie: lb } }"),
   };
