@@ -2536,14 +2536,19 @@ export interface Server extends ListedServer, ServerState {
   hash: number; // of its name, for rendezvous
 }
 
-/** Latency statistics of a server since its last ejection. */
+/**
+ * What a server's attempts have shown since its last ejection. Three estimates of the milliseconds to the head of a response;
+ * 0: not known. `latency`, the mean of the last 64 or so good ones: for least-response-time, `max_in_flight: auto` and views.
+ * `typical`, their geometric mean over the last 64 or 10 s, which single long ones hardly move: for ejections of slow servers.
+ * `recent`, which jumps to a peak and then decays: for peak-ewma.
+ */
 class Latency {
-  samples = 0; // good responses in `latency`
-  latency = 0; // mean milliseconds to the head of a good response, over the last 64 or so; 0: not known
-  typical = 0; // the same as a geometric mean, over the last 64 or 10 s: single long ones hardly move it
+  samples = 0; // good responses in `latency` and `typical`
+  latency = 0;
+  typical = 0;
+  recent = 0; // as of `recentAt`
   judged = 0; // attempts in `failing`
   failing = 0; // the share of them that failed, or had a 5xx; over the last 64 or so
-  recent = 0; // milliseconds to the head of an answer as of `recentAt`: a peak at once, else decaying; 0: not known
 }
 
 /** What is known of a server, as it is in the beginning. */
@@ -6565,19 +6570,19 @@ function leastOfSome(candidates: Candidates, draw: Draw, scoring: Scoring): Serv
 /** The mean age of the requests that wait at a server for the head of a response; 0: none does. */
 const waitingAge = ({ waiting, waitingSince }: Server, now: number): number => waiting && now - waitingSince / waiting;
 
-/** A server's recent latency, or the age of what waits there, whichever is longer. */
-function latencyOf(server: Server, now: number): number {
+/** What is left of a server's latest peak of latency, or the age of the requests that wait there, whichever is longer. */
+function recentLatency(server: Server, now: number): number {
   if (server.recent === 0) return server.waiting && UNKNOWN; // one request finds out
-  const recent = server.recent * Math.exp((server.recentAt - now) / DECAY); // what is left of the latest peak
-  return Math.max(recent, waitingAge(server, now));
+  const decayed = server.recent * Math.exp((server.recentAt - now) / DECAY);
+  return Math.max(decayed, waitingAge(server, now));
 }
 
 /** The cost of one more request at a server: its recent latency times requests in flight, by weight. */
 const costOf: Scoring = (candidates, { now }) => {
   let fastest = Infinity;
-  for (const server of candidates) fastest = Math.min(fastest, latencyOf(server, now));
+  for (const server of candidates) fastest = Math.min(fastest, recentLatency(server, now));
   return (server) => {
-    const pace = latencyOf(server, now);
+    const pace = recentLatency(server, now);
     return (pace > NOISE * fastest ? pace : fastest) * (server.inFlight + 1) / server.effective;
   };
 };
@@ -6822,7 +6827,8 @@ const isTrial = (server: Server, began: number): boolean => began >= server.ejec
 function endTrial(service: Service, server: Server, verdict: "back" | "undecided" | { why: string }) {
   server.trialInFlight = false;
   service.candidatesUntil = 0;
-  if (verdict === "undecided" || typeof verdict === "object" && eject(service, server, verdict.why)) return;
+  if (verdict === "undecided") return;
+  if (verdict !== "back" && eject(service, server, verdict.why)) return;
   server.ejectedUntil = 0;
   server.slow = false;
   server.since = server.backAt = service.effects.now();
@@ -6861,10 +6867,11 @@ function recordResult(service: Service, server: Server, good: boolean, milliseco
   server.judged++;
   server.failing += (Number(!good) - server.failing) / Math.min(server.judged, MEMORY);
   if (good) {
-    const first = 1 / ++server.samples, sample = Math.max(milliseconds, LEAST_TIME);
-    const part = Math.max(first, Math.min(1 / MEMORY, 1 - Math.exp((server.recentAt - now) / DECAY)));
-    server.latency += (sample - server.latency) * Math.max(first, 1 / MEMORY);
-    server.typical = first === 1 ? sample : server.typical * (sample / server.typical) ** part;
+    server.samples++;
+    const sample = Math.max(milliseconds, LEAST_TIME), equal = 1 / server.samples; // the share of each sample so far
+    const byAge = 1 - Math.exp((server.recentAt - now) / DECAY), share = Math.max(equal, Math.min(1 / MEMORY, byAge));
+    server.latency += (sample - server.latency) * Math.max(equal, 1 / MEMORY);
+    server.typical = server.typical === 0 ? sample : server.typical * (sample / server.typical) ** share;
   }
   noteTime(server, good ? milliseconds : asSlow(service, milliseconds), now);
   if (service.config.max_in_flight === AUTO) findLimit(server, !good, now);
@@ -6875,11 +6882,10 @@ function onHead(service: Service, server: Server, status: number, began: number,
   const milliseconds = now - began;
   server.answers++;
   if (server.ejectedUntil !== 0 && isTrial(server, began)) {
-    const still = server.slow && isSlow(service, milliseconds);
-    const why = status >= 500
-      ? `after a trial with ${status}`
-      : `because it still takes ${Math.round(milliseconds)} ms`;
-    endTrial(service, server, status >= 500 || still ? { why } : "back");
+    const isStillSlow = server.slow && isSlow(service, milliseconds);
+    if (status >= 500) endTrial(service, server, { why: `after a trial with ${status}` });
+    else if (isStillSlow) endTrial(service, server, { why: `because it still takes ${Math.round(milliseconds)} ms` });
+    else endTrial(service, server, "back");
   }
   if (server.ejectedUntil !== 0) return;
   if (status === 429) {
@@ -6939,10 +6945,10 @@ function compare(service: Service, now: number): void {
       (1 - Math.exp(-1_000 * seconds / DECAY));
     server.picksThen = server.picks;
   }
-  const some = service.servers.filter((server) => server.ejectedUntil === 0 && server.up && isEnabled(server));
-  const warm = some.filter((server) => now - server.backAt >= service.config.slow_start); // that is what it is for
+  const serving = service.servers.filter((server) => server.ejectedUntil === 0 && server.up && isEnabled(server));
+  const warm = serving.filter((server) => now - server.backAt >= service.config.slow_start); // cold ones may be slow
   ejectSlow(service, warm, now);
-  ejectFailing(service, some.filter((server) => server.ejectedUntil === 0 && server.judged >= MEMORY));
+  ejectFailing(service, serving.filter((server) => server.ejectedUntil === 0 && server.judged >= MEMORY));
 }
 
 /** How many requests each of these has in flight, in the mean. */
@@ -6950,26 +6956,30 @@ const meanInFlight = (servers: Server[]): number =>
   servers.reduce((sum, { inFlight }) => sum + inFlight, 0) / servers.length;
 
 /**
- * Ejects servers that take much longer than the others, unless they have more to do. In a busy pool a slow server is
- * better than a queue: the more are out, the slower the next one has to be; and where the others then have three times
- * as much to do, the ejections end, and no server is ejected for its latency for a while.
+ * Ejects servers whose typical latency is `eject.slow` times the median of the pool, unless they have more to do. In a busy
+ * pool a slow server is better than a queue: the more servers are out, the slower the next one has to be; and where the
+ * others then have three times as much to do, the ejections end, and no server is ejected for its latency for a while.
  */
-function ejectSlow(service: Service, some: Server[], now: number): void {
-  const out = service.servers.filter(({ slow, ejectedUntil }) => slow && ejectedUntil !== 0);
-  if (out.length > 0 && meanInFlight(some) > 3 * service.inFlightBefore + 2) {
-    return endEjections(service, out, now);
+function ejectSlow(service: Service, compared: Server[], now: number): void {
+  const slow = service.servers.filter((server) => server.slow && server.ejectedUntil !== 0);
+  if (slow.length > 0 && meanInFlight(compared) > 3 * service.inFlightBefore + 2) {
+    return endEjections(service, slow, now);
   }
-  const timed = some.map((server) => ({ server, time: typicalOf(server, now) })).filter(({ time }) => time > 0);
+  const timed = compared.map((server) => ({ server, time: typicalOf(server, now) })).filter(({ time }) => time > 0);
   if (timed.length < LEAST_COMPARED) return;
   service.median = medianOf(timed.map(({ time }) => time));
-  const load = medianOf(timed.map(({ server }) => server.load / server.effective));
+  if (now < service.toleratedUntil) return;
+  const usualLoad = medianOf(timed.map(({ server }) => server.load / server.effective));
   for (const { server, time } of timed.sort((a, b) => b.time - a.time)) {
     const ejected = service.servers.filter(({ ejectedUntil }) => ejectedUntil !== 0).length;
-    if (!isSlow(service, time / (1 + 10 * ejected / service.servers.length)) || now < service.toleratedUntil) return;
-    if (server.load / server.effective > 1.1 * load) continue;
+    const tolerance = 1 + 10 * ejected / service.servers.length;
+    if (!isSlow(service, time / tolerance)) return; // and neither are the others, which are faster
+    if (server.load / server.effective > 1.1 * usualLoad) continue;
     const why = `because it takes ${Math.round(time)} ms where ${Math.round(service.median)} ms are usual`;
-    if (out.length === 0) service.inFlightBefore = meanInFlight(some.filter((other) => other !== server));
-    if (eject(service, server, why)) out.push(server), server.slow = true;
+    if (slow.length === 0) service.inFlightBefore = meanInFlight(compared.filter((other) => other !== server));
+    if (!eject(service, server, why)) continue;
+    server.slow = true;
+    slow.push(server);
   }
 }
 
@@ -7023,7 +7033,8 @@ function onProbed(service: Service, server: Server, problem: string | undefined,
   else server.probesFailed++;
   server.passes = problem === undefined ? server.passes + 1 : 0;
   server.fails = problem === undefined ? 0 : server.fails + 1;
-  if (server.opinion ? server.fails >= fall : server.passes >= rise) server.opinion = !server.opinion;
+  if (server.opinion && server.fails >= fall) server.opinion = false;
+  else if (!server.opinion && server.passes >= rise) server.opinion = true;
   if (problem === undefined && wasEjected) {
     server.ejectedUntil = server.since = now; // it may be tried out at once
     service.candidatesUntil = 0;
