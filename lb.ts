@@ -1378,6 +1378,7 @@ const ALIASES: Record<string, string> = {
   url: "address addr host target server",
   routes: "rules locations route ingress",
   default: "default_backend default_service fallback catch_all",
+  fallback: "backup_service",
   strategy: "balance lb_policy algorithm policy lb_method lb_algorithm load_balancing balancing mode",
   "least-connections": "leastconn least_conn least_connection leastconnections",
   "round-robin": "rr roundrobin round_robin wrr weighted weighted_round_robin static_rr",
@@ -1388,6 +1389,7 @@ const ALIASES: Record<string, string> = {
   health: "healthcheck health_check healthchecks health_checks check probe probes health_uri httpchk active_health",
   path: "uri url location match rule prefix path_prefix pathprefix endpoint http http_get httpget",
   regex: "regexp path_regexp path_regex pattern re matches",
+  exact: "equals equal full",
   expect: "status expect_status expected_status status_code expected_codes codes",
   fall: "unhealthy_threshold fails failure_threshold failures",
   rise: "healthy_threshold passes success_threshold successes",
@@ -1416,6 +1418,7 @@ const ALIASES: Record<string, string> = {
   response: "read server header response_header ttfb receive",
   slow_start: "slowstart warmup warm_up",
   compress: "gzip compression encode brotli deflate",
+  strip: "strip_prefix strippath strip_path handle_path",
   rewrite: "replace_path url_rewrite rewrite_target add_prefix",
   status: "code status_code",
   redirect: "redir return redirect_to",
@@ -1437,12 +1440,17 @@ const ALIASES: Record<string, string> = {
   http: "protocol proto http2 http_version",
   listen: "frontend frontends port ports bind address listeners listener entrypoints entry_points",
   host: "match rule domain domains hostname host_name server_name vhost",
+  methods: "method verbs",
   "request.headers": "header_up proxy_set_header request_headers set_header",
   "response.headers": "header_down add_header response_headers",
   origin: "origins allow_origin allow_origins allowed_origins",
+  allow_methods: "allowed_methods methods",
+  allow_headers: "allowed_headers headers",
+  credentials: "allow_credentials",
   admin: "api stats dashboard management metrics prometheus",
   ca: "ca_file root_ca trusted_ca ca_cert",
   servername: "sni server_name",
+  insecure: "insecure_skip_verify skip_verify tls_insecure_skip_verify",
   proxy_protocol: "send_proxy send_proxy_v2",
   tcp: "stream streams",
 };
@@ -1497,7 +1505,8 @@ function guess(wrong: string, known: string[], isKey = false): string {
   const hint = HINTS.find(([key, names]) => (!key || known.includes(key)) && names.test(plain));
   if (hint && isKey) return `; ${hint[2]}`;
   if (known.includes(plain)) return `; did you mean ${quote(plain)}?`;
-  const isPart = (name: string) => meant.length === 0 && `_${plain}_`.includes(`_${name}_`); // ca_file: ca
+  const isNew = meant.length === 0 && (!isKey || placesNamed(wrong).length === 0);
+  const isPart = (name: string) => isNew && `_${plain}_`.includes(`_${name}_`); // queue_size: queue
   const here = [...meant.filter((name) => known.includes(firstPart(name))), ...known.filter(isPart)];
   if (here.length) return `; did you mean ${inWords(here.map(asWritten))}?`;
   const apart = (name: string) => distance(wrong, name), least = Math.min(...known.map(apart));
