@@ -6105,7 +6105,8 @@ function messageOf({ method, url, headers, body }: Request, from: Client, isGone
   const authority = url.indexOf("://") + 3, start = url.indexOf("/", authority), own = url.slice(authority, start);
   const block = parseFields(from.headers.length ? `\r\n${linesOf(from.headers).slice(0, -2)}` : "");
   const { count, length, encoding } = block, isAnnounced = length !== undefined && encoding === undefined;
-  const isBad = authority < 3 || start < 0 || count < 0 || length === "?" || (encoding ?? "chunked") !== "chunked";
+  const hasBreaks = count !== from.headers.length / 2; // a line break in a value would begin another field
+  const isBad = authority < 3 || start < 0 || hasBreaks || length === "?" || (encoding ?? "chunked") !== "chunked";
   const head: RequestHead = {
     ...{ method, version: "1.1", block, trailers: false, expects: false },
     host: headers.get("host") ?? own, // Host wins, as with a request that comes over a socket

@@ -55,6 +55,16 @@ test("it is a Hono app: request and fetch answer without a listener", async () =
   for (const answer of answers) assert.equal(await answer.text(), "GET http://a:1/x?y");
 });
 
+test("a header whose value has a line break is refused: it would begin another header", async () => {
+  const { state, effects } = servers();
+  for (const [value, status] of [["b", 200], ["b\r\nc: d", 400], ["b\r\n\r\nGET / HTTP/1.1", 400]] as const) {
+    const client = () => ({ address: "192.0.2.9", scheme: "http", headers: ["host", "h.test", "a", value] });
+    const lb = createLoadBalancer(config("[a:1]"), { ...effects, client });
+    assert.equal((await lb.fetch(new Request("http://h.test/"))).status, status, JSON.stringify(value));
+  }
+  assert.equal(state.attempts.length, 1);
+});
+
 test("a Request without a Host header has that of its URL; where both are there, Host wins", async () => {
   const { state, effects } = servers();
   const client = ({ headers }: Request) => ({ address: "192.0.2.9", scheme: "http", headers: [...headers].flat() });
