@@ -32,7 +32,7 @@ const LONG = [
   ...["program/fleet", "program/dashboard", "http/tls", "program/program", "program/admin", "http/flow"],
   ...["program/workers", "edge/edge", "load/chaos", "http/websocket", "program/clients", "http/http2"],
   ...["program/discovery", "http/tcp", "http/wire", "http/limits", "program/decisions", "http/answers"],
-  ...["unit/simulate", "program/recipes", "program/log", "program/save"],
+  ...["unit/simulate", "program/package", "program/recipes", "program/log", "program/save"],
 ];
 /** The programs that tests run beside lb.ts, and the Debian packages that contain them. */
 const PROGRAMS = Object.entries({
