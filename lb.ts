@@ -8401,7 +8401,11 @@ class ServerAttempt extends ExchangeAttempt {
     onHead(service, server, status, startedAt, this.headAt);
     if (service.hedge && !this.hasLost && status < 500) learnHedgeDelay(service, this.headAt - startedAt);
     if (response.tunnel) onAnswered(service, server); // its end may be hours away
-    guarded(exchange, () => this.decide(this));
+    try {
+      this.decide(this);
+    } catch (error) { // of a custom strategy, say
+      failInternally(exchange, error);
+    }
   }
 
   override onEnd(failure: Failure | undefined, detail: string, sent: boolean): void {
