@@ -2162,7 +2162,7 @@ interface FieldBlock {
 /** The client of a request, its scheme and host: from the connection, or as trusted proxies report them. */
 interface Origin {
   readonly peer: string; // the address that is connected
-  readonly spoken: string; // http or https, to the peer
+  readonly peerScheme: string; // http or https, as the peer is connected
   readonly trusts: (peer: string) => boolean; // whether a peer is a trusted proxy
 
   readonly client: string; // its address
@@ -2221,7 +2221,7 @@ interface HttpResponse {
   readonly webSocket?: unknown; // of a 101 at the edge: what the platform's Response carries
 }
 
-/** Hears of a socket. */
+/** Receives the events of a socket. */
 interface SocketListener {
   onData(bytes: Bytes): void;
   onDrain(): void;
@@ -2788,8 +2788,8 @@ interface Asker extends Draw {
 }
 
 /**
- * One request's life, from its head to the end of the response's body. A class: of a plain literal that is in flight in
- * the first collections V8 keeps all dead ones, with all that they refer to, until the next full collection.
+ * One request, from its head to the end of the response's body. It is a class because V8 keeps dead records that were made by
+ * a literal, with all that they refer to, until the next full collection, if some were in flight in the first collections.
  */
 class Exchange implements Asker {
   // given
@@ -2809,7 +2809,7 @@ class Exchange implements Asker {
   readonly id: string;
   host: string; // as sent; matched without case and port
   path = ""; // normalised: what is matched
-  sent = ""; // the same as it came, but for dot segments: what is forwarded
+  sentPath = ""; // the same as the client spells it, but for dot segments: what is forwarded
   query = ""; // as it came, with its question mark, or empty
   block: FieldBlock; // the request's fields, less the sticky cookie once it has been read
   body: Body;
@@ -2825,8 +2825,8 @@ class Exchange implements Asker {
   destination: Destination | undefined = undefined;
   readonly tried: Server[] = [];
   cookie = ""; // Set-Cookie for a client that is new to its server, or empty
-  quota: Fields = NO_FIELDS; // what the answer says about the client's rate
-  shared: [name: string, value: string][] = []; // what it says about pages that may read it, by CORS
+  rateFields: Fields = NO_FIELDS; // of the answer: how often the client may still ask
+  corsFields: [name: string, value: string][] = []; // of the answer: which pages may read it
   trace = ""; // 32 digits, from the client or begun by us; empty: not asked for yet
   traceFlags = ""; // 01: sampled
   traceState = ""; // that came with it
@@ -2911,11 +2911,11 @@ const newAttempt = (
 /** Bytes of the request's body that were meant for servers; of a tunnel all that the client has sent. */
 const receivedBy = ({ uploaded, body }: Attempt): number => Math.max(uploaded, body.length);
 
-/** An attempt of an exchange. It owns what becomes of it. */
+/** An attempt of an exchange, with its results. */
 class ExchangeAttempt extends Attempt {
   readonly exchange: Exchange;
   readonly service: Service;
-  readonly retry: number; // 0: the first attempt, or the second beside it
+  readonly retry: number; // 0: the first attempt, or a hedged one beside it; 1: the first retry
   readonly decide: (attempt: ExchangeAttempt) => void; // called when there is a response's head, or there will be none
   span = ""; // 16 digits, of its trace
 
@@ -3049,7 +3049,7 @@ export interface Effects {
   report(level: "info" | "warn" | "error", text: string): void;
 }
 
-/** What one thread knows of servers, and the others have to. */
+/** What one thread has found out about servers, or was told by an operator, and the others have to know. */
 type News =
   | { kind: "probed"; service: string; url: string; problem: string | undefined; up: boolean }
   | { kind: "marked"; service: string; url: string; up: boolean } // by an operator
@@ -6304,7 +6304,7 @@ function validate(exchange: Exchange): FailureName | undefined {
   const path = removeDots(spelled);
   if (exchange.isWrapped && path !== sent) return "bad-request"; // middleware has matched another path than servers would get
   exchange.path = path;
-  exchange.sent = path === spelled ? sent : path; // servers do not agree on dots behind two slashes
+  exchange.sentPath = path === spelled ? sent : path; // servers do not agree on dots behind two slashes
   exchange.query = query;
   return undefined;
 }
@@ -6347,23 +6347,30 @@ function putPath(table: PathTable, { kind, path }: Extract<PathRule, { path: str
 const shapeKey = (segments: string[], shape: string): string =>
   segments.map((segment, i) => shape[i] === "1" && segment ? "{}" : segment).join("/");
 
-/** The route that a request belongs to, in Gateway API's order (docs/behaviour.md). */
+/**
+ * The route that a request belongs to, in Gateway API's order (docs/behaviour.md). Routes for its scheme come first; then the
+ * most specific host decides, under that host the most specific path, and among routes of one path their rank. Where no
+ * route under a host fits, those of the next less specific host are asked, and at last `default`.
+ */
 function matchRoute(table: Table, exchange: Exchange): Route | undefined {
-  const own = table.schemes.size > 0 ? table.schemes.get(exchange.origin.scheme) : undefined;
-  return (own && matchHost(own, exchange)) ?? matchHost(table.hosts, exchange) ??
-    (exchange.allow === undefined ? table.fallback : undefined);
+  const ofScheme = table.schemes.size > 0 ? table.schemes.get(exchange.origin.scheme) : undefined;
+  const route = (ofScheme && matchHost(ofScheme, exchange)) ?? matchHost(table.hosts, exchange);
+  if (route) return route;
+  return exchange.allow === undefined ? table.fallback : undefined;
 }
 
-/** The host itself, then the longest wildcard: labels are taken off from the left, and no host begins with a dot. */
+/** The host itself, then wildcards, the longest first, then any host. Wildcards begin with a dot here, and no host does. */
 function matchHost({ named, any }: HostTable, exchange: Exchange): Route | undefined {
+  if (named.size === 0) return matchPath(any, exchange);
   const host = hostName(exchange.host);
-  for (let at = named.size > 0 ? 0 : -1; at >= 0; at = host.indexOf(".", at + 1)) {
+  for (let at = 0; at >= 0; at = host.indexOf(".", at + 1)) {
     const table = named.get(host.slice(at)), route = table && matchPath(table, exchange);
     if (route) return route;
   }
   return matchPath(any, exchange);
 }
 
+/** An exact path, then prefixes, the longest first, then regular expressions by rank. */
 function matchPath(table: PathTable, exchange: Exchange): Route | undefined {
   const { path } = exchange;
   const exact = matchText(table, "exact", exchange, path);
@@ -6455,11 +6462,11 @@ function compileAdmission(allow: string[], deny: string[]): Route["admits"] {
 }
 
 /** The path that the server sees: what matched is replaced, and what follows it stays as it came. */
-function rewritePath({ rewrite: rule }: Route, { path, sent, matched }: Exchange): string {
-  if (rule.kind === "none") return sent;
+function rewritePath({ rewrite: rule }: Route, { path, sentPath, matched }: Exchange): string {
+  if (rule.kind === "none") return sentPath;
   if (rule.kind === "whole") return rule.path;
   if (typeof matched === "string") {
-    const rest = path === matched ? "" : sent.slice(firstSegments(sent, matched.split("/").length - 1).length);
+    const rest = path === matched ? "" : sentPath.slice(firstSegments(sentPath, matched.split("/").length - 1).length);
     return rule.path.replace(/\/+$/, "") + rest || "/";
   }
   const rewritten = matched.matcher(path).replaceFirst(rule.path);
@@ -7320,7 +7327,7 @@ function withinRate(buckets: Buckets, exchange: Exchange): boolean {
   if (within) buckets.recent.set(bucket, now + missing * each);
   const left = Math.max(0, Math.floor(burst - missing + 1e-6));
   const seconds = Math.max(1, Math.ceil((missing - (burst - left - 1)) * each / 1_000 - 1e-6));
-  exchange.quota = [
+  exchange.rateFields = [
     "ratelimit-policy",
     `"default";q=${requests}${per % 1_000 ? "" : `;w=${per / 1_000}`}`,
     "ratelimit",
@@ -7341,8 +7348,8 @@ function wakeQueues({ services }: Table): void {
 }
 
 /**
- * Waits until `pick` finds a server with room, first come, first served; or for a reason to wait no longer. What ends it
- * may happen in another request, so that it only takes the server there, and cleans up at home (the edge insists on that).
+ * Waits until `pick` finds a server with room, first come, first served; or for a reason to wait no longer. Where
+ * another request ends the wait, it only takes the server; all else is done by this request, as the edge demands.
  */
 async function waitInQueue(exchange: Exchange, pick: () => Server | undefined): Promise<Server | FailureName> {
   const { service } = exchange.destination!, { waiting, config: { queue } } = service;
@@ -7386,6 +7393,10 @@ const BACK_OFF = 25; // milliseconds before the second retry at most; doubled fo
 const LEAST_RETRIES = 3; // a second, that the budget always allows
 const MOST_SAVED = 100; // retries that can be saved up
 
+/**
+ * What `retry_on` calls a failure. All others are never tried again: what the client did, a deadline that has passed, and a
+ * response that broke off behind its head, which the client has got already.
+ */
 const RETRIED_AS: Partial<Record<Failure, string | number>> = {
   "connect": "connect",
   "connect-timeout": "connect",
@@ -7399,15 +7410,20 @@ const RETRIED_AS: Partial<Record<Failure, string | number>> = {
  * all have been tried any. A retry never goes to a server on trial while others are healthy, nor to one that sent
  * Retry-After.
  */
-function forRetry(service: Service, candidates: readonly Server[], tried: Server[], now: number): readonly Server[] {
-  const calm = candidates.filter((server) => now >= server.pausedUntil);
-  const untried = calm.filter((server) => !tried.includes(server));
+function serversForRetry(
+  service: Service,
+  candidates: readonly Server[],
+  tried: Server[],
+  now: number,
+): readonly Server[] {
+  const notPaused = candidates.filter((server) => now >= server.pausedUntil);
+  const untried = notPaused.filter((server) => !tried.includes(server));
   const healthy = untried.filter((server) => server.up && server.ejectedUntil === 0);
   if (healthy.length) return healthy;
   const backups = service.servers.filter((server) => server.backup && isEnabled(server) && !tried.includes(server));
   const ready = withRoom(service, backups).filter((server) => isHealthy(server, now) && now >= server.pausedUntil);
   if (ready.length || service.config.fallback) return ready;
-  return untried.length ? untried : calm;
+  return untried.length ? untried : notPaused;
 }
 
 /**
@@ -7425,9 +7441,10 @@ function mayRetry(attempt: ExchangeAttempt): boolean {
   if (cause === undefined || !retryOn.has(cause)) return false;
   if (exchange.request.gone) return false;
   const sent = response !== undefined || attempt.sent;
-  if (sent && !(isUnavailable ? exchange.body.bytes : mayRepeat(exchange))) return false;
+  const isHarmless = isUnavailable ? exchange.body.bytes !== undefined : mayRepeat(exchange);
+  if (sent && !isHarmless) return false;
   const now = exchange.balancer.effects.now(), { candidates } = service;
-  if (!fallback && candidates.length > 0 && forRetry(service, candidates, exchange.tried, now).length === 0) {
+  if (!fallback && candidates.length > 0 && serversForRetry(service, candidates, exchange.tried, now).length === 0) {
     return false;
   }
   if (!sent) return true;
@@ -8099,7 +8116,10 @@ function addressOf(node: string): string {
 /** The schemes that trusted peers send; some send those of WebSockets. */
 const FORWARDED_SCHEMES = new Map([["http", "http"], ["https", "https"], ["ws", "http"], ["wss", "https"]]);
 
-/** The addresses from the client to a peer, as trusted proxies name them: the client first, the peer last. */
+/**
+ * The addresses from the client to a peer. `nodes` are those that proxies have added, the latest last: from there each is
+ * believed as long as the one behind it is trusted. The last that is believed is the client.
+ */
 function chainTo(peer: string, nodes: string[], trusts: Table["trusts"]): string[] {
   const chain = [peer];
   for (const node of nodes.reverse()) {
@@ -8111,22 +8131,23 @@ function chainTo(peer: string, nodes: string[], trusts: Table["trusts"]): string
 }
 
 /**
- * The client's origin. A trusted peer is believed about its own peer, and so on, from right to left, up to the first
- * that is not trusted; scheme and host are what the farthest of the trusted tells. Forwarded adds what X-Forwarded-*
- * leave open where it names the same addresses. What is not valid does not count.
+ * The client's origin, as trusted proxies report it (see `chainTo`): scheme, host and port as the trusted proxy next to the
+ * client has seen them. X-Forwarded-* come before Forwarded (RFC 7239), which adds what they leave open where both name the
+ * same addresses. Values that are not valid are ignored.
  */
-function readOrigin(fields: Fields, known: Pick<Origin, "peer" | "spoken" | "trusts">): Origin {
-  const { peer, spoken, trusts } = known;
+function readOrigin(fields: Fields, known: Pick<Origin, "peer" | "peerScheme" | "trusts">): Origin {
+  const { peer, peerScheme, trusts } = known;
   const listed = (name: string) => splitBy(fieldOf(fields, name), ",");
   const entries = listed("forwarded").map(parametersOf);
   const parameters = (name: string) => entries.map((entry) => entry.get(name) ?? "");
-  const usual = chainTo(peer, listed("x-forwarded-for"), trusts), standard = chainTo(peer, parameters("for"), trusts);
-  const chain = usual.length > 1 ? usual : standard, agrees = `${chain}` === `${standard}`;
+  const ofXForwarded = chainTo(peer, listed("x-forwarded-for"), trusts);
+  const ofForwarded = chainTo(peer, parameters("for"), trusts);
+  const chain = ofXForwarded.length > 1 ? ofXForwarded : ofForwarded, agrees = chain.join() === ofForwarded.join();
   const forwarded = (name: string) =>
     [listed(`x-forwarded-${name}`), agrees ? parameters(name) : []].flatMap((list) =>
       list.slice(-Math.max(1, chain.length - 1)) // as many as there are proxies
     );
-  const scheme = forwarded("proto").map((text) => FORWARDED_SCHEMES.get(lower(text))).find(Boolean) ?? spoken;
+  const scheme = forwarded("proto").map((text) => FORWARDED_SCHEMES.get(lower(text))).find(Boolean) ?? peerScheme;
   const wrong = scheme === "https" ? "80" : "443"; // as a proxy behind the one that ends TLS says it
   const isPort = (text: string) => /^[1-9]\d{0,4}$/.test(text) && Number(text) <= 65_535 && text !== wrong;
   return {
@@ -8137,12 +8158,12 @@ function readOrigin(fields: Fields, known: Pick<Origin, "peer" | "spoken" | "tru
 }
 
 /** The client's origin, read once for each head that comes again from the same peer, which saves up to 15 us. */
-function originOf({ peer, scheme: spoken, block }: HttpRequest, trusts: Table["trusts"]): Origin {
+function originOf({ peer, scheme: peerScheme, block }: HttpRequest, trusts: Table["trusts"]): Origin {
   const { origin } = block;
-  if (origin?.peer === peer && origin.spoken === spoken && origin.trusts === trusts) return origin;
-  const known = { peer, spoken, trusts };
+  if (origin?.peer === peer && origin.peerScheme === peerScheme && origin.trusts === trusts) return origin;
+  const known = { peer, peerScheme, trusts };
   if (trusts(peer)) return block.origin = readOrigin(block.fields, known);
-  const direct = { client: peer, scheme: spoken, host: "", port: "", chain: [peer], isForwarded: false };
+  const direct = { client: peer, scheme: peerScheme, host: "", port: "", chain: [peer], isForwarded: false };
   return block.origin = { ...known, ...direct };
 }
 
@@ -8203,22 +8224,22 @@ function outboundLines(exchange: Exchange, server: Server): string {
 const withoutCors = (fields: Fields): string[] =>
   fieldPairs(fields).filter(([name]) => !/^access-control-/i.test(name)).flat();
 
-/** Fields with what our CORS says in place of what says the same; Vary grows. */
-function withShared(fields: Fields, shared: Exchange["shared"]): Fields {
-  const names = new Set(shared.map(([name]) => name));
+/** Replaces fields by those of our CORS; Vary is added to. */
+function withCors(fields: Fields, own: Exchange["corsFields"]): Fields {
+  const names = new Set(own.map(([name]) => name));
   names.delete("vary");
-  return shared.length ? [...without(fields, names), ...shared.flat()] : fields;
+  return own.length ? [...without(fields, names), ...own.flat()] : fields;
 }
 
 /** A server's response after the route's rules, with our CORS, cookie and rate fields. */
 function inboundResponse(exchange: Exchange, response: HttpResponse): HttpResponse {
-  const { quota, shared } = exchange, { hasRules, response: rules } = exchange.route!;
+  const { rateFields, corsFields } = exchange, { hasRules, response: rules } = exchange.route!;
   const isSticky = exchange.destination!.service.config.sticky.cookie !== "";
   const cookie = isSticky ? noteCookies(exchange, response.fields) : "";
-  if (!hasRules && !cookie && !quota.length && !shared.length) return response;
-  const own = [...quota, ...cookie ? ["set-cookie", cookie] : []];
-  const given = shared.length ? withoutCors(response.fields) : response.fields;
-  const ruled = withShared(hasRules ? applyRules(given, rules.headers) : given, shared);
+  if (!hasRules && !cookie && !rateFields.length && !corsFields.length) return response;
+  const own = [...rateFields, ...cookie ? ["set-cookie", cookie] : []];
+  const given = corsFields.length ? withoutCors(response.fields) : response.fields;
+  const ruled = withCors(hasRules ? applyRules(given, rules.headers) : given, corsFields);
   return { ...response, fields: [...ruled, ...own], lines: undefined };
 }
 
@@ -8284,7 +8305,7 @@ const tallyOf = (tallies: Tallies, { status, method }: { status: number; method:
 function serversFor(service: Service, { tried, now }: Asker): readonly Server[] {
   if (now >= service.compareAt) compare(service, now);
   const candidates = candidatesOf(service, now);
-  return withRoom(service, tried.length ? forRetry(service, candidates, tried, now) : candidates);
+  return withRoom(service, tried.length ? serversForRetry(service, candidates, tried, now) : candidates);
 }
 
 /** Gives a server a request or a connection, until `releaseServer`. */
@@ -8296,7 +8317,7 @@ function takeServer(service: Service, server: Server, { tried, now }: Asker): Se
   return server;
 }
 
-/** A server has one request less: the one that has waited longest gets its place. */
+/** Takes a request or a connection off a server: the request that has waited longest in the queue gets its place. */
 function releaseServer(service: Service, server: Server): void {
   server.inFlight--;
   if (service.waiting.size > 0) wakeQueue(service);
@@ -8509,7 +8530,7 @@ function sendResponse(attempt: ExchangeAttempt, response: HttpResponse): void {
 function respondLocally(exchange: Exchange, response: HttpResponse, shown = response): void {
   exchange.status = response.status;
   exchange.bytes = exchange.method === "HEAD" ? 0 : Math.max(0, response.body.length);
-  exchange.reply({ ...shown, fields: [...withShared(shown.fields, exchange.shared), ...exchange.quota] });
+  exchange.reply({ ...shown, fields: [...withCors(shown.fields, exchange.corsFields), ...exchange.rateFields] });
   finish(exchange);
 }
 
@@ -8677,7 +8698,7 @@ function takeRequest(exchange: Exchange): void {
   if (!route && exchange.path === "*") return respondLocally(exchange, textReply(200, "", ["allow", ANY_METHOD]));
   if (!route) return refuse(exchange, exchange.allow ? "bad-method" : "no-route");
   const destination = route.action.kind === "forward" ? drawDestination(route, exchange) : undefined;
-  if (destination?.around && !exchange.upgrade) void actWithin(exchange, destination);
+  if (destination?.around && !exchange.upgrade) void actWithCors(exchange, destination);
   else act(exchange, destination);
 }
 
@@ -8717,8 +8738,8 @@ function act(exchange: Exchange, destination: Destination | undefined): void {
   takeBody(exchange);
 }
 
-/** The same behind Hono's CORS, which answers preflights; what it sets goes with any other answer. */
-async function actWithin(exchange: Exchange, destination: Destination): Promise<void> {
+/** Does the same behind Hono's CORS: that answers preflights, and its fields go with any other answer. */
+async function actWithCors(exchange: Exchange, destination: Destination): Promise<void> {
   let isWanted = false;
   const answer = () => {
     isWanted = true;
@@ -8732,7 +8753,7 @@ async function actWithin(exchange: Exchange, destination: Destination): Promise<
       : asked;
     const response = await destination.around!.fetch(sent, { answer });
     if (!isWanted) return respondLocally(exchange, fromResponse(response));
-    exchange.shared = [...response.headers];
+    exchange.corsFields = [...response.headers];
   } catch (error) {
     return failInternally(exchange, error);
   }
@@ -8744,8 +8765,12 @@ function drawDestination(route: Route, exchange: Exchange): Destination {
   const { destinations, weight, sticky } = route;
   const before = sticky ? stickyDestination(route, exchange) : undefined;
   if (before) return before;
-  let mark = destinations.length > 1 ? exchange.random() * weight : 0;
-  return destinations.find((one) => (mark -= one.weight) < 0) ?? destinations[0]!;
+  let left = destinations.length > 1 ? exchange.random() * weight : 0;
+  for (const one of destinations) {
+    left -= one.weight;
+    if (left < 0) return one;
+  }
+  return destinations[0]!;
 }
 
 /** Reads a small body first, so that it can be sent twice; streams a longer one, within the route's limit. */
@@ -8777,11 +8802,11 @@ function askServer(exchange: Exchange, retry: number, now: number, failure: Fail
   if (service.waiting.size > 0) wakeQueue(service);
   const server = pickServer(exchange, now);
   if (server) return forward(exchange, server, retry);
-  const waits = candidatesOf(service, now).length > 0 && !(fallback && exchange.tried.length);
-  const found = waits ? waitInQueue(exchange, () => pickServer(exchange, effects.now())) : Promise.resolve(failure);
-  found.then((later) => {
-    if (typeof later !== "string") return forward(exchange, later, retry);
-    if (later === "client-left" || !fallback) return refuse(exchange, later);
+  const mayWait = candidatesOf(service, now).length > 0 && !(fallback && exchange.tried.length);
+  const waited = mayWait ? waitInQueue(exchange, () => pickServer(exchange, effects.now())) : Promise.resolve(failure);
+  waited.then((serverOrFailure) => {
+    if (typeof serverOrFailure !== "string") return forward(exchange, serverOrFailure, retry);
+    if (serverOrFailure === "client-left" || !fallback) return refuse(exchange, serverOrFailure);
     service.inFlight--;
     fallback.service.inFlight++;
     exchange.destination = fallback;
@@ -8794,7 +8819,7 @@ function askServer(exchange: Exchange, retry: number, now: number, failure: Fail
 function forward(exchange: Exchange, server: Server, retry: number): void {
   const { service } = exchange.destination!, copies = exchange.route!.mirror;
   exchange.onLeave = cancelAttempt;
-  const isCopied = retry === 0 && copies && !exchange.upgrade && exchange.random() < copies.weight; // a conversation has no copy
+  const isCopied = retry === 0 && copies && !exchange.upgrade && exchange.random() < copies.weight; // no copy of a tunnel
   if (isCopied) addBackgroundWork(exchange, sendCopy(exchange, copies));
   if (retry > 0) {
     service.retrying++;
@@ -9127,16 +9152,16 @@ const originMatcher = (allowed: string[]) => (origin: string): string | null => 
 };
 
 /** cors is Hono's own middleware, around the answers of the routes that ask for it. */
-function layersOf({ cors: shared }: Policy): Around | undefined {
-  if (!shared.origin.length) return undefined;
+function corsAround({ cors: own }: Policy): Around | undefined {
+  if (!own.origin.length) return undefined;
   const around: Around = new Hono();
   around.use(cors({
-    origin: shared.origin.includes("*") ? "*" : originMatcher(shared.origin),
-    allowMethods: shared.allow_methods,
-    allowHeaders: shared.allow_headers,
-    exposeHeaders: shared.expose_headers,
-    credentials: shared.credentials,
-    ...(shared.max_age > 0 && { maxAge: shared.max_age / 1_000 }),
+    origin: own.origin.includes("*") ? "*" : originMatcher(own.origin),
+    allowMethods: own.allow_methods,
+    allowHeaders: own.allow_headers,
+    exposeHeaders: own.expose_headers,
+    credentials: own.credentials,
+    ...(own.max_age > 0 && { maxAge: own.max_age / 1_000 }),
   }));
   around.all("*", (context) => context.env.answer());
   return around;
@@ -9149,7 +9174,7 @@ function destinationOf(target: Target, services: Map<string, Service>, outer = t
   const { service, weight, policy, fallback } = target;
   return {
     ...{ service: services.get(service)!, weight, policy, retryOn: new Set<string | number>(policy.retry_on) },
-    ...{ around: layersOf(outer), compress: outer.compress },
+    ...{ around: corsAround(outer), compress: outer.compress },
     fallback: fallback && destinationOf(fallback, services, outer),
   };
 }
