@@ -2566,8 +2566,8 @@ class ServerState extends Latency {
   limit = Infinity; // requests in flight at most: its `max`, `max_in_flight`, or what `auto` has found
 
   // health
-  up = true; // what active probes say
-  opinion = true; // the same by probes of this instance alone: in a fleet most probers decide
+  up = true; // what probes say: in a fleet those of most instances that probe it
+  upByOwnProbes = true; // what the probes of this instance alone say
   ejectedUntil = 0; // then it is on trial, until a request to it has been answered; 0: neither
   trialInFlight = false; // its one trial request has begun, and not ended
   slow = false; // ejected for its latency, not for failures
@@ -2631,7 +2631,7 @@ type FoundChange = Partial<Pick<ServerConfig, "weight" | "state">>;
 type Candidates = readonly [Server, ...Server[]];
 
 /** What a strategy may look at beside the candidates. */
-interface Draw {
+interface PickInput {
   random(): number; // from 0 up to but not including 1; seeded in tests
   now: number; // when the server is picked, as `Effects.now` has it
   turn: number; // how many requests its service had before
@@ -2642,12 +2642,12 @@ interface Draw {
 
 /** Chooses the server that takes a request. It changes nothing but its own state in the servers (`current`). */
 export interface Strategy {
-  (candidates: Candidates, draw: Draw): Server;
+  (candidates: Candidates, input: PickInput): Server;
   score?: Score; // shown by explain
 }
 
 /** The number that a strategy compares; the lowest wins. */
-type Score = (server: Server, candidates: Candidates, draw: Draw) => number;
+type Score = (server: Server, candidates: Candidates, input: PickInput) => number;
 
 /** One service: its servers and strategy, from the config in force, and the state that survives a reload. */
 interface Service extends ServiceState {
@@ -2783,7 +2783,7 @@ interface HostTable {
 // --- 2.4 Exchanges and attempts: a request of a client, its attempts at servers, and their outcomes ---
 
 /** What servers are picked for: a request or a connection. */
-interface Asker extends Draw {
+interface PickRequest extends PickInput {
   readonly tried: Server[]; // the latest last
 }
 
@@ -2791,7 +2791,7 @@ interface Asker extends Draw {
  * One request, from its head to the end of the response's body. It is a class because V8 keeps dead records that were made by
  * a literal, with all that they refer to, until the next full collection, if some were in flight in the first collections.
  */
-class Exchange implements Asker {
+class Exchange implements PickRequest {
   // given
   readonly balancer: Balancer;
   readonly table: Table; // in force when it came in
@@ -3060,7 +3060,7 @@ type News =
 interface Membership {
   /** Whether this instance probes a server: some do. */
   mayProbe(server: Server): boolean;
-  /** Whether a server is up, after a probe of this instance: most of its probers decide. */
+  /** Whether a server is up, after a probe of this instance: most of its probers decide, and without the engine this one. */
   isUp(service: Service, server: Server): boolean;
   /** Whether it waits for the fleet's first document: this instance has none of its own. */
   isWaiting(): boolean;
@@ -3597,8 +3597,8 @@ abstract class Connection implements SocketListener {
     resumeSocket(this.socket);
   }
 
-  /** Checks its timeouts; called by the sweep. */
-  abstract look(now: number): void;
+  /** Called by the sweep. */
+  abstract checkTimeouts(now: number): void;
 
   /** Ends our side. */
   protected end(): void {
@@ -3632,7 +3632,7 @@ class Connections<C extends Connection> extends Set<C> {
     const now = this.now(), stoodStill = now - this.sweptAt > MOST_LATE;
     this.sweptAt = now;
     if (stoodStill) return; // what has come meanwhile has yet to be read
-    for (const connection of this) connection.look(now);
+    for (const connection of this) connection.checkTimeouts(now);
   }
 }
 const TICK = 100; // milliseconds between two sweeps: the precision of timeouts
@@ -3794,7 +3794,7 @@ class ByteTunnel implements Tunnel {
   }
 
   /** Compares byte counts from sweep to sweep, so that passing bytes never reads the clock. */
-  look(now: number): void {
+  checkTimeouts(now: number): void {
     const { client, server, idle } = this, isHalf = client.isDone || server.isDone;
     const passed = client.bytes + server.bytes;
     if (passed !== this.seen) [this.seen, this.since] = [passed, now];
@@ -4284,7 +4284,7 @@ class ClientConnection extends Connection implements BodySource {
     return this.phase !== "tunnel" && (this.unwritten !== "" || this.socket.writableLength > 0);
   }
 
-  look(now: number): void {
+  checkTimeouts(now: number): void {
     const { phase, socket } = this, { header, keep_alive } = this.context.limits(), waited = now - this.since;
     if (phase === "tunnel") return;
     if (socket.writableLength !== this.unsent) { // the client takes something
@@ -4606,8 +4606,8 @@ class UpstreamConnection extends Connection implements BodySource, Progress {
     this.cancel("client-left");
   }
 
-  look(now: number): void {
-    if (this.tunnel) return this.tunnel.look(now);
+  checkTimeouts(now: number): void {
+    if (this.tunnel) return this.tunnel.checkTimeouts(now);
     if (!this.attempt) return void (now >= this.idleUntil && this.socket.destroy());
     const late = whatIsLate(this.attempt, this, now);
     if (late) this.fail(late, `silent for ${Math.round(now - this.since)} ms`);
@@ -5124,8 +5124,7 @@ abstract class Http2Stream<C extends Http2Connection = Http2Connection> implemen
     }
     return false;
   }
-  /** Checks its timeouts; called by the sweep. */
-  look(now: number): void {
+  checkTimeouts(now: number): void {
     if (this.sentBytes !== this.seenBytes) [this.since, this.seenBytes] = [now, this.sentBytes];
   }
   /** Our side has ended. */
@@ -5465,9 +5464,8 @@ abstract class Http2Connection extends Connection {
   protected leaveAll(detail: string, isMeant = (_stream: Http2Stream): boolean => true, unseen = false): void {
     for (const stream of [...this.streams.values()].filter(isMeant)) stream.abort("reset", detail, undefined, unseen);
   }
-  /** Checks the timeouts of its streams. */
-  look(now: number): void {
-    for (const stream of [...this.streams.values()]) stream.look(now);
+  checkTimeouts(now: number): void {
+    for (const stream of [...this.streams.values()]) stream.checkTimeouts(now);
   }
 }
 const WINDOW_TOO_LARGE = "a window over 2^31-1";
@@ -5575,10 +5573,10 @@ class ClientStream extends Http2Stream<Http2ClientConnection> {
     super.endSide();
   }
   /** Resets an upload that outlives its response, once the client has had time to read that. */
-  override look(now: number): void {
+  override checkTimeouts(now: number): void {
     if (now - this.answeredAt >= LINGER.without) this.drop("NO_ERROR");
     if (!this.connection.blocked.has(this)) this.since = now; // nothing waits for the client
-    super.look(now);
+    super.checkTimeouts(now);
   }
   cancel(why: Failure): void {
     endRequest(this.request);
@@ -5688,12 +5686,12 @@ class Http2ClientConnection extends Http2Connection {
     return this.unwritten !== "" || this.socket.writableLength > 0 || this.blocked.size > 0;
   }
 
-  override look(now: number): void {
+  override checkTimeouts(now: number): void {
     const { header, keep_alive } = this.context.limits(), { socket, streams, block } = this;
     const unsent = socket.writableLength, waited = now - this.usedAt;
     if (unsent === 0 || unsent !== this.unsent) this.movedAt = now;
     this.unsent = unsent;
-    super.look(now);
+    super.checkTimeouts(now);
     const open = [...streams.values()], stuck = open.filter((stream) => now - stream.since >= keep_alive);
     const isStuck = open.length > 0 && stuck.length === open.length;
     if (this.overAt) {
@@ -5818,8 +5816,8 @@ class UpstreamStream extends Http2Stream<Http2UpstreamConnection> implements Pro
     attempt.onEnd(connected || why !== "reset" ? why : "connect", detail, connected && !(unseen && isWhole));
   }
 
-  override look(now: number): void {
-    super.look(now);
+  override checkTimeouts(now: number): void {
+    super.checkTimeouts(now);
     const late = whatIsLate(this.attempt, this, now);
     if (late) this.abort(late, `silent for ${Math.round(now - this.since)} ms`, "CANCEL");
   }
@@ -5909,9 +5907,9 @@ class Http2UpstreamConnection extends Http2Connection {
     pool.splice(pool.indexOf(this), 1);
   }
 
-  override look(now: number): void {
+  override checkTimeouts(now: number): void {
     const { streams, socket } = this;
-    super.look(now);
+    super.checkTimeouts(now);
     if (this.overAt ? now - this.overAt >= LINGER.silent : !this.hasSettings && !streams.size) socket.destroy();
     else if (this.hasSettings && now - this.usedAt >= IDLE) this.endIfUnused();
   }
@@ -6529,7 +6527,7 @@ const roundRobin: Strategy = (candidates, { turn }) => {
 };
 
 /** Scores servers for a request: the lowest score wins. */
-type Scoring = (candidates: Candidates, draw: Draw) => (server: Server) => number;
+type Scoring = (candidates: Candidates, input: PickInput) => (server: Server) => number;
 
 /** Whether a server is preferred to the best before it, which has the same score; `equals`: the weight of all that have it. */
 type Preference = (server: Server, best: Server, equals: number) => boolean;
@@ -6571,17 +6569,17 @@ const UNKNOWN = 1e12; // milliseconds: what a second request counts as where the
 const NOISE = 2.5; // up to so many times the fastest is as good as equal: the peaks of equal servers differ that much
 
 /** The least score of two at random, or of all where there are at most 8; among equals any, by weight. */
-function leastOfSome(candidates: Candidates, draw: Draw, scoring: Scoring): Server {
-  const { random } = draw;
+function leastOfSome(candidates: Candidates, input: PickInput, scoring: Scoring): Server {
+  const { random } = input;
   if (candidates.length <= 8) {
     return leastByScore(
       candidates,
-      scoring(candidates, draw),
+      scoring(candidates, input),
       ({ effective }, _, equals) => random() * equals < effective,
     );
   }
   const one = drawByWeight(candidates, random), two: Candidates = [one, drawByWeight(candidates, random, one)];
-  return leastByScore(two, scoring(two, draw));
+  return leastByScore(two, scoring(two, input));
 }
 
 /** The mean age of the requests that wait at a server for the head of a response; 0: none does. */
@@ -6678,9 +6676,9 @@ const expectedTime: Scoring = (candidates, { now }) => {
 const hasFewerPicks: Preference = (server, best) => server.picks * best.effective < best.picks * server.effective;
 
 /** A strategy that goes by scores, which explain shows. */
-function scored(scoring: Scoring, pick: (all: Candidates, draw: Draw, scoring: Scoring) => Server): Strategy {
-  const score: Score = (server, all, draw) => scoring(all, draw)(server);
-  return Object.assign((all: Candidates, draw: Draw) => pick(all, draw, scoring), { score });
+function scored(scoring: Scoring, pick: (all: Candidates, input: PickInput, scoring: Scoring) => Server): Strategy {
+  const score: Score = (server, all, input) => scoring(all, input)(server);
+  return Object.assign((all: Candidates, input: PickInput) => pick(all, input, scoring), { score });
 }
 
 /** The strategies of `strategy:` in routes.yml. */
@@ -6692,7 +6690,7 @@ export const strategies: Record<typeof STRATEGIES[number] | "hash", Strategy> = 
   "least-connections": scored(() => connectionsByWeight, (all) => leastByScore(all, connectionsByWeight)),
   "least-response-time": scored(
     expectedTime,
-    (all, draw, scoring) => leastByScore(all, scoring(all, draw), hasFewerPicks),
+    (all, input, scoring) => leastByScore(all, scoring(all, input), hasFewerPicks),
   ),
   "peak-ewma": scored(costOf, leastOfSome),
   "ip-hash": scored(
@@ -7050,14 +7048,15 @@ function onProbed(service: Service, server: Server, problem: string | undefined,
   else server.probesFailed++;
   server.passes = problem === undefined ? server.passes + 1 : 0;
   server.fails = problem === undefined ? 0 : server.fails + 1;
-  if (server.opinion && server.fails >= fall) server.opinion = false;
-  else if (!server.opinion && server.passes >= rise) server.opinion = true;
+  if (server.upByOwnProbes && server.fails >= fall) server.upByOwnProbes = false;
+  else if (!server.upByOwnProbes && server.passes >= rise) server.upByOwnProbes = true;
   if (problem === undefined && wasEjected) {
     server.ejectedUntil = server.since = now; // it may be tried out at once
     service.candidatesUntil = 0;
   }
-  if (decided === undefined) setUp(service, server, effects.fleet?.isUp(service, server) ?? server.opinion, problem);
-  else setUp(service, server, decided, problem, () => {});
+  if (decided === undefined) {
+    setUp(service, server, effects.fleet?.isUp(service, server) ?? server.upByOwnProbes, problem);
+  } else setUp(service, server, decided, problem, () => {});
 }
 
 /** Sets a server up or down by its probes, and reports the change. */
@@ -7082,7 +7081,7 @@ function setUp(
 function setHealth(service: Service, server: Server, up: boolean): void {
   service.effects.onNews({ kind: "marked", service: service.name, url: server.url, up });
   if (server.up !== up || up && server.ejectedUntil > 0) server.since = service.effects.now();
-  Object.assign(server, { up, opinion: up, passes: 0, fails: 0, failures: 0 });
+  Object.assign(server, { up, upByOwnProbes: up, passes: 0, fails: 0, failures: 0 });
   if (up) Object.assign(server, { ejectedUntil: 0, trialInFlight: false, ejections: 0 });
   service.candidatesUntil = 0;
 }
@@ -8302,14 +8301,14 @@ const tallyOf = (tallies: Tallies, { status, method }: { status: number; method:
   getOrMake(tallies, status * 16 + Math.max(0, METHODS.indexOf(method)), () => new Counters());
 
 /** The servers that a request or a connection may go to now. */
-function serversFor(service: Service, { tried, now }: Asker): readonly Server[] {
+function serversFor(service: Service, { tried, now }: PickRequest): readonly Server[] {
   if (now >= service.compareAt) compare(service, now);
   const candidates = candidatesOf(service, now);
   return withRoom(service, tried.length ? serversForRetry(service, candidates, tried, now) : candidates);
 }
 
 /** Gives a server a request or a connection, until `releaseServer`. */
-function takeServer(service: Service, server: Server, { tried, now }: Asker): Server {
+function takeServer(service: Service, server: Server, { tried, now }: PickRequest): Server {
   tried.push(server);
   server.picks++;
   server.inFlight++;
@@ -8856,7 +8855,7 @@ function conclude(attempt: ExchangeAttempt): void {
 // -----------------------------------------------------------------------------------------------------------
 
 /** One connection, from its listener to its last byte. */
-interface Relay extends Asker {
+interface Relay extends PickRequest {
   // given
   readonly balancer: Balancer;
   readonly route: TcpRoute;
@@ -9103,7 +9102,7 @@ function buildService(
     if (isNew) server.backAt = now;
     const found = wasAuto ? server.limit : FIRST_LIMIT; // what `auto` has found stays found
     server.limit = Math.min(server.max, isAuto ? found : config.max_in_flight);
-    if (config.health.kind === "off" && previous?.config.health.kind !== "off") server.up = server.opinion = true; // no probe would bring it back
+    if (config.health.kind === "off" && previous?.config.health.kind !== "off") server.up = server.upByOwnProbes = true; // no probe would bring it back
     if (config.eject.failures === Infinity) Object.assign(server, { ejectedUntil: 0, trialInFlight: false });
     return server;
   });
@@ -11566,7 +11565,7 @@ const RecordSchema = v.object({
   unsure: STRINGS, // servers on which it has no vote: neither its probes nor the others have decided yet
 });
 type InstanceRecord = Out<typeof RecordSchema>;
-/** What an instance holds a server for. */
+/** An instance's vote on a server. */
 type Vote = "up" | "down" | "unknown";
 
 const keyOfServer = ({ service, url }: Pick<Server, "service" | "url">): string => `${service} ${url}`;
@@ -11662,7 +11661,7 @@ export class Fleet implements Membership {
   private since: Date;
   private contactAt: number;
   private problem = ""; // why it does not answer
-  private countsAt = Infinity; // when the others' votes count: now they may be from before the engine was away; 0: they do
+  private votesCountAt = Infinity; // when votes of others are younger than the engine's latest absence; 0: they count
   private hasListed = false;
   private isOver = false;
   private applying: unknown; // resolves when workers have the document too
@@ -11677,7 +11676,7 @@ export class Fleet implements Membership {
   private written: InstanceRecord | undefined; // its record as the engine has it
   private isWriting = false;
   private watching: Watch | undefined;
-  private tickAt = 0; // when the lease is kept alive again; Infinity: that goes on now
+  private keepLeaseAt = 0; // when the lease is kept alive again; Infinity: that goes on now
   private readonly unsure = new Set<string>(); // servers on which it has no vote yet
   private local: Raw; // `fleet` as the local file has it
   private copied: EngineValue; // what the local file said last, and of which document that is a copy; 0: of none
@@ -11705,7 +11704,7 @@ export class Fleet implements Membership {
   async start(patience: number): Promise<void> {
     void this.follow();
     void this.beat();
-    await this.until(() => this.hasListed && this.records.has(this.name), patience);
+    await this.waitUntil(() => this.hasListed && this.records.has(this.name), patience);
     if (this.hasListed) return await this.copying;
     const instead = this.isWaiting() ? "waits for its document" : `starts with ${this.member.file}`;
     this.effects.report("warn", `fleet: ${this.problem || "the engine has not answered yet"}; ${instead}`);
@@ -11721,8 +11720,8 @@ export class Fleet implements Membership {
     if (lease) await this.engine.revoke(lease).catch(() => {});
   }
 
-  /** Lists once: at the edge, beside a request. */
-  async look(): Promise<void> {
+  /** At the edge, beside a request. */
+  async listOnce(): Promise<void> {
     try {
       await this.listAll();
     } catch (error) {
@@ -11748,7 +11747,7 @@ export class Fleet implements Membership {
       this.resyncs.set(reason, (this.resyncs.get(reason) ?? 0) + 1);
       const endedAt = this.effects.now();
       if (endedAt - begun > PAUSES.most) pause = PAUSES.least;
-      await this.until(() => this.contactAt > endedAt, pause * (0.5 + this.effects.random()));
+      await this.waitUntil(() => this.contactAt > endedAt, pause * (0.5 + this.effects.random()));
       pause = Math.min(2 * pause, PAUSES.most);
     }
   }
@@ -11763,18 +11762,18 @@ export class Fleet implements Membership {
         this.watching?.close("paused");
       }
       this.checkSilence();
-      if (this.countsAt > 0 && now >= this.countsAt) {
-        this.countsAt = 0;
+      if (this.votesCountAt > 0 && now >= this.votesCountAt) {
+        this.votesCountAt = 0;
         this.applyVerdicts();
       }
-      if (this.hasListed && now >= this.tickAt) void this.tick(now + this.shared().ttl / 3);
+      if (this.hasListed && now >= this.keepLeaseAt) void this.keepLease(now + this.shared().ttl / 3);
     }
   }
 
   /** Keeps the lease alive, and checks whether the watch misses changes (a frozen member: etcd issue 8980). */
-  private async tick(next: number): Promise<void> {
+  private async keepLease(next: number): Promise<void> {
     const { watching, engine } = this;
-    this.tickAt = Infinity;
+    this.keepLeaseAt = Infinity;
     try {
       if (this.lease && !await engine.keepAlive(this.lease)) this.onLeaseOver();
       const known = this.revision, { revision, keys } = await engine.list(false);
@@ -11787,7 +11786,7 @@ export class Fleet implements Membership {
     } catch (error) {
       this.reportProblem(error);
     } finally {
-      this.tickAt = next;
+      this.keepLeaseAt = next;
     }
   }
 
@@ -11822,7 +11821,7 @@ export class Fleet implements Membership {
     if (this.state === "away" || this.effects.now() - this.contactAt <= ttl) return;
     if (this.state === "answers") this.since = this.effects.date();
     this.state = "away";
-    this.countsAt = Infinity;
+    this.votesCountAt = Infinity;
     this.beginProbingAll();
     const why = this.problem && ` (${this.problem})`;
     const what = "config, health and secret stay as they are, and this instance probes all servers itself";
@@ -11849,10 +11848,10 @@ export class Fleet implements Membership {
     }
     const isMember = !!this.lease && this.records.get(this.name)?.id === this.member.id;
     if (!isMember) {
-      this.takeOver();
+      this.adoptVerdicts();
       if (!this.member.isObserver) await this.join();
     }
-    if (this.countsAt === Infinity) this.countsAt = this.effects.now() + this.shared().ttl; // leases have ended by then
+    if (this.votesCountAt === Infinity) this.votesCountAt = this.effects.now() + this.shared().ttl; // leases have ended by then
     this.applyVerdicts();
     void this.publish();
     this.problem = "";
@@ -11932,7 +11931,7 @@ export class Fleet implements Membership {
     if (key.endsWith(CHANGE)) return this.applyChanges();
     const mark = this.keys.get(key)?.value, { service, server } = this.serverOf(key);
     if (mark === undefined || !service || !server) return;
-    // at the start: probes have overtaken it where nobody holds the server for down any more
+    // at the start probes may have overtaken it: it counts where an instance still finds the server down
     const isHeld = [...this.records.values()].some(({ down }) => down.includes(keyOfServer(server)));
     if (this.hasListed || isHeld || service.config.health.kind === "off") {
       setHealth(service, server, mark === "up");
@@ -11972,7 +11971,9 @@ export class Fleet implements Membership {
     for (const server of this.servers()) {
       const key = keyOfServer(server), by = probersOf(key, members, probers);
       this.probing.set(key, by);
-      if (by.includes(this.name) && !before.get(key)?.includes(this.name) && this.othersCount()) beginProbing(server);
+      if (by.includes(this.name) && !before.get(key)?.includes(this.name) && this.followsMajority()) {
+        beginProbing(server);
+      }
     }
   }
 
@@ -11991,37 +11992,38 @@ export class Fleet implements Membership {
   private beginProbingAll(): void {
     this.servers().filter((server) => !this.isProber(server)).forEach(beginProbing);
   }
-  /** Whether the votes of others count. */
-  private othersCount(): boolean {
-    return this.state === "answers" && this.countsAt === 0 && this.records.size > 0 && !this.isOver;
+  /** Whether most probers decide on a server. If not, as while the engine is away, the probes of this instance do. */
+  private followsMajority(): boolean {
+    return this.state === "answers" && this.votesCountAt === 0 && this.records.size > 0 && !this.isOver;
   }
   mayProbe(server: Server): boolean {
-    return !this.othersCount() || this.lease !== "" && this.isProber(server);
+    return !this.followsMajority() || this.lease !== "" && this.isProber(server);
   }
   isUp({ config: { health: { rise, fall } } }: Service, server: Server): boolean {
     const key = keyOfServer(server);
     if (server.passes >= rise || server.fails >= fall) this.unsure.delete(key);
-    if (!this.othersCount()) return server.opinion;
-    if (server.opinion === this.written?.down.includes(key)) void this.publish();
+    if (!this.followsMajority()) return server.upByOwnProbes;
+    if (server.upByOwnProbes === this.written?.down.includes(key)) void this.publish();
     const verdict = this.verdict(server);
     return verdict === undefined ? server.up : verdict === "up";
   }
+  /** What most probers of a server find; undefined: they have not decided. */
   private verdict(server: Server): "up" | "down" | undefined {
     const key = keyOfServer(server), told = this.keys.get(`told/${key}`)?.revision ?? 0;
     return majorityOf((this.probing.get(key) ?? []).map((name) => {
       if (name !== this.name || !this.lease) return voteOf(this.records.get(name), key, this.membersHash, told);
       if (this.unsure.has(key)) return "unknown";
-      return server.opinion ? "up" : "down";
+      return server.upByOwnProbes ? "up" : "down";
     }));
   }
 
   /** Sets servers up or down, as most of their probers say. */
   private applyVerdicts(): void {
-    if (!this.othersCount()) return;
+    if (!this.followsMajority()) return;
     for (const server of this.servers()) {
       const verdict = this.verdict(server), up = verdict === "up";
       if (verdict === undefined) continue;
-      if (this.unsure.delete(keyOfServer(server))) server.opinion = up;
+      if (this.unsure.delete(keyOfServer(server))) server.upByOwnProbes = up;
       if (up === server.up) continue;
       const problem = up ? undefined : "most of its probers say so";
       setUp(this.lb.balancer.table.services.get(server.service)!, server, up, problem);
@@ -12029,9 +12031,9 @@ export class Fleet implements Membership {
     }
   }
 
-  /** Begins with what the others agree on: this instance is new, or its lease has ended. */
-  private takeOver(): void {
-    this.countsAt = 0;
+  /** Begins with the verdicts of the others, for this instance is new or its lease has ended; it has no vote yet. */
+  private adoptVerdicts(): void {
+    this.votesCountAt = 0;
     this.lease = "";
     if (this.records.size === 0 && this.member.isObserver) return; // it probes all servers itself
     for (const server of this.servers()) this.unsure.add(keyOfServer(server));
@@ -12053,7 +12055,7 @@ export class Fleet implements Membership {
       ...{ id: this.member.id, since: balancer.startedAt.toISOString(), version: VERSION, runtime: balancer.runtime },
       ...{ config: this.inForce, problem: this.document?.problem ?? "", members: this.membersHash },
       told: Math.max(0, ...marks.map(([, { revision }]) => revision)),
-      down: servers.filter((server) => !server.opinion && this.isProber(server)).map(keyOfServer).sort(),
+      down: servers.filter((server) => !server.upByOwnProbes && this.isProber(server)).map(keyOfServer).sort(),
       ejected: servers.filter(({ ejectedUntil }) => ejectedUntil > now).map(keyOfServer).sort(),
       unsure: [...this.unsure].sort(),
     };
@@ -12104,7 +12106,7 @@ export class Fleet implements Membership {
       }
     } catch (error) {
       if ((error as EngineError).kind === "lease") this.onLeaseOver();
-      else this.reportProblem(error); // the next tick writes again
+      else this.reportProblem(error); // `keepLease` writes again
     } finally {
       this.isWriting = false;
     }
@@ -12133,7 +12135,7 @@ export class Fleet implements Membership {
         const { isOurs, value, revision } = await this.engine.swap("config", text, base?.revision ?? 0);
         const isThere = isOurs || value === text; // then an answer was lost
         const hasCome = () => isThere ? (this.document?.revision ?? 0) >= revision : this.document !== base;
-        if (!await this.until(hasCome, end - this.effects.now())) {
+        if (!await this.waitUntil(hasCome, end - this.effects.now())) {
           throw new AdminError(503, isThere ? "it is written, and not in force here yet" : "the engine falls behind");
         }
         await this.applying;
@@ -12155,7 +12157,7 @@ export class Fleet implements Membership {
   private async waitForAll(revision: number, wait: number): Promise<string[]> {
     const missing = () =>
       [...this.records].filter(([name, { config }]) => (name === this.name ? this.inForce : config) < revision);
-    if (wait > 0) await this.until(() => missing().length === 0, wait);
+    if (wait > 0) await this.waitUntil(() => missing().length === 0, wait);
     return wait > 0 ? missing().map(([name]) => name) : [];
   }
 
@@ -12165,10 +12167,10 @@ export class Fleet implements Membership {
     const before = this.keys.get(key)?.revision, hasCome = () => this.keys.get(key)?.revision !== before;
     if (this.state !== "answers") return false;
     const isWritten = await this.engine.put(key, value).then(() => true, () => false);
-    return isWritten && await this.until(hasCome, CHANGE_TIME); // the watch has brought it back
+    return isWritten && await this.waitUntil(hasCome, CHANGE_TIME); // the watch has brought it back
   }
 
-  private async until(has: () => boolean, patience: number): Promise<boolean> {
+  private async waitUntil(has: () => boolean, patience: number): Promise<boolean> {
     for (const end = this.effects.now() + patience; !has(); await this.effects.sleep(POLL)) {
       if (this.effects.now() >= end) return false;
     }
@@ -12258,7 +12260,7 @@ const NO_FLEET: FleetConfig = v.parse(FleetMap, {});
 
 /** Makes an instance begin its probes of a server with what is agreed. */
 function beginProbing(server: Server): void {
-  Object.assign(server, { opinion: server.up, passes: 0, fails: 0 });
+  Object.assign(server, { upByOwnProbes: server.up, passes: 0, fails: 0 });
 }
 
 // --- 12.3 Discovery: the servers that DNS has under a name ---
@@ -12917,8 +12919,8 @@ type OwnEffects = Partial<Effects> & { fetch?: Fetch };
 
 /** A strategy of the library's user that throws where the user's function returns no candidate. */
 function checkedStrategy(name: string, own: Strategy): Strategy {
-  const checked: Strategy = (candidates, draw) => {
-    const server: unknown = own(candidates, draw);
+  const checked: Strategy = (candidates, input) => {
+    const server: unknown = own(candidates, input);
     if (candidates.includes(server as Server)) return server as Server;
     const what = server instanceof Promise ? "a promise" : isRecord(server) ? "another object" : String(server);
     throw new TypeError(
@@ -13429,8 +13431,9 @@ const LAST_CALL = 1_000; // milliseconds at most in which responses ask clients 
 const QUIET = 200; // milliseconds without a request after which none is expected
 
 /**
- * Drains a thread: responses ask clients to close, then listeners and idle connections close; requests and tunnels may
- * go on until the grace is over. Listeners that are not for HTTP close at once: no response can announce it.
+ * Drains a thread. Responses ask clients to close, until none asks any more; then listeners and idle connections close.
+ * Requests and tunnels go on for as long as `grace`; then WebSockets get a close frame, and connections that are not HTTP a
+ * reset. Listeners that are not for HTTP close at once: no response can announce it.
  */
 async function drain(balancer: Balancer, open: OpenListeners, grace: number): Promise<CutOff> {
   const { effects, tunnels, relays } = balancer, begun = effects.now(), deadline = begun + grace;
@@ -14023,7 +14026,7 @@ function edge(): EdgeHandlers {
     const { effects } = lb.balancer;
     if (!fleet || hasListed && effects.now() - listedAt < LIST_EVERY) return;
     listedAt = effects.now();
-    await Promise.race([fleet.look(), effects.sleep(JOINING)]);
+    await Promise.race([fleet.listOnce(), effects.sleep(JOINING)]);
     hasListed = true;
   };
   return {

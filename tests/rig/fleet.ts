@@ -196,7 +196,7 @@ export class World {
       `health: { path: /h, interval: 1s, fall: 2, rise: 2, timeout: 500ms } }\n`;
   }
 
-  /** An instance that neither registers nor probes where others do: `fleet.look` takes what the store says. */
+  /** An instance that neither registers nor probes where others do: `fleet.listOnce` takes what the store says. */
   observe(): Member {
     return this.make("edge", this.text, new FakeEngine(this.store), true);
   }

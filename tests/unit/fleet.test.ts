@@ -24,9 +24,9 @@ async function seenBy(records: Record<string, object>, probers: number, servers 
     }
   };
   write("");
-  await fleet.look();
+  await fleet.listOnce();
   write(fleet["membersHash"]);
-  await fleet.look();
+  await fleet.listOnce();
   return { fleet, members: fleet["membersHash"], server: lb.balancer.table.services.get("default")!.servers[0]! };
 }
 const among = (members: readonly string[], probers: number, servers?: number) =>
@@ -38,8 +38,8 @@ const probersOf = async (members: readonly string[], probers: number) =>
 async function verdictOf(records: object[]): Promise<"up" | "down" | undefined> {
   const { fleet, server } = await seenBy(Object.fromEntries(records.entries()), 7), seen = new Set<boolean>();
   for (const up of [true, false]) {
-    Object.assign(server, { up, opinion: up });
-    await fleet.look();
+    Object.assign(server, { up, upByOwnProbes: up });
+    await fleet.listOnce();
     seen.add(server.up);
   }
   if (seen.size > 1) return undefined;
@@ -126,7 +126,7 @@ test("a vote counts only where the instance knows the same members and the same 
   const world = new World(1), { fleet, isUp } = world.observe();
   const say = async (told: number) => {
     world.store.set("instances/a", JSON.stringify({ ...RECORD, told, members: fleet["membersHash"], down: [SERVER] }));
-    await fleet.look();
+    await fleet.listOnce();
   };
   await say(0);
   world.store.set(`told/${SERVER}`, "up");
