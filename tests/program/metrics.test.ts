@@ -38,7 +38,7 @@ function setUp(manners: Manner[] = [200], yaml = "default: { servers: [a:1, b:1]
   const clock = { now: 1_000 };
   let turn = 0;
   const effects = {
-    client: () => ({ address: "192.0.2.9", scheme: "http", headers: [] }),
+    client: ({ headers }) => ({ address: "192.0.2.9", scheme: "http", headers: [...headers].flat() }),
     now: () => clock.now,
     date: () => new Date(Date.UTC(2026, 10, 21) + clock.now),
     sleep: (_ms, signal) => signal ? new Promise<void>(() => {}) : Promise.resolve(),
