@@ -10270,6 +10270,7 @@ async function postServer(request: ApiRequest): Promise<ServerView | ServiceView
   const { value } = await bodyOf(request.context);
   let url: string | undefined;
   const edit: Edit = (raw, config) => {
+    serviceOf(request); // or 404
     const { place, listed } = listOf(request, raw, config);
     putValue(raw, place, [...listed, value]);
   };
