@@ -264,7 +264,7 @@ test("nothing but the whole token, in its header, opens anything", () =>
 test("what is not there is 404, what may not be done there 405 with Allow, both as problems", () =>
   running(SHOP, async (lb) => {
     assert.equal((await ask(lb, "GET /nowhere")).status, 404);
-    assert.equal((await ask(lb, "POST /services/nowhere/servers", '"localhost:8081"')).status, 404);
+    assert.equal((await ask(lb, "POST /services/nowhere/servers", { url: "localhost:8081" })).status, 404);
     const { status, headers, json } = await ask(lb, "DELETE /version");
     assert.equal(status, 405);
     assert.match(headers.get("allow") ?? "", /GET/);
