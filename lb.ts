@@ -6106,7 +6106,8 @@ function messageOf({ method, url, headers, body }: Request, from: Client, isGone
   const hasBreaks = count !== from.headers.length / 2; // a line break in a value would begin another field
   const isBad = authority < 3 || start < 0 || hasBreaks || length === "?" || (encoding ?? "chunked") !== "chunked";
   const head: RequestHead = {
-    ...{ method, version: "1.1", block, trailers: false, expects: false },
+    ...{ method, version: "1.1", trailers: false, expects: false },
+    block: isBad ? { ...block, fields: from.headers } : block, // the log shows what is refused
     host: headers.get("host") ?? own, // Host wins, as with a request that comes over a socket
     target: url.slice(start).replace(/[^\x00-\xff]+/g, encodeURIComponent),
     upgrade: from.upgrades && headers.get("upgrade") || "",
