@@ -6102,9 +6102,11 @@ function requestOf(
 function messageOf({ method, url, headers, body }: Request, from: Client, isGone: () => boolean) {
   const authority = url.indexOf("://") + 3, start = url.indexOf("/", authority), own = url.slice(authority, start);
   const block = parseFields(from.headers.length ? `\r\n${linesOf(from.headers).slice(0, -2)}` : "");
-  const { count, length, encoding } = block, isAnnounced = length !== undefined && encoding === undefined;
-  const hasBreaks = count !== from.headers.length / 2; // a line break in a value would begin another field
-  const isBad = authority < 3 || start < 0 || hasBreaks || length === "?" || (encoding ?? "chunked") !== "chunked";
+  const length = headers.get("content-length"), encoding = headers.get("transfer-encoding");
+  const isAnnounced = length !== null && encoding === null;
+  const hasBreaks = block.count !== from.headers.length / 2; // a line break in a value would begin another field
+  const isBad = authority < 3 || start < 0 || hasBreaks || !/^\d{1,15}$/.test(length ?? "0") ||
+    !/^chunked$/i.test(encoding ?? "chunked");
   const head: RequestHead = {
     ...{ method, version: "1.1", trailers: false, expects: false },
     block: isBad ? { ...block, fields: from.headers } : block, // the log shows what is refused
