@@ -6104,8 +6104,7 @@ function messageOf({ method, url, headers, body }: Request, from: Client, isGone
   const block = parseFields(from.headers.length ? `\r\n${linesOf(from.headers).slice(0, -2)}` : "");
   const length = headers.get("content-length"), encoding = headers.get("transfer-encoding");
   const isAnnounced = length !== null && encoding === null;
-  const hasBreaks = block.count !== from.headers.length / 2; // a line break in a value would begin another field
-  const isBad = authority < 3 || start < 0 || hasBreaks || !/^\d{1,15}$/.test(length ?? "0") ||
+  const isBad = authority < 3 || start < 0 || !isPrintable(from.headers) || !/^\d{1,15}$/.test(length ?? "0") ||
     !/^chunked$/i.test(encoding ?? "chunked");
   const head: RequestHead = {
     ...{ method, version: "1.1", trailers: false, expects: false },
@@ -6123,6 +6122,13 @@ const HOP_FIELDS = [...CONNECTION_FIELDS].filter((name) => !/^(?:content-length|
 /** Fields without those that end at this hop. */
 const withoutHopFields = (fields: Fields): Fields =>
   without(fields, new Set([...HOP_FIELDS, ...optionsOf(fieldOf(fields, "connection") ?? "")]));
+const isTokenText = memo((text) => TOKEN.test(text));
+/** Whether all fields are valid: a line break would begin another header, or another request. */
+function isPrintable(fields: Fields): boolean {
+  for (let i = 0; i < fields.length; i += 2) if (!isTokenText(fields[i]!) || !VALUE.test(fields[i + 1]!)) return false;
+  return true;
+}
+
 /** Converts a request for middleware; with its body and abort signal only if `withBody`. */
 function toRequest(request: HttpRequest, withBody: boolean): Request {
   const { method, target, host, scheme, block, body } = request;
