@@ -1266,13 +1266,13 @@ test("a client whose connection breaks cancels the attempts of all its streams",
 });
 
 test("a client that has half-closed its connection still gets its responses", async () => {
-  scripts.set("/late", (visit) => visit.send(50, answer("hello")));
+  const asked = Promise.withResolvers<Parameters<Script>[0]>();
+  scripts.set("/late", asked.resolve);
   const client = await open(), stream = client.ask("/late");
-  await client.when(
-    "SETTINGS are answered",
-    () => client.frames.some((one) => one.type === SETTINGS && one.flags === ACK),
-  );
+  const visit = await asked.promise;
   client.socket.end();
+  await client.when("a PING tests whether the client is there", () => client.frames.some((one) => one.type === PING));
+  visit.send(answer("hello"));
   assert.equal((await stream.done()).result, "200");
 });
 

@@ -413,9 +413,10 @@ export abstract class End {
     return this.goAway?.code ?? "no GOAWAY";
   }
 
+  /** Sends nothing more once the test has ended this side, as answers to PING would: such a write is an error. */
   send(...parts: (Buffer | string)[]): void {
     const bytes = Buffer.concat(parts.map((part) => typeof part === "string" ? Buffer.from(part, "latin1") : part));
-    if (bytes.length && !this.socket.destroyed) this.socket.write(bytes);
+    if (bytes.length && !this.socket.destroyed && !this.socket.writableEnded) this.socket.write(bytes);
   }
   destroy(): void {
     this.socket.destroy();
