@@ -12707,8 +12707,9 @@ const readCertificate = (file: string): X509Certificate =>
 
 /** @throws {Error} with the file and what is wrong with it */
 function readPair({ cert, key }: Pair): Pair {
+  const certificate = readCertificate(cert);
   const own = parsePem(key, "private key without a password", "PRIVATE KEY", createPrivateKey);
-  if (!readCertificate(cert).checkPrivateKey(own)) throw new Error(`${key} is not the key of ${cert}`);
+  if (!certificate.checkPrivateKey(own)) throw new Error(`${key} is not the key of ${cert}`);
   return { cert: readPem(cert, "CERTIFICATE"), key: readPem(key, "PRIVATE KEY") };
 }
 

@@ -956,6 +956,11 @@ const UNUSABLE: [what: string, files: Record<string, string>, reason: RegExp, tl
   ["a certificate that is missing", { "a.key": KEY }, /a\.pem cannot be read: /],
   ["a key that is missing", { "a.pem": A }, /a\.key cannot be read: /],
   ["a file that holds no certificate", { "a.pem": "hello", "a.key": KEY }, /a\.pem holds no certificate \(PEM\)/],
+  [
+    "a certificate and a key in each other's place",
+    { "a.pem": KEY, "a.key": A },
+    /a\.pem holds no certificate \(PEM\)/,
+  ],
   ["a file that holds no key", { "a.pem": A, "a.key": A }, /a\.key holds no private key without a password \(PEM\)/],
   ["a key of another certificate", { "a.pem": A, "a.key": OTHER_KEY }, /a\.key is not the key of \S*a\.pem/],
   ["a bad one behind a good one", { ...FILES, "b.key": KEY }, /b\.key is not the key of \S*b\.pem/, [FIRST, SECOND]],
