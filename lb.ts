@@ -2452,8 +2452,10 @@ function collect(body: Body, done: (taken: Body | Failure) => void): void {
     fail: done,
   });
 }
-const inMemory = (pieces: Bytes[]): Body =>
-  pieces.length === 0 ? NO_BODY : new MemoryBody(pieces.length === 1 ? pieces[0]! : Buffer.concat(pieces));
+function inMemory(pieces: Bytes[]): Body {
+  if (pieces.length === 0) return NO_BODY;
+  return new MemoryBody(pieces.length === 1 ? pieces[0]! : Buffer.concat(pieces));
+}
 
 // --- 2.3 Services and routes: servers, services, routes and tables, and their state ---
 
@@ -3688,11 +3690,14 @@ function frameHeadSize(bytes: Bytes, at: number): number {
   const second = bytes[at + 1];
   if (second === undefined) return 2;
   const short = second & 0x7f;
-  return 2 + (short === 127 ? 8 : short === 126 ? 2 : 0) + (second & 0x80 ? 4 : 0);
+  const masked = second & 0x80 ? 4 : 0;
+  if (short === 127) return 10 + masked;
+  return short === 126 ? 4 + masked : 2 + masked;
 }
 function payloadSize(bytes: Bytes, at: number): number {
   const short = bytes[at + 1]! & 0x7f;
-  return short === 127 ? Number(bytes.readBigUInt64BE(at + 2)) : short === 126 ? bytes.readUInt16BE(at + 2) : short;
+  if (short === 127) return Number(bytes.readBigUInt64BE(at + 2));
+  return short === 126 ? bytes.readUInt16BE(at + 2) : short;
 }
 
 /** A close frame. What goes to a server is masked; the mask may be any, and so is one of zeros (section 5.3). */
@@ -4051,9 +4056,10 @@ class ClientConnection extends Connection implements BodySource {
     const { header_size, header_fields } = this.context.limits();
     if (this.phase === "head" && this.searched && this.rest.length <= header_size) { // a head that drips is searched once
       const tail = this.rest.toString("latin1", this.searched - 3);
-      const isOpen = !tail.includes("\r\n\r\n") && !/[^\r]\n/.test(tail);
-      if (isOpen) this.searched = this.rest.length;
-      if (isOpen) return false;
+      if (!tail.includes("\r\n\r\n") && !/[^\r]\n/.test(tail)) {
+        this.searched = this.rest.length;
+        return false;
+      }
     }
     this.searched = 0;
     let start = 0; // an empty line in front is ignored (RFC 9112 section 2.2)
@@ -4154,10 +4160,11 @@ class ClientConnection extends Connection implements BodySource {
     if (response.tunnel) return this.switch(response, response.tunnel);
     const bodiless = request.method === "HEAD" || BODILESS.has(status), length = bodiless ? 0 : body.length;
     const chunked = length < 0 && request.version !== "1.0";
-    const unread = receiving && (request.expects || request.chunked || receiving.left > DISCARDED);
-    this.closes ||= !request.persistent || !!response.closes || !!unread || length < 0 && !chunked ||
-      this.context.draining() ||
-      request.upgrade !== "" && this.rest.length > 0; // what follows was meant for another protocol, or is the next request
+    const isUnread = !!receiving && (request.expects || request.chunked || receiving.left > DISCARDED);
+    const isAmbiguous = request.upgrade !== "" && this.rest.length > 0; // of another protocol, or the next request
+    const endsByClose = length < 0 && !chunked;
+    this.closes ||= !request.persistent || !!response.closes || isUnread || isAmbiguous || endsByClose;
+    this.closes ||= this.context.draining();
     this.answer = body;
     this.write(this.headOf(request, response, chunked, bodiless));
     if (bodiless) {
@@ -4174,7 +4181,7 @@ class ClientConnection extends Connection implements BodySource {
         if (chunked) this.write(lastChunk(trailers));
         this.answered();
       },
-      fail: () => this.breakOff(length < 0 && !chunked),
+      fail: () => this.breakOff(endsByClose),
     });
   }
 
@@ -4899,7 +4906,8 @@ class HeaderDecoder {
   private text(): string {
     const isHuffman = this.bytes[this.at]! >= 128, length = this.integer(7), end = this.at + length;
     if (end > this.bytes.length) throw fault("COMPRESSION_ERROR", "a text is cut off");
-    const bytes = this.bytes.subarray(this.at, this.at = end);
+    const bytes = this.bytes.subarray(this.at, end);
+    this.at = end;
     return isHuffman ? decodeHuffman(bytes) : bytes.toString("latin1");
   }
 }
@@ -5910,8 +5918,11 @@ class Http2UpstreamConnection extends Http2Connection {
   override checkTimeouts(now: number): void {
     const { streams, socket } = this;
     super.checkTimeouts(now);
-    if (this.overAt ? now - this.overAt >= LINGER.silent : !this.hasSettings && !streams.size) socket.destroy();
-    else if (this.hasSettings && now - this.usedAt >= IDLE) this.endIfUnused();
+    if (this.overAt) {
+      if (now - this.overAt >= LINGER.silent) socket.destroy();
+    } else if (!this.hasSettings) {
+      if (!streams.size) socket.destroy();
+    } else if (now - this.usedAt >= IDLE) this.endIfUnused();
   }
 }
 const NO_PROTOCOL = /no.?application.?protocol|alert number 120/i; // what runtimes say where ALPN finds none
@@ -5975,7 +5986,7 @@ export class HttpClient extends Dialer {
     this.time = this.now();
     const mayShare = (server.http === 2 || server.http === "auto") && !upgrade && !this.withoutHttp2.has(server);
     if (mayShare) return this.share(attempt);
-    for (let connection; (connection = pool?.pop());) {
+    for (let connection = pool?.pop(); connection; connection = pool?.pop()) {
       if (connection.socket.readable && this.time < connection.idleUntil) return connection.begin(attempt);
       connection.socket.destroy();
     }
@@ -5994,7 +6005,8 @@ export class HttpClient extends Dialer {
     if (!connection) {
       const socket = this.connectFor(attempt, server.http === 2 ? ["h2"] : ["h2", "http/1.1"]);
       if (!socket) return;
-      this.connections.add(connection = new Http2UpstreamConnection(this, socket, server, pool));
+      connection = new Http2UpstreamConnection(this, socket, server, pool);
+      this.connections.add(connection);
       pool.push(connection);
     }
     connection.take(attempt);
@@ -6093,8 +6105,12 @@ function requestOf(
   };
   const left = () => cancelRequest(request);
   const before = incoming?.onGone;
-  if (incoming) incoming.onGone = () => (before?.(), left());
-  else source.signal.addEventListener("abort", left);
+  if (incoming) {
+    incoming.onGone = () => {
+      before?.();
+      left();
+    };
+  } else source.signal.addEventListener("abort", left);
   return request;
 }
 
@@ -6221,8 +6237,8 @@ async function nativeFetch(url: string, attempt: FetchAttempt): Promise<Response
     const named = fieldPairs(without(headers, new Set(["host"]))); // which the platform sets from the URL
     response = await fetch(url, { ...init, method, headers: named, body, redirect: "manual" });
   } catch (error) {
-    const kind = late.signal.aborted ? "timeout" : signal.aborted ? "client-left" : "reset";
-    throw new WireError(kind, true, String(error));
+    const other = signal.aborted ? "client-left" : "reset";
+    throw new WireError(late.signal.aborted ? "timeout" : other, true, String(error));
   } finally {
     clearTimeout(timer);
   }
@@ -6751,9 +6767,8 @@ function candidatesOf(service: Service, now: number): readonly Server[] {
   const backups = healthy.filter((server) => server.backup);
   const few = ready.length < regulars.length * panic;
   service.panicking = few && backups.length === 0 && (ready.length > 0 || !fallback);
-  service.candidates = service.panicking
-    ? regulars.length ? regulars : weighted
-    : withoutPaused(service, ready.length ? ready : backups, now);
+  if (service.panicking) service.candidates = regulars.length ? regulars : weighted;
+  else service.candidates = withoutPaused(service, ready.length ? ready : backups, now);
   service.candidatesUntil = Math.min(...servers.map((server) => nextChange(server, slow_start, now)));
   return service.candidates;
 }
@@ -7313,7 +7328,10 @@ function admitConnection(balancer: Balancer, socket: Socket, isLocal = false): F
   if ((connected.get(client) ?? 0) >= limits.client_connections && !trusts(peer)) return "client-busy";
   balancer.connections++;
   countIn(connected, client);
-  socket.on("close", () => (balancer.connections--, countOut(connected, client)));
+  socket.on("close", () => {
+    balancer.connections--;
+    countOut(connected, client);
+  });
   return undefined;
 }
 
@@ -7999,7 +8017,8 @@ export function samplesOf(balancer: Balancer): Map<string, number> {
   visitCounted(balancer, (kind, of, record) => {
     const labels = labelsText(of);
     for (const { name, read } of METRICS[kind]) {
-      const series = name.endsWith("}") ? name.replace("{", `{${labels},`) : labels ? `${name}{${labels}}` : name;
+      const plain = labels ? `${name}{${labels}}` : name;
+      const series = name.endsWith("}") ? name.replace("{", `{${labels},`) : plain;
       if (name) samples.set(series, read(record, now));
     }
   });
@@ -9121,13 +9140,14 @@ function buildService(
   }
   for (const url of changes.keys()) if (!urls.has(url)) changes.delete(url);
   const { by, key } = config.strategy, read: Read = KEYS[by];
+  const knownTimes = previous?.times.length ? previous.times : undefined;
   return Object.assign(previous ?? new ServiceState(), {
     ...{ name, config, strategy, effects },
     ...{ servers, names, changes },
     key: (exchange: Exchange) => read(exchange, key) ?? exchange.client, // which `hash` hashes
     cookies: undefined,
     hedge: config.sticky.cookie ? 0 : config.hedge, // no other server knows the client
-    times: !config.hedge ? NO_TIMES : previous?.times.length ? previous.times : new Float64Array(SAMPLES),
+    times: config.hedge ? knownTimes ?? new Float64Array(SAMPLES) : NO_TIMES,
     measured: config.hedge ? previous?.measured ?? 0 : 0,
     bounded: servers.some((server) => server.limit < Infinity),
     candidatesUntil: 0,
@@ -10230,7 +10250,8 @@ function editServer(request: ApiRequest, edit: (entry: Raw) => unknown): Promise
     const { url, weight } = serverOf(request), { place, listed, now } = listOf(request, raw, config);
     const [first, ...again] = now.flatMap((one, i) => one.url === url ? [i] : []);
     const changed = edit({ ...asMap(listed[first!]), ...(again.length > 0 && { weight }) });
-    putValue(raw, place, listed.flatMap((one, i) => i === first ? changed ?? [] : again.includes(i) ? [] : [one]));
+    const others = listed.map((one, i) => i === first ? changed : one).filter((_, i) => !again.includes(i));
+    putValue(raw, place, others.filter((one) => one !== undefined));
   });
 }
 
@@ -12829,7 +12850,11 @@ const AT_THE_EDGE =
   (globalThis as { navigator?: { userAgent?: string } }).navigator?.userAgent === "Cloudflare-Workers";
 
 /** The runtime. The edge comes first, since workerd has Node's names too. */
-const HERE = AT_THE_EDGE ? "edge" : "Deno" in globalThis ? "deno" : "Bun" in globalThis ? "bun" : "node";
+const HERE = ((): "edge" | "deno" | "bun" | "node" => {
+  if (AT_THE_EDGE) return "edge";
+  if ("Deno" in globalThis) return "deno";
+  return "Bun" in globalThis ? "bun" : "node";
+})();
 
 /** Writes bytes to standard output, and gives how many. While the pipe is full, tries again after 1, 2, 4, ... 50 ms. */
 function writeOut(bytes: Uint8Array, wait = 1): Promise<number> {
@@ -12933,7 +12958,8 @@ function checkedStrategy(name: string, own: Strategy): Strategy {
   const checked: Strategy = (candidates, input) => {
     const server: unknown = own(candidates, input);
     if (candidates.includes(server as Server)) return server as Server;
-    const what = server instanceof Promise ? "a promise" : isRecord(server) ? "another object" : String(server);
+    const other = isRecord(server) ? "another object" : String(server);
+    const what = server instanceof Promise ? "a promise" : other;
     throw new TypeError(
       `strategy ${name} returned ${what}; it has to return one of the servers that it is called with`,
     );
@@ -13425,7 +13451,9 @@ async function listenAll(context: ListenContext): Promise<Listeners> {
     const { opened, problem } = await updateListeners(context, open), isRepeated = problem === failed;
     failed = problem; // tried again: a listener that is still closing may hold the port
     reportOpened(opened, report);
-    if (isRepeated && problem !== reported) report("error", reported = problem);
+    if (!isRepeated || problem === reported) return;
+    reported = problem;
+    report("error", problem);
   }, FOLLOW_TICK);
   const renewing = setInterval(() => renewCertificates(context, open), RENEW_TICK);
   return {
@@ -13535,8 +13563,8 @@ function takeSamples(balancer: Balancer): Samples {
 function addCounters(gone: Samples, ended: Samples): void {
   for (const [key, numbers] of ended) {
     const before = gone.get(key), rows = SENT[kindOf(key)];
-    const isOver = (i: number) => /gauge|maximum/.test(rows[i]!.type);
-    gone.set(key, numbers.map((number, i) => isOver(i) ? 0 : number + (before?.[i] ?? 0)));
+    const endsWithWorker = (i: number) => /gauge|maximum/.test(rows[i]!.type);
+    gone.set(key, numbers.map((number, i) => endsWithWorker(i) ? 0 : number + (before?.[i] ?? 0)));
   }
 }
 
@@ -13675,6 +13703,15 @@ const newsOf = ({ names, services }: Table): News[] => [
   ]),
 ];
 
+/** Drains all workers at once, and adds up what they have cut off. */
+async function drainWorkers(workers: Workers, grace: number): Promise<CutOff> {
+  const drained = nextFromAll(workers, "drained", grace + 2 * LAST_CALL);
+  sendToAll(workers, { kind: "drain", grace });
+  const left = (await drained).flatMap((message) => message?.left ?? []);
+  const sum = (key: keyof CutOff) => left.reduce((total, one) => total + one[key], 0);
+  return { requests: sum("requests"), connections: sum("connections") };
+}
+
 /** Starts the workers, one after the other, and replaces those that end. */
 async function startWorkers(lb: LoadBalancer, count: number, log: AccessLog): Promise<Listeners> {
   const { balancer } = lb, { effects } = balancer, workers: Workers = new Map();
@@ -13691,9 +13728,15 @@ async function startWorkers(lb: LoadBalancer, count: number, log: AccessLog): Pr
     let failed = "it was ended";
     worker.on("message", (message: WorkerMessage) => {
       if (message.kind === "lines") log.append(message.lines);
-      if (message.kind === "counts" && workers.has(worker)) workers.set(worker, message.counts), show();
+      if (message.kind === "counts" && workers.has(worker)) {
+        workers.set(worker, message.counts);
+        show();
+      }
       if (message.kind === "report") effects.report(message.level, message.text);
-      if (message.kind === "failed") failed = message.reason, void worker.terminate();
+      if (message.kind === "failed") {
+        failed = message.reason;
+        void worker.terminate();
+      }
     });
     worker.on("error", (error: Error) => failed = String(error));
     worker.on("exit", () => {
@@ -13721,16 +13764,7 @@ async function startWorkers(lb: LoadBalancer, count: number, log: AccessLog): Pr
   ports = new Map([...opened].map(([name, address]) => [name, Number(/\d+$/.exec(address))]));
   for (let i = 1; i < count; i++) await start();
   passOn(lb, workers, show);
-  return {
-    opened,
-    async drain(grace) {
-      const drained = nextFromAll(workers, "drained", grace + 2 * LAST_CALL);
-      sendToAll(workers, { kind: "drain", grace });
-      const left = (await drained).flatMap((message) => message?.left ?? []);
-      const sum = (key: keyof CutOff) => left.reduce((total, one) => total + one[key], 0);
-      return { requests: sum("requests"), connections: sum("connections") };
-    },
-  };
+  return { opened, drain: (grace) => drainWorkers(workers, grace) };
 }
 
 // --- 13.7 Main: the program, from its arguments to its exit status ---
