@@ -2276,8 +2276,8 @@ interface BodySource {
   /** Stops reading, for the body's reader is slow: HTTP/1 pauses its socket, HTTP/2 sends no more WINDOW_UPDATEs. */
   pauseReading?(): void;
   resumeReading(): void;
-  /** Discards the rest; of a response by cancelling its attempt. */
-  abandon?(): void;
+  /** Reads the rest and drops it, or cancels the attempt whose response it is. */
+  discardRest?(): void;
 }
 
 /** A body that a connection receives. It pauses that connection while its reader is paused, or WINDOW bytes wait for it. */
@@ -2339,7 +2339,7 @@ class StreamedBody extends Body {
     this.reader = undefined;
     if (this.over) return;
     this.over = true;
-    this.source.abandon?.();
+    this.source.discardRest?.();
   }
 
   /** Adds bytes from the source. */
@@ -2596,7 +2596,7 @@ class ServerState extends Latency {
   load = 0; // picks a second, over the last 10 s or so
   picksThen = 0; // `picks` at the last comparison with the other servers
   recentAt = 0; // when `recent` was last updated
-  saidAt = -Infinity; // when its last failure was reported
+  failureReportedAt = -Infinity; // when its last failure was reported
 
   // counters
   picks = 0; // requests and connections that it was given so far
@@ -3748,7 +3748,7 @@ class ByteSide implements SocketListener {
     const { tunnel, other } = this;
     if (this.isDone) return;
     this.isDone = true;
-    if (tunnel.webSocket && !tunnel.said() && !other.isDone) tunnel.problem = this.blame;
+    if (tunnel.webSocket && !tunnel.isEnding() && !other.isDone) tunnel.problem = this.blame;
     resumeSocket(other.socket); // a paused socket does not report its end
     if (!other.socket.writableEnded) other.socket.end();
   }
@@ -3811,8 +3811,8 @@ class ByteTunnel implements Tunnel {
     this.close(GOING_AWAY);
   }
 
-  /** Whether one side has sent a close frame, or we have. */
-  said(): boolean {
+  /** Whether one side of a WebSocket has sent a close frame, or the balancer has ended the tunnel. */
+  isEnding(): boolean {
     return this.closing || this.client.frames.closed || this.server.frames.closed;
   }
 }
@@ -3820,7 +3820,7 @@ class ByteTunnel implements Tunnel {
 /** Two bodies as a socket, where a tunnel is one stream of a connection: what comes in, and what `send` has go out. */
 function socketOf(incoming: Body, send: (outgoing: Body) => void): Socket {
   let goOn: (() => void) | undefined;
-  const outgoing = new StreamedBody(-1, { resumeReading: () => goOn?.(), abandon: () => socket.destroy() });
+  const outgoing = new StreamedBody(-1, { resumeReading: () => goOn?.(), discardRest: () => socket.destroy() });
   const socket: Duplex = new Duplex({
     read: () => incoming.resume(),
     write(bytes: Bytes, _encoding, done) {
@@ -3949,7 +3949,7 @@ function gzipped(body: Body): Body {
       }),
     pauseReading: () => gzip.pause(),
     resumeReading: () => gzip.resume(),
-    abandon() {
+    discardRest() {
       gzip.destroy();
       body.cancel();
     },
@@ -4145,7 +4145,7 @@ class ClientConnection extends Connection implements BodySource {
     request.expects = false;
     this.write("HTTP/1.1 100 Continue\r\n\r\n");
   }
-  abandon(): void {
+  discardRest(): void {
     this.resumeReading(); // the rest is read and thrown away
   }
 
@@ -4365,7 +4365,7 @@ interface Progress {
 }
 
 /** Which of its timeouts an attempt has exceeded, if any. */
-function whatIsLate({ startedAt, timeouts, deadline }: Attempt, at: Progress, now: number): Failure | undefined {
+function exceededTimeout({ startedAt, timeouts, deadline }: Attempt, at: Progress, now: number): Failure | undefined {
   const silence = now - at.since, { connect, response, idle, request } = timeouts;
   if (now >= deadline) return "deadline";
   if (!at.connected) return silence < connect ? undefined : "connect-timeout";
@@ -4609,14 +4609,14 @@ class UpstreamConnection extends Connection implements BodySource, Progress {
     this.since = this.client.time;
     super.resumeReading();
   }
-  abandon(): void {
+  discardRest(): void {
     this.cancel("client-left");
   }
 
   checkTimeouts(now: number): void {
     if (this.tunnel) return this.tunnel.checkTimeouts(now);
     if (!this.attempt) return void (now >= this.idleUntil && this.socket.destroy());
-    const late = whatIsLate(this.attempt, this, now);
+    const late = exceededTimeout(this.attempt, this, now);
     if (late) this.fail(late, `silent for ${Math.round(now - this.since)} ms`);
   }
 }
@@ -4709,7 +4709,7 @@ const MAX_FRAME = 16_384; // bytes: our limit, and that of a peer until its SETT
 const MAX_WINDOW = 2 ** 31 - 1;
 const MAX_STREAMS = 100; // that a client may open at once (haproxy: 100); the same at servers that set no limit
 const MOST_RESETS = 1_000; // streams that a connection remembers as reset
-const PATIENCE = 300; // frames that ask for nothing, beyond one for each response and 100 each second
+const MAX_USELESS = 300; // frames that ask for nothing, beyond one for each response and 100 each second
 
 const DATA = 0, HEADERS = 1, PRIORITY = 2, RESET = 3, SETTINGS = 4; // types of frames
 const PING = 6, GOAWAY = 7, WINDOW_UPDATE = 8, CONTINUATION = 9;
@@ -5194,8 +5194,8 @@ abstract class Http2Connection extends Connection {
   private unread = 0; // bytes of data that have come since the peer was told to send more
   private moved = 0; // pieces of data that have passed, either way, less the peer's PINGs
   private tableUpdate = ""; // what the next header block begins with
-  private wasted = 0; // frames that asked for nothing
-  private wastedAt = 0;
+  private useless = 0; // frames that asked for nothing: 100 are forgotten each second, and one for each response
+  private uselessAt = 0;
 
   constructor(socket: Socket, now: () => number, headLimit: number, from?: Connection) {
     super(socket, from);
@@ -5240,14 +5240,14 @@ abstract class Http2Connection extends Connection {
     try {
       this.checkFrame(type, id, payload);
       if (FRAMES[type]) FRAMES[type].read.call(this, payload, flags, id);
-      else this.waste();
+      else this.countUseless();
     } catch (error) {
       if (!(error instanceof Http2Failure)) throw error;
       if (!error.stream) return this.fail(error);
       const stream = this.streams.get(error.stream);
       if (stream) stream.abort("invalid-answer", error.message, error.code);
       else if (!this.resets.has(error.stream)) this.sendReset(error.stream, error.code);
-      this.waste();
+      this.countUseless();
     }
   }
   private checkFrame(type: number, id: number, payload: Bytes): void {
@@ -5261,15 +5261,15 @@ abstract class Http2Connection extends Connection {
   }
 
   /** Counts a frame that asks for nothing. Too many are an attack (CVE-2019-9512, -9515, -9518, CVE-2023-44487). */
-  protected waste(): void {
+  protected countUseless(): void {
     const now = this.now();
-    this.wasted = Math.max(0, this.wasted - (now - this.wastedAt) / 10) + 1;
-    this.wastedAt = now;
-    if (this.wasted > PATIENCE) this.fail(fault("ENHANCE_YOUR_CALM", "too many frames that ask for nothing"));
+    this.useless = Math.max(0, this.useless - (now - this.uselessAt) / 10) + 1;
+    this.uselessAt = now;
+    if (this.useless > MAX_USELESS) this.fail(fault("ENHANCE_YOUR_CALM", "too many frames that ask for nothing"));
   }
   /** Allows one more such frame: after a response the peer may reset the rest of the stream. */
   onResponse(): void {
-    this.wasted = Math.max(0, this.wasted - 1);
+    this.useless = Math.max(0, this.useless - 1);
   }
 
   onDataFrame(payload: Bytes, flags: number, id: number): void {
@@ -5280,7 +5280,7 @@ abstract class Http2Connection extends Connection {
       this.unread = 0;
     }
     if (bytes.length) this.moved++;
-    else if (!ends) this.waste();
+    else if (!ends) this.countUseless();
     this.streamOf(id)?.onData(bytes, payload.length, ends);
   }
 
@@ -5306,14 +5306,14 @@ abstract class Http2Connection extends Connection {
 
   onPriority(payload: Bytes, _flags: number, id: number): void {
     if (streamIn(payload) === id) throw fault("PROTOCOL_ERROR", "it depends on itself", id);
-    this.waste();
+    this.countUseless();
   }
   /** One PING for each piece of data is not counted: gRPC's libraries measure round trips with them. */
   onPing(payload: Bytes, flags: number): void {
     if (flags & ACK) return this.onPong();
     this.writeFrame(PING, ACK, 0, payload.toString("latin1"));
-    if (this.moved === 0) this.waste();
-    else this.moved = Math.min(this.moved, PATIENCE) - 1;
+    if (this.moved === 0) this.countUseless();
+    else this.moved = Math.min(this.moved, MAX_USELESS) - 1;
   }
   onPush(): void {
     throw fault("PROTOCOL_ERROR", "PUSH_PROMISE");
@@ -5324,7 +5324,7 @@ abstract class Http2Connection extends Connection {
   }
   onReset(payload: Bytes, _flags: number, id: number): void {
     const stream = this.openStream(id), code = payload.readUInt32BE(0), name = HTTP2_ERRORS[code];
-    this.waste();
+    this.countUseless();
     stream?.abort("reset", `it was reset (${name ?? code})`, undefined, name === "REFUSED_STREAM");
   }
 
@@ -5333,7 +5333,7 @@ abstract class Http2Connection extends Connection {
     if (payload.length % 6 || flags & ACK && payload.length) throw fault("FRAME_SIZE_ERROR", "SETTINGS");
     if (flags & ACK) return;
     if (isFirst) this.maxStreams = MAX_STREAMS;
-    else this.waste();
+    else this.countUseless();
     this.hasSettings = true;
     for (let at = 0; at < payload.length; at += 6) {
       this.onSetting(payload.readUInt16BE(at), payload.readUInt32BE(at + 2));
@@ -5648,7 +5648,7 @@ class Http2ClientConnection extends Http2Connection {
     this.hasSkipped ||= id > this.lastId + 2;
     this.lastId = id;
     const isLate = id > this.lastServed, isRefused = isLate || this.streams.size >= MAX_STREAMS;
-    if (isRefused && !isLate) this.waste();
+    if (isRefused && !isLate) this.countUseless();
     if (isRefused) return this.sendReset(id, "REFUSED_STREAM");
     const head = block.request ??= http2RequestHead(block, this.context.limits());
     if (ends && head.length > 0) throw fault("PROTOCOL_ERROR", "no body where one was announced", id);
@@ -5800,7 +5800,7 @@ class UpstreamStream extends Http2Stream<Http2UpstreamConnection> implements Pro
   cancel(why: Failure): void {
     this.abort(why, FAILURES[why].text, "CANCEL");
   }
-  abandon(): void {
+  discardRest(): void {
     this.cancel("client-left");
   }
   override resumeReading(): void {
@@ -5826,7 +5826,7 @@ class UpstreamStream extends Http2Stream<Http2UpstreamConnection> implements Pro
 
   override checkTimeouts(now: number): void {
     super.checkTimeouts(now);
-    const late = whatIsLate(this.attempt, this, now);
+    const late = exceededTimeout(this.attempt, this, now);
     if (late) this.abort(late, `silent for ${Math.round(now - this.since)} ms`, "CANCEL");
   }
 }
@@ -6044,7 +6044,7 @@ class FetchBody extends StreamedBody {
     super(length, {
       onRead: () => void this.pump(),
       resumeReading: () => this.goOn?.(),
-      abandon: () => void (this.input ?? fetched).cancel().catch(() => {}),
+      discardRest: () => void (this.input ?? fetched).cancel().catch(() => {}),
     });
     this.fetched = fetched;
     this.whyBroken = whyBroken;
@@ -7506,7 +7506,7 @@ function spendRetry(service: Service, retries: number, now: number): boolean {
   return true;
 }
 
-/** A pause before the second retry and those after it. */
+/** Waits before the second retry and those after it. */
 const backOff = (retry: number, { random, sleep }: Effects): Promise<void> =>
   sleep(random() * Math.min(1_000, BACK_OFF * 2 ** (retry - 1)));
 
@@ -8394,8 +8394,8 @@ function pickServer(exchange: Exchange, now: number): Server | undefined {
 /** Reports what is wrong with a server, once a second at most: the access log has every request. */
 function reportServer(service: Service, server: Server, detail: string): void {
   const now = service.effects.now();
-  if (now - server.saidAt < 1_000) return;
-  server.saidAt = now;
+  if (now - server.failureReportedAt < 1_000) return;
+  server.failureReportedAt = now;
   service.effects.report("warn", `${service.name}: ${server.name}: ${detail}`);
 }
 
@@ -8602,7 +8602,7 @@ function sendHedged(exchange: Exchange, server: Server, retry: number, decide: E
     if (attempt === second) service.hedgesWon++;
     exchange.tried.splice(-2, 2, other.server, attempt.server); // the winner stands last
     exchange.attempt = attempt;
-    addBackgroundWork(exchange, abandon(other));
+    addBackgroundWork(exchange, endLoser(other));
     decide(attempt);
   };
   const first = new ServerAttempt(exchange, server, retry, onDecided);
@@ -8623,7 +8623,7 @@ function sendHedged(exchange: Exchange, server: Server, retry: number, decide: E
  * Ends an attempt that has lost. It may first run as long again as it already has, so that the latency of a server that
  * was only a little late is measured, and one that hangs is known to be slower than that.
  */
-async function abandon(attempt: ExchangeAttempt): Promise<void> {
+async function endLoser(attempt: ExchangeAttempt): Promise<void> {
   const { effects } = attempt.service;
   attempt.hasLost = true;
   if (!attempt.response && !attempt.endedAt) {
@@ -8647,7 +8647,7 @@ function pickSecond(exchange: Exchange, first: ExchangeAttempt): Server | undefi
   try {
     return takeServer(service, runStrategy(service, others as readonly Server[] as Candidates, exchange), exchange);
   } catch (error) { // a strategy threw: nothing waits for the first attempt any more
-    addBackgroundWork(exchange, abandon(first));
+    addBackgroundWork(exchange, endLoser(first));
     throw error;
   }
 }
@@ -9907,7 +9907,8 @@ async function writeBeside(
 }
 
 /**
- * Saves a file that said `before`, and keeps that as `.bak` beside it. Whenever the process ends, it is whole: old or new.
+ * Saves a file that said `before`, and keeps that as `.bak` beside it. It is written beside the old one and then renamed: when
+ * the process ends or the disk is full, the file is the old one or the new one, and whole.
  * @throws {AdminError} where the file has changed in the meantime (409), or cannot be written (500): it then stays as it was
  */
 async function saveFile(file: string, before: string, text: string, keeps = true): Promise<void> {
@@ -11322,8 +11323,8 @@ export function createAdmin(lb: LoadBalancer, options: AdminOptions = {}): Hono<
 
 // -----------------------------------------------------------------------------------------------------------
 // 12. Fleet and discovery
-// Many instances, one configuration and one opinion of health, through etcd or a Durable Object. Nobody puts
-// anything in force but what the watch brings, in its order; without the engine each instance goes on alone.
+// Many instances, one configuration and one verdict on each server, through etcd or a Durable Object. An instance
+// puts in force only what its watch brings, in that order; without the engine it goes on alone.
 // Servers that come and go behind a name of DNS; they stay when DNS fails.
 // -----------------------------------------------------------------------------------------------------------
 
@@ -11362,7 +11363,7 @@ const ANSWER_TIME = 2_000; // milliseconds that a member may take to answer
 const STALE = /auth token|auth store is old|user name is empty/;
 const base64 = (text: string): string => Buffer.from(text).toString("base64");
 const fromBase64 = (text: unknown): string => Buffer.from(String(text ?? ""), "base64").toString();
-/** The first key behind all that begin with a prefix. */
+/** The key that ends the range of all keys with a prefix. */
 function endOf(prefix: string): string {
   const bytes = Buffer.from(prefix);
   bytes[bytes.length - 1]!++;
@@ -11585,7 +11586,7 @@ export class EtcdClient implements Engine {
   }
 }
 
-// --- 12.2 Fleet: one document, one opinion of health, and an instance among others ---
+// --- 12.2 Fleet: one document, one verdict on each server, and an instance among others ---
 
 /** What an instance writes of itself. */
 const RecordSchema = v.object({
@@ -12289,7 +12290,7 @@ export class Fleet implements Membership {
 const CHANGE = "#change", NO_CHANGE = "{}"; // at the end of a key under told/, and what it holds when the server is gone
 const NO_FLEET: FleetConfig = v.parse(FleetMap, {});
 
-/** Makes an instance begin its probes of a server with what is agreed. */
+/** Makes this instance begin its probes of a server with the verdict in force. */
 function beginProbing(server: Server): void {
   Object.assign(server, { upByOwnProbes: server.up, passes: 0, fails: 0 });
 }
@@ -13503,13 +13504,17 @@ async function drain(balancer: Balancer, open: OpenListeners, grace: number): Pr
 
 // --- 13.6 Workers: threads that share the port, and one that decides ---
 
+// The main thread probes servers, looks names up, and hears operators and the fleet; it tells the workers what it has found out
+// (`News`) and each new config. Workers send what they have counted, and the main thread adds it up. Ejections, latencies and
+// queues are each worker's own.
+
 const WORKER = "lb.ts worker";
 /** What a worker is started with. All of it can be copied from thread to thread. */
 interface WorkerTask {
   role: typeof WORKER; // somebody else's threads may have imported this file
   config: Config; // in force
   ports: ListenContext["ports"];
-  reports: boolean; // it reports, for all workers, what each of them finds, and alone listens at Unix sockets
+  reports: boolean; // this one reports what all workers find alike, and alone listens at Unix sockets
   workers: number; // that divide the limits
   secret: string; // of sticky cookies
   news: News[]; // so far
@@ -13529,7 +13534,7 @@ type WorkerMessage =
   | { kind: "counts"; counts: Samples }
   | { kind: "drained"; left: CutOff };
 
-/** Limits that hold for all workers together: each has its part. Rates and budgets are each worker's own. */
+/** Gives each worker its part of `max` and `max_in_flight`. Rates, retry budgets and `limits` hold for each worker by itself. */
 function divideLimits(config: Config, workers: number): Config {
   const part = (limit: number) => Number.isFinite(limit) ? Math.ceil(limit / workers) : limit;
   for (const service of config.services.values()) {
@@ -13568,7 +13573,7 @@ function addCounters(gone: Samples, ended: Samples): void {
   }
 }
 
-/** Makes the records that otherwise requests make. */
+/** Makes the records of the main thread that samples of workers are written into: where there are no workers, requests make them. */
 function makeCounted({ entrypoints, failures, table }: Balancer, samples: Samples): void {
   for (const key of samples.keys()) {
     const [kind, name = "", last = "", method = ""] = key.split("\n"), service = table.services.get(name);
@@ -13885,7 +13890,10 @@ async function openListeners(lb: LoadBalancer, admin: Hono<AdminEnv>, call: Call
 /** What ends with the program. */
 type Running = { lb: LoadBalancer; opening: Promise<Listeners>; log: AccessLog; fleet: Fleet | undefined };
 
-/** Drains and ends the program after a signal; a second signal ends it at once. */
+/**
+ * Ends the program after SIGTERM or SIGINT: it leaves its fleet, drains, writes the last lines of the log and exits with 0. A
+ * second signal ends it at once, with 1.
+ */
 async function quit({ lb: { balancer }, opening, log, fleet }: Running, grace: number): Promise<void> {
   const { effects } = balancer, until = effects.now() + grace;
   if (balancer.draining) {
