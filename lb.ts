@@ -2280,7 +2280,7 @@ interface BodySource {
   discardRest?(): void;
 }
 
-/** A body that a connection receives. It pauses that connection while its reader is paused, or WINDOW bytes wait for it. */
+/** A body that a connection receives, which is paused while the reader is, or while WINDOW bytes wait for it. */
 class StreamedBody extends Body {
   readonly length: number;
   override limit = Infinity;
@@ -2548,16 +2548,14 @@ export interface Server extends ListedServer, ServerState {
 }
 
 /**
- * What a server's attempts have shown since its last ejection. Three estimates of the milliseconds to the head of a response;
- * 0: not known. `latency`, the mean of the last 64 or so good ones: for least-response-time, `max_in_flight: auto` and views.
- * `typical`, their geometric mean over the last 64 or 10 s, which single long ones hardly move: for ejections of slow servers.
- * `recent`, which jumps to a peak and then decays: for peak-ewma.
+ * What a server's attempts have shown since its last ejection. There are three estimates of the milliseconds to the
+ * head of a response; 0: not known.
  */
 class Latency {
   samples = 0; // good responses in `latency` and `typical`
-  latency = 0;
-  typical = 0;
-  recent = 0; // as of `recentAt`
+  latency = 0; // mean of the last 64 or so good ones: for least-response-time, `max_in_flight: auto`, views
+  typical = 0; // geometric mean over the last 64 or 10 s, which single long ones hardly move: for `eject.slow`
+  recent = 0; // a peak at once, decaying since `recentAt`: for peak-ewma
   judged = 0; // attempts in `failing`
   failing = 0; // the share of them that failed, or had a 5xx; over the last 64 or so
 }
@@ -2790,8 +2788,8 @@ interface PickRequest extends PickInput {
 }
 
 /**
- * One request, from its head to the end of the response's body. It is a class because V8 keeps dead records that were made by
- * a literal, with all that they refer to, until the next full collection, if some were in flight in the first collections.
+ * One request, from its head to the end of the response's body. It is a class because of V8: had a literal made it, dead
+ * ones could stay in memory until the next full collection, with all that they refer to.
  */
 class Exchange implements PickRequest {
   // given
@@ -3051,7 +3049,7 @@ export interface Effects {
   report(level: "info" | "warn" | "error", text: string): void;
 }
 
-/** What one thread has found out about servers, or was told by an operator, and the others have to know. */
+/** What one thread has found out about servers, or an operator has told it, for the other threads. */
 type News =
   | { kind: "probed"; service: string; url: string; problem: string | undefined; up: boolean }
   | { kind: "marked"; service: string; url: string; up: boolean } // by an operator
