@@ -2758,6 +2758,8 @@ interface Table {
   trusts: (peer: string) => boolean; // whether an address is one of `trust`
 }
 
+const portOf = ({ port, protocol }: URL): number => Number(port || (protocol === "https:" ? 443 : 80));
+
 /** The host and port of a server's URL. */
 const hostOf = (url: string): string => isUnix(url) ? "localhost" : url.slice(url.indexOf("//") + 2);
 
@@ -4291,6 +4293,7 @@ class ClientConnection extends Connection implements BodySource {
 
   checkTimeouts(now: number): void {
     const { phase, socket } = this, { header, keep_alive } = this.context.limits(), waited = now - this.since;
+    const { answer } = this, isTimedByServer = answer instanceof StreamedBody && answer.hasTimeouts && !answer.over;
     if (phase === "tunnel") return;
     if (socket.writableLength !== this.unsent) { // the client takes something
       this.unsent = socket.writableLength;
@@ -4307,9 +4310,7 @@ class ClientConnection extends Connection implements BodySource {
     } else if (this.clientEnded && this.answer) {
       if (waited >= STANDSTILL) socket.destroy();
     } else if (this.clientEnded && this.request) this.probe(now);
-    else if (this.unsent && !(this.answer instanceof StreamedBody && this.answer.hasTimeouts && !this.answer.over)) {
-      if (waited >= keep_alive) socket.destroy(); // a server has timeouts of its own
-    }
+    else if (this.unsent && !isTimedByServer && waited >= keep_alive) socket.destroy();
   }
 
   /**
@@ -4664,10 +4665,10 @@ function readPem(file: string, kind: Pem): string {
 /** A socket to a server; the addresses of a name are tried one after another (RFC 8305). */
 function dial({ url, tls }: Server, protocols = ["http/1.1"]): Socket {
   if (isUnix(url)) return readOnAfterFailedWrites(connectPlain({ path: pathOfUnix(url), allowHalfOpen: true }));
-  const { hostname, port, protocol } = new URL(url), host = bareAddress(hostname), secure = protocol === "https:";
+  const parsed = new URL(url), host = bareAddress(parsed.hostname), secure = parsed.protocol === "https:";
   const address = {
     host,
-    port: Number(port || (secure ? 443 : 80)),
+    port: portOf(parsed),
     autoSelectFamily: true,
     noDelay: true,
     allowHalfOpen: true,
@@ -7569,15 +7570,14 @@ function nextSpan(exchange: Exchange): void {
 const isoSecond = onceASecond((date) => date.toISOString().slice(0, 19));
 const isoTime = (date: Date): string => `${isoSecond(date)}.${String(1_000 + date.getUTCMilliseconds()).slice(1)}Z`;
 
-/** Milliseconds with their microseconds. */
-const rounded = (time: number): number => Math.round(time * 1_000) / 1_000;
+const thousandths = (value: number): number => Math.round(value * 1_000) / 1_000;
 
 /** The record of a request that has ended. */
 function accessRecord(exchange: Exchange, endedAt: number): AccessRecord {
   if (!exchange.trace) startTrace(exchange);
   const { origin, status, path, tried, attempt, started } = exchange,
     { block: { fields }, version, target } = exchange.request;
-  const since = (time = 0) => time > 0 && time >= started ? rounded(Math.min(time, endedAt) - started) : undefined;
+  const since = (time = 0) => time > 0 && time >= started ? thousandths(Math.min(time, endedAt) - started) : undefined;
   const grpc = isGrpc(exchange.request) && attempt ? grpcStatus(attempt) : undefined;
   return {
     "timestamp": isoTime(exchange.balancer.effects.date()),
@@ -8944,8 +8944,8 @@ function finishRelay(relay: Relay): void {
     "lb.service": service.name,
     "lb.server": tried.at(-1)?.name,
     "lb.attempts": tried.length,
-    "lb.connected_ms": connectedAt ? rounded(connectedAt - started) : undefined,
-    "lb.ended_ms": rounded(ended),
+    "lb.connected_ms": connectedAt ? thousandths(connectedAt - started) : undefined,
+    "lb.ended_ms": thousandths(ended),
   }, log.format);
 }
 
@@ -9418,7 +9418,6 @@ const NUMBERS = v.array(NUMBER);
 const MOMENT = v.pipe(STRING, v.isoTimestamp());
 
 const toSeconds = (milliseconds: number): number => Math.max(0, Math.round(milliseconds)) / 1_000;
-const thousandths = (value: number): number => Math.round(value * 1_000) / 1_000;
 const finite = (limit: number): number | null => Number.isFinite(limit) ? limit : null;
 
 /** The counters of a server, a service or all entrypoints, since the start. */
@@ -11421,8 +11420,8 @@ export class EtcdClient implements Engine {
     this.config = config;
     this.effects = effects;
     this.members = config.etcd.map((url) => {
-      const { origin, pathname, port, protocol, hostname } = new URL(url);
-      const name = `${hostname}:${port || (protocol === "https:" ? 443 : 80)}`, authority = hostFieldOf(origin);
+      const parsed = new URL(url), { origin, pathname } = parsed;
+      const name = `${parsed.hostname}:${portOf(parsed)}`, authority = hostFieldOf(origin);
       const given = { ...v.parse(v.object(also), {}), url: origin, name, authority, foundBy: "" };
       const server = newServer(given, "fleet", config.tls, 1);
       return { url, path: pathname.replace(/\/$/, ""), server };
@@ -12295,8 +12294,9 @@ function beginProbing(server: Server): void {
 
 // --- 12.3 Discovery: the servers that DNS has under a name ---
 
-/** Milliseconds: between two looks at least and at most, after one that failed; how long an answer may take. */
-const LOOKS = { least: 5_000, most: 60_000, again: 2_000, resolver: 1_000, system: 2_000 };
+/** Milliseconds until a name is looked up again: at least, at most, and after a failure. */
+const LOOK_AGAIN = { least: 5_000, most: 60_000, failed: 2_000 };
+const DNS_TIMEOUTS = { resolver: 1_000, system: 2_000 }; // milliseconds that an answer may take
 
 /** Access to DNS, where `Effects` has it. */
 interface Dns extends Pick<Effects, "resolveSrv" | "lookup" | "sleep"> {
@@ -12327,7 +12327,7 @@ async function askResolvers<T>({ resolvers, sleep }: Dns, ask: (resolver: string
   let problem: unknown;
   for (const resolver of resolvers.length ? resolvers : [""]) {
     try {
-      const records = await waitAtMost(resolver ? LOOKS.resolver : LOOKS.system, ask(resolver), sleep);
+      const records = await waitAtMost(resolver ? DNS_TIMEOUTS.resolver : DNS_TIMEOUTS.system, ask(resolver), sleep);
       if (records.length) return records;
       problem = new Error("no records");
     } catch (error) {
@@ -12348,7 +12348,7 @@ async function addressesOf(name: string, dns: Dns, mayAskSystem: boolean): Promi
       return addresses.length ? addresses : await dns.resolve(name, "AAAA", resolver);
     });
   } catch (error) {
-    const all = mayAskSystem ? await waitAtMost(LOOKS.system, dns.lookup(name), dns.sleep).catch(() => []) : [];
+    const all = mayAskSystem ? await waitAtMost(DNS_TIMEOUTS.system, dns.lookup(name), dns.sleep).catch(() => []) : [];
     const usable = all.filter(({ address }) => isAddress(address)),
       v4 = usable.filter(({ address }) => isIPv4(address));
     if (!usable.length) throw error;
@@ -12362,9 +12362,9 @@ function serversAt(
   addresses: RecordWithTtl[],
   more: Pick<FoundServer, "weight" | "backup">,
 ): FoundServer[] {
-  const { protocol, hostname, port } = new URL(url), number = Number(port || (protocol === "https:" ? 443 : 80));
+  const parsed = new URL(url), { protocol, hostname } = parsed, port = portOf(parsed);
   return addresses.map(({ address }) => {
-    const at = `${protocol}//${isIPv6(address) ? `[${address}]` : address}:${number}`;
+    const at = `${protocol}//${isIPv6(address) ? `[${address}]` : address}:${port}`;
     const named = { authority: hostFieldOf(url), servername: bareAddress(hostname).replace(/\.$/, "") };
     return { url: v.parse(Url, at).url, name: hostOf(at), ...named, ...more, lacking: 0 };
   });
@@ -12447,10 +12447,11 @@ function reportLook({ name, found, problem }: Discovery, before: Discovery, repo
   if (gone) report("info", `${name}: gone are ${gone}`);
 }
 
-function takeLook(balancer: Balancer, discovery: Discovery, look: LookResult): void {
+/** Puts the result of a look in force, and says when the next one is due. */
+function applyLook(balancer: Balancer, discovery: Discovery, look: LookResult): void {
   const { effects } = balancer, now = effects.now(), { problem, ttl } = look, before = { ...discovery };
   const found = afterAnswer(before.found, look);
-  const wait = problem ? LOOKS.again : Math.min(Math.max(1_000 * ttl, LOOKS.least), LOOKS.most);
+  const wait = problem ? LOOK_AGAIN.failed : Math.min(Math.max(1_000 * ttl, LOOK_AGAIN.least), LOOK_AGAIN.most);
   const staleSince = problem && !before.problem ? now : before.staleSince;
   const lookAt = now + wait * (problem ? 1 : 0.9 + 0.2 * effects.random());
   Object.assign(discovery, { found, problem, staleSince, lookAt });
@@ -12468,7 +12469,7 @@ async function discoverDue(balancer: Balancer): Promise<void> {
   const due = [...names.values()].filter(({ lookAt }) => lookAt <= now);
   for (const discovery of due) discovery.lookAt = Infinity;
   await Promise.all(due.map(async (discovery) => {
-    takeLook(balancer, discovery, await lookUp(discovery, { ...others, resolve, resolvers }));
+    applyLook(balancer, discovery, await lookUp(discovery, { ...others, resolve, resolvers }));
   }));
 }
 
@@ -12816,9 +12817,8 @@ function problemsIn(files: CertificateFiles, now: Date): string[] {
   }
   return files.tls.flatMap(({ cert }) => {
     const { validFrom, validTo } = readCertificate(cert), [from, to] = [new Date(validFrom), new Date(validTo)];
-    const day = (date: Date) => date.toISOString().slice(0, 10);
-    if (now > to) return [`${cert} has expired on ${day(to)}`];
-    return now < from ? [`${cert} is not valid before ${day(from)}`] : [];
+    if (now > to) return [`${cert} has expired on ${dayOf(to)}`];
+    return now < from ? [`${cert} is not valid before ${dayOf(from)}`] : [];
   });
 }
 
@@ -12898,7 +12898,7 @@ function clientOf(request: Request, env: unknown): Client {
 
 /** A resolver, made for one question: Bun's never asks again after a negative answer (1.4.5). */
 function newResolver(resolver: string): Resolver {
-  const made = new Resolver({ timeout: LOOKS.resolver, tries: 2 });
+  const made = new Resolver({ timeout: DNS_TIMEOUTS.resolver, tries: 2 });
   if (resolver) made.setServers([resolver]);
   return made;
 }
