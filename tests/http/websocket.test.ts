@@ -30,6 +30,7 @@ import {
   answer,
   get,
   listenLocally,
+  patience,
   type Program,
   rawRequest,
   resetConnection,
@@ -94,7 +95,7 @@ async function play(port: number, { id, actions, expected, expectedClose, suppre
     if (closer) return;
     closer = "us";
     peer.send(CLOSE, payload);
-    later(3, drop);
+    later(patience(3), drop);
   };
   const take = (what: unknown[]) => {
     got.push(JSON.stringify(what));
@@ -108,7 +109,7 @@ async function play(port: number, { id, actions, expected, expectedClose, suppre
       clean = true;
       if (!closer) peer.send(CLOSE, payload.subarray(0, 2));
       closer ||= "them";
-      later(1, drop);
+      later(patience(1), drop);
     } else if (opcode === PING || opcode === PONG) {
       take([opcode === PING ? "ping" : "pong", payload.toString("base64")]);
     } else {
@@ -157,13 +158,16 @@ async function play(port: number, { id, actions, expected, expectedClose, suppre
 
 // ─── One program, one server that echoes, one whose doings tests decide ───
 
+/** A duration for a config, in which the test has something to do: longer, the more others use the machine. */
+const soon = (milliseconds: number) => `${Math.round(patience(milliseconds))}ms`;
+
 let echo: WebSocketServer, own: WebSocketServer, program: Program;
 
 const config = () => ({
   routes: [
     // What is said of bodies is not said of what comes behind a 101.
     { path: "/own", servers: [own.address], body_limit: 1_000, compress: true },
-    { path: "/brief", servers: [own.address], timeouts: { idle: "300ms" } },
+    { path: "/brief", servers: [own.address], timeouts: { idle: soon(300) } },
   ],
   default: { servers: [echo.address] },
 });
@@ -839,7 +843,7 @@ async function endedByItself(lb: Program) {
 }
 
 test("draining leaves WebSockets their time, and then ends them with 1001", async () => {
-  const lb = await startProgram({ default: { servers: [own.address] } }, ["--drain", "700ms"]);
+  const lb = await startProgram({ default: { servers: [own.address] } }, ["--drain", soon(700)]);
   const before = own.peers.length, client = await openWebSocket(lb.port);
   const server = await until("the server's end is open", () => own.peers[before]);
   process.kill(lb.pid, "SIGTERM");
@@ -957,7 +961,7 @@ before(async () => {
   tunnels = await startProgram({
     log: "json",
     admin: { listen: "127.0.0.1:0" },
-    routes: [{ host: "brief.test", ...servers, timeouts: { idle: "300ms" } }],
+    routes: [{ host: "brief.test", ...servers, timeouts: { idle: soon(300) } }],
     default: servers,
   });
 });
@@ -1169,7 +1173,7 @@ test("silence ends a tunnel, and adds no bytes to it", async () => {
 });
 
 test("draining leaves tunnels their time, and then ends them", async () => {
-  const lb = await startProgram({ log: "off", default: { servers: [raw.address] } }, ["--drain", "700ms"]);
+  const lb = await startProgram({ log: "off", default: { servers: [raw.address] } }, ["--drain", soon(700)]);
   const whole = await openTunnel(ASK, ANSWER, lb), half = await openTunnel(ASK, ANSWER, lb);
   half.client.socket.end();
   await until("the half is closed", () => half.server.ended);
