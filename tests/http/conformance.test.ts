@@ -1832,7 +1832,7 @@ export async function judge(port: number, servers: Servers, row: Row, number: nu
   const exchange = await rawRequest(port, [listen, ...parts, enough(row.expect, patience)], {
     methods: row.methods ?? [],
     quiet: 200,
-    patience: 500,
+    atMost: 500,
   });
   const got = verdict(exchange);
   const seen = servers.seen.get(number) ?? [];

@@ -364,7 +364,7 @@ interface ServiceSeen {
 async function nothingInFlight(): Promise<void> {
   type Seen = { in_flight: number; entrypoints: { in_flight: number }[]; services: ServiceSeen[] };
   let counts: number[] = [];
-  for (const end = Date.now() + 5000; Date.now() < end; await sleep(20)) {
+  for (const end = Date.now() + patience(5_000); Date.now() < end; await sleep(20)) {
     const { in_flight, entrypoints, services }: Seen = await ask("/connections");
     counts = [
       in_flight,

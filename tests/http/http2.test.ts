@@ -2859,7 +2859,7 @@ test(`whatever ${CONNECTIONS} clients and servers send, lb.ts goes on, and nothi
   };
   const asker = async () => {
     while (next < CONNECTIONS) {
-      const { answers } = await rawRequest(lb.port, get("/h2/fuzz"), { patience: 500, quiet: 100 });
+      const { answers } = await rawRequest(lb.port, get("/h2/fuzz"), { atMost: 500, quiet: 100 });
       for (const { start, complete } of answers) starts.add(`${start.split(" ").slice(0, 2).join(" ")} ${complete}`);
       assert.ok(answers.length <= 1, "one response at most");
     }

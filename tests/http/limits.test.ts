@@ -1041,7 +1041,7 @@ async function running(config: (server: ScriptedServer) => Record<string, unknow
 }
 
 test("through the program: waiting in order, a client that leaves the queue, a full queue, and time that runs out", async () => {
-  const timeout = `${Math.round(patience(1_500))}ms`; // in which those in front of the last one get their turn
+  const timeout = `${Math.round(patience(700))}ms`; // in which those in front of the last one get their turn
   const { program, held, ask, queued, stop, paths } = await running(({ address }) => ({
     log: "json",
     default: { servers: [address], health: "off", max_in_flight: 1, queue: { size: 3, timeout } },
@@ -1202,10 +1202,10 @@ patientTest(
   async () => {
     const mayAnswer = Promise.withResolvers<void>();
     const server = await scriptedServer((visit) => mayAnswer.promise.then(() => visit.send(answer("here"))));
-    const header = `${Math.round(patience(1_000))}ms`; // in which others are refused
+    const header = `${Math.round(patience(500))}ms`; // in which others are refused
     const limits = { connections: 2, header, keep_alive: "500ms" }, service = { servers: [server.address] };
     const lb = await startProgram({ log: "off", limits, default: service });
-    const patient = { quiet: patience(6_000), patience: patience(8_000) };
+    const patient = { quiet: patience(6_000), atMost: patience(8_000) };
     /** Asks on a connection until lb.ts closes it. Returns how many milliseconds that took. */
     const kept = async () => {
       const askedAt = performance.now();

@@ -665,7 +665,7 @@ test("a POST is never received twice, whoever is killed", () =>
 test("SIGTERM and SIGINT let what is in flight finish, take no new connection, and end with 0", async () => {
   for (const signal of ["SIGTERM", "SIGINT"] as const) {
     await throughOwn(() => {}, {}, async (lb, server) => {
-      const waiting = rawRequest(lb.port, get("/held"), { patience: 20_000, quiet: 20_000 });
+      const waiting = rawRequest(lb.port, get("/held"), { atMost: 20_000, quiet: 20_000 });
       await until("the request is at the server", () => server.requests.length === 1);
       lb.signal(signal);
       await until("it drains", () => /draining.*\b1\b/.test(lb.err()));
@@ -832,17 +832,17 @@ test("a body of 200,000 small chunks arrives whole, from a client and from a ser
   };
   return through(script, {}, async (lb) => {
     const up = await rawRequest(lb.port, `POST / HTTP/1.1\r\nHost: a.test\r\n${chunked}\r\n${crowd}`, {
-      patience: 20_000,
+      atMost: 20_000,
     });
     assert.equal(up.answers[0]?.body.toString(), "200000");
-    const down = await rawRequest(lb.port, get("/"), { patience: 20_000 });
+    const down = await rawRequest(lb.port, get("/"), { atMost: 20_000 });
     assert.equal(down.answers[0]?.body.length, 200_000);
   });
 });
 
 test("a second signal ends at once, whatever is in flight", () =>
   throughOwn(() => {}, {}, async (lb, server) => {
-    const waiting = rawRequest(lb.port, get("/held"), { patience: 20_000, quiet: 20_000 });
+    const waiting = rawRequest(lb.port, get("/held"), { atMost: 20_000, quiet: 20_000 });
     await until("the request is at the server", () => server.requests.length === 1);
     lb.signal("SIGTERM");
     await until("it drains", () => /draining/.test(lb.err()));
@@ -861,7 +861,7 @@ test("a drain ends after its time, and says what it has cut off", () =>
       try {
         const port = () => Number(/listening on http:\/\/\S+:(\d+)/.exec(program.err())?.[1]);
         await until("it listens", () => port() > 0, 30_000);
-        const waiting = rawRequest(port(), get("/held"), { patience: 20_000, quiet: 20_000 });
+        const waiting = rawRequest(port(), get("/held"), { atMost: 20_000, quiet: 20_000 });
         await until("the request is at the server", () => server.requests.length === 1);
         program.signal("SIGTERM");
         assert.equal(await program.ended, 0);
@@ -1002,7 +1002,7 @@ test("an upload of 512 MiB passes byte for byte, and is not kept in memory", asy
       const { answers } = await rawRequest(lb.port, [
         `PUT /large HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\nContent-Length: ${length}\r\n\r\n`,
         (socket) => sendPattern(socket, length),
-      ], { patience: 90_000 });
+      ], { atMost: 90_000 });
       assert.deepEqual([wrong, bytes], [false, length]);
       assert.deepEqual(answers.map(({ body }) => body.toString()), [`${length}`]);
       assert.ok(peak(lb.pid) < ENOUGH, `${peak(lb.pid)} MiB`);

@@ -188,10 +188,10 @@ export interface Exchange {
 export async function rawRequest(
   port: number,
   parts: Part | Part[],
-  { methods = [], quiet = 400, patience = 8000 }: {
+  { methods = [], quiet = 400, atMost = patience(8_000) }: {
     methods?: string[];
     quiet?: number;
-    patience?: number;
+    atMost?: number;
   } = {},
 ): Promise<Exchange> {
   const socket = connect(port, "127.0.0.1");
@@ -231,7 +231,7 @@ export async function rawRequest(
   }
   last = Date.now();
   for (
-    const end = last + patience;
+    const end = last + atMost;
     !closed && Date.now() < end;
     await Promise.race([sleep(5), ended])
   ) {
