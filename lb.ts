@@ -1562,9 +1562,9 @@ const SEGMENT = /^(?!\.\.?$)[\w.~-]+$/;
 const nameRoutes = ({ name_routes, services }: Raw): Raw[] =>
   Object.keys(isTrue(name_routes) ? mapOf(services) : {}).filter((service) => SEGMENT.test(service))
     .map((service) => ({ path: `/${service}`, service, strip: true }));
+const hasRoutes = (file: Raw): boolean => mapsIn(file, ...ENTRIES).length + nameRoutes(file).length > 0;
 /** The listeners of a file that names none: port 8080, for HTTP; none where it has only TCP services. */
-const usualListeners = (file: Raw): unknown =>
-  file.tcp && mapsIn(file, ...ENTRIES).length + nameRoutes(file).length === 0 ? [] : 8080;
+const usualListeners = (file: Raw): unknown => file.tcp && !hasRoutes(file) ? [] : 8080;
 /** The items of a list, or the one value that stands in place of it. */
 const itemsOf = (own: Raw, path: Keys, key: string): [path: Keys, item: unknown][] => {
   const value = own[key], at = [...path, key];
@@ -1668,6 +1668,9 @@ function checkFile(file: Raw, more: string[], say: Report) {
   }
   checkFallbacks(file, say);
   checkPorts(file, say);
+  if (Array.isArray(file.listen) && !file.listen.length && hasRoutes(file)) {
+    say(["listen"], "is empty: nobody could ask");
+  }
 }
 
 /** TCP services ask no server over TLS. HTTP/2 without TLS cannot be asked for: the URL has to say it. */
@@ -1927,7 +1930,6 @@ export function parseConfig(text: string, options: ParseOptions = {}): Config {
   const made = expandConfig(long as Raw, read, say), { services, places, routes, tcp, source } = made;
   const { listen, admin, trust, resolvers, limits, log, name_routes, fleet } = read, [first = "shop"] = services.keys();
   const isLater = name_routes && !services.size || fleet; // services come over the API, or all of it from the fleet
-  if (routes.size && !listen.length) say(["listen"], "is empty: nobody could ask");
   if (!routes.size && !tcp.length && !isLater) {
     say([], `no way leads to a server: write default: ${first}, or hosts, paths, routes or tcp`);
   }

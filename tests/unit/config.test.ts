@@ -1181,6 +1181,14 @@ for (const [text, ...expected] of WRONG) {
     assert.deepEqual(mistakes(text), expected));
 }
 
+test("a listen without an address is told beside the other mistakes of a file", () => {
+  const found = mistakes("listen: []\ndefault: { servers: [a:1], retries: x }");
+  assert.deepEqual(found.map((line) => line.split(" ").slice(0, 2).join(" ")), [
+    "1:9: listen:",
+    "2:37: default.retries:",
+  ]);
+});
+
 test("all mistakes of a file are told at once, in the order of the file", () => {
   const found = mistakes(`
 services:
