@@ -9,7 +9,7 @@ import { type AddressInfo, connect, createServer, type Socket } from "node:net";
 import process from "node:process";
 import { ConfigError, createLoadBalancer, parseConfig, relayTcp, type Strategy } from "../../lb.ts";
 import { listenLocally, type Program, sleep, startProgram, test, until } from "../rig/rig.ts";
-import type { Draw } from "../rig/types.ts";
+import type { PickInput } from "../rig/types.ts";
 
 // ─── Servers and clients ───
 
@@ -576,7 +576,7 @@ test("a server that accepts and resets at once counts as failing", async () => {
 
 test("a strategy of one's own chooses for connections too: there is no request then, and one that throws costs one", async () => {
   const a = await backend("a");
-  const draws: Draw[] = [];
+  const draws: PickInput[] = [];
   const mine: Strategy = (candidates, draw) => {
     if (draws.push(draw) > 1) throw new Error("no more");
     return candidates[0];

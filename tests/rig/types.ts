@@ -3,7 +3,7 @@
 import type { createLoadBalancer, Effects, Fleet, LoadBalancer, Strategy } from "../../lb.ts";
 
 export type Candidates = Parameters<Strategy>[0];
-export type Draw = Parameters<Strategy>[1];
+export type PickInput = Parameters<Strategy>[1];
 export type Strategies = Record<string, Strategy>;
 /** Effects of a test in place of the runtime's, and strategies by name. */
 export type Own = NonNullable<Parameters<typeof createLoadBalancer>[1]>;

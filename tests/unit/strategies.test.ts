@@ -6,7 +6,7 @@ import fc from "fast-check";
 import { type Server, strategies, type Strategy } from "../../lb.ts";
 import { balancerFor } from "../rig/balancer.ts";
 import { requestOf, seeded, TestBytes } from "../rig/rig.ts";
-import type { Candidates, Draw } from "../rig/types.ts";
+import type { Candidates, PickInput } from "../rig/types.ts";
 
 type Answer = (status?: number) => Promise<void>;
 interface Ask {
@@ -368,7 +368,7 @@ const KEYS = 20_000; // so many that 2 % is more than five standard deviations
 
 test("a server that leaves moves its own keys and no others: at most its share (+2 %)", () => {
   const where = (servers: Candidates, seed: number) =>
-    Array.from({ length: KEYS }, (_, i) => strategies.hash(servers, { key: `${seed}/${i}` } as Draw).url);
+    Array.from({ length: KEYS }, (_, i) => strategies.hash(servers, { key: `${seed}/${i}` } as PickInput).url);
   fc.assert(
     fc.property(anyPool, fc.nat(), fc.boolean(), (pool, pick, even) => {
       const servers = poolOf(even ? pool.map(({ name }) => ({ name, weight: 1 })) : pool);
@@ -393,7 +393,7 @@ test("whatever the keys, no server has more than 125 % of its share of the reque
       (pool, keys, requests) => {
         const servers = poolOf(pool), weights = servers.reduce((sum, { weight }) => sum + weight, 0);
         for (let sum = 1; sum <= requests; sum++) {
-          const server = strategies.hash(servers, { key: `${sum * 7 % keys}` } as Draw);
+          const server = strategies.hash(servers, { key: `${sum * 7 % keys}` } as PickInput);
           server.inFlight++;
           assert.ok(server.inFlight <= Math.max(8, Math.ceil(1.25 * sum * server.weight / weights)));
         }
@@ -410,7 +410,7 @@ test("every strategy of the documentation exists", () => {
 });
 
 for (const [name, strategy] of Object.entries(strategies) as [string, Strategy][]) {
-  const drawOf = (seed: number): (i: number) => Draw => {
+  const drawOf = (seed: number): (i: number) => PickInput => {
     const random = seeded(seed);
     return (i) => ({
       random,
